@@ -1,0 +1,19 @@
+"""LinVideo's headless core: linear attention for video diffusion transformers, without data.
+
+The flow, and the one noun that each stage hands on:
+
+    models, demo        a model                          -> teacher
+    adapters            find_sites(model)                -> attention sites
+    trajectories        collect(teacher)                 -> trajectory shards
+    attention, kernels  install(mixed attention)         -> student
+    warm_start          fit each layer to its softmax    -> feature maps
+    selection           layer scores, budget, rounding   -> which layers are linear
+    objectives          velocity, adm, dmd               -> the loss at any noise level
+    training            fit(): step, log, checkpoint     -> trained student
+    artifact            save, load, check, apply         -> LINVIDEO file
+    evaluation, report  measures, pictures               -> evidence
+
+Commands: `python -m linvideo_core.transfer`, `python -m linvideo_core.evaluate`.
+"""
+
+__version__ = "0.1.0"

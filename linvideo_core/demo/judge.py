@@ -1,0 +1,117 @@
+"""The judge of the demo's clips: which digit, which direction, and how close to real clips.
+
+A small 3D convolutional classifier, trained on real clips alone. Its file also carries the mean
+and covariance of its features over real clips, so measuring a model needs no training data.
+"""
+
+import torch
+from einops import rearrange
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from . import weights_path
+from .digits import DIRECTIONS
+
+FEATURE_DIM = 64
+NUM_DIGITS = 10
+CHANNELS = (16, 48, 48, 64)
+
+
+class Judge(nn.Module):
+    """Classify the digit and the direction of a clip.
+
+    `real_mean` [64] and `real_cov` [64, 64] describe the features of real clips.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second, third, last = CHANNELS
+        # The 2 x 2 space-to-depth loses nothing and makes the convolutions four times cheaper.
+        self.layers = nn.Sequential(
+            _conv(4, first, (1, 3, 3), (1, 1, 1)),
+            _conv(first, second, (3, 3, 3), (2, 2, 2)),
+            _conv(second, third, (3, 3, 3), (1, 2, 2)),
+            _conv(third, last, (3, 3, 3), (2, 2, 2)),
+        )
+        self.project = nn.Linear(last, FEATURE_DIM)
+        # Without learned scale every feature vector has length 8: moderate, never exploding.
+        self.norm = nn.LayerNorm(FEATURE_DIM, elementwise_affine=False)
+        self.digit_head = nn.Linear(FEATURE_DIM, NUM_DIGITS)
+        self.motion_head = nn.Linear(FEATURE_DIM, len(DIRECTIONS))
+        self.register_buffer("real_mean", torch.zeros(FEATURE_DIM))
+        self.register_buffer("real_cov", torch.eye(FEATURE_DIM))
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Judge clips.
+
+        frames: [B, F, 48, 48] fp32, [0, 1]
+
+        Returns digit_logits [B, 10], motion_logits [B, 8], features [B, 64].
+        """
+        small = rearrange(frames, "b f (h p) (w q) -> b (p q) f h w", p=2, q=2)
+        features = self.norm(self.project(self.layers(small).mean(dim=(2, 3, 4))))
+        return self.digit_head(features), self.motion_head(features), features
+
+
+def load_judge(device: torch.device | str = "cpu") -> Judge:
+    """Load the shipped judge in fp32, ready to measure (no gradient)."""
+    judge = Judge()
+    with safe_open(weights_path("judge.safetensors"), framework="pt") as file:
+        judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    return judge.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def measure_clips(
+    judge: Judge, frames: Tensor, digits: Tensor, directions: Tensor, *, batch_size: int = 250
+) -> dict[str, float]:
+    """Measure how well clips show what was asked and how close they are to real clips.
+
+    frames: [B, F, 48, 48] floating, [0, 1]
+    digits, directions: [B] int64, the labels that were asked for
+
+    Returns digit_accuracy and motion_accuracy in [0, 1] and frechet_distance (0 is best).
+    """
+    judged = [judge(part.float()) for part in frames.split(batch_size)]
+    digit_logits, motion_logits, features = (torch.cat(part) for part in zip(*judged, strict=True))
+    mean, cov = feature_statistics(features)
+    is_digit_right = digit_logits.argmax(-1) == digits.to(digit_logits.device)
+    is_motion_right = motion_logits.argmax(-1) == directions.to(digit_logits.device)
+    return {
+        "digit_accuracy": is_digit_right.double().mean().item(),
+        "motion_accuracy": is_motion_right.double().mean().item(),
+        "frechet_distance": frechet_distance(mean, cov, judge.real_mean, judge.real_cov),
+    }
+
+
+def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [D] and covariance [D, D] in fp64 of features [N, D]."""
+    features = features.double()
+    return features.mean(dim=0), torch.cov(features.T)
+
+
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Compute |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)) in fp64.
+
+    mean_a, mean_b: [D]
+    cov_a, cov_b: [D, D], symmetric, any rank
+    """
+    mean_a, cov_a, mean_b, cov_b = (
+        tensor.detach().double().cpu() for tensor in (mean_a, cov_a, mean_b, cov_b)
+    )
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    overlap = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
+    return max(distance.item(), 0.0)
+
+
+def _conv(
+    in_channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+) -> nn.Sequential:
+    padding = tuple(size // 2 for size in kernel)
+    return nn.Sequential(
+        nn.Conv3d(in_channels, out_channels, kernel, stride, padding, bias=False),
+        nn.GroupNorm(8, out_channels),
+        nn.SiLU(),
+    )

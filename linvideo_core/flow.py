@@ -1,0 +1,81 @@
+"""Rectified-flow arithmetic: noise levels, noising, conversions, guidance, the Euler sampler.
+
+`sigma` (t in the papers) is the noise level in [0, 1]: `x_t = (1 - t) x0 + t noise`. The network
+predicts the velocity `u = noise - x0`. Every conversion of the project lives here, once.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+VelocityFn = Callable[[Tensor, Tensor], Tensor]
+"""`(latents [B, C, F, H, W], sigma [B]) -> velocity`, prompts and guidance already bound."""
+
+
+def expand(sigma: Tensor, like: Tensor) -> Tensor:
+    """View sigma [B] as [B, 1, ...] so that it broadcasts over `like` [B, ...]."""
+    return sigma.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Warp noise levels towards high noise: `shift s / (1 + (shift - 1) s)` (Wan, SD3)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def make_sigmas(steps: int, shift: float) -> Tensor:
+    """Return the sampling grid [steps + 1] fp32, falling from 1 to 0, uniform before the warp."""
+    return shift_sigmas(torch.linspace(1, 0, steps + 1), shift)
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return `x_t = (1 - t) x0 + t noise` for x0, noise [B, ...] and sigma [B]."""
+    t = expand(sigma, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def velocity_to_x0(latents: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """Return the clean estimate `x0 = x_t - t u`."""
+    return latents - expand(sigma, latents) * velocity
+
+
+def velocity_to_score(latents: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """Return `grad log p_t(x_t) = -(x_t + (1 - t) u) / t`; infinite at sigma 0."""
+    t = expand(sigma, latents)
+    return -(latents + (1 - t) * velocity) / t
+
+
+def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """Move along the flow from sigma [B] to sigma_next [B]: `x_s = x_t + (s - t) u`."""
+    return latents + expand(sigma_next - sigma, latents) * velocity
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Combine both branches of classifier-free guidance; scale 1 is the conditional branch."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def sample_euler(
+    velocity_fn: VelocityFn,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Integrate the flow from `noise` [B, C, F, H, W] down the grid `sigmas` [steps + 1].
+
+    on_step: called before each step with (step index, latents, velocity), for recording and
+        progress.
+
+    Returns the latents at the last sigma.
+    """
+    latents = noise
+    sigmas = sigmas.to(noise.device)
+    for i in range(len(sigmas) - 1):
+        sigma, sigma_next = (s.expand(noise.shape[0]) for s in (sigmas[i], sigmas[i + 1]))
+        velocity = velocity_fn(latents, sigma)
+        if on_step is not None:
+            on_step(i, latents, velocity)
+        latents = euler_step(latents, velocity, sigma, sigma_next)
+    return latents

@@ -1,0 +1,44 @@
+"""Low-rank weight changes beside frozen linear layers.
+
+The change lives in a submodule `lora` of each layer, so the layer's own parameter names stay as
+they are in the checkpoint; a forward hook adds it to the layer's output.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRank(nn.Module):
+    """The product `up down` of rank R; starts at zero because `up` does."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
+        self.down = nn.Parameter(down.to(linear.weight))
+        self.up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to the change [..., out] of the layer's output."""
+        return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+
+
+def attach(model: nn.Module, prefix: str, rank: int, seed: int) -> dict[str, LowRank]:
+    """Give every linear layer under `prefix` a low-rank change and freeze all else.
+
+    Returns the changes by the layer's name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    changes = {}
+    for name, module in list(model.named_modules()):
+        if name.startswith(prefix) and isinstance(module, nn.Linear):
+            limit = min(module.in_features, module.out_features)
+            if rank > limit:
+                raise ValueError(f"--lora-rank {rank} exceeds {limit}, the full rank of {name}")
+            module.lora = changes[name] = LowRank(module, rank, generator)
+            module.register_forward_hook(_add_change)
+    return changes
+
+
+def _add_change(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + module.lora(args[0])

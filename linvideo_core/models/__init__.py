@@ -1,0 +1,1 @@
+"""Models for headless use; inside ComfyUI the host's own models are used instead."""

@@ -1,0 +1,325 @@
+"""Wan 2.1 text-to-video diffusion transformer, for headless use.
+
+Parameter names and shapes are those of the published checkpoints, so official and
+ComfyUI-repackaged safetensors load by key name at any width and depth. Written for one device.
+Architecture: Wan technical report (arXiv 2503.20314).
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..attention import SoftmaxAttention
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_NOT_TEXT_TO_VIDEO = {
+    "img_emb.": "image-to-video",
+    "vace_blocks.": "VACE",
+    "control_adapter.": "camera control",
+    "casual_audio_encoder.": "speech-to-video",
+    "face_adapter.": "animate",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Architecture of a Wan checkpoint; every field can be read off its tensors' shapes."""
+
+    dim: int = 1536
+    num_heads: int = 12
+    num_layers: int = 30
+    ffn_dim: int = 8960
+    text_dim: int = 4096
+    freq_dim: int = 256
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of even width"
+            )
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Return sinusoids [B, dim] fp32 of timesteps [B] in [0, 1000]: cosines, then sines."""
+    exponents = torch.arange(dim // 2, dtype=torch.float64, device=timesteps.device) / (dim // 2)
+    angles = torch.outer(timesteps.double(), 10000.0**-exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Return the 3-D rotary angles of a token grid (F, H, W) as cos and sin, [2, L, D/2] fp32.
+
+    The D/2 frequencies are split between frame, height and width; height and width get D//6 each.
+    """
+    spatial = head_dim // 6
+    sizes = (head_dim // 2 - 2 * spatial, spatial, spatial)
+    angles = []
+    for axis, (length, size) in enumerate(zip(grid, sizes, strict=True)):
+        exponents = torch.arange(size, dtype=torch.float64, device=device) / size
+        positions = torch.arange(length, dtype=torch.float64, device=device)
+        shape = [1, 1, 1, size]
+        shape[axis] = length
+        angles.append(torch.outer(positions, 10000.0**-exponents).view(shape).expand(*grid, size))
+    angles = rearrange(torch.cat(angles, dim=-1), "f h w d -> (f h w) d")
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of x [B, L, N, D] by `rotary` [2, L, D/2]."""
+    cos, sin = rotary[:, None, :, None].unbind(0)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the whole width, before the heads are split."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_float = x.float()
+        scale = torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (x_float * scale).to(x.dtype) * self.weight
+
+
+class _Projections(nn.Module):
+    """The q, k, v, o projections and qk-norms that self- and cross-attention share."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+        self.attention: nn.Module = SoftmaxAttention()
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b l (n d) -> b l n d", n=self.num_heads)
+
+
+class WanSelfAttention(_Projections):
+    """Self-attention over all video tokens; `attention` is the part that LinVideo replaces."""
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Map x [B, L, N*D] to [B, L, N*D]."""
+        query = apply_rotary(self._heads(self.norm_q(self.q(x))), rotary)
+        key = apply_rotary(self._heads(self.norm_k(self.k(x))), rotary)
+        out = self.attention(query, key, self._heads(self.v(x)))
+        return self.o(out.flatten(2))
+
+
+class WanCrossAttention(_Projections):
+    """Attention from video tokens to prompt tokens."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Map x [B, L, N*D] with context [B, S, N*D] to [B, L, N*D]."""
+        query = self._heads(self.norm_q(self.q(x)))
+        key = self._heads(self.norm_k(self.k(context)))
+        out = self.attention(query, key, self._heads(self.v(context)))
+        return self.o(out.flatten(2))
+
+
+class WanBlock(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.norm1 = nn.LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.self_attn = WanSelfAttention(config)
+        self.norm3 = nn.LayerNorm(dim, config.eps)
+        self.cross_attn = WanCrossAttention(config)
+        self.norm2 = nn.LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, dim),
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor, context: Tensor) -> Tensor:
+        """Map x [B, L, dim]; modulation [B, 6, dim] comes from the timestep."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (self.modulation + modulation).to(x.dtype).split(1, dim=1)
+        )
+        x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rotary)
+        x = x + self.cross_attn(self.norm3(x), context)
+        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class WanHead(nn.Module):
+    """Final modulated projection from tokens to patches."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Map tokens x [B, L, dim] with time [B, dim] to patches [B, L, out_channels * patch]."""
+        shift, scale = (self.modulation + time[:, None]).to(x.dtype).split(1, dim=1)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+class WanModel(nn.Module):
+    """Wan 2.1 text-to-video: predicts the velocity of noisy latents."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, dim, config.patch_size, stride=config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head = WanHead(config)
+
+    def init_weights(self) -> None:
+        """Initialise for training from scratch: zero head, small modulations, Xavier elsewhere."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for embedding in (self.text_embedding, self.time_embedding):
+            for layer in (embedding[0], embedding[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        for module in (*self.blocks, self.head):
+            nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Predict the velocity `noise - x0`.
+
+        latents: [B, C, F, H, W]; H and W that the patch does not divide are padded and cropped.
+        timesteps: [B] in [0, 1000], 1000 times sigma.
+        prompt_embeds: [B, S, text_dim].
+
+        Returns [B, C, F, H, W] in the latents' dtype.
+        Raises ValueError where a shape does not fit the checkpoint.
+        """
+        self._check(latents, prompt_embeds)
+        dtype = self.patch_embedding.weight.dtype
+        size = latents.shape[2:]
+        padding = [(-length) % p for length, p in zip(size, self.config.patch_size, strict=True)]
+        padded = F.pad(latents, (0, padding[2], 0, padding[1], 0, padding[0]), mode="circular")
+        x = self.patch_embedding(padded.to(dtype))
+        grid = tuple(x.shape[2:])
+        x = rearrange(x, "b d f h w -> b (f h w) d")
+        context = self.text_embedding(prompt_embeds.to(dtype))
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim).to(dtype))
+        modulation = self.time_projection(time).unflatten(1, (6, -1))
+        rotary = rotary_embedding(grid, self.config.dim // self.config.num_heads, x.device)
+        for block in self.blocks:
+            x = block(x, modulation, rotary, context)
+        pt, ph, pw = self.config.patch_size
+        f, h, w = grid
+        out = rearrange(
+            self.head(x),
+            "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)",
+            f=f, h=h, w=w, pt=pt, ph=ph, pw=pw,
+        )  # fmt: skip
+        return out[:, :, : size[0], : size[1], : size[2]].to(latents.dtype)
+
+    def _check(self, latents: Tensor, prompt_embeds: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"latents of shape {list(latents.shape)} given; this model takes "
+                f"[B, {self.config.in_channels}, F, H, W]"
+            )
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"prompt embeddings of shape {list(prompt_embeds.shape)} given; this model takes "
+                f"[B, S, {self.config.text_dim}]: encode the prompts with this model's text encoder"
+            )
+
+
+def infer_config(shapes: dict[str, tuple[int, ...]]) -> WanConfig:
+    """Read the architecture off parameter shapes (names without prefix).
+
+    Raises ValueError when the tensors are not those of a Wan text-to-video model.
+    """
+    for marker, variant in _NOT_TEXT_TO_VIDEO.items():
+        if any(name.startswith(marker) for name in shapes):
+            raise ValueError(f"a Wan {variant} checkpoint was given; a text-to-video one is needed")
+    try:
+        num_layers = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks."))
+        dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
+        head_rows = shapes["head.head.weight"][0]
+        return WanConfig(
+            dim=dim,
+            num_heads=dim // 128,
+            num_layers=num_layers,
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+            text_dim=shapes["text_embedding.0.weight"][1],
+            freq_dim=shapes["time_embedding.0.weight"][1],
+            in_channels=in_channels,
+            out_channels=head_rows // math.prod(patch_size),
+            patch_size=tuple(patch_size),
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(
+            "not a Wan diffusion transformer (the tensors patch_embedding, text_embedding, "
+            "blocks.* and head.* were expected); give the diffusion model's own safetensors file"
+        ) from error
+
+
+def load_wan(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> WanModel:
+    """Load a Wan text-to-video safetensors file, official or repackaged for ComfyUI.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"model file {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            prefix = next(p for p in _PREFIXES if any(n.startswith(p + "blocks.") for n in names))
+            names = [n for n in names if n.startswith(prefix)]
+            shapes = {n[len(prefix) :]: tuple(file.get_slice(n).get_shape()) for n in names}
+            config = infer_config(shapes)
+            state = {n[len(prefix) :]: file.get_tensor(n).to(dtype) for n in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    except StopIteration:
+        raise ValueError(f"{path} holds no Wan model: no tensor named blocks.*") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        model = WanModel(config)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit a Wan model of width {config.dim}: "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    return model.to(device)

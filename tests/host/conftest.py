@@ -1,0 +1,88 @@
+"""Find a real ComfyUI and run functions inside it, each in a process that sees ComfyUI alone."""
+
+import inspect
+import os
+import subprocess
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FLAGS = ("--cpu", "--use-pytorch-cross-attention")
+TIMEOUT_SECONDS = 300
+
+
+class Host:
+    """A ComfyUI checkout and the interpreter that has its requirements."""
+
+    def __init__(self, root: Path, python: Path) -> None:
+        self.root = root
+        self.python = python
+
+    def call(self, function: Callable[..., None], *arguments: str | int | float) -> str:
+        """Run a self-contained function in ComfyUI's own process and return what it printed.
+
+        The function travels as source text, so it must import what it uses; its arguments must
+        survive `repr`. The process starts in ComfyUI's folder without PYTHONPATH: the only
+        `nodes` it can import is ComfyUI's.
+        """
+        source = "\n".join(
+            (
+                "import comfy.options",
+                "comfy.options.enable_args_parsing()",
+                textwrap.dedent(inspect.getsource(function)),
+                f"{function.__name__}(*{arguments!r})",
+            )
+        )
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        finished = subprocess.run(
+            [str(self.python), "-c", source, *FLAGS],
+            cwd=self.root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+        if finished.returncode:
+            pytest.fail(
+                f"{function.__name__} failed inside ComfyUI ({self.root}), exit status "
+                f"{finished.returncode}:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}",
+                pytrace=False,
+            )
+        return finished.stdout
+
+
+def find_python(root: Path) -> Path | None:
+    """Return the interpreter named by COMFYUI_PYTHON, else the one in the checkout's venv."""
+    if named := os.environ.get("COMFYUI_PYTHON"):
+        return Path(named).expanduser()
+    candidates = [
+        root / folder / binary
+        for folder in ("venv", ".venv")
+        for binary in ("bin/python", "Scripts/python.exe")
+    ]
+    return next((python for python in candidates if python.is_file()), None)
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The real ComfyUI: a missing default skips, a wrong COMFYUI_PATH or _PYTHON fails."""
+    refuse = (
+        pytest.fail
+        if os.environ.get("COMFYUI_PATH") or os.environ.get("COMFYUI_PYTHON")
+        else pytest.skip
+    )
+    root = Path(os.environ.get("COMFYUI_PATH") or "~/ComfyUI").expanduser().absolute()
+    if not (root / "comfy" / "ldm" / "wan" / "model.py").is_file():
+        refuse(
+            f"no ComfyUI checkout in {root}: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to "
+            "an interpreter that has its requirements"
+        )
+    python = find_python(root)
+    if python is None or not python.is_file():
+        refuse(
+            f"no Python interpreter for the ComfyUI checkout in {root} "
+            f"({python or 'no venv in it'}): set COMFYUI_PYTHON to one that has its requirements"
+        )
+    return Host(root, python)
