@@ -8,9 +8,11 @@ are flat, so field names are unique within a command.
 import argparse
 import dataclasses
 import json
+import logging
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -40,7 +42,7 @@ def fraction(owner: object, *names: str) -> None:
 
 def to_json(config: Any) -> str:
     """Return a config as indented JSON, nested as the dataclasses are."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
 def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
@@ -67,7 +69,9 @@ def parse(
     Returns the config and whether `--dry-run` was given. Bad arguments end the program with one
     sentence on stderr and exit code 2.
     """
-    parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _Parser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     if presets:
         parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
@@ -88,6 +92,21 @@ def parse(
         return override(defaults, {**preset, **given}), dry_run
     except ValueError as error:
         parser.error(str(error))
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`: what a user can put right ends it with one sentence and exit code 2.
+
+    Also shows the core's log on stderr; `-X dev` adds where the error was raised.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
 
 
 class _Parser(argparse.ArgumentParser):

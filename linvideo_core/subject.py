@@ -35,7 +35,9 @@ class SubjectConfig:
             raise ValueError(f"--num-frames {self.num_frames} given; 4 n + 1 is needed, such as 81")
         for name in ("height", "width"):
             if getattr(self, name) % (2 * _SPACE_COMPRESSION):
-                raise ValueError(f"--{name} {getattr(self, name)} given; a multiple of 16 is needed")
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} given; a multiple of 16 is needed"
+                )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -5,10 +5,12 @@ family's parameter names.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -113,3 +115,10 @@ def trainable_weights(
         for name, parameter in model.named_parameters()
         if name.startswith(family.trainable_prefix) and not name.startswith(installed)
     }
+
+
+def checkpoint_activations(model: nn.Module, sites: list[AttentionSite]) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    for site in sites:
+        block = model.get_submodule(site.name.rpartition(".")[0])
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -5,6 +5,8 @@ In the order of the flow:
     codec     frames <-> latents, a fixed space-to-depth that stands where a video VAE stands
     prompts   prompt -> prompt embeddings, from a stored table of word vectors
     judge     a video classifier that says which digit moves where, and Frechet distance
+    sampling  prompts and noise -> clips, with guidance; their measures; a picture of them
+    flow_matching  training of the model: loss, schedule, averaged weights
     train     the command that made every file in weights/
 
 Sampling and judging need the stored weights alone; only training needs scikit-learn.

@@ -9,7 +9,8 @@ PATCH = 4
 LATENT_SHAPE = (PATCH * PATCH, NUM_FRAMES, FRAME_SIZE // PATCH, FRAME_SIZE // PATCH)
 """C, F, H, W of one clip's latents."""
 
-# Mean and standard deviation of all pixels over 16,384 clips of `sample_clips` (training split, seed 0).
+# Mean and standard deviation of all pixels over 16,384 clips that `sample_clips` drew from the
+# training split with seed 0.
 FRAME_MEAN = 0.0339
 FRAME_STD = 0.1412
 

@@ -136,3 +136,36 @@ def render_clips(
     grid = rearrange(grid, "(b f) h w xy -> b (f h) w xy", b=B)
     drawn = F.grid_sample(images[:, None], grid, padding_mode="zeros", align_corners=False)
     return rearrange(drawn, "b 1 (f h) w -> b f h w", f=NUM_FRAMES)
+
+
+def augment_clips(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Spoil clips as a generator might: blur, gain, gamma, flicker, grain and blotches.
+
+    frames: [B, F, 48, 48] fp32, [0, 1]
+
+    Returns [B, F, 48, 48] in [0, 1].
+    """
+    B, num_frames, height, width = frames.shape
+
+    def uniform(low: float, high: float, *size: int) -> Tensor:
+        draw = torch.rand(B, *size, 1, 1, 1, generator=generator, device=frames.device)
+        return low + (high - low) * draw.view(B, -1, 1, 1)
+
+    def grain(size: int) -> Tensor:
+        return torch.randn(B, num_frames, size, size, generator=generator, device=frames.device)
+
+    blurred = F.avg_pool2d(frames, 3, stride=1, padding=1)
+    frames = frames.lerp(blurred, uniform(-0.5, 1.0).clamp(min=0))
+    frames = frames.clamp(min=1e-4) ** uniform(0.7, 1.4) * uniform(0.7, 1.2)
+    frames = frames * uniform(0.9, 1.1, num_frames)
+    blotches = F.interpolate(grain(height // 4), size=(height, width), mode="bilinear")
+    frames = frames + grain(height) * uniform(-0.05, 0.12).clamp(min=0)
+    return (frames + blotches * uniform(-0.05, 0.08).clamp(min=0)).clamp(0, 1)
+
+
+def draw_poses(batch_size: int, generator: torch.Generator) -> Tensor:
+    """Draw small turns (12 degrees), zooms and slants [B, 2, 2] for `render_clips`."""
+    draw = torch.rand(4, batch_size, generator=generator, device=generator.device) * 2 - 1
+    angle, zoom, slant = draw[0] * 0.2, 1 + draw[1] * 0.12, draw[2] * 0.15
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    return torch.stack([cos, slant - sin, sin, cos], dim=-1).view(batch_size, 2, 2)

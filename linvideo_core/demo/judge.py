@@ -6,7 +6,7 @@ and covariance of its features over real clips, so measuring a model needs no tr
 
 import torch
 from einops import rearrange
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import weights_path
@@ -56,8 +56,8 @@ class Judge(nn.Module):
 def load_judge(device: torch.device | str = "cpu") -> Judge:
     """Load the shipped judge in fp32, ready to measure (no gradient)."""
     judge = Judge()
-    with safe_open(weights_path("judge.safetensors"), framework="pt") as file:
-        judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    state = load_file(weights_path("judge.safetensors"))
+    judge.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return judge.eval().requires_grad_(False).to(device)
 
 

@@ -34,7 +34,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map
                 f"{name} has shape {list(tensor.shape)}; [{B}, L, {N}, {D}] is expected, as query's"
             )
     if key.shape[1] != value.shape[1]:
-        raise ValueError(f"key has {key.shape[1]} tokens and value {value.shape[1]}; as many of each")
+        raise ValueError(
+            f"key has {key.shape[1]} tokens and value {value.shape[1]}; as many of each"
+        )
     for name, tensor in (("query_map", query_map), ("key_map", key_map)):
         if tensor.ndim != 3 or tensor.shape[:2] != (N, D):
             raise ValueError(

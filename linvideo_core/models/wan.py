@@ -91,9 +91,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_float = x.float()
-        scale = torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x_float * scale).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class _Projections(nn.Module):
@@ -229,19 +227,23 @@ class WanModel(nn.Module):
         size = latents.shape[2:]
         padding = [(-length) % p for length, p in zip(size, self.config.patch_size, strict=True)]
         padded = F.pad(latents, (0, padding[2], 0, padding[1], 0, padding[0]), mode="circular")
-        x = self.patch_embedding(padded.to(dtype))
+        # Under autocast the residual stream stays in the weights' own precision, as in Wan itself.
+        x = self.patch_embedding(padded.to(dtype)).to(dtype)
         grid = tuple(x.shape[2:])
         x = rearrange(x, "b d f h w -> b (f h w) d")
         context = self.text_embedding(prompt_embeds.to(dtype))
-        time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim).to(dtype))
-        modulation = self.time_projection(time).unflatten(1, (6, -1))
+        with torch.autocast(x.device.type, enabled=False):
+            time = self.time_embedding(
+                timestep_embedding(timesteps, self.config.freq_dim).to(dtype)
+            )
+            modulation = self.time_projection(time).unflatten(1, (6, -1))
         rotary = rotary_embedding(grid, self.config.dim // self.config.num_heads, x.device)
         for block in self.blocks:
             x = block(x, modulation, rotary, context)
         pt, ph, pw = self.config.patch_size
         f, h, w = grid
         out = rearrange(
-            self.head(x),
+            self.head(x, time),
             "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)",
             f=f, h=h, w=w, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip

@@ -7,6 +7,7 @@ safetensors files. One process answers all cases.
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,31 +117,32 @@ def randomize(model: WanModel, *, seed: int) -> None:
         parameter.data.copy_(values)
 
 
-def write_case(folder: Path, case: Case, *, seed: int) -> Path:
-    """Write the case's checkpoint and inputs into its folder and return the checkpoint's path."""
+def write_case(folder: Path, case: Case, *, seed: int) -> None:
+    """Write the case's checkpoint and inputs into its folder, and where the checkpoint lies."""
     folder.mkdir()
     checkpoint = DEMO_MODEL
-    text_dim = 4096
-    if case.config is not None:
+    config = case.config
+    if config is None:
+        config = load_wan(checkpoint).config
+    else:
         checkpoint = folder / "model.safetensors"
-        model = WanModel(case.config)
+        model = WanModel(config)
         randomize(model, seed=seed)
         save_file({case.prefix + k: v for k, v in model.state_dict().items()}, checkpoint)
-        text_dim = case.config.text_dim
     generator = torch.Generator().manual_seed(seed + 1)
     batch = case.latents_shape[0]
+    prompt_shape = (batch, case.num_prompt_tokens, config.text_dim)
     inputs = {
         "latents": torch.randn(case.latents_shape, generator=generator),
         "sigmas": torch.linspace(0.7317, 0.0413, batch),
-        "prompt_embeds": torch.randn(batch, case.num_prompt_tokens, text_dim, generator=generator),
+        "prompt_embeds": torch.randn(prompt_shape, generator=generator),
     }
     save_file(inputs, folder / "inputs.safetensors")
     (folder / "case.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
-    return checkpoint
 
 
 @pytest.fixture(scope="module")
-def folders(host, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(host: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every case's folder: checkpoint, inputs and ComfyUI's answers."""
     root = tmp_path_factory.mktemp("agreement")
     folders = {}
@@ -183,5 +185,5 @@ def test_wan_agrees_with_comfyui(name: str, folders: dict[str, Path]) -> None:
         assert relative_difference(x0, theirs["x0"]) <= TOLERANCE
 
 
-def test_comfyui_sees_its_own_nodes(host) -> None:
+def test_comfyui_sees_its_own_nodes(host: Any) -> None:
     assert Path(host.call(tell_where_nodes_come_from).splitlines()[-1]) == host.root / "nodes.py"

@@ -1,0 +1,230 @@
+"""What an artifact holds, and what makes it consistent in itself."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+FEATURE_MAPS = ("hedgehog",)
+PARAMETERS = ("full", "lora", "feature_maps")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_MAX_LAYERS = 1000
+_MAX_FEATURE_DIM = 8192
+_MAX_RANK = 65536
+_MAX_STEPS = 10**9
+_MAX_TEXT = 200
+
+
+class ArtifactError(ValueError):
+    """A LINVIDEO file that is damaged, foreign, or made for another model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArtifactHeader:
+    """What an artifact says of itself.
+
+    family, fingerprint: the architecture that it fits, in `adapters`' words.
+    weights_digest: the weights that it was trained from, `adapters.weights_digest`.
+    layers: the linear layers, each once and ascending, of the model's `num_layers`.
+    site_names: for each of `layers` the module that holds its attention.
+    parameters: which weights were trained beside the feature maps: "full", "lora" or none,
+        "feature_maps".
+    lora_rank: 0 unless "lora".
+    objective, steps: what was trained, and for how many training steps.
+    sigmas: the sampling grid that a distilled model is bound to, empty for any other.
+    provenance: how the file was made, for its reader.
+
+    Raises ArtifactError naming the field that is wrong.
+    """
+
+    format_version: int = FORMAT_VERSION
+    family: str
+    fingerprint: str
+    weights_digest: str
+    layers: tuple[int, ...]
+    site_names: tuple[str, ...]
+    num_layers: int
+    feature_map: str = "hedgehog"
+    feature_dim: int
+    parameters: str
+    lora_rank: int = 0
+    objective: str
+    steps: int
+    sigmas: tuple[float, ...] = ()
+    provenance: Mapping[str, str | int | float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_version(self.format_version)
+        for name in ("family", "fingerprint", "weights_digest", "objective"):
+            _check_text(name, getattr(self, name))
+        if not re.fullmatch("[0-9a-f]{16}", self.weights_digest):
+            _refuse("weights_digest", self.weights_digest, "16 hexadecimal digits are expected")
+        for name, choices in (("feature_map", FEATURE_MAPS), ("parameters", PARAMETERS)):
+            if getattr(self, name) not in choices:
+                _refuse(name, getattr(self, name), f"one of {', '.join(choices)} is expected")
+        _check_integer("num_layers", self.num_layers, 1, _MAX_LAYERS)
+        _check_integer("feature_dim", self.feature_dim, 2, _MAX_FEATURE_DIM)
+        if self.feature_dim % 2:
+            _refuse("feature_dim", self.feature_dim, "an even number is expected")
+        is_lora = self.parameters == "lora"
+        _check_integer("lora_rank", self.lora_rank, *((1, _MAX_RANK) if is_lora else (0, 0)))
+        _check_integer("steps", self.steps, 0, _MAX_STEPS)
+        _check_layers(self.layers, self.num_layers)
+        _check_site_names(self.site_names, self.layers)
+        _check_sigmas(self.sigmas)
+        _check_provenance(self.provenance)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Artifact:
+    """Everything that makes a model linear where it may be.
+
+    feature_maps: layer -> query map and key map, [N, D, M/2] each.
+    deltas: parameter name -> change, of the parameter's shape.
+    low_rank: name of a linear layer -> down [R, in] and up [out, R]; the change is `up down`.
+
+    Raises ArtifactError when the tensors do not fit the header or one another.
+    """
+
+    header: ArtifactHeader
+    feature_maps: Mapping[int, tuple[Tensor, Tensor]]
+    deltas: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    low_rank: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ArtifactError when header and tensors contradict each other."""
+        parameters = self.header.parameters
+        if self.deltas and parameters != "full":
+            raise ArtifactError(f"parameters is {parameters!r}, yet full weight changes are there")
+        if bool(self.low_rank) != (parameters == "lora"):
+            there = "are there" if self.low_rank else "are missing"
+            raise ArtifactError(f"parameters is {parameters!r}, yet LoRA tensors {there}")
+        _check_feature_maps(self.header, self.feature_maps)
+        for name, delta in self.deltas.items():
+            _check_text("parameter name", name)
+            _check_dtype(f"the change of {name}", delta)
+        for name, pair in self.low_rank.items():
+            _check_text("layer name", name)
+            _check_low_rank(self.header, name, *pair)
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    raise ArtifactError(f"{name} is {_show(value)}; {expected}")
+
+
+def _show(value: object) -> str:
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**18 else "a huge number"
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_version(version: object) -> None:
+    if not _is_integer(version) or version < 1:
+        _refuse("format_version", version, "a whole number from 1 is expected")
+    if version > FORMAT_VERSION:
+        expected = f"this LinVideo reads version {FORMAT_VERSION}: update LinVideo"
+        _refuse("format_version", version, expected)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or not value.isprintable():
+        _refuse(name, value, f"1 to {_MAX_TEXT} printable characters are expected")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if not _is_integer(value) or not low <= value <= high:
+        expected = str(low) if low == high else f"a whole number from {low} to {high}"
+        _refuse(name, value, f"{expected} is expected")
+
+
+def _check_layers(layers: object, num_layers: int) -> None:
+    if not isinstance(layers, tuple) or not layers or not all(map(_is_integer, layers)):
+        _refuse("layers", layers, "the numbers of one linear layer or more are expected")
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            _refuse("layers", layers, f"a model of {num_layers} layers has no layer {_show(layer)}")
+    if list(layers) != sorted(set(layers)):
+        _refuse("layers", layers, "each layer once, in ascending order, is expected")
+
+
+def _check_site_names(names: object, layers: tuple[int, ...]) -> None:
+    if not isinstance(names, tuple) or len(names) != len(layers):
+        _refuse("site_names", names, f"{len(layers)} module names, one a layer, are expected")
+    for name in names:
+        _check_text("site_names", name)
+    if len(set(names)) != len(names):
+        _refuse("site_names", names, "each module once is expected")
+
+
+def _check_sigmas(sigmas: object) -> None:
+    expected = "an empty list or noise levels that fall from at most 1 to 0 are expected"
+    if not isinstance(sigmas, tuple) or not all(
+        isinstance(sigma, float) or _is_integer(sigma) for sigma in sigmas
+    ):
+        _refuse("sigmas", sigmas, expected)
+    falls = all(high > low for high, low in itertools.pairwise(sigmas))
+    if sigmas and not (falls and 1 >= sigmas[0] > sigmas[-1] == 0):
+        _refuse("sigmas", sigmas, expected)
+
+
+def _check_provenance(provenance: object) -> None:
+    if not isinstance(provenance, Mapping):
+        _refuse("provenance", provenance, "names with texts or numbers are expected")
+    for name, value in provenance.items():
+        _check_text("provenance's name", name)
+        is_finite = isinstance(value, float) and math.isfinite(value)
+        is_small = isinstance(value, int) and abs(value) < 2**63
+        if not (isinstance(value, str) or is_finite or is_small):
+            _refuse(f"provenance's {_show(name)}", value, "a text or a finite number is expected")
+
+
+def _check_dtype(what: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ArtifactError(f"{what} holds {tensor.dtype}; fp16, bf16 or fp32 is expected")
+    if 0 in tensor.shape:
+        raise ArtifactError(f"{what} is empty, of shape {list(tensor.shape)}")
+
+
+def _check_feature_maps(
+    header: ArtifactHeader, feature_maps: Mapping[int, tuple[Tensor, Tensor]]
+) -> None:
+    half = header.feature_dim // 2
+    for layer in header.layers:
+        if layer not in feature_maps:
+            raise ArtifactError(f"layer {layer} is linear, yet its feature maps are missing")
+    if extra := sorted(set(feature_maps) - set(header.layers)):
+        raise ArtifactError(f"layer {extra[0]} has feature maps, yet it is not a linear layer")
+    for layer, pair in feature_maps.items():
+        for side, feature_map in zip(("query_map", "key_map"), pair, strict=True):
+            _check_dtype(f"{side} of layer {layer}", feature_map)
+            if feature_map.ndim != 3 or feature_map.shape[2] != half:
+                raise ArtifactError(
+                    f"{side} of layer {layer} has shape {list(feature_map.shape)}; [N, D, {half}] "
+                    f"is expected, as feature_dim is {header.feature_dim}"
+                )
+        if pair[0].shape != pair[1].shape:
+            shapes = " and ".join(str(list(feature_map.shape)) for feature_map in pair)
+            raise ArtifactError(f"query_map and key_map of layer {layer} differ in shape: {shapes}")
+
+
+def _check_low_rank(header: ArtifactHeader, name: str, down: Tensor, up: Tensor) -> None:
+    _check_dtype(f"lora_down of {name}", down)
+    _check_dtype(f"lora_up of {name}", up)
+    R = header.lora_rank
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != R or up.shape[1] != R:
+        raise ArtifactError(
+            f"the LoRA of {name} has shapes {list(down.shape)} and {list(up.shape)}; [{R}, in] and "
+            f"[out, {R}] are expected, as lora_rank is {R}"
+        )

@@ -1,0 +1,277 @@
+"""The artifact as one safetensors file.
+
+Weight changes carry the names that ComfyUI's LoRA loader reads, so that half works there too. The
+header is the file's metadata: one readable entry a field, `linvideo.<field>`, its value in JSON.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .contents import DTYPES, Artifact, ArtifactError, ArtifactHeader
+
+_OURS = "linvideo."
+_WEIGHTS = "diffusion_model."
+_QUERY, _KEY = ".query_map", ".key_map"
+_DIFF, _DIFF_BIAS = ".diff", ".diff_b"
+_DOWN, _UP = ".lora_down.weight", ".lora_up.weight"
+_SUFFIXES = {_OURS: (_QUERY, _KEY), _WEIGHTS: (_DIFF, _DIFF_BIAS, _DOWN, _UP)}
+_STORED_DTYPES = ("F16", "BF16", "F32", "F64")
+_MAX_ENTRY = 2**20
+
+# `X.diff` changes X.weight, or X itself where a parameter is called neither weight nor bias. The
+# name alone does not tell which, so the file lists the latter.
+_BARE = _OURS + "bare_parameters"
+
+
+def save(artifact: Artifact, path: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """Write an artifact; the earlier file at `path` is replaced at once or stays as it was.
+
+    Raises ArtifactError when the folder is missing, the disk fails, or a value overflows `dtype`.
+    """
+    path = Path(path)
+    if dtype not in DTYPES:
+        raise ArtifactError(f"dtype {dtype} given; fp16, bf16 or fp32 is expected")
+    if not path.parent.is_dir():
+        raise ArtifactError(f"the folder {path.parent} does not exist: create it first")
+    artifact.validate()
+    metadata = _encode_header(artifact)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _name_tensors(artifact):
+        if name in tensors:
+            raise ArtifactError(f"two weight changes are called {name} in the file: rename one")
+        tensors[name] = _cast(name, tensor, dtype)
+    part = path.parent / f".linvideo-{secrets.token_hex(8)}.part"
+    try:
+        # safetensors makes files private to their owner; a model file is as public as any other.
+        part.touch(exist_ok=False)
+        mode = part.stat().st_mode & 0o777
+        save_file(tensors, part, metadata)
+        # Some network and FAT drives have no permissions to set.
+        with contextlib.suppress(OSError):
+            part.chmod(mode)
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path} could not be written and is as it was before ({error}): free space or choose "
+            "another folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> Artifact:
+    """Read an artifact and check everything in it.
+
+    Raises ArtifactError saying in one sentence what is wrong with the file and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist: choose a file that LinVideo saved")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            header, bare = _decode_header(metadata, names)
+            tensors = {name: _read_tensor(file, name) for name in names}
+        return _assemble(header, bare, tensors)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ArtifactError(_explain_unreadable(path, error)) from error
+
+
+def _name_tensors(artifact: Artifact) -> Iterable[tuple[str, Tensor]]:
+    """Yield every tensor under its name in the file."""
+    header = artifact.header
+    for layer, site in zip(header.layers, header.site_names, strict=True):
+        for suffix, feature_map in zip((_QUERY, _KEY), artifact.feature_maps[layer], strict=True):
+            yield _OURS + site + suffix, feature_map
+    for name, delta in artifact.deltas.items():
+        yield _WEIGHTS + _delta_name(name), delta
+    for name, pair in artifact.low_rank.items():
+        for suffix, factor in zip((_DOWN, _UP), pair, strict=True):
+            yield _WEIGHTS + name + suffix, factor
+
+
+def _delta_name(parameter: str) -> str:
+    if parameter.endswith(".weight"):
+        return parameter.removesuffix(".weight") + _DIFF
+    if parameter.endswith(".bias"):
+        return parameter.removesuffix(".bias") + _DIFF_BIAS
+    return parameter + _DIFF
+
+
+def _is_bare(parameter: object) -> bool:
+    return isinstance(parameter, str) and not parameter.endswith((".weight", ".bias"))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+    if not cast.isfinite().all():
+        raise ArtifactError(
+            f"{name} holds NaN, infinity or values too large for {dtype}: a finite artifact saves, "
+            "in a wider dtype if need be"
+        )
+    return cast
+
+
+def _encode_header(artifact: Artifact) -> dict[str, str]:
+    values = {
+        _OURS + field.name: getattr(artifact.header, field.name)
+        for field in dataclasses.fields(artifact.header)
+    }
+    values[_OURS + "provenance"] = dict(artifact.header.provenance)
+    values[_BARE] = [name for name in artifact.deltas if _is_bare(name)]
+    entries = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
+    for name, text in entries.items():
+        _check_length(name, text)
+    return entries
+
+
+def _check_length(name: str, text: str) -> None:
+    if len(text) > _MAX_ENTRY:
+        raise ArtifactError(f"the header entry {name} is {len(text)} characters long: too long")
+
+
+def _decode_header(
+    metadata: Mapping[str, str], names: list[str]
+) -> tuple[ArtifactHeader, list[str]]:
+    """Return the header and the names of the bare parameters."""
+    version_entry = _OURS + "format_version"
+    if version_entry not in metadata:
+        _refuse_stranger(names)
+    # A newer version may have other fields, so the version speaks first.
+    version = _parse(version_entry, metadata[version_entry])
+    fields = [field.name for field in dataclasses.fields(ArtifactHeader)]
+    given = {name for name in metadata if name.startswith(_OURS)}
+    expected = {_OURS + name for name in fields} | {_BARE}
+    if version == 1 and given != expected:
+        name = min(given ^ expected)
+        fault = "missing" if name in expected else "unknown"
+        raise ArtifactError(f"the header entry {name!a} is {fault}: get the original file again")
+    values = {name: _parse(_OURS + name, metadata.get(_OURS + name, "null")) for name in fields}
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    header = ArtifactHeader(**values)
+    bare = _parse(_BARE, metadata[_BARE])
+    if not isinstance(bare, list) or not all(map(_is_bare, bare)):
+        raise ArtifactError(f"{_BARE} is not a list of parameters called neither weight nor bias")
+    return header, bare
+
+
+def _parse(name: str, text: str) -> Any:
+    """Parse strict JSON: no NaN, no infinity, no repeated name, no absurd depth or length."""
+    _check_length(name, text)
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"the header entry {name} is not valid JSON: get the original file again"
+        ) from error
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name is repeated")
+    return dict(pairs)
+
+
+def _refuse_stranger(names: list[str]) -> NoReturn:
+    if any(name.startswith(_OURS) for name in names):
+        raise ArtifactError(
+            "the LinVideo header is gone, probably lost when another program rewrote the file: use "
+            "the original"
+        )
+    if any(".lora_" in name or name.endswith((_DIFF, _DIFF_BIAS)) for name in names):
+        raise ArtifactError("this is a plain LoRA, not a LinVideo file: load it with a LoRA loader")
+    first = f"its first tensor is {names[0][:100]!a}" if names else "it has no tensors"
+    raise ArtifactError(f"this is not a LinVideo file ({first}): choose one that LinVideo saved")
+
+
+def _read_tensor(file: safe_open, name: str) -> Tensor:
+    """Return a finite tensor of its own memory: the file on disk may be replaced later."""
+    claim = file.get_slice(name)
+    if claim.get_dtype() not in _STORED_DTYPES:
+        raise ArtifactError(
+            f"{name!a} holds {claim.get_dtype()}; floating-point tensors of 16 bits or more are "
+            "expected"
+        )
+    if 0 in claim.get_shape():
+        raise ArtifactError(f"{name!a} is empty, of shape {claim.get_shape()}")
+    tensor = file.get_tensor(name).clone()
+    if not tensor.isfinite().all():
+        raise ArtifactError(f"{name!a} holds NaN or infinity: get the original file again")
+    return tensor
+
+
+def _assemble(header: ArtifactHeader, bare: list[str], tensors: Mapping[str, Tensor]) -> Artifact:
+    groups: dict[str, dict[str, Tensor]] = {s: {} for s in sum(_SUFFIXES.values(), ())}
+    for name, tensor in tensors.items():
+        owner, suffix = _split(name)
+        groups[suffix][owner] = tensor
+    site_layers = dict(zip(header.site_names, header.layers, strict=True))
+    maps = _pair(groups, _OURS, _QUERY, _KEY)
+    if strange := sorted(maps.keys() - site_layers.keys()):
+        name = _OURS + strange[0] + _QUERY
+        raise ArtifactError(f"{name!a} is unknown: no linear layer is called so in the header")
+    deltas = {name + ".bias": delta for name, delta in groups[_DIFF_BIAS].items()}
+    if missing := sorted(set(bare) - groups[_DIFF].keys()):
+        name = _WEIGHTS + missing[0] + _DIFF
+        raise ArtifactError(f"{name!a} is missing: get the original file again")
+    for name, delta in groups[_DIFF].items():
+        deltas[name if name in bare else name + ".weight"] = delta
+    return Artifact(
+        header=header,
+        feature_maps={site_layers[site]: pair for site, pair in maps.items()},
+        deltas=deltas,
+        low_rank=_pair(groups, _WEIGHTS, _DOWN, _UP),
+    )
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return what a tensor belongs to, and its suffix."""
+    for prefix, suffixes in _SUFFIXES.items():
+        for suffix in suffixes:
+            if name.startswith(prefix) and name.endswith(suffix):
+                return name[len(prefix) : -len(suffix)], suffix
+    raise ArtifactError(f"the tensor {name[:100]!a} is unknown: get the original file again")
+
+
+def _pair(
+    groups: Mapping[str, Mapping[str, Tensor]], prefix: str, first: str, second: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    for here, there in ((first, second), (second, first)):
+        if missing := sorted(groups[here].keys() - groups[there].keys()):
+            name = prefix + missing[0] + there
+            raise ArtifactError(f"{name!a} is missing beside {here}: get the original file again")
+    return {owner: (tensor, groups[second][owner]) for owner, tensor in groups[first].items()}
+
+
+def _explain_unreadable(path: Path, error: Exception) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return f"{path} cannot be read ({error}): check the disk and the file's permissions"
+    if not start:
+        return f"{path} is empty: get the original file again"
+    if start[8:] in (b"", b"{"):
+        return f"{path} is cut short or damaged ({error}): get the original file again"
+    return f"{path} is not a safetensors file ({error}): choose one that LinVideo saved"

@@ -1,0 +1,87 @@
+"""Draw clips from the demo's model, measure them, show them."""
+
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .. import flow
+from ..models.wan import WanModel
+from .codec import LATENT_SHAPE, decode_latents
+from .judge import Judge, measure_clips
+from .prompts import all_prompts, encode_prompts, parse_prompt
+
+SHIFT = 3.0
+"""The warp of the noise levels that the model was trained with."""
+
+
+def sample_and_measure(
+    model: WanModel,
+    judge: Judge,
+    *,
+    guidance_scale: float,
+    num_samples: int = 1000,
+    steps: int = 50,
+    seed: int = 0,
+) -> tuple[dict[str, float], Tensor]:
+    """Sample all prompts in turn on the judge's device and measure the clips.
+
+    The seed alone decides the noise, so two models can be compared clip by clip.
+
+    Returns the measures of `measure_clips` and frames [num_samples, F, 48, 48] fp32, [0, 1].
+    """
+    device = judge.real_mean.device
+    prompts = list(islice(cycle(all_prompts()), num_samples))
+    digits, directions = torch.tensor([parse_prompt(prompt) for prompt in prompts]).T
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num_samples, *LATENT_SHAPE, generator=generator).to(device)
+    sigmas = flow.make_sigmas(steps, SHIFT)
+    frames = sample_frames(model, prompts, noise, sigmas, guidance_scale=guidance_scale)
+    return measure_clips(judge, frames, digits, directions), frames
+
+
+@torch.no_grad()
+def sample_frames(
+    model: WanModel,
+    prompts: list[str],
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    guidance_scale: float,
+    batch_size: int = 250,
+) -> Tensor:
+    """Sample clips with Euler steps and classifier-free guidance; bf16 autocast on CUDA.
+
+    noise: [B, 16, F, 12, 12] fp32
+    sigmas: [steps + 1] fp32, falling 1 -> 0
+
+    Returns frames [B, F, 48, 48] fp32, [0, 1].
+    """
+    device = noise.device
+    unconditional = encode_prompts([""], device=device)
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        embeds = encode_prompts(prompts[start : start + batch_size], device=device)
+        both_embeds = torch.cat([embeds, unconditional.expand_as(embeds)])
+
+        def velocity_fn(latents: Tensor, sigma: Tensor, context: Tensor = both_embeds) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                both = model(latents.repeat(2, 1, 1, 1, 1), 1000 * sigma.repeat(2), context)
+            return flow.guide(*both.float().chunk(2), guidance_scale)
+
+        latents = flow.sample_euler(velocity_fn, noise[start : start + batch_size], sigmas)
+        parts.append(decode_latents(latents))
+    return torch.cat(parts)
+
+
+def save_contact_sheet(path: Path, frames: Tensor) -> None:
+    """Write a PNG with one row for each clip of frames [B, F, H, W] and a column for each frame."""
+    from PIL import Image
+
+    padded = F.pad(frames, (1, 1, 1, 1), value=0.3)
+    sheet = rearrange(padded, "b f h w -> (b h) (f w)").mul(255).round().byte().cpu()
+    Image.fromarray(np.asarray(sheet)).save(path)

@@ -1,0 +1,144 @@
+"""Measures of a student against its teacher: pure functions of tensors, each with its range.
+
+Motion is what linear attention loses first and what measures of single pictures hide, so it has
+measures of its own.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .flow import VelocityFn
+
+_TINY = 1e-12
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the fraction of rows whose largest logit is the label's: 0 to 1, 1 is best.
+
+    logits: [B, K] floating. labels: [B] int64, in [0, K).
+    """
+    return (logits.argmax(dim=-1) == labels.to(logits.device)).double().mean().item()
+
+
+def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [D] and covariance [D, D] in fp64 of features [B, D].
+
+    Raises ValueError for fewer than two rows, which have no covariance.
+    """
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} sample given; a covariance needs 2 or more")
+    features = features.double()
+    return features.mean(dim=0), torch.cov(features.T).view(features.shape[1], -1)
+
+
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Compute `|mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2))` in fp64.
+
+    0 for identical statistics, then upwards, in squared units of the features; infinite when a
+    side is not finite. Few samples bias it upwards (with the demo's judge, real clips are 22 from
+    themselves at 20 samples and 1.3 at 400): compare equal numbers of samples only.
+
+    mean_a, mean_b: [D]. cov_a, cov_b: [D, D], symmetric, any rank.
+    """
+    sides = [tensor.detach().double().cpu() for tensor in (mean_a, cov_a, mean_b, cov_b)]
+    if not all(tensor.isfinite().all() for tensor in sides):
+        return math.inf
+    mean_a, cov_a, mean_b, cov_b = sides
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    overlap = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
+    return max(distance.item(), 0.0)
+
+
+def latent_features(latents: Tensor) -> Tensor:
+    """Describe videos without a trained judge: look, contrast and motion of every channel.
+
+    latents: [B, C, F, H, W] floating, F >= 1.
+
+    Returns [B, 3C] fp32: means, standard deviations, mean absolute temporal differences.
+    """
+    _, _, F, H, W = latents.shape
+    latents = latents.float()
+    per_channel = latents.flatten(2)
+    # A sum over no differences is 0: a single frame does not move.
+    motion = latents.diff(dim=2).abs().sum(dim=(2, 3, 4)) / (max(F - 1, 1) * H * W)
+    return torch.cat([per_channel.mean(dim=2), per_channel.std(dim=2), motion], dim=1)
+
+
+def motion_energy(frames: Tensor) -> Tensor:
+    """Measure how much pictures change from frame to frame: mean |x[f + 1] - x[f]|.
+
+    frames: [B, F, H, W] floating in [0, 1], F >= 2.
+
+    Returns [B] fp32 in [0, 1]; 0 is a still, and faster motion gives more.
+    """
+    _, F, _, _ = frames.shape
+    if F < 2:
+        raise ValueError(f"{F} frame given; motion needs 2 or more")
+    return frames.float().diff(dim=1).abs().mean(dim=(1, 2, 3))
+
+
+def flicker(frames: Tensor) -> Tensor:
+    """Measure how much the whole picture's brightness b jumps back and forth.
+
+    `mean |b[f + 1] - 2 b[f] + b[f - 1]| / (4 mean b)`: a clip that alternates between (1 + a) and
+    (1 - a) times its mean has flicker a; steady light and an even fade have 0.
+
+    frames: [B, F, H, W] floating in [0, 1], F >= 3.
+
+    Returns [B] fp32 from 0 upwards, about 1 at most; 0 for a black clip.
+    """
+    _, F, _, _ = frames.shape
+    if F < 3:
+        raise ValueError(f"{F} frames given; flicker needs 3 or more")
+    brightness = frames.float().mean(dim=(2, 3))
+    jumps = brightness.diff(n=2, dim=1).abs().mean(dim=1)
+    return jumps / (4 * brightness.mean(dim=1)).clamp_min(_TINY)
+
+
+def sample_distance(latents: Tensor, reference: Tensor) -> Tensor:
+    """Return `|a - b| / |b|` of samples from the same noise and prompt.
+
+    latents, reference: [B, ...] floating.
+
+    Returns [B] fp32: 0 for the same sample, about 1.4 for unrelated ones of equal size.
+    """
+    difference = (latents.float() - reference.float()).flatten(1).norm(dim=1)
+    return difference / reference.float().flatten(1).norm(dim=1).clamp_min(_TINY)
+
+
+def velocity_error(velocity: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare velocities at the same state.
+
+    velocity, reference: [B, ...] floating.
+
+    Returns the relative error `|u - v| / |v|` [B] (0 is best) and the cosine [B] in [-1, 1] (1 is
+    best), both fp32.
+    """
+    flat, flat_reference = velocity.float().flatten(1), reference.float().flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(flat, flat_reference, dim=1)
+    return sample_distance(velocity, reference), cosine
+
+
+@torch.no_grad()
+def velocity_error_by_sigma(
+    velocity_fn: VelocityFn, states: Tensor, references: Tensor, sigmas: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compare a velocity function with stored velocities, one noise level after another.
+
+    states: [K, B, C, F, H, W], the latents at each of K noise levels.
+    references: [K, B, C, F, H, W], the velocity that is right there.
+    sigmas: [K] in [0, 1].
+
+    Returns the relative error [K, B] and the cosine [K, B], fp32 (see `velocity_error`).
+    """
+    _, B, *_ = states.shape
+    pairs = [
+        velocity_error(velocity_fn(state, sigma.to(state.device).expand(B)), reference)
+        for state, reference, sigma in zip(states, references, sigmas, strict=True)
+    ]
+    errors, cosines = zip(*pairs, strict=True)
+    return torch.stack(errors), torch.stack(cosines)

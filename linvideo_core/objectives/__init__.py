@@ -1,0 +1,112 @@
+"""What the student is trained to do: one file an objective, all pure functions of velocities.
+
+An objective sees stored states and velocity functions, never a model.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import fraction, option, positive
+from ..flow import VelocityFn
+
+OBJECTIVES = ("adm", "adm_literal", "velocity", "dmd")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which loss, and where on the trajectory it is taken."""
+
+    objective: str = option("adm", "what the student is trained to match", choices=OBJECTIVES)
+    max_jump: int = option(6, "grid points that the student moves at most before it is compared")
+    prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
+    critic_learning_rate: float = option(1e-4, "learning rate of the critic (dmd)")
+    critic_steps: int = option(5, "critic updates for each update of the student (dmd)")
+
+    def __post_init__(self) -> None:
+        positive(self, "max_jump", "critic_learning_rate", "critic_steps")
+        fraction(self, "prompt_dropout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Stored states of the teacher's trajectories, each assigned to one guidance branch.
+
+    latents, velocity: [B, C, F, H, W]; velocity is the teacher's, in the sample's branch.
+    step: [B] int64, index into the sampling grid.
+    """
+
+    latents: Tensor
+    velocity: Tensor
+    step: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Players:
+    """Velocity functions of the models, bound to the batch's prompts.
+
+    student, teacher: the sample's own guidance branch.
+    student_guided: both branches combined, as the sampler calls the student.
+    critic: velocity of the student's own samples (dmd), None otherwise.
+    """
+
+    student: VelocityFn
+    student_guided: VelocityFn
+    teacher: VelocityFn
+    critic: VelocityFn | None = None
+
+
+class Objective(Protocol):
+    """A loss of the student on one batch.
+
+    Returns the scalar loss and figures to log. Gradients reach the student (and the critic) alone.
+    """
+
+    def __call__(
+        self, batch: Batch, players: Players, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def make_objective(config: ObjectiveConfig, sigmas: Tensor) -> Objective:
+    """Return the objective that `config` names, on the sampling grid `sigmas` [steps + 1]."""
+    from . import adm, adm_literal, dmd, velocity
+
+    makers: dict[str, Callable[[ObjectiveConfig, Tensor], Objective]] = {
+        "adm": adm.AnytimeDistributionMatching,
+        "adm_literal": adm_literal.LiteralAnytimeDistributionMatching,
+        "velocity": velocity.VelocityMatching,
+        "dmd": dmd.DistributionMatchingDistillation,
+    }
+    return makers[config.objective](config, sigmas)
+
+
+def needs_critic(config: ObjectiveConfig) -> bool:
+    """Say whether the objective trains a model of the student's own samples beside it."""
+    return config.objective == "dmd"
+
+
+def draw_jump(
+    step: Tensor, max_jump: int, min_jump: int, num_steps: int, generator: torch.Generator
+) -> Tensor:
+    """Draw the grid index [B] that each sample moves to: `min_jump` to `max_jump` points on.
+
+    The last index is `num_steps - 1`: at sigma 0 there is no score to match.
+    """
+    jump = torch.randint(min_jump, max_jump + 1, step.shape, generator=generator).to(step.device)
+    return (step + jump).clamp(max=num_steps - 1)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Return the mean over all but the batch axis of x squared, [B]."""
+    return x.float().square().flatten(1).mean(dim=1)
+
+
+def surrogate_loss(latents: Tensor, gradient: Tensor) -> Tensor:
+    """Return a scalar whose gradient with respect to `latents` is `gradient` / B, per sample mean.
+
+    Both are [B, ...]; nothing flows through `gradient`.
+    """
+    return (latents.float() * gradient.detach().float()).flatten(1).mean(dim=1).mean()

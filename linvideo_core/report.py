@@ -1,0 +1,318 @@
+"""Pictures of a transfer: plots of its training, strips and animations of its samples.
+
+Plots are drawn through matplotlib's objects, never its global state, so they are safe in a host
+that draws for itself. Colours are those of Okabe and Ito, which colour-blind readers tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .storage import replacing
+
+Row = Mapping[str, Any]
+
+INK, QUIET, PAPER = "#222222", "#767676", "#ffffff"
+BLUE, VERMILION = "#0072B2", "#D55E00"
+_COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DPI = 150
+
+_STRIP_FRAME_SIZE = 96
+_ANIMATION_SCALE = 3
+_FRAME_MILLISECONDS = 100
+_FADE_FRAMES = 3
+_GAP, _MARGIN = 6, 20
+_INK_GREY, _QUIET_GREY, _PAPER_GREY = 34, 118, 255
+
+
+def plot_layer_scores(
+    rows: Sequence[Row], path: Path, *, target: int, hardened_at: int | None = None
+) -> None:
+    """Draw every layer's score r over training, coloured by depth, the linear layers in bold.
+
+    rows: from metrics.jsonl, with `step` and `layer_scores`; others are passed over.
+    target: how many layers were to become linear.
+    hardened_at: the step from which the rounded choice was trained.
+
+    Raises ValueError when no row has layer scores.
+    """
+    rows = [row for row in rows if row.get("layer_scores")]
+    if not rows:
+        raise ValueError("no layer scores were recorded, so there is nothing to plot")
+    steps = [row["step"] for row in rows]
+    scores = np.array([row["layer_scores"] for row in rows], dtype=float)
+    is_linear = scores[-1] < 0.5
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(is_linear)))
+    figure = _figure(9.0, 4.6)
+    axes, legend = figure.subplots(1, 2, width_ratios=(1, 0.09))
+    _style(axes, "training step", "layer score r")
+    for layer, colour in enumerate(colours):
+        width, alpha = (2.0, 1.0) if is_linear[layer] else (0.9, 0.55)
+        axes.plot(steps, scores[:, layer], color=colour, linewidth=width, alpha=alpha)
+    axes.axhline(0.5, color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
+    axes.set_ylim(-0.04, 1.04)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0  linear", "0.25", "0.5", "0.75", "1  softmax"])
+    if hardened_at is not None:
+        _mark_step(axes, hardened_at, "hardened")
+    count, total = int(is_linear.sum()), len(is_linear)
+    _title(axes, f"{count} of {total} layers are linear (target {target})")
+    _draw_layers(legend, is_linear, colours)
+    _save(figure, path)
+
+
+def plot_losses(rows: Sequence[Row], path: Path) -> None:
+    """Draw the loss over training, smoothed above its raw values, and its `*_loss` terms.
+
+    rows: from metrics.jsonl, with `step` and `loss`.
+
+    Raises ValueError when no row has a loss.
+    """
+    rows = [row for row in rows if row.get("loss") is not None]
+    if not rows:
+        raise ValueError("no losses were recorded, so there is nothing to plot")
+    names = [n for n in dict.fromkeys(k for r in rows for k in r) if n.endswith("_loss")]
+    figure = _figure(9.0, 4.6)
+    axes = figure.subplots()
+    _style(axes, "training step", "loss")
+    smallest, largest = np.inf, -np.inf
+    for i, name in enumerate(["loss", *names]):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        steps, values = np.array(points, dtype=float).T
+        colour, smooth = _COLOURS[i % len(_COLOURS)], _smooth(values)
+        if name == "loss":
+            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+        axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name.replace("_", " "))
+        smallest, largest = min(smallest, values.min()), max(largest, values.max())
+    if 0 < 10 * smallest < largest:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if names:
+        axes.legend(frameon=False, labelcolor=INK)
+    _title(axes, "Loss")
+    _save(figure, path)
+
+
+def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
+    """Draw the velocity's relative error and cosine by noise level, a line for each model.
+
+    rows: dicts with `model`, `sigma`, `velocity_error` and `velocity_cosine`.
+    """
+    if not rows:
+        raise ValueError("no velocity errors were measured, so there is nothing to plot")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = _figure(9.0, 4.0)
+    panels = figure.subplots(1, 2)
+    titles = {
+        "velocity_error": r"Velocity error  $\|u - v\| \,/\, \|v\|$",
+        "velocity_cosine": "Cosine to the teacher's velocity",
+    }
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        _style(axes, r"noise level $\sigma$  (sampling runs to the right)", "")
+        for i, model in enumerate(models):
+            mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["sigma"])
+            axes.plot(
+                [row["sigma"] for row in mine],
+                [row[key] for row in mine],
+                color=_COLOURS[i % len(_COLOURS)],
+                marker="osD^v"[i % 5],
+                markersize=4.5,
+                linewidth=1.8,
+                label=model,
+            )
+        axes.set_xlim(1.03, -0.03)
+        _title(axes, title)
+    panels[0].set_ylim(bottom=0)
+    low, _ = panels[1].get_ylim()
+    panels[1].set_ylim(min(low, 0.9), 1 + 0.04 * (1 - min(low, 0.9)))
+    panels[1].axhline(1, color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
+    panels[0].legend(frameon=False, labelcolor=INK)
+    _save(figure, path)
+
+
+def save_strip(videos: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
+    """Write a PNG: below each caption one labelled row a video, every second frame.
+
+    videos: name -> [B, F, H, W] floating in [0, 1]; B is the number of captions.
+    """
+    clips = {name: _to_grey(video[:, ::2]) for name, video in _checked(videos, captions).items()}
+    _, F, H, W = next(iter(clips.values())).shape
+    scale = max(1, round(_STRIP_FRAME_SIZE / max(H, W)))
+    label_font, caption_font = _font(15), _font(17, bold=True)
+    gutter = max(int(label_font.getlength(name)) for name in clips) + 14
+    cell_h, cell_w = H * scale, W * scale
+    block = 30 + len(clips) * (cell_h + _GAP) + _MARGIN
+    width = 2 * _MARGIN + gutter + F * (cell_w + _GAP) - _GAP
+    page = Image.new("L", (width, _MARGIN + len(captions) * block), _PAPER_GREY)
+    draw = ImageDraw.Draw(page)
+    for i, caption in enumerate(captions):
+        top = _MARGIN + i * block
+        text = _shorten(caption, caption_font, width - 2 * _MARGIN)
+        draw.text((_MARGIN, top), text, _INK_GREY, caption_font)
+        for j, (name, clip) in enumerate(clips.items()):
+            y = top + 30 + j * (cell_h + _GAP)
+            middle = (_MARGIN + gutter - 14, y + cell_h // 2)
+            draw.text(middle, name, _QUIET_GREY, label_font, anchor="rm")
+            for f in range(F):
+                x = _MARGIN + gutter + f * (cell_w + _GAP)
+                page.paste(_enlarge(clip[i, f], scale), (x, y))
+    _save_image(page, path, "PNG")
+
+
+def save_animation(videos: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
+    """Write a GIF that loops: a labelled column a video, a row a caption.
+
+    The last frame fades into the first, so that the loop neither jumps nor runs backwards, which
+    would hide the direction of the motion.
+
+    videos: name -> [B, F, H, W] floating in [0, 1]; B is the number of captions.
+    """
+    clips = {name: _to_grey(_close_loop(v)) for name, v in _checked(videos, captions).items()}
+    _, F, H, W = next(iter(clips.values())).shape
+    cell_h, cell_w = H * _ANIMATION_SCALE, W * _ANIMATION_SCALE
+    label_font, caption_font = _font(17, bold=True), _font(14)
+    labels = max(int(label_font.getlength(name)) for name in clips) + 16
+    step = max(cell_w + _GAP, labels)
+    width = 2 * _MARGIN + len(clips) * step - _GAP
+    row_h = cell_h + 34
+    page = Image.new("L", (width, 44 + len(captions) * row_h + _GAP), _PAPER_GREY)
+    draw = ImageDraw.Draw(page)
+    for j, name in enumerate(clips):
+        centre = _MARGIN + j * step + (step - _GAP) // 2
+        draw.text((centre, 24), name, _INK_GREY, label_font, anchor="mm")
+    for i, caption in enumerate(captions):
+        text = _shorten(caption, caption_font, width - 2 * _MARGIN)
+        y = 44 + i * row_h + cell_h + 14
+        draw.text((width // 2, y), text, _QUIET_GREY, caption_font, anchor="mm")
+    frames = []
+    for f in range(F):
+        frame = page.copy()
+        for i in range(len(captions)):
+            for j, clip in enumerate(clips.values()):
+                x = _MARGIN + j * step + (step - _GAP - cell_w) // 2
+                frame.paste(_enlarge(clip[i, f], _ANIMATION_SCALE), (x, 44 + i * row_h))
+        frames.append(frame)
+    _save_image(
+        frames[0], path, "GIF",
+        save_all=True, append_images=frames[1:], duration=_FRAME_MILLISECONDS, loop=0,
+    )  # fmt: skip
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12)
+    return figure
+
+
+def _style(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(colors=INK, labelsize=10)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label, color=INK, fontsize=11)
+    axes.set_ylabel(y_label, color=INK, fontsize=11)
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
+
+
+def _mark_step(axes: Axes, step: int, text: str) -> None:
+    axes.axvline(step, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+    axes.annotate(
+        text, (step, 0.5), xycoords=("data", "axes fraction"), xytext=(-5, 6),
+        textcoords="offset points", rotation=90, ha="right", va="bottom", color=INK, fontsize=10,
+    )  # fmt: skip
+
+
+def _draw_layers(axes: Axes, is_linear: np.ndarray, colours: np.ndarray) -> None:
+    """Draw a square for each layer, first on top, filled where it is linear: the legend."""
+    count = len(is_linear)
+    for layer in range(count):
+        face = colours[layer] if is_linear[layer] else "none"
+        axes.barh(layer, 1, height=0.72, facecolor=face, edgecolor=colours[layer], linewidth=1.2)
+    every = 1 if count <= 20 else 5
+    axes.set_yticks(range(0, count, every))
+    axes.set_ylim(count - 0.4, -0.6)
+    axes.set_xlim(0, 1.04)
+    axes.set_xticks([])
+    axes.tick_params(length=0, colors=INK, labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.set_title("layer", loc="left", color=INK, fontsize=10, pad=12)
+    axes.set_xlabel("filled:\nlinear", color=INK, fontsize=9)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Average over about a fiftieth of the run, exponentially, without a bias at its start."""
+    decay = 1 - 1 / max(1.0, len(values) / 50)
+    total = weight = 0.0
+    smooth = np.empty_like(values)
+    for i, value in enumerate(values):
+        total, weight = decay * total + value, decay * weight + 1
+        smooth[i] = total / weight
+    return smooth
+
+
+def _checked(videos: Mapping[str, Tensor], captions: Sequence[str]) -> Mapping[str, Tensor]:
+    shapes = {tuple(video.shape) for video in videos.values()}
+    if len(shapes) != 1 or len(shape := next(iter(shapes))) != 4 or shape[0] != len(captions):
+        raise ValueError(
+            f"videos of shapes {sorted(shapes)} and {len(captions)} captions given; videos of one "
+            "shape [B, F, H, W] and B captions are needed"
+        )
+    return videos
+
+
+def _close_loop(video: Tensor) -> Tensor:
+    """Append a short fade from the last frame of [B, F, H, W] to the first."""
+    weights = torch.linspace(0, 1, _FADE_FRAMES + 2, device=video.device)[1:-1]
+    first, last = video[:, :1].float(), video[:, -1:].float()
+    return torch.cat([video.float(), torch.lerp(last, first, weights.view(1, -1, 1, 1))], dim=1)
+
+
+def _to_grey(video: Tensor) -> np.ndarray:
+    finite = video.detach().float().nan_to_num(0.0).clamp(0, 1)
+    return finite.mul(255).round().byte().cpu().numpy()
+
+
+def _enlarge(frame: np.ndarray, scale: int) -> Image.Image:
+    H, W = frame.shape
+    return Image.fromarray(frame).resize((W * scale, H * scale), Image.Resampling.NEAREST)
+
+
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, which matplotlib carries on every system."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name), size)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Cut a text, with an ellipsis, to what fits into `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI)
+
+
+def _save_image(image: Image.Image, path: Path, kind: str, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        image.save(temporary, format=kind, **options)

@@ -1,0 +1,49 @@
+"""The folder of one run: it explains itself, and repeating the command continues in it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import to_json
+from .storage import write_text
+
+
+def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None:
+    """Create the folder with `config.json`, or check that it belongs to the same config.
+
+    ignore: field names that may differ between the first call and a later one.
+
+    Raises ValueError naming the first setting that differs.
+    """
+    path = folder / "config.json"
+    wanted = to_json(config)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, wanted)
+        return
+    try:
+        found = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete {folder} or choose another --out"
+        ) from error
+    for name, value in _leaves(json.loads(wanted)):
+        if name not in ignore and found.get(name) != value:
+            raise ValueError(
+                f"{folder} was made with {name} {found.get(name)} and {value} was given; choose "
+                "another --out, or repeat the first command to continue it"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield name, value

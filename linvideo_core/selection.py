@@ -1,0 +1,135 @@
+"""Selective transfer: learn which layers become linear (LinVideo section 3.2).
+
+Each layer mixes `r softmax + (1 - r) linear` with a learnable layer score r in [0, 1]. Every layer
+starts at r = 1 - target / layers, where the budget is met exactly; the objective then decides
+which layers give softmax up, the budget holds the sum, and the rounding loss drives each r to 0
+or 1. The choice is hardened long before training ends, and the rest of training runs on it.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .attention import MixedAttention
+from .config import fraction, option, positive
+
+logger = logging.getLogger(__name__)
+
+BUDGETS = ("sum", "rounded")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """How many layers become linear and how they are found."""
+
+    target: int = option(5, "layers to make linear")
+    selection_share: float = option(0.3, "share of the training steps spent choosing layers")
+    layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
+    selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
+    budget: str = option("sum", "count layers by the sum of 1 - r, or rounded", choices=BUDGETS)
+    alpha_start: float = option(20.0, "exponent of the rounding loss at the start")
+    alpha_end: float = option(2.0, "exponent of the rounding loss when the choice is made")
+
+    def __post_init__(self) -> None:
+        positive(self, "target", "layer_score_learning_rate", "alpha_start", "alpha_end")
+        fraction(self, "selection_share")
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Round forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def budget_loss(layer_scores: Tensor, target: int, budget: str) -> Tensor:
+    """Return `(number of linear layers - target)^2` for layer scores [layers] (LinVideo eq. 6).
+
+    "rounded" counts `round(1 - r)` with a straight-through gradient, as the paper does: its sign
+    flips whenever a layer crosses 0.5, which holds layers there. "sum" counts `1 - r` itself.
+    """
+    linear = 1 - layer_scores
+    if budget == "rounded":
+        linear = _RoundStraightThrough.apply(linear)
+    return (linear.sum() - target).square()
+
+
+def rounding_loss(layer_scores: Tensor, alpha: float) -> Tensor:
+    """Return `sum (1 - |2 r - 1|^alpha)`, zero only where every r is 0 or 1 (LinVideo eq. 7)."""
+    return (1 - (2 * layer_scores - 1).abs().pow(alpha)).sum()
+
+
+def alpha_at(config: SelectionConfig, share: float) -> float:
+    """Return the exponent at `share` in [0, 1] of the selection: geometric from start to end."""
+    return config.alpha_start * (config.alpha_end / config.alpha_start) ** share
+
+
+def choose(layer_scores: Tensor, target: int) -> tuple[int, ...]:
+    """Return the indices of the `target` layers with the lowest r, in depth order."""
+    return tuple(sorted(layer_scores.argsort(stable=True)[:target].tolist()))
+
+
+class Selection:
+    """The layer scores of a student on their way from mixed to hardened."""
+
+    def __init__(
+        self, mixed: Mapping[int, MixedAttention], config: SelectionConfig, num_steps: int
+    ) -> None:
+        """mixed: the mixed attention of every layer; num_steps: steps of the whole training.
+
+        Raises ValueError for a target larger than the number of layers.
+        """
+        if config.target > len(mixed):
+            raise ValueError(
+                f"--target {config.target} given; the model has {len(mixed)} self-attention layers"
+            )
+        self.mixed = dict(mixed)
+        self.config = config
+        self.harden_at = max(1, round(config.selection_share * num_steps))
+        for module in self.mixed.values():
+            module.layer_score.data.fill_(1 - config.target / len(mixed))
+
+    @property
+    def layers(self) -> list[int] | None:
+        """The linear layers once the choice is made, None before."""
+        chosen = [layer for layer, module in self.mixed.items() if module.choice == "linear"]
+        return chosen or None
+
+    def layer_scores(self) -> Tensor:
+        """Return r of every layer [layers], with gradient."""
+        return torch.stack([module.layer_score for module in self.mixed.values()])
+
+    def loss(self, step: int) -> Tensor:
+        """Return `lambda (L_con + L_reg)` while layers are being chosen, 0 afterwards."""
+        scores = self.layer_scores()
+        if self.layers is not None:
+            return scores.new_zeros(())
+        alpha = alpha_at(self.config, min(1.0, step / self.harden_at))
+        budget = budget_loss(scores, self.config.target, self.config.budget)
+        return self.config.selection_weight * (budget + rounding_loss(scores, alpha))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Keep every r in [0, 1]; make the choice when `step` is the last of the selection."""
+        if self.layers is not None:
+            return
+        for module in self.mixed.values():
+            module.layer_score.clamp_(0, 1)
+        if step + 1 >= self.harden_at:
+            names = list(self.mixed)
+            picks = choose(self.layer_scores(), self.config.target)
+            self.harden([names[pick] for pick in picks])
+
+    def harden(self, layers: list[int]) -> None:
+        """Make exactly `layers` linear and all others softmax."""
+        for layer, module in self.mixed.items():
+            module.harden("linear" if layer in layers else "softmax")
+        logger.info("linear layers from here on: %s", layers)

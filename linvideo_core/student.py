@@ -1,0 +1,170 @@
+"""The student: a copy of the teacher with mixed attention, and the task of training it."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import lora
+from .adapters import (
+    AttentionSite,
+    checkpoint_activations,
+    identify,
+    install,
+    shapes_of,
+    trainable_weights,
+)
+from .attention import LinearAttention, MixedAttention
+from .batches import draw_batch
+from .config import option, positive
+from .models.denoiser import bind, bind_guided
+from .objectives import ObjectiveConfig, Players, make_objective, needs_critic
+from .selection import Selection, SelectionConfig
+from .subject import Subject
+from .training import ParameterGroup, TrainingConfig
+from .trajectories import Trajectories
+from .warm_start import feature_maps
+
+PARAMETERS = ("full", "lora", "feature_maps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """What of the student may move."""
+
+    parameters: str = option("full", "weights that are trained and saved", choices=PARAMETERS)
+    lora_rank: int = option(32, "rank of the weight changes (parameters lora)")
+    feature_ratio: int = option(1, "features M of a query or key, in units of the head dim: 1 or 2")
+
+    def __post_init__(self) -> None:
+        positive(self, "lora_rank", "feature_ratio")
+
+
+class Student:
+    """A copy of the teacher whose attention sites all hold a `MixedAttention`.
+
+    model: the copy; mixed: layer -> its mixed attention; weights: the trainable weights by name.
+    """
+
+    def __init__(self, subject: Subject, config: StudentConfig, *, seed: int) -> None:
+        """Raises ValueError for a model of an unknown family or a rank that is too large."""
+        self.config = config
+        self.family, self.sites = identify(shapes_of(subject.model))
+        self.model = copy.deepcopy(subject.model)
+        device = subject.prompt_embeds.device
+        generator = torch.Generator().manual_seed(seed)
+
+        def mix(site: AttentionSite) -> MixedAttention:
+            linear = LinearAttention(
+                site.num_heads, site.head_dim, config.feature_ratio * site.head_dim
+            )
+            linear.init_weights(generator)
+            return MixedAttention(linear, 1.0).to(device)
+
+        self.weights = self._free_weights(seed)
+        install(self.model, self.sites, mix)
+        self.mixed: dict[int, MixedAttention] = {
+            site.layer: self.model.get_submodule(site.name).attention for site in self.sites
+        }
+
+    def _free_weights(self, seed: int) -> dict[str, nn.Parameter]:
+        self.model.requires_grad_(False)
+        if self.config.parameters == "feature_maps":
+            return {}
+        if self.config.parameters == "lora":
+            prefix = self.family.trainable_prefix
+            changes = lora.attach(self.model, prefix, self.config.lora_rank, seed)
+            return {
+                f"{name}.lora.{side}": getattr(change, side)
+                for name, change in changes.items()
+                for side in ("down", "up")
+            }
+        weights = trainable_weights(self.model, self.family, self.sites)
+        for parameter in weights.values():
+            parameter.requires_grad_(True)
+        return weights
+
+
+class TransferTask:
+    """Train a student with an objective while its layers are being selected (LinVideo eq. 9)."""
+
+    def __init__(
+        self,
+        student: Student,
+        subject: Subject,
+        trajectories: Trajectories,
+        *,
+        selection: SelectionConfig,
+        objective: ObjectiveConfig,
+        training: TrainingConfig,
+        precision: str,
+    ) -> None:
+        self.student = student
+        self.subject = subject
+        self.trajectories = trajectories
+        self.selection = Selection(student.mixed, selection, training.steps)
+        self.selection_config = selection
+        self.objective_config = objective
+        self.training = training
+        self.precision = precision
+        self.objective = make_objective(objective, trajectories.sigmas)
+        self.critic: nn.Module | None = None
+        if needs_critic(objective):
+            self.critic = copy.deepcopy(subject.model).requires_grad_(True)
+        if training.activation_checkpointing:
+            checkpoint_activations(student.model, student.sites)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return weights, feature maps, layer scores, and the critic where there is one."""
+        scores = {f"{layer}.layer_score": m.layer_score for layer, m in self.student.mixed.items()}
+        groups = [
+            ParameterGroup(self.student.weights, self.training.learning_rate),
+            ParameterGroup(feature_maps(self.student.mixed), self.training.map_learning_rate),
+            ParameterGroup(scores, self.selection_config.layer_score_learning_rate),
+        ]
+        if self.critic is not None:
+            critic = {f"critic.{name}": p for name, p in self.critic.named_parameters()}
+            groups.append(ParameterGroup(critic, self.objective_config.critic_learning_rate))
+        return [group for group in groups if group.parameters]
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Return the objective on a fresh batch plus the selection losses."""
+        drawn = draw_batch(
+            self.subject,
+            self.trajectories,
+            self.training.batch_size,
+            self.objective_config.prompt_dropout,
+            generator,
+        )
+        branch = drawn.branch_embeds
+        players = Players(
+            student=bind(self.student.model, branch, precision=self.precision),
+            student_guided=bind_guided(
+                self.student.model,
+                drawn.prompt_embeds,
+                drawn.negative_embeds,
+                self.trajectories.guidance_scale,
+                precision=self.precision,
+            ),
+            teacher=bind(self.subject.model, branch, precision=self.precision),
+            critic=self.critic and bind(self.critic, branch, precision=self.precision),
+        )
+        objective_loss, metrics = self.objective(drawn.batch, players, step, generator)
+        scores = self.selection.layer_scores().detach().clone()
+        metrics |= {"objective_loss": objective_loss.detach(), "layer_scores": scores}
+        return objective_loss + self.selection.loss(step), metrics
+
+    def after_step(self, step: int) -> None:
+        """Advance the selection."""
+        self.selection.after_step(step)
+
+    def state(self) -> dict[str, Any]:
+        """Return the hardened choice."""
+        return {"layers": self.selection.layers}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take the hardened choice back."""
+        if state["layers"] is not None:
+            self.selection.harden(state["layers"])

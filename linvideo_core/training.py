@@ -1,0 +1,230 @@
+"""fit(): accumulate, clip, step, average, log, checkpoint, resume. Knows nothing of attention.
+
+Every random draw of a step comes from a generator seeded by (seed, step), so an interrupted run
+that is started again ends in the same weights as an unbroken one.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import fraction, option, positive
+from .progress import Progress, silent
+from .storage import write_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The optimiser's settings, and how often progress is written down."""
+
+    steps: int = option(300, "optimiser steps")
+    batch_size: int = option(4, "samples of one forward pass")
+    accumulation: int = option(1, "forward passes for one optimiser step")
+    learning_rate: float = option(5e-4, "peak learning rate of the weights")
+    map_learning_rate: float = option(2e-3, "peak learning rate of the feature maps")
+    warmup_steps: int = option(20, "steps of linear warm-up; a cosine to zero follows")
+    clip_norm: float = option(1.0, "gradients are scaled down to this norm")
+    ema_decay: float = option(0.99, "decay of the weight average that is kept as the result")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
+    checkpoint_every: int = option(50, "steps between checkpoints")
+    log_every: int = option(5, "steps between rows of metrics.jsonl")
+    activation_checkpointing: bool = option(False, "recompute blocks backward to save memory")
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch_size", "accumulation", "learning_rate", "map_learning_rate")
+        positive(self, "clip_norm", "checkpoint_every", "log_every")
+        fraction(self, "ema_decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters by name that share a peak learning rate."""
+
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+
+
+class Task(Protocol):
+    """What is trained: parameters, a loss, and whatever must survive a restart besides them."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return the trainable parameters; names are unique over all groups."""
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Return the loss of one forward pass and figures to log."""
+
+    def after_step(self, step: int) -> None:
+        """React to a finished optimiser step."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides parameters, as JSON."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+
+def seed_step(seed: int, step: int) -> torch.Generator:
+    """Return the generator of one training step, independent of all steps before it."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def learning_rate_share(step: int, config: TrainingConfig) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def fit(
+    task: Task,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    stage: str = "training",
+    progress: Progress = silent,
+) -> None:
+    """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
+
+    Leaves `metrics.jsonl` and `checkpoint.safetensors` in `folder`, and the averaged weights in
+    the task's parameters.
+
+    Raises ValueError when the loss is no longer finite; the last good checkpoint is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(task, config, folder)
+    first = run.resume()
+    progress(stage, first, config.steps)
+    for step in range(first, config.steps):
+        row = run.take_step(step, seed_step(seed, step))
+        is_last = step + 1 == config.steps
+        if step % config.log_every == 0 or is_last:
+            row = run.log(step, row)
+            progress(stage, step + 1, config.steps, loss=row["loss"])
+        if (step + 1) % config.checkpoint_every == 0 or is_last:
+            run.save(step + 1)
+    run.keep_average()
+
+
+class _Run:
+    """The mutable state of one fit: parameters, optimiser, average, files."""
+
+    def __init__(self, task: Task, config: TrainingConfig, folder: Path) -> None:
+        self.task = task
+        self.config = config
+        self.checkpoint_path = folder / "checkpoint.safetensors"
+        self.metrics_path = folder / "metrics.jsonl"
+        groups = task.parameter_groups()
+        self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.peaks = [group.learning_rate for group in groups]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(group.parameters.values())} for group in groups],
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+        )
+
+    def take_step(self, step: int, generator: torch.Generator) -> dict[str, Any]:
+        """Run one optimiser step; return what to log, still as tensors."""
+        share = learning_rate_share(step, self.config)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * share
+        total = torch.zeros(())
+        metrics: dict[str, Any] = {}
+        for _ in range(self.config.accumulation):
+            loss, metrics = self.task.loss(step, generator)
+            (loss / self.config.accumulation).backward()
+            total = total.to(loss.device) + loss.detach() / self.config.accumulation
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step(step)
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            current = [p.detach() for p in self.parameters.values()]
+            torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        return {"loss": total, "gradient_norm": norm, "learning_rate_share": share, **metrics}
+
+    def log(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
+        """Append a row to metrics.jsonl and return it in plain numbers."""
+        plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
+        if not math.isfinite(plain["loss"]):
+            raise ValueError(
+                f"the loss became {plain['loss']} at step {step}; the last good checkpoint is "
+                f"{self.checkpoint_path}: start again with a lower --learning-rate"
+            )
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **plain}) + "\n")
+        return plain
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint after `step` finished steps."""
+        tensors = {f"average/{n}": t for n, t in self.average.items()}
+        for name, parameter in self.parameters.items():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"{name} is no longer finite after step {step}; the last good checkpoint is "
+                    f"{self.checkpoint_path}: start again with a lower --learning-rate"
+                )
+            tensors[f"parameter/{name}"] = parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam/{key}/{name}"] = value
+        state = json.dumps(self.task.state())
+        write_tensors(self.checkpoint_path, tensors, {"step": str(step), "state": state})
+
+    def resume(self) -> int:
+        """Take the checkpoint's state, drop later metrics; return the number of finished steps."""
+        if not self.checkpoint_path.exists():
+            self.metrics_path.unlink(missing_ok=True)
+            return 0
+        try:
+            with safe_open(self.checkpoint_path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            step = int(metadata["step"])
+            self._restore(tensors)
+            self.task.load_state(json.loads(metadata["state"]))
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.checkpoint_path} cannot be continued from ({error}); delete it to start "
+                "this stage again"
+            ) from error
+        self._drop_metrics_from(step)
+        if step < self.config.steps:
+            logger.info("continuing from step %d of %d", step, self.config.steps)
+        return step
+
+    @torch.no_grad()
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            self.average[name].copy_(tensors[f"average/{name}"])
+            if f"adam/step/{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"adam/step/{name}"],
+                    "exp_avg": tensors[f"adam/exp_avg/{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"adam/exp_avg_sq/{name}"].to(parameter.device),
+                }
+
+    def _drop_metrics_from(self, step: int) -> None:
+        if self.metrics_path.exists():
+            rows = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
+            self.metrics_path.write_text("".join(whole), encoding="utf-8")
+
+    @torch.no_grad()
+    def keep_average(self) -> None:
+        """Replace the parameters by their average."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.average[name])

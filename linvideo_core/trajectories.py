@@ -1,0 +1,197 @@
+"""Sample the teacher and store states of its trajectories: the method's only training data.
+
+The teacher's own sampler runs with guidance; at a few noise levels of each trajectory the state
+and both branches' velocities are kept. Shards are written one by one: a repeated call continues
+after the last whole one.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .config import option, positive
+from .flow import make_sigmas, sample_euler
+from .models.denoiser import bind_guided
+from .progress import Progress, silent
+from .storage import write_tensors
+from .subject import Subject
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig:
+    """How the teacher is sampled and how much of it is kept."""
+
+    num_trajectories: int = option(24, "videos that the teacher samples")
+    states_per_trajectory: int = option(8, "noise levels kept of each, spread over the trajectory")
+    sampler_steps: int = option(50, "Euler steps of the teacher")
+    guidance_scale: float = option(3.0, "classifier-free guidance of the teacher")
+    shift: float = option(3.0, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
+    shard_size: int = option(8, "videos sampled together and stored in one file")
+
+    def __post_init__(self) -> None:
+        positive(
+            self,
+            "num_trajectories",
+            "states_per_trajectory",
+            "sampler_steps",
+            "shift",
+            "shard_size",
+        )
+        if self.states_per_trajectory > self.sampler_steps:
+            raise ValueError(
+                f"--states-per-trajectory {self.states_per_trajectory} given; at most "
+                f"--sampler-steps {self.sampler_steps} can be kept"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class States:
+    """A batch of stored states.
+
+    latents, conditional, unconditional: [B, C, F, H, W], the state and the teacher's velocity in
+        both guidance branches.
+    step: [B] int64, index into the sampling grid; prompt: [B] int64, index into the prompts.
+    """
+
+    latents: Tensor
+    conditional: Tensor
+    unconditional: Tensor
+    step: Tensor
+    prompt: Tensor
+
+
+class Trajectories:
+    """Stored shards, memory-mapped; `draw` picks states at random."""
+
+    def __init__(self, paths: Sequence[Path], config: TrajectoryConfig) -> None:
+        self.guidance_scale = config.guidance_scale
+        self.sigmas = make_sigmas(config.sampler_steps, config.shift)
+        self._shards = [load_file(path) for path in paths]
+        self._ends = torch.tensor([shard["step"].numel() for shard in self._shards]).cumsum(0)
+
+    def __len__(self) -> int:
+        """Return the number of stored states."""
+        return int(self._ends[-1])
+
+    def draw(
+        self, batch_size: int, generator: torch.Generator, device: torch.device | str
+    ) -> States:
+        """Pick `batch_size` states, each equally likely, and bring them to `device` in fp32."""
+        picks = torch.randint(len(self), (batch_size,), generator=generator)
+        rows: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(States)}
+        for pick in picks:
+            index = int(torch.searchsorted(self._ends, pick, right=True))
+            shard = self._shards[index]
+            num_kept = shard["step"].shape[1]
+            offset = int(pick) - (int(self._ends[index - 1]) if index else 0)
+            video, state = divmod(offset, num_kept)
+            rows["prompt"].append(shard["prompt"][video])
+            for name in ("latents", "conditional", "unconditional", "step"):
+                rows[name].append(shard[name][video, state])
+        stacked = {name: torch.stack(values).to(device) for name, values in rows.items()}
+        return States(**{n: t.float() if t.is_floating_point() else t for n, t in stacked.items()})
+
+
+def collect(
+    subject: Subject,
+    config: TrajectoryConfig,
+    folder: Path,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Trajectories:
+    """Sample the teacher until `folder` holds all shards, and open them.
+
+    Raises ValueError when the folder holds shards of another teacher, config or seed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = json.dumps([subject.name, seed, precision, dataclasses.asdict(config)])
+    num_shards = -(-config.num_trajectories // config.shard_size)
+    paths = [folder / f"shard-{i:05d}.safetensors" for i in range(num_shards)]
+    for i, path in enumerate(paths):
+        first = i * config.shard_size
+        progress("sampling the teacher", first, config.num_trajectories)
+        if not _is_whole(path, identity):
+            size = min(config.shard_size, config.num_trajectories - first)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+            tensors = _sample_shard(subject, config, size, generator, precision)
+            write_tensors(path, tensors, {"identity": identity})
+    progress("sampling the teacher", config.num_trajectories, config.num_trajectories)
+    return Trajectories(paths, config)
+
+
+def _is_whole(path: Path, identity: str) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("identity")
+    except SafetensorError:
+        logger.warning("%s is damaged and will be sampled again", path)
+        return False
+    if found != identity:
+        raise ValueError(
+            f"{path} was sampled with other settings; delete {path.parent} or choose another --out"
+        )
+    return True
+
+
+@torch.no_grad()
+def _sample_shard(
+    subject: Subject,
+    config: TrajectoryConfig,
+    size: int,
+    generator: torch.Generator,
+    precision: str,
+) -> dict[str, Tensor]:
+    device = subject.prompt_embeds.device
+    prompt = torch.randint(len(subject.prompts), (size,), generator=generator)
+    noise = torch.randn(size, *subject.latent_shape, generator=generator).to(device)
+    kept_steps = _spread(size, config.states_per_trajectory, config.sampler_steps, generator)
+    kept: dict[str, list[Tensor]] = {"latents": [], "conditional": [], "unconditional": []}
+    branches: list[Tensor] = []
+
+    def on_branches(conditional: Tensor, unconditional: Tensor) -> None:
+        branches[:] = conditional, unconditional
+
+    def on_step(step: int, latents: Tensor, velocity: Tensor) -> None:
+        rows = (kept_steps == step).any(dim=1).nonzero().squeeze(1)
+        for name, tensor in zip(kept, (latents, *branches), strict=True):
+            kept[name].append(tensor[rows.to(device)].half().cpu())
+        order.append(rows)
+
+    order: list[Tensor] = []
+    velocity_fn = bind_guided(
+        subject.model,
+        subject.prompt_embeds[prompt.to(device)],
+        subject.negative_embeds.expand(size, -1, -1),
+        config.guidance_scale,
+        precision=precision,
+        on_branches=on_branches,
+    )
+    sample_euler(
+        velocity_fn, noise, make_sigmas(config.sampler_steps, config.shift), on_step=on_step
+    )
+    # States arrive step by step; a stable sort by video brings each video's together, in order.
+    by_video = torch.cat(order).argsort(stable=True)
+    shape = (size, config.states_per_trajectory)
+    stored = {name: torch.cat(parts)[by_video].unflatten(0, shape) for name, parts in kept.items()}
+    return {**stored, "step": kept_steps, "prompt": prompt}
+
+
+def _spread(size: int, num_kept: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """Pick `num_kept` of `num_steps` for each video, one in each of as many equal strata."""
+    edges = torch.linspace(0, num_steps, num_kept + 1).round().long()
+    widths = edges[1:] - edges[:-1]
+    offsets = (torch.rand(size, num_kept, generator=generator) * widths).long()
+    return edges[:-1] + offsets

@@ -1,0 +1,114 @@
+"""Layer-wise warm start: fit each layer's linear attention to its own softmax output.
+
+Only the feature maps move. Every layer sees the teacher's own queries, keys and values, so all
+layers are fitted at once from one teacher forward pass, without a backward pass through it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import MixedAttention
+from .batches import draw_batch
+from .config import option
+from .models.denoiser import bind
+from .subject import Subject
+from .training import ParameterGroup
+from .trajectories import Trajectories
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """How long the feature maps are fitted before the weights move."""
+
+    warm_start_steps: int = option(40, "steps of the layer-wise warm start; 0 leaves it out")
+    warm_start_learning_rate: float = option(1e-2, "peak learning rate of the warm start")
+
+    def __post_init__(self) -> None:
+        if self.warm_start_steps < 0 or not self.warm_start_learning_rate > 0:
+            raise ValueError(
+                f"--warm-start-steps {self.warm_start_steps} and --warm-start-learning-rate "
+                f"{self.warm_start_learning_rate} given; steps >= 0 and a rate > 0 are needed"
+            )
+
+
+class WarmStart:
+    """The task: relative squared error of linear to softmax output, averaged over layers."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        mixed: Mapping[int, MixedAttention],
+        subject: Subject,
+        trajectories: Trajectories,
+        *,
+        batch_size: int,
+        prompt_dropout: float,
+        learning_rate: float,
+        precision: str,
+    ) -> None:
+        self.student = student
+        self.mixed = mixed
+        self.subject = subject
+        self.trajectories = trajectories
+        self.batch_size = batch_size
+        self.prompt_dropout = prompt_dropout
+        self.learning_rate = learning_rate
+        self.precision = precision
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return the feature maps of every layer."""
+        return [ParameterGroup(feature_maps(self.mixed), self.learning_rate)]
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Return the mean over layers of `|linear - softmax|^2 / |softmax|^2`."""
+        drawn = draw_batch(
+            self.subject, self.trajectories, self.batch_size, self.prompt_dropout, generator
+        )
+        errors: list[Tensor] = []
+
+        def compare(module: MixedAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
+            with torch.enable_grad():
+                linear = module.linear(*(x.detach() for x in args)).float()
+                target = output.detach().float()
+                errors.append((linear - target).square().mean() / target.square().mean())
+
+        hooks = [module.register_forward_hook(compare) for module in self.mixed.values()]
+        choices = [module.choice for module in self.mixed.values()]
+        try:
+            for module in self.mixed.values():
+                module.choice = "softmax"
+            sigma = self.trajectories.sigmas.to(drawn.batch.latents.device)[drawn.batch.step]
+            with torch.no_grad():
+                bind(self.student, drawn.branch_embeds, precision=self.precision)(
+                    drawn.batch.latents, sigma
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, choice in zip(self.mixed.values(), choices, strict=True):
+                module.choice = choice
+        layer_errors = torch.stack(errors)
+        return layer_errors.mean(), {"layer_errors": layer_errors.detach()}
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows a step."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing but the parameters must survive a restart."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""
+
+
+def feature_maps(mixed: Mapping[int, MixedAttention]) -> dict[str, nn.Parameter]:
+    """Return the feature maps of all layers by unique name."""
+    return {
+        f"{layer}.{side}": getattr(module.linear, side)
+        for layer, module in mixed.items()
+        for side in ("query_map", "key_map")
+    }

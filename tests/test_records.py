@@ -1,0 +1,142 @@
+"""A record on disk, the table in the page and the check between them agree."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linvideo_core.records import (
+    REPOSITORY,
+    RESULTS_FOLDER,
+    RecordsConfig,
+    format_value,
+    read_record,
+    render_page,
+    render_table,
+    run,
+    write_record,
+)
+
+PAGE = "# Title\n\n<!-- record:demo -->\nold\n<!-- /record -->\n\nafter\n"
+ROWS = [{"model": "teacher", "accuracy": 0.98}, {"model": "student", "accuracy": 0.9, "seconds": 7}]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RecordsConfig:
+    write_record(
+        tmp_path / "results" / "demo.json", title="Demo", command="make it", rows=ROWS, device="cpu"
+    )
+    page = tmp_path / "README.md"
+    page.write_text(PAGE, encoding="utf-8")
+    return RecordsConfig(page=page, results=tmp_path / "results")
+
+
+def test_a_record_says_what_how_when_and_on_what(config: RecordsConfig) -> None:
+    record = read_record(config.results / "demo.json")
+    assert list(record) == ["title", "command", "date", "device", "versions", "rows"]
+    assert record["rows"] == ROWS
+    assert record["device"].startswith("CPU")
+    assert "torch" in record["versions"]
+
+
+def test_what_is_not_finite_is_stored_as_null(tmp_path: Path) -> None:
+    rows = [{"a": float("nan"), "b": [float("inf"), 1.5]}]
+    write_record(tmp_path / "x.json", title="t", command="c", rows=rows, device="cpu")
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text)["rows"] == [{"a": None, "b": [None, 1.5]}]
+
+
+def test_rendering_twice_changes_nothing_and_leaves_the_rest_of_the_page(
+    config: RecordsConfig,
+) -> None:
+    assert not run(config)
+    text = config.page.read_text(encoding="utf-8")
+    assert "| teacher | 0.980 | — |\n| student | 0.900 | 7 |\n" in text
+    assert "`make it`" in text
+    assert text.startswith("# Title\n\n<!-- record:demo -->\n")
+    assert text.endswith("<!-- /record -->\n\nafter\n")
+    assert run(config)
+    assert config.page.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(("is_current", "code"), [(False, 1), (True, 0)])
+def test_check_exits_with_1_where_page_and_records_differ(
+    config: RecordsConfig, is_current: bool, code: int
+) -> None:
+    if is_current:
+        run(config)
+    before = config.page.read_text(encoding="utf-8")
+    finished = call("--check", "true", "--page", config.page, "--results", config.results)
+    assert finished.returncode == code, finished.stderr
+    assert config.page.read_text(encoding="utf-8") == before
+
+
+def test_a_missing_record_ends_with_one_sentence_and_exit_code_2(config: RecordsConfig) -> None:
+    (config.results / "demo.json").unlink()
+    finished = call("--page", config.page, "--results", config.results)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1
+    assert "does not exist" in finished.stderr
+
+
+@pytest.mark.parametrize("text", ["<!-- record:demo -->\nopen", PAGE.replace("/record", "/rec")])
+def test_a_marker_that_does_not_close_is_refused(config: RecordsConfig, text: str) -> None:
+    with pytest.raises(ValueError, match="marker"):
+        render_page(text + PAGE, config.results)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"title": "x"}'])
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"x\.json"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "—"),
+        (True, "yes"),
+        (1000, "1,000"),
+        (8174.26, "8,174"),
+        (0.98, "0.980"),
+        (99.97, "100"),
+        (12.345, "12.3"),
+        (0.0, "0"),
+        (0.00012, "1.2e-04"),
+        (-0.5, "-0.500"),
+        (float("inf"), "—"),
+        ([1, 2, 5], "1, 2, 5"),
+        ("a|b", r"a\|b"),
+    ],
+)
+def test_values_are_shown_to_three_figures(value: object, shown: str) -> None:
+    assert format_value(value) == shown
+
+
+def test_columns_are_the_rows_keys_and_numbers_stand_right() -> None:
+    lines = render_table(ROWS).splitlines()
+    assert lines[0] == "| model | accuracy | seconds |"
+    assert lines[1] == "| --- | ---: | ---: |"
+
+
+@pytest.mark.skipif(not (REPOSITORY / "README.md").is_file(), reason="no README yet")
+def test_readme_shows_the_records() -> None:
+    assert run(RecordsConfig(check=True)), "run python -m linvideo_core.records"
+
+
+def test_stored_records_are_whole() -> None:
+    for path in RESULTS_FOLDER.glob("*.json"):
+        assert read_record(path)["rows"], path
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "linvideo_core.records", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
