@@ -38,6 +38,7 @@ class TrainingConfig:
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
     checkpoint_every: int = option(50, "steps between checkpoints")
     log_every: int = option(5, "steps between rows of metrics.jsonl")
+    compile: bool = option(False, "compile the blocks: a minute at the start, then much faster")
     activation_checkpointing: bool = option(False, "recompute blocks backward to save memory")
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import __version__, artifact
+from .adapters import compiled_blocks
 from .config import option, parse, run_command, to_json
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
@@ -128,15 +129,6 @@ def train(
     progress: Progress,
 ) -> None:
     """Warm-start the feature maps, then select layers and train the student."""
-    task = TransferTask(
-        student,
-        subject,
-        trajectories,
-        selection=config.selection,
-        objective=config.objective,
-        training=config.training,
-        precision=precision,
-    )
     if config.warm_start.warm_start_steps:
         warm_start = WarmStart(
             student.model,
@@ -153,7 +145,18 @@ def train(
         )
         folder = config.out / "warm_start"
         fit(warm_start, settings, folder, seed=config.seed, stage="warm start", progress=progress)
-    fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
+    task = TransferTask(
+        student,
+        subject,
+        trajectories,
+        selection=config.selection,
+        objective=config.objective,
+        training=config.training,
+        precision=precision,
+    )
+    compiled = [student.model, subject.model] if config.training.compile else []
+    with compiled_blocks(compiled, student.sites):
+        fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
 
 
 def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:

@@ -4,11 +4,13 @@ A model family is one file that makes a `ModelFamily`; nothing else in the proje
 family's parameter names.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -117,8 +119,27 @@ def trainable_weights(
     }
 
 
+def blocks(model: nn.Module, sites: list[AttentionSite]) -> list[nn.Module]:
+    """Return the transformer blocks that hold the sites, in depth order."""
+    return [model.get_submodule(site.name.rpartition(".")[0]) for site in sites]
+
+
 def checkpoint_activations(model: nn.Module, sites: list[AttentionSite]) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
-    for site in sites:
-        block = model.get_submodule(site.name.rpartition(".")[0])
+    for block in blocks(model, sites):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def compiled_blocks(models: Iterable[nn.Module], sites: list[AttentionSite]) -> Iterator[None]:
+    """Compile the blocks of some models while the context lasts; alike blocks share their code."""
+    compiled = [block for model in models for block in blocks(model, sites)]
+    # One entry a kind of attention, batch size and gradient mode: more than the default of 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in compiled:
+        block.forward = torch.compile(block.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        for block in compiled:
+            del block.forward

@@ -1,7 +1,7 @@
 """Clips of a handwritten digit moving in one of eight directions, rendered on any device.
 
-The handwriting is scikit-learn's `load_digits` (1,797 images of 8 x 8), drawn about 16 pixels
-high on a black canvas. Everything random comes from one `torch.Generator`, so a clip can be
+The handwriting is scikit-learn's `load_digits` (1,797 images of 8 x 8), drawn 10 pixels
+high on a black canvas of 32. Everything random comes from one `torch.Generator`, so a clip can be
 rebuilt from its seed.
 """
 
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-NUM_FRAMES = 12
-FRAME_SIZE = 48
-DIGIT_SIZE = 16
-MIN_SPEED, MAX_SPEED = 1.2, 2.2
+NUM_FRAMES = 28
+FRAME_SIZE = 32
+DIGIT_SIZE = 10
+MIN_SPEED, MAX_SPEED = 0.4, 0.68
 HELD_OUT_EVERY = 5
 
 # Word -> unit vector (x to the right, y downwards); the order is the order of motion labels.
@@ -46,7 +46,7 @@ class DigitImages(NamedTuple):
 class DigitClips(NamedTuple):
     """Rendered clips and what they show.
 
-    frames: [B, F, 48, 48] fp32 in [0, 1]
+    frames: [B, F, 32, 32] fp32 in [0, 1]
     digits: [B] int64, 0 to 9
     directions: [B] int64, index into `DIRECTIONS`
     """
@@ -120,7 +120,7 @@ def render_clips(
     step: [B, 2] fp32, pixels per frame
     pose: [B, 2, 2] fp32, optional; maps canvas offsets to image offsets (turn, zoom, slant)
 
-    Returns [B, F, 48, 48] fp32 in [0, 1].
+    Returns [B, F, 32, 32] fp32 in [0, 1].
     """
     B, _, _ = images.shape
     time = torch.arange(NUM_FRAMES, device=images.device, dtype=images.dtype)
@@ -141,9 +141,9 @@ def render_clips(
 def augment_clips(frames: Tensor, generator: torch.Generator) -> Tensor:
     """Spoil clips as a generator might: blur, gain, gamma, flicker, grain and blotches.
 
-    frames: [B, F, 48, 48] fp32, [0, 1]
+    frames: [B, F, 32, 32] fp32, [0, 1]
 
-    Returns [B, F, 48, 48] in [0, 1].
+    Returns [B, F, 32, 32] in [0, 1].
     """
     B, num_frames, height, width = frames.shape
 

@@ -44,7 +44,7 @@ class Judge(nn.Module):
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Judge clips.
 
-        frames: [B, F, 48, 48] fp32, [0, 1]
+        frames: [B, F, 32, 32] fp32, [0, 1]
 
         Returns digit_logits [B, 10], motion_logits [B, 8], features [B, 64].
         """
@@ -67,7 +67,7 @@ def measure_clips(
 ) -> dict[str, float]:
     """Measure how well clips show what was asked and how close they are to real clips.
 
-    frames: [B, F, 48, 48] floating, [0, 1]
+    frames: [B, F, 32, 32] floating, [0, 1]
     digits, directions: [B] int64, the labels that were asked for
 
     Returns digit_accuracy and motion_accuracy in [0, 1] and frechet_distance (0 is best).

@@ -32,7 +32,7 @@ def sample_and_measure(
 
     The seed alone decides the noise, so two models can be compared clip by clip.
 
-    Returns the measures of `measure_clips` and frames [num_samples, F, 48, 48] fp32, [0, 1].
+    Returns the measures of `measure_clips` and frames [num_samples, F, 32, 32] fp32, [0, 1].
     """
     device = judge.real_mean.device
     prompts = list(islice(cycle(all_prompts()), num_samples))
@@ -59,7 +59,7 @@ def sample_frames(
     noise: [B, 16, F, 12, 12] fp32
     sigmas: [steps + 1] fp32, falling 1 -> 0
 
-    Returns frames [B, F, 48, 48] fp32, [0, 1].
+    Returns frames [B, F, 32, 32] fp32, [0, 1].
     """
     device = noise.device
     unconditional = encode_prompts([""], device=device)

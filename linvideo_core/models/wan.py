@@ -70,8 +70,8 @@ def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.de
         shape = [1, 1, 1, size]
         shape[axis] = length
         angles.append(torch.outer(positions, 10000.0**-exponents).view(shape).expand(*grid, size))
-    angles = rearrange(torch.cat(angles, dim=-1), "f h w d -> (f h w) d")
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    joined = rearrange(torch.cat(angles, dim=-1), "f h w d -> (f h w) d")
+    return torch.stack([joined.cos(), joined.sin()]).float()
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class _Projections(nn.Module):
@@ -158,9 +158,10 @@ class WanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (self.modulation + modulation).to(x.dtype).split(1, dim=1)
         )
-        x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rotary)
+        attended = self.self_attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotary)
+        x = torch.addcmul(x, attended, gate1)
         x = x + self.cross_attn(self.norm3(x), context)
-        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+        return torch.addcmul(x, self.ffn(torch.addcmul(shift2, self.norm2(x), 1 + scale2)), gate2)
 
 
 class WanHead(nn.Module):
