@@ -58,12 +58,14 @@ def test_a_clip_moves_straight_in_its_named_direction_at_its_speed() -> None:
     frames, _, directions = make_clips(200)
     centre = centroids(frames)
     units = torch.tensor(list(DIRECTIONS.values()))[directions]
-    steps = centre.diff(dim=1)
-    speed = (steps * units[:, None]).sum(dim=-1)
-    sideways = steps - speed[..., None] * units[:, None]
+    velocity = (centre[:, -1] - centre[:, 0]) / (NUM_FRAMES - 1)
+    speed = (velocity * units).sum(dim=-1)
     assert set(directions.tolist()) == set(range(8))
-    assert speed.min() > MIN_SPEED - 0.1 and speed.max() < MAX_SPEED + 0.1
-    assert sideways.abs().max() < 0.1
+    assert speed.min() > MIN_SPEED - 0.01 and speed.max() < MAX_SPEED + 0.01
+    assert (velocity - speed[:, None] * units).abs().max() < 0.01
+    # Drawing 8 pixels as 10 moves a centre by up to 0.15 pixels with its place between pixels.
+    time = torch.arange(NUM_FRAMES)[:, None]
+    assert (centre - (centre[:, :1] + time * velocity[:, None])).abs().max() < 0.3
 
 
 def test_a_clip_stays_inside_the_canvas() -> None:
@@ -71,8 +73,8 @@ def test_a_clip_stays_inside_the_canvas() -> None:
     assert frames.shape == (200, NUM_FRAMES, FRAME_SIZE, FRAME_SIZE)
     assert frames.min() >= 0 and frames.max() <= 1
     mass = frames.sum(dim=(2, 3))
-    # A digit cut off by the border would lose brightness over time.
-    torch.testing.assert_close(mass, mass[:, :1].expand_as(mass), rtol=0.01, atol=0)
+    # A digit cut off by the border would lose brightness over time, a pixel's width a tenth.
+    torch.testing.assert_close(mass, mass[:, :1].expand_as(mass), rtol=0.04, atol=0)
 
 
 def test_the_generator_alone_decides_the_clips() -> None:
@@ -98,13 +100,13 @@ def test_the_codec_inverts_itself_and_clamps() -> None:
     assert wild.min() >= 0 and wild.max() <= 1
 
 
-def test_latents_of_real_clips_have_zero_mean_and_unit_variance() -> None:
+def test_latents_of_real_clips_have_zero_mean_and_half_unit_deviation() -> None:
     pytest.importorskip("sklearn", reason="the handwriting comes from scikit-learn")
     source = load_digit_images("train")
     clips = sample_clips(source, 512, generator=torch.Generator().manual_seed(5))
     latents = encode_frames(clips.frames)
     assert abs(latents.mean()) < 0.05
-    assert abs(latents.std() - 1) < 0.05
+    assert abs(latents.std() - 0.5) < 0.05
 
 
 def test_held_out_handwriting_is_a_fifth_and_never_trained_on() -> None:
