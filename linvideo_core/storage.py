@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,20 +15,25 @@ from torch import Tensor
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if the block succeeds.
 
+    The file gets the permissions of any new file, whatever the writer makes of them.
+
     Raises OSError, naming the file and saying that the earlier one is intact, if writing fails.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".linvideo-{secrets.token_hex(8)}.part"
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
-        with temporary.open("rb") as file:
+        # Some network and FAT drives have no permissions to set.
+        with contextlib.suppress(OSError):
+            temporary.chmod(mode)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"could not write {path} ({error}); the earlier file, if any, is intact: free some "
-            "space or choose another folder"
+            f"{path} could not be written and is as it was before ({error}): free space or choose "
+            "another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
