@@ -11,7 +11,8 @@ The flow, and the one noun that each stage hands on:
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
-    evaluation, report  measures, pictures               -> evidence
+    evaluation, bench   measures, on equal terms         -> comparison
+    comparison, report  teacher, swapped, student        -> tables and pictures
 
 Commands: `python -m linvideo_core.transfer`, `python -m linvideo_core.evaluate`.
 """

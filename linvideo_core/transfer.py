@@ -20,6 +20,7 @@ import torch
 from . import __version__, artifact
 from .adapters import compiled_blocks
 from .config import option, parse, run_command, to_json
+from .devices import device_option, precision_option, resolve_device, resolve_precision
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import open_run
@@ -48,10 +49,8 @@ class TransferConfig:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     out: Path = option(Path("runs/transfer"), "run folder")
     seed: int = option(0, "seed of everything random")
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    precision: str = option(
-        "auto", "of the matrix products; auto: bf16 on cuda", choices=("auto", "fp32", "bf16")
-    )
+    device: str = device_option()
+    precision: str = precision_option()
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -73,27 +72,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve_device(name: str) -> str:
-    """Return the device that "auto" stands for; refuse one that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} given, which this machine lacks: {reason}") from error
-    return name
-
-
 def run(config: TransferConfig, progress: Progress = silent) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
     device = resolve_device(config.device)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") else "fp32"
+    precision = resolve_precision(config.precision, device)
     subject = load_subject(config.subject).to(device)
     student = Student(subject, config.student, seed=config.seed)
     open_run(config.out, config)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import option, parse, run_command, to_json
+from ..evaluation import feature_statistics
 from ..models.wan import load_wan
 from ..progress import Progress, TqdmProgress, silent
 from ..records import write_record
@@ -26,7 +27,7 @@ from ..storage import write_tensors
 from . import weights_path
 from .digits import DigitImages, augment_clips, draw_poses, load_digit_images, sample_clips
 from .flow_matching import TeacherConfig, train_teacher
-from .judge import Judge, feature_statistics, load_judge, measure_clips
+from .judge import Judge, load_judge, measure_clips
 from .prompts import make_word_table
 from .sampling import sample_and_measure, save_contact_sheet
 
