@@ -19,7 +19,7 @@ from typing import Any
 from . import artifact as artifact_files
 from .adapters import shapes_of
 from .comparison import CompareConfig, compare_artifact, save_comparison, show_table
-from .config import option, parse, run_command, to_json
+from .config import option, parse, run_command, to_flags, to_json
 from .demo import weights_path
 from .devices import device_option, precision_option, resolve_device, resolve_precision
 from .progress import Progress, TqdmProgress, silent
@@ -100,15 +100,7 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
 
 def describe_command(config: EvaluateConfig) -> str:
     """Return the command that measures a record again: every flag that decides its numbers."""
-    words = ["python -m linvideo_core.evaluate"]
-    for given, usual in ((config, EvaluateConfig()), (config.comparison, CompareConfig())):
-        for field in dataclasses.fields(given):
-            value = getattr(given, field.name)
-            if field.name not in ("comparison", "out", "device") and value != getattr(
-                usual, field.name
-            ):
-                words.append(f"--{field.name.replace('_', '-')} {str(value).lower()}")
-    return " ".join(words)
+    return f"python -m linvideo_core.evaluate {to_flags(config, without=('out', 'device'))}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Measured tables: one JSON file each in results/, and the command that shows them in the README.
 
     python -m linvideo_core.records               # write the tables between README's markers
-    python -m linvideo_core.records --check true  # only say whether README shows the records
+    python -m linvideo_core.records --check       # only say whether README shows the records
 
 A table stands between `<!-- record:NAME -->` and `<!-- /record -->`, NAME being results/NAME.json.
 """
