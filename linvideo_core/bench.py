@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 4
 
+# Trajectories and training count their seeds up from the user's: noise and prompts of a comparison
+# must be none of theirs. PyTorch's CPU generator heeds the lower 32 bits alone.
+_HELD_OUT_SEED = 0x7E57_0000
 _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
 
 Row = dict[str, Any]
@@ -213,7 +216,7 @@ def count_linear_layers(model: nn.Module) -> tuple[int, int]:
 
 def draw_prompts(num_prompts: int, num_samples: int, seed: int) -> list[int]:
     """Return the prompt of each sample: all of them in random order, then all of them again."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
     rounds = -(-num_samples // num_prompts)
     order = [torch.randperm(num_prompts, generator=generator) for _ in range(rounds)]
     return torch.cat(order)[:num_samples].tolist()
@@ -221,7 +224,7 @@ def draw_prompts(num_prompts: int, num_samples: int, seed: int) -> list[int]:
 
 def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: int) -> Tensor:
     """Return noise [num_samples, C, F, H, W] on the CPU, each sample's the same at any number."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
     return torch.stack([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,16 @@ def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     }
     write_json(folder / EVALUATION_NAME, result)
     return result
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Return what `save_comparison` wrote into a folder; None where there is nothing whole."""
+    try:
+        result = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    keys = ("settings", "rows", "velocity_rows")
+    return result if isinstance(result, dict) and all(key in result for key in keys) else None
 
 
 def show_table(rows: Sequence[Row]) -> str:

@@ -35,12 +35,18 @@ _INK_GREY, _QUIET_GREY, _PAPER_GREY = 34, 118, 255
 
 
 def plot_layer_scores(
-    rows: Sequence[Row], path: Path, *, target: int, hardened_at: int | None = None
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    target: int,
+    layers: Sequence[int] | None = None,
+    hardened_at: int | None = None,
 ) -> None:
     """Draw every layer's score r over training, coloured by depth, the linear layers in bold.
 
     rows: from metrics.jsonl, with `step` and `layer_scores`; others are passed over.
     target: how many layers were to become linear.
+    layers: the linear layers; none: those whose last score is below one half.
     hardened_at: the step from which the rounded choice was trained.
 
     Raises ValueError when no row has layer scores.
@@ -51,6 +57,8 @@ def plot_layer_scores(
     steps = [row["step"] for row in rows]
     scores = np.array([row["layer_scores"] for row in rows], dtype=float)
     is_linear = scores[-1] < 0.5
+    if layers is not None:
+        is_linear = np.isin(np.arange(scores.shape[1]), list(layers))
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(is_linear)))
     figure = _figure(9.0, 4.6)
     axes, legend = figure.subplots(1, 2, width_ratios=(1, 0.09))

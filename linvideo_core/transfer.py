@@ -4,7 +4,8 @@ Without arguments the embedded model is linearized on whatever machine this is, 
     python -m linvideo_core.transfer --preset gpu
     python -m linvideo_core.transfer --model wan.safetensors --prompts prompts.safetensors
 Repeating a command continues where it stopped. The run folder holds config.json, the sampled
-trajectories, metrics, checkpoints, pictures, and the result: linearized.safetensors.
+trajectories, metrics, checkpoints, the result, linearized.safetensors, and the evidence: pictures
+and evaluation.json, which compare what was saved with its teacher.
 """
 
 import dataclasses
@@ -17,14 +18,22 @@ from typing import Any
 
 import torch
 
-from . import __version__, artifact
+from . import __version__, artifact, report
 from .adapters import compiled_blocks
-from .config import option, parse, run_command, to_json
+from .comparison import (
+    EVALUATION_NAME,
+    CompareConfig,
+    compare_artifact,
+    read_evaluation,
+    save_comparison,
+    show_table,
+)
+from .config import option, parse, positive, run_command, to_json
 from .devices import device_option, precision_option, resolve_device, resolve_precision
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
-from .run_folder import open_run
-from .selection import SelectionConfig
+from .run_folder import CONFIG_NAME, open_run, read_metrics
+from .selection import SelectionConfig, count_selection_steps
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
 from .training import TrainingConfig, fit
@@ -34,6 +43,33 @@ from .warm_start import WarmStart, WarmStartConfig
 logger = logging.getLogger(__name__)
 
 ARTIFACT_NAME = "linearized.safetensors"
+
+_EVIDENCE_FIELDS = ("evaluate_samples", "evaluate_batch_size")
+_SHOWN = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "velocity_error")
+_FILES = {
+    ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
+    "samples.gif": "the same videos by the teacher, before and after training",
+    "samples.png": "their frames side by side",
+    "layer_scores.png": "how training chose the layers",
+    "losses.png": "how training went",
+    "velocity_error.png": "how far the model is from its teacher, by noise level",
+    EVALUATION_NAME: "every measure",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """How much is sampled to compare the result with its teacher, by the teacher's own sampler."""
+
+    evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
+    evaluate_batch_size: int = option(8, "videos sampled together in the end")
+
+    def __post_init__(self) -> None:
+        positive(self, "evaluate_batch_size")
+        if self.evaluate_samples < 0 or self.evaluate_samples == 1:
+            raise ValueError(
+                f"--evaluate-samples {self.evaluate_samples} given; 0, or 2 or more are needed"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +83,7 @@ class TransferConfig:
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evidence: EvidenceConfig = dataclasses.field(default_factory=EvidenceConfig)
     out: Path = option(Path("runs/transfer"), "run folder")
     seed: int = option(0, "seed of everything random")
     device: str = device_option()
@@ -68,6 +105,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parameters": "lora",
         "checkpoint_every": 1000,
         "log_every": 50,
+        "evaluate_samples": 1000,
+        "evaluate_batch_size": 250,
     },
 }
 
@@ -77,12 +116,39 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
+    path = config.out / ARTIFACT_NAME
+    is_made = path.exists() and (config.out / CONFIG_NAME).exists()
+    if is_made:
+        open_run(config.out, config, ignore=_EVIDENCE_FIELDS)
+        if is_evaluated(config):
+            logger.info("%s is finished: nothing was left to do", config.out)
+            return path
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     subject = load_subject(config.subject).to(device)
+    if not is_made:
+        linearize(subject, config, precision, progress)
+    made = artifact.load(path)
+    draw_training(config, made.header.layers)
+    if not is_evaluated(config):
+        # What ships is what is measured: the saved file, in a model that is not compiled.
+        comparison = compare_artifact(
+            subject,
+            made,
+            compare_config(config),
+            seed=config.seed,
+            precision=precision,
+            progress=progress,
+        )
+        save_comparison(comparison, config.out)
+    return path
+
+
+def linearize(subject: Subject, config: TransferConfig, precision: str, progress: Progress) -> None:
+    """Sample the teacher, train a student, save its artifact."""
     student = Student(subject, config.student, seed=config.seed)
-    open_run(config.out, config)
-    logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
+    open_run(config.out, config, ignore=_EVIDENCE_FIELDS)
+    logger.info("linearizing %s in %s, into %s", subject.name, precision, config.out)
     trajectories = collect(
         subject,
         config.trajectories,
@@ -100,9 +166,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
         steps=config.training.steps,
         provenance=provenance(config, subject),
     )
-    path = config.out / ARTIFACT_NAME
-    artifact.save(made, path)
-    return path
+    artifact.save(made, config.out / ARTIFACT_NAME)
 
 
 def train(
@@ -144,6 +208,44 @@ def train(
         fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
 
 
+def compare_config(config: TransferConfig) -> CompareConfig:
+    """Return how the comparison samples: as the teacher's trajectories were sampled."""
+    return CompareConfig(
+        num_samples=config.evidence.evaluate_samples,
+        steps=config.trajectories.sampler_steps,
+        guidance_scale=config.trajectories.guidance_scale,
+        shift=config.trajectories.shift,
+        batch_size=config.evidence.evaluate_batch_size,
+    )
+
+
+def is_evaluated(config: TransferConfig) -> bool:
+    """Say whether the run folder holds the comparison that is asked for, if any is."""
+    if not config.evidence.evaluate_samples:
+        return True
+    found = read_evaluation(config.out)
+    return (
+        found is not None and found["settings"]["num_samples"] == config.evidence.evaluate_samples
+    )
+
+
+def draw_training(config: TransferConfig, layers: Sequence[int]) -> None:
+    """Draw layer scores and losses from the training's metrics, where they are still there."""
+    metrics_path = config.out / "training" / "metrics.jsonl"
+    if not metrics_path.exists():
+        logger.warning("%s is gone; its pictures are left out", metrics_path)
+        return
+    rows = read_metrics(metrics_path)
+    report.plot_layer_scores(
+        rows,
+        config.out / "layer_scores.png",
+        target=config.selection.target,
+        layers=layers,
+        hardened_at=count_selection_steps(config.selection, config.training.steps),
+    )
+    report.plot_losses(rows, config.out / "losses.png")
+
+
 def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
     """Say where an artifact comes from, for its header."""
     return {
@@ -157,17 +259,36 @@ def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
     }
 
 
+def summarize(config: TransferConfig) -> str:
+    """Say for a reader what a finished run has made: the table, then the files."""
+    header = artifact.load(config.out / ARTIFACT_NAME).header
+    layers = ", ".join(map(str, header.layers))
+    lines = [f"{len(header.layers)} of {header.num_layers} layers are linear: {layers}", ""]
+    if config.evidence.evaluate_samples and (found := read_evaluation(config.out)):
+        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
+        lines += [show_table(rows), "swapped: the same layers linear, without any training", ""]
+    lines.append(f"{config.out} holds")
+    for name, meaning in _FILES.items():
+        if (config.out / name).exists():
+            lines.append(f"  {name:<24}{meaning}")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and run the transfer with progress bars."""
+    """Read the command line, run the transfer with progress bars, say what was made."""
     config, is_dry_run = parse(
         TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
     )
     if is_dry_run:
         sys.stdout.write(to_json(config))
         return
-    with TqdmProgress() as progress:
-        path = run(config, progress)
-    sys.stdout.write(f"{path}\n")
+    try:
+        with TqdmProgress() as progress:
+            run(config, progress)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        sys.exit(130)
+    sys.stdout.write(f"\n{summarize(config)}")
 
 
 if __name__ == "__main__":

@@ -249,6 +249,8 @@ def test_the_demo_is_judged_and_its_labels_are_read_from_the_prompts(
     settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
     (row,) = compare(demo, {}, settings, seed=0).rows
     assert row["frechet"] > 0
+    if is_labelled:
+        assert tuple(row)[: len(evaluate.RECORD_KEYS)] == evaluate.RECORD_KEYS
     labels = {"digit", "motion"}
     assert labels & set(row) == (labels if is_labelled else set())
 

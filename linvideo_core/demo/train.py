@@ -141,10 +141,11 @@ def evaluate_teacher(config: TeacherConfig) -> list[dict[str, float]]:
         save_contact_sheet(
             config.path.with_name(f"{config.path.stem}_{guidance_scale:g}.png"), frames[shown]
         )
+    flags = to_flags(config, without=["out"])
     write_record(
         config.path.with_suffix(".json"),
         title="The demo's model by guidance scale",
-        command=f"python -m linvideo_core.demo.train teacher {to_flags(config, without=['out'])}",
+        command=f"python -m linvideo_core.demo.train teacher {flags}".strip(),
         rows=rows,
         device=config.device,
     )
