@@ -12,9 +12,11 @@ The flow, and the one noun that each stage hands on:
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
     evaluation, bench   measures, on equal terms         -> comparison
-    comparison, report  teacher, swapped, student        -> tables and pictures
+    comparison          teacher, swapped, student        -> evidence
+    report, pictures    plots, videos side by side       -> what a reader sees
 
-Commands: `python -m linvideo_core.transfer`, `python -m linvideo_core.evaluate`.
+Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `records`,
+`kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

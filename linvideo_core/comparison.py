@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import artifact as artifact_files
-from . import report
+from . import pictures, report
 from .adapters import AttentionSite, identify, install, restore, shapes_of
 from .attention import LinearAttention
 from .bench import NUM_SHOWN, Bench, CompareConfig, Row
@@ -171,8 +171,8 @@ def show_table(rows: Sequence[Row]) -> str:
 def save_pictures(comparison: Comparison, folder: Path) -> None:
     """Write samples.png, samples.gif and velocity_error.png, in a reader's words."""
     frames = {_CAPTIONS.get(name, name): clips for name, clips in comparison.frames.items()}
-    report.save_strip(frames, comparison.prompts, folder / "samples.png")
-    report.save_animation(frames, comparison.prompts, folder / "samples.gif")
+    pictures.save_strip(frames, comparison.prompts, folder / "samples.png")
+    pictures.save_animation(frames, comparison.prompts, folder / "samples.gif")
     if comparison.velocity_rows:
         rows = [
             row | {"model": _CAPTIONS.get(row["model"], row["model"])}
