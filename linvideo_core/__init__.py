@@ -13,7 +13,8 @@ The flow, and the one noun that each stage hands on:
     artifact            save, load, check, apply         -> LINVIDEO file
     evaluation, bench   measures, on equal terms         -> comparison
     comparison          teacher, swapped, student        -> evidence
-    report, pictures    plots, videos side by side       -> what a reader sees
+    report, pictures    plots, videos side by side;
+    tables              rows for a page or a terminal    -> what a reader sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `records`,
 `kernels.benchmark`, `demo.train`.

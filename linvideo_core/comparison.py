@@ -16,19 +16,13 @@ from .adapters import AttentionSite, identify, install, restore, shapes_of
 from .attention import LinearAttention
 from .bench import NUM_SHOWN, Bench, CompareConfig, Row
 from .progress import Progress, silent
-from .records import format_value, write_json
+from .storage import write_json
 from .subject import Subject
 
 EVALUATION_NAME = "evaluation.json"
 SWAPPED_SEED = 0
 
 _CAPTIONS = {"swapped": "before training", "student": "after training"}
-_LABELS = {
-    "digit": "right digit (0 to 1)",
-    "motion": "right motion (0 to 1)",
-    "frechet": "Frechet to real clips",
-    "seconds": "seconds of sampling",
-}
 
 Students = Mapping[str, contextlib.AbstractContextManager[nn.Module]]
 """Name -> a context that yields the model; `contextlib.nullcontext(model)` for a ready one."""
@@ -154,18 +148,6 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     keys = ("settings", "rows", "velocity_rows")
     return result if isinstance(result, dict) and all(key in result for key in keys) else None
-
-
-def show_table(rows: Sequence[Row]) -> str:
-    """Lay rows out for a terminal: a line a measure, a column a model."""
-    names = [name for name in rows[0] if name != "model"]
-    labels = {name: _LABELS.get(name, name.replace("_", " ")) for name in names}
-    left = max(map(len, labels.values())) + 2
-    lines = [" " * left + "".join(f"{row['model']:>12}" for row in rows)]
-    for name, label in labels.items():
-        values = "".join(f"{format_value(row.get(name)):>12}" for row in rows)
-        lines.append(f"{label:<{left}}{values}")
-    return "\n".join(lines) + "\n"
 
 
 def save_pictures(comparison: Comparison, folder: Path) -> None:

@@ -231,7 +231,7 @@ def _read_path(text: str) -> Path:
 
 
 _KINDS: dict[type, tuple[Callable[[str], Any], str, str]] = {
-    bool: (_read_bool, "true, false or the flag alone", "true|false"),
+    bool: (_read_bool, "true or false (or the flag alone)", "true|false"),
     int: (int, "a whole number", "N"),
     float: (_read_float, "a number", "X"),
     str: (str, "a text", "TEXT"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import artifact as artifact_files
 from .adapters import shapes_of
-from .comparison import CompareConfig, compare_artifact, save_comparison, show_table
+from .comparison import CompareConfig, compare_artifact, save_comparison
 from .config import option, parse, run_command, to_flags, to_json
 from .demo import weights_path
 from .devices import device_option, precision_option, resolve_device, resolve_precision
@@ -26,6 +26,7 @@ from .progress import Progress, TqdmProgress, silent
 from .records import RESULTS_FOLDER, write_record
 from .storage import write_text
 from .subject import SubjectConfig, load_subject
+from .tables import show_table
 
 logger = logging.getLogger(__name__)
 

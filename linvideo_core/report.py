@@ -172,6 +172,12 @@ def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -
     _save(figure, path)
 
 
+def find_font(*, bold: bool = False) -> Path:
+    """Locate the plots' own face, DejaVu Sans, which matplotlib carries on every system."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return Path(matplotlib.get_data_path()) / "fonts/ttf" / name
+
+
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12)

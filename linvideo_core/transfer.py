@@ -26,7 +26,6 @@ from .comparison import (
     compare_artifact,
     read_evaluation,
     save_comparison,
-    show_table,
 )
 from .config import option, parse, positive, run_command, to_json
 from .devices import device_option, precision_option, resolve_device, resolve_precision
@@ -36,6 +35,7 @@ from .run_folder import CONFIG_NAME, open_run, read_metrics
 from .selection import SelectionConfig, count_selection_steps
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
+from .tables import show_table
 from .training import TrainingConfig, fit
 from .trajectories import Trajectories, TrajectoryConfig, collect
 from .warm_start import WarmStart, WarmStartConfig
@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 ARTIFACT_NAME = "linearized.safetensors"
 
-_EVIDENCE_FIELDS = ("evaluate_samples", "evaluate_batch_size")
+# What a repeated command may change: none of it decides the artifact.
+_FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
 _SHOWN = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "velocity_error")
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
@@ -119,7 +120,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
     path = config.out / ARTIFACT_NAME
     is_made = path.exists() and (config.out / CONFIG_NAME).exists()
     if is_made:
-        open_run(config.out, config, ignore=_EVIDENCE_FIELDS)
+        open_run(config.out, config, ignore=_FREE_FIELDS)
         if is_evaluated(config):
             logger.info("%s is finished: nothing was left to do", config.out)
             return path
@@ -147,7 +148,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
 def linearize(subject: Subject, config: TransferConfig, precision: str, progress: Progress) -> None:
     """Sample the teacher, train a student, save its artifact."""
     student = Student(subject, config.student, seed=config.seed)
-    open_run(config.out, config, ignore=_EVIDENCE_FIELDS)
+    open_run(config.out, config, ignore=_FREE_FIELDS)
     logger.info("linearizing %s in %s, into %s", subject.name, precision, config.out)
     trajectories = collect(
         subject,

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..config import option, parse, positive, run_command, to_flags, to_json
 from ..progress import Progress, TqdmProgress, silent
-from ..records import RESULTS_FOLDER, render_table, write_record
+from ..records import RESULTS_FOLDER, write_record
 from ..report import plot_cost
+from ..tables import render_table
 from . import linear_attention
 
 logger = logging.getLogger(__name__)

@@ -75,7 +75,10 @@ def test_a_boolean_flag_stands_alone_or_takes_true_or_false(
         (["--rate", ""], "--rate '' given; a number is needed"),
         (["--kind", "c"], "--kind c given; one of a, b is needed"),
         (["--preset", "huge"], "--preset huge given; one of small, large is needed"),
-        (["--record", "maybe"], "--record maybe given; true, false or the flag alone is needed"),
+        (
+            ["--record", "maybe"],
+            "--record maybe given; true or false (or the flag alone) is needed",
+        ),
         (["--steps"], "--steps given without a value; see --help"),
         (["--model="], "--model '' given; a path is needed"),
         (["--step", "3"], "--step given, which is not a flag of this command; did you mean"),
