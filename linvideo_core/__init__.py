@@ -12,7 +12,7 @@ The flow, and the one noun that each stage hands on:
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
     evaluation, bench   measures, on equal terms         -> comparison
-    comparison          teacher, swapped, student        -> evidence
+    comparison, evidence  teacher, swapped, student      -> evaluation.json
     report, pictures    plots, videos side by side;
     tables              rows for a page or a terminal    -> what a reader sees
 

@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 
-from . import __version__, artifact, report
+from . import __version__, artifact
 from .adapters import compiled_blocks
 from .comparison import (
     EVALUATION_NAME,
-    CompareConfig,
     compare_artifact,
     read_evaluation,
     save_comparison,
 )
-from .config import option, parse, positive, run_command, to_json
+from .config import option, parse, run_command, to_json
 from .devices import device_option, precision_option, resolve_device, resolve_precision
+from .evidence import EvidenceConfig, compare_config, draw_training, is_evaluated
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
-from .run_folder import CONFIG_NAME, open_run, read_metrics
-from .selection import SelectionConfig, count_selection_steps
+from .run_folder import CONFIG_NAME, open_run
+from .selection import SelectionConfig
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
 from .tables import show_table
@@ -56,21 +56,6 @@ _FILES = {
     "velocity_error.png": "how far the model is from its teacher, by noise level",
     EVALUATION_NAME: "every measure",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvidenceConfig:
-    """How much is sampled to compare the result with its teacher, by the teacher's own sampler."""
-
-    evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
-    evaluate_batch_size: int = option(8, "videos sampled together in the end")
-
-    def __post_init__(self) -> None:
-        positive(self, "evaluate_batch_size")
-        if self.evaluate_samples < 0 or self.evaluate_samples == 1:
-            raise ValueError(
-                f"--evaluate-samples {self.evaluate_samples} given; 0, or 2 or more are needed"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +106,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
     is_made = path.exists() and (config.out / CONFIG_NAME).exists()
     if is_made:
         open_run(config.out, config, ignore=_FREE_FIELDS)
-        if is_evaluated(config):
+        if is_evaluated(config.evidence, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return path
     device = resolve_device(config.device)
@@ -130,13 +115,13 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
     if not is_made:
         linearize(subject, config, precision, progress)
     made = artifact.load(path)
-    draw_training(config, made.header.layers)
-    if not is_evaluated(config):
+    draw_training(config.out, made.header.layers, config.selection, config.training.steps)
+    if not is_evaluated(config.evidence, config.out):
         # What ships is what is measured: the saved file, in a model that is not compiled.
         comparison = compare_artifact(
             subject,
             made,
-            compare_config(config),
+            compare_config(config.evidence, config.trajectories),
             seed=config.seed,
             precision=precision,
             progress=progress,
@@ -207,44 +192,6 @@ def train(
     compiled = [student.model, subject.model] if config.training.compile else []
     with compiled_blocks(compiled, student.sites):
         fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
-
-
-def compare_config(config: TransferConfig) -> CompareConfig:
-    """Return how the comparison samples: as the teacher's trajectories were sampled."""
-    return CompareConfig(
-        num_samples=config.evidence.evaluate_samples,
-        steps=config.trajectories.sampler_steps,
-        guidance_scale=config.trajectories.guidance_scale,
-        shift=config.trajectories.shift,
-        batch_size=config.evidence.evaluate_batch_size,
-    )
-
-
-def is_evaluated(config: TransferConfig) -> bool:
-    """Say whether the run folder holds the comparison that is asked for, if any is."""
-    if not config.evidence.evaluate_samples:
-        return True
-    found = read_evaluation(config.out)
-    return (
-        found is not None and found["settings"]["num_samples"] == config.evidence.evaluate_samples
-    )
-
-
-def draw_training(config: TransferConfig, layers: Sequence[int]) -> None:
-    """Draw layer scores and losses from the training's metrics, where they are still there."""
-    metrics_path = config.out / "training" / "metrics.jsonl"
-    if not metrics_path.exists():
-        logger.warning("%s is gone; its pictures are left out", metrics_path)
-        return
-    rows = read_metrics(metrics_path)
-    report.plot_layer_scores(
-        rows,
-        config.out / "layer_scores.png",
-        target=config.selection.target,
-        layers=layers,
-        hardened_at=count_selection_steps(config.selection, config.training.steps),
-    )
-    report.plot_losses(rows, config.out / "losses.png")
 
 
 def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
