@@ -11,9 +11,13 @@ The flow, and the one noun that each stage hands on:
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
-    evaluation, report  measures, pictures               -> evidence
+    evaluation, bench   measures, on equal terms         -> comparison
+    comparison, evidence  teacher, swapped, student      -> evaluation.json
+    report, pictures    plots, videos side by side;
+    tables              rows for a page or a terminal    -> what a reader sees
 
-Commands: `python -m linvideo_core.transfer`, `python -m linvideo_core.evaluate`.
+Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `records`,
+`kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

@@ -7,8 +7,12 @@ are flat, so field names are unique within a command.
 
 import argparse
 import dataclasses
+import difflib
 import json
 import logging
+import math
+import re
+import shlex
 import sys
 import types
 import typing
@@ -57,6 +61,21 @@ def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
     return dataclasses.replace(config, **changes)
 
 
+def to_flags(config: Any, *, without: Sequence[str] = ()) -> str:
+    """Return the flags that turn the default config into this one, as they are typed.
+
+    without: field names to leave out.
+    """
+    words = []
+    usual = {field.name: value for field, _, value in _leaves(type(config)())}
+    for field, kind, value in _leaves(config):
+        if field.name not in without and value != usual[field.name]:
+            words.append(f"--{_flag(field.name)}")
+            if kind is not bool or not value:
+                words.append(shlex.quote(str(value).lower() if kind is bool else str(value)))
+    return " ".join(words)
+
+
 def parse(
     config_type: type[ConfigT],
     argv: Sequence[str] | None,
@@ -69,23 +88,25 @@ def parse(
     Returns the config and whether `--dry-run` was given. Bad arguments end the program with one
     sentence on stderr and exit code 2.
     """
-    parser = _Parser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     if presets:
-        parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
+        usual = next(iter(presets))
+        parser.add_argument(
+            "--preset",
+            type=_reader("preset", *_one_of(list(presets))),
+            default=usual,
+            metavar="|".join(presets),
+            help=f"named settings, which the other flags refine (default: {usual})",
+        )
     defaults = config_type()
     for field, kind, value in _leaves(defaults):
-        parser.add_argument(
-            f"--{_flag(field.name)}",
-            type=_reader(kind),
-            choices=field.metadata["choices"],
-            help=f"{field.metadata['help']} (default: {value})",
-            default=argparse.SUPPRESS,
-            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
-        )
-    given = vars(parser.parse_args(argv))
+        _add_flag(parser, field, kind, value)
+    known, strangers = parser.parse_known_args(argv)
+    if strangers:
+        names = [field.name for field, _, _ in _leaves(defaults)]
+        parser.error(_explain_stranger(strangers[0], names))
+    given = vars(known)
     dry_run = given.pop("dry_run")
     preset = dict(presets[given.pop("preset")]) if presets else {}
     try:
@@ -113,7 +134,40 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
+        # What our readers say names the flag already.
+        message = re.sub(r"^argument \S+: (?=--)", "", message)
+        message = re.sub(
+            r"^argument (\S+): expected .*", r"\1 given without a value; see --help", message
+        )
         self.exit(2, f"error: {message}\n")
+
+
+def _add_flag(
+    parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type, value: Any
+) -> None:
+    choices = field.metadata["choices"]
+    shown = "none" if value is None else str(value).lower() if kind is bool else value
+    read, expected, metavar = _KINDS[kind]
+    if choices:
+        (read, expected), metavar = _one_of(choices), "|".join(choices)
+    parser.add_argument(
+        f"--{_flag(field.name)}",
+        type=_reader(field.name, read, expected),
+        metavar=metavar,
+        help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"),
+        default=argparse.SUPPRESS,
+        **({"nargs": "?", "const": True} if kind is bool else {}),
+    )
+
+
+def _explain_stranger(word: str, names: Sequence[str]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} given, which belongs to no flag; see --help for the flags"
+    flag = word.partition("=")[0]
+    known = [f"--{_flag(name)}" for name in ("preset", "dry_run", *names)]
+    close = difflib.get_close_matches(flag, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "see --help for the flags"
+    return f"{flag} given, which is not a flag of this command; {hint}"
 
 
 def _flag(name: str) -> str:
@@ -134,13 +188,53 @@ def _leaves(config: Any) -> Iterator[tuple[dataclasses.Field, type, Any]]:
         yield field, kind, value
 
 
-def _reader(kind: type) -> Any:
-    if kind is bool:
-        return _read_bool
-    return Path if kind is Path else kind
+def _reader(name: str, read: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
+    """Wrap a reader so that its complaint names the flag, what was given and what is needed."""
+
+    def reader(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError:
+            given = text if text and " " not in text else repr(text)
+            sentence = f"--{_flag(name)} {given} given; {expected} is needed"
+            raise argparse.ArgumentTypeError(sentence) from None
+
+    return reader
+
+
+def _one_of(choices: Sequence[str]) -> tuple[Callable[[str], str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError
+        return text
+
+    return read, f"one of {', '.join(choices)}"
 
 
 def _read_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} given; true or false is expected")
+        raise ValueError
     return text.lower() == "true"
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _read_path(text: str) -> Path:
+    if not text:
+        raise ValueError
+    return Path(text)
+
+
+_KINDS: dict[type, tuple[Callable[[str], Any], str, str]] = {
+    bool: (_read_bool, "true or false (or the flag alone)", "true|false"),
+    int: (int, "a whole number", "N"),
+    float: (_read_float, "a number", "X"),
+    str: (str, "a text", "TEXT"),
+    Path: (_read_path, "a path", "PATH"),
+}
+"""Type of a field -> its reader, what it needs, its name in the help."""

@@ -1,7 +1,7 @@
 """Measured tables: one JSON file each in results/, and the command that shows them in the README.
 
     python -m linvideo_core.records               # write the tables between README's markers
-    python -m linvideo_core.records --check true  # only say whether README shows the records
+    python -m linvideo_core.records --check       # only say whether README shows the records
 
 A table stands between `<!-- record:NAME -->` and `<!-- /record -->`, NAME being results/NAME.json.
 """
@@ -9,7 +9,6 @@ A table stands between `<!-- record:NAME -->` and `<!-- /record -->`, NAME being
 import dataclasses
 import datetime
 import json
-import math
 import platform
 import re
 import sys
@@ -21,7 +20,8 @@ import torch
 
 from . import __version__
 from .config import option, parse, run_command, to_json
-from .storage import write_text
+from .storage import write_json, write_text
+from .tables import render_table
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS_FOLDER = REPOSITORY / "results"
@@ -73,12 +73,6 @@ def write_record(
     return record
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value atomically as indented JSON; what is not finite becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_finite(value), indent=1) + "\n")
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record.
 
@@ -102,37 +96,6 @@ def describe_device(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type.upper()}, {torch.get_num_threads()} threads"
-
-
-def format_value(value: Any) -> str:
-    """Show a value as a reader wants it: three figures, thousands marked, a dash for none."""
-    match value:
-        case None:
-            return "—"
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
-        case float():
-            return _format_float(value)
-        case list() | tuple():
-            return ", ".join(format_value(item) for item in value) or "—"
-        case _:
-            return str(value).replace("|", r"\|").replace("\n", " ")
-
-
-def render_table(rows: Sequence[Row]) -> str:
-    """Turn rows into a Markdown table whose columns are the rows' keys, in order of appearance."""
-    if not rows:
-        return "No rows.\n"
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    is_number = [all(isinstance(r.get(k), int | float | None) for r in rows) for k in keys]
-    lines = [
-        [key.replace("_", " ") for key in keys],
-        ["---:" if right else "---" for right in is_number],
-        *([format_value(row.get(key)) for key in keys] for row in rows),
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def render_record(record: Mapping[str, Any]) -> str:
@@ -184,29 +147,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_current = run(config)
     if config.check and not is_current:
         raise SystemExit("the page differs from the records: run this command without --check")
-
-
-def _format_float(value: float) -> str:
-    if not math.isfinite(value):
-        return "—"
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) < 0.001:
-        return f"{value:.1e}"
-    # Three decimals below 1, so that fractions line up; three figures above.
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:#.3g}".rstrip(".")
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value
 
 
 if __name__ == "__main__":

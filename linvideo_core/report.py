@@ -1,4 +1,4 @@
-"""Pictures of a transfer: plots of its training, strips and animations of its samples.
+"""Plots of a transfer: layer scores, losses, velocity errors, cost; `pictures` shows the videos.
 
 Plots are drawn through matplotlib's objects, never its global state, so they are safe in a host
 that draws for itself. Colours are those of Okabe and Ito, which colour-blind readers tell apart.
@@ -10,12 +10,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from .storage import replacing
 
@@ -26,21 +23,20 @@ BLUE, VERMILION = "#0072B2", "#D55E00"
 _COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DPI = 150
 
-_STRIP_FRAME_SIZE = 96
-_ANIMATION_SCALE = 3
-_FRAME_MILLISECONDS = 100
-_FADE_FRAMES = 3
-_GAP, _MARGIN = 6, 20
-_INK_GREY, _QUIET_GREY, _PAPER_GREY = 34, 118, 255
-
 
 def plot_layer_scores(
-    rows: Sequence[Row], path: Path, *, target: int, hardened_at: int | None = None
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    target: int,
+    layers: Sequence[int] | None = None,
+    hardened_at: int | None = None,
 ) -> None:
     """Draw every layer's score r over training, coloured by depth, the linear layers in bold.
 
     rows: from metrics.jsonl, with `step` and `layer_scores`; others are passed over.
     target: how many layers were to become linear.
+    layers: the linear layers; none: those whose last score is below one half.
     hardened_at: the step from which the rounded choice was trained.
 
     Raises ValueError when no row has layer scores.
@@ -51,6 +47,8 @@ def plot_layer_scores(
     steps = [row["step"] for row in rows]
     scores = np.array([row["layer_scores"] for row in rows], dtype=float)
     is_linear = scores[-1] < 0.5
+    if layers is not None:
+        is_linear = np.isin(np.arange(scores.shape[1]), list(layers))
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(is_linear)))
     figure = _figure(9.0, 4.6)
     axes, legend = figure.subplots(1, 2, width_ratios=(1, 0.09))
@@ -140,72 +138,44 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path)
 
 
-def save_strip(videos: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
-    """Write a PNG: below each caption one labelled row a video, every second frame.
+def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -> None:
+    """Draw time and extra memory of one layer by number of tokens, both axes logarithmic.
 
-    videos: name -> [B, F, H, W] floating in [0, 1]; B is the number of captions.
+    rows: dicts with `layer`, `tokens`, `milliseconds` and `extra_mb`.
+    slopes: layer -> exponent of its time, for the legend.
     """
-    clips = {name: _to_grey(video[:, ::2]) for name, video in _checked(videos, captions).items()}
-    _, F, H, W = next(iter(clips.values())).shape
-    scale = max(1, round(_STRIP_FRAME_SIZE / max(H, W)))
-    label_font, caption_font = _font(15), _font(17, bold=True)
-    gutter = max(int(label_font.getlength(name)) for name in clips) + 14
-    cell_h, cell_w = H * scale, W * scale
-    block = 30 + len(clips) * (cell_h + _GAP) + _MARGIN
-    width = 2 * _MARGIN + gutter + F * (cell_w + _GAP) - _GAP
-    page = Image.new("L", (width, _MARGIN + len(captions) * block), _PAPER_GREY)
-    draw = ImageDraw.Draw(page)
-    for i, caption in enumerate(captions):
-        top = _MARGIN + i * block
-        text = _shorten(caption, caption_font, width - 2 * _MARGIN)
-        draw.text((_MARGIN, top), text, _INK_GREY, caption_font)
-        for j, (name, clip) in enumerate(clips.items()):
-            y = top + 30 + j * (cell_h + _GAP)
-            middle = (_MARGIN + gutter - 14, y + cell_h // 2)
-            draw.text(middle, name, _QUIET_GREY, label_font, anchor="rm")
-            for f in range(F):
-                x = _MARGIN + gutter + f * (cell_w + _GAP)
-                page.paste(_enlarge(clip[i, f], scale), (x, y))
-    _save_image(page, path, "PNG")
+    figure = _figure(9.0, 4.0)
+    titles = {"milliseconds": "Time of one layer (ms)", "extra_mb": "Extra memory at its peak (MB)"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        _style(axes, "tokens", "")
+        for i, (layer, slope) in enumerate(slopes.items()):
+            mine = sorted((r for r in rows if r["layer"] == layer), key=lambda r: r["tokens"])
+            label = f"{layer}: tokens$^{{{slope:.2f}}}$" if key == "milliseconds" else layer
+            axes.plot(
+                [row["tokens"] for row in mine],
+                [row[key] for row in mine],
+                color=_COLOURS[i % len(_COLOURS)],
+                marker="osD^v"[i % 5],
+                markersize=4.5,
+                linewidth=1.8,
+                label=label,
+            )
+        tokens = sorted({row["tokens"] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if key == "extra_mb" else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
+        axes.legend(frameon=False, labelcolor=INK)
+        _title(axes, title)
+    _save(figure, path)
 
 
-def save_animation(videos: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
-    """Write a GIF that loops: a labelled column a video, a row a caption.
-
-    The last frame fades into the first, so that the loop neither jumps nor runs backwards, which
-    would hide the direction of the motion.
-
-    videos: name -> [B, F, H, W] floating in [0, 1]; B is the number of captions.
-    """
-    clips = {name: _to_grey(_close_loop(v)) for name, v in _checked(videos, captions).items()}
-    _, F, H, W = next(iter(clips.values())).shape
-    cell_h, cell_w = H * _ANIMATION_SCALE, W * _ANIMATION_SCALE
-    label_font, caption_font = _font(17, bold=True), _font(14)
-    labels = max(int(label_font.getlength(name)) for name in clips) + 16
-    step = max(cell_w + _GAP, labels)
-    width = 2 * _MARGIN + len(clips) * step - _GAP
-    row_h = cell_h + 34
-    page = Image.new("L", (width, 44 + len(captions) * row_h + _GAP), _PAPER_GREY)
-    draw = ImageDraw.Draw(page)
-    for j, name in enumerate(clips):
-        centre = _MARGIN + j * step + (step - _GAP) // 2
-        draw.text((centre, 24), name, _INK_GREY, label_font, anchor="mm")
-    for i, caption in enumerate(captions):
-        text = _shorten(caption, caption_font, width - 2 * _MARGIN)
-        y = 44 + i * row_h + cell_h + 14
-        draw.text((width // 2, y), text, _QUIET_GREY, caption_font, anchor="mm")
-    frames = []
-    for f in range(F):
-        frame = page.copy()
-        for i in range(len(captions)):
-            for j, clip in enumerate(clips.values()):
-                x = _MARGIN + j * step + (step - _GAP - cell_w) // 2
-                frame.paste(_enlarge(clip[i, f], _ANIMATION_SCALE), (x, 44 + i * row_h))
-        frames.append(frame)
-    _save_image(
-        frames[0], path, "GIF",
-        save_all=True, append_images=frames[1:], duration=_FRAME_MILLISECONDS, loop=0,
-    )  # fmt: skip
+def find_font(*, bold: bool = False) -> Path:
+    """Locate the plots' own face, DejaVu Sans, which matplotlib carries on every system."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return Path(matplotlib.get_data_path()) / "fonts/ttf" / name
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -264,55 +234,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smooth
 
 
-def _checked(videos: Mapping[str, Tensor], captions: Sequence[str]) -> Mapping[str, Tensor]:
-    shapes = {tuple(video.shape) for video in videos.values()}
-    if len(shapes) != 1 or len(shape := next(iter(shapes))) != 4 or shape[0] != len(captions):
-        raise ValueError(
-            f"videos of shapes {sorted(shapes)} and {len(captions)} captions given; videos of one "
-            "shape [B, F, H, W] and B captions are needed"
-        )
-    return videos
-
-
-def _close_loop(video: Tensor) -> Tensor:
-    """Append a short fade from the last frame of [B, F, H, W] to the first."""
-    weights = torch.linspace(0, 1, _FADE_FRAMES + 2, device=video.device)[1:-1]
-    first, last = video[:, :1].float(), video[:, -1:].float()
-    return torch.cat([video.float(), torch.lerp(last, first, weights.view(1, -1, 1, 1))], dim=1)
-
-
-def _to_grey(video: Tensor) -> np.ndarray:
-    finite = video.detach().float().nan_to_num(0.0).clamp(0, 1)
-    return finite.mul(255).round().byte().cpu().numpy()
-
-
-def _enlarge(frame: np.ndarray, scale: int) -> Image.Image:
-    H, W = frame.shape
-    return Image.fromarray(frame).resize((W * scale, H * scale), Image.Resampling.NEAREST)
-
-
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which matplotlib carries on every system."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name), size)
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Cut a text, with an ellipsis, to what fits into `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)
-
-
-def _save_image(image: Image.Image, path: Path, kind: str, **options: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        image.save(temporary, format=kind, **options)

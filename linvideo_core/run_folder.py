@@ -8,6 +8,8 @@ from typing import Any
 from .config import to_json
 from .storage import write_text
 
+CONFIG_NAME = "config.json"
+
 
 def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None:
     """Create the folder with `config.json`, or check that it belongs to the same config.
@@ -16,7 +18,7 @@ def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None
 
     Raises ValueError naming the first setting that differs.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG_NAME
     wanted = to_json(config)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,11 @@ def alpha_at(config: SelectionConfig, share: float) -> float:
     return config.alpha_start * (config.alpha_end / config.alpha_start) ** share
 
 
+def count_selection_steps(config: SelectionConfig, num_steps: int) -> int:
+    """Return after how many of a training's steps the choice is made."""
+    return max(1, round(config.selection_share * num_steps))
+
+
 def choose(layer_scores: Tensor, target: int) -> tuple[int, ...]:
     """Return the indices of the `target` layers with the lowest r, in depth order."""
     return tuple(sorted(layer_scores.argsort(stable=True)[:target].tolist()))
@@ -93,7 +98,7 @@ class Selection:
             )
         self.mixed = dict(mixed)
         self.config = config
-        self.harden_at = max(1, round(config.selection_share * num_steps))
+        self.harden_at = count_selection_steps(config, num_steps)
         for module in self.mixed.values():
             module.layer_score.data.fill_(1 - config.target / len(mixed))
 

@@ -1,10 +1,13 @@
 """Write files so that an interrupted or failed write never harms what was there before."""
 
 import contextlib
+import json
+import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -15,20 +18,25 @@ from torch import Tensor
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if the block succeeds.
 
+    The file gets the permissions of any new file, whatever the writer makes of them.
+
     Raises OSError, naming the file and saying that the earlier one is intact, if writing fails.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".linvideo-{secrets.token_hex(8)}.part"
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
-        with temporary.open("rb") as file:
+        # Some network and FAT drives have no permissions to set.
+        with contextlib.suppress(OSError):
+            temporary.chmod(mode)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"could not write {path} ({error}); the earlier file, if any, is intact: free some "
-            "space or choose another folder"
+            f"{path} could not be written and is as it was before ({error}): free space or choose "
+            "another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,6 +48,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a value atomically as indented JSON; what is not finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(_finite(value), indent=1) + "\n")
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -47,3 +61,15 @@ def write_tensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata or {}))
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value

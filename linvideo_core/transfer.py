@@ -4,7 +4,8 @@ Without arguments the embedded model is linearized on whatever machine this is, 
     python -m linvideo_core.transfer --preset gpu
     python -m linvideo_core.transfer --model wan.safetensors --prompts prompts.safetensors
 Repeating a command continues where it stopped. The run folder holds config.json, the sampled
-trajectories, metrics, checkpoints, pictures, and the result: linearized.safetensors.
+trajectories, metrics, checkpoints, the result, linearized.safetensors, and the evidence: pictures
+and evaluation.json, which compare what was saved with its teacher.
 """
 
 import dataclasses
@@ -19,13 +20,22 @@ import torch
 
 from . import __version__, artifact
 from .adapters import compiled_blocks
+from .comparison import (
+    EVALUATION_NAME,
+    compare_artifact,
+    read_evaluation,
+    save_comparison,
+)
 from .config import option, parse, run_command, to_json
+from .devices import device_option, precision_option, resolve_device, resolve_precision
+from .evidence import EvidenceConfig, compare_config, draw_training, is_evaluated
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
-from .run_folder import open_run
+from .run_folder import CONFIG_NAME, open_run
 from .selection import SelectionConfig
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
+from .tables import show_table
 from .training import TrainingConfig, fit
 from .trajectories import Trajectories, TrajectoryConfig, collect
 from .warm_start import WarmStart, WarmStartConfig
@@ -33,6 +43,19 @@ from .warm_start import WarmStart, WarmStartConfig
 logger = logging.getLogger(__name__)
 
 ARTIFACT_NAME = "linearized.safetensors"
+
+# What a repeated command may change: none of it decides the artifact.
+_FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
+_SHOWN = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "velocity_error")
+_FILES = {
+    ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
+    "samples.gif": "the same videos by the teacher, before and after training",
+    "samples.png": "their frames side by side",
+    "layer_scores.png": "how training chose the layers",
+    "losses.png": "how training went",
+    "velocity_error.png": "how far the model is from its teacher, by noise level",
+    EVALUATION_NAME: "every measure",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +69,11 @@ class TransferConfig:
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evidence: EvidenceConfig = dataclasses.field(default_factory=EvidenceConfig)
     out: Path = option(Path("runs/transfer"), "run folder")
     seed: int = option(0, "seed of everything random")
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    precision: str = option(
-        "auto", "of the matrix products; auto: bf16 on cuda", choices=("auto", "fp32", "bf16")
-    )
+    device: str = device_option()
+    precision: str = precision_option()
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,20 +91,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parameters": "lora",
         "checkpoint_every": 1000,
         "log_every": 50,
+        "evaluate_samples": 1000,
+        "evaluate_batch_size": 250,
     },
 }
-
-
-def resolve_device(name: str) -> str:
-    """Return the device that "auto" stands for; refuse one that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} given, which this machine lacks: {reason}") from error
-    return name
 
 
 def run(config: TransferConfig, progress: Progress = silent) -> Path:
@@ -90,14 +102,39 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
+    path = config.out / ARTIFACT_NAME
+    is_made = path.exists() and (config.out / CONFIG_NAME).exists()
+    if is_made:
+        open_run(config.out, config, ignore=_FREE_FIELDS)
+        if is_evaluated(config.evidence, config.out):
+            logger.info("%s is finished: nothing was left to do", config.out)
+            return path
     device = resolve_device(config.device)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") else "fp32"
+    precision = resolve_precision(config.precision, device)
     subject = load_subject(config.subject).to(device)
+    if not is_made:
+        linearize(subject, config, precision, progress)
+    made = artifact.load(path)
+    draw_training(config.out, made.header.layers, config.selection, config.training.steps)
+    if not is_evaluated(config.evidence, config.out):
+        # What ships is what is measured: the saved file, in a model that is not compiled.
+        comparison = compare_artifact(
+            subject,
+            made,
+            compare_config(config.evidence, config.trajectories),
+            seed=config.seed,
+            precision=precision,
+            progress=progress,
+        )
+        save_comparison(comparison, config.out)
+    return path
+
+
+def linearize(subject: Subject, config: TransferConfig, precision: str, progress: Progress) -> None:
+    """Sample the teacher, train a student, save its artifact."""
     student = Student(subject, config.student, seed=config.seed)
-    open_run(config.out, config)
-    logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
+    open_run(config.out, config, ignore=_FREE_FIELDS)
+    logger.info("linearizing %s in %s, into %s", subject.name, precision, config.out)
     trajectories = collect(
         subject,
         config.trajectories,
@@ -115,9 +152,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
         steps=config.training.steps,
         provenance=provenance(config, subject),
     )
-    path = config.out / ARTIFACT_NAME
-    artifact.save(made, path)
-    return path
+    artifact.save(made, config.out / ARTIFACT_NAME)
 
 
 def train(
@@ -172,17 +207,36 @@ def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
     }
 
 
+def summarize(config: TransferConfig) -> str:
+    """Say for a reader what a finished run has made: the table, then the files."""
+    header = artifact.load(config.out / ARTIFACT_NAME).header
+    layers = ", ".join(map(str, header.layers))
+    lines = [f"{len(header.layers)} of {header.num_layers} layers are linear: {layers}", ""]
+    if config.evidence.evaluate_samples and (found := read_evaluation(config.out)):
+        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
+        lines += [show_table(rows), "swapped: the same layers linear, without any training", ""]
+    lines.append(f"{config.out} holds")
+    for name, meaning in _FILES.items():
+        if (config.out / name).exists():
+            lines.append(f"  {name:<24}{meaning}")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and run the transfer with progress bars."""
+    """Read the command line, run the transfer with progress bars, say what was made."""
     config, is_dry_run = parse(
         TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
     )
     if is_dry_run:
         sys.stdout.write(to_json(config))
         return
-    with TqdmProgress() as progress:
-        path = run(config, progress)
-    sys.stdout.write(f"{path}\n")
+    try:
+        with TqdmProgress() as progress:
+            run(config, progress)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        sys.exit(130)
+    sys.stdout.write(f"\n{summarize(config)}")
 
 
 if __name__ == "__main__":

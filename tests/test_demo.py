@@ -17,12 +17,7 @@ from linvideo_core.demo.digits import (
     load_digit_images,
     sample_clips,
 )
-from linvideo_core.demo.judge import (
-    feature_statistics,
-    frechet_distance,
-    load_judge,
-    measure_clips,
-)
+from linvideo_core.demo.judge import load_judge, measure_clips
 from linvideo_core.demo.prompts import (
     NUM_TOKENS,
     TEXT_DIM,
@@ -31,6 +26,7 @@ from linvideo_core.demo.prompts import (
     make_prompt,
     parse_prompt,
 )
+from linvideo_core.evaluation import feature_statistics, frechet_distance
 
 SIZE_LIMITS = {"prompts": 250_000, "judge": 500_000, "model": 12_000_000}
 

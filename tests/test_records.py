@@ -11,13 +11,12 @@ from linvideo_core.records import (
     REPOSITORY,
     RESULTS_FOLDER,
     RecordsConfig,
-    format_value,
     read_record,
     render_page,
-    render_table,
     run,
     write_record,
 )
+from linvideo_core.tables import format_value, render_table
 
 PAGE = "# Title\n\n<!-- record:demo -->\nold\n<!-- /record -->\n\nafter\n"
 ROWS = [{"model": "teacher", "accuracy": 0.98}, {"model": "student", "accuracy": 0.9, "seconds": 7}]

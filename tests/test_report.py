@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from linvideo_core import report
+from linvideo_core import pictures, report
 from linvideo_core.progress import TqdmProgress
 
 SIZE = (4, 7, 12, 10)  # B, F, H, W: odd, not square
@@ -76,7 +76,7 @@ def test_a_plot_of_nothing_is_refused(tmp_path: Path, plot) -> None:
 
 def test_an_animation_holds_every_frame_and_the_fade_and_loops(tmp_path: Path) -> None:
     path = tmp_path / "samples.gif"
-    report.save_animation(videos(), [f"prompt {i}" for i in range(4)], path)
+    pictures.save_animation(videos(), [f"prompt {i}" for i in range(4)], path)
     with Image.open(path) as image:
         assert image.n_frames == SIZE[1] + 3
         assert image.info["loop"] == 0
@@ -86,7 +86,7 @@ def test_a_strip_shows_every_second_frame_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "samples.png"
     clips = {"before": torch.zeros(1, 5, 96, 96), "after": torch.zeros(1, 5, 96, 96)}
     clips["after"][:, ::2] = 0.5
-    report.save_strip(clips, ["prompt"], path)
+    pictures.save_strip(clips, ["prompt"], path)
     with Image.open(path) as image:
         counts = image.convert("L").histogram()
     assert counts[128] >= 3 * 96 * 96
@@ -95,14 +95,14 @@ def test_a_strip_shows_every_second_frame_unchanged(tmp_path: Path) -> None:
 
 def test_values_outside_the_range_or_not_finite_are_drawn_as_black_or_white(tmp_path: Path) -> None:
     clip = torch.tensor([float("nan"), -3.0, 7.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
-    report.save_strip({"student": clip}, ["prompt"], tmp_path / "strip.png")
+    pictures.save_strip({"student": clip}, ["prompt"], tmp_path / "strip.png")
     assert not is_blank(tmp_path / "strip.png")
 
 
 def test_a_long_caption_is_cut_to_the_picture(tmp_path: Path) -> None:
     sizes = set()
     for caption in ("short", "long " * 200):
-        report.save_strip({"a": torch.rand(1, 4, 8, 8)}, [caption], tmp_path / "strip.png")
+        pictures.save_strip({"a": torch.rand(1, 4, 8, 8)}, [caption], tmp_path / "strip.png")
         with Image.open(tmp_path / "strip.png") as image:
             sizes.add(image.size)
     assert len(sizes) == 1
@@ -118,7 +118,7 @@ def test_a_long_caption_is_cut_to_the_picture(tmp_path: Path) -> None:
     ],
 )
 def test_videos_that_do_not_match_are_refused(tmp_path: Path, clips: dict, captions: list) -> None:
-    for save in (report.save_strip, report.save_animation):
+    for save in (pictures.save_strip, pictures.save_animation):
         with pytest.raises(ValueError, match="one shape"):
             save(clips, captions, tmp_path / "picture")
 

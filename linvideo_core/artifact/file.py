@@ -4,20 +4,17 @@ Weight changes carry the names that ComfyUI's LoRA loader reads, so that half wo
 header is the file's metadata: one readable entry a field, `linvideo.<field>`, its value in JSON.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..storage import write_tensors
 from .contents import DTYPES, Artifact, ArtifactError, ArtifactHeader
 
 _OURS = "linvideo."
@@ -51,25 +48,10 @@ def save(artifact: Artifact, path: str | Path, *, dtype: torch.dtype = torch.flo
         if name in tensors:
             raise ArtifactError(f"two weight changes are called {name} in the file: rename one")
         tensors[name] = _cast(name, tensor, dtype)
-    part = path.parent / f".linvideo-{secrets.token_hex(8)}.part"
     try:
-        # safetensors makes files private to their owner; a model file is as public as any other.
-        part.touch(exist_ok=False)
-        mode = part.stat().st_mode & 0o777
-        save_file(tensors, part, metadata)
-        # Some network and FAT drives have no permissions to set.
-        with contextlib.suppress(OSError):
-            part.chmod(mode)
-        with part.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{path} could not be written and is as it was before ({error}): free space or choose "
-            "another folder"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+        write_tensors(path, tensors, metadata)
+    except OSError as error:
+        raise ArtifactError(str(error)) from error
 
 
 def load(path: str | Path) -> Artifact:

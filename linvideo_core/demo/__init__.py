@@ -4,7 +4,7 @@ In the order of the flow:
     digits    clips of a handwritten digit that moves in one of eight directions (training data)
     codec     frames <-> latents, a fixed space-to-depth that stands where a video VAE stands
     prompts   prompt -> prompt embeddings, from a stored table of word vectors
-    judge     a video classifier that says which digit moves where, and Frechet distance
+    judge     a video classifier that says which digit moves where
     sampling  prompts and noise -> clips, with guidance; their measures; a picture of them
     flow_matching  training of the model: loss, schedule, averaged weights
     train     the command that made every file in weights/
@@ -13,6 +13,9 @@ Sampling and judging need the stored weights alone; only training needs scikit-l
 """
 
 from pathlib import Path
+
+DEMO_GUIDANCE_SCALE = 3.0
+"""The guidance at which the embedded model is sampled wherever no other is asked for."""
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 

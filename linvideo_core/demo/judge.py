@@ -9,6 +9,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..evaluation import accuracy, feature_statistics, frechet_distance
 from . import weights_path
 from .digits import DIRECTIONS
 
@@ -75,35 +76,11 @@ def measure_clips(
     judged = [judge(part.float()) for part in frames.split(batch_size)]
     digit_logits, motion_logits, features = (torch.cat(part) for part in zip(*judged, strict=True))
     mean, cov = feature_statistics(features)
-    is_digit_right = digit_logits.argmax(-1) == digits.to(digit_logits.device)
-    is_motion_right = motion_logits.argmax(-1) == directions.to(digit_logits.device)
     return {
-        "digit_accuracy": is_digit_right.double().mean().item(),
-        "motion_accuracy": is_motion_right.double().mean().item(),
+        "digit_accuracy": accuracy(digit_logits, digits),
+        "motion_accuracy": accuracy(motion_logits, directions),
         "frechet_distance": frechet_distance(mean, cov, judge.real_mean, judge.real_cov),
     }
-
-
-def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [D] and covariance [D, D] in fp64 of features [N, D]."""
-    features = features.double()
-    return features.mean(dim=0), torch.cov(features.T)
-
-
-def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """Compute |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)) in fp64.
-
-    mean_a, mean_b: [D]
-    cov_a, cov_b: [D, D], symmetric, any rank
-    """
-    mean_a, cov_a, mean_b, cov_b = (
-        tensor.detach().double().cpu() for tensor in (mean_a, cov_a, mean_b, cov_b)
-    )
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
-    return max(distance.item(), 0.0)
 
 
 def _conv(

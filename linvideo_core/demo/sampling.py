@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .. import flow
+from ..models.denoiser import bind_guided
 from ..models.wan import WanModel
 from .codec import LATENT_SHAPE, decode_latents
 from .judge import Judge, measure_clips
@@ -56,23 +57,20 @@ def sample_frames(
 ) -> Tensor:
     """Sample clips with Euler steps and classifier-free guidance; bf16 autocast on CUDA.
 
-    noise: [B, 16, F, 12, 12] fp32
+    noise: [B, 16, F, H, W] fp32
     sigmas: [steps + 1] fp32, falling 1 -> 0
 
     Returns frames [B, F, 32, 32] fp32, [0, 1].
     """
     device = noise.device
+    precision = "bf16" if device.type == "cuda" else "fp32"
     unconditional = encode_prompts([""], device=device)
     parts = []
     for start in range(0, len(prompts), batch_size):
         embeds = encode_prompts(prompts[start : start + batch_size], device=device)
-        both_embeds = torch.cat([embeds, unconditional.expand_as(embeds)])
-
-        def velocity_fn(latents: Tensor, sigma: Tensor, context: Tensor = both_embeds) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                both = model(latents.repeat(2, 1, 1, 1, 1), 1000 * sigma.repeat(2), context)
-            return flow.guide(*both.float().chunk(2), guidance_scale)
-
+        velocity_fn = bind_guided(
+            model, embeds, unconditional.expand_as(embeds), guidance_scale, precision=precision
+        )
         latents = flow.sample_euler(velocity_fn, noise[start : start + batch_size], sigmas)
         parts.append(decode_latents(latents))
     return torch.cat(parts)

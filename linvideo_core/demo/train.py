@@ -3,7 +3,7 @@ r"""Make the files in weights/: the word table, the judge, and the teacher (the 
 Each command is one line; the first two run on a laptop, the last wants a GPU:
     python -m linvideo_core.demo.train prompts
     python -m linvideo_core.demo.train judge
-    python -m linvideo_core.demo.train teacher --seconds 480 --compile true
+    python -m linvideo_core.demo.train teacher --seconds 480 --compile
 A quick look at the teacher's training on a CPU:
     python -m linvideo_core.demo.train teacher --device cpu --steps 10 --batch-size 4 \
         --num-samples 0 --out quick.safetensors
@@ -12,13 +12,14 @@ A quick look at the teacher's training on a CPU:
 import json
 import logging
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from ..config import option, parse, run_command, to_json
+from ..config import option, parse, run_command, to_flags, to_json
+from ..evaluation import feature_statistics
 from ..models.wan import load_wan
 from ..progress import Progress, TqdmProgress, silent
 from ..records import write_record
@@ -26,7 +27,7 @@ from ..storage import write_tensors
 from . import weights_path
 from .digits import DigitImages, augment_clips, draw_poses, load_digit_images, sample_clips
 from .flow_matching import TeacherConfig, train_teacher
-from .judge import Judge, feature_statistics, load_judge, measure_clips
+from .judge import Judge, load_judge, measure_clips
 from .prompts import make_word_table
 from .sampling import sample_and_measure, save_contact_sheet
 
@@ -140,15 +141,11 @@ def evaluate_teacher(config: TeacherConfig) -> list[dict[str, float]]:
         save_contact_sheet(
             config.path.with_name(f"{config.path.stem}_{guidance_scale:g}.png"), frames[shown]
         )
-    flags = [
-        f"--{field.name.replace('_', '-')} {getattr(config, field.name)}"
-        for field in fields(config)
-        if field.name != "out" and getattr(config, field.name) != field.default
-    ]
+    flags = to_flags(config, without=["out"])
     write_record(
         config.path.with_suffix(".json"),
         title="The demo's model by guidance scale",
-        command=" ".join(["python -m linvideo_core.demo.train teacher", *flags]),
+        command=f"python -m linvideo_core.demo.train teacher {flags}".strip(),
         rows=rows,
         device=config.device,
     )

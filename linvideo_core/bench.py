@@ -1,0 +1,261 @@
+"""The bench of a comparison: one set of prompts, noise, noise levels and one judge for all models.
+
+Each model samples on it; what it made is measured against what the teacher made.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import evaluation
+from .adapters import attention_at, identify, shapes_of
+from .attention import LinearAttention
+from .config import option, positive
+from .demo import DEMO_GUIDANCE_SCALE
+from .demo.judge import Judge, load_judge
+from .demo.prompts import parse_prompt
+from .flow import VelocityFn, make_sigmas, sample_euler
+from .models.denoiser import bind_guided
+from .progress import Progress
+from .subject import Subject
+
+logger = logging.getLogger(__name__)
+
+NUM_SHOWN = 4
+
+# Trajectories and training count their seeds up from the user's: noise and prompts of a comparison
+# must be none of theirs. PyTorch's CPU generator heeds the lower 32 bits alone.
+_HELD_OUT_SEED = 0x7E57_0000
+_NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """How the models are sampled."""
+
+    num_samples: int = option(20, "videos that each model samples")
+    steps: int = option(50, "Euler steps")
+    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
+    shift: float = option(3.0, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
+    batch_size: int = option(10, "videos sampled together")
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "shift", "batch_size")
+        if self.num_samples < 2:
+            raise ValueError(f"--num-samples {self.num_samples} given; 2 or more are needed")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Samples:
+    """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
+
+    counts: the model's linear layers and all its layers.
+    """
+
+    model: str
+    counts: tuple[int, int]
+    latents: Tensor
+    frames: Tensor
+    features: Tensor
+    digit_logits: Tensor | None
+    motion_logits: Tensor | None
+    seconds: float
+
+
+class Bench:
+    """What all models share: prompts, noise, noise levels, the judge, the teacher's states."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        settings: CompareConfig,
+        *,
+        seed: int,
+        precision: str,
+        progress: Progress,
+    ) -> None:
+        self.subject = subject
+        self.settings = settings
+        self.precision = precision
+        self.progress = progress
+        self.device = subject.prompt_embeds.device
+        self.sigmas = make_sigmas(settings.steps, settings.shift)
+        self.prompt_index = draw_prompts(len(subject.prompts), settings.num_samples, seed)
+        self.prompts = [subject.prompts[i] for i in self.prompt_index]
+        self.noise = draw_noise(subject.latent_shape, settings.num_samples, seed)
+        self.judge: Judge | None = load_judge(self.device) if subject.is_demo else None
+        self.labels = _read_labels(self.prompts) if subject.is_demo else None
+        levels = torch.linspace(0, settings.steps - 1, min(_NUM_STATE_LEVELS, settings.steps))
+        self.levels = levels.round().long().tolist()
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def bind(self, model: nn.Module, part: slice) -> VelocityFn:
+        """Return the guided velocity function of a model for some of the samples."""
+        prompt_embeds = self.subject.prompt_embeds[self.prompt_index[part]]
+        return bind_guided(
+            model,
+            prompt_embeds,
+            self.subject.negative_embeds.expand_as(prompt_embeds),
+            self.settings.guidance_scale,
+            precision=self.precision,
+        )
+
+    def sample(self, name: str, model: nn.Module, *, is_teacher: bool = False) -> Samples:
+        """Sample all prompts; the teacher's states in the first batch are kept."""
+        count, size = self.settings.num_samples, self.settings.batch_size
+        counts = count_linear_layers(model)
+        made: list[Samples] = []
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            on_step = self._watch(f"sampling {name}", part, keep=is_teacher and start == 0)
+            velocity_fn = self.bind(model, part)
+            noise = self.noise[part].to(self.device)
+            if start == 0:
+                # The first call compiles and tunes kernels: that is not the model's own time.
+                with torch.no_grad():
+                    velocity_fn(noise, self.sigmas[:1].to(self.device).expand(len(noise)))
+            started = self._clock()
+            latents = sample_euler(velocity_fn, noise, self.sigmas, on_step=on_step)
+            seconds = self._clock() - started
+            made.append(Samples(model=name, counts=counts, seconds=seconds, **self._judge(latents)))
+        return _join(made)
+
+    def compare_velocities(self, name: str, model: nn.Module) -> list[Row]:
+        """Compare a student's velocity with the teacher's at the kept states."""
+        states, references = (torch.stack(part) for part in zip(*self.states.values(), strict=True))
+        sigmas = self.sigmas[list(self.states)]
+        velocity_fn = self.bind(model, slice(0, states.shape[1]))
+        errors, cosines = evaluation.velocity_error_by_sigma(
+            velocity_fn, states, references, sigmas
+        )
+        columns = (x.tolist() for x in (sigmas, errors.mean(dim=1), cosines.mean(dim=1)))
+        return [
+            {"model": name, "sigma": sigma, "velocity_error": error, "velocity_cosine": cosine}
+            for sigma, error, cosine in zip(*columns, strict=True)
+        ]
+
+    def measure(self, samples: Samples, teacher: Samples, velocity_rows: list[Row] | None) -> Row:
+        """Return the row of one model; `velocity_rows` is None for the teacher itself.
+
+        With a judge `digit` and `motion` are the fractions of samples that show what their prompt
+        asks for, and `frechet` is the distance to real clips.
+        """
+        linear_layers, layers = samples.counts
+        row: Row = {"model": samples.model, "linear_layers": linear_layers, "layers": layers}
+        statistics = evaluation.feature_statistics(samples.features)
+        if self.labels is not None:
+            digits, directions = self.labels
+            row["digit"] = evaluation.accuracy(samples.digit_logits, digits)
+            row["motion"] = evaluation.accuracy(samples.motion_logits, directions)
+        if self.judge is not None:
+            real = (self.judge.real_mean, self.judge.real_cov)
+            row["frechet"] = evaluation.frechet_distance(*statistics, *real)
+        row["seconds"] = samples.seconds
+        of_teacher = evaluation.feature_statistics(teacher.features)
+        row["frechet_to_teacher"] = (
+            0.0 if samples is teacher else evaluation.frechet_distance(*statistics, *of_teacher)
+        )
+        distance = evaluation.sample_distance(samples.latents, teacher.latents)
+        row["distance_to_teacher"] = distance.mean().item()
+        row |= _measure_motion(samples.frames, teacher.frames)
+        for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
+            values = [r[key] for r in velocity_rows] if velocity_rows else [perfect]
+            row[key] = sum(values) / len(values)
+        return row
+
+    def _watch(
+        self, stage: str, part: slice, *, keep: bool
+    ) -> Callable[[int, Tensor, Tensor], None]:
+        batches_before = part.start // self.settings.batch_size
+        num_batches = -(-self.settings.num_samples // self.settings.batch_size)
+        steps = self.settings.steps
+
+        def on_step(i: int, latents: Tensor, velocity: Tensor) -> None:
+            if keep and i in self.levels:
+                few = slice(0, _NUM_STATE_SAMPLES)
+                self.states[i] = (latents[few].clone(), velocity[few].clone())
+            self.progress(stage, batches_before * steps + i + 1, num_batches * steps)
+
+        return on_step
+
+    @torch.no_grad()
+    def _judge(self, latents: Tensor) -> dict[str, Tensor | None]:
+        frames = self.subject.decode(latents).float()
+        if self.judge is None:
+            digit_logits = motion_logits = None
+            features = evaluation.latent_features(latents)
+        else:
+            digit_logits, motion_logits, features = (x.cpu() for x in self.judge(frames))
+        return {
+            "latents": latents.cpu(),
+            "frames": frames.cpu(),
+            "features": features.cpu(),
+            "digit_logits": digit_logits,
+            "motion_logits": motion_logits,
+        }
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def count_linear_layers(model: nn.Module) -> tuple[int, int]:
+    """Return how many self-attention layers are linear, and how many there are."""
+    _, sites = identify(shapes_of(model))
+    kinds = [isinstance(attention_at(model, site), LinearAttention) for site in sites]
+    return sum(kinds), len(kinds)
+
+
+def draw_prompts(num_prompts: int, num_samples: int, seed: int) -> list[int]:
+    """Return the prompt of each sample: all of them in random order, then all of them again."""
+    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
+    rounds = -(-num_samples // num_prompts)
+    order = [torch.randperm(num_prompts, generator=generator) for _ in range(rounds)]
+    return torch.cat(order)[:num_samples].tolist()
+
+
+def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: int) -> Tensor:
+    """Return noise [num_samples, C, F, H, W] on the CPU, each sample's the same at any number."""
+    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
+    return torch.stack([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
+
+
+def _read_labels(prompts: list[str]) -> tuple[Tensor, Tensor] | None:
+    """Return digits and directions [B] that prompts ask for, or None where one does not say."""
+    try:
+        digits, directions = torch.tensor([parse_prompt(prompt) for prompt in prompts]).T
+    except ValueError as error:
+        logger.warning("digit and motion accuracy are left out: %s", error)
+        return None
+    return digits, directions
+
+
+def _measure_motion(frames: Tensor, teacher_frames: Tensor) -> Row:
+    """Return motion relative to the teacher's and flicker; nothing for fewer than three frames."""
+    if frames.shape[1] < 3:
+        return {}
+    motion, teacher_motion = (
+        evaluation.motion_energy(clips).mean().item() for clips in (frames, teacher_frames)
+    )
+    return {
+        "motion_ratio": motion / teacher_motion if teacher_motion else None,
+        "flicker": evaluation.flicker(frames).mean().item(),
+    }
+
+
+def _join(parts: list[Samples]) -> Samples:
+    def cat(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    names = ("latents", "frames", "features", "digit_logits", "motion_logits")
+    tensors = {name: cat(name) for name in names}
+    return dataclasses.replace(parts[0], **tensors, seconds=sum(part.seconds for part in parts))

@@ -1,0 +1,163 @@
+"""Compare models that sample the same prompts from the same noise: a teacher and its students."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import artifact as artifact_files
+from . import pictures, report
+from .adapters import AttentionSite, identify, install, restore, shapes_of
+from .attention import LinearAttention
+from .bench import NUM_SHOWN, Bench, CompareConfig, Row
+from .progress import Progress, silent
+from .storage import write_json
+from .subject import Subject
+
+EVALUATION_NAME = "evaluation.json"
+SWAPPED_SEED = 0
+
+_CAPTIONS = {"swapped": "before training", "student": "after training"}
+
+Students = Mapping[str, contextlib.AbstractContextManager[nn.Module]]
+"""Name -> a context that yields the model; `contextlib.nullcontext(model)` for a ready one."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Comparison:
+    """Evidence about several models that sampled the same prompts from the same noise.
+
+    rows: one a model, the teacher first: how many of its layers are linear, its measures by name.
+    velocity_rows: `model`, `sigma`, `velocity_error`, `velocity_cosine` of each student.
+    frames: model -> [K, F, h, w] in [0, 1] of the first few samples, on the CPU; prompts: theirs.
+    """
+
+    settings: CompareConfig
+    rows: list[Row]
+    velocity_rows: list[Row]
+    frames: dict[str, Tensor]
+    prompts: list[str]
+
+
+def compare(
+    subject: Subject,
+    students: Students,
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Comparison:
+    """Sample the teacher, then every student, and measure them; on the subject's device.
+
+    A student's context is entered once, after the teacher was sampled: it may change
+    `subject.model` in place as long as leaving it gives the teacher back.
+    """
+    bench = Bench(subject, settings, seed=seed, precision=precision, progress=progress)
+    teacher = bench.sample("teacher", subject.model, is_teacher=True)
+    result = Comparison(
+        settings=settings,
+        rows=[bench.measure(teacher, teacher, None)],
+        velocity_rows=[],
+        frames={"teacher": teacher.frames[:NUM_SHOWN].clone()},
+        prompts=bench.prompts[:NUM_SHOWN],
+    )
+    for name, context in students.items():
+        with context as model:
+            samples = bench.sample(name, model)
+            velocity_rows = bench.compare_velocities(name, model)
+        result.rows.append(bench.measure(samples, teacher, velocity_rows))
+        result.velocity_rows += velocity_rows
+        result.frames[name] = samples.frames[:NUM_SHOWN].clone()
+    return result
+
+
+@contextlib.contextmanager
+def swap(model: nn.Module, layers: Sequence[int], feature_dim: int) -> Iterator[nn.Module]:
+    """Make layers linear without any training: initial feature maps, no weight changes."""
+    _, sites = identify(shapes_of(model))
+    chosen = [site for site in sites if site.layer in layers]
+    generator = torch.Generator().manual_seed(SWAPPED_SEED)
+    device = next(model.parameters()).device
+
+    def make(site: AttentionSite) -> LinearAttention:
+        linear = LinearAttention(site.num_heads, site.head_dim, feature_dim)
+        linear.init_weights(generator)
+        return linear.requires_grad_(False).to(device)
+
+    originals = install(model, chosen, make)
+    try:
+        yield model
+    finally:
+        restore(model, chosen, originals)
+
+
+@contextlib.contextmanager
+def transfer_into(model: nn.Module, artifact: artifact_files.Artifact) -> Iterator[nn.Module]:
+    """Turn a teacher into its student for a while."""
+    applied = artifact_files.apply(artifact, model)
+    try:
+        yield model
+    finally:
+        applied.remove()
+
+
+def compare_artifact(
+    subject: Subject,
+    artifact: artifact_files.Artifact,
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare the teacher, the teacher with the same layers merely swapped, and the student."""
+    header = artifact.header
+    students = {
+        "swapped": swap(subject.model, header.layers, header.feature_dim),
+        "student": transfer_into(subject.model, artifact),
+    }
+    return compare(subject, students, settings, seed=seed, precision=precision, progress=progress)
+
+
+def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
+    """Write the pictures, then evaluation.json; return what that holds.
+
+    `settings`, `rows` and `velocity_rows`, as in `Comparison`.
+    """
+    save_pictures(comparison, folder)
+    result = {
+        "settings": dataclasses.asdict(comparison.settings),
+        "rows": comparison.rows,
+        "velocity_rows": comparison.velocity_rows,
+    }
+    write_json(folder / EVALUATION_NAME, result)
+    return result
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Return what `save_comparison` wrote into a folder; None where there is nothing whole."""
+    try:
+        result = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    keys = ("settings", "rows", "velocity_rows")
+    return result if isinstance(result, dict) and all(key in result for key in keys) else None
+
+
+def save_pictures(comparison: Comparison, folder: Path) -> None:
+    """Write samples.png, samples.gif and velocity_error.png, in a reader's words."""
+    frames = {_CAPTIONS.get(name, name): clips for name, clips in comparison.frames.items()}
+    pictures.save_strip(frames, comparison.prompts, folder / "samples.png")
+    pictures.save_animation(frames, comparison.prompts, folder / "samples.gif")
+    if comparison.velocity_rows:
+        rows = [
+            row | {"model": _CAPTIONS.get(row["model"], row["model"])}
+            for row in comparison.velocity_rows
+        ]
+        report.plot_velocity_error(rows, folder / "velocity_error.png")

@@ -1,0 +1,44 @@
+"""Where a command computes and how precisely: `auto` decides once, here, and says so."""
+
+import logging
+from typing import Any
+
+import torch
+
+from .config import option
+
+logger = logging.getLogger(__name__)
+
+
+def device_option() -> Any:
+    """Declare the config field `device`."""
+    return option("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+
+
+def precision_option() -> Any:
+    """Declare the config field `precision`."""
+    text = "of the matrix products; auto: bf16 on cuda, fp32 elsewhere"
+    return option("auto", text, choices=("auto", "fp32", "bf16"))
+
+
+def resolve_device(name: str) -> str:
+    """Return the device that "auto" stands for; refuse one that is not there."""
+    if name == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        logger.info("device auto: %s", chosen)
+        return chosen
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} given, which this machine lacks: {reason}") from error
+    return name
+
+
+def resolve_precision(name: str, device: str) -> str:
+    """Return the precision that "auto" stands for on a device."""
+    if name != "auto":
+        return name
+    chosen = "bf16" if device.startswith("cuda") else "fp32"
+    logger.info("precision auto: %s", chosen)
+    return chosen

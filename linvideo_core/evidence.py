@@ -1,0 +1,71 @@
+"""What a transfer shows for itself: pictures of its training, and the comparison it asks for."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import report
+from .comparison import CompareConfig, read_evaluation
+from .config import option, positive
+from .run_folder import read_metrics
+from .selection import SelectionConfig, count_selection_steps
+from .trajectories import TrajectoryConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """How much is sampled to compare the result with its teacher, by the teacher's own sampler."""
+
+    evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
+    evaluate_batch_size: int = option(8, "videos sampled together in the end")
+
+    def __post_init__(self) -> None:
+        positive(self, "evaluate_batch_size")
+        if self.evaluate_samples < 0 or self.evaluate_samples == 1:
+            raise ValueError(
+                f"--evaluate-samples {self.evaluate_samples} given; 0, or 2 or more are needed"
+            )
+
+
+def compare_config(config: EvidenceConfig, trajectories: TrajectoryConfig) -> CompareConfig:
+    """Return how the comparison samples: as the teacher's trajectories were sampled."""
+    return CompareConfig(
+        num_samples=config.evaluate_samples,
+        steps=trajectories.sampler_steps,
+        guidance_scale=trajectories.guidance_scale,
+        shift=trajectories.shift,
+        batch_size=config.evaluate_batch_size,
+    )
+
+
+def is_evaluated(config: EvidenceConfig, folder: Path) -> bool:
+    """Say whether a run folder holds the comparison that is asked for, if any is."""
+    if not config.evaluate_samples:
+        return True
+    found = read_evaluation(folder)
+    return found is not None and found["settings"]["num_samples"] == config.evaluate_samples
+
+
+def draw_training(
+    folder: Path, layers: Sequence[int], selection: SelectionConfig, num_steps: int
+) -> None:
+    """Draw layer scores and losses from a training's metrics, where they are still there.
+
+    layers: those that became linear; num_steps: of the training.
+    """
+    metrics_path = folder / "training" / "metrics.jsonl"
+    if not metrics_path.exists():
+        logger.warning("%s is gone; its pictures are left out", metrics_path)
+        return
+    rows = read_metrics(metrics_path)
+    report.plot_layer_scores(
+        rows,
+        folder / "layer_scores.png",
+        target=selection.target,
+        layers=layers,
+        hardened_at=count_selection_steps(selection, num_steps),
+    )
+    report.plot_losses(rows, folder / "losses.png")

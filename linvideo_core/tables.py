@@ -1,0 +1,68 @@
+"""Rows of measures as tables: Markdown for a page, columns for a terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+_LABELS = {
+    "digit": "right digit (0 to 1)",
+    "motion": "right motion (0 to 1)",
+    "frechet": "Frechet to real clips",
+    "seconds": "seconds of sampling",
+}
+
+
+def format_value(value: Any) -> str:
+    """Show a value as a reader wants it: three figures, thousands marked, a dash for none."""
+    match value:
+        case None:
+            return "—"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return _format_float(value)
+        case list() | tuple():
+            return ", ".join(format_value(item) for item in value) or "—"
+        case _:
+            return str(value).replace("|", r"\|").replace("\n", " ")
+
+
+def render_table(rows: Sequence[Row]) -> str:
+    """Turn rows into a Markdown table whose columns are the rows' keys, in order of appearance."""
+    if not rows:
+        return "No rows.\n"
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    is_number = [all(isinstance(r.get(k), int | float | None) for r in rows) for k in keys]
+    lines = [
+        [key.replace("_", " ") for key in keys],
+        ["---:" if right else "---" for right in is_number],
+        *([format_value(row.get(key)) for key in keys] for row in rows),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def show_table(rows: Sequence[Row]) -> str:
+    """Lay rows out for a terminal: a line a measure, a column a model."""
+    names = [name for name in rows[0] if name != "model"]
+    labels = {name: _LABELS.get(name, name.replace("_", " ")) for name in names}
+    left = max(map(len, labels.values())) + 2
+    lines = [" " * left + "".join(f"{row['model']:>12}" for row in rows)]
+    for name, label in labels.items():
+        values = "".join(f"{format_value(row.get(name)):>12}" for row in rows)
+        lines.append(f"{label:<{left}}{values}")
+    return "\n".join(lines) + "\n"
+
+
+def _format_float(value: float) -> str:
+    if not math.isfinite(value):
+        return "—"
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) < 0.001:
+        return f"{value:.1e}"
+    # Three decimals below 1, so that fractions line up; three figures above.
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:#.3g}".rstrip(".")
