@@ -59,7 +59,7 @@ def test_the_sum_budget_counts_the_unrounded_share() -> None:
 def test_a_budget_is_zero_exactly_on_target(budget: str, target: int) -> None:
     r = scores(*[0.0] * target, *[1.0] * (5 - target))
     for wanted in range(1, 6):
-        assert float(budget_loss(r, wanted, budget)) == (target - wanted) ** 2
+        assert budget_loss(r, wanted, budget).item() == (target - wanted) ** 2
 
 
 @pytest.mark.parametrize("alpha", [2.0, 5.5, 20.0])
@@ -76,7 +76,7 @@ def test_the_rounding_loss_and_its_slope_are_closed_forms(alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", [2.0, 20.0])
 def test_the_rounding_loss_is_zero_only_at_zero_and_one(alpha: float) -> None:
-    assert float(rounding_loss(scores(0.0, 1.0, 1.0), alpha)) == 0
+    assert rounding_loss(scores(0.0, 1.0, 1.0), alpha).item() == 0
     for value in torch.linspace(0, 1, 63)[1:-1]:
         assert float(rounding_loss(value[None], alpha)) > 0
 
@@ -112,7 +112,7 @@ def test_the_start_meets_the_budget_with_equal_scores(num_layers: int, target: i
     selection = make_selection(num_layers, target=target)
     r = selection.layer_scores()
     assert r.unique().numel() == 1
-    assert float(budget_loss(r, target, "sum")) == pytest.approx(0, abs=1e-8)
+    assert budget_loss(r, target, "sum").item() == pytest.approx(0, abs=1e-8)
     assert selection.layers is None
 
 
