@@ -77,11 +77,12 @@ def parse(
         parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
     defaults = config_type()
     for field, kind, value in _leaves(defaults):
+        text = f"{field.metadata['help']} (default: {value})"
         parser.add_argument(
             f"--{_flag(field.name)}",
             type=_reader(kind),
             choices=field.metadata["choices"],
-            help=f"{field.metadata['help']} (default: {value})",
+            help=text.replace("%", "%%"),
             default=argparse.SUPPRESS,
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
         )
