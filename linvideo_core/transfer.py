@@ -23,7 +23,7 @@ from .config import option, parse, run_command, to_json
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import open_run
-from .selection import SelectionConfig
+from .selection import SelectionConfig, check_target
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
 from .training import TrainingConfig, fit
@@ -96,7 +96,8 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
         precision = "bf16" if device.startswith("cuda") else "fp32"
     subject = load_subject(config.subject).to(device)
     student = Student(subject, config.student, seed=config.seed)
-    open_run(config.out, config)
+    check_target(config.selection, len(student.sites))
+    open_run(config.out, config, ignore=("out",))
     logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
     trajectories = collect(
         subject,
