@@ -209,7 +209,7 @@ def test_the_stable_form_rests_exactly_where_the_velocities_agree(departed: int)
         generator = torch.Generator().manual_seed(1)
         loss, _ = objective(make_batch(departed), make_players(student), 0, generator)
         gradient = torch.autograd.grad(loss, theta)
-        return float(loss), float(torch.stack(gradient).abs().max())
+        return loss.item(), torch.stack(gradient).abs().max().item()
 
     assert evaluate(0.0, 0.0) == (0.0, 0.0)
     for offset, slope in ((0.1, 0.0), (0.0, -0.1), (1e-3, 2e-3)):
