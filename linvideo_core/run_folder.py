@@ -25,11 +25,14 @@ def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None
         write_text(path, wanted)
         return
     try:
-        found = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete {folder} or choose another --out"
         ) from error
+    found = dict(_leaves(tree))
     for name, value in _leaves(json.loads(wanted)):
         if name not in ignore and found.get(name) != value:
             raise ValueError(

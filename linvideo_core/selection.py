@@ -82,6 +82,14 @@ def choose(layer_scores: Tensor, target: int) -> tuple[int, ...]:
     return tuple(sorted(layer_scores.argsort(stable=True)[:target].tolist()))
 
 
+def check_target(config: SelectionConfig, num_layers: int) -> None:
+    """Raise ValueError for a target larger than the number of layers."""
+    if config.target > num_layers:
+        raise ValueError(
+            f"--target {config.target} given; the model has {num_layers} self-attention layers"
+        )
+
+
 class Selection:
     """The layer scores of a student on their way from mixed to hardened."""
 
@@ -92,10 +100,7 @@ class Selection:
 
         Raises ValueError for a target larger than the number of layers.
         """
-        if config.target > len(mixed):
-            raise ValueError(
-                f"--target {config.target} given; the model has {len(mixed)} self-attention layers"
-            )
+        check_target(config, len(mixed))
         self.mixed = dict(mixed)
         self.config = config
         self.harden_at = count_selection_steps(config, num_steps)

@@ -32,7 +32,7 @@ from .evidence import EvidenceConfig, compare_config, draw_training, is_evaluate
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, open_run
-from .selection import SelectionConfig
+from .selection import SelectionConfig, check_target
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
 from .tables import show_table
@@ -133,6 +133,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
 def linearize(subject: Subject, config: TransferConfig, precision: str, progress: Progress) -> None:
     """Sample the teacher, train a student, save its artifact."""
     student = Student(subject, config.student, seed=config.seed)
+    check_target(config.selection, len(student.sites))
     open_run(config.out, config, ignore=_FREE_FIELDS)
     logger.info("linearizing %s in %s, into %s", subject.name, precision, config.out)
     trajectories = collect(

@@ -91,6 +91,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale x [..., dim] to unit mean square, then by the weight."""
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
@@ -274,8 +275,9 @@ def infer_config(shapes: dict[str, tuple[int, ...]]) -> WanConfig:
     try:
         num_layers = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks."))
         dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
+        pt, ph, pw = patch_size
         head_rows = shapes["head.head.weight"][0]
-        return WanConfig(
+        config = WanConfig(
             dim=dim,
             num_heads=dim // 128,
             num_layers=num_layers,
@@ -283,14 +285,20 @@ def infer_config(shapes: dict[str, tuple[int, ...]]) -> WanConfig:
             text_dim=shapes["text_embedding.0.weight"][1],
             freq_dim=shapes["time_embedding.0.weight"][1],
             in_channels=in_channels,
-            out_channels=head_rows // math.prod(patch_size),
-            patch_size=tuple(patch_size),
+            out_channels=head_rows // (pt * ph * pw),
+            patch_size=(pt, ph, pw),
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             "not a Wan diffusion transformer (the tensors patch_embedding, text_embedding, "
             "blocks.* and head.* were expected); give the diffusion model's own safetensors file"
         ) from error
+    if config.in_channels != config.out_channels:
+        raise ValueError(
+            f"a Wan image-to-video or control checkpoint was given ({config.in_channels} channels "
+            f"in, {config.out_channels} out); a text-to-video one is needed"
+        )
+    return config
 
 
 def load_wan(
@@ -319,10 +327,12 @@ def load_wan(
         raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):
         model = WanModel(config)
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    if missing or unexpected:
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if shapes != needed:
+        names = [n for n in {**needed, **shapes} if shapes.get(n) != needed.get(n)]
         raise ValueError(
-            f"{path} does not fit a Wan model of width {config.dim}: "
-            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+            f"{path} does not fit a Wan model of width {config.dim}: missing, unexpected or of "
+            f"another shape are {names[:3]}"
         )
+    model.load_state_dict(state, assign=True)
     return model.to(device)

@@ -33,13 +33,13 @@ class LiteralAnytimeDistributionMatching:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a surrogate whose gradient is eq. 8's; its value means nothing.
 
-        The gradient flows through the student's step alone, not through either score.
+        The gradient flows through the student's step alone, not through either score; a state
+        at the last noise level has no step left and gives none.
         """
         sigmas = self.sigmas.to(batch.latents.device)
         num_steps = len(sigmas) - 1
-        departed = batch.step.clamp(max=num_steps - 2)
-        reached = draw_jump(departed, self.max_jump, 1, num_steps, generator)
-        start, sigma = sigmas[departed], sigmas[reached]
+        reached = draw_jump(batch.step, self.max_jump, 1, num_steps, generator)
+        start, sigma = sigmas[batch.step], sigmas[reached]
         latents = euler_step(batch.latents, players.student(batch.latents, start), start, sigma)
         with torch.no_grad():
             teacher_velocity = players.teacher(latents, sigma)

@@ -1,0 +1,61 @@
+"""The debug model that the method's tests run on: a tiny, random Wan with everything around it."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.subject import Subject
+
+LATENT_SHAPE = (4, 2, 6, 4)
+TEXT_DIM = 16
+
+
+def make_wan(*, num_layers: int = 3, num_heads: int = 1, seed: int = 0) -> WanModel:
+    """Return a random Wan whose every parameter acts on its output."""
+    torch.manual_seed(seed)
+    config = WanConfig(
+        dim=128 * num_heads,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        ffn_dim=96,
+        text_dim=TEXT_DIM,
+        freq_dim=16,
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
+    )
+    model = WanModel(config)
+    model.init_weights()
+    nn.init.normal_(model.head.head.weight, std=0.1)
+    return model
+
+
+@pytest.fixture
+def wan() -> WanModel:
+    """A random Wan of three layers, one head of 128."""
+    return make_wan()
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and prompt embeddings that `wan` takes."""
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(2, *LATENT_SHAPE, generator=generator)
+    prompt_embeds = torch.randn(2, 5, TEXT_DIM, generator=generator)
+    return latents, torch.tensor([810.0, 120.0]), prompt_embeds
+
+
+@pytest.fixture
+def subject(wan: WanModel) -> Subject:
+    """The frozen `wan` as a teacher with three prompts."""
+    generator = torch.Generator().manual_seed(6)
+    return Subject(
+        name="tiny",
+        model=wan.eval().requires_grad_(False),
+        prompts=["one", "two", "three"],
+        prompt_embeds=torch.randn(3, 5, TEXT_DIM, generator=generator),
+        negative_embeds=torch.randn(5, TEXT_DIM, generator=generator),
+        latent_shape=LATENT_SHAPE,
+        decode=lambda latents: latents.mean(dim=1),
+        is_demo=False,
+    )

@@ -1,0 +1,134 @@
+"""Attention sites are found by name and shape, changed, and given back."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from linvideo_core import adapters
+from linvideo_core.attention import SoftmaxAttention
+from linvideo_core.models.wan import WanConfig, WanModel
+
+
+class Nothing(nn.Module):
+    """Attention that pays none."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(query)
+
+
+def sites_of(model: nn.Module) -> list[adapters.AttentionSite]:
+    return adapters.identify(adapters.shapes_of(model))[1]
+
+
+@pytest.mark.parametrize(("num_heads", "num_layers"), [(1, 1), (2, 12), (12, 30), (40, 40)])
+def test_sites_are_found_in_depth_order(num_heads: int, num_layers: int) -> None:
+    with torch.device("meta"):
+        config = WanConfig(dim=128 * num_heads, num_heads=num_heads, num_layers=num_layers)
+        model = WanModel(config)
+    shapes = dict(sorted(adapters.shapes_of(model).items()))
+    family, sites = adapters.identify(shapes)
+    assert family.name == "wan"
+    assert [site.layer for site in sites] == list(range(num_layers))
+    assert [site.name for site in sites] == [f"blocks.{i}.self_attn" for i in range(num_layers)]
+    assert {(site.num_heads, site.head_dim) for site in sites} == {(num_heads, 128)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(3, 3),
+        lambda: nn.TransformerEncoderLayer(16, 2),
+        lambda: nn.Module(),
+        lambda: WanModel(WanConfig(dim=96, num_heads=1, num_layers=1, ffn_dim=8, text_dim=8)),
+    ],
+)
+def test_a_stranger_is_refused_with_the_known_families(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ValueError, match="known family") as caught:
+        sites_of(make())
+    assert "wan" in str(caught.value)
+
+
+def test_install_takes_effect_and_restore_gives_back_the_same_modules(
+    wan: WanModel, inputs: tuple[Tensor, ...]
+) -> None:
+    sites = sites_of(wan)
+    before = wan(*inputs)
+    modules = [adapters.attention_at(wan, site) for site in sites]
+    names = [name for name, _ in wan.named_parameters()]
+    originals = adapters.install(wan, sites, lambda site: Nothing())
+    assert all(isinstance(adapters.attention_at(wan, site), Nothing) for site in sites)
+    assert not torch.equal(wan(*inputs), before)
+    adapters.restore(wan, sites, originals)
+    assert [adapters.attention_at(wan, site) for site in sites] == modules
+    assert [name for name, _ in wan.named_parameters()] == names
+    torch.testing.assert_close(wan(*inputs), before, rtol=0, atol=0)
+
+
+def test_install_touches_only_the_sites_it_is_given(wan: WanModel) -> None:
+    sites = sites_of(wan)
+    asked: list[adapters.AttentionSite] = []
+    originals = adapters.install(wan, sites[1:2], lambda s: (asked.append(s), Nothing())[1])
+    assert asked == sites[1:2]
+    assert list(originals) == [1]
+    kinds = [type(adapters.attention_at(wan, site)) for site in sites]
+    assert kinds == [SoftmaxAttention, Nothing, SoftmaxAttention]
+    assert isinstance(wan.blocks[1].cross_attn.attention, SoftmaxAttention)
+
+
+def test_installed_attention_sees_rotated_heads(wan: WanModel, inputs: tuple[Tensor, ...]) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    class Look(SoftmaxAttention):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            shapes.extend(tuple(x.shape) for x in (query, key, value))
+            return super().forward(query, key, value)
+
+    adapters.install(wan, sites_of(wan), lambda site: Look())
+    wan(*inputs)
+    assert set(shapes) == {(2, 12, 1, 128)}
+
+
+def test_a_fingerprint_tells_architectures_apart_and_a_digest_weights(wan: WanModel) -> None:
+    family, sites = adapters.identify(adapters.shapes_of(wan))
+    assert adapters.fingerprint(family, sites) == "wan, 3 layers, 1 heads of 128"
+    digest = adapters.weights_digest(wan, sites)
+    assert len(digest) == 16
+    assert int(digest, 16) >= 0
+    other = copy.deepcopy(wan)
+    assert adapters.weights_digest(other, sites) == digest
+    other.blocks[2].self_attn.k.weight.data += 0.01
+    assert adapters.weights_digest(other, sites) != digest
+
+
+def test_trainable_weights_are_the_blocks_own(wan: WanModel) -> None:
+    family, sites = adapters.identify(adapters.shapes_of(wan))
+    before = adapters.trainable_weights(wan, family, sites)
+    assert set(before) == {n for n, _ in wan.named_parameters() if n.startswith("blocks.")}
+    adapters.install(wan, sites, lambda site: nn.Linear(2, 2))
+    assert set(adapters.trainable_weights(wan, family, sites)) == set(before)
+
+
+def test_blocks_are_those_that_hold_the_sites(wan: WanModel) -> None:
+    assert adapters.blocks(wan, sites_of(wan)) == list(wan.blocks)
+
+
+def test_recomputed_activations_give_equal_values_and_gradients(
+    wan: WanModel, inputs: tuple[Tensor, ...]
+) -> None:
+    other = copy.deepcopy(wan)
+    adapters.checkpoint_activations(other, sites_of(other))
+    calls: list[int] = []
+    other.blocks[1].ffn.register_forward_hook(lambda *_: calls.append(1))
+    outputs = []
+    for model in (wan, other):
+        out = model(*inputs)
+        out.square().sum().backward()
+        outputs.append(out.detach())
+    assert len(calls) == 2
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    for (name, left), right in zip(wan.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad, rtol=0, atol=0, msg=name)

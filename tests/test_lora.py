@@ -1,0 +1,82 @@
+"""Low-rank changes start at nothing and leave the layer's own names alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from linvideo_core import lora
+from linvideo_core.models.wan import WanModel
+
+
+@torch.no_grad()
+def fill(changes: dict[str, lora.LowRank]) -> None:
+    torch.manual_seed(2)
+    for change in changes.values():
+        change.up.normal_(std=0.02)
+
+
+def test_a_change_starts_at_zero(wan: WanModel, inputs: tuple[Tensor, ...]) -> None:
+    before = wan(*inputs)
+    lora.attach(wan, "blocks.", 4, seed=0)
+    torch.testing.assert_close(wan(*inputs), before, rtol=0, atol=0)
+
+
+def test_a_change_acts_as_up_times_down_added_to_the_weight(
+    wan: WanModel, inputs: tuple[Tensor, ...]
+) -> None:
+    merged = copy.deepcopy(wan)
+    changes = lora.attach(wan, "blocks.", 4, seed=0)
+    fill(changes)
+    with torch.no_grad():
+        for name, change in changes.items():
+            merged.get_submodule(name).weight += change.up @ change.down
+        found, expected = wan(*inputs), merged(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_linear_layer_under_the_prefix_and_none_elsewhere_is_changed(wan: WanModel) -> None:
+    linear = [n for n, m in wan.named_modules() if isinstance(m, nn.Linear)]
+    changes = lora.attach(wan, "blocks.", 4, seed=0)
+    assert list(changes) == [name for name in linear if name.startswith("blocks.")]
+    assert len(changes) == 3 * 10
+
+
+def test_the_layers_own_parameters_keep_their_names_and_are_frozen(wan: WanModel) -> None:
+    before = {name for name, _ in wan.named_parameters()}
+    lora.attach(wan, "blocks.", 4, seed=0)
+    own = {n: p for n, p in wan.named_parameters() if ".lora." not in n}
+    assert set(own) == before
+    assert not any(parameter.requires_grad for parameter in own.values())
+    added = {n: p for n, p in wan.named_parameters() if ".lora." in n}
+    assert all(parameter.requires_grad for parameter in added.values())
+    assert all(name.endswith((".lora.down", ".lora.up")) for name in added)
+
+
+def test_only_the_change_receives_a_gradient(wan: WanModel, inputs: tuple[Tensor, ...]) -> None:
+    fill(lora.attach(wan, "blocks.", 4, seed=0))
+    wan(*inputs).square().sum().backward()
+    for name, parameter in wan.named_parameters():
+        assert (parameter.grad is not None) == (".lora." in name), name
+
+
+def test_the_seed_decides_the_start(wan: WanModel) -> None:
+    starts = [lora.attach(copy.deepcopy(wan), "blocks.", 4, seed=seed) for seed in (0, 0, 1)]
+    name = "blocks.1.ffn.0"
+    first, again, other = (start[name].down for start in starts)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (4, 128)
+    assert starts[0][name].up.shape == (96, 4)
+
+
+def test_a_change_has_the_dtype_of_its_layer(wan: WanModel) -> None:
+    changes = lora.attach(wan.bfloat16(), "blocks.", 4, seed=0)
+    assert {p.dtype for change in changes.values() for p in change.parameters()} == {torch.bfloat16}
+
+
+def test_a_rank_beyond_the_full_rank_is_refused_with_the_layers_name(wan: WanModel) -> None:
+    lora.attach(copy.deepcopy(wan), "blocks.", 96, seed=0)
+    with pytest.raises(ValueError, match=r"--lora-rank 97 exceeds 96, the full rank of blocks.0"):
+        lora.attach(wan, "blocks.", 97, seed=0)

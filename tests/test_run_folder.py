@@ -1,0 +1,88 @@
+"""A run folder belongs to one config and says so."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from linvideo_core.config import option, to_json
+from linvideo_core.run_folder import open_run, read_metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """Nested settings."""
+
+    depth: int = option(3, "how deep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Settings of a run."""
+
+    room: Room = dataclasses.field(default_factory=Room)
+    rate: float = option(0.1, "how fast")
+    model: Path | None = option(None, "which")
+    device: str = option("cpu", "where")
+
+
+def test_the_first_call_writes_the_config_and_repeating_it_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "a" / "b"
+    open_run(folder, Run())
+    assert (folder / "config.json").read_text() == to_json(Run())
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    before = (folder / "config.json").stat().st_mtime_ns
+    open_run(folder, Run())
+    assert (folder / "config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (Run(rate=0.2), "rate 0.1 and 0.2 was given"),
+        (Run(room=Room(depth=4)), "depth 3 and 4 was given"),
+        (Run(model=Path("m.safetensors")), "model None and m.safetensors was given"),
+    ],
+)
+def test_another_config_is_refused_by_the_setting_that_differs(
+    other: Run, words: str, tmp_path: Path
+) -> None:
+    open_run(tmp_path, Run())
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=words) as caught:
+        open_run(tmp_path, other)
+    assert "--out" in str(caught.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_ignored_settings_may_differ(tmp_path: Path) -> None:
+    open_run(tmp_path, Run())
+    open_run(tmp_path, Run(device="cuda"), ignore=("device",))
+    with pytest.raises(ValueError, match="rate"):
+        open_run(tmp_path, Run(device="cuda", rate=1.0), ignore=("device",))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"3", b"null"])
+def test_a_damaged_config_is_named_in_one_sentence(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        open_run(tmp_path, Run())
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_the_folders_place_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(OSError, match="taken"):
+        open_run(tmp_path / "taken", Run())
+
+
+def test_metrics_are_read_row_by_row(tmp_path: Path) -> None:
+    rows = [{"step": i, "loss": 0.5, "layer_scores": [0.1, 0.2]} for i in range(3)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_metrics(path) == rows

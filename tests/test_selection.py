@@ -1,0 +1,200 @@
+"""Which layers become linear: the counts, the losses, the choice."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from linvideo_core.attention import LinearAttention, MixedAttention
+from linvideo_core.selection import (
+    BUDGETS,
+    Selection,
+    SelectionConfig,
+    alpha_at,
+    budget_loss,
+    choose,
+    rounding_loss,
+)
+
+SCORES = (0.9, 0.2, 0.45, 0.7, 0.05)
+
+
+def scores(*values: float) -> Tensor:
+    return torch.tensor(values or SCORES, requires_grad=True)
+
+
+def make_selection(
+    num_layers: int = 5, *, num_steps: int = 20, **options: float | str
+) -> Selection:
+    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in range(num_layers)}
+    return Selection(mixed, SelectionConfig(**{"target": 2, **options}), num_steps)
+
+
+def set_scores(selection: Selection, values: tuple[float, ...]) -> None:
+    for module, value in zip(selection.mixed.values(), values, strict=True):
+        module.layer_score.data.fill_(value)
+
+
+def test_the_rounded_budget_counts_layers_and_passes_the_gradient_straight_through() -> None:
+    r = scores()
+    loss = budget_loss(r, 1, "rounded")
+    # Three of the five lie below one half; one is wanted.
+    assert loss.item() == 4
+    loss.backward()
+    torch.testing.assert_close(r.grad, torch.full((5,), 2.0 * (3 - 1) * -1))
+
+
+def test_the_sum_budget_counts_the_unrounded_share() -> None:
+    r = scores()
+    count = sum(1 - value for value in SCORES)
+    loss = budget_loss(r, 1, "sum")
+    assert loss.item() == pytest.approx((count - 1) ** 2)
+    loss.backward()
+    torch.testing.assert_close(r.grad, torch.full((5,), -2 * (count - 1)))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("target", [1, 3])
+def test_a_budget_is_zero_exactly_on_target(budget: str, target: int) -> None:
+    r = scores(*[0.0] * target, *[1.0] * (5 - target))
+    for wanted in range(1, 6):
+        assert budget_loss(r, wanted, budget).item() == (target - wanted) ** 2
+
+
+@pytest.mark.parametrize("alpha", [2.0, 5.5, 20.0])
+def test_the_rounding_loss_and_its_slope_are_closed_forms(alpha: float) -> None:
+    r = scores()
+    loss = rounding_loss(r, alpha)
+    assert loss.item() == pytest.approx(sum(1 - abs(2 * v - 1) ** alpha for v in SCORES))
+    loss.backward()
+    slopes = [
+        -2 * alpha * math.copysign(1, 2 * v - 1) * abs(2 * v - 1) ** (alpha - 1) for v in SCORES
+    ]
+    torch.testing.assert_close(r.grad, torch.tensor(slopes))
+
+
+@pytest.mark.parametrize("alpha", [2.0, 20.0])
+def test_the_rounding_loss_is_zero_only_at_zero_and_one(alpha: float) -> None:
+    assert rounding_loss(scores(0.0, 1.0, 1.0), alpha).item() == 0
+    for value in torch.linspace(0, 1, 63)[1:-1]:
+        assert float(rounding_loss(value[None], alpha)) > 0
+
+
+def test_the_rounding_loss_drives_r_to_the_nearer_end_and_rests_at_one_half() -> None:
+    r = scores(0.3, 0.5, 0.7)
+    rounding_loss(r, 2.0).backward()
+    # Descent moves against the gradient.
+    assert float(r.grad[0]) > 0
+    assert float(r.grad[1]) == 0
+    assert float(r.grad[2]) < 0
+
+
+def test_alpha_falls_geometrically_from_its_start_to_its_end() -> None:
+    config = SelectionConfig(alpha_start=20.0, alpha_end=2.0)
+    assert alpha_at(config, 0.0) == pytest.approx(20)
+    assert alpha_at(config, 0.5) == pytest.approx(math.sqrt(40))
+    assert alpha_at(config, 1.0) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("target", [1, 2, 5])
+def test_choose_picks_exactly_target_layers_with_the_lowest_r(target: int) -> None:
+    picks = choose(torch.tensor(SCORES), target)
+    assert picks == tuple(sorted(sorted(range(5), key=lambda i: SCORES[i])[:target]))
+
+
+def test_equal_scores_are_chosen_in_depth_order() -> None:
+    assert choose(torch.full((63,), 0.5), 3) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("num_layers", "target"), [(1, 1), (5, 2), (30, 16), (7, 7)])
+def test_the_start_meets_the_budget_with_equal_scores(num_layers: int, target: int) -> None:
+    selection = make_selection(num_layers, target=target)
+    r = selection.layer_scores()
+    assert r.unique().numel() == 1
+    assert budget_loss(r, target, "sum").item() == pytest.approx(0, abs=1e-8)
+    assert selection.layers is None
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_loss_is_the_weighted_sum_of_both_terms(budget: str) -> None:
+    selection = make_selection(selection_weight=0.3, selection_share=0.5, budget=budget)
+    set_scores(selection, SCORES)
+    for step, share in ((0, 0.0), (5, 0.5), (10, 1.0)):
+        r = scores()
+        alpha = alpha_at(selection.config, share)
+        expected = 0.3 * (budget_loss(r, 2, budget) + rounding_loss(r, alpha))
+        torch.testing.assert_close(selection.loss(step), expected)
+
+
+def test_the_loss_reaches_every_score_and_nothing_else() -> None:
+    selection = make_selection()
+    set_scores(selection, SCORES)
+    selection.loss(0).backward()
+    for module in selection.mixed.values():
+        assert float(module.layer_score.grad) != 0
+        assert module.linear.query_map.grad is None
+
+
+def test_scores_are_kept_within_zero_and_one() -> None:
+    selection = make_selection(selection_share=1.0)
+    set_scores(selection, (-0.5, 0.0, 0.3, 1.0, 1.7))
+    selection.after_step(0)
+    torch.testing.assert_close(
+        selection.layer_scores().detach(), torch.tensor([0.0, 0.0, 0.3, 1.0, 1.0])
+    )
+
+
+def test_the_choice_is_made_at_its_step_and_stays() -> None:
+    selection = make_selection(num_steps=20, selection_share=0.3)
+    set_scores(selection, SCORES)
+    for step in range(5):
+        selection.after_step(step)
+        assert selection.layers is None
+        assert all(module.choice is None for module in selection.mixed.values())
+    selection.after_step(5)
+    assert selection.layers == [1, 4]
+    choices = [module.choice for module in selection.mixed.values()]
+    assert choices == ["softmax", "linear", "softmax", "softmax", "linear"]
+    assert float(selection.loss(6)) == 0
+    set_scores(selection, (0.0, 1.0, 0.0, 1.0, 1.0))
+    selection.after_step(6)
+    assert selection.layers == [1, 4]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 63])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_training_never_ends_before_the_choice(num_steps: int, share: float) -> None:
+    selection = make_selection(num_steps=num_steps, selection_share=share)
+    for step in range(num_steps):
+        selection.after_step(step)
+    assert len(selection.layers) == 2
+
+
+def test_layers_keep_the_models_own_numbers() -> None:
+    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in (3, 8, 11)}
+    selection = Selection(mixed, SelectionConfig(target=1), 1)
+    mixed[8].layer_score.data.fill_(0.0)
+    selection.after_step(0)
+    assert selection.layers == [8]
+
+
+def test_a_target_beyond_the_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="--target 6 given; the model has 5"):
+        make_selection(5, target=6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": 0},
+        {"selection_share": 1.5},
+        {"alpha_start": 0.0},
+        {"alpha_end": -1.0},
+        {"layer_score_learning_rate": 0.0},
+    ],
+)
+def test_impossible_settings_are_refused_by_flag(options: dict[str, float]) -> None:
+    flag = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(ValueError, match=flag):
+        SelectionConfig(**options)

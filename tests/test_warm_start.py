@@ -1,0 +1,116 @@
+"""The warm start fits feature maps to softmax attention and touches nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from linvideo_core.student import Student, StudentConfig
+from linvideo_core.subject import Subject
+from linvideo_core.training import TrainingConfig, fit, seed_step
+from linvideo_core.trajectories import TrajectoryConfig, collect
+from linvideo_core.warm_start import WarmStart, WarmStartConfig, feature_maps
+
+SETTINGS = TrainingConfig(steps=30, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=10)
+
+
+def make_task(subject: Subject, folder: Path, parameters: str = "full") -> WarmStart:
+    settings = TrajectoryConfig(
+        num_trajectories=3, states_per_trajectory=2, sampler_steps=5, shard_size=3
+    )
+    student = Student(subject, StudentConfig(parameters=parameters, lora_rank=4), seed=0)
+    return WarmStart(
+        student.model,
+        student.mixed,
+        subject,
+        collect(subject, settings, folder, seed=0),
+        batch_size=3,
+        prompt_dropout=0.3,
+        learning_rate=1e-2,
+        precision="fp32",
+    )
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("parameters", ["full", "lora"])
+def test_the_loss_falls_and_only_the_maps_move(
+    parameters: str, subject: Subject, tmp_path: Path
+) -> None:
+    task = make_task(subject, tmp_path / "trajectories", parameters)
+    before = snapshot(task.student)
+    fit(task, SETTINGS, tmp_path / "warm_start", seed=0)
+    rows = (tmp_path / "warm_start" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for name, tensor in snapshot(task.student).items():
+        is_map = name.endswith(("query_map", "key_map"))
+        assert torch.equal(tensor, before[name]) != is_map, name
+
+
+def test_the_loss_is_the_relative_error_of_each_layer(subject: Subject, tmp_path: Path) -> None:
+    task = make_task(subject, tmp_path)
+    seen: list[float] = []
+
+    def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        linear, softmax = module.linear(*args), module.softmax(*args)
+        seen.append(float((linear - softmax).square().sum() / softmax.square().sum()))
+
+    for module in task.mixed.values():
+        module.register_forward_hook(compare)
+    loss, metrics = task.loss(0, seed_step(0, 0))
+    assert metrics["layer_errors"].tolist() == pytest.approx(seen, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(sum(seen) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("choices", [(None, None, None), ("linear", None, "softmax")])
+def test_choices_are_restored_also_after_a_failure(
+    choices: tuple[str | None, ...], subject: Subject, tmp_path: Path
+) -> None:
+    task = make_task(subject, tmp_path)
+    for module, choice in zip(task.mixed.values(), choices, strict=True):
+        module.choice = choice
+    loss, metrics = task.loss(0, seed_step(0, 0))
+    assert loss.requires_grad
+    assert metrics["layer_errors"].shape == (3,)
+    assert tuple(module.choice for module in task.mixed.values()) == choices
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = task.student.blocks[2].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        task.loss(0, seed_step(0, 0))
+    hook.remove()
+    assert tuple(module.choice for module in task.mixed.values()) == choices
+    assert not any(module._forward_hooks for module in task.mixed.values())
+
+
+def test_layers_are_fitted_independently(subject: Subject, tmp_path: Path) -> None:
+    task = make_task(subject, tmp_path)
+    _, before = task.loss(0, seed_step(0, 0))
+    with torch.no_grad():
+        task.mixed[0].linear.query_map.mul_(-3)
+    _, after = task.loss(0, seed_step(0, 0))
+    assert after["layer_errors"][0] != before["layer_errors"][0]
+    assert torch.equal(after["layer_errors"][1:], before["layer_errors"][1:])
+
+
+def test_the_maps_of_all_layers_have_unique_names(subject: Subject, tmp_path: Path) -> None:
+    task = make_task(subject, tmp_path)
+    maps = feature_maps(task.mixed)
+    assert len(maps) == 6
+    assert {id(p) for p in maps.values()} == {
+        id(p) for m in task.mixed.values() for p in m.linear.parameters()
+    }
+
+
+@pytest.mark.parametrize("options", [{"warm_start_steps": -1}, {"warm_start_learning_rate": 0.0}])
+def test_impossible_settings_are_refused_by_flag(options: dict[str, float]) -> None:
+    flag = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(ValueError, match=flag):
+        WarmStartConfig(**options)
