@@ -12,7 +12,7 @@ from . import demo
 from .config import option, positive
 from .demo.codec import LATENT_SHAPE, decode_latents
 from .demo.prompts import all_prompts, encode_prompts
-from .models.wan import load_wan
+from .models.checkpoint import load_wan
 
 _TIME_COMPRESSION, _SPACE_COMPRESSION = 4, 8  # Wan's video autoencoder
 

@@ -131,7 +131,7 @@ def test_override_checks_what_it_makes() -> None:
         (("--num-cylinders", "0"), "--num-cylinders 0 given; a number greater than 0"),
         (("--power", "nan"), "--power nan given"),
         (("--share", "1.01"), "--share 1.01 given; a number from 0 to 1"),
-        (("--num-cylinders", "six"), "invalid int value: 'six'"),
+        (("--num-cylinders", "six"), "six given; a whole number is needed"),
         (("--kind", "steam"), "steam"),
         (("--is-fast", "yes"), "true or false"),
         (("--preset", "moon"), "moon"),

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from linvideo_core.models.checkpoint import infer_config, load_wan
 from linvideo_core.models.denoiser import bind, bind_guided
 from linvideo_core.models.wan import (
     WanConfig,
     WanModel,
     apply_rotary,
-    infer_config,
-    load_wan,
     rotary_embedding,
     timestep_embedding,
 )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from ..config import option, parse, run_command, to_flags, to_json
 from ..evaluation import feature_statistics
-from ..models.wan import load_wan
+from ..models.checkpoint import load_wan
 from ..progress import Progress, TqdmProgress, silent
 from ..records import write_record
 from ..storage import write_tensors

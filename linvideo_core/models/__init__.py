@@ -1,1 +1,4 @@
-"""Models for headless use; inside ComfyUI the host's own models are used instead."""
+"""Models for headless use; inside ComfyUI the host's own models are used instead.
+
+wan: the architecture; checkpoint: its published files; denoiser: a model as a velocity function.
+"""
