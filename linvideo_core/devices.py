@@ -1,13 +1,10 @@
-"""Where a command computes and how precisely: `auto` decides once, here, and says so."""
+"""Where a command computes and how precisely: `auto` decides once, here; the command says it."""
 
-import logging
 from typing import Any
 
 import torch
 
 from .config import option
-
-logger = logging.getLogger(__name__)
 
 
 def device_option() -> Any:
@@ -24,9 +21,7 @@ def precision_option() -> Any:
 def resolve_device(name: str) -> str:
     """Return the device that "auto" stands for; refuse one that is not there."""
     if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-        logger.info("device auto: %s", chosen)
-        return chosen
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -39,6 +34,4 @@ def resolve_precision(name: str, device: str) -> str:
     """Return the precision that "auto" stands for on a device."""
     if name != "auto":
         return name
-    chosen = "bf16" if device.startswith("cuda") else "fp32"
-    logger.info("precision auto: %s", chosen)
-    return chosen
+    return "bf16" if device.startswith("cuda") else "fp32"

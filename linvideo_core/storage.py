@@ -35,8 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{path} could not be written and is as it was before ({error}): free space or choose "
-            "another folder"
+            f"could not write {path} ({error}); the earlier file, if any, is intact: free some "
+            "space or choose another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

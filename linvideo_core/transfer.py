@@ -117,6 +117,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
     made = artifact.load(path)
     draw_training(config.out, made.header.layers, config.selection, config.training.steps)
     if not is_evaluated(config.evidence, config.out):
+        logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         # What ships is what is measured: the saved file, in a model that is not compiled.
         comparison = compare_artifact(
             subject,
@@ -135,7 +136,8 @@ def linearize(subject: Subject, config: TransferConfig, precision: str, progress
     student = Student(subject, config.student, seed=config.seed)
     check_target(config.selection, len(student.sites))
     open_run(config.out, config, ignore=_FREE_FIELDS)
-    logger.info("linearizing %s in %s, into %s", subject.name, precision, config.out)
+    device = subject.prompt_embeds.device
+    logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
     trajectories = collect(
         subject,
         config.trajectories,
