@@ -165,8 +165,6 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     for stage in ("warm_start", "training"):
         left, right = (folder / stage / "metrics.jsonl" for folder in (out, unbroken))
         assert left.read_bytes() == right.read_bytes()
-    assert load_file(training / "checkpoint.safetensors").keys()
-    assert not list(out.rglob("shard-*.part"))
 
     # Repeated where it is done, moved elsewhere or not, the command writes the same again.
     moved = tmp_path / "moved"
