@@ -68,7 +68,10 @@ def no_evaluation() -> tuple[str, ...]:
 
 
 def arguments(files: Path, **changes: object) -> list[str]:
-    """Return the flags of a transfer that takes seconds, with some replaced or left out (None)."""
+    """Return the flags of a transfer of seconds, with some replaced or left out (None).
+
+    Nothing is left to "auto", whose decision would be logged.
+    """
     flags = {
         "model": files / "wan.safetensors",
         "prompts": files / "prompts.safetensors",
@@ -89,6 +92,7 @@ def arguments(files: Path, **changes: object) -> list[str]:
         "log_every": 1,
         "selection_share": 0.4,
         "device": "cpu",
+        "precision": "fp32",
         **changes,
     }
     return [
