@@ -34,7 +34,7 @@ PARAMETERS = ("full", "lora", "feature_maps")
 class StudentConfig:
     """What of the student may move."""
 
-    parameters: str = option("full", "weights that are trained and saved", choices=PARAMETERS)
+    parameters: str = option("lora", "weights that are trained and saved", choices=PARAMETERS)
     lora_rank: int = option(32, "rank of the weight changes (parameters lora)")
     feature_ratio: int = option(1, "features M of a query or key, in units of the head dim: 1 or 2")
 

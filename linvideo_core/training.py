@@ -161,10 +161,7 @@ class _Run:
         """Append a row to metrics.jsonl and return it in plain numbers."""
         plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
         if not math.isfinite(plain["loss"]):
-            raise ValueError(
-                f"the loss became {plain['loss']} at step {step}; the last good checkpoint is "
-                f"{self.checkpoint_path}: start again with a lower --learning-rate"
-            )
+            raise self._diverged(f"the loss became {plain['loss']} at step {step}")
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **plain}) + "\n")
         return plain
@@ -174,15 +171,20 @@ class _Run:
         tensors = {f"average/{n}": t for n, t in self.average.items()}
         for name, parameter in self.parameters.items():
             if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"{name} is no longer finite after step {step}; the last good checkpoint is "
-                    f"{self.checkpoint_path}: start again with a lower --learning-rate"
-                )
+                raise self._diverged(f"{name} is no longer finite after step {step}")
             tensors[f"parameter/{name}"] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
         state = json.dumps(self.task.state())
         write_tensors(self.checkpoint_path, tensors, {"step": str(step), "state": state})
+
+    def _diverged(self, what: str) -> ValueError:
+        has_checkpoint = self.checkpoint_path.exists()
+        kept = f"the last good checkpoint is {self.checkpoint_path}" if has_checkpoint else ""
+        return ValueError(
+            f"{what}; {kept or 'no checkpoint was written yet'}: start again in another --out with "
+            "a lower --learning-rate"
+        )
 
     def resume(self) -> int:
         """Take the checkpoint's state, drop later metrics; return the number of finished steps."""

@@ -6,16 +6,19 @@ after the last whole one.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .adapters import identify, shapes_of, weights_digest
 from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE
 from .flow import make_sigmas, sample_euler
@@ -116,7 +119,7 @@ def collect(
     Raises ValueError when the folder holds shards of another teacher, config or seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    identity = json.dumps([subject.name, seed, precision, dataclasses.asdict(config)])
+    identity = json.dumps([*_describe(subject), seed, precision, dataclasses.asdict(config)])
     num_shards = -(-config.num_trajectories // config.shard_size)
     paths = [folder / f"shard-{i:05d}.safetensors" for i in range(num_shards)]
     for i, path in enumerate(paths):
@@ -129,6 +132,16 @@ def collect(
             write_tensors(path, tensors, {"identity": identity})
     progress("sampling the teacher", config.num_trajectories, config.num_trajectories)
     return Trajectories(paths, config)
+
+
+def _describe(subject: Subject) -> list[Any]:
+    """Return what decides a sample besides seed and config: weights, prompts, size."""
+    _, sites = identify(shapes_of(subject.model))
+    prompts = hashlib.blake2b(digest_size=8)
+    for embeds in (subject.prompt_embeds, subject.negative_embeds):
+        prompts.update(embeds.cpu().half().numpy().tobytes())
+    digest = weights_digest(subject.model, sites)
+    return [subject.name, digest, prompts.hexdigest(), subject.latent_shape]
 
 
 def _is_whole(path: Path, identity: str) -> bool:
