@@ -138,8 +138,10 @@ class Selection:
             picks = choose(self.layer_scores(), self.config.target)
             self.harden([names[pick] for pick in picks])
 
+    @torch.no_grad()
     def harden(self, layers: list[int]) -> None:
-        """Make exactly `layers` linear and all others softmax."""
+        """Make exactly `layers` linear, r = 0, and all others softmax, r = 1."""
         for layer, module in self.mixed.items():
             module.harden("linear" if layer in layers else "softmax")
+            module.layer_score.fill_(0 if layer in layers else 1)
         logger.info("linear layers from here on: %s", layers)

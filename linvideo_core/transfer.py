@@ -77,7 +77,18 @@ class TransferConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
+    "demo": {
+        "num_trajectories": 24,
+        "warm_start_steps": 40,
+        "steps": 200,
+        "batch_size": 6,
+        "learning_rate": 2e-3,
+        "layer_score_learning_rate": 0.03,
+        "warmup_steps": 20,
+        "ema_decay": 0.99,
+        "checkpoint_every": 25,
+        "log_every": 5,
+    },
     # A small model keeps a GPU waiting for its kernels: a batch of 256 takes no longer than of 64.
     "gpu": {
         "out": Path("runs/transfer-gpu"),
