@@ -16,7 +16,7 @@ import comfy.ops
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from comfy.weight_adapter import LoRAAdapter
-from torch import nn
+from torch import Tensor, nn
 
 from ..linvideo_core import adapters
 from ..linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, check
@@ -68,8 +68,8 @@ def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
     for moment, action in (
         # Another patcher of the same model may have run since ComfyUI injected this one.
         (CallbacksMP.ON_PRE_RUN, inject),
-        # ComfyUI leaves a model injected until another patcher is loaded, and forgets to eject
-        # when the patcher is thrown away first. Outside sampling nothing of ours stays.
+        # ComfyUI would leave a model injected, and its later clones too, until another patcher of
+        # it is loaded.
         (CallbacksMP.ON_CLEANUP, _eject_all),
         # Injections are undone in the order they were done in, so one may put ours back.
         (CallbacksMP.ON_EJECT_MODEL, eject),
@@ -132,9 +132,12 @@ def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.M
 
 def _add_weight_changes(linearized: Any, artifact: Artifact, strength: float) -> None:
     """Hand every weight change to ComfyUI, which merges it wherever the weight then is."""
-    patches: dict[str, Any] = {
-        _PREFIX + name: ("diff", (delta,)) for name, delta in artifact.deltas.items()
-    }
+    patches: dict[str, Any] = {}
+    for name, delta in artifact.deltas.items():
+        if _is_patched_by_host(linearized.model.diffusion_model, name):
+            patches[_PREFIX + name] = ("diff", (delta,))
+        else:
+            _replace_parameter(linearized, _PREFIX + name, strength * delta.float())
     for name, (down, up) in artifact.low_rank.items():
         # up, down, alpha (none: the rank), Tucker's middle factor, DoRA's scale, a new shape
         weights = (up, down, None, None, None, None)
@@ -145,6 +148,24 @@ def _add_weight_changes(linearized: Any, artifact: Artifact, strength: float) ->
             f"this model has no weight {missing[0]!a} that the file changes: load the model with "
             "ComfyUI's own loader"
         )
+
+
+def _is_patched_by_host(diffusion_model: nn.Module, name: str) -> bool:
+    """Say whether ComfyUI merges patches of a parameter: only weights and biases of leaf modules.
+
+    It takes patches of others (Wan's modulations) and, without a word, never merges them.
+    """
+    owner, _, parameter = name.rpartition(".")
+    is_leaf = not any(diffusion_model.get_submodule(owner).children())
+    return is_leaf and parameter in ("weight", "bias")
+
+
+def _replace_parameter(linearized: Any, key: str, change: Tensor) -> None:
+    """Put a changed copy in a parameter's place for as long as the clone is loaded."""
+    parameter = linearized.get_model_object(key)
+    total = parameter.float() + change.to(parameter.device)
+    replacement = nn.Parameter(total.to(parameter.dtype), requires_grad=False)
+    linearized.add_object_patch(key, replacement)
 
 
 def _eject_all(patcher: Any) -> None:
