@@ -6,7 +6,6 @@ other packs); only the attention call inside is answered by ours, whatever backe
 user chose for the rest.
 """
 
-import weakref
 from types import MethodType
 from typing import Any
 
@@ -21,7 +20,6 @@ KEY = "linvideo"
 """Ours among a ModelPatcher's attachments, injections, callbacks and additional models."""
 
 _MAPS, _FORWARD, _PREVIOUS = "_linvideo_maps", "_linvideo_forward", "_linvideo_previous"
-_OWNER = "_linvideo_owner"
 
 
 class LayerMaps(nn.Module):
@@ -95,21 +93,11 @@ def inject(patcher: Any) -> None:
             fields[_PREVIOUS] = fields["forward"]
         # One bound method for the module's life: torch.compile takes a new one for new code.
         fields["forward"] = fields.setdefault(_FORWARD, MethodType(_linear_forward, attention))
-    # ComfyUI forgets to eject a patcher that is thrown away while it is loaded.
-    model = weakref.ref(patcher.model.diffusion_model)
-    model().__dict__[_OWNER] = weakref.ref(patcher, lambda _: _clear(model()))
 
 
 def eject(patcher: Any) -> None:
     """Undo what `inject` did, by whichever patcher of this model; what is not ours stays."""
-    _clear(patcher.model.diffusion_model)
-
-
-def _clear(model: nn.Module | None) -> None:
-    if model is None:
-        return
-    model.__dict__.pop(_OWNER, None)
-    for module in model.modules():
+    for module in patcher.model.diffusion_model.modules():
         fields = module.__dict__
         if _FORWARD not in fields:
             continue

@@ -66,11 +66,10 @@ def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
     linearized.set_additional_models(KEY, [maps])
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     for moment, action in (
-        # Another patcher of the same model may have run since ComfyUI injected this one.
-        (CallbacksMP.ON_PRE_RUN, inject),
-        # ComfyUI would leave a model injected, and its later clones too, until another patcher of
-        # it is loaded.
+        # ComfyUI would leave the model injected until another patcher of it is loaded.
         (CallbacksMP.ON_CLEANUP, _eject_all),
+        # A clone is told that it is injected if its parent is, and would eject it on its way out.
+        (CallbacksMP.ON_CLONE, _mark_ejected),
         # Injections are undone in the order they were done in, so one may put ours back.
         (CallbacksMP.ON_EJECT_MODEL, eject),
     ):
@@ -170,3 +169,7 @@ def _replace_parameter(linearized: Any, key: str, change: Tensor) -> None:
 
 def _eject_all(patcher: Any) -> None:
     patcher.eject_model()
+
+
+def _mark_ejected(_: Any, clone: Any) -> None:
+    clone.is_injected = False

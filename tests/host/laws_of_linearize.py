@@ -10,6 +10,7 @@ import functools
 import gc
 import inspect
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,11 @@ def _with_lora(model: Any) -> Any:
     return comfy.sd.load_lora_for_models(model, None, _lora(), 0.7, 0)[0]
 
 
-def _sample(model: Any) -> Tensor:
+def _sample(model: Any, on_step: Callable[..., None] | None = None) -> Tensor:
     _, positive, negative, latent = _demo()
     settings = (_STEPS, _GUIDANCE, "euler", "simple", positive, negative, latent["samples"])
-    return comfy.sample.sample(model, _NOISE, *settings, disable_pbar=True, seed=1)
+    keywords = {"callback": on_step, "disable_pbar": True, "seed": 1}
+    return comfy.sample.sample(model, _NOISE, *settings, **keywords)
 
 
 def _sample_headless(
@@ -191,6 +193,11 @@ def a_clone_of_a_loaded_model_samples_alike() -> None:
     assert torch.equal(_sample(_demo()[0]), _teacher_latents())
     assert torch.equal(_sample(clone), expected)
     assert torch.equal(_sample(linearized), expected)
+
+
+def a_clone_made_while_sampling_and_thrown_away_changes_nothing() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    assert torch.equal(_sample(linearized, lambda *_: linearized.clone()), _sample(linearized))
 
 
 def a_copy_with_weights_of_its_own_samples_alike() -> None:
