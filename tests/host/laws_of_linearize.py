@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import comfy.ldm.wan.ar_model
+import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.ops
 import comfy.sample
 import comfy.sd
 import folder_paths
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_pack.linvideo_core.demo import weights_path
@@ -31,6 +33,7 @@ from linvideo_pack.nodes import demo, files, hook
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
 from linvideo_pack.nodes.patching import linearize
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 _TOLERANCE = 1e-5
 _STEPS, _GUIDANCE = 4, 3.0
@@ -214,6 +217,74 @@ def a_lora_before_or_after_gives_the_latents_of_merged_weights() -> None:
     expected = _sample_headless(_shipped(), lora=True)
     _assert_close(_sample(linearize(_with_lora(model), _shipped())), expected)
     _assert_close(_sample(_with_lora(linearize(model, _shipped()))), expected)
+
+
+def weights_that_are_streamed_give_the_same_latents() -> None:
+    expected = _sample(linearize(_demo()[0], _shipped()))
+    linearized = linearize(_demo()[0], _shipped())
+    comfy.model_management.unload_all_models()
+    load = linearized.partially_load
+
+    def load_little(device: torch.device, *_: Any, **__: Any) -> Any:
+        return load(device, 1000)
+
+    linearized.partially_load = load_little
+    latents = _sample(linearized)
+    assert linearized.model.model_lowvram
+    comfy.model_management.unload_all_models()
+    _assert_close(latents, expected)
+
+
+def compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    expected = _sample(linearized)
+    compiled = linearized.clone()
+    set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
+    for _ in range(2):
+        _assert_close(_sample(compiled), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(_sample(_demo()[0]), _teacher_latents())
+
+
+def the_blocks_beside_the_main_ones_stay_softmax() -> None:
+    vace = comfy.ldm.wan.model.VaceWanModel(
+        dim=128,
+        ffn_dim=256,
+        num_heads=1,
+        num_layers=4,
+        vace_layers=2,
+        vace_in_dim=96,
+        operations=comfy.ops.disable_weight_init,
+    )
+    generator = torch.Generator().manual_seed(4)
+    weights = {
+        name: 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in vace.state_dict().items()
+    }
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": torch.float32})
+    assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
+    maps = _shipped().feature_maps[0]
+    header = dataclasses.replace(
+        _other_file().header,
+        fingerprint="wan, 4 layers, 1 heads of 128",
+        num_layers=4,
+        layers=(0, 2),
+        site_names=("blocks.0.self_attn", "blocks.2.self_attn"),
+    )
+    linearized = linearize(patcher, Artifact(header=header, feature_maps={0: maps, 2: maps}))
+    num_calls = 0
+
+    def override(function: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += query.shape == key.shape
+        return function(query, key, *args, **kwargs)
+
+    linearized.model_options["transformer_options"]["optimized_attention_override"] = override
+    before = _sample(patcher)
+    assert not torch.equal(_sample(linearized), before)
+    # Two main blocks and both of VACE's, once a step: both branches of guidance are one batch.
+    assert num_calls == 4 * _STEPS
+    assert torch.equal(_sample(patcher), before)
 
 
 def an_attention_override_serves_every_layer_but_ours() -> None:
