@@ -83,7 +83,7 @@ def run_laws(pack: str, laws: str, results: str) -> None:
     load("linvideo_pack", Path(pack) / "__init__.py", [pack])
     module = load("laws", Path(laws), None)
     outcomes = {}
-    for name, law in vars(module).items():
+    for name, law in list(vars(module).items()):
         if getattr(law, "__module__", "") == "laws" and not name.startswith("_"):
             outcomes[name] = ""
             try:

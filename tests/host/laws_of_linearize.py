@@ -21,11 +21,13 @@ import comfy.ops
 import comfy.sample
 import comfy.sd
 import folder_paths
+import latent_preview
+import numpy as np
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
-from linvideo_pack.linvideo_core.demo import weights_path
+from linvideo_pack.linvideo_core.demo import codec, weights_path
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.models.denoiser import bind_guided
 from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
@@ -419,3 +421,19 @@ def the_decoder_gives_frames_and_refuses_other_latents() -> None:
     image_latents = {"samples": torch.zeros(1, 4, 64, 64)}
     message = _complaint(ValueError, demo.LinVideoDemoDecode.execute, image_latents, 8)
     assert "[1, 4, 64, 64]" in message
+
+
+def the_sampler_previews_what_the_decoder_shows() -> None:
+    latent_format = _demo()[0].model.latent_format
+    factors = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+    picture = latent_preview.Latent2RGBPreviewer(*factors).decode_latent_to_preview(_x0())
+    frames = codec.decode_latents(_x0())[0, :4]  # one latent frame, one latent pixel is 2 x 2
+    expected = torch.nn.functional.avg_pool2d(frames.mean(dim=0, keepdim=True), 2)[0]
+    preview = torch.from_numpy(np.array(picture.convert("L"))) / 255
+    assert float((preview - expected).abs().max()) < 0.01
+
+
+def _x0() -> Tensor:
+    """Latents of a clip: bright pixels, none beyond black or white."""
+    generator = torch.Generator().manual_seed(2)
+    return codec.encode_frames(torch.rand(1, 28, 32, 32, generator=generator))

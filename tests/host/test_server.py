@@ -17,6 +17,7 @@ import pytest
 pytestmark = pytest.mark.host
 
 PACK = Path(__file__).parents[2]
+SHIPPED = PACK / "linvideo_core" / "demo" / "weights" / "linearized.safetensors"
 START_SECONDS, WORKFLOW_SECONDS = 120, 60
 FILE = "demo (comes with LinVideo)"
 
@@ -136,8 +137,7 @@ def server(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     for name in ("custom_nodes", "models/linvideo", "input", "output", "temp", "user"):
         (folder / name).mkdir(parents=True)
     (folder / "custom_nodes" / "LinVideo").symlink_to(PACK, target_is_directory=True)
-    shipped = PACK / "linvideo_core" / "demo" / "weights" / "linearized.safetensors"
-    (folder / "models" / "linvideo" / "cut.safetensors").write_bytes(shipped.read_bytes()[:9999])
+    (folder / "models" / "linvideo" / "cut.safetensors").write_bytes(SHIPPED.read_bytes()[:9999])
     server = Server(find_free_port(), folder)
     flags = ["--cpu", "--use-pytorch-cross-attention", "--base-directory", str(folder)]
     flags += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
@@ -197,6 +197,17 @@ def test_the_demo_workflow_gives_frames(server: Server) -> None:
     assert all((server.folder / "output" / image["filename"]).stat().st_size for image in images)
 
 
+def test_a_file_added_later_is_found_and_read_again_when_it_changes(server: Server) -> None:
+    path = server.folder / "models" / "linvideo" / "mine.safetensors"
+    path.write_bytes(SHIPPED.read_bytes())
+    try:
+        assert server.queue(make_workflow(path.name))["status"]["status_str"] == "success"
+        path.write_bytes(b"")
+        assert server.queue(make_workflow(path.name))["status"]["status_str"] == "error"
+    finally:
+        path.unlink()
+
+
 def test_a_damaged_file_is_one_sentence_and_the_server_lives_on(server: Server) -> None:
     answer = server.queue(make_workflow("cut.safetensors"))
     assert answer["status"]["status_str"] == "error"
@@ -210,5 +221,6 @@ def test_a_damaged_file_is_one_sentence_and_the_server_lives_on(server: Server) 
 
 def test_the_pack_loaded_without_a_complaint(server: Server) -> None:
     log = (server.folder / "log.txt").read_text()
+    print(*(line for line in log.splitlines() if line.endswith("custom_nodes/LinVideo")))
     assert "LinVideo: the nodes" not in log
     assert "IMPORT FAILED" not in log
