@@ -11,6 +11,7 @@ import pytest
 
 FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 TIMEOUT_SECONDS = 300
+PACK = Path(__file__).parents[2]
 
 
 class Host:
@@ -19,6 +20,13 @@ class Host:
     def __init__(self, root: Path, python: Path) -> None:
         self.root = root
         self.python = python
+
+    def examine(self, laws: Path, results: Path) -> None:
+        """Run every function of a file of laws inside ComfyUI, which has loaded the pack.
+
+        results: written as JSON, the name of each law with what went wrong, "" where nothing did.
+        """
+        print(self.call(run_laws, str(PACK), str(laws), str(results)))
 
     def call(self, function: Callable[..., None], *arguments: str | int | float) -> str:
         """Run a self-contained function in ComfyUI's own process and return what it printed.
@@ -51,6 +59,39 @@ class Host:
                 pytrace=False,
             )
         return finished.stdout
+
+
+def run_laws(pack: str, laws: str, results: str) -> None:
+    """Load the pack as ComfyUI does, then run a file's functions; runs in ComfyUI's process."""
+    import importlib.util
+    import json
+    import sys
+    import traceback
+    from pathlib import Path
+
+    import torch
+
+    def load(name: str, path: Path, folders: list[str] | None) -> object:
+        spec = importlib.util.spec_from_file_location(
+            name, path, submodule_search_locations=folders
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    load("linvideo_pack", Path(pack) / "__init__.py", [pack])
+    module = load("laws", Path(laws), None)
+    outcomes = {}
+    for name, law in list(vars(module).items()):
+        if getattr(law, "__module__", "") == "laws" and not name.startswith("_"):
+            outcomes[name] = ""
+            try:
+                with torch.inference_mode():  # as ComfyUI runs nodes
+                    law()
+            except Exception:
+                outcomes[name] = traceback.format_exc()
+    Path(results).write_text(json.dumps(outcomes))
 
 
 def find_python(root: Path) -> Path | None:

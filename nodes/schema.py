@@ -1,0 +1,18 @@
+"""Node schemas that load in older ComfyUI versions too: the unknown is left out."""
+
+import dataclasses
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "LinVideo"
+
+LinVideo = io.Custom("LINVIDEO")
+"""The socket type of a loaded LINVIDEO file, a `linvideo_core.artifact.Artifact`."""
+
+
+def make_schema(**settings: Any) -> io.Schema:
+    """Return the schema of a node in LinVideo's category."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    settings = {"category": CATEGORY, **settings}
+    return io.Schema(**{name: value for name, value in settings.items() if name in known})

@@ -1,0 +1,439 @@
+"""Laws of the nodes, each a function that runs inside ComfyUI; `test_linearize` reports them.
+
+Latents are compared by the norm of the difference over the norm of the expected ones, fp32 on the
+CPU. "Headless" is our core without ComfyUI's model, sampler or patching.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import inspect
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.wan.ar_model
+import comfy.ldm.wan.model
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.sd
+import folder_paths
+import latent_preview
+import numpy as np
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from linvideo_pack.linvideo_core import artifact, flow
+from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
+from linvideo_pack.linvideo_core.demo import codec, weights_path
+from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
+from linvideo_pack.linvideo_core.models.denoiser import bind_guided
+from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.nodes import demo, files, hook
+from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
+from linvideo_pack.nodes.patching import linearize
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+_TOLERANCE = 1e-5
+_STEPS, _GUIDANCE = 4, 3.0
+_NOISE = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+@functools.cache
+def _demo() -> tuple[Any, Any, Any, Any]:
+    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
+
+
+@functools.cache
+def _shipped() -> Artifact:
+    return artifact.load(files.find_file(files.SHIPPED))
+
+
+@functools.cache
+def _other_file() -> Artifact:
+    """An artifact of layers 2 and 9 that changes weights of every kind: matrix, bias, bare."""
+    generator = torch.Generator().manual_seed(8)
+    shapes = {
+        "blocks.2.self_attn.q.weight": (128, 128),
+        "blocks.2.ffn.0.bias": (512,),
+        "blocks.5.modulation": (1, 6, 128),
+    }
+    first = _shipped()
+    maps = first.feature_maps[first.header.layers[0]]
+    header = dataclasses.replace(
+        first.header,
+        layers=(2, 9),
+        site_names=("blocks.2.self_attn", "blocks.9.self_attn"),
+        parameters="full",
+        lora_rank=0,
+    )
+    deltas = {n: 0.02 * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    return Artifact(header=header, feature_maps={2: maps, 9: maps}, deltas=deltas)
+
+
+@functools.cache
+def _lora() -> dict[str, Tensor]:
+    """A user's LoRA: two layers that ours changes, one that it leaves."""
+    generator = torch.Generator().manual_seed(9)
+    tensors = {}
+    for name in ("blocks.0.self_attn.q", "blocks.5.self_attn.v", "blocks.9.self_attn.o"):
+        for side, shape in (("down", (4, 128)), ("up", (128, 4))):
+            tensor = 0.15 * torch.randn(shape, generator=generator)
+            tensors[f"diffusion_model.{name}.lora_{side}.weight"] = tensor
+    return tensors
+
+
+def _with_lora(model: Any) -> Any:
+    return comfy.sd.load_lora_for_models(model, None, _lora(), 0.7, 0)[0]
+
+
+def _sample(model: Any, on_step: Callable[..., None] | None = None) -> Tensor:
+    _, positive, negative, latent = _demo()
+    settings = (_STEPS, _GUIDANCE, "euler", "simple", positive, negative, latent["samples"])
+    keywords = {"callback": on_step, "disable_pbar": True, "seed": 1}
+    return comfy.sample.sample(model, _NOISE, *settings, **keywords)
+
+
+def _sample_headless(
+    applied: Artifact | None = None, *, strength: float = 1.0, lora: bool = False
+) -> Tensor:
+    _, positive, negative, _ = _demo()
+    model = load_subject(SubjectConfig()).model
+    for name in [n.removesuffix(".lora_up.weight") for n in _lora() if "_up" in n] * lora:
+        weight = model.get_parameter(name.removeprefix("diffusion_model.") + ".weight")
+        up, down = (_lora()[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
+        weight += 0.7 * up @ down
+    if applied is not None:
+        artifact.apply(applied, model, strength=strength)
+    velocity_fn = bind_guided(model, positive[0][0], negative[0][0], _GUIDANCE)
+    return flow.sample_euler(velocity_fn, _NOISE, flow.make_sigmas(_STEPS, 3.0))
+
+
+def _assert_close(latents: Tensor, expected: Tensor) -> None:
+    difference = float((latents - expected).norm() / expected.norm())
+    print(f"{inspect.stack()[1].function}: relative difference {difference:.1e}")
+    assert difference <= _TOLERANCE, difference
+    assert not torch.equal(expected, _NOISE)
+
+
+@functools.cache
+def _teacher_latents() -> Tensor:
+    return _sample(_demo()[0])
+
+
+def _complaint(kind: type[Exception], function: Any, *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except kind as error:
+        message = str(error)
+        assert message and "\n" not in message and len(message) < 400, message
+        return message
+    raise AssertionError("nothing was refused")
+
+
+def _apply_file(name: str) -> Any:
+    mode = {"mode": APPLY, "file": name, "strength": 1.0}
+    return LinVideoLinearize.execute(_demo()[0], mode)
+
+
+def _hooked(model: Any) -> list[str]:
+    modules = model.model.diffusion_model.named_modules()
+    return [name for name, module in modules if "forward" in module.__dict__]
+
+
+def the_teacher_gives_the_latents_of_the_headless_core() -> None:
+    _assert_close(_teacher_latents(), _sample_headless())
+
+
+def the_linearized_model_gives_the_latents_of_the_headless_core() -> None:
+    latents = _sample(_apply_file(files.SHIPPED).result[0])
+    _assert_close(latents, _sample_headless(_shipped()))
+    assert float((latents - _teacher_latents()).norm()) > 1
+
+
+def full_weight_changes_give_the_latents_of_the_headless_core() -> None:
+    linearized = linearize(_demo()[0], _other_file(), strength=0.5)
+    _assert_close(_sample(linearized), _sample_headless(_other_file(), strength=0.5))
+
+
+def strength_zero_leaves_the_weights_alone() -> None:
+    linearized = linearize(_demo()[0], _shipped(), strength=0.0)
+    _assert_close(_sample(linearized), _sample_headless(_shipped(), strength=0.0))
+
+
+def the_model_that_came_in_gives_the_same_bits_ever_after() -> None:
+    model, *_ = _demo()
+    names = list(model.model.state_dict())
+    before = _teacher_latents()
+    first, second = linearize(model, _shipped()), linearize(model, _other_file())
+    latents = [_sample(linearized) for linearized in (first, second)]
+    assert torch.equal(_sample(model), before)
+    assert torch.equal(_sample(first), latents[0])
+    assert torch.equal(_sample(second), latents[1])
+    assert torch.equal(_sample(model.clone()), before)
+    assert list(model.model.state_dict()) == names
+    assert not _hooked(model)
+
+
+def a_model_thrown_away_while_it_is_loaded_leaves_nothing() -> None:
+    model, *_ = _demo()
+    linearized = linearize(model, _shipped())
+    comfy.model_management.load_models_gpu([linearized])
+    assert _hooked(model)
+    del linearized
+    gc.collect()
+    assert not _hooked(model)
+    assert torch.equal(_sample(model), _teacher_latents())
+
+
+def a_clone_of_a_loaded_model_samples_alike() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    expected = _sample(linearized)
+    comfy.model_management.load_models_gpu([linearized])
+    clone = linearized.clone()  # ComfyUI says of it, too, that it is injected
+    clone.add_patches({})
+    assert torch.equal(_sample(_demo()[0]), _teacher_latents())
+    assert torch.equal(_sample(clone), expected)
+    assert torch.equal(_sample(linearized), expected)
+
+
+def a_clone_made_while_sampling_and_thrown_away_changes_nothing() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    assert torch.equal(_sample(linearized, lambda *_: linearized.clone()), _sample(linearized))
+
+
+def a_copy_with_weights_of_its_own_samples_alike() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    if "force_deepcopy" not in inspect.signature(linearized.clone).parameters:
+        return
+    copy = linearized.clone(force_deepcopy=True)
+    assert copy.model is not linearized.model
+    _assert_close(_sample(copy), _sample(linearized))
+
+
+def a_lora_before_or_after_gives_the_latents_of_merged_weights() -> None:
+    model, *_ = _demo()
+    expected = _sample_headless(_shipped(), lora=True)
+    _assert_close(_sample(linearize(_with_lora(model), _shipped())), expected)
+    _assert_close(_sample(_with_lora(linearize(model, _shipped()))), expected)
+
+
+def weights_that_are_streamed_give_the_same_latents() -> None:
+    expected = _sample(linearize(_demo()[0], _shipped()))
+    linearized = linearize(_demo()[0], _shipped())
+    comfy.model_management.unload_all_models()
+    load = linearized.partially_load
+
+    def load_little(device: torch.device, *_: Any, **__: Any) -> Any:
+        return load(device, 1000)
+
+    linearized.partially_load = load_little
+    latents = _sample(linearized)
+    assert linearized.model.model_lowvram
+    comfy.model_management.unload_all_models()
+    _assert_close(latents, expected)
+
+
+def compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    expected = _sample(linearized)
+    compiled = linearized.clone()
+    set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
+    for _ in range(2):
+        _assert_close(_sample(compiled), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(_sample(_demo()[0]), _teacher_latents())
+
+
+def the_blocks_beside_the_main_ones_stay_softmax() -> None:
+    vace = comfy.ldm.wan.model.VaceWanModel(
+        dim=128,
+        ffn_dim=256,
+        num_heads=1,
+        num_layers=4,
+        vace_layers=2,
+        vace_in_dim=96,
+        operations=comfy.ops.disable_weight_init,
+    )
+    generator = torch.Generator().manual_seed(4)
+    weights = {
+        name: 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in vace.state_dict().items()
+    }
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": torch.float32})
+    assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
+    maps = _shipped().feature_maps[0]
+    header = dataclasses.replace(
+        _other_file().header,
+        fingerprint="wan, 4 layers, 1 heads of 128",
+        num_layers=4,
+        layers=(0, 2),
+        site_names=("blocks.0.self_attn", "blocks.2.self_attn"),
+    )
+    linearized = linearize(patcher, Artifact(header=header, feature_maps={0: maps, 2: maps}))
+    num_calls = 0
+
+    def override(function: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += query.shape == key.shape
+        return function(query, key, *args, **kwargs)
+
+    linearized.model_options["transformer_options"]["optimized_attention_override"] = override
+    before = _sample(patcher)
+    assert not torch.equal(_sample(linearized), before)
+    # Two main blocks and both of VACE's, once a step: both branches of guidance are one batch.
+    assert num_calls == 4 * _STEPS
+    assert torch.equal(_sample(patcher), before)
+
+
+def an_attention_override_serves_every_layer_but_ours() -> None:
+    model, *_ = _demo()
+    seen = set()
+    num_tokens = LATENT_SHAPE[1] * LATENT_SHAPE[2] * LATENT_SHAPE[3] // 4
+
+    def override(function: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kind = "self" if key.shape[1] == num_tokens else "cross"
+        seen.add((kind, kwargs["transformer_options"].get("block_index")))
+        return function(query, key, *args, **kwargs)
+
+    def overridden(patcher: Any) -> Any:
+        clone = patcher.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = override
+        return clone
+
+    layers = set(range(10))
+    others = {("self", i) for i in layers - set(_shipped().header.layers)}
+    expected = _sample(linearize(model, _shipped()))
+    for patcher in (
+        linearize(overridden(model), _shipped()),
+        overridden(linearize(model, _shipped())),
+    ):
+        seen.clear()
+        assert torch.equal(_sample(patcher), expected)
+        assert seen == others | {("cross", i) for i in layers}
+
+
+def a_forward_patched_by_another_pack_comes_back() -> None:
+    model, *_ = _demo()
+    linearized = linearize(model, _shipped())
+    attention = model.model.diffusion_model.blocks[0].self_attn
+    calls = []
+
+    def foreign(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return type(attention).forward(attention, *args, **kwargs)
+
+    expected = _sample(linearized)
+    attention.forward = foreign
+    try:
+        assert torch.equal(_sample(linearized), expected)
+        assert not calls
+        assert attention.forward is foreign
+    finally:
+        del attention.forward
+
+
+def injecting_or_ejecting_twice_is_the_same_as_once() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    blocks = linearized.model.diffusion_model.blocks
+    assert not _hooked(linearized)
+    hook.inject(linearized)
+    once = [blocks[i].self_attn.forward for i in _shipped().header.layers]
+    hook.inject(linearized)
+    assert _hooked(linearized) == list(_shipped().header.site_names)
+    hook.eject(linearized)
+    hook.eject(linearized)
+    assert not _hooked(linearized)
+    hook.inject(linearized)
+    assert all(
+        blocks[i].self_attn.forward is forward
+        for i, forward in zip(_shipped().header.layers, once, strict=True)
+    )
+    hook.eject(linearized)
+
+
+def the_feature_maps_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    comfy.model_management.load_models_gpu([linearized, *linearized.get_additional_models()])
+    loaded = {type(each.model).__name__ for each in comfy.model_management.loaded_models()}
+    assert "FeatureMaps" in loaded
+    assert not any("map" in name for name in linearized.model.state_dict())
+
+
+def applying_twice_is_refused() -> None:
+    linearized = linearize(_demo()[0], _shipped())
+    assert "linearized already" in _complaint(ArtifactError, linearize, linearized, _other_file())
+    clone = linearized.clone()
+    assert "linearized already" in _complaint(ArtifactError, linearize, clone, _shipped())
+
+
+def a_file_for_another_model_is_refused_with_both_names() -> None:
+    header = dataclasses.replace(
+        _shipped().header, fingerprint="wan, 30 layers, 12 heads of 128", num_layers=30
+    )
+    other = dataclasses.replace(_shipped(), header=header)
+    message = _complaint(ArtifactError, linearize, _demo()[0], other)
+    assert "30 layers, 12 heads" in message and "10 layers, 1 heads" in message
+    stranger = _demo()[0].clone()
+    stranger.model = nn.Module()
+    stranger.model.diffusion_model = nn.Linear(2, 2)
+    assert "wan" in _complaint(ArtifactError, linearize, stranger, _shipped())
+
+
+def an_attention_that_keeps_a_cache_is_refused() -> None:
+    causal = comfy.ldm.wan.ar_model.CausalWanModel(
+        dim=128,
+        ffn_dim=512,
+        num_heads=1,
+        num_layers=10,
+        device="meta",
+        operations=comfy.ops.manual_cast,
+    )
+    patcher = _demo()[0].clone()
+    patcher.model = nn.Module()
+    patcher.model.diffusion_model = causal
+    message = _complaint(ArtifactError, linearize, patcher, _shipped())
+    assert "CausalWanSelfAttention" in message
+
+
+def a_missing_damaged_or_foreign_file_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        folder_paths.folder_names_and_paths[files.FOLDER] = ([folder], {".safetensors"})
+        undo.callback(folder_paths.folder_names_and_paths.pop, files.FOLDER)
+        whole = files.find_file(files.SHIPPED).read_bytes()
+        (Path(folder) / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+        foreign = weights_path("prompts.safetensors").read_bytes()
+        (Path(folder) / "foreign.safetensors").write_bytes(foreign)
+        assert "damaged" in _complaint(ArtifactError, _apply_file, "cut.safetensors")
+        assert "not a LinVideo file" in _complaint(
+            ArtifactError, _apply_file, "foreign.safetensors"
+        )
+        assert "gone.safetensors" in _complaint(ArtifactError, _apply_file, "gone.safetensors")
+
+
+def the_decoder_gives_frames_and_refuses_other_latents() -> None:
+    samples = {"samples": torch.zeros(2, *LATENT_SHAPE)}
+    (frames,) = demo.LinVideoDemoDecode.execute(samples, 8).result
+    assert frames.shape == (2 * 28, 256, 256, 3) and frames.dtype == torch.float32
+    image_latents = {"samples": torch.zeros(1, 4, 64, 64)}
+    message = _complaint(ValueError, demo.LinVideoDemoDecode.execute, image_latents, 8)
+    assert "[1, 4, 64, 64]" in message
+
+
+def the_sampler_previews_what_the_decoder_shows() -> None:
+    latent_format = _demo()[0].model.latent_format
+    factors = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+    picture = latent_preview.Latent2RGBPreviewer(*factors).decode_latent_to_preview(_x0())
+    frames = codec.decode_latents(_x0())[0, :4]  # one latent frame, one latent pixel is 2 x 2
+    expected = torch.nn.functional.avg_pool2d(frames.mean(dim=0, keepdim=True), 2)[0]
+    preview = torch.from_numpy(np.array(picture.convert("L"))) / 255
+    assert float((preview - expected).abs().max()) < 0.01
+
+
+def _x0() -> Tensor:
+    """Latents of a clip: bright pixels, none beyond black or white."""
+    generator = torch.Generator().manual_seed(2)
+    return codec.encode_frames(torch.rand(1, 28, 32, 32, generator=generator))
