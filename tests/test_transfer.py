@@ -300,5 +300,10 @@ def test_a_dry_run_prints_the_config_and_touches_nothing(name: str, answers: Pat
     code, out, err = ((answers / f"{name}.{kind}").read_text() for kind in ("code", "out", "err"))
     assert (code, err) == ("0", "")
     tree = json.loads(out)
-    assert tree["training"]["steps"] == {"defaults": 300, "the gpu preset": 9000}.get(name, 12)
+    preset = PRESETS["demo" if name == "defaults" else "gpu"]
+    steps = 12 if name == "a preset with flags" else preset["steps"]
+    assert (tree["training"]["steps"], tree["training"]["batch_size"]) == (
+        steps,
+        preset["batch_size"],
+    )
     assert list((answers / "empty").iterdir()) == []
