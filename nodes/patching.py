@@ -7,7 +7,6 @@ MODEL that came in stays as it was.
 
 import dataclasses
 import importlib
-import logging
 import uuid
 from typing import Any
 
@@ -19,10 +18,14 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
 from ..linvideo_core import adapters
-from ..linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, check
+from ..linvideo_core.artifact import (
+    Artifact,
+    ArtifactError,
+    ArtifactHeader,
+    check,
+    warn_of_other_weights,
+)
 from .hook import KEY, FeatureMaps, eject, inject
-
-_log = logging.getLogger(__name__)
 
 _PREFIX = "diffusion_model."
 
@@ -119,14 +122,7 @@ def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.M
     # With a backup there, weight changes are merged in; quantised weights have another digest.
     if model.backup or not is_plain:
         return
-    digest = adapters.weights_digest(diffusion_model, sites)
-    if digest != artifact.header.weights_digest:
-        _log.warning(
-            "LinVideo: this file was trained from other weights of the same architecture (%s, the "
-            "model has %s): another finetune or precision may look worse",
-            artifact.header.weights_digest,
-            digest,
-        )
+    warn_of_other_weights(artifact, diffusion_model, sites)
 
 
 def _add_weight_changes(linearized: Any, artifact: Artifact, strength: float) -> None:

@@ -63,6 +63,20 @@ def check(artifact: Artifact, model_shapes: adapters.Shapes) -> list[adapters.At
     return linear
 
 
+def warn_of_other_weights(
+    artifact: Artifact, model: nn.Module, sites: list[adapters.AttentionSite]
+) -> None:
+    """Log when a model's weights are not those that the artifact was trained from."""
+    digest = adapters.weights_digest(model, sites)
+    if digest != artifact.header.weights_digest:
+        _log.warning(
+            "LinVideo: this file was trained from other weights of the same architecture (%s, the "
+            "model has %s): another finetune or precision may look worse",
+            artifact.header.weights_digest,
+            digest,
+        )
+
+
 def apply(artifact: Artifact, model: nn.Module, *, strength: float = 1.0) -> Applied:
     """Put linear attention and weight changes into a model, in place.
 
@@ -83,14 +97,7 @@ def apply(artifact: Artifact, model: nn.Module, *, strength: float = 1.0) -> App
             raise ArtifactError(
                 f"{site.name} is linear already: remove the applied file, or load the model afresh"
             )
-    digest = adapters.weights_digest(model, sites)
-    if digest != artifact.header.weights_digest:
-        _log.warning(
-            "this file was trained from other weights of the same architecture (%s, the model has "
-            "%s): another finetune or precision may look worse",
-            artifact.header.weights_digest,
-            digest,
-        )
+    warn_of_other_weights(artifact, model, sites)
     with contextlib.ExitStack() as undo, torch.no_grad():
         for name, delta in artifact.deltas.items():
             _add(undo, model, name, (delta,), strength)

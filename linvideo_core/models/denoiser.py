@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..flow import VelocityFn, guide
 
 TIMESTEP_SCALE = 1000.0
-PRECISIONS = ("fp32", "bf16")
 
 
 def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
