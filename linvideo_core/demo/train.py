@@ -3,7 +3,7 @@ r"""Make the files in weights/: the word table, the judge, and the teacher (the 
 Each command is one line; the first two run on a laptop, the last wants a GPU:
     python -m linvideo_core.demo.train prompts
     python -m linvideo_core.demo.train judge
-    python -m linvideo_core.demo.train teacher --seconds 480 --compile
+    python -m linvideo_core.demo.train teacher --seconds 320 --learning-rate 1.5e-3 --compile
 A quick look at the teacher's training on a CPU:
     python -m linvideo_core.demo.train teacher --device cpu --steps 10 --batch-size 4 \
         --num-samples 0 --out quick.safetensors
