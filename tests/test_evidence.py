@@ -115,6 +115,8 @@ def test_a_number_of_samples_that_cannot_be_measured_is_refused(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_an_interrupted_run_says_how_to_continue(flags: list[str], tmp_path: Path) -> None:
+    # A shell ignores SIGINT for what it starts in the background, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = tmp_path / "out"
     endless = ["--steps", "1000000", "--checkpoint-every", "2", "--out", str(out)]
     with subprocess.Popen(
