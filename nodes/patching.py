@@ -12,7 +12,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.ops
 import torch
-from comfy.patcher_extension import CallbacksMP, PatcherInjection
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
@@ -25,7 +25,9 @@ from ..linvideo_core.artifact import (
     warn_of_other_weights,
 )
 from .families import host_family
-from .hook import KEY, FeatureMaps, eject, inject
+from .feature_maps import FeatureMaps
+from .hook import KEY, eject, inject
+from .watch import watch_call
 
 _PREFIX = "diffusion_model."
 
@@ -64,6 +66,7 @@ def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
     _add_weight_changes(linearized, artifact, strength)
     maps = make_maps_patcher(artifact, model.load_device, model.offload_device)
     linearized.set_additional_models(KEY, [maps])
+    linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, watch_call)
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     for moment, action in (
         # ComfyUI would leave the model injected until another patcher of it is loaded.
