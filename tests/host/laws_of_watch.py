@@ -10,6 +10,8 @@ import comfy.sample
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.nodes import demo, files
@@ -28,22 +30,26 @@ def _demo() -> tuple[Any, Any, Any, Any]:
 
 
 @functools.cache
-def _linearized() -> Any:
-    return linearize(_demo()[0], artifact.load(files.find_file(files.SHIPPED)))
+def _shipped() -> artifact.Artifact:
+    return artifact.load(files.find_file(files.SHIPPED))
 
 
 @functools.cache
+def _linearized() -> Any:
+    return linearize(_demo()[0], _shipped())
+
+
 def _layers() -> tuple[int, ...]:
-    return artifact.load(files.find_file(files.SHIPPED)).header.layers
+    return _shipped().header.layers
 
 
 def _blocks() -> Any:
     return _demo()[0].model.diffusion_model.blocks
 
 
-def _sample(model: Any) -> Tensor:
+def _sample(model: Any, steps: int = _STEPS) -> Tensor:
     _, positive, negative, latent = _demo()
-    settings = (_STEPS, 3.0, "euler", "simple", positive, negative, latent["samples"])
+    settings = (steps, 3.0, "euler", "simple", positive, negative, latent["samples"])
     return comfy.sample.sample(model, _NOISE, *settings, disable_pbar=True, seed=1)
 
 
@@ -161,6 +167,42 @@ def a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
     caching.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", reuse)
     assert not torch.equal(_sample(caching), _sample(_linearized()))
     assert "0 times" in _complaint(caching)
+
+
+def easycache_before_or_after_reuses_calls() -> None:
+    def cached(model: Any) -> Any:
+        settings = {"start_percent": 0.1, "end_percent": 0.9, "verbose": False}
+        return EasyCacheNode.execute(model, 2.0, **settings).result[0]
+
+    for model in (linearize(cached(_demo()[0]), _shipped()), cached(_linearized())):
+        with _runs_of_the_first_linear_layer() as runs:
+            latents = _sample(model, steps=8)
+        assert 0 < len(runs) < 8, runs
+        assert latents.isfinite().all()
+
+
+@contextlib.contextmanager
+def _runs_of_the_first_linear_layer() -> Iterator[list[int]]:
+    runs: list[int] = []
+    hook = _blocks()[_layers()[0]].register_forward_hook(lambda *_: runs.append(1))
+    try:
+        yield runs
+    finally:
+        hook.remove()
+
+
+def skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
+    def guided(model: Any, layers: tuple[int, ...]) -> Any:
+        settings = {"start_percent": 0.0, "end_percent": 1.0, "single_layers": ""}
+        names = ", ".join(map(str, layers))
+        node = SkipLayerGuidanceDiT.execute(model, 2.0, double_layers=names, **settings)
+        return node.result[0]
+
+    with _warnings() as messages:
+        before = _sample(linearize(guided(_demo()[0], _layers()[:2]), _shipped()))
+        assert torch.equal(_sample(guided(_linearized(), _layers()[:2])), before)
+    assert len(messages) == 1, messages
+    assert not torch.equal(before, _sample(_linearized()))
 
 
 def compiled_block_by_block_it_compiles_once() -> None:
