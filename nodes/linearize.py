@@ -29,7 +29,20 @@ def _inputs() -> list[io.Input]:
             tooltip="How strongly the file changes the model's weights. Leave it at 1: the fast "
             "layers were trained together with these changes.",
         ),
+        keep_first_steps_input(),
     ]
+
+
+def keep_first_steps_input() -> io.Input:
+    """Return the input of every mode for the steps that the original model takes."""
+    return io.Int.Input(
+        "keep_first_steps",
+        default=0,
+        min=0,
+        max=1000,
+        tooltip="The first so many steps of each sampler run the model as it came in: slower, and "
+        "closer to the original in layout and motion. Needs a file trained with LoRA.",
+    )
 
 
 class LinVideoLinearize(io.ComfyNode):
@@ -69,4 +82,5 @@ class LinVideoLinearize(io.ComfyNode):
     def execute(cls, model: Any, mode: dict[str, Any]) -> io.NodeOutput:
         """Load the file and apply it to a clone of the model."""
         loaded = artifact.load(find_file(mode["file"]))
-        return io.NodeOutput(linearize(model, loaded, strength=mode["strength"]), loaded)
+        settings = {name: mode[name] for name in ("strength", "keep_first_steps")}
+        return io.NodeOutput(linearize(model, loaded, **settings), loaded)

@@ -41,7 +41,7 @@ NODES = {
         "outputs": {"IMAGE": "IMAGE"},
     },
 }
-MODES = {"apply a saved file": {"file": "COMBO", "strength": "FLOAT"}}
+MODES = {"apply a saved file": {"file": "COMBO", "strength": "FLOAT", "keep_first_steps": "INT"}}
 
 
 class Server:
@@ -86,6 +86,7 @@ def make_workflow(file: str = FILE, *, strength: float = 1.0) -> dict[str, Any]:
                 "mode": "apply a saved file",
                 "mode.file": file,
                 "mode.strength": strength,
+                "mode.keep_first_steps": 0,
             },
         },
         "sampler": {

@@ -1,0 +1,100 @@
+"""How a file's weight changes reach a MODEL: merged by ComfyUI, or computed beside the layers.
+
+A change is merged into weights of 16 or 32 bits, together with the user's LoRAs. A quantised weight
+would round it away, so there it is computed beside the layer.
+"""
+
+from typing import Any
+
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor, nn
+
+from ..linvideo_core.artifact import Artifact, ArtifactError
+from .bypass import Bypassed
+
+_PREFIX = "diffusion_model."
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def add_weight_changes(
+    linearized: Any, artifact: Artifact, strength: float, *, must_rest: bool
+) -> Bypassed | None:
+    """Hand to ComfyUI every change that it can merge, and return the others.
+
+    linearized: a clone of the user's ModelPatcher; its weights are not touched.
+    must_rest: merge nothing, so that the changes can be taken out of single steps.
+
+    Raises ArtifactError when the model lacks a weight, or a change can be neither merged nor
+    bypassed.
+    """
+    patches: dict[str, Any] = {}
+    bypassed: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, delta in artifact.deltas.items():
+        _check_full_change(linearized, name, must_rest=must_rest)
+        if _is_patched_by_host(linearized.model.diffusion_model, name):
+            patches[_PREFIX + name] = ("diff", (delta,))
+        else:
+            _replace_parameter(linearized, _PREFIX + name, strength * delta.float())
+    for name, (down, up) in artifact.low_rank.items():
+        if must_rest or not is_plain(_find_weight(linearized, f"{name}.weight")):
+            bypassed[name] = (down, up)
+            continue
+        # up, down, alpha (none: the rank), Tucker's middle factor, DoRA's scale, a new shape
+        weights = (up, down, None, None, None, None)
+        patches[f"{_PREFIX}{name}.weight"] = LoRAAdapter(set(), weights)
+    applied = set(linearized.add_patches(patches, strength))
+    if missing := sorted(patches.keys() - applied):
+        raise _missing(missing[0])
+    return Bypassed(low_rank=bypassed, strength=strength) if bypassed else None
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Say whether a weight is kept as numbers of 16 or 32 bits, not quantised in any way."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _PLAIN_DTYPES
+
+
+def _find_weight(linearized: Any, name: str) -> Tensor:
+    try:
+        return linearized.get_model_object(_PREFIX + name)
+    except AttributeError:
+        raise _missing(_PREFIX + name) from None
+
+
+def _missing(key: str) -> ArtifactError:
+    return ArtifactError(
+        f"this model has no weight {key!a} that the file changes: load the model with ComfyUI's "
+        "own loader"
+    )
+
+
+def _check_full_change(linearized: Any, name: str, *, must_rest: bool) -> None:
+    if must_rest:
+        raise ArtifactError(
+            "this file changes whole weights, which cannot be taken out of single steps: set "
+            "keep_first_steps to 0, or use a file that was trained with LoRA"
+        )
+    if not is_plain(weight := _find_weight(linearized, name)):
+        raise ArtifactError(
+            f"this file changes whole weights, and this model's are quantised ({weight.dtype}), "
+            "which would round the changes away: load the model in bf16 or fp16, or use a file "
+            "that was trained with LoRA"
+        )
+
+
+def _is_patched_by_host(diffusion_model: nn.Module, name: str) -> bool:
+    """Say whether ComfyUI merges patches of a parameter: only weights and biases of leaf modules.
+
+    It takes patches of others (Wan's modulations) and, without a word, never merges them.
+    """
+    owner, _, parameter = name.rpartition(".")
+    is_leaf = not any(diffusion_model.get_submodule(owner).children())
+    return is_leaf and parameter in ("weight", "bias")
+
+
+def _replace_parameter(linearized: Any, key: str, change: Tensor) -> None:
+    """Put a changed copy in a parameter's place for as long as the clone is loaded."""
+    parameter = linearized.get_model_object(key)
+    total = parameter.float() + change.to(parameter.device)
+    replacement = nn.Parameter(total.to(parameter.dtype), requires_grad=False)
+    linearized.add_object_patch(key, replacement)
