@@ -67,10 +67,13 @@ def linearize(
     linearized = model.clone()
     must_rest = keep_first_steps > 0
     bypassed = add_weight_changes(linearized, artifact, strength, must_rest=must_rest)
-    parts = [(FeatureMaps, artifact)] + [(LowRankChanges, bypassed)] * (bypassed is not None)
+    parts = [(FeatureMaps, artifact)]
+    if bypassed is not None:
+        parts.append((LowRankChanges, bypassed))
     devices = (model.load_device, model.offload_device)
     linearized.set_additional_models(KEY, [make_parts_patcher(*part, *devices) for part in parts])
-    for wrapper in [KeepFirstSteps(KEY, keep_first_steps)] * must_rest + [watch_call]:
+    wrappers = [KeepFirstSteps(KEY, keep_first_steps), watch_call] if must_rest else [watch_call]
+    for wrapper in wrappers:
         linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     for moment, action in (

@@ -83,6 +83,7 @@ def run_laws(pack: str, laws: str, results: str) -> None:
         spec.loader.exec_module(module)
         return module
 
+    sys.path.append(str(Path(laws).parent))  # what files of laws share
     load("linvideo_pack", Path(pack) / "__init__.py", [pack])
     module = load("laws", Path(laws), None)
     outcomes = {}
