@@ -162,9 +162,10 @@ def the_changes_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
 
 
 def whole_weights_are_merged_and_said_to_be_rounded() -> None:
-    generator = torch.Generator().manual_seed(8)
-    shapes = {"blocks.2.ffn.0.weight": (512, 128), "blocks.5.modulation": (1, 6, 128)}
-    deltas = {n: 0.05 * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    low_rank = shipped().low_rank.items()
+    deltas = {f"{name}.weight": up.float() @ down.float() for name, (down, up) in low_rank}
+    modulation = torch.randn(1, 6, 128, generator=torch.Generator().manual_seed(8))
+    deltas["blocks.5.modulation"] = 0.05 * modulation
     header = dataclasses.replace(shipped().header, parameters="full", lora_rank=0)
     whole = dataclasses.replace(shipped(), header=header, deltas=deltas, low_rank={})
     nothing = dataclasses.replace(whole, deltas={})
