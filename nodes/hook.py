@@ -14,6 +14,7 @@ from .attention_call import answer
 from .bypass import change_layers, restore_weight
 from .forwards import call_previous, part_of, replace_forward, restore_forward
 from .watch import start_watching, stop_watching
+from .weight_changes import check_merged
 
 KEY = "linvideo"
 """Ours among a ModelPatcher's attachments, injections, callbacks and additional models."""
@@ -22,6 +23,7 @@ KEY = "linvideo"
 def inject(patcher: Any) -> None:
     """Make the patcher's layers linear, with their changes; doing it again changes nothing."""
     eject(patcher)
+    check_merged(patcher)
     maps, *changes = (part.model for part in patcher.get_additional_models_with_key(KEY))
     for name, layer_maps in zip(maps.site_names, maps.layers, strict=True):
         attention = patcher.model.diffusion_model.get_submodule(name)

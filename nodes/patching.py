@@ -9,6 +9,7 @@ import dataclasses
 import uuid
 from typing import Any
 
+import comfy.model_management
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import nn
 
@@ -27,7 +28,7 @@ from .first_steps import KeepFirstSteps
 from .hook import KEY, eject, inject
 from .parts import make_parts_patcher
 from .watch import watch_call
-from .weight_changes import add_weight_changes, is_plain
+from .weight_changes import add_weight_changes, are_blocks_compiled, is_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ def linearize(
     diffusion_model = getattr(model.model, "diffusion_model", None)
     if diffusion_model is None:
         raise ArtifactError("this is no diffusion model: connect a video model's MODEL output")
+    _uncover_weights(model, diffusion_model)
     sites = check(artifact, adapters.shapes_of(diffusion_model))
     family = host_family(artifact.header.family)
     for site in sites:
@@ -88,6 +90,12 @@ def linearize(
     linearized.set_attachments(KEY, Linearized(artifact.header, strength, keep_first_steps))
     linearized.patches_uuid = uuid.uuid4()
     return linearized
+
+
+def _uncover_weights(model: Any, diffusion_model: nn.Module) -> None:
+    """Unload a model whose blocks another clone has compiled: their weights have other names."""
+    if are_blocks_compiled(diffusion_model):
+        comfy.model_management.unload_model_and_clones(model)
 
 
 def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.Module) -> None:

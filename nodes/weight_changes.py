@@ -54,6 +54,35 @@ def add_weight_changes(
     return Bypassed(low_rank=bypassed, strength=strength) if bypassed else None
 
 
+def check_merged(patcher: Any) -> None:
+    """Raise RuntimeError when ComfyUI has lost weight changes of a loaded ModelPatcher.
+
+    A block compiled in place (an object patch) gives its weights other names, under which ComfyUI
+    finds no changes, ours or a LoRA's, and says nothing.
+    """
+    if are_blocks_compiled(patcher.model):
+        names = {name for name, _ in patcher.model.named_parameters()}
+        if any(key not in names and not _is_merged(patcher, key) for key in patcher.patches):
+            raise RuntimeError(
+                "the node that compiles this model's blocks makes ComfyUI lose LinVideo's weight "
+                "changes and all LoRAs: use ComfyUI's TorchCompileModel node instead"
+            )
+
+
+def are_blocks_compiled(model: nn.Module) -> bool:
+    """Say whether a live model holds modules that another node has compiled in place."""
+    # By name: the class behind it takes a second to import.
+    return any("_orig_mod" in module._modules for module in model.modules())
+
+
+def _is_merged(patcher: Any, key: str) -> bool:
+    owner, _, parameter = key.rpartition(".")
+    layer = patcher.model.get_submodule(owner)
+    # Merged into the loaded weight, or by a function that runs when the weight comes to a call.
+    functions = (f"{parameter}_function", f"{parameter}_lowvram_function")
+    return key in patcher.backup or any(getattr(layer, name, None) for name in functions)
+
+
 def is_plain(weight: Tensor) -> bool:
     """Say whether a weight is kept as numbers of 16 or 32 bits, not quantised in any way."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _PLAIN_DTYPES

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
+import comfy.model_management
 import comfy.ops
 import comfy.sample
 import comfy.samplers
@@ -23,6 +24,7 @@ from stage import (
     STEPS,
     assert_close,
     bind_headless,
+    complaint,
     demo,
     load_headless,
     make_noise,
@@ -154,16 +156,30 @@ def blocks_compiled_in_place_compile_once() -> None:
     """As packs did before ComfyUI had a compile node: an object patch for each block."""
     compiled = linearize(demo()[0], shipped(), keep_first_steps=1)
     expected = sample(compiled)
-    for layer in (1, 2):
-        name = f"diffusion_model.blocks.{layer}"
-        block = torch.compile(compiled.get_model_object(name), backend="aot_eager")
-        compiled.add_object_patch(name, block)
+    compiled = _compile_in_place(compiled, 1, 2)
     before = counters["stats"]["unique_graphs"]
     assert_close(sample(compiled), expected)
     num_graphs = counters["stats"]["unique_graphs"]
     assert_close(sample(compiled), expected)
     assert counters["stats"]["unique_graphs"] == num_graphs == before + 4
     assert not counters["graph_break"], counters["graph_break"]
+
+
+def blocks_compiled_in_place_never_lose_weight_changes_unheard() -> None:
+    compiled = _compile_in_place(_linearized(), 1)
+    assert "TorchCompileModel" in complaint(RuntimeError, sample, compiled)
+    # Applied anew while such a model is loaded, it finds every weight.
+    comfy.model_management.load_models_gpu([_compile_in_place(demo()[0], 1)])
+    assert_close(sample(_linearized()), _expected())
+
+
+def _compile_in_place(model: Any, *layers: int) -> Any:
+    model = model.clone()
+    for layer in layers:
+        name = f"diffusion_model.blocks.{layer}"
+        block = torch.compile(model.get_model_object(name), backend="aot_eager")
+        model.add_object_patch(name, block)
+    return model
 
 
 def _sample_in_two(high: Any, low: Any) -> Tensor:
