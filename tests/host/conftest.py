@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.host.recording import pytest_addoption, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_configure"]
+
 FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 TIMEOUT_SECONDS = 300
 PACK = Path(__file__).parents[2]

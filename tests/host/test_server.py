@@ -1,6 +1,7 @@
 """A fresh ComfyUI server with the pack in its custom_nodes, driven over HTTP like a browser."""
 
 import contextlib
+import io
 import json
 import os
 import socket
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.host
 
@@ -188,10 +191,12 @@ def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:
     assert (file[0] if file[0] != "COMBO" else file[1]["options"]) == [FILE, "cut.safetensors"]
 
 
-def test_the_demo_workflow_gives_frames(server: Server) -> None:
+def test_the_demo_workflow_gives_frames(server: Server, record_property: Any) -> None:
     start = time.monotonic()
     answer = server.queue(make_workflow())
-    print(f"the demo workflow took {time.monotonic() - start:.1f} s")
+    record_property("workflow", "demo, shipped file applied")
+    record_property("seconds", round(time.monotonic() - start, 1))
+    record_property("comfyui", server.ask("/system_stats")["system"]["comfyui_version"])
     assert answer["status"]["status_str"] == "success", answer["status"]
     images = answer["outputs"]["save"]["images"]
     assert len(images) == 28
@@ -207,6 +212,32 @@ def test_a_file_added_later_is_found_and_read_again_when_it_changes(server: Serv
         assert server.queue(make_workflow(path.name))["status"]["status_str"] == "error"
     finally:
         path.unlink()
+
+
+def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -> None:
+    path = server.folder / "models" / "linvideo" / "other.safetensors"
+    path.write_bytes(SHIPPED.read_bytes())
+    frames: list[bytes] = []
+    try:
+        for turn, (file, strength) in enumerate(2 * [(FILE, 1.0), (path.name, 0.5)]):
+            graph = make_workflow(file, strength=strength)
+            graph["save"]["inputs"]["filename_prefix"] = f"turn{turn}"
+            # Otherwise the second round would come from the server's cache.
+            graph["demo"]["inputs"]["batch_size"] = 1 + turn // 2
+            graph["sampler"]["inputs"]["latent_image"] = ["empty", 0]
+            graph["empty"] = {
+                "class_type": "LatentFromBatch",
+                "inputs": {"samples": ["demo", 3], "batch_index": 0, "length": 1},
+            }
+            answer = server.queue(graph)
+            assert answer["status"]["status_str"] == "success", answer["status"]
+            image = answer["outputs"]["save"]["images"][14]["filename"]
+            frames.append((server.folder / "output" / image).read_bytes())
+    finally:
+        path.unlink()
+    pixels = [np.asarray(Image.open(io.BytesIO(frame))) for frame in frames]
+    assert np.array_equal(pixels[0], pixels[2]) and np.array_equal(pixels[1], pixels[3])
+    assert not np.array_equal(pixels[0], pixels[1])
 
 
 def test_a_damaged_file_is_one_sentence_and_the_server_lives_on(server: Server) -> None:
