@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..linvideo_core import artifact
 from .files import find_file, list_files
+from .first_steps import keep_first_steps_input
 from .patching import linearize
 from .schema import LinVideo, make_schema
 
@@ -31,18 +32,6 @@ def _inputs() -> list[io.Input]:
         ),
         keep_first_steps_input(),
     ]
-
-
-def keep_first_steps_input() -> io.Input:
-    """Return the input of every mode for the steps that the original model takes."""
-    return io.Int.Input(
-        "keep_first_steps",
-        default=0,
-        min=0,
-        max=1000,
-        tooltip="The first so many steps of each sampler run the model as it came in: slower, and "
-        "closer to the original in layout and motion. Needs a file trained with LoRA.",
-    )
 
 
 class LinVideoLinearize(io.ComfyNode):
@@ -82,5 +71,7 @@ class LinVideoLinearize(io.ComfyNode):
     def execute(cls, model: Any, mode: dict[str, Any]) -> io.NodeOutput:
         """Load the file and apply it to a clone of the model."""
         loaded = artifact.load(find_file(mode["file"]))
-        settings = {name: mode[name] for name in ("strength", "keep_first_steps")}
-        return io.NodeOutput(linearize(model, loaded, **settings), loaded)
+        settings = {"keep_first_steps": mode["keep_first_steps"]}
+        return io.NodeOutput(
+            linearize(model, loaded, strength=mode["strength"], **settings), loaded
+        )
