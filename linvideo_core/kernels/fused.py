@@ -38,6 +38,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # The tensor cores' narrowest tile: sums over tokens are products with this many equal columns.
 _COLUMNS = tl.constexpr(16)
 # Splits fill the card, but their partial states may not take more than this.
@@ -127,7 +128,8 @@ def _features(projected):
 def _weights(plus, minus, n_plus, n_minus):
     """Return the features times the normaliser, scaled to add up to 1 over both halves."""
     plus, minus = plus * n_plus[None, :], minus * n_minus[None, :]
-    scale = (1 / (tl.sum(plus, 1) + tl.sum(minus, 1)))[:, None]
+    # A query whose features no key shares has no mean: the least normal number keeps it finite.
+    scale = (1 / tl.maximum(tl.sum(plus, 1) + tl.sum(minus, 1), _TINY))[:, None]
     return plus * scale, minus * scale
 
 
@@ -205,8 +207,8 @@ def _add_splits(
         state += tl.load(p_states + i_part * M * D + o_tile)
         total += tl.load(p_sums + i_part * M + o_m)
     count = tl.load(p_normaliser + i_head * M + o_m) * length if IS_QUERY else total
-    # A feature that no key has weighs nothing: its state may be anything but NaN.
-    share = 1 / tl.where(count > 0, count, 1.0)
+    # A feature that no key has weighs nothing: its state may be anything finite.
+    share = 1 / tl.maximum(count, _TINY)
     state = (state * share[:, None]).to(p_out_states.dtype.element_ty)
     tl.store(p_out_states + i_head * M * D + o_tile, state)
     tl.store(p_out_sums + i_head * M + o_m, total * share if IS_QUERY else total / length)

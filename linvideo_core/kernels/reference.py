@@ -111,14 +111,16 @@ def _chunks(feature_map: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _divide(state: Tensor, count: Tensor) -> Tensor:
-    """Divide by the sum of a feature; one that no key has weighs nothing and may keep a 0."""
-    return state / torch.where(count > 0, count, 1).unsqueeze(-1)
+    """Divide by the sum of a feature; one that no key has weighs nothing, but stays finite."""
+    return state / count.clamp_min(torch.finfo(count.dtype).tiny).unsqueeze(-1)
 
 
 def _weigh(features: Tensor, normaliser: Tensor) -> Tensor:
     """Return features times the normaliser, scaled to add up to 1."""
     weights = features * normaliser.unsqueeze(1)
-    return weights / weights.sum(dim=-1, keepdim=True)
+    # A query whose features no key shares has no mean: the least normal number keeps it finite.
+    tiny = torch.finfo(weights.dtype).tiny
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(tiny)
 
 
 def _pull_back(
