@@ -1,4 +1,4 @@
-"""The one door to linear attention: validates, chooses a backend, runs it.
+"""The one door to the kernels: validates, chooses a backend, runs it.
 
 Backends never import each other; `reference` defines correctness.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import operators
+from . import rotary as rotary_operator
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,45 @@ def linear_attention(
     D, half = query_map.shape[1:]
     chosen = _choose(backend, query.device, D, 2 * half, value.dtype)
     return operators.linear_attention(query, key, value, query_map, key_map, chosen)[0]
+
+
+def norm_rotary(
+    x: Tensor,
+    weight: Tensor,
+    rotary: Tensor,
+    num_heads: int,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """Normalise tokens over their whole width, split heads, rotate pairs: Wan's way to q and k.
+
+    x: [B, L, N D], a projection's output. weight: [N D], of the RMS norm.
+    rotary: [2, L, D/2] fp32, cos and sin of every token's angles.
+
+    Returns [B, L, N, D] in x's dtype; the gradient reaches x and weight.
+    Raises ValueError naming what does not fit, or why the backend asked for cannot run.
+    """
+    D = _check_norm_rotary(x, weight, rotary, num_heads)
+    if _choose(backend, x.device, D, D, x.dtype) == "reference":
+        return rotary_operator.reference(x, weight, rotary, num_heads, eps)
+    return rotary_operator.fused(x, weight, rotary, num_heads, eps)
+
+
+def _check_norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int) -> int:
+    """Return D."""
+    if x.ndim != 3 or x.shape[2] % (2 * num_heads) or 0 in x.shape:
+        raise ValueError(
+            f"x has shape {list(x.shape)}; [B, L, {num_heads} D] with even D is expected"
+        )
+    _, L, width = x.shape
+    D = width // num_heads
+    if weight.shape != (width,) or rotary.shape != (2, L, D // 2):
+        raise ValueError(
+            f"weight {list(weight.shape)} and rotary {list(rotary.shape)} given; [{width}] and "
+            f"[2, {L}, {D // 2}] are expected"
+        )
+    return D
 
 
 @torch.compiler.assume_constant_result

@@ -119,8 +119,9 @@ def _product(left, right, PRECISION: tl.constexpr):
 def _features(projected):
     """Return softmax(x) and softmax(-x) over the columns, fp32."""
     high, low = tl.max(projected, 1), tl.min(projected, 1)
-    plus = tl.exp2((projected - high[:, None]) * _LOG2_E)
-    minus = tl.exp2((low[:, None] - projected) * _LOG2_E)
+    # One multiply-add each before the exponential.
+    plus = tl.exp2(projected * _LOG2_E - (high * _LOG2_E)[:, None])
+    minus = tl.exp2((low * _LOG2_E)[:, None] - projected * _LOG2_E)
     return plus * (1 / tl.sum(plus, 1))[:, None], minus * (1 / tl.sum(minus, 1))[:, None]
 
 
