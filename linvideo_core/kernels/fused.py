@@ -1,50 +1,23 @@
-r"""Linear attention with the Hedgehog map as Triton kernels: features are never written to memory.
+"""Launching the fused kernels: how tokens are split, how large blocks are, what is allocated.
 
-With a = phi(q), b = phi(k), [L, M] per head and video, LinVideo eq. 3 is a mean of means, so that
-nothing overflows, whatever the length:
-
-    means       s_m = sum_j b_jm v_j / sum_j b_jm           the values' mean under feature m
-    normaliser  n_m = mean_j b_jm
-    weights     w_im = a_im n_m / sum_m' a_im' n_m'         they add up to 1
-    output      o_i = sum_m w_im s_m
-
-Backward needs two more states of the same shapes, both divided by sum_j b_jm:
-
-    G_m = sum_i w_im do_i       c_m = sum_i w_im (do_i o_i)
-    dv_j = sum_m b_jm G_m       a da = w (do s - do o)       b db = b (v G - c)
-
-So three kernels serve both sides and both directions: `_reduce` sums features times rows over the
-tokens (keys: b and v; queries: w and do), `_map` multiplies features with a state (o from w and
-means, dv from b and G), `_backward` turns a slope a da or b db into the gradient of tokens and map.
-Tokens are split to fill the card; splits are added up in order, and depend on the shape alone, so
-that results are the same bit for bit.
-
-Kernel locals: i_ program index, o_ offsets, p_ pointer. x is the side's query or key, y its output
-gradient or value, H = M/2 the width of either half of the features.
+No launch depends on the length, so a new length compiles nothing.
 """
 
 import functools
-import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-HEAD_DIMS = (64, 128)
-FEATURE_RATIOS = (1, 2)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from .fused_kernels import add_splits_kernel, backward_kernel, map_kernel, reduce_kernel
 
-_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-# The tensor cores' narrowest tile: sums over tokens are products with this many equal columns.
-_COLUMNS = tl.constexpr(16)
 # Splits fill the card, but their partial states may not take more than this.
 _MAX_PARTIAL_BYTES = 14 * 2**20
-
-
+# Features of a state that one program adds up.
 _ROWS = 8
 
 # Features lie in [0, 1]: bf16 keeps their small values, where fp16 would round them to nothing.
@@ -65,239 +38,19 @@ class Launch(NamedTuple):
     programs: int
 
 
+# Chosen on an H200, fastest first; a card with less shared memory takes a later one, and so do fp32
+# and M = 2D, which need more of it.
 _LAUNCHES = {
-    "reduce": Launch(64, 4, 2, 2),
-    "map": Launch(64, 4, 3, 2),
-    "backward": Launch(64, 4, 2, 2),
+    "reduce": (Launch(64, 4, 2, 2), Launch(128, 8, 1, 1), Launch(64, 4, 1, 1), Launch(32, 4, 1, 2)),
+    "map": (Launch(64, 4, 3, 2), Launch(64, 4, 2, 2), Launch(64, 4, 1, 2), Launch(32, 4, 1, 2)),
+    "backward": (
+        Launch(128, 8, 2, 1),
+        Launch(64, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 1),
+    ),
 }
-
-
-@triton.jit
-def _load_tokens(p_x, stride, start, last, BLOCK: tl.constexpr, D: tl.constexpr):
-    o_l = tl.arange(0, BLOCK)
-    p_tile = (
-        p_x + tl.cast(start, tl.int64) * stride + o_l[:, None] * stride + tl.arange(0, D)[None, :]
-    )
-    return tl.load(p_tile, mask=(start + o_l < last)[:, None], other=0.0)
-
-
-@triton.jit
-def _store_tokens(p_x, stride, start, last, tile, BLOCK: tl.constexpr, D: tl.constexpr):
-    o_l = tl.arange(0, BLOCK)
-    p_tile = (
-        p_x + tl.cast(start, tl.int64) * stride + o_l[:, None] * stride + tl.arange(0, D)[None, :]
-    )
-    tl.store(p_tile, tile.to(p_x.dtype.element_ty), mask=(start + o_l < last)[:, None])
-
-
-@triton.jit
-def _load_matrix(p_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.load(p_x + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
-
-
-@triton.jit
-def _store_matrix(p_x, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    p_tile = p_x + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(p_tile, tile)
-
-
-@triton.jit
-def _dot(left, right, total, PRECISION: tl.constexpr):
-    if _IS_INTERPRETED:  # numpy has no bf16
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _product(left, right, PRECISION: tl.constexpr):
-    if _IS_INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, input_precision=PRECISION)
-
-
-@triton.jit
-def _features(projected):
-    """Return softmax(x) and softmax(-x) over the columns, fp32."""
-    high, low = tl.max(projected, 1), tl.min(projected, 1)
-    # One multiply-add each before the exponential.
-    plus = tl.exp2(projected * _LOG2_E - (high * _LOG2_E)[:, None])
-    minus = tl.exp2((low * _LOG2_E)[:, None] - projected * _LOG2_E)
-    return plus * (1 / tl.sum(plus, 1))[:, None], minus * (1 / tl.sum(minus, 1))[:, None]
-
-
-@triton.jit
-def _weights(plus, minus, n_plus, n_minus):
-    """Return the features times the normaliser, scaled to add up to 1 over both halves."""
-    plus, minus = plus * n_plus[None, :], minus * n_minus[None, :]
-    # A query whose features no key shares has no mean: the least normal number keeps it finite.
-    scale = (1 / tl.maximum(tl.sum(plus, 1) + tl.sum(minus, 1), _TINY))[:, None]
-    return plus * scale, minus * scale
-
-
-@triton.jit
-def _reduce(
-    p_x, p_y, p_out, p_map, p_normaliser, p_states, p_sums,
-    x_b, x_l, x_n, y_b, y_l, y_n, out_b, out_l, out_n,
-    length, split_length, num_heads,
-    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    FEATURES: tl.constexpr, PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
-):  # fmt: skip
-    """Sum over the tokens of one split: keys b^T v and b; queries w^T do and w^T (do o).
-
-    states: [B N, splits, M, D] fp32; sums: [B N, splits, M] fp32.
-    """
-    i_split, i_head = tl.program_id(0), tl.program_id(1)
-    i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
-    p_x += i_b * x_b + i_n * x_n
-    p_y += i_b * y_b + i_n * y_n
-    first = i_split * split_length
-    last = tl.minimum(first + split_length, length)
-    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
-    if IS_QUERY:
-        p_out += i_b * out_b + i_n * out_n
-        p_normaliser += i_head * 2 * H + tl.arange(0, H)
-        n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
-    state_plus = tl.zeros((H, D), tl.float32)
-    state_minus = tl.zeros((H, D), tl.float32)
-    sum_plus = tl.zeros((H, _COLUMNS), tl.float32)
-    sum_minus = tl.zeros((H, _COLUMNS), tl.float32)
-    for start in range(first, last, BLOCK):
-        x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
-        y = _load_tokens(p_y, y_l, start, last, BLOCK, D)
-        plus, minus = _features(_product(x, feature_map, PRECISION))
-        if IS_QUERY:
-            plus, minus = _weights(plus, minus, n_plus, n_minus)
-            out = _load_tokens(p_out, out_l, start, last, BLOCK, D)
-            column = tl.sum(y.to(tl.float32) * out.to(tl.float32), 1)
-        else:
-            # Tokens beyond the end are zeros, and so are their values, but not their features.
-            column = tl.where(start + tl.arange(0, BLOCK) < last, 1.0, 0.0)
-        columns = tl.broadcast_to(column[:, None], (BLOCK, _COLUMNS)).to(FEATURES)
-        plus, minus = tl.trans(plus.to(FEATURES)), tl.trans(minus.to(FEATURES))
-        y = y.to(FEATURES)
-        state_plus = _dot(plus, y, state_plus, PRECISION)
-        state_minus = _dot(minus, y, state_minus, PRECISION)
-        sum_plus = _dot(plus, columns, sum_plus, PRECISION)
-        sum_minus = _dot(minus, columns, sum_minus, PRECISION)
-    i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
-    _store_matrix(p_states + i_part * 2 * H * D, state_plus, H, D)
-    _store_matrix(p_states + i_part * 2 * H * D + H * D, state_minus, H, D)
-    p_sums += i_part * 2 * H + tl.arange(0, H)
-    # All columns are alike.
-    tl.store(p_sums, tl.max(sum_plus, 1))
-    tl.store(p_sums + H, tl.max(sum_minus, 1))
-
-
-@triton.jit
-def _add_splits(
-    p_states, p_sums, p_normaliser, p_out_states, p_out_sums, length, num_splits,
-    M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, IS_QUERY: tl.constexpr,
-):  # fmt: skip
-    """Add the splits up: [B N, splits, M, D] -> [B N, M, D], and divide by sum_j b_jm.
-
-    For keys the sums themselves are sum_j b_jm and become the normaliser; for queries it is read,
-    and the sums are divided as the states are.
-    """
-    i_rows, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_m = i_rows * ROWS + tl.arange(0, ROWS)
-    o_tile = o_m[:, None] * D + tl.arange(0, D)[None, :]
-    state = tl.zeros((ROWS, D), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for i_split in range(num_splits):
-        i_part = i_head * num_splits + i_split
-        state += tl.load(p_states + i_part * M * D + o_tile)
-        total += tl.load(p_sums + i_part * M + o_m)
-    count = tl.load(p_normaliser + i_head * M + o_m) * length if IS_QUERY else total
-    # A feature that no key has weighs nothing: its state may be anything finite.
-    share = 1 / tl.maximum(count, _TINY)
-    state = (state * share[:, None]).to(p_out_states.dtype.element_ty)
-    tl.store(p_out_states + i_head * M * D + o_tile, state)
-    tl.store(p_out_sums + i_head * M + o_m, total * share if IS_QUERY else total / length)
-
-
-@triton.jit
-def _map(
-    p_x, p_map, p_states, p_normaliser, p_out,
-    x_b, x_l, x_n, out_b, out_l, out_n,
-    length, split_length, num_heads,
-    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
-):  # fmt: skip
-    """Write features times state for one split's tokens: queries o = w s, keys dv = b G."""
-    i_split, i_head = tl.program_id(0), tl.program_id(1)
-    i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
-    p_x += i_b * x_b + i_n * x_n
-    p_out += i_b * out_b + i_n * out_n
-    first = i_split * split_length
-    last = tl.minimum(first + split_length, length)
-    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
-    p_states += i_head.to(tl.int64) * 2 * H * D
-    state_plus = _load_matrix(p_states, H, D)
-    state_minus = _load_matrix(p_states + H * D, H, D)
-    if IS_QUERY:
-        p_normaliser += i_head * 2 * H + tl.arange(0, H)
-        n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
-    for start in range(first, last, BLOCK):
-        x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
-        plus, minus = _features(_product(x, feature_map, PRECISION))
-        if IS_QUERY:
-            plus, minus = _weights(plus, minus, n_plus, n_minus)
-        out = _product(plus.to(state_plus.dtype), state_plus, PRECISION)
-        out = _dot(minus.to(state_plus.dtype), state_minus, out, PRECISION)
-        _store_tokens(p_out, out_l, start, last, out, BLOCK, D)
-
-
-@triton.jit
-def _backward(
-    p_x, p_y, p_map, p_states, p_sums, p_dx, p_dmap,
-    x_b, x_l, x_n, y_b, y_l, y_n, dx_b, dx_l, dx_n,
-    length, split_length, num_heads,
-    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr, MAP_GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """Write dq or dk of one split's tokens; sum the map's gradient over them.
-
-    states, sums: queries means and normaliser, keys G and c; dmap: [B N, splits, D, H] fp32.
-    """
-    i_split, i_head = tl.program_id(0), tl.program_id(1)
-    i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
-    p_x += i_b * x_b + i_n * x_n
-    p_y += i_b * y_b + i_n * y_n
-    p_dx += i_b * dx_b + i_n * dx_n
-    first = i_split * split_length
-    last = tl.minimum(first + split_length, length)
-    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
-    p_states += i_head.to(tl.int64) * 2 * H * D
-    state_plus = _load_matrix(p_states, H, D)
-    state_minus = _load_matrix(p_states + H * D, H, D)
-    p_sums += i_head * 2 * H + tl.arange(0, H)
-    sum_plus, sum_minus = tl.load(p_sums), tl.load(p_sums + H)
-    map_gradient = tl.zeros((D, H), tl.float32)
-    for start in range(first, last, BLOCK):
-        x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
-        y = _load_tokens(p_y, y_l, start, last, BLOCK, D).to(state_plus.dtype)
-        plus, minus = _features(_product(x, feature_map, PRECISION))
-        slope_plus = _product(y, tl.trans(state_plus), PRECISION)
-        slope_minus = _product(y, tl.trans(state_minus), PRECISION)
-        if IS_QUERY:
-            w_plus, w_minus = _weights(plus, minus, sum_plus, sum_minus)
-            along = tl.sum(w_plus * slope_plus, 1) + tl.sum(w_minus * slope_minus, 1)
-            slope_plus = w_plus * (slope_plus - along[:, None])
-            slope_minus = w_minus * (slope_minus - along[:, None])
-        else:
-            slope_plus = plus * (slope_plus - sum_plus[None, :])
-            slope_minus = minus * (slope_minus - sum_minus[None, :])
-        slope_plus -= plus * tl.sum(slope_plus, 1)[:, None]
-        slope_minus -= minus * tl.sum(slope_minus, 1)[:, None]
-        dz = (slope_plus - slope_minus).to(feature_map.dtype)
-        dx = _product(dz, tl.trans(feature_map), PRECISION)
-        _store_tokens(p_dx, dx_l, start, last, dx, BLOCK, D)
-        if MAP_GRADIENT:
-            # Tokens beyond the end are zeros: their rows of dz meet nothing.
-            map_gradient = _dot(tl.trans(x), dz, map_gradient, PRECISION)
-    if MAP_GRADIENT:
-        i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
-        _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
+_first_launch: dict[tuple[Any, ...], int] = {}
 
 
 def forward(
@@ -307,11 +60,10 @@ def forward(
 
     query, key, value: [B, L, N, D], last axis contiguous. query_map, key_map: [N, D, M/2].
     """
-    B, L, N, D = query.shape
     query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
-    means, normaliser = reduce(key, value, key_map)
-    out = torch.empty(B, L, N, D, dtype=value.dtype, device=value.device)
-    apply_map(query, query_map, means, out, normaliser)
+    means, normaliser = _call(_run_reduce, key_map, key, value)
+    out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
+    _call(_run_map, query_map, query, means, out, normaliser)
     return out, means, normaliser
 
 
@@ -322,7 +74,6 @@ def backward(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    out: Tensor,
     means: Tensor,
     normaliser: Tensor,
     *,
@@ -330,104 +81,124 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and both maps; the maps' fp32, 0 if unwanted.
 
-    upstream: [B, L, N, D], the output's gradient; out, means, normaliser as `forward` gave them.
+    upstream: [B, L, N, D], the output's gradient; means and normaliser as `forward` gave them.
     """
-    maps = [x.to(value.dtype).contiguous() for x in (query_map, key_map)]
-    states, sums = reduce(query, upstream, maps[0], out, normaliser, num_keys=key.shape[1])
-    dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    apply_map(key, maps[1], states, dv)
-    dq, dquery_map = backward_side(
-        query, upstream, maps[0], means, normaliser, is_query=True, wants_map=needs_map_gradients
+    query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
+    dq, along, dquery_map = _call(
+        _run_backward, query_map, query, upstream, means, normaliser, True, needs_map_gradients
     )
-    dk, dkey_map = backward_side(
-        key, value, maps[1], states, sums, is_query=False, wants_map=needs_map_gradients
+    states, sums = _call(
+        _run_reduce, query_map, query, upstream, along, normaliser, num_keys=key.shape[1]
+    )
+    dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    _call(_run_map, key_map, key, states, dv)
+    dk, _, dkey_map = _call(
+        _run_backward, key_map, key, value, states, sums, False, needs_map_gradients
     )
     return dq, dk, dv, dquery_map, dkey_map
 
 
-def reduce(
+def _run_reduce(
+    launch: Launch,
+    feature_map: Tensor,
     x: Tensor,
     y: Tensor,
-    feature_map: Tensor,
-    out: Tensor | None = None,
+    along: Tensor | None = None,
     normaliser: Tensor | None = None,
     *,
     num_keys: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return a side's state [B, N, M, D] and sums [B, N, M] fp32, both divided by sum_j b_jm.
 
-    Keys (no `out`): means and normaliser. Queries: G and c, with `num_keys` tokens on the key side.
+    Keys: means and normaliser. Queries, which have `along`: G and c; num_keys is the keys' L.
     """
     B, L, N, D = x.shape
     H = feature_map.shape[2]
-    is_query = out is not None
+    is_query = along is not None
     features = _FEATURE_DTYPES[feature_map.dtype]
-    launch = launch_of("reduce", D, H, feature_map.dtype)
     splits, split_length = _split(L, B * N, launch, x.device, state_bytes=8 * H * (D + 1))
     state_parts = _fp32(x, B, N, splits, 2 * H, D)
     sum_parts = _fp32(x, B, N, splits, 2 * H)
-    out, counts = (out, normaliser) if is_query else (y, sum_parts)
-    _reduce[splits, B * N](
-        x, y, out, feature_map, counts, state_parts, sum_parts,
-        *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], L, split_length, N,
+    along, counts = (along, normaliser) if is_query else (sum_parts, sum_parts)
+    reduce_kernel[splits, B * N](
+        x, y, along, feature_map, counts, state_parts, sum_parts,
+        *x.stride()[:3], *y.stride()[:3], L, split_length, N,
         D, H, launch.tokens, _TRITON_DTYPES[features], _precision(feature_map), is_query,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     states = torch.empty(B, N, 2 * H, D, dtype=features, device=x.device)
     sums = _fp32(x, B, N, 2 * H)
-    _add_splits[2 * H // _ROWS, B * N](
+    add_splits_kernel[2 * H // _ROWS, B * N](
         state_parts, sum_parts, counts, states, sums,
         num_keys if is_query else L, splits, 2 * H, D, _ROWS, is_query, num_warps=4,
     )  # fmt: skip
     return states, sums
 
 
-def apply_map(
-    x: Tensor, feature_map: Tensor, states: Tensor, out: Tensor, normaliser: Tensor | None = None
+def _run_map(
+    launch: Launch,
+    feature_map: Tensor,
+    x: Tensor,
+    states: Tensor,
+    out: Tensor,
+    normaliser: Tensor | None = None,
 ) -> None:
     """Write features times states to `out`; with a normaliser the features are weights."""
     B, L, N, D = x.shape
-    H = feature_map.shape[2]
-    launch = launch_of("map", D, H, feature_map.dtype)
     splits, split_length = _split(L, B * N, launch, x.device)
-    _map[splits, B * N](
+    map_kernel[splits, B * N](
         x, feature_map, states, states if normaliser is None else normaliser, out,
         *x.stride()[:3], *out.stride()[:3], L, split_length, N,
-        D, H, launch.tokens, _precision(feature_map), normaliser is not None,
+        D, feature_map.shape[2], launch.tokens, _precision(feature_map), normaliser is not None,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
 
-def backward_side(
+def _run_backward(
+    launch: Launch,
+    feature_map: Tensor,
     x: Tensor,
     y: Tensor,
-    feature_map: Tensor,
     states: Tensor,
     sums: Tensor,
-    *,
     is_query: bool,
-    wants_map: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of a side's tokens, and of its map [N, D, H] fp32."""
+    needs_map_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of a side's tokens, `along` [B, N, L], and the map's gradient, fp32."""
     B, L, N, D = x.shape
     H = feature_map.shape[2]
-    launch = launch_of("backward", D, H, feature_map.dtype)
-    state_bytes = 4 * D * H * wants_map
+    state_bytes = 4 * D * H * needs_map_gradient
     splits, split_length = _split(L, B * N, launch, x.device, state_bytes=state_bytes)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts = _fp32(x, B, N, splits if wants_map else 0, D, H)
-    _backward[splits, B * N](
-        x, y, feature_map, states, sums, dx, parts,
+    along = _fp32(x, B, N, L if is_query else 0)
+    parts = _fp32(x, B, N, splits if needs_map_gradient else 0, D, H)
+    backward_kernel[splits, B * N](
+        x, y, feature_map, states, sums, dx, along, parts,
         *x.stride()[:3], *y.stride()[:3], *dx.stride()[:3], L, split_length, N,
-        D, H, launch.tokens, _precision(feature_map), is_query, wants_map,
+        D, H, launch.tokens, _precision(feature_map), is_query, needs_map_gradient,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return dx, parts.sum(dim=(0, 2))
+    return dx, along, parts.sum(dim=(0, 2))
 
 
-def launch_of(kernel: str, D: int, H: int, dtype: torch.dtype) -> Launch:
-    """Return how a kernel is launched; never a matter of the length."""
-    return _LAUNCHES[kernel]
+def _call(
+    run: Callable[..., Any], feature_map: Tensor, x: Tensor, *arguments: Any, **settings: Any
+) -> Any:
+    """Run a kernel with the first launch, fastest first, that this card has the memory for."""
+    launches = _LAUNCHES[run.__name__.removeprefix("_run_")]
+    key = (run, x.device, feature_map.dtype, *feature_map.shape[1:])
+    is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
+    first = _first_launch.get(key, int(is_wide))
+    for i, launch in enumerate(launches[first:], start=first):
+        try:
+            result = run(launch, feature_map, x, *arguments, **settings)
+        except OutOfResources:
+            if i + 1 == len(launches):
+                raise
+        else:
+            _first_launch[key] = i
+            return result
+    raise AssertionError("the last launch either returns or raises")
 
 
 def _precision(feature_map: Tensor) -> str:

@@ -49,7 +49,6 @@ def linear_attention_backward(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    out: Tensor,
     means: Tensor,
     normaliser: Tensor,
     backend: str,
@@ -58,7 +57,7 @@ def linear_attention_backward(
     """Return the gradients of query, key, value, and of both maps (0 if unwanted)."""
     upstream, query, key, value = (_with_rows(x) for x in (upstream, query, key, value))
     *gradients, dquery_map, dkey_map = load_backend(backend).backward(
-        upstream, query, key, value, query_map, key_map, out, means, normaliser,
+        upstream, query, key, value, query_map, key_map, means, normaliser,
         needs_map_gradients=needs_map_gradients,
     )  # fmt: skip
     return *gradients, dquery_map.to(query_map.dtype), dkey_map.to(key_map.dtype)
@@ -80,7 +79,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 

@@ -67,7 +67,6 @@ def backward(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    out: Tensor,
     means: Tensor,
     normaliser: Tensor,
     *,
@@ -75,18 +74,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and both maps; the maps' are 0 if unwanted.
 
-    upstream: [B, L, N, D], the output's gradient; out, means, normaliser as `forward` gave them.
+    upstream: [B, L, N, D], the output's gradient; means and normaliser as `forward` gave them.
     """
     with torch.autocast(query.device.type, enabled=False):
         state = total = torch.zeros((), device=key.device)
         dq, dquery_map = [], torch.zeros_like(_wide(query_map))
-        for q, do, o in _chunks(query_map, query, upstream, out):
+        for q, do in _chunks(query_map, query, upstream):
             features = hedgehog(q, query_map)
             weights = _weigh(features, normaliser)
-            along = (_wide(do) * _wide(o)).sum(dim=-1, keepdim=True)
+            slope = torch.einsum("blnd,bnmd->blnm", _wide(do), means)
+            along = (weights * slope).sum(dim=-1, keepdim=True)
             state = state + torch.einsum("blnm,blnd->bnmd", weights, _wide(do))
             total = total + (weights * along).sum(dim=1)
-            slope = weights * (torch.einsum("blnd,bnmd->blnm", _wide(do), means) - along)
+            slope = weights * (slope - along)
             dq.append(_pull_back(q, query_map, features, slope, dquery_map, needs_map_gradients))
         count = normaliser * key.shape[1]
         state, total = _divide(state, count), _divide(total.unsqueeze(-1), count).squeeze(-1)
