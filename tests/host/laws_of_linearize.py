@@ -265,7 +265,7 @@ def the_blocks_beside_the_main_ones_stay_softmax() -> None:
     }
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": torch.float32})
     assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
-    maps = _shipped().feature_maps[0]
+    maps = next(iter(_shipped().feature_maps.values()))
     header = dataclasses.replace(
         _other_file().header,
         fingerprint="wan, 4 layers, 1 heads of 128",
@@ -319,7 +319,7 @@ def an_attention_override_serves_every_layer_but_ours() -> None:
 def a_forward_patched_by_another_pack_comes_back() -> None:
     model, *_ = _demo()
     linearized = linearize(model, _shipped())
-    attention = model.model.diffusion_model.blocks[0].self_attn
+    attention = model.model.diffusion_model.blocks[_shipped().header.layers[0]].self_attn
     calls = []
 
     def foreign(*args: Any, **kwargs: Any) -> Tensor:
