@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from linvideo_core.kernels import agreement, floors, speed
-from linvideo_core.kernels.benchmark import NORM_ROPES
+from linvideo_core.kernels.benchmark import MODULES
 from linvideo_core.kernels.contenders import Contender, find_absent, make_contenders
 from linvideo_core.kernels.floors import BACKWARD, FORWARD, FROZEN, Measured, Shape
-from linvideo_core.kernels.instruments import Call, CudaInstruments, measure_copy_bandwidth
+from linvideo_core.kernels.instruments import Call, CudaInstruments
 from linvideo_core.kernels.speed import Setting
 
-MODULE = next(iter(NORM_ROPES))
+MODULE = next(iter(MODULES))
+EAGER_MODULE = {MODULE: MODULES[MODULE]}
 SHAPE = Shape(33, 2)
 
 
@@ -145,11 +146,32 @@ def wrong(contender: Contender) -> Contender:
     return dataclasses.replace(contender, attend=lambda *x: 1.02 * contender.attend(*x))
 
 
+def test_every_module_agrees_with_eager_norm_and_rotation() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the benchmark itself checks the compiled kernels")
+    [own] = contenders_of("fused")
+    rows = speed.check_module(own, MODULES, make_setting(), 5, 2)
+    assert [row["ratio"] for row in rows] == [1, 1, 2, 2]
+    for row, step in zip(rows, [*MODULES, *MODULES], strict=True):
+        assert row[step] < 1e-4
+
+
+def test_a_module_that_is_wrong_is_not_timed() -> None:
+    [own] = contenders_of("fused")
+
+    def make_wrong(*where: object) -> speed.NormRotary:
+        return lambda x: x.unflatten(2, (2, 128))
+
+    with pytest.raises(RuntimeError, match="wrong differs from its definition"):
+        speed.check_module(own, {**EAGER_MODULE, "wrong": make_wrong}, make_setting(), 5, 2)
+
+
 def test_nothing_is_timed_where_our_own_kernels_are_wrong() -> None:
     own, eager = contenders_of("fused", "eager")
     with pytest.raises(RuntimeError, match="fused differs from its definition in fp64"):
         speed.measure_speed(
-            [SHAPE], [32], [wrong(own), eager], NORM_ROPES, make_setting(), say_nothing,
+            [SHAPE], [32], [wrong(own), eager], EAGER_MODULE, make_setting(), say_nothing,
             lengths=(32, 33),
         )  # fmt: skip
 
@@ -208,7 +230,7 @@ def test_the_whole_measurement_runs_and_is_a_record(tmp_path: Path) -> None:
     contenders = contenders_of("fused", "eager", "sdpa")
     stages: list[tuple[str, int, int]] = []
     measured = speed.measure_speed(
-        [SHAPE], [16, 32], contenders, NORM_ROPES, make_setting(),
+        [SHAPE], [16, 32], contenders, EAGER_MODULE, make_setting(),
         lambda *state: stages.append(state), lengths=(32, 33), num_copied=2**10,
     )  # fmt: skip
     steps = [FORWARD, BACKWARD, FROZEN, MODULE]
@@ -228,12 +250,15 @@ def test_the_whole_measurement_runs_and_is_a_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_copy_takes_the_time_that_its_bytes_take() -> None:
-    instruments = CudaInstruments(runs=5, seconds=0.2)
-    small, large = (
-        measure_copy_bandwidth(instruments, "cuda", elements) for elements in (2**28, 2**29)
-    )
-    assert large == pytest.approx(small, rel=0.2)
+def test_a_call_that_python_is_slow_to_make_is_timed_without_python() -> None:
+    x = torch.randn(2**10, device="cuda")
+
+    def call() -> Tensor:
+        time.sleep(0.005)
+        return x + 1
+
+    call()
+    assert CudaInstruments(runs=5, seconds=0.2).milliseconds(call) < 1
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ The folder `--out` then holds kernels.json and kernels.png, or cost_cpu.json and
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import sys
@@ -22,12 +23,12 @@ import torch
 
 from ..config import option, parse, positive, run_command, to_flags, to_json
 from ..devices import resolve_device
-from ..models.wan import RMSNorm, apply_rotary, rotary_embedding
+from ..models.wan import rotary_embedding
 from ..progress import Progress, TqdmProgress, silent
 from ..records import RESULTS_FOLDER, write_record
 from ..report import plot_cost
 from ..tables import render_table
-from . import cost, floors, speed
+from . import cost, floors, norm_rotary, speed
 from .contenders import make_contenders
 from .instruments import CudaInstruments
 
@@ -96,16 +97,21 @@ class BenchmarkConfig:
         return dataclasses.replace(self, device=device, **missing)
 
 
-def make_eager_norm_rope(
-    shape: floors.Shape, device: torch.device, dtype: torch.dtype
-) -> speed.NormRope:
-    """Return Wan's own qk-norm and rotation: [B, L, N D] -> [B, L, N, D]."""
-    norm = RMSNorm(shape.heads * floors.HEAD_DIM, eps=1e-6).to(device, dtype)
+def make_norm_rotary(
+    backend: str, shape: floors.Shape, device: torch.device, dtype: torch.dtype
+) -> speed.NormRotary:
+    """Return Wan's qk-norm and rotation by a backend: [B, L, N D] -> [B, L, N, D]."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 1 + 0.1 * torch.randn(shape.heads * floors.HEAD_DIM, generator=generator)
+    weight = weight.to(torch.bfloat16).to(device, dtype)
     rotary = rotary_embedding((shape.tokens, 1, 1), floors.HEAD_DIM, device)
-    return lambda x: apply_rotary(norm(x).unflatten(2, (shape.heads, floors.HEAD_DIM)), rotary)
+    return lambda x: norm_rotary(x, weight, rotary, shape.heads, backend=backend)
 
 
-NORM_ROPES = {"module, eager norm and RoPE": make_eager_norm_rope}
+MODULES = {
+    "module, eager norm and RoPE": functools.partial(make_norm_rotary, "reference"),
+    "module": functools.partial(make_norm_rotary, "triton"),
+}
 """Pass of the record -> norm and rotation before attention; the first is what rivals have too."""
 
 
@@ -133,7 +139,7 @@ def _run_speed(config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
     setting = speed.Setting(instruments, torch.device("cuda"), seed=config.seed)
     shapes = _QUICK_SHAPES if config.quick else floors.SHAPES
     measured = speed.measure_speed(
-        shapes, config.sizes, make_contenders(), NORM_ROPES, setting, progress
+        shapes, config.sizes, make_contenders(), MODULES, setting, progress
     )
     bandwidth = measured.details["copy_terabytes_per_second"]
     title = (

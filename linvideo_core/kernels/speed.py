@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 _CHECKED_HEADS = 12
 
-NormRope = Callable[[Tensor], Tensor]
+NormRotary = Callable[[Tensor], Tensor]
 """Maps a projection [B, L, N D] to normed, roped heads [B, L, N, D]."""
 
-MakeNormRope = Callable[[Shape, torch.device, torch.dtype], NormRope]
+MakeNormRotary = Callable[[Shape, torch.device, torch.dtype], NormRotary]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Task:
     step: str
     ratio: int
     contender: Contender
-    norm_rope: MakeNormRope | None = None
+    norm_rotary: MakeNormRotary | None = None
 
 
 class Setting(NamedTuple):
@@ -92,8 +92,8 @@ def make_call(task: Task, setting: Setting) -> Call:
         output = attend(*inputs)
         upstream = torch.randn(output.shape, dtype=output.dtype, device=output.device)
         return lambda: torch.autograd.grad(output, wanted, upstream, retain_graph=True)
-    if task.norm_rope:
-        return _make_module_call(attend, inputs, task.norm_rope(task.shape, *setting[1:3]))
+    if task.norm_rotary:
+        return _make_module_call(attend, inputs, task.norm_rotary(task.shape, *setting[1:3]))
 
     def call() -> Tensor:
         with torch.no_grad():
@@ -102,12 +102,14 @@ def make_call(task: Task, setting: Setting) -> Call:
     return call
 
 
-def _make_module_call(attend: Callable[..., Tensor], inputs: list[Tensor], rope: NormRope) -> Call:
+def _make_module_call(
+    attend: Callable[..., Tensor], inputs: list[Tensor], rotate: NormRotary
+) -> Call:
     query, key = (x.flatten(2) for x in inputs[:2])
 
     def call() -> Tensor:
         with torch.no_grad():
-            return attend(rope(query), rope(key), *inputs[2:]).flatten(2)
+            return attend(rotate(query), rotate(key), *inputs[2:]).flatten(2)
 
     return call
 
@@ -115,11 +117,11 @@ def _make_module_call(attend: Callable[..., Tensor], inputs: list[Tensor], rope:
 def plan(
     shapes: Sequence[Shape],
     contenders: Sequence[Contender],
-    norm_ropes: Mapping[str, MakeNormRope],
+    modules: Mapping[str, MakeNormRotary],
 ) -> list[Task]:
     """List the measurements behind the record's rows, contenders in the order given.
 
-    norm_ropes: step -> norm and rotation; the first is eager, and what all are compared with.
+    modules: step -> norm and rotation; the first is eager, and what all are compared with.
     """
     tasks = []
     for shape in shapes:
@@ -129,11 +131,11 @@ def plan(
                 # Compiling once more for frozen maps would cost more than it says.
                 steps += [FROZEN] if contender.name in ("fused", "eager") else []
                 tasks += [Task(shape, step, ratio, contender) for step in steps]
-                for i, (step, norm_rope) in enumerate(norm_ropes.items()):
+                for i, (step, norm_rotary) in enumerate(modules.items()):
                     if contender.name == "fused" or (
                         i == 0 and contender.name in ("eager", "sdpa")
                     ):
-                        tasks.append(Task(shape, step, ratio, contender, norm_rope))
+                        tasks.append(Task(shape, step, ratio, contender, norm_rotary))
     return tasks
 
 
@@ -204,7 +206,7 @@ def check_contenders(
 
 def check_module(
     own: Contender,
-    norm_ropes: Mapping[str, MakeNormRope],
+    modules: Mapping[str, MakeNormRotary],
     setting: Setting,
     tokens: int = LENGTHS[-1],
     heads: int = _CHECKED_HEADS,
@@ -215,14 +217,14 @@ def check_module(
     """
     rows = []
     shape = Shape(tokens, heads)
-    exact_rope = next(iter(norm_ropes.values()))(shape, setting.device, torch.float64)
+    exact_rotary = next(iter(modules.values()))(shape, setting.device, torch.float64)
     for ratio in RATIOS:
         inputs = make_inputs(shape, ratio, setting)
         wide = [x.double() for x in inputs]
-        expected = _make_module_call(define_linear, wide, exact_rope)()
-        for step, norm_rope in norm_ropes.items():
-            rope = norm_rope(shape, setting.device, setting.dtype)
-            error = relative_error(_make_module_call(own.attend, inputs, rope)(), expected)
+        expected = _make_module_call(define_linear, wide, exact_rotary)()
+        for step, norm_rotary in modules.items():
+            rotate = norm_rotary(shape, setting.device, setting.dtype)
+            error = relative_error(_make_module_call(own.attend, inputs, rotate)(), expected)
             if not error < TOLERANCE:
                 raise RuntimeError(
                     f"{step} differs from its definition by {error:.1e}; nothing was timed"
@@ -261,7 +263,7 @@ def measure_speed(
     shapes: Sequence[Shape],
     sizes: Sequence[int],
     contenders: Sequence[Contender],
-    norm_ropes: Mapping[str, MakeNormRope],
+    modules: Mapping[str, MakeNormRotary],
     setting: Setting,
     progress: Callable[[str, int, int], None],
     *,
@@ -278,12 +280,12 @@ def measure_speed(
     agreeing, agreement, left_out = check_contenders(
         contenders, setting, lengths, progress=progress
     )
-    agreement += check_module(agreeing[0], norm_ropes, setting, lengths[-1])
+    agreement += check_module(agreeing[0], modules, setting, lengths[-1])
     bandwidth = measure_copy_bandwidth(setting.instruments, setting.device, num_copied)
-    tasks = plan(shapes, agreeing, norm_ropes)
+    tasks = plan(shapes, agreeing, modules)
     measured, failed = measure_all(tasks, setting, progress, "shapes")
     over_tokens = measure_over_tokens(sizes, agreeing, setting, progress)
-    baseline, itemsize = next(iter(norm_ropes)), setting.dtype.itemsize
+    baseline, itemsize = next(iter(modules)), setting.dtype.itemsize
     rows = assemble_rows(measured, agreement, bandwidth, itemsize, baseline)
     fixed = assemble_rows(measured, agreement, FIXED_BANDWIDTH, itemsize, baseline)
     details = {
