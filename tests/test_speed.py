@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linvideo_core.kernels import agreement, floors, speed
 from linvideo_core.kernels.benchmark import MODULES
-from linvideo_core.kernels.contenders import Contender, find_absent, make_contenders
+from linvideo_core.kernels.contenders import Contender, find_public, make_contenders
 from linvideo_core.kernels.floors import BACKWARD, FORWARD, FROZEN, Measured, Shape
 from linvideo_core.kernels.instruments import Call, CudaInstruments
 from linvideo_core.kernels.speed import Setting
@@ -205,9 +205,11 @@ def test_a_rival_that_fails_at_a_size_costs_only_its_own_figure() -> None:
     assert failed == ["eager, forward at 33 x 2: out of memory"]
 
 
-def test_a_public_package_that_is_absent_is_named() -> None:
-    for sentence in find_absent():
-        assert sentence.endswith(" is not installed: not compared")
+def test_a_public_package_is_compared_or_named() -> None:
+    found, absent = find_public()
+    assert len(found) + len(absent) == 2
+    for sentence in absent:
+        assert " is not compared: " in sentence
 
 
 def test_backward_is_timed_alone_with_and_without_the_maps() -> None:

@@ -6,7 +6,6 @@ return [B, L, N, D].
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -42,28 +41,34 @@ class Contender:
 
 
 def make_contenders(backend: str = "triton") -> list[Contender]:
-    """Return all that can be had here, the fused kernels first.
+    """Return what PyTorch and we have, the fused kernels first.
 
     backend: of the door, for the contender "fused".
     """
-    own = Contender("fused", "linear", functools.partial(linear_attention, backend=backend))
-    eager = Contender("eager", "linear", reference.linear_attention)
-    compiled = Contender("compile", "linear", _make_compiled())
     softmax = [
         Contender(name, "softmax", functools.partial(_attend_softmax, kernel))
         for name, kernel in _SOFTMAX.items()
     ]
-    public = [make() for name, make in _PUBLIC.items() if importlib.util.find_spec(name)]
-    return [own, eager, compiled, *softmax, *public]
-
-
-def find_absent() -> list[str]:
-    """Return a sentence for every public package that is not installed."""
     return [
-        f"{name} is not installed: not compared"
-        for name in _PUBLIC
-        if not importlib.util.find_spec(name)
+        Contender("fused", "linear", functools.partial(linear_attention, backend=backend)),
+        Contender("eager", "linear", reference.linear_attention),
+        Contender("compile", "linear", _make_compiled()),
+        *softmax,
     ]
+
+
+def find_public() -> tuple[list[Contender], list[str]]:
+    """Return the public packages that can be loaded, and a sentence for each that cannot."""
+    found, absent = [], []
+    for name, make in _PUBLIC.items():
+        try:
+            found.append(make())
+        except ModuleNotFoundError as error:
+            absent.append(f"{name} is not compared: {error}")
+        except Exception as error:
+            # Installed, but not for this PyTorch, Triton or card: it may fail in any way.
+            absent.append(f"{name} is not compared: it cannot be loaded, {error!r}")
+    return found, absent
 
 
 def _make_compiled() -> Attend:
