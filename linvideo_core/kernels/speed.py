@@ -189,10 +189,12 @@ def check_contenders(
         progress("agreement", i, len(cases))
         inputs = make_inputs(Shape(tokens, heads), ratio, setting)
         # Softmax has no features: once is enough.
-        mine = [c for c in contenders if c.has_maps or ratio == RATIOS[0]]
+        mine = [
+            c for c in contenders if c.name not in left_out and (c.has_maps or ratio == RATIOS[0])
+        ]
         for contender, result in check(mine, inputs, setting.seed):
             if isinstance(result, str):
-                left_out.setdefault(contender.name, result)
+                left_out[contender.name] = result
                 logger.warning("left out: %s", result)
                 continue
             features = ratio if contender.has_maps else 0
