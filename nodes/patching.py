@@ -6,14 +6,13 @@ MODEL that came in stays as it was.
 """
 
 import dataclasses
-import importlib
 import uuid
 from typing import Any
 
 import comfy.model_patcher
 import comfy.ops
 import torch
-from comfy.patcher_extension import CallbacksMP, PatcherInjection
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
@@ -25,13 +24,12 @@ from ..linvideo_core.artifact import (
     check,
     warn_of_other_weights,
 )
-from .hook import KEY, FeatureMaps, eject, inject
+from .families import host_family
+from .feature_maps import FeatureMaps
+from .hook import KEY, eject, inject
+from .watch import watch_call
 
 _PREFIX = "diffusion_model."
-
-# The class whose forward the hook knows, by family. A subclass may never call forward, or keep a
-# cache that linear attention has not: only the class itself will do.
-_ATTENTION_CLASSES = {"wan": ("comfy.ldm.wan.model", "WanSelfAttention")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +57,16 @@ def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
     if diffusion_model is None:
         raise ArtifactError("this is no diffusion model: connect a video model's MODEL output")
     sites = check(artifact, adapters.shapes_of(diffusion_model))
+    family = host_family(artifact.header.family)
     for site in sites:
-        _check_class(artifact.header.family, diffusion_model.get_submodule(site.name))
+        family.check(diffusion_model.get_submodule(site.name))
     _warn_of_other_weights(artifact, model, diffusion_model)
 
     linearized = model.clone()
     _add_weight_changes(linearized, artifact, strength)
     maps = make_maps_patcher(artifact, model.load_device, model.offload_device)
     linearized.set_additional_models(KEY, [maps])
+    linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, watch_call)
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     for moment, action in (
         # ComfyUI would leave the model injected until another patcher of it is loaded.
@@ -101,16 +101,6 @@ def make_maps_patcher(
     # ComfyUI makes a patcher anew for another GPU, or to hold ordinary weights.
     patcher.cached_patcher_init = (make_maps_patcher, (artifact, load_device, offload_device))
     return patcher
-
-
-def _check_class(family: str, attention: nn.Module) -> None:
-    module_name, class_name = _ATTENTION_CLASSES[family]
-    expected = getattr(importlib.import_module(module_name), class_name)
-    if type(attention) is not expected:
-        raise ArtifactError(
-            f"this kind of {family} model keeps its attention in {type(attention).__name__}, which "
-            f"LinVideo cannot make linear; use a model whose layers are {class_name}"
-        )
 
 
 def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.Module) -> None:

@@ -42,9 +42,9 @@ class ModelFamily:
 
 def families() -> tuple[ModelFamily, ...]:
     """Return every known family."""
-    from . import wan
+    from . import minimax_h3, wan
 
-    return (wan.FAMILY,)
+    return (wan.FAMILY, minimax_h3.FAMILY)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Laws of the nodes, each a function that runs inside ComfyUI; `test_linearize` reports them.
+"""Laws of linearizing, each a function that runs inside ComfyUI; `test_laws` reports them.
 
 Latents are compared by the norm of the difference over the norm of the expected ones, fp32 on the
 CPU. "Headless" is our core without ComfyUI's model, sampler or patching.
@@ -10,11 +10,11 @@ import functools
 import gc
 import inspect
 import tempfile
+import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import comfy.ldm.wan.ar_model
 import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.ops
@@ -208,7 +208,7 @@ def a_clone_made_while_sampling_and_thrown_away_changes_nothing() -> None:
 def a_copy_with_weights_of_its_own_samples_alike() -> None:
     linearized = linearize(_demo()[0], _shipped())
     if "force_deepcopy" not in inspect.signature(linearized.clone).parameters:
-        return
+        raise unittest.SkipTest("needs ComfyUI >= 0.25.0: clones with weights of their own")
     copy = linearized.clone(force_deepcopy=True)
     assert copy.model is not linearized.model
     _assert_close(_sample(copy), _sample(linearized))
@@ -381,22 +381,6 @@ def a_file_for_another_model_is_refused_with_both_names() -> None:
     stranger.model = nn.Module()
     stranger.model.diffusion_model = nn.Linear(2, 2)
     assert "wan" in _complaint(ArtifactError, linearize, stranger, _shipped())
-
-
-def an_attention_that_keeps_a_cache_is_refused() -> None:
-    causal = comfy.ldm.wan.ar_model.CausalWanModel(
-        dim=128,
-        ffn_dim=512,
-        num_heads=1,
-        num_layers=10,
-        device="meta",
-        operations=comfy.ops.manual_cast,
-    )
-    patcher = _demo()[0].clone()
-    patcher.model = nn.Module()
-    patcher.model.diffusion_model = causal
-    message = _complaint(ArtifactError, linearize, patcher, _shipped())
-    assert "CausalWanSelfAttention" in message
 
 
 def a_missing_damaged_or_foreign_file_is_refused() -> None:

@@ -1,0 +1,43 @@
+"""What the hook must know of each model family's code in ComfyUI: one file per family."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection
+
+from torch import nn
+
+from ...linvideo_core.artifact import ArtifactError
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFamily:
+    """A model family as ComfyUI computes it.
+
+    attention_module, attention_class: the class whose forward makes the one attention call. A
+        subclass may never call forward, or keep a cache that linear attention has not: only the
+        class itself will do.
+    find_joining_inputs: (diffusion_model, names of the inputs of a model call) -> those whose
+        tokens join the video's in self-attention, which files are not made with.
+    """
+
+    name: str
+    attention_module: str
+    attention_class: str
+    find_joining_inputs: Callable[[nn.Module, Collection[str]], list[str]]
+
+    def check(self, attention: nn.Module) -> None:
+        """Raise ArtifactError when a layer is not of the class that the hook knows."""
+        expected = getattr(importlib.import_module(self.attention_module), self.attention_class)
+        if type(attention) is not expected:
+            raise ArtifactError(
+                f"this kind of {self.name} model keeps its attention in "
+                f"{type(attention).__name__}, which LinVideo cannot make linear; use a model whose "
+                f"layers are {self.attention_class}"
+            )
+
+
+def host_family(name: str) -> HostFamily:
+    """Return the host's side of a family of `linvideo_core.adapters`."""
+    from . import minimax_h3, wan
+
+    return {family.name: family for family in (wan.FAMILY, minimax_h3.FAMILY)}[name]

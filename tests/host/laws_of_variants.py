@@ -1,0 +1,500 @@
+"""Laws of the model variants that ComfyUI has: each is tried with tiny random weights of its own.
+
+A variant's weights are random numbers under its own parameter names, recognised by ComfyUI's own
+loader; its conditioning is what ComfyUI's nodes give it. Expected latents come from the untouched
+model while attention, inside the chosen layers alone, is answered by our core's linear attention:
+the same latents (norm of the difference over the norm of the expected ones, fp32) say at once that
+chosen layers are linear, that other layers, side blocks and adapters are as they were, and that no
+token is lost.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import json
+import logging
+import math
+import unittest
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.nested_tensor
+import comfy.ops
+import comfy.sample
+import comfy.sd
+import torch
+from linvideo_pack.linvideo_core import adapters
+from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader
+from linvideo_pack.linvideo_core.kernels import linear_attention
+from linvideo_pack.nodes.attention_call import answer
+from linvideo_pack.nodes.families import host_family
+from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.watch import _warn_of_joining_inputs
+from torch import Tensor, nn
+
+_TOLERANCE = 1e-5
+_LINEAR = (0, 2)
+_WAN = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 3, "cross_attn_norm": True}
+_MODEL = "comfy.ldm.wan.model"
+_F, _H, _W = 3, 8, 8
+_SINCE = {
+    "WAN21_FlowRVS": "0.15.1",
+    "SCAILWanModel": "0.16.0",
+    "WanDancerModel": "0.21.0",
+    "CausalWanModel": "0.21.0",
+    "SCAIL2WanModel": "0.25.0",
+    "MiniMaxH3Model": "0.30.0",
+    "WanAnimate2Model": "0.31.0",
+}
+
+
+def _random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _many(shape: torch.Size, seed: int) -> Tensor:
+    """Return random numbers that repeat after a prime number of them: some weights are large."""
+    size = math.prod(shape)
+    return _random(99991, seed=seed).repeat(size // 99991 + 1)[:size].reshape(shape)
+
+
+def _latents(channels: int = 16, frames: int = _F) -> Tensor:
+    return _random(1, channels, frames, _H, _W, seed=frames)
+
+
+def _clip_vision(tokens: int = 257) -> SimpleNamespace:
+    return SimpleNamespace(penultimate_hidden_states=_random(1, tokens, 1280))
+
+
+def _need(name: str) -> str:
+    return f"needs ComfyUI >= {_SINCE[name]}: {name}"
+
+
+def _build(
+    module: str,
+    class_name: str,
+    config: dict[str, Any],
+    metadata: dict | None = None,
+    kind: str | None = None,
+) -> Any:
+    """Return a ModelPatcher of a variant with random weights, by way of ComfyUI's loader.
+
+    kind: the host's name for it, where its class has several.
+    """
+    if kind is not None and not hasattr(comfy.model_base, kind):
+        raise unittest.SkipTest(_need(kind))
+    try:
+        model_class = getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError):
+        raise unittest.SkipTest(_need(class_name)) from None
+    empty = model_class(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    weights = {}
+    for seed, (name, tensor) in enumerate(empty.state_dict().items()):
+        scale = 0.5 / math.sqrt(max(tensor[0].numel(), 1)) if tensor.ndim > 1 else 0.1
+        is_gain = "norm" in name and name.endswith("weight") and tensor.ndim == 1
+        weights[name] = scale * _many(tensor.shape, seed) + is_gain
+    keywords = {} if metadata is None else {"metadata": {"config": json.dumps(metadata)}}
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        weights, {"dtype": torch.float32}, **keywords
+    )
+    assert type(patcher.model.diffusion_model) is model_class, type(patcher.model.diffusion_model)
+    assert kind is None or type(patcher.model).__name__ == kind, type(patcher.model)
+    return patcher
+
+
+def _make_artifact(patcher: Any) -> Artifact:
+    family, sites = adapters.identify(adapters.shapes_of(patcher.model.diffusion_model))
+    chosen = [sites[layer] for layer in _LINEAR]
+    header = ArtifactHeader(
+        family=family.name,
+        fingerprint=adapters.fingerprint(family, sites),
+        weights_digest="0" * 16,
+        num_layers=len(sites),
+        layers=tuple(site.layer for site in chosen),
+        site_names=tuple(site.name for site in chosen),
+        feature_dim=2 * chosen[0].head_dim,
+        parameters="feature_maps",
+        objective="none",
+        steps=0,
+    )
+    maps = {
+        site.layer: tuple(
+            0.3 * _random(site.num_heads, site.head_dim, site.head_dim, seed=10 * site.layer + side)
+            for side in range(2)
+        )
+        for site in chosen
+    }
+    return Artifact(header=header, feature_maps=maps)
+
+
+def _sample(patcher: Any, noise: Any, conditioning: list) -> Tensor:
+    keywords = {"disable_pbar": True, "seed": 1}
+    return comfy.sample.sample(
+        patcher,
+        noise,
+        1,
+        1.0,
+        "euler",
+        "simple",
+        conditioning,
+        conditioning,
+        noise * 0.5,
+        **keywords,
+    )
+
+
+def _attend(maps: tuple[Tensor, Tensor], heads: int, *inputs: Tensor) -> Tensor:
+    """Answer an attention call in the most literal way: split heads, core, join heads."""
+    if inputs[0].ndim == 4:  # one sample of [heads, tokens, head_dim]
+        split = [x.transpose(1, 2) for x in inputs]
+    else:
+        split = [x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in inputs]
+    return linear_attention(*split, *maps).flatten(2)
+
+
+@contextlib.contextmanager
+def _expected(patcher: Any, artifact: Artifact) -> Iterator[None]:
+    """Answer the chosen layers' attention where their code looks for it, without our nodes."""
+    inside: list[int] = []
+    diffusion_model = patcher.model.diffusion_model
+    with contextlib.ExitStack() as undo:
+        for layer, name in zip(artifact.header.layers, artifact.header.site_names, strict=True):
+            attention = diffusion_model.get_submodule(name)
+            enter = attention.register_forward_pre_hook(lambda *_, i=layer: inside.append(i))
+            leave = attention.register_forward_hook(lambda *_: inside.clear())
+            undo.callback(enter.remove)
+            undo.callback(leave.remove)
+        code = importlib.import_module(type(attention).__module__)
+        original = code.optimized_attention
+
+        def replacement(q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+            if not inside:
+                return original(q, k, v, heads, *args, **kwargs)
+            inputs = [
+                x.take() if hasattr(x, "take") and not torch.is_tensor(x) else x for x in (q, k, v)
+            ]
+            return _attend(artifact.feature_maps[inside[-1]], heads, *inputs)
+
+        code.optimized_attention = replacement
+        undo.callback(setattr, code, "optimized_attention", original)
+        yield
+
+
+def _streams(latents: Any) -> list[Tensor]:
+    return latents.unbind() if latents.is_nested else [latents]
+
+
+def _difference(latents: Any, expected: Any) -> float:
+    pairs = list(zip(_streams(latents), _streams(expected), strict=True))
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("linvideo_pack.nodes.watch")
+    logger.addHandler(handler)
+    _warn_of_joining_inputs.cache_clear()
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def _try(
+    patcher: Any, noise: Any, context_dim: int, joining: tuple[str, ...] = (), **conditions: Any
+) -> None:
+    """Linearize a variant, sample with its conditions, compare, and take it away again."""
+    conditioning = [[_random(1, 5, context_dim, seed=4), conditions]]
+    sample = functools.partial(_sample, noise=noise, conditioning=conditioning)
+    artifact = _make_artifact(patcher)
+    before = sample(patcher)
+    with _expected(patcher, artifact):
+        expected = sample(patcher)
+    with _warnings() as messages:
+        linearized = linearize(patcher, artifact)
+        latents = sample(linearized)
+        assert _difference(sample(linearized), latents) == 0
+    moved, error = _difference(latents, before), _difference(latents, expected)
+    print(f"{type(patcher.model.diffusion_model).__name__}: moved {moved:.1e}, error {error:.1e}")
+    assert error <= _TOLERANCE and moved > 100 * _TOLERANCE, (error, moved)
+    assert len(messages) == bool(joining) and all(name in messages[0] for name in joining), messages
+    assert _difference(sample(patcher), before) == 0
+
+
+def _try_wan(
+    module: str = _MODEL,
+    class_name: str = "WanModel",
+    joining: tuple[str, ...] = (),
+    metadata: dict | None = None,
+    kind: str | None = None,
+    noise: Tensor | None = None,
+    config: dict | None = None,
+    **conditions: Any,
+) -> None:
+    patcher = _build(module, class_name, {**_WAN, **(config or {})}, metadata, kind)
+    noise = _latents() if noise is None else noise
+    _try(patcher, noise, 4096, joining, **conditions)
+
+
+def wan_21_and_22_a14b_text_to_video() -> None:
+    _try_wan()
+
+
+def wan_21_image_to_video_and_fun_inpaint() -> None:
+    config = {"model_type": "i2v", "in_dim": 36}
+    _try_wan(config=config, concat_latent_image=_latents(), clip_vision_output=_clip_vision())
+
+
+def wan_21_first_and_last_frame() -> None:
+    config = {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": 514}
+    _try_wan(config=config, concat_latent_image=_latents(), clip_vision_output=_clip_vision(514))
+
+
+def wan_21_fun_control_with_a_reference_warns() -> None:
+    config = {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}
+    conditions = {
+        "concat_latent_image": _latents(32),
+        "clip_vision_output": _clip_vision(),
+        "reference_latents": [_latents(frames=1)],
+    }
+    _try_wan(config=config, joining=("reference_latent",), **conditions)
+
+
+def wan_22_a14b_image_to_video() -> None:
+    _try_wan(config={"in_dim": 36}, concat_latent_image=_latents())
+
+
+def wan_22_fun_control() -> None:
+    config = {"in_dim": 52, "in_dim_ref_conv": 16}
+    _try_wan(config=config, concat_latent_image=_latents(32))
+
+
+def wan_22_5b() -> None:
+    _try_wan(config={"in_dim": 48, "out_dim": 48}, kind="WAN22", noise=_latents(48))
+
+
+def wan_21_camera() -> None:
+    camera = _random(1, 24, _F, 8 * _H, 8 * _W)
+    conditions = {"camera_conditions": camera, "clip_vision_output": _clip_vision()}
+    _try_wan(class_name="CameraWanModel", config={"in_dim": 32}, **conditions)
+
+
+def wan_22_camera() -> None:
+    config = {"model_type": "camera_2.2", "in_dim": 36}
+    camera = _random(1, 24, _F, 8 * _H, 8 * _W)
+    _try_wan(class_name="CameraWanModel", config=config, camera_conditions=camera)
+
+
+def wan_vace() -> None:
+    config = {"vace_layers": 3, "vace_in_dim": 96}
+    _try_wan(class_name="VaceWanModel", config=config, vace_frames=[_latents(32)])
+
+
+def wan_phantom_warns() -> None:
+    _try_wan(joining=("time_dim_concat",), time_dim_concat=_latents(frames=2))
+
+
+def wan_with_latents_as_context_warns() -> None:
+    if "context_latents" not in inspect.getsource(comfy.model_base.WAN21):
+        raise unittest.SkipTest("needs ComfyUI >= 0.25.0: latents as context")
+    _try_wan(joining=("context_latents",), context_latents=[_latents(frames=1)])
+
+
+def wan_22_speech_with_a_reference_warns() -> None:
+    conditions = {
+        "audio_embed": _random(1, 25, 1024, 4 * _F),
+        "reference_latents": [_latents(frames=1)],
+        "reference_motion": _latents(frames=19),
+        "control_video": _latents(),
+    }
+    _try_wan(
+        class_name="WanModel_S2V", joining=("reference_latent", "reference_motion"), **conditions
+    )
+
+
+def wan_humo_1_7b_with_a_reference_warns() -> None:
+    conditions = {
+        "audio_embed": _random(1, _F, 8, 5, 1280),
+        "reference_latents": [_latents(frames=1)],
+    }
+    _try_wan(class_name="HumoWanModel", joining=("reference_latent",), **conditions)
+
+
+def wan_humo_17b_with_a_reference_warns() -> None:
+    conditions = {
+        "audio_embed": _random(1, _F, 8, 5, 1280),
+        "reference_latents": [_latents(frames=1)],
+    }
+    _try_wan(
+        class_name="HumoWanModel",
+        config={"in_dim": 36},
+        joining=("reference_latent",),
+        **conditions,
+    )
+
+
+def wan_22_animate() -> None:
+    config = {**_WAN, "in_dim": 36, "num_layers": 5}
+    patcher = _build(f"{_MODEL}_animate", "AnimateWanModel", config)
+    # Its convolutions over faces of 512 x 512 take a minute here: vectors stand in for theirs.
+    encoder = patcher.model.diffusion_model.motion_encoder
+    encoder.get_motion = lambda faces: _random(len(faces), 512)
+    conditions = {
+        "concat_latent_image": _latents(),
+        "clip_vision_output": _clip_vision(),
+        "face_video_pixels": _random(1, 3, 5, 8, 8),
+        "pose_video_latent": _latents(frames=2),
+    }
+    _try(patcher, _latents(), 4096, **conditions)
+
+
+def wan_scail_warns() -> None:
+    conditions = {
+        "clip_vision_output": _clip_vision(),
+        "reference_latents": [_latents(frames=1)],
+        "pose_video_latent": _latents(),
+    }
+    joining = ("reference_latent", "pose_latents")
+    _try_wan(class_name="SCAILWanModel", config={"in_dim": 20}, joining=joining, **conditions)
+
+
+def wan_scail_2_warns() -> None:
+    conditions = {
+        "clip_vision_output": _clip_vision(),
+        "reference_latents": [_latents(frames=1)],
+        "pose_video_latent": _latents(),
+        "driving_mask_28ch": _latents(28).movedim(1, 2),
+        "ref_mask_28ch": _latents(28, frames=_F + 1).movedim(1, 2),
+    }
+    joining = ("reference_latent", "pose_latents")
+    _try_wan(class_name="SCAIL2WanModel", config={"in_dim": 20}, joining=joining, **conditions)
+
+
+def wan_dancer() -> None:
+    conditions = {
+        "concat_latent_image": _latents(),
+        "clip_vision_output": _clip_vision(),
+        "clip_vision_output_ref": _clip_vision(),
+        "audio_embed": _random(1, 20, 35),
+        "fps": 25,
+    }
+    _try_wan(f"{_MODEL}_wandancer", "WanDancerModel", config={"in_dim": 36}, **conditions)
+
+
+def wan_21_flow_rvs() -> None:
+    _try_wan(metadata={"transformer": {"model_type": "flow_rvs"}}, kind="WAN21_FlowRVS")
+
+
+def _minimax_h3() -> tuple[Any, Any]:
+    """Return a ModelPatcher and noise for its two streams."""
+    config = {
+        "hidden_size": 192,
+        "num_layers": 3,
+        "token_refiner_num_layers": 1,
+        "num_attention_heads": 3,
+        "attention_head_dim": 128,
+        "ffn_hidden_size": 64,
+        "text_dim": 40,
+        "timestep_input_dim": 16,
+        "time_embed_hidden_size": 24,
+        "time_embed_dim": 24,
+    }
+    patcher = _build("comfy.ldm.minimax.model", "MiniMaxH3Model", config)
+    streams = [_random(1, 24, _F, _H, _W), _random(1, 32, 2, 7)]
+    return patcher, comfy.nested_tensor.NestedTensor(streams)
+
+
+def minimax_h3_over_text_audio_and_video() -> None:
+    _try(*_minimax_h3(), 40)
+
+
+def minimax_h3_with_a_reference() -> None:
+    reference = {"kind": "image", "latent_h": _H, "latent_w": _W, "latent": _latents(24, frames=1)}
+    _try(*_minimax_h3(), 40, minimax_refs=[reference])
+
+
+def a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours() -> None:
+    patcher, noise = _minimax_h3()
+    served = []
+
+    def override(function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return function(*args, **kwargs)
+
+    def take_over(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Tensor:
+        served.append(query.peek().shape[2])
+        tensors = [container.take() for container in (query, key, value)]
+        return comfy.ldm.modules.attention.attention_pytorch(*tensors, *args, **kwargs)
+
+    override.container_function = take_over
+    conditioning = [[_random(1, 5, 40, seed=4), {}]]
+    linearized = linearize(patcher, _make_artifact(patcher))
+    expected = _sample(linearized, noise, conditioning)
+    linearized.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert _difference(_sample(linearized, noise, conditioning), expected) <= _TOLERANCE
+    num_tokens = 5 + 2 * 7 + _F * _H * _W // 4
+    assert served == [num_tokens], served  # the one layer of three that stays softmax
+
+
+def attention_that_linear_attention_is_not_is_refused() -> None:
+    attend, whole = linear_attention, _random(1, 4, 256)
+    for given in (
+        {"mask": torch.ones(4, 4)},
+        {"key": whole[:, :3], "value": whole[:, :3]},
+        {"key": whole[..., :128], "value": whole[..., :128], "enable_gqa": True},
+        {"skip_reshape": True},
+    ):
+        call = {"query": whole, "key": whole, "value": whole, "heads": 2, **given}
+        try:
+            answer(attend, **call)
+        except RuntimeError as error:
+            assert "LinVideo" in str(error) and "\n" not in str(error)
+        else:
+            raise AssertionError(f"{list(given)} was not refused")
+
+
+def every_family_of_the_core_is_known_to_the_nodes() -> None:
+    for family in adapters.families():
+        assert host_family(family.name).name == family.name
+
+
+def _refusal(module: str, class_name: str, config: dict, metadata: dict) -> str:
+    patcher = _build(module, class_name, {**_WAN, **config}, {"transformer": metadata})
+    artifact = _make_artifact(patcher)
+    try:
+        linearize(patcher, artifact)
+    except ArtifactError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def wan_that_keeps_a_cache_is_refused() -> None:
+    message = _refusal(f"{_MODEL[:-5]}ar_model", "CausalWanModel", {}, {"causal_ar": True})
+    assert "CausalWanSelfAttention" in message
+
+
+def wan_animate_2_is_refused() -> None:
+    config, metadata = {"in_dim": 36}, {"model_type": "animate2"}
+    message = _refusal(f"{_MODEL}_animate2", "WanAnimate2Model", config, metadata)
+    assert "WanAnimate2SelfAttention" in message
+
+
+def a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:
+    patcher = _build(_MODEL, "WanModel", _WAN)
+    artifact = _make_artifact(patcher)
+    stranger = patcher.clone()
+    stranger.model = nn.Module()
+    stranger.model.diffusion_model = nn.Linear(2, 2)
+    try:
+        linearize(stranger, artifact)
+    except ArtifactError as error:
+        assert all(family.name in str(error) for family in adapters.families())
+    else:
+        raise AssertionError("nothing was refused")

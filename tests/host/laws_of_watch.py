@@ -1,0 +1,226 @@
+"""Laws of what other nodes may do to a linearized model: never pass its layers over unheard."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.sample
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from linvideo_pack.linvideo_core import artifact
+from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
+from linvideo_pack.nodes import demo, files
+from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.watch import _warn_of_skipped_blocks
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+_NOISE = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+_STEPS = 3
+
+
+@functools.cache
+def _demo() -> tuple[Any, Any, Any, Any]:
+    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
+
+
+@functools.cache
+def _shipped() -> artifact.Artifact:
+    return artifact.load(files.find_file(files.SHIPPED))
+
+
+@functools.cache
+def _linearized() -> Any:
+    return linearize(_demo()[0], _shipped())
+
+
+def _layers() -> tuple[int, ...]:
+    return _shipped().header.layers
+
+
+def _blocks() -> Any:
+    return _demo()[0].model.diffusion_model.blocks
+
+
+def _sample(model: Any, steps: int = _STEPS) -> Tensor:
+    _, positive, negative, latent = _demo()
+    settings = (steps, 3.0, "euler", "simple", positive, negative, latent["samples"])
+    return comfy.sample.sample(model, _NOISE, *settings, disable_pbar=True, seed=1)
+
+
+def _complaint(model: Any) -> str:
+    try:
+        _sample(model)
+    except RuntimeError as error:
+        message = str(error)
+        assert message and "\n" not in message and len(message) < 400, message
+        return message
+    raise AssertionError("nothing was noticed")
+
+
+@contextlib.contextmanager
+def _block_forward(layer: int, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Compute a block in another way, as packs do that bring a block's code of their own."""
+    _blocks()[layer].forward = forward
+    try:
+        yield
+    finally:
+        del _blocks()[layer].forward
+
+
+def a_block_that_another_pack_computes_is_noticed() -> None:
+    expected = _sample(_linearized())
+    for layer in (_layers()[0], _layers()[-1]):
+        with _block_forward(layer, lambda x, *_, **__: x):
+            message = _complaint(_linearized())
+        assert f"layer {layer} was run 0 times" in message
+    assert torch.equal(_sample(_linearized()), expected)
+
+
+def all_blocks_computed_by_another_pack_are_noticed() -> None:
+    with contextlib.ExitStack() as stack:
+        for layer in range(len(_blocks())):
+            stack.enter_context(_block_forward(layer, lambda x, *_, **__: x))
+        assert "0 times" in _complaint(_linearized())
+
+
+def a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
+    block = _blocks()[_layers()[1]]
+
+    def twice(*args: Any, **kwargs: Any) -> Tensor:
+        type(block).forward(block, *args, **kwargs)
+        return type(block).forward(block, *args, **kwargs)
+
+    with _block_forward(_layers()[1], twice):
+        assert "2 times" in _complaint(_linearized())
+
+
+def layers_that_are_not_in_place_are_noticed() -> None:
+    model = _linearized().clone()
+    model.injections = {}
+    assert "not in the model" in _complaint(model)
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("linvideo_pack.nodes.watch")
+    logger.addHandler(handler)
+    _warn_of_skipped_blocks.cache_clear()
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
+    patched = _linearized().clone()
+    patched.set_model_patch_replace(replacement, "dit", "double_block", _layers()[0])
+    return patched
+
+
+def a_block_that_is_wrapped_stays_linear() -> None:
+    with _warnings() as messages:
+        wrapped = _patched(lambda args, extra: extra["original_block"](args))
+        assert torch.equal(_sample(wrapped), _sample(_linearized()))
+    assert not messages
+
+
+def a_block_that_is_skipped_is_said_once() -> None:
+    with _warnings() as messages:
+        skipped = _patched(lambda args, _: args)
+        assert not torch.equal(_sample(skipped), _sample(_linearized()))
+    assert len(messages) == 1 and f"layers {_layers()[0]} were" in messages[0], messages
+
+
+def the_last_blocks_may_be_reused_after_a_whole_call() -> None:
+    layer, calls = _layers()[-1], []
+
+    def reuse(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            return x
+        return type(_blocks()[layer]).forward(_blocks()[layer], x, *args, **kwargs)
+
+    with _warnings() as messages, _block_forward(layer, reuse):
+        _sample(_linearized())
+    assert len(calls) == _STEPS
+    assert len(messages) == 1 and f"layers {layer} were" in messages[0], messages
+
+
+def a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
+    first: list[Tensor] = []
+
+    def reuse(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not first:
+            first.append(executor(*args, **kwargs))
+        return first[0]
+
+    caching = _linearized().clone()
+    caching.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", reuse)
+    assert not torch.equal(_sample(caching), _sample(_linearized()))
+    assert "0 times" in _complaint(caching)
+
+
+def easycache_before_or_after_reuses_calls() -> None:
+    def cached(model: Any) -> Any:
+        settings = {"start_percent": 0.1, "end_percent": 0.9, "verbose": False}
+        return EasyCacheNode.execute(model, 2.0, **settings).result[0]
+
+    for model in (linearize(cached(_demo()[0]), _shipped()), cached(_linearized())):
+        with _runs_of_the_first_linear_layer() as runs:
+            latents = _sample(model, steps=8)
+        assert 0 < len(runs) < 8, runs
+        assert latents.isfinite().all()
+
+
+@contextlib.contextmanager
+def _runs_of_the_first_linear_layer() -> Iterator[list[int]]:
+    runs: list[int] = []
+    hook = _blocks()[_layers()[0]].register_forward_hook(lambda *_: runs.append(1))
+    try:
+        yield runs
+    finally:
+        hook.remove()
+
+
+def skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
+    def guided(model: Any, layers: tuple[int, ...]) -> Any:
+        settings = {"start_percent": 0.0, "end_percent": 1.0, "single_layers": ""}
+        names = ", ".join(map(str, layers))
+        node = SkipLayerGuidanceDiT.execute(model, 2.0, double_layers=names, **settings)
+        return node.result[0]
+
+    with _warnings() as messages:
+        before = _sample(linearize(guided(_demo()[0], _layers()[:2]), _shipped()))
+        assert torch.equal(_sample(guided(_linearized(), _layers()[:2])), before)
+    assert len(messages) == 1, messages
+    assert not torch.equal(before, _sample(_linearized()))
+
+
+def compiled_block_by_block_it_compiles_once() -> None:
+    expected = _sample(_linearized())
+    compiled = _linearized().clone()
+    keys = [f"diffusion_model.blocks.{i}" for i in range(len(_blocks()))]
+    set_torch_compile_wrapper(compiled, "aot_eager", keys=keys)
+    num_graphs = []
+    for _ in range(2):
+        assert float((_sample(compiled) - expected).norm() / expected.norm()) <= 1e-5
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    print(f"{num_graphs[0]} graphs of {len(keys)} blocks")
+    assert num_graphs[0] == num_graphs[1] <= len(keys), num_graphs
+    assert not counters["graph_break"], counters["graph_break"]
+
+
+def compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -> None:
+    compiled = _linearized().clone()
+    set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
+    with _block_forward(_layers()[0], lambda x, *_, **__: x):
+        assert "0 times" in _complaint(compiled)
