@@ -21,7 +21,7 @@ ALLOWED = {
     "flow": set(),
     "kernels": set(),
     "lora": set(),
-    "models": {"attention", "flow"},
+    "models": {"attention", "flow", "kernels"},
     "objectives": {"flow", "config"},
     "progress": set(),
     "run_folder": {"config", "storage"},
