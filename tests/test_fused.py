@@ -83,8 +83,16 @@ def assert_is_the_definition(inputs: tuple[Tensor, ...], backend: str) -> None:
         assert error(x.grad, y.grad, scale) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("head_dim", "ratio"), [(64, 1), (64, 2), (128, 1), (128, 2)])
+KNOWN = [
+    pytest.param(head_dim, ratio, dtype, id=f"D{head_dim}-x{ratio}-{dtype}")
+    for head_dim in (64, 128)
+    for ratio in (1, 2)
+    for dtype in TOLERANCE
+    if head_dim == 64 or dtype != torch.float32
+]
+
+
+@pytest.mark.parametrize(("head_dim", "ratio", "dtype"), KNOWN)
 @pytest.mark.parametrize(("query_length", "key_length"), [(63, 130), (1, 63), (130, 1)])
 def test_fused_is_the_definition_in_value_and_gradient(
     query_length: int, key_length: int, head_dim: int, ratio: int, dtype: torch.dtype, device: str
@@ -241,7 +249,11 @@ def test_auto_on_a_cpu_is_the_reference_whatever_triton_says() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"head_dim": 32}, r"head dims \(64, 128\)"), ({"ratio": 4}, "as many or twice as many")],
+    [
+        ({"head_dim": 32}, r"head dims \(64, 128\)"),
+        ({"ratio": 4}, "as many or twice as many"),
+        ({"head_dim": 128}, "no float32 at head dim 128"),
+    ],
 )
 def test_triton_is_refused_where_it_cannot_run(settings: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -131,16 +131,6 @@ def test_every_contender_agrees_in_value_and_gradients() -> None:
         assert max(row[name] for name in names) < 1e-4
 
 
-def test_the_kernels_agree_in_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("the benchmark itself checks the compiled kernels")
-    kernels = [c for c in make_contenders(backend="triton") if c.name == "fused"]
-    _, rows, _ = speed.check_contenders(kernels, make_setting(), (65,), 1)
-    assert [row["ratio"] for row in rows] == [1, 2]
-    assert max(row[name] for row in rows for name in ("forward", *agreement.INPUTS)) < 1e-4
-
-
 def wrong(contender: Contender) -> Contender:
     """Return a contender that is 2 percent off."""
     return dataclasses.replace(contender, attend=lambda *x: 1.02 * contender.attend(*x))

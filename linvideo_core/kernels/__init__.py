@@ -43,7 +43,7 @@ def linear_attention(
     """
     _check(query, key, value, query_map, key_map)
     D, half = query_map.shape[1:]
-    chosen = _choose(backend, query.device, D, 2 * half, value.dtype)
+    chosen = _choose(backend, query.device, _unknown_attention(D, 2 * half, value.dtype))
     return operators.linear_attention(query, key, value, query_map, key_map, chosen)[0]
 
 
@@ -65,7 +65,7 @@ def norm_rotary(
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
     """
     D = _check_norm_rotary(x, weight, rotary, num_heads)
-    if _choose(backend, x.device, D, D, x.dtype) == "reference":
+    if _choose(backend, x.device, _unknown_rotary(D, x.dtype)) == "reference":
         return rotary_operator.reference(x, weight, rotary, num_heads, eps)
     return rotary_operator.fused(x, weight, rotary, num_heads, eps)
 
@@ -87,17 +87,18 @@ def _check_norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int
 
 
 @torch.compiler.assume_constant_result
-def _choose(backend: str, device: torch.device, D: int, M: int, dtype: torch.dtype) -> str:
-    return _choose_once(backend, device, D, M, dtype)
+def _choose(backend: str, device: torch.device, unknown: str) -> str:
+    return _choose_once(backend, device, unknown)
 
 
 @functools.cache
-def _choose_once(backend: str, device: torch.device, D: int, M: int, dtype: torch.dtype) -> str:
+def _choose_once(backend: str, device: torch.device, unknown: str) -> str:
+    """Return a backend that runs; unknown: what the kernels do not know of a shape, "" if all."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} given; one of {', '.join(BACKENDS)} is needed")
     if backend == "reference":
         return backend
-    reason = _why_not_triton(device, D, M, dtype)
+    reason = _why_not_triton(device) or unknown
     if backend == "triton" and reason:
         raise ValueError(
             f"backend 'triton' given, but {reason}: use 'auto' or 'reference', which run everywhere"
@@ -111,8 +112,8 @@ def _choose_once(backend: str, device: torch.device, D: int, M: int, dtype: torc
     return chosen
 
 
-def _why_not_triton(device: torch.device, D: int, M: int, dtype: torch.dtype) -> str:
-    """Return why the fused kernels cannot run, "" where they can."""
+def _why_not_triton(device: torch.device) -> str:
+    """Return why no fused kernel can run here, "" where they can."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -120,10 +121,21 @@ def _why_not_triton(device: torch.device, D: int, M: int, dtype: torch.dtype) ->
         return f"Triton cannot run on {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than the fused kernels can use"
+    return ""
+
+
+def _unknown_attention(D: int, M: int, dtype: torch.dtype) -> str:
     if D not in HEAD_DIMS or M not in [ratio * D for ratio in FEATURE_RATIOS]:
         return f"the fused kernels know head dims {HEAD_DIMS} and as many or twice as many features"
-    if dtype == torch.float64:
-        return "the fused kernels know no fp64"
+    # In fp32 the products' parts of wider heads exceed the shared memory of every card.
+    if dtype == torch.float64 or (dtype == torch.float32 and D > 64):
+        return f"the fused kernels know no {str(dtype).removeprefix('torch.')} at head dim {D}"
+    return ""
+
+
+def _unknown_rotary(D: int, dtype: torch.dtype) -> str:
+    if D not in HEAD_DIMS or dtype == torch.float64:
+        return f"the fused kernels know head dims {HEAD_DIMS} and no float64"
     return ""
 
 
