@@ -81,7 +81,7 @@ def choose_path(name: str, *, overwrite: bool) -> Path:
 
 def shown_name(path: Path) -> str:
     """Return a file's name as the drop-downs show it."""
-    return path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]).as_posix()
+    return str(path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]))
 
 
 def _refuse_name(name: str) -> NoReturn:

@@ -12,6 +12,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy_extras import nodes_custom_sampler
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
@@ -148,12 +149,18 @@ def the_seed_decides() -> None:
     assert not torch.equal(_sample(model, 2), _sample(model, 2, seed=_SEED + 1))
 
 
-def every_step_is_reported_and_the_latents_that_came_in_stay() -> None:
+def every_step_is_previewed_and_the_latents_that_came_in_stay() -> None:
     seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: seen.append(value))
+
+    def on_progress(value: int, total: int, preview: Any, **_: Any) -> None:
+        seen.append((value, total, preview[1].size))
+
+    kept, args.preview_method = args.preview_method, LatentPreviewMethod.Latent2RGB
+    comfy.utils.set_progress_bar_global_hook(on_progress)
     try:
         _sample(_demo()[0], 3)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
-    assert seen == [1, 2, 3]
+        args.preview_method = kept
+    assert seen == [(step, 3, (16, 16)) for step in (1, 2, 3)]
     assert not _demo()[3]["samples"].any()
