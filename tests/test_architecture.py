@@ -18,6 +18,7 @@ ALLOWED = {
     "adapters": {"attention"},
     "attention": {"kernels", "config"},
     "config": set(),
+    "few_step": {"flow"},
     "flow": set(),
     "kernels": set(),
     "lora": set(),
