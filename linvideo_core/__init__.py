@@ -11,10 +11,11 @@ The flow, and the one noun that each stage hands on:
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
+    few_step            predict, renoise, predict again  -> latents in a few steps
     evaluation, bench   measures, on equal terms         -> comparison
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     report, pictures    plots, videos side by side;
-    tables              rows for a page or a terminal    -> what a reader sees
+    datasheet, tables   a file's picture; rows of text   -> what a reader sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `records`,
 `kernels.benchmark`, `demo.train`.

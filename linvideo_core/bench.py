@@ -16,7 +16,7 @@ from . import evaluation
 from .adapters import attention_at, identify, shapes_of
 from .attention import LinearAttention
 from .config import option, positive
-from .demo import DEMO_GUIDANCE_SCALE
+from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .demo.judge import Judge, load_judge
 from .demo.prompts import parse_prompt
 from .flow import VelocityFn, make_sigmas, sample_euler
@@ -41,9 +41,9 @@ class CompareConfig:
     """How the models are sampled."""
 
     num_samples: int = option(20, "videos that each model samples")
-    steps: int = option(50, "Euler steps")
+    steps: int = option(DEMO_STEPS, "Euler steps")
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
-    shift: float = option(3.0, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
+    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
     batch_size: int = option(10, "videos sampled together")
 
     def __post_init__(self) -> None:

@@ -49,11 +49,13 @@ def write_record(
     command: str,
     rows: Sequence[Row],
     device: torch.device | str,
+    details: Row | None = None,
 ) -> dict[str, Any]:
     """Write a measured table atomically, with today's date and the versions it was made with.
 
     command: what to type to measure it again.
     rows: of numbers, words, or lists of them; what is not finite is stored as null.
+    details: what is worth keeping but not shown in a table.
 
     Returns the record.
     """
@@ -65,6 +67,8 @@ def write_record(
         "versions": describe_versions(),
         "rows": [dict(row) for row in rows],
     }
+    if details:
+        record["details"] = dict(details)
     write_json(path, record)
     return record
 

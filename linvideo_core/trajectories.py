@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .adapters import identify, shapes_of, weights_digest
 from .config import option, positive
-from .demo import DEMO_GUIDANCE_SCALE
+from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .flow import make_sigmas, sample_euler
 from .models.denoiser import bind_guided
 from .progress import Progress, silent
@@ -36,9 +36,9 @@ class TrajectoryConfig:
 
     num_trajectories: int = option(24, "videos that the teacher samples")
     states_per_trajectory: int = option(8, "noise levels kept of each, spread over the trajectory")
-    sampler_steps: int = option(50, "Euler steps of the teacher")
+    sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
-    shift: float = option(3.0, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
+    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
     shard_size: int = option(8, "videos sampled together and stored in one file")
 
     def __post_init__(self) -> None:

@@ -9,6 +9,8 @@ _log = logging.getLogger(__name__)
 
 NODES = {
     "linearize": ("LinVideoLinearize",),
+    "few_step": ("LinVideoFewStepSampler", "LinVideoFewStepSigmas"),
+    "file_nodes": ("LinVideoSave", "LinVideoLoad", "LinVideoShowFile"),
     "demo": ("LinVideoDemo", "LinVideoDemoDecode"),
 }
 

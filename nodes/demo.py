@@ -8,10 +8,9 @@ import torch
 from comfy_api.latest import io
 from einops import repeat
 
-from ..linvideo_core.demo import DEMO_GUIDANCE_SCALE, weights_path
+from ..linvideo_core.demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, weights_path
 from ..linvideo_core.demo.codec import FRAME_MEAN, FRAME_SCALE, LATENT_SHAPE, decode_latents
 from ..linvideo_core.demo.prompts import DIGIT_WORDS, DIRECTION_WORDS, encode_prompts, make_prompt
-from ..linvideo_core.demo.sampling import SHIFT
 from .schema import make_schema
 
 _CHANNELS = LATENT_SHAPE[0]
@@ -34,7 +33,7 @@ def load_demo_model(**settings: Any) -> Any:
     path = str(weights_path("model.safetensors"))
     patcher = comfy.sd.load_diffusion_model(path, {"dtype": torch.float32}, **settings)
     patcher.model.latent_format = DemoLatents()
-    patcher.model.model_sampling.set_parameters(shift=SHIFT)
+    patcher.model.model_sampling.set_parameters(shift=DEMO_SHIFT)
     # ComfyUI loads a model anew for training or another GPU: it must come out like this one.
     patcher.cached_patcher_init = (load_demo_model, ())
     return patcher

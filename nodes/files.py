@@ -1,7 +1,9 @@
 """Where LINVIDEO files lie: `models/linvideo/`, and the demo's own in the pack."""
 
 import contextlib
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import folder_paths
 
@@ -11,13 +13,19 @@ from ..linvideo_core.demo import weights_path
 FOLDER = "linvideo"
 SHIPPED = "demo (comes with LinVideo)"
 
+_SUFFIX = ".safetensors"
+_MAX_NAME = 200
+# What some system's file names cannot hold, device names and a folder's way up included.
+_FORBIDDEN = re.compile(r'[<>:"|?*%\x00-\x1f]')
+_BAD_PART = re.compile(r"\.+|.*[. ]|[ .].*|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
 
 def register_folder() -> None:
     """Tell ComfyUI of `models/linvideo/`; folders from extra_model_paths.yaml are kept."""
     own = str(Path(folder_paths.models_dir) / FOLDER)
     folders, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
     folders = folders if own in folders else [own, *folders]
-    folder_paths.folder_names_and_paths[FOLDER] = (folders, {".safetensors"})
+    folder_paths.folder_names_and_paths[FOLDER] = (folders, {_SUFFIX})
     with contextlib.suppress(OSError):
         Path(own).mkdir(exist_ok=True)
 
@@ -38,3 +46,46 @@ def find_file(name: str) -> Path:
     if path is None:
         raise ArtifactError(f"{name} is not in models/{FOLDER}: choose a file that is there")
     return Path(path)
+
+
+def fingerprint(name: str) -> str:
+    """Return what changes when the file of a name is replaced by another."""
+    status = find_file(name).stat()
+    return f"{status.st_mtime_ns} {status.st_size}"
+
+
+def choose_path(name: str, *, overwrite: bool) -> Path:
+    """Return where in models/linvideo to write a file, its folder made.
+
+    overwrite: take the name even if there is such a file; otherwise a number is added, as ComfyUI
+        numbers its own.
+
+    Raises ArtifactError when the name leads out of the folder or cannot be a file's name.
+    """
+    parts = PurePosixPath(name.strip().replace("\\", "/").removesuffix(_SUFFIX)).parts
+    if not parts or len(name) > _MAX_NAME or _FORBIDDEN.search(name):
+        _refuse_name(name)
+    if any(part == "/" or _BAD_PART.fullmatch(part) for part in parts):
+        _refuse_name(name)
+    prefix, root = "/".join(parts), folder_paths.get_folder_paths(FOLDER)[0]
+    path = Path(root, prefix + _SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"the folder {path.parent} cannot be made ({error})") from error
+    if path.exists() and not overwrite:
+        folder, stem, counter, *_ = folder_paths.get_save_image_path(prefix, root)
+        path = Path(folder, f"{stem}_{counter:05}_{_SUFFIX}")
+    return path
+
+
+def shown_name(path: Path) -> str:
+    """Return a file's name as the drop-downs show it."""
+    return str(path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]))
+
+
+def _refuse_name(name: str) -> NoReturn:
+    raise ArtifactError(
+        f"the filename {name[:_MAX_NAME]!a} cannot be used: give a plain name such as my_model, or "
+        f"folder/my_model inside models/{FOLDER}"
+    )

@@ -5,22 +5,19 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..linvideo_core import artifact
-from .files import find_file, list_files
+from .datasheet import show_datasheet
+from .files import find_file, fingerprint, list_files
 from .first_steps import keep_first_steps_input
 from .patching import linearize
 from .schema import LinVideo, make_schema
 
 APPLY = "apply a saved file"
+APPLY_INPUT = "apply a connected LINVIDEO"
 
 
-def _inputs() -> list[io.Input]:
+def _inputs(source: io.Input) -> list[io.Input]:
     return [
-        io.Combo.Input(
-            "file",
-            options=list_files(),
-            tooltip="Which LinVideo file to apply. It must be made for this model. Put your own "
-            "into models/linvideo.",
-        ),
+        source,
         io.Float.Input(
             "strength",
             default=1.0,
@@ -31,6 +28,22 @@ def _inputs() -> list[io.Input]:
             "layers were trained together with these changes.",
         ),
         keep_first_steps_input(),
+    ]
+
+
+def _options() -> list[io.DynamicCombo.Option]:
+    file = io.Combo.Input(
+        "file",
+        options=list_files(),
+        tooltip="Which LinVideo file to apply. It must be made for this model. Put your own into "
+        "models/linvideo.",
+    )
+    linvideo = LinVideo.Input(
+        "linvideo", tooltip="What to apply: LINVIDEO of another node. It must fit this model."
+    )
+    return [
+        io.DynamicCombo.Option(APPLY, _inputs(file)),
+        io.DynamicCombo.Option(APPLY_INPUT, _inputs(linvideo)),
     ]
 
 
@@ -51,27 +64,28 @@ class LinVideoLinearize(io.ComfyNode):
                 io.Model.Input("model", tooltip="The video model to make faster, such as Wan 2.1."),
                 io.DynamicCombo.Input(
                     "mode",
-                    options=[io.DynamicCombo.Option(APPLY, _inputs())],
+                    options=_options(),
                     tooltip="Where the fast layers come from.",
                 ),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The faster model; the one put in is unchanged."),
                 LinVideo.Output("LINVIDEO", tooltip="The file's content, for LinVideo's nodes."),
+                io.Image.Output("report", tooltip="A picture of what was applied, and to what."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, mode: dict[str, Any], **_: Any) -> str:
         """Run again when the file was replaced by another of the same name."""
-        status = find_file(mode["file"]).stat()
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return fingerprint(mode["file"]) if mode["mode"] == APPLY else ""
 
     @classmethod
     def execute(cls, model: Any, mode: dict[str, Any]) -> io.NodeOutput:
-        """Load the file and apply it to a clone of the model."""
-        loaded = artifact.load(find_file(mode["file"]))
-        settings = {"keep_first_steps": mode["keep_first_steps"]}
-        return io.NodeOutput(
-            linearize(model, loaded, strength=mode["strength"], **settings), loaded
-        )
+        """Apply the chosen file, or the connected one, to a clone of the model."""
+        is_file = mode["mode"] == APPLY
+        applied = artifact.load(find_file(mode["file"])) if is_file else mode["linvideo"]
+        settings = {name: mode[name] for name in ("strength", "keep_first_steps")}
+        linearized = linearize(model, applied, **settings)
+        note = f"applied to {type(model.model).__name__} at strength {mode['strength']:g}"
+        return io.NodeOutput(linearized, applied, show_datasheet(applied, note=note))

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from linvideo_core.kernels.rotary import rotate
 from linvideo_core.models.checkpoint import infer_config, load_wan
 from linvideo_core.models.denoiser import bind, bind_guided
 from linvideo_core.models.wan import (
     WanConfig,
     WanModel,
-    apply_rotary,
     rotary_embedding,
     timestep_embedding,
 )
@@ -148,7 +148,7 @@ def test_rotary_positions_are_relative_along_every_axis(axis: int) -> None:
 
     def logits(start: int) -> Tensor:
         rotary = wide.narrow(axis + 1, start, grid[axis]).flatten(1, 3)
-        rotated = (apply_rotary(x, rotary) for x in (query, key))
+        rotated = (rotate(x, rotary) for x in (query, key))
         return torch.einsum("blnd,bsnd->bnls", *rotated)
 
     torch.testing.assert_close(logits(2), logits(0), rtol=1e-4, atol=1e-4)
@@ -157,7 +157,7 @@ def test_rotary_positions_are_relative_along_every_axis(axis: int) -> None:
 def test_rotary_distinguishes_every_position() -> None:
     rotary = rotary_embedding((3, 5, 4), 32, torch.device("cpu"))
     same = torch.ones(1, 60, 1, 32)
-    rotated = apply_rotary(same, rotary)[0, :, 0]
+    rotated = rotate(same, rotary)[0, :, 0]
     distances = torch.cdist(rotated, rotated) + torch.eye(60)
     assert float(distances.min()) > 1e-2
     torch.testing.assert_close(rotated.norm(dim=1), same[0, :, 0].norm(dim=1))

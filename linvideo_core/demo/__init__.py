@@ -17,6 +17,12 @@ from pathlib import Path
 DEMO_GUIDANCE_SCALE = 3.0
 """The guidance at which the embedded model is sampled wherever no other is asked for."""
 
+DEMO_STEPS = 50
+"""The Euler steps with which it is sampled wherever no other number is asked for."""
+
+DEMO_SHIFT = 3.0
+"""The warp of the noise levels that the embedded model was trained with; Wan's own for 480p."""
+
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 

@@ -15,11 +15,10 @@ from ..config import fraction, option, positive
 from ..models.wan import WanConfig, WanModel
 from ..progress import Progress, silent
 from ..storage import write_tensors
-from . import weights_path
+from . import DEMO_SHIFT, DEMO_STEPS, weights_path
 from .codec import encode_frames
 from .digits import DigitImages, load_digit_images, sample_clips
 from .prompts import TEXT_DIM, all_prompts, encode_prompts
-from .sampling import SHIFT
 
 EMA_DECAY = 0.999
 TEACHER = WanConfig(
@@ -43,7 +42,7 @@ class TeacherConfig:
     out: Path | None = option(None, "file to write; none: the shipped one")
     guidance: str = option("1.5,2,3,4,5", "guidance scales to measure, separated by commas")
     num_samples: int = option(1000, "clips to measure at each guidance scale; 0: none")
-    sampling_steps: int = option(50, "Euler steps when measuring")
+    sampling_steps: int = option(DEMO_STEPS, "Euler steps when measuring")
 
     def __post_init__(self) -> None:
         positive(self, "seconds", "steps", "batch_size", "warmup_steps", "sampling_steps")
@@ -125,7 +124,7 @@ def teacher_loss(
     x0 = encode_frames(clips.frames)
     noise = torch.randn(x0.shape, generator=generator, device=device)
     chance, keep = torch.rand(2, config.batch_size, generator=generator, device=device)
-    sigma = flow.shift_sigmas(chance, SHIFT)
+    sigma = flow.shift_sigmas(chance, DEMO_SHIFT)
     prompt_index = clips.digits * 8 + clips.directions
     prompt_index = torch.where(keep < config.prompt_drop, len(prompt_table) - 1, prompt_index)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

@@ -12,12 +12,10 @@ from torch import Tensor
 from .. import flow
 from ..models.denoiser import bind_guided
 from ..models.wan import WanModel
+from . import DEMO_SHIFT, DEMO_STEPS
 from .codec import LATENT_SHAPE, decode_latents
 from .judge import Judge, measure_clips
 from .prompts import all_prompts, encode_prompts, parse_prompt
-
-SHIFT = 3.0
-"""The warp of the noise levels that the model was trained with."""
 
 
 def sample_and_measure(
@@ -26,7 +24,7 @@ def sample_and_measure(
     *,
     guidance_scale: float,
     num_samples: int = 1000,
-    steps: int = 50,
+    steps: int = DEMO_STEPS,
     seed: int = 0,
 ) -> tuple[dict[str, float], Tensor]:
     """Sample all prompts in turn on the judge's device and measure the clips.
@@ -40,7 +38,7 @@ def sample_and_measure(
     digits, directions = torch.tensor([parse_prompt(prompt) for prompt in prompts]).T
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_samples, *LATENT_SHAPE, generator=generator).to(device)
-    sigmas = flow.make_sigmas(steps, SHIFT)
+    sigmas = flow.make_sigmas(steps, DEMO_SHIFT)
     frames = sample_frames(model, prompts, noise, sigmas, guidance_scale=guidance_scale)
     return measure_clips(judge, frames, digits, directions), frames
 

@@ -1,19 +1,24 @@
-"""Linear attention with the Hedgehog map in plain PyTorch: the definition of correctness.
+"""Linear attention with the Hedgehog map in plain PyTorch: the definition, and the same in chunks.
 
-Two matrix products, O(L); state and normaliser are accumulated in fp32 whatever the inputs are.
+`linear_attention` defines correctness. `forward` and `backward` compute it and its gradients with
+a few matrix products over chunks of tokens, so memory beyond inputs and outputs stays small however
+long the video is; `fused` derives the formulas. All of it accumulates in fp32 at least.
 """
 
 import torch
 from torch import Tensor
 
+# Features of a chunk, in all heads and videos: 32 MB in fp32.
+_MAX_CHUNK_FEATURES = 2**23
+
 
 def hedgehog(x: Tensor, feature_map: Tensor) -> Tensor:
-    """Map x [B, L, N, D] to positive features [B, L, N, M] fp32 (LinVideo eq. 4).
+    """Map x [B, L, N, D] to positive features [B, L, N, M], fp32 at least (LinVideo eq. 4).
 
     `phi(x) = softmax(x W) ++ softmax(-x W)` with W = feature_map [N, D, M/2]; the softmax runs
     over the feature axis and the usual 1/sqrt(D) is part of W.
     """
-    projected = torch.einsum("blnd,ndm->blnm", x.float(), feature_map.float())
+    projected = torch.einsum("blnd,ndm->blnm", _wide(x), _wide(feature_map))
     return torch.cat([projected.softmax(dim=-1), (-projected).softmax(dim=-1)], dim=-1)
 
 
@@ -22,14 +27,116 @@ def linear_attention(
 ) -> Tensor:
     """Non-causal linear attention, [B, L, N, D] -> [B, L, N, D] in value's dtype (LinVideo eq. 3).
 
-    `o_i = phi(q_i) (sum_j phi(k_j)^T v_j) / (phi(q_i) sum_j phi(k_j))`.
+    `o_i = phi(q_i) (sum_j phi(k_j)^T v_j) / (phi(q_i) sum_j phi(k_j))`; differentiable.
     """
     with torch.autocast(query.device.type, enabled=False):
         query_features = hedgehog(query, query_map)
         key_features = hedgehog(key, key_map)
         # Averages over tokens, not sums: the quotient is the same and long videos cannot overflow.
-        state = torch.einsum("blnm,blnd->bnmd", key_features, value.float()) / key.shape[1]
+        state = torch.einsum("blnm,blnd->bnmd", key_features, _wide(value)) / key.shape[1]
         normaliser = key_features.mean(dim=1)
         numerator = torch.einsum("blnm,bnmd->blnd", query_features, state)
         denominator = torch.einsum("blnm,bnm->bln", query_features, normaliser)
         return (numerator / denominator.unsqueeze(-1)).to(value.dtype)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output [B, L, N, D], means [B, N, M, D] and normaliser [B, N, M], without a graph."""
+    with torch.autocast(query.device.type, enabled=False):
+        state, total = torch.zeros((), device=key.device), torch.zeros((), device=key.device)
+        for k, v in _chunks(key_map, key, value):
+            features = hedgehog(k, key_map)
+            state = state + torch.einsum("blnm,blnd->bnmd", features, _wide(v))
+            total = total + features.sum(dim=1)
+        means, normaliser = _divide(state, total), total / key.shape[1]
+        parts = [
+            torch.einsum("blnm,bnmd->blnd", _weigh(hedgehog(q, query_map), normaliser), means).to(
+                value.dtype
+            )
+            for (q,) in _chunks(query_map, query)
+        ]
+        return torch.cat(parts, dim=1), means, normaliser
+
+
+def backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    means: Tensor,
+    normaliser: Tensor,
+    *,
+    needs_map_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and both maps; the maps' are 0 if unwanted.
+
+    upstream: [B, L, N, D], the output's gradient; means and normaliser as `forward` gave them.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        state = total = torch.zeros((), device=key.device)
+        dq, dquery_map = [], torch.zeros_like(_wide(query_map))
+        for q, do in _chunks(query_map, query, upstream):
+            features = hedgehog(q, query_map)
+            weights = _weigh(features, normaliser)
+            slope = torch.einsum("blnd,bnmd->blnm", _wide(do), means)
+            along = (weights * slope).sum(dim=-1, keepdim=True)
+            state = state + torch.einsum("blnm,blnd->bnmd", weights, _wide(do))
+            total = total + (weights * along).sum(dim=1)
+            slope = weights * (slope - along)
+            dq.append(_pull_back(q, query_map, features, slope, dquery_map, needs_map_gradients))
+        count = normaliser * key.shape[1]
+        state, total = _divide(state, count), _divide(total.unsqueeze(-1), count).squeeze(-1)
+        dk, dv, dkey_map = [], [], torch.zeros_like(_wide(key_map))
+        for k, v in _chunks(key_map, key, value):
+            features = hedgehog(k, key_map)
+            dv.append(torch.einsum("blnm,bnmd->blnd", features, state).to(v.dtype))
+            slope = torch.einsum("blnd,bnmd->blnm", _wide(v), state) - total.unsqueeze(1)
+            slope = features * slope
+            dk.append(_pull_back(k, key_map, features, slope, dkey_map, needs_map_gradients))
+        return *(torch.cat(parts, dim=1) for parts in (dq, dk, dv)), dquery_map, dkey_map
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _chunks(feature_map: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    B, _, N, _ = tensors[0].shape
+    size = max(1, _MAX_CHUNK_FEATURES // (2 * B * N * feature_map.shape[2]))
+    return list(zip(*(x.split(size, dim=1) for x in tensors), strict=True))
+
+
+def _divide(state: Tensor, count: Tensor) -> Tensor:
+    """Divide by the sum of a feature; one that no key has weighs nothing, but stays finite."""
+    return state / count.clamp_min(torch.finfo(count.dtype).tiny).unsqueeze(-1)
+
+
+def _weigh(features: Tensor, normaliser: Tensor) -> Tensor:
+    """Return features times the normaliser, scaled to add up to 1."""
+    weights = features * normaliser.unsqueeze(1)
+    # A query whose features no key shares has no mean: the least normal number keeps it finite.
+    tiny = torch.finfo(weights.dtype).tiny
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(tiny)
+
+
+def _pull_back(
+    x: Tensor,
+    feature_map: Tensor,
+    features: Tensor,
+    slope: Tensor,
+    map_gradient: Tensor,
+    needs_map_gradient: bool,
+) -> Tensor:
+    """Return the gradient of x from the slope, features times their gradient; add the map's."""
+    plus, minus = (
+        part - half * part.sum(dim=-1, keepdim=True)
+        for half, part in zip(features.chunk(2, -1), slope.chunk(2, -1), strict=True)
+    )
+    projected = plus - minus
+    if needs_map_gradient:
+        map_gradient += torch.einsum("blnd,blnm->ndm", _wide(x), projected)
+    return torch.einsum("blnm,ndm->blnd", projected, _wide(feature_map)).to(x.dtype)

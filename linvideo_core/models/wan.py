@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention import SoftmaxAttention
+from ..kernels import norm_rotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,6 @@ def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.de
     return torch.stack([joined.cos(), joined.sin()]).float()
 
 
-def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of x [B, L, N, D] by `rotary` [2, L, D/2]."""
-    cos, sin = rotary[:, None, :, None].unbind(0)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the whole width, before the heads are split."""
 
@@ -108,8 +101,10 @@ class WanSelfAttention(_Projections):
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """Map x [B, L, N*D] to [B, L, N*D]."""
-        query = apply_rotary(self._heads(self.norm_q(self.q(x))), rotary)
-        key = apply_rotary(self._heads(self.norm_k(self.k(x))), rotary)
+        query, key = (
+            norm_rotary(x, norm.weight, rotary, self.num_heads, eps=norm.eps)
+            for x, norm in ((self.q(x), self.norm_q), (self.k(x), self.norm_k))
+        )
         out = self.attention(query, key, self._heads(self.v(x)))
         return self.o(out.flatten(2))
 

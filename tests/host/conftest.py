@@ -15,6 +15,8 @@ __all__ = ["pytest_addoption", "pytest_configure"]
 
 FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 TIMEOUT_SECONDS = 300
+TESTS_OWN = ("PYTHONPATH", "TRITON_INTERPRET")
+"""Environment variables that the host must not inherit from the tests."""
 PACK = Path(__file__).parents[2]
 
 
@@ -49,7 +51,7 @@ class Host:
                 f"{function.__name__}(*{arguments!r})",
             )
         )
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment = {k: v for k, v in os.environ.items() if k not in TESTS_OWN}
         finished = subprocess.run(
             [str(self.python), "-c", source, *FLAGS],
             cwd=self.root,

@@ -1,7 +1,6 @@
 """A fresh ComfyUI server with the pack in its custom_nodes, driven over HTTP like a browser."""
 
 import contextlib
-import io
 import json
 import os
 import socket
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,7 +26,32 @@ FILE = "demo (comes with LinVideo)"
 NODES = {
     "LinVideoLinearize": {
         "inputs": {"model": "MODEL", "mode": "COMFY_DYNAMICCOMBO_V3"},
-        "outputs": {"MODEL": "MODEL", "LINVIDEO": "LINVIDEO"},
+        "outputs": {"MODEL": "MODEL", "LINVIDEO": "LINVIDEO", "report": "IMAGE"},
+    },
+    "LinVideoFewStepSampler": {
+        "inputs": {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "latent_image": "LATENT",
+            "seed": "INT",
+            "steps": "INT",
+            "cfg": "FLOAT",
+            "negative": "CONDITIONING",
+        },
+        "outputs": {"LATENT": "LATENT"},
+    },
+    "LinVideoFewStepSigmas": {
+        "inputs": {"source": "MODEL,LINVIDEO", "steps": "INT"},
+        "outputs": {"SIGMAS": "SIGMAS", "SAMPLER": "SAMPLER"},
+    },
+    "LinVideoSave": {
+        "inputs": {"linvideo": "LINVIDEO", "filename": "STRING", "overwrite": "BOOLEAN"},
+        "outputs": {"file": "STRING"},
+    },
+    "LinVideoLoad": {"inputs": {"file": "COMBO"}, "outputs": {"LINVIDEO": "LINVIDEO"}},
+    "LinVideoShowFile": {
+        "inputs": {"linvideo": "LINVIDEO"},
+        "outputs": {"IMAGE": "IMAGE", "text": "STRING"},
     },
     "LinVideoDemo": {
         "inputs": {"digit": "COMBO", "direction": "COMBO", "batch_size": "INT"},
@@ -44,7 +67,14 @@ NODES = {
         "outputs": {"IMAGE": "IMAGE"},
     },
 }
-MODES = {"apply a saved file": {"file": "COMBO", "strength": "FLOAT", "keep_first_steps": "INT"}}
+MODES = {
+    "apply a saved file": {"file": "COMBO", "strength": "FLOAT", "keep_first_steps": "INT"},
+    "apply a connected LINVIDEO": {
+        "linvideo": "LINVIDEO",
+        "strength": "FLOAT",
+        "keep_first_steps": "INT",
+    },
+}
 
 
 class Server:
@@ -164,11 +194,12 @@ def server(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 
 def types_of(inputs: dict[str, Any]) -> dict[str, str]:
-    """Return the type of every input of an /object_info entry."""
+    """Return the type of every input of an /object_info entry that a saved workflow holds."""
     return {
         name: "COMBO" if isinstance(entry[0], list) else entry[0]
-        for group in inputs.values()
-        for name, entry in group.items()
+        for group, entries in inputs.items()
+        for name, entry in entries.items()
+        if group != "hidden"
     }
 
 
@@ -179,8 +210,8 @@ def test_ids_inputs_and_outputs_are_frozen(node: str, server: Server) -> None:
     assert {"inputs": types_of(described["input"]), "outputs": outputs} == NODES[node]
     assert described["category"] == "LinVideo"
     assert described["display_name"].startswith("LinVideo ")
-    for group in described["input"].values():
-        assert all(entry[1]["tooltip"] for entry in group.values())
+    for group in ("required", "optional"):
+        assert all(entry[1]["tooltip"] for entry in described["input"].get(group, {}).values())
 
 
 def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:
@@ -214,10 +245,92 @@ def test_a_file_added_later_is_found_and_read_again_when_it_changes(server: Serv
         path.unlink()
 
 
+def make_save(source: str, filename: str) -> dict[str, Any]:
+    inputs = {"linvideo": [source, 0], "filename": filename, "overwrite": False}
+    return {"class_type": "LinVideoSave", "inputs": inputs}
+
+
+def make_load(file: str = FILE) -> dict[str, Any]:
+    return {"class_type": "LinVideoLoad", "inputs": {"file": file}}
+
+
+def read_frames(server: Server, answer: dict[str, Any]) -> list[bytes]:
+    """Return the pixels of what a workflow's SaveImage wrote."""
+    assert answer["status"]["status_str"] == "success", answer["status"]
+    names = [image["filename"] for image in answer["outputs"]["save"]["images"]]
+    return [Image.open(server.folder / "output" / name).tobytes() for name in names]
+
+
+def test_what_is_saved_can_be_loaded_and_connected(server: Server) -> None:
+    saved = server.queue({"load": make_load(), "write": make_save("load", "mine/copy")})
+    assert saved["status"]["status_str"] == "success", saved["status"]
+    path = server.folder / "models" / "linvideo" / "mine" / "copy.safetensors"
+    try:
+        connected = make_workflow() | {"load": make_load("mine/copy.safetensors")}
+        inputs = connected["linear"]["inputs"]
+        del inputs["mode.file"]
+        inputs |= {"mode": "apply a connected LINVIDEO", "mode.linvideo": ["load", 0]}
+        frames = read_frames(server, server.queue(connected))
+        chosen = make_workflow("mine/copy.safetensors")
+        assert frames == read_frames(server, server.queue(chosen))
+    finally:
+        path.unlink()
+
+
+def test_saving_and_showing_a_file_show_its_picture_in_the_node(server: Server) -> None:
+    show = {"class_type": "LinVideoShowFile", "inputs": {"linvideo": ["load", 0]}}
+    answer = server.queue({"load": make_load(), "show": show, "write": make_save("load", "shown")})
+    for node in ("show", "write"):
+        (image,) = answer["outputs"][node]["images"]
+        with Image.open(server.folder / "temp" / image["filename"]) as picture:
+            assert picture.width == 1024
+    (server.folder / "models" / "linvideo" / "shown.safetensors").unlink()
+
+
+def test_the_few_step_sampler_gives_frames(server: Server) -> None:
+    workflow = make_workflow()
+    inputs = workflow["sampler"]["inputs"]
+    kept = {name: inputs[name] for name in ("model", "positive", "latent_image", "seed")}
+    workflow["sampler"] = {
+        "class_type": "LinVideoFewStepSampler",
+        "inputs": kept | {"steps": 4, "cfg": 1.0},
+    }
+    assert len(read_frames(server, server.queue(workflow))) == 28
+
+
+def test_a_bad_filename_is_one_sentence(server: Server) -> None:
+    answer = server.queue({"load": make_load(), "write": make_save("load", "../mine")})
+    assert answer["status"]["status_str"] == "error"
+    (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
+    message = error["exception_message"].strip()
+    assert error["node_id"] == "write"
+    assert "filename" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("node", ["LinVideoSave", "LinVideoShowFile", "LinVideoFewStepSigmas"])
+def test_a_connection_of_the_wrong_type_is_refused_before_anything_runs(
+    node: str, server: Server
+) -> None:
+    workflow = make_workflow()
+    settings = {
+        "LinVideoSave": {"linvideo": ["demo", 0], "filename": "mine", "overwrite": False},
+        "LinVideoShowFile": {"linvideo": ["demo", 0]},
+        "LinVideoFewStepSigmas": {"source": ["demo", 3], "steps": 4},
+    }
+    workflow = {"demo": workflow["demo"], "wrong": {"class_type": node, "inputs": settings[node]}}
+    if node == "LinVideoFewStepSigmas":
+        show = {"class_type": "PreviewAny", "inputs": {"source": ["wrong", 0]}}
+        workflow["end"] = show
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.ask("/prompt", {"prompt": workflow})
+    errors = json.load(refused.value)["node_errors"]["wrong"]["errors"]
+    assert [error["type"] for error in errors] == ["return_type_mismatch"]
+
+
 def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -> None:
     path = server.folder / "models" / "linvideo" / "other.safetensors"
     path.write_bytes(SHIPPED.read_bytes())
-    frames: list[bytes] = []
+    frames: list[list[bytes]] = []
     try:
         for turn, (file, strength) in enumerate(2 * [(FILE, 1.0), (path.name, 0.5)]):
             graph = make_workflow(file, strength=strength)
@@ -229,15 +342,10 @@ def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -
                 "class_type": "LatentFromBatch",
                 "inputs": {"samples": ["demo", 3], "batch_index": 0, "length": 1},
             }
-            answer = server.queue(graph)
-            assert answer["status"]["status_str"] == "success", answer["status"]
-            image = answer["outputs"]["save"]["images"][14]["filename"]
-            frames.append((server.folder / "output" / image).read_bytes())
+            frames.append(read_frames(server, server.queue(graph)))
     finally:
         path.unlink()
-    pixels = [np.asarray(Image.open(io.BytesIO(frame))) for frame in frames]
-    assert np.array_equal(pixels[0], pixels[2]) and np.array_equal(pixels[1], pixels[3])
-    assert not np.array_equal(pixels[0], pixels[1])
+    assert frames[0] == frames[2] != frames[1] == frames[3]
 
 
 def test_a_damaged_file_is_one_sentence_and_the_server_lives_on(server: Server) -> None:

@@ -1,0 +1,122 @@
+"""Who is compared: the fused kernels, the definition eager and compiled, softmax, public packages.
+
+All take query, key, value [B, L, N, D] and both maps [N, D, M/2], which softmax passes over, and
+return [B, L, N, D].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import linear_attention, reference
+
+Attend = Callable[..., Tensor]
+
+_SOFTMAX = {
+    "sdpa": None,
+    "fa2": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """An implementation; `kind` names its definition: linear, softmax, or causal."""
+
+    name: str
+    kind: str
+    attend: Attend
+    is_differentiable: bool = True
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether the feature maps matter to it."""
+        return self.kind != "softmax"
+
+
+def make_contenders(backend: str = "triton") -> list[Contender]:
+    """Return what PyTorch and we have, the fused kernels first.
+
+    backend: of the door, for the contender "fused".
+    """
+    softmax = [
+        Contender(name, "softmax", functools.partial(_attend_softmax, kernel))
+        for name, kernel in _SOFTMAX.items()
+    ]
+    return [
+        Contender("fused", "linear", functools.partial(linear_attention, backend=backend)),
+        Contender("eager", "linear", reference.linear_attention),
+        Contender("compile", "linear", _make_compiled()),
+        *softmax,
+    ]
+
+
+def find_public() -> tuple[list[Contender], list[str]]:
+    """Return the public packages that can be loaded, and a sentence for each that cannot."""
+    found, absent = [], []
+    for name, make in _PUBLIC.items():
+        try:
+            found.append(make())
+        except ModuleNotFoundError as error:
+            absent.append(f"{name} is not compared: {error}")
+        except Exception as error:
+            # Installed, but not for this PyTorch, Triton or card: it may fail in any way.
+            absent.append(f"{name} is not compared: it cannot be loaded, {error!r}")
+    return found, absent
+
+
+def _make_compiled() -> Attend:
+    compiled = torch.compile(reference.linear_attention, dynamic=False)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        # A backward pass that is repeated must not write over what the forward pass kept for it.
+        with torch._functorch.config.patch(donated_buffer=False):
+            return compiled(*inputs)
+
+    return attend
+
+
+def _attend_softmax(
+    kernel: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor, *_: Tensor
+) -> Tensor:
+    by_head = (x.transpose(1, 2) for x in (query, key, value))
+    if kernel is None:
+        return F.scaled_dot_product_attention(*by_head).transpose(1, 2)
+    with sdpa_kernel(kernel):
+        return F.scaled_dot_product_attention(*by_head).transpose(1, 2)
+
+
+def _make_fla() -> Contender:
+    """Return flash-linear-attention's chunked kernel: causal, not normalised, Hedgehog in PyTorch.
+
+    It has no kernel that is not causal.
+    """
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+    ) -> Tensor:
+        features = (reference.hedgehog(query, query_map), reference.hedgehog(key, key_map))
+        query, key = (x.to(value.dtype) for x in features)
+        return chunk_linear_attn(query, key, value, scale=1.0, normalize=False)[0]
+
+    return Contender("fla", "causal", attend, is_differentiable=False)
+
+
+def _make_sage() -> Contender:
+    """Return SageAttention's softmax on 8-bit tensor cores."""
+    from sageattention import sageattn
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+        return sageattn(query, key, value, tensor_layout="NHD", is_causal=False)
+
+    return Contender("sage", "softmax", attend, is_differentiable=False)
+
+
+_PUBLIC = {"fla": _make_fla, "sageattention": _make_sage}

@@ -1,0 +1,280 @@
+r"""Linear attention with the Hedgehog map as Triton kernels: features are never written to memory.
+
+With a = phi(q), b = phi(k), [L, M] per head and video, LinVideo eq. 3 is a mean of means, so that
+nothing overflows, whatever the length:
+
+    means       s_m = sum_j b_jm v_j / sum_j b_jm           the values' mean under feature m
+    normaliser  n_m = mean_j b_jm
+    weights     w_im = a_im n_m / sum_m' a_im' n_m'         they add up to 1
+    output      o_i = sum_m w_im s_m
+
+Backward needs two more states of the same shapes, both divided by sum_j b_jm:
+
+    G_m = sum_i w_im do_i       c_m = sum_i w_im (do_i o_i)
+    dv_j = sum_m b_jm G_m       a da = w (do s - do o)       b db = b (v G - c)
+
+So three kernels serve both sides and both directions. `reduce_kernel` sums features times rows over
+the tokens (keys: b and v; queries: w and do), `map_kernel` multiplies features with a state (o from
+w and means, dv from b and G), `backward_kernel` turns a slope, a da or b db, into the gradient of
+tokens and map. Tokens are split to fill the card; splits are added up in order and depend on the
+shape alone, so that results are the same bit for bit.
+
+Kernel locals: i_ program index, o_ offsets, p_ pointer. x is the side's query or key, y its output
+gradient or value, H = M/2 the width of either half of the features.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+# The tensor cores' narrowest tile: sums over tokens are products with this many equal columns.
+_COLUMNS = tl.constexpr(16)
+
+
+@triton.jit
+def _load_tokens(p_x, stride, start, last, BLOCK: tl.constexpr, D: tl.constexpr):
+    o_l = tl.arange(0, BLOCK)
+    p_x += tl.cast(start, tl.int64) * stride
+    p_tile = p_x + o_l[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(p_tile, mask=(start + o_l < last)[:, None], other=0.0)
+
+
+@triton.jit
+def _store_tokens(p_x, stride, start, last, tile, BLOCK: tl.constexpr, D: tl.constexpr):
+    o_l = tl.arange(0, BLOCK)
+    p_x += tl.cast(start, tl.int64) * stride
+    p_tile = p_x + o_l[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(p_tile, tile.to(p_x.dtype.element_ty), mask=(start + o_l < last)[:, None])
+
+
+@triton.jit
+def _load_matrix(p_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(p_x + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
+def _store_matrix(p_x, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    p_tile = p_x + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(p_tile, tile)
+
+
+@triton.jit
+def _dot(left, right, total, PRECISION: tl.constexpr):
+    if _IS_INTERPRETED:  # numpy has no bf16
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _product(left, right, PRECISION: tl.constexpr):
+    if _IS_INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision=PRECISION)
+
+
+@triton.jit
+def _exponentials(projected):
+    """Return exp(x) and exp(-x), each scaled by its row's largest, and their sums over columns."""
+    high, low = tl.max(projected, 1), tl.min(projected, 1)
+    # One multiply-add each before the exponential.
+    plus = tl.exp2(projected * _LOG2_E - (high * _LOG2_E)[:, None])
+    minus = tl.exp2((low * _LOG2_E)[:, None] - projected * _LOG2_E)
+    return plus, minus, tl.sum(plus, 1), tl.sum(minus, 1)
+
+
+@triton.jit
+def _features(projected):
+    """Return softmax(x) and softmax(-x) over the columns, fp32."""
+    plus, minus, total_plus, total_minus = _exponentials(projected)
+    return plus * (1 / total_plus)[:, None], minus * (1 / total_minus)[:, None]
+
+
+@triton.jit
+def _weights(projected, n_plus, n_minus):
+    """Return the features times the normaliser, scaled to add up to 1 over both halves."""
+    plus, minus, total_plus, total_minus = _exponentials(projected)
+    plus, minus = plus * n_plus[None, :], minus * n_minus[None, :]
+    total = tl.sum(plus, 1) / total_plus + tl.sum(minus, 1) / total_minus
+    # A query whose features no key shares has no mean: the least normal number keeps it finite.
+    scale = 1 / tl.maximum(total, _TINY)
+    return plus * (scale / total_plus)[:, None], minus * (scale / total_minus)[:, None]
+
+
+@triton.jit
+def reduce_kernel(
+    p_x, p_y, p_along, p_map, p_normaliser, p_states, p_sums,
+    x_b, x_l, x_n, y_b, y_l, y_n,
+    length, split_length, num_heads,
+    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr, PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
+):  # fmt: skip
+    """Sum over the tokens of one split: keys b^T v and b; queries w^T do and w^T (do o).
+
+    states: [B N, splits, M, D] fp32; sums: [B N, splits, M] fp32.
+    """
+    i_split, i_head = tl.program_id(0), tl.program_id(1)
+    i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
+    p_x += i_b * x_b + i_n * x_n
+    p_y += i_b * y_b + i_n * y_n
+    first = i_split * split_length
+    last = tl.minimum(first + split_length, length)
+    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    if IS_QUERY:
+        p_along += i_head.to(tl.int64) * length
+        p_normaliser += i_head * 2 * H + tl.arange(0, H)
+        n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
+    state_plus = tl.zeros((H, D), tl.float32)
+    state_minus = tl.zeros((H, D), tl.float32)
+    sum_plus = tl.zeros((H, _COLUMNS), tl.float32)
+    sum_minus = tl.zeros((H, _COLUMNS), tl.float32)
+    for start in range(first, last, BLOCK):
+        x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
+        y = _load_tokens(p_y, y_l, start, last, BLOCK, D)
+        projected = _product(x, feature_map, PRECISION)
+        o_l = start + tl.arange(0, BLOCK)
+        if IS_QUERY:
+            plus, minus = _weights(projected, n_plus, n_minus)
+            column = tl.load(p_along + o_l, mask=o_l < last, other=0.0)
+        else:
+            plus, minus = _features(projected)
+            # Tokens beyond the end are zeros, and so are their values, but not their features.
+            column = tl.where(o_l < last, 1.0, 0.0)
+        columns = tl.broadcast_to(column[:, None], (BLOCK, _COLUMNS)).to(FEATURES)
+        plus, minus = tl.trans(plus.to(FEATURES)), tl.trans(minus.to(FEATURES))
+        y = y.to(FEATURES)
+        state_plus = _dot(plus, y, state_plus, PRECISION)
+        state_minus = _dot(minus, y, state_minus, PRECISION)
+        sum_plus = _dot(plus, columns, sum_plus, PRECISION)
+        sum_minus = _dot(minus, columns, sum_minus, PRECISION)
+    i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
+    _store_matrix(p_states + i_part * 2 * H * D, state_plus, H, D)
+    _store_matrix(p_states + i_part * 2 * H * D + H * D, state_minus, H, D)
+    p_sums += i_part * 2 * H + tl.arange(0, H)
+    # All columns are alike.
+    tl.store(p_sums, tl.max(sum_plus, 1))
+    tl.store(p_sums + H, tl.max(sum_minus, 1))
+
+
+@triton.jit
+def add_splits_kernel(
+    p_states, p_sums, p_normaliser, p_out_states, p_out_sums, length, num_splits,
+    M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, IS_QUERY: tl.constexpr,
+):  # fmt: skip
+    """Add the splits up: [B N, splits, M, D] -> [B N, M, D], and divide by sum_j b_jm.
+
+    For keys the sums themselves are sum_j b_jm and become the normaliser; for queries it is read,
+    and the sums are divided as the states are.
+    """
+    i_rows, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_m = i_rows * ROWS + tl.arange(0, ROWS)
+    o_tile = o_m[:, None] * D + tl.arange(0, D)[None, :]
+    state = tl.zeros((ROWS, D), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for i_split in range(num_splits):
+        i_part = i_head * num_splits + i_split
+        state += tl.load(p_states + i_part * M * D + o_tile)
+        total += tl.load(p_sums + i_part * M + o_m)
+    count = tl.load(p_normaliser + i_head * M + o_m) * length if IS_QUERY else total
+    # A feature that no key has weighs nothing: its state may be anything finite.
+    share = 1 / tl.maximum(count, _TINY)
+    state = (state * share[:, None]).to(p_out_states.dtype.element_ty)
+    tl.store(p_out_states + i_head * M * D + o_tile, state)
+    tl.store(p_out_sums + i_head * M + o_m, total * share if IS_QUERY else total / length)
+
+
+@triton.jit
+def map_kernel(
+    p_x, p_map, p_states, p_normaliser, p_out,
+    x_b, x_l, x_n, out_b, out_l, out_n,
+    length, split_length, num_heads,
+    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
+):  # fmt: skip
+    """Write features times state for one split's tokens: queries o = w s, keys dv = b G."""
+    i_split, i_head = tl.program_id(0), tl.program_id(1)
+    i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
+    p_x += i_b * x_b + i_n * x_n
+    p_out += i_b * out_b + i_n * out_n
+    first = i_split * split_length
+    last = tl.minimum(first + split_length, length)
+    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    p_states += i_head.to(tl.int64) * 2 * H * D
+    state_plus = _load_matrix(p_states, H, D)
+    state_minus = _load_matrix(p_states + H * D, H, D)
+    if IS_QUERY:
+        p_normaliser += i_head * 2 * H + tl.arange(0, H)
+        n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
+    for start in range(first, last, BLOCK):
+        x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
+        projected = _product(x, feature_map, PRECISION)
+        if IS_QUERY:
+            plus, minus = _weights(projected, n_plus, n_minus)
+        else:
+            plus, minus = _features(projected)
+        out = _product(plus.to(state_plus.dtype), state_plus, PRECISION)
+        out = _dot(minus.to(state_plus.dtype), state_minus, out, PRECISION)
+        _store_tokens(p_out, out_l, start, last, out, BLOCK, D)
+
+
+@triton.jit
+def backward_kernel(
+    p_x, p_y, p_map, p_states, p_sums, p_dx, p_along, p_dmap,
+    x_b, x_l, x_n, y_b, y_l, y_n, dx_b, dx_l, dx_n,
+    length, split_length, num_heads,
+    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Write dq or dk of one split's tokens; sum the map's gradient over them.
+
+    states, sums: queries means and normaliser, keys G and c; dmap: [B N, splits, D, H] fp32.
+    Queries also write along, do o [B N, L] fp32, which `reduce_kernel` then needs.
+    """
+    i_split, i_head = tl.program_id(0), tl.program_id(1)
+    i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
+    p_x += i_b * x_b + i_n * x_n
+    p_y += i_b * y_b + i_n * y_n
+    p_dx += i_b * dx_b + i_n * dx_n
+    first = i_split * split_length
+    last = tl.minimum(first + split_length, length)
+    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    p_states += i_head.to(tl.int64) * 2 * H * D
+    state_plus = _load_matrix(p_states, H, D)
+    state_minus = _load_matrix(p_states + H * D, H, D)
+    p_sums += i_head * 2 * H + tl.arange(0, H)
+    sum_plus, sum_minus = tl.load(p_sums), tl.load(p_sums + H)
+    p_along += i_head.to(tl.int64) * length
+    map_gradient = tl.zeros((D, H), tl.float32)
+    for start in range(first, last, BLOCK):
+        x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
+        y = _load_tokens(p_y, y_l, start, last, BLOCK, D).to(state_plus.dtype)
+        plus, minus = _features(_product(x, feature_map, PRECISION))
+        slope_plus = _product(y, tl.trans(state_plus), PRECISION)
+        slope_minus = _product(y, tl.trans(state_minus), PRECISION)
+        if IS_QUERY:
+            w_plus, w_minus = plus * sum_plus[None, :], minus * sum_minus[None, :]
+            scale = 1 / tl.maximum(tl.sum(w_plus, 1) + tl.sum(w_minus, 1), _TINY)
+            slope_plus, slope_minus = w_plus * slope_plus, w_minus * slope_minus
+            along = scale * (tl.sum(slope_plus, 1) + tl.sum(slope_minus, 1))
+            o_l = start + tl.arange(0, BLOCK)
+            tl.store(p_along + o_l, along, mask=o_l < last)
+            slope_plus = (slope_plus - w_plus * along[:, None]) * scale[:, None]
+            slope_minus = (slope_minus - w_minus * along[:, None]) * scale[:, None]
+        else:
+            slope_plus = plus * (slope_plus - sum_plus[None, :])
+            slope_minus = minus * (slope_minus - sum_minus[None, :])
+        slope_plus -= plus * tl.sum(slope_plus, 1)[:, None]
+        slope_minus -= minus * tl.sum(slope_minus, 1)[:, None]
+        dz = (slope_plus - slope_minus).to(feature_map.dtype)
+        dx = _product(dz, tl.trans(feature_map), PRECISION)
+        _store_tokens(p_dx, dx_l, start, last, dx, BLOCK, D)
+        if MAP_GRADIENT:
+            # Tokens beyond the end are zeros: their rows of dz meet nothing.
+            map_gradient = _dot(tl.trans(x), dz, map_gradient, PRECISION)
+    if MAP_GRADIENT:
+        i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
+        _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)

@@ -1,0 +1,166 @@
+"""Laws of few-step sampling, each a function that runs inside ComfyUI; `test_laws` reports them.
+
+"Headless" is our core without ComfyUI's model, sampler or patching.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from comfy_extras import nodes_custom_sampler
+from linvideo_pack.linvideo_core import artifact, flow
+from linvideo_pack.linvideo_core.artifact import Artifact
+from linvideo_pack.linvideo_core.few_step import sample_few_step
+from linvideo_pack.linvideo_core.models.denoiser import bind_guided
+from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.nodes import demo, files
+from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
+from linvideo_pack.nodes.patching import linearize
+from torch import Tensor
+
+_SEED = 7
+_GRID = (1.0, 0.9375, 0.625, 0.0)
+
+
+@functools.cache
+def _demo() -> tuple[Any, Any, Any, Any]:
+    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
+
+
+@functools.cache
+def _shipped() -> Artifact:
+    return artifact.load(files.find_file(files.SHIPPED))
+
+
+@functools.cache
+def _distilled() -> Artifact:
+    """The shipped file, said to be distilled to three steps."""
+    header = dataclasses.replace(_shipped().header, sigmas=_GRID)
+    return dataclasses.replace(_shipped(), header=header)
+
+
+def _sample(model: Any, steps: int, **settings: Any) -> Tensor:
+    _, positive, _, latent = _demo()
+    settings = {"cfg": 1.0, "seed": _SEED} | settings
+    (sampled,) = LinVideoFewStepSampler.execute(
+        model=model, positive=positive, latent_image=latent, steps=steps, **settings
+    ).result
+    return sampled["samples"]
+
+
+def _sample_advanced(model: Any, sigmas: Tensor, sampler: Any) -> Tensor:
+    """Sample with ComfyUI's own nodes."""
+    _, positive, _, latent = _demo()
+    (noise,) = nodes_custom_sampler.RandomNoise.execute(_SEED).result
+    (guider,) = nodes_custom_sampler.BasicGuider.execute(model, positive).result
+    parts = (noise, guider, sampler, sigmas, latent)
+    sampled, _ = nodes_custom_sampler.SamplerCustomAdvanced.execute(*parts).result
+    return sampled["samples"]
+
+
+def _noise() -> Tensor:
+    return comfy.sample.prepare_noise(_demo()[3]["samples"], _SEED)
+
+
+def _complaint(function: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
+    try:
+        function(*arguments, **settings)
+    except ValueError as error:
+        message = str(error)
+        assert message and "\n" not in message and len(message) < 300, message
+        return message
+    raise AssertionError("nothing was refused")
+
+
+def comfyuis_lcm_and_our_sampler_agree_on_the_same_model_and_noise() -> None:
+    model, sigmas = _demo()[0], flow.make_sigmas(4, 5.0)
+
+    def ours(
+        denoise: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: bool
+    ) -> Tensor:
+        def velocity_fn(latents: Tensor, sigma: Tensor) -> Tensor:
+            x0 = denoise(latents, sigma, **extra_args)
+            return (latents - x0) / flow.expand(sigma, latents)
+
+        generator = torch.Generator().manual_seed(extra_args["seed"] + 1)
+        return sample_few_step(velocity_fn, x, sigmas, generator=generator)
+
+    theirs = _sample_advanced(model, sigmas, comfy.samplers.ksampler("lcm"))
+    latents = _sample_advanced(model, sigmas, comfy.samplers.KSAMPLER(ours))
+    difference = float((latents - theirs).norm() / theirs.norm())
+    print(f"relative difference {difference:.1e}")
+    assert difference <= 1e-6
+
+
+def the_node_gives_the_latents_of_the_headless_core() -> None:
+    model, positive = load_subject(SubjectConfig()).model, _demo()[1]
+    artifact.apply(_distilled(), model)
+    velocity_fn = bind_guided(model, positive[0][0], positive[0][0], 1.0)
+    generator = torch.Generator().manual_seed(_SEED + 1)
+    expected = sample_few_step(velocity_fn, _noise(), torch.tensor(_GRID), generator=generator)
+    latents = _sample(linearize(_demo()[0], _distilled()), 0)
+    difference = float((latents - expected).norm() / expected.norm())
+    print(f"relative difference {difference:.1e}")
+    assert difference <= 1e-5
+
+
+def both_ways_give_the_same_latents() -> None:
+    for model, steps in ((_demo()[0], 4), (linearize(_demo()[0], _distilled()), 0)):
+        sigmas, sampler = LinVideoFewStepSigmas.execute(model, steps).result
+        assert torch.equal(_sample_advanced(model, sigmas, sampler), _sample(model, steps))
+
+
+def a_distilled_file_says_the_noise_levels() -> None:
+    model = linearize(_demo()[0], _distilled())
+    for source in (model, model.clone(), _distilled()):
+        for steps in (0, 3):
+            sigmas, _ = LinVideoFewStepSigmas.execute(source, steps).result
+            assert sigmas.tolist() == list(_GRID)
+        message = _complaint(LinVideoFewStepSigmas.execute, source, 4)
+        assert "distilled for 3" in message
+    assert "distilled for 3" in _complaint(_sample, model, 4)
+
+
+def any_other_model_takes_the_simple_schedule_of_its_own_shift() -> None:
+    for model in (_demo()[0], linearize(_demo()[0], _shipped())):
+        sigmas, _ = LinVideoFewStepSigmas.execute(model, 4).result
+        torch.testing.assert_close(sigmas, flow.make_sigmas(4, 3.0), rtol=0, atol=1e-6)
+        assert "set steps" in _complaint(LinVideoFewStepSigmas.execute, model, 0)
+    assert "connect the MODEL" in _complaint(LinVideoFewStepSigmas.execute, _shipped(), 4)
+
+
+def guidance_needs_a_negative_prompt_and_one_leaves_it_out() -> None:
+    model, _, negative, _ = _demo()
+    assert "negative" in _complaint(_sample, model, 2, cfg=2.0)
+    plain = _sample(model, 2)
+    assert torch.equal(_sample(model, 2, negative=negative), plain)
+    assert not torch.equal(_sample(model, 2, negative=negative, cfg=2.0), plain)
+
+
+def the_seed_decides() -> None:
+    model = _demo()[0]
+    assert torch.equal(_sample(model, 2), _sample(model, 2))
+    assert not torch.equal(_sample(model, 2), _sample(model, 2, seed=_SEED + 1))
+
+
+def every_step_is_previewed_and_the_latents_that_came_in_stay() -> None:
+    seen = []
+
+    def on_progress(value: int, total: int, preview: Any, **_: Any) -> None:
+        seen.append((value, total, preview[1].size))
+
+    kept, args.preview_method = args.preview_method, LatentPreviewMethod.Latent2RGB
+    comfy.utils.set_progress_bar_global_hook(on_progress)
+    try:
+        _sample(_demo()[0], 3)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        args.preview_method = kept
+    assert seen == [(step, 3, (16, 16)) for step in (1, 2, 3)]
+    assert not _demo()[3]["samples"].any()
