@@ -21,6 +21,7 @@ from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching import linearize
 from stage import (
+    SHIFT,
     STEPS,
     assert_close,
     bind_headless,
@@ -41,7 +42,7 @@ _FP8 = torch.float8_e4m3fn
 def _finish(patcher: Any) -> Any:
     """Return a loaded model as LinVideo Demo gives it."""
     patcher.model.latent_format = demo_nodes.DemoLatents()
-    patcher.model.model_sampling.set_parameters(shift=demo_nodes.SHIFT)
+    patcher.model.model_sampling.set_parameters(shift=SHIFT)
     return patcher
 
 
