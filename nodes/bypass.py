@@ -97,4 +97,4 @@ def _is_read_without_forward(layer: nn.Module) -> bool:
 def _changed_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     output = call_previous(self, x, *args, **kwargs)
     change = part_of(self)
-    return output if change is None else output + change(x)
+    return output if change is None or change.is_resting else output + change(x)

@@ -48,9 +48,8 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def part_of(module: nn.Module) -> Part | None:
-    """Return the part that a module computes with now: none when it was taken away or rests."""
-    part = module.__dict__.get(_PART)
-    return None if part is None or part.is_resting else part
+    """Return the part that a module computes with, resting or not: none when it is taken away."""
+    return module.__dict__.get(_PART)
 
 
 def call_previous(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -47,9 +47,10 @@ def _linear_forward(
     """Run the class's own forward, its one attention call answered by the layer's maps."""
     options = dict(transformer_options or {})
     maps = part_of(self)
-    if maps is None:
+    if maps is not None:
+        maps.num_runs += 1
+    if maps is None or maps.is_resting:
         return call_previous(self, x, *args, transformer_options=options, **kwargs)
-    maps.num_runs += 1
     num_calls = 0
 
     def attend(_: Any, *call_args: Any, **call_options: Any) -> Tensor:

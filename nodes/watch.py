@@ -80,8 +80,6 @@ class _LayerWatch:
 
         After a call in which all did, a cache may reuse what the last blocks, or all, once gave.
         """
-        if any(layer_maps.is_resting for layer_maps in self.layers.values()):
-            return
         counts = {layer: layer_maps.num_runs for layer, layer_maps in self.layers.items()}
         ran = [layer for layer, count in counts.items() if count]
         if self.have_run and not ran:

@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from linvideo_pack.linvideo_core.artifact import ArtifactError
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
@@ -102,6 +103,21 @@ def a_lora_of_the_user_works_in_every_step() -> None:
         before = with_lora(demo()[0], is_bypassed=is_bypassed)
         assert_close(sample(_keep(1, before)), expected)
         assert_close(sample(with_lora(_keep(1), is_bypassed=is_bypassed)), expected)
+
+
+def a_cache_may_reuse_the_kept_steps() -> None:
+    """The whole call that a cache must begin with may be the original model's."""
+    ran = []
+    kept = EasyCacheNode.execute(_keep(4), 3.0, 0.1, 1.0, False).result[0]
+    block = demo()[0].model.diffusion_model.blocks[1]
+    look = block.self_attn.register_forward_hook(
+        lambda *_: ran.append(kept.get_additional_models()[0].model.layers[0].is_resting)
+    )
+    try:
+        assert sample(kept, steps=8).isfinite().all()
+    finally:
+        look.remove()
+    assert True in ran and len(ran) < 8, ran
 
 
 def compiled_it_keeps_the_same_steps_and_compiles_once() -> None:
