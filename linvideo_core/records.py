@@ -64,11 +64,7 @@ def write_record(
         "command": command,
         "date": datetime.date.today().isoformat(),
         "device": describe_device(device),
-        "versions": {
-            "linvideo": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": describe_versions(),
         "rows": [dict(row) for row in rows],
     }
     if details:
@@ -92,6 +88,15 @@ def read_record(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is not a record: it lacks {', '.join(missing)}")
     return record
+
+
+def describe_versions() -> dict[str, str]:
+    """Name the versions that a table is measured with here and now."""
+    return {
+        "linvideo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def describe_device(device: torch.device | str) -> str:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..linvideo_core.artifact import Artifact
 from ..linvideo_core.kernels import linear_attention
+from .forwards import Part
 
 
-class LayerMaps(nn.Module):
+class LayerMaps(Part):
     """The two feature maps of one layer, and the linear attention that they make.
 
     They are weights of the host's own Linear and are read through its forward alone, because the

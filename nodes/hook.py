@@ -6,33 +6,30 @@ other packs); only the attention call inside is answered by ours, whatever backe
 user chose for the rest.
 """
 
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from .attention_call import answer
+from .bypass import change_layers, restore_weight
+from .forwards import call_previous, part_of, replace_forward, restore_forward
 from .watch import start_watching, stop_watching
+from .weight_changes import check_merged
 
 KEY = "linvideo"
 """Ours among a ModelPatcher's attachments, injections, callbacks and additional models."""
 
-_MAPS, _FORWARD, _PREVIOUS = "_linvideo_maps", "_linvideo_forward", "_linvideo_previous"
-
 
 def inject(patcher: Any) -> None:
-    """Make the patcher's layers linear; doing it again changes nothing."""
+    """Make the patcher's layers linear, with their changes; doing it again changes nothing."""
     eject(patcher)
-    maps = patcher.get_additional_models_with_key(KEY)[0].model
+    check_merged(patcher)
+    maps, *changes = (part.model for part in patcher.get_additional_models_with_key(KEY))
     for name, layer_maps in zip(maps.site_names, maps.layers, strict=True):
         attention = patcher.model.diffusion_model.get_submodule(name)
-        # Straight into __dict__: as an attribute, the maps would become part of the user's model.
-        fields = attention.__dict__
-        fields[_MAPS] = layer_maps
-        if "forward" in fields:
-            fields[_PREVIOUS] = fields["forward"]
-        # One bound method for the module's life: torch.compile takes a new one for new code.
-        fields["forward"] = fields.setdefault(_FORWARD, MethodType(_linear_forward, attention))
+        replace_forward(attention, _linear_forward, layer_maps)
+    if changes:
+        change_layers(patcher.model.diffusion_model, changes[0])
     start_watching(patcher.model, maps)
 
 
@@ -40,15 +37,8 @@ def eject(patcher: Any) -> None:
     """Undo what `inject` did, by whichever patcher of this model; what is not ours stays."""
     stop_watching(patcher.model)
     for module in patcher.model.diffusion_model.modules():
-        fields = module.__dict__
-        if _FORWARD not in fields:
-            continue
-        fields.pop(_MAPS, None)
-        previous = fields.pop(_PREVIOUS, None)
-        if fields.get("forward") is fields[_FORWARD]:
-            del fields["forward"]
-            if previous is not None:
-                fields["forward"] = previous
+        restore_forward(module)
+        restore_weight(module)
 
 
 def _linear_forward(
@@ -56,10 +46,11 @@ def _linear_forward(
 ) -> Tensor:
     """Run the class's own forward, its one attention call answered by the layer's maps."""
     options = dict(transformer_options or {})
-    maps = self.__dict__.get(_MAPS)
-    if maps is None:
-        return type(self).forward(self, x, *args, transformer_options=options, **kwargs)
-    maps.num_runs += 1
+    maps = part_of(self)
+    if maps is not None:
+        maps.num_runs += 1
+    if maps is None or maps.is_resting:
+        return call_previous(self, x, *args, transformer_options=options, **kwargs)
     num_calls = 0
 
     def attend(_: Any, *call_args: Any, **call_options: Any) -> Tensor:

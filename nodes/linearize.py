@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..linvideo_core import artifact
 from .datasheet import show_datasheet
 from .files import find_file, fingerprint, list_files
+from .first_steps import keep_first_steps_input
 from .patching import linearize
 from .schema import LinVideo, make_schema
 
@@ -26,6 +27,7 @@ def _inputs(source: io.Input) -> list[io.Input]:
             tooltip="How strongly the file changes the model's weights. Leave it at 1: the fast "
             "layers were trained together with these changes.",
         ),
+        keep_first_steps_input(),
     ]
 
 
@@ -83,6 +85,7 @@ class LinVideoLinearize(io.ComfyNode):
         """Apply the chosen file, or the connected one, to a clone of the model."""
         is_file = mode["mode"] == APPLY
         applied = artifact.load(find_file(mode["file"])) if is_file else mode["linvideo"]
-        linearized = linearize(model, applied, strength=mode["strength"])
+        settings = {name: mode[name] for name in ("strength", "keep_first_steps")}
+        linearized = linearize(model, applied, **settings)
         note = f"applied to {type(model.model).__name__} at strength {mode['strength']:g}"
         return io.NodeOutput(linearized, applied, show_datasheet(applied, note=note))

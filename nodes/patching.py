@@ -9,12 +9,9 @@ import dataclasses
 import uuid
 from typing import Any
 
-import comfy.model_patcher
-import comfy.ops
-import torch
+import comfy.model_management
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
-from comfy.weight_adapter import LoRAAdapter
-from torch import Tensor, nn
+from torch import nn
 
 from ..linvideo_core import adapters
 from ..linvideo_core.artifact import (
@@ -24,12 +21,14 @@ from ..linvideo_core.artifact import (
     check,
     warn_of_other_weights,
 )
+from .bypass import LowRankChanges
 from .families import host_family
 from .feature_maps import FeatureMaps
+from .first_steps import KeepFirstSteps
 from .hook import KEY, eject, inject
+from .parts import make_parts_patcher
 from .watch import watch_call
-
-_PREFIX = "diffusion_model."
+from .weight_changes import add_weight_changes, are_blocks_compiled, is_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +37,16 @@ class Linearized:
 
     header: ArtifactHeader
     strength: float
+    keep_first_steps: int
 
 
-def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
+def linearize(
+    model: Any, artifact: Artifact, *, strength: float = 1.0, keep_first_steps: int = 0
+) -> Any:
     """Return a clone of a ModelPatcher whose chosen layers are linear.
 
     strength: scales the weight changes; the feature maps are as trained at any strength.
+    keep_first_steps: so many steps of every sampling run the model as it came in.
 
     Raises ArtifactError, in one sentence, when the artifact does not fit the model or one is
     applied already.
@@ -56,6 +59,7 @@ def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
     diffusion_model = getattr(model.model, "diffusion_model", None)
     if diffusion_model is None:
         raise ArtifactError("this is no diffusion model: connect a video model's MODEL output")
+    _uncover_weights(model, diffusion_model)
     sites = check(artifact, adapters.shapes_of(diffusion_model))
     family = host_family(artifact.header.family)
     for site in sites:
@@ -63,10 +67,16 @@ def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
     _warn_of_other_weights(artifact, model, diffusion_model)
 
     linearized = model.clone()
-    _add_weight_changes(linearized, artifact, strength)
-    maps = make_maps_patcher(artifact, model.load_device, model.offload_device)
-    linearized.set_additional_models(KEY, [maps])
-    linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, watch_call)
+    must_rest = keep_first_steps > 0
+    bypassed = add_weight_changes(linearized, artifact, strength, must_rest=must_rest)
+    parts = [(FeatureMaps, artifact)]
+    if bypassed is not None:
+        parts.append((LowRankChanges, bypassed))
+    devices = (model.load_device, model.offload_device)
+    linearized.set_additional_models(KEY, [make_parts_patcher(*part, *devices) for part in parts])
+    wrappers = [KeepFirstSteps(KEY, keep_first_steps), watch_call] if must_rest else [watch_call]
+    for wrapper in wrappers:
+        linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     for moment, action in (
         # ComfyUI would leave the model injected until another patcher of it is loaded.
@@ -77,30 +87,15 @@ def linearize(model: Any, artifact: Artifact, *, strength: float = 1.0) -> Any:
         (CallbacksMP.ON_EJECT_MODEL, eject),
     ):
         linearized.add_callback_with_key(moment, KEY, action)
-    linearized.set_attachments(KEY, Linearized(artifact.header, strength))
+    linearized.set_attachments(KEY, Linearized(artifact.header, strength, keep_first_steps))
     linearized.patches_uuid = uuid.uuid4()
     return linearized
 
 
-def make_maps_patcher(
-    artifact: Artifact,
-    load_device: torch.device,
-    offload_device: torch.device,
-    *,
-    disable_dynamic: bool = False,
-) -> Any:
-    """Return an artifact's feature maps in a ModelPatcher of their own."""
-    patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
-    maps = FeatureMaps(artifact, operations=comfy.ops.manual_cast, device=offload_device)
-    maps.eval()
-    patcher = patcher_class(maps, load_device=load_device, offload_device=offload_device)
-    is_dynamic = getattr(patcher, "is_dynamic", None)
-    maps.load(artifact, assign=bool(is_dynamic and is_dynamic()))
-    # ComfyUI makes a patcher anew for another GPU, or to hold ordinary weights.
-    patcher.cached_patcher_init = (make_maps_patcher, (artifact, load_device, offload_device))
-    return patcher
+def _uncover_weights(model: Any, diffusion_model: nn.Module) -> None:
+    """Unload a model whose blocks another clone has compiled: their weights have other names."""
+    if are_blocks_compiled(diffusion_model):
+        comfy.model_management.unload_model_and_clones(model)
 
 
 def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.Module) -> None:
@@ -108,49 +103,11 @@ def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.M
     _, sites = adapters.identify(adapters.shapes_of(diffusion_model))
     ends = [diffusion_model.get_submodule(sites[i].name) for i in (0, -1)]
     weights = [parameter for end in ends for parameter in end.parameters()]
-    is_plain = all(type(w) is nn.Parameter and w.device.type != "meta" for w in weights)
+    is_readable = all(is_plain(w) and w.device.type != "meta" for w in weights)
     # With a backup there, weight changes are merged in; quantised weights have another digest.
-    if model.backup or not is_plain:
+    if model.backup or not is_readable:
         return
     warn_of_other_weights(artifact, diffusion_model, sites)
-
-
-def _add_weight_changes(linearized: Any, artifact: Artifact, strength: float) -> None:
-    """Hand every weight change to ComfyUI, which merges it wherever the weight then is."""
-    patches: dict[str, Any] = {}
-    for name, delta in artifact.deltas.items():
-        if _is_patched_by_host(linearized.model.diffusion_model, name):
-            patches[_PREFIX + name] = ("diff", (delta,))
-        else:
-            _replace_parameter(linearized, _PREFIX + name, strength * delta.float())
-    for name, (down, up) in artifact.low_rank.items():
-        # up, down, alpha (none: the rank), Tucker's middle factor, DoRA's scale, a new shape
-        weights = (up, down, None, None, None, None)
-        patches[f"{_PREFIX}{name}.weight"] = LoRAAdapter(set(), weights)
-    applied = set(linearized.add_patches(patches, strength))
-    if missing := sorted(patches.keys() - applied):
-        raise ArtifactError(
-            f"this model has no weight {missing[0]!a} that the file changes: load the model with "
-            "ComfyUI's own loader"
-        )
-
-
-def _is_patched_by_host(diffusion_model: nn.Module, name: str) -> bool:
-    """Say whether ComfyUI merges patches of a parameter: only weights and biases of leaf modules.
-
-    It takes patches of others (Wan's modulations) and, without a word, never merges them.
-    """
-    owner, _, parameter = name.rpartition(".")
-    is_leaf = not any(diffusion_model.get_submodule(owner).children())
-    return is_leaf and parameter in ("weight", "bias")
-
-
-def _replace_parameter(linearized: Any, key: str, change: Tensor) -> None:
-    """Put a changed copy in a parameter's place for as long as the clone is loaded."""
-    parameter = linearized.get_model_object(key)
-    total = parameter.float() + change.to(parameter.device)
-    replacement = nn.Parameter(total.to(parameter.dtype), requires_grad=False)
-    linearized.add_object_patch(key, replacement)
 
 
 def _eject_all(patcher: Any) -> None:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.host.recording import pytest_addoption, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_configure"]
+
 FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 TIMEOUT_SECONDS = 300
 TESTS_OWN = ("PYTHONPATH", "TRITON_INTERPRET")
@@ -85,6 +89,7 @@ def run_laws(pack: str, laws: str, results: str) -> None:
         spec.loader.exec_module(module)
         return module
 
+    sys.path.append(str(Path(laws).parent))  # what files of laws share
     load("linvideo_pack", Path(pack) / "__init__.py", [pack])
     module = load("laws", Path(laws), None)
     outcomes = {}

@@ -135,7 +135,7 @@ def _complaint(kind: type[Exception], function: Any, *arguments: Any) -> str:
 
 
 def _apply_file(name: str) -> Any:
-    mode = {"mode": APPLY, "file": name, "strength": 1.0}
+    mode = {"mode": APPLY, "file": name, "strength": 1.0, "keep_first_steps": 0}
     return LinVideoLinearize.execute(_demo()[0], mode)
 
 

@@ -68,8 +68,12 @@ NODES = {
     },
 }
 MODES = {
-    "apply a saved file": {"file": "COMBO", "strength": "FLOAT"},
-    "apply a connected LINVIDEO": {"linvideo": "LINVIDEO", "strength": "FLOAT"},
+    "apply a saved file": {"file": "COMBO", "strength": "FLOAT", "keep_first_steps": "INT"},
+    "apply a connected LINVIDEO": {
+        "linvideo": "LINVIDEO",
+        "strength": "FLOAT",
+        "keep_first_steps": "INT",
+    },
 }
 
 
@@ -115,6 +119,7 @@ def make_workflow(file: str = FILE, *, strength: float = 1.0) -> dict[str, Any]:
                 "mode": "apply a saved file",
                 "mode.file": file,
                 "mode.strength": strength,
+                "mode.keep_first_steps": 0,
             },
         },
         "sampler": {
@@ -217,10 +222,12 @@ def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:
     assert (file[0] if file[0] != "COMBO" else file[1]["options"]) == [FILE, "cut.safetensors"]
 
 
-def test_the_demo_workflow_gives_frames(server: Server) -> None:
+def test_the_demo_workflow_gives_frames(server: Server, record_property: Any) -> None:
     start = time.monotonic()
     answer = server.queue(make_workflow())
-    print(f"the demo workflow took {time.monotonic() - start:.1f} s")
+    record_property("workflow", "demo, shipped file applied")
+    record_property("seconds", round(time.monotonic() - start, 1))
+    record_property("comfyui", server.ask("/system_stats")["system"]["comfyui_version"])
     assert answer["status"]["status_str"] == "success", answer["status"]
     images = answer["outputs"]["save"]["images"]
     assert len(images) == 28
@@ -318,6 +325,27 @@ def test_a_connection_of_the_wrong_type_is_refused_before_anything_runs(
         server.ask("/prompt", {"prompt": workflow})
     errors = json.load(refused.value)["node_errors"]["wrong"]["errors"]
     assert [error["type"] for error in errors] == ["return_type_mismatch"]
+
+
+def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -> None:
+    path = server.folder / "models" / "linvideo" / "other.safetensors"
+    path.write_bytes(SHIPPED.read_bytes())
+    frames: list[list[bytes]] = []
+    try:
+        for turn, (file, strength) in enumerate(2 * [(FILE, 1.0), (path.name, 0.5)]):
+            graph = make_workflow(file, strength=strength)
+            graph["save"]["inputs"]["filename_prefix"] = f"turn{turn}"
+            # Otherwise the second round would come from the server's cache.
+            graph["demo"]["inputs"]["batch_size"] = 1 + turn // 2
+            graph["sampler"]["inputs"]["latent_image"] = ["empty", 0]
+            graph["empty"] = {
+                "class_type": "LatentFromBatch",
+                "inputs": {"samples": ["demo", 3], "batch_index": 0, "length": 1},
+            }
+            frames.append(read_frames(server, server.queue(graph)))
+    finally:
+        path.unlink()
+    assert frames[0] == frames[2] != frames[1] == frames[3]
 
 
 def test_a_damaged_file_is_one_sentence_and_the_server_lives_on(server: Server) -> None:

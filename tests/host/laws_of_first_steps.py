@@ -1,0 +1,179 @@
+"""Laws of the first steps that the original model takes.
+
+Expected latents come from the headless core: the teacher's velocity in the kept steps, the
+linearized model's in the others.
+"""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+from linvideo_pack.linvideo_core.artifact import ArtifactError
+from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
+from linvideo_pack.nodes.patching import linearize
+from stage import (
+    STEPS,
+    assert_close,
+    bind_headless,
+    complaint,
+    demo,
+    load_headless,
+    merge_lora,
+    relative_difference,
+    sample,
+    sample_headless,
+    shipped,
+    with_lora,
+)
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+
+def _keep(num_steps: int, model: Any = None) -> Any:
+    return linearize(model or demo()[0], shipped(), keep_first_steps=num_steps)
+
+
+def _expected(num_kept: int, steps: int = STEPS) -> Tensor:
+    teacher = bind_headless(load_headless())
+    student = bind_headless(load_headless(), shipped())
+    return sample_headless([teacher] * num_kept + [student] * (steps - num_kept))
+
+
+def the_kept_steps_are_the_original_models() -> None:
+    for num_kept in (1, 3):
+        assert_close(sample(_keep(num_kept)), _expected(num_kept))
+
+
+def all_steps_kept_give_the_original_models_bits() -> None:
+    expected = sample(demo()[0])
+    for num_kept in (STEPS, 1000):
+        assert torch.equal(sample(_keep(num_kept)), expected)
+
+
+def no_step_kept_is_the_linearized_model() -> None:
+    assert torch.equal(sample(_keep(0)), sample(linearize(demo()[0], shipped())))
+
+
+def the_node_takes_the_number_of_steps() -> None:
+    file = "demo (comes with LinVideo)"
+    mode = {"mode": APPLY, "file": file, "strength": 1.0, "keep_first_steps": 2}
+    assert_close(sample(LinVideoLinearize.execute(demo()[0], mode).result[0]), _expected(2))
+
+
+def clones_keep_the_same_steps_and_the_model_that_came_in_none() -> None:
+    before = sample(demo()[0])
+    kept = _keep(2)
+    expected = sample(kept)
+    assert torch.equal(sample(kept.clone()), expected)
+    assert torch.equal(sample(demo()[0]), before)
+    if "force_deepcopy" in inspect.signature(kept.clone).parameters:
+        assert_close(sample(kept.clone(force_deepcopy=True)), expected)
+
+
+def a_sampler_that_calls_the_model_twice_a_step_keeps_by_noise_level() -> None:
+    """Heun's last call of the kept steps is at the first noise level of the linear ones."""
+    levels = {"linear": set(), "original": set()}
+    kept = _keep(2)
+    parts = kept.get_additional_models_with_key("linvideo")[0].model
+
+    def look(executor: Any, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kind = "original" if parts.layers[0].is_resting else "linear"
+        levels[kind].add(round(float(sigma.max()), 4))
+        return executor(x, sigma, *args, **kwargs)
+
+    kept.add_wrapper_with_key("apply_model", "look", look)
+    for sampler in ("heun", "dpmpp_2s_ancestral", "lcm"):
+        levels["linear"].clear(), levels["original"].clear()
+        sample(kept, sampler=sampler)
+        assert levels["linear"] and levels["original"], sampler
+        assert max(levels["linear"]) <= 0.75 < min(levels["original"]), (sampler, levels)
+
+
+def a_lora_of_the_user_works_in_every_step() -> None:
+    teacher = bind_headless(merge_lora(load_headless()))
+    student = bind_headless(merge_lora(load_headless()), shipped())
+    expected = sample_headless([teacher, student, student, student])
+    for is_bypassed in (False, True):
+        before = with_lora(demo()[0], is_bypassed=is_bypassed)
+        assert_close(sample(_keep(1, before)), expected)
+        assert_close(sample(with_lora(_keep(1), is_bypassed=is_bypassed)), expected)
+
+
+def a_cache_may_reuse_the_kept_steps() -> None:
+    """The whole call that a cache must begin with may be the original model's."""
+    ran = []
+    kept = EasyCacheNode.execute(_keep(4), 3.0, 0.1, 1.0, False).result[0]
+    block = demo()[0].model.diffusion_model.blocks[1]
+    look = block.self_attn.register_forward_hook(
+        lambda *_: ran.append(kept.get_additional_models()[0].model.layers[0].is_resting)
+    )
+    try:
+        assert sample(kept, steps=8).isfinite().all()
+    finally:
+        look.remove()
+    assert True in ran and len(ran) < 8, ran
+
+
+def compiled_it_keeps_the_same_steps_and_compiles_once() -> None:
+    """With the guards that ComfyUI's own compile node keeps; a graph for each kind of step."""
+    kept = _keep(2)
+    expected = sample(kept)
+    compiled = kept.clone()
+    settings = {"options": {"guard_filter_fn": skip_torch_compile_dict}, "fullgraph": True}
+    linear, softmax = 1, 2
+    assert linear in shipped().header.layers and softmax not in shipped().header.layers
+    keys = [f"diffusion_model.blocks.{layer}" for layer in (linear, softmax)]
+    set_torch_compile_wrapper(compiled, "aot_eager", keys=keys, **settings)
+    for _ in range(2):
+        assert_close(sample(compiled), expected)
+        assert counters["stats"]["unique_graphs"] == 4
+    assert torch.equal(sample(kept), expected)
+
+
+def changed_weights_with_softmax_layers_are_worse_than_either() -> None:
+    """Why the changes rest together with the linear layers."""
+    teacher = bind_headless(load_headless())
+    student = bind_headless(load_headless(), shipped())
+    model = load_headless()
+    for name, (down, up) in shipped().low_rank.items():
+        model.get_parameter(f"{name}.weight").data += up.float() @ down.float()
+    changed = bind_headless(model)
+    expected = sample_headless([teacher] * STEPS)
+    errors = [
+        relative_difference(sample_headless([first] + [teacher] * (STEPS - 1)), expected)
+        for first in (student, changed)
+    ]
+    print(f"first step linear {errors[0]:.2f}, softmax with changed weights {errors[1]:.2f}")
+    assert errors[1] > 1.5 * errors[0]
+
+
+def a_file_of_whole_weights_cannot_rest() -> None:
+    header = dataclasses.replace(shipped().header, parameters="full", lora_rank=0)
+    deltas = {"blocks.2.ffn.0.bias": torch.ones(512)}
+    whole = dataclasses.replace(shipped(), header=header, deltas=deltas, low_rank={})
+    message = complaint(ArtifactError, linearize, demo()[0], whole, keep_first_steps=1)
+    assert "keep_first_steps" in message
+
+
+def an_error_or_interruption_in_a_kept_step_leaves_the_next_run_right() -> None:
+    kept = _keep(2)
+    expected = sample(kept)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise comfy.model_management.InterruptProcessingException
+
+    failing = kept.clone()
+    failing.add_wrapper_with_key("diffusion_model", "fail", fail)
+    try:
+        sample(failing)
+        raise AssertionError("nothing was interrupted")
+    except comfy.model_management.InterruptProcessingException:
+        pass
+    assert torch.equal(sample(kept), expected)
+    assert_close(sample(linearize(demo()[0], shipped())), _expected(0))

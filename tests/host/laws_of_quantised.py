@@ -1,0 +1,223 @@
+"""Laws of quantised models: what is applied is exact, whatever the weights are kept in.
+
+Expected latents come from the headless core with the weights that the quantised ones stand for, the
+file's changes added in fp32.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import safetensors.torch
+import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy.weight_adapter import LoRAAdapter
+from linvideo_pack.linvideo_core.artifact import Artifact
+from linvideo_pack.linvideo_core.demo import weights_path
+from linvideo_pack.nodes import demo as demo_nodes
+from linvideo_pack.nodes.patching import linearize
+from stage import (
+    SHIFT,
+    STEPS,
+    assert_close,
+    bind_headless,
+    collect_warnings,
+    load_headless,
+    relative_difference,
+    sample,
+    sample_headless,
+    shipped,
+    stream_weights,
+    with_lora,
+)
+from torch import Tensor, nn
+
+_FP8 = torch.float8_e4m3fn
+
+
+def _finish(patcher: Any) -> Any:
+    """Return a loaded model as LinVideo Demo gives it."""
+    patcher.model.latent_format = demo_nodes.DemoLatents()
+    patcher.model.model_sampling.set_parameters(shift=SHIFT)
+    return patcher
+
+
+@functools.cache
+def _weights() -> dict[str, Tensor]:
+    return safetensors.torch.load_file(weights_path("model.safetensors"))
+
+
+def _load_fp8() -> Any:
+    """Load as Load Diffusion Model does with weight_dtype fp8_e4m3fn: all weights, unscaled."""
+    path = str(weights_path("model.safetensors"))
+    return _finish(comfy.sd.load_diffusion_model(path, {"dtype": _FP8}))
+
+
+def _load_quantised(quantisation: str, layout: str) -> Any:
+    """Load a checkpoint in ComfyUI's own quantised form, every linear layer of the blocks in it."""
+    tensors = dict(_weights())
+    for name in [n for n in tensors if n.startswith("blocks.") and tensors[n].ndim == 2]:
+        stem = name.removesuffix("weight")
+        quantised = QuantizedTensor.from_float(tensors[name].float(), layout)
+        tensors |= {stem + n: t for n, t in quantised.state_dict("weight").items()}
+        conf = {"format": quantisation, "full_precision_matrix_mult": True}
+        tensors[f"{stem}comfy_quant"] = torch.tensor(
+            list(json.dumps(conf).encode()), dtype=torch.uint8
+        )
+    patcher = comfy.sd.load_diffusion_model_state_dict(tensors, {"dtype": torch.float32})
+    assert any(isinstance(p, QuantizedTensor) for p in patcher.model.parameters())
+    return _finish(patcher)
+
+
+_LOADERS: dict[str, Callable[[], Any]] = {"fp8": _load_fp8}
+# Older ComfyUI knows fewer forms.
+for _form, _layout in (
+    ("float8_e4m3fn", "TensorCoreFP8E4M3Layout"),
+    ("int8_tensorwise", "TensorWiseINT8Layout"),
+):
+    if _form in QUANT_ALGOS:
+        _LOADERS[_form] = functools.partial(_load_quantised, _form, _layout)
+
+
+def _plain_weights(patcher: Any) -> dict[str, Tensor]:
+    """Return what a model's weights stand for, in fp32."""
+    plain = {}
+    for name, weight in patcher.model.diffusion_model.named_parameters():
+        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        plain[name] = weight.detach().float()
+    return plain
+
+
+def _merge(model: Any) -> Any:
+    """Return the linearized model with its changes merged as ComfyUI merges a LoRA."""
+    merged = linearize(model, shipped(), strength=0.0)
+    patches = {
+        f"diffusion_model.{name}.weight": LoRAAdapter(set(), (up, down, None, None, None, None))
+        for name, (down, up) in shipped().low_rank.items()
+    }
+    assert len(merged.add_patches(patches)) == len(patches)
+    return merged
+
+
+def changes_are_exact_where_merging_rounds_them() -> None:
+    for kind, load in _LOADERS.items():
+        model = load()
+        expected = _expected(model, shipped())
+        bypassed = sample(linearize(model, shipped()))
+        assert_close(bypassed, expected)
+        merged = relative_difference(sample(_merge(model)), expected)
+        without = sample(linearize(model, shipped(), strength=0.0))
+        effect = relative_difference(without, expected)
+        print(f"{kind}: merged {merged:.1e} off, without the changes {effect:.1e}")
+        assert effect > merged > 0.02
+
+
+def _expected(model: Any, applied: Artifact) -> Tensor:
+    return sample_headless([bind_headless(load_headless(_plain_weights(model)), applied)] * STEPS)
+
+
+def _two_ways() -> list[Callable[[], Any]]:
+    """Return loaders of layers changed in their forward, and in a function of their weight."""
+    return [_LOADERS[form] for form in ("fp8", "int8_tensorwise") if form in _LOADERS]
+
+
+def a_quantised_model_comes_back_bit_for_bit() -> None:
+    for load in _two_ways():
+        model = load()
+        before = sample(model, steps=2)
+        linearized = linearize(model, shipped())
+        first = sample(linearized, steps=2)
+        assert torch.equal(sample(model, steps=2), before)
+        assert torch.equal(sample(linearized.clone(), steps=2), first)
+        assert not any("forward" in m.__dict__ for m in model.model.modules())
+        assert not any(getattr(m, "weight_function", []) for m in model.model.modules())
+
+
+def a_users_lora_is_merged_beside_bypassed_changes() -> None:
+    """Merged into fp8 it is rounded as without LinVideo: the same merged weights are expected."""
+    model = with_lora(_load_fp8())
+    comfy.model_management.load_models_gpu([model])
+    expected = _expected(model, shipped())
+    assert_close(sample(linearize(model, shipped())), expected)
+    assert_close(sample(with_lora(linearize(_load_fp8(), shipped()))), expected)
+
+
+def streamed_quantised_weights_give_the_same_latents() -> None:
+    for load in _two_ways():
+        expected = sample(linearize(load(), shipped()), steps=2)
+        linearized = linearize(load(), shipped())
+        comfy.model_management.unload_all_models()
+        stream_weights(linearized)
+        latents = sample(linearized, steps=2)
+        assert linearized.model.model_lowvram
+        comfy.model_management.unload_all_models()
+        assert_close(latents, expected)
+
+
+def the_changes_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
+    model = _load_fp8()
+    names = list(model.model.state_dict())
+    linearized = linearize(model, shipped())
+    assert not linearized.patches
+    comfy.model_management.load_models_gpu([linearized, *linearized.get_additional_models()])
+    loaded = {type(each.model).__name__ for each in comfy.model_management.loaded_models()}
+    assert {"FeatureMaps", "LowRankChanges"} <= loaded
+    assert list(model.model.state_dict()) == names
+    linearized.eject_model()
+
+
+def whole_weights_are_merged_and_said_to_be_rounded() -> None:
+    low_rank = shipped().low_rank.items()
+    deltas = {f"{name}.weight": up.float() @ down.float() for name, (down, up) in low_rank}
+    modulation = torch.randn(1, 6, 128, generator=torch.Generator().manual_seed(8))
+    deltas["blocks.5.modulation"] = 0.05 * modulation
+    header = dataclasses.replace(shipped().header, parameters="full", lora_rank=0)
+    whole = dataclasses.replace(shipped(), header=header, deltas=deltas, low_rank={})
+    nothing = dataclasses.replace(whole, deltas={})
+    model = _load_fp8()
+    with collect_warnings() as warnings:
+        linearized = linearize(model, whole)
+    assert "rounded once more" in warnings[0] and len(warnings) == 1
+    expected = _expected(model, whole)
+    effect = relative_difference(_expected(model, nothing), expected)
+    error = relative_difference(sample(linearized), expected)
+    print(f"whole weights merged into fp8: {error:.1e} off, without the changes {effect:.1e}")
+    assert error < 0.5 * effect
+
+
+def an_applied_file_says_nothing_of_other_weights() -> None:
+    """A digest of quantised weights is never that of the file's; a warning would be noise."""
+    with collect_warnings() as warnings:
+        linearize(_load_fp8(), shipped())
+    assert not warnings, warnings
+
+
+class _ForeignLinear(nn.Module):
+    """A layer of another pack, which keeps its weight in a form of its own."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.scale = linear.weight.abs().max() / 127
+        packed = (linear.weight / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.scale * self.weight, self.bias)
+
+
+def layers_that_another_pack_quantised_take_the_changes_too() -> None:
+    model = demo_nodes.load_demo_model()
+    plain = _plain_weights(model)
+    for layer in (1, 2):
+        attention = model.model.diffusion_model.blocks[layer].self_attn
+        for side in ("q", "o"):
+            foreign = _ForeignLinear(getattr(attention, side))
+            setattr(attention, side, foreign)
+            plain[f"blocks.{layer}.self_attn.{side}.weight"] = foreign.scale * foreign.weight
+    expected = sample_headless([bind_headless(load_headless(plain), shipped())] * STEPS)
+    assert_close(sample(linearize(model, shipped())), expected)

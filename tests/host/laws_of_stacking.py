@@ -1,0 +1,265 @@
+"""Laws of LinVideo Linearize between ComfyUI's other model nodes, before it and after it."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.ldm.wan.model
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import torch
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from linvideo_pack.linvideo_core.artifact import Artifact
+from linvideo_pack.linvideo_core.flow import make_sigmas
+from linvideo_pack.nodes import demo as demo_nodes
+from linvideo_pack.nodes.patching import linearize
+from stage import (
+    GUIDANCE,
+    SHIFT,
+    STEPS,
+    assert_close,
+    bind_headless,
+    complaint,
+    demo,
+    load_headless,
+    make_noise,
+    merge_lora,
+    sample,
+    sample_headless,
+    shipped,
+    with_lora,
+)
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+_NUM_TOKENS = 448
+_LAYERS = range(10)
+
+
+def _linearized(model: Any = None) -> Any:
+    return linearize(model or demo()[0], shipped())
+
+
+@functools.cache
+def _expected() -> Tensor:
+    return sample_headless([bind_headless(load_headless(), shipped())] * STEPS)
+
+
+@functools.cache
+def _other_file() -> Artifact:
+    """The shipped file's maps in other layers, without weight changes."""
+    maps = shipped().feature_maps[1]
+    header = dataclasses.replace(
+        shipped().header,
+        layers=(0, 7),
+        site_names=("blocks.0.self_attn", "blocks.7.self_attn"),
+        parameters="feature_maps",
+        lora_rank=0,
+    )
+    return Artifact(header=header, feature_maps={0: maps, 7: maps})
+
+
+def _assert_in_both_orders(node: Callable[[Any], Any], expected: Tensor) -> None:
+    """Fail unless a model node gives what is expected before ours and after it."""
+    for patcher in (_linearized(node(demo()[0])), node(_linearized())):
+        assert_close(sample(patcher), expected)
+
+
+def a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights() -> None:
+    model = merge_lora(load_headless())
+    expected = sample_headless([bind_headless(model, shipped())] * STEPS)
+    before = sample(demo()[0])
+    for is_bypassed in (False, True):
+        _assert_in_both_orders(functools.partial(with_lora, is_bypassed=is_bypassed), expected)
+        assert torch.equal(sample(demo()[0]), before)
+
+
+def _counting(calls: set[tuple[str, int]]) -> Callable[..., Tensor]:
+    def attend(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kind = "self" if key.shape[1] == _NUM_TOKENS else "cross"
+        calls.add((kind, kwargs["transformer_options"]["block_index"]))
+        return comfy.ldm.modules.attention.attention_basic(query, key, *args, **kwargs)
+
+    return attend
+
+
+def an_attention_backend_serves_every_layer_but_ours() -> None:
+    """`set_model_optimized_attention` is all that core's Model Attention Backend does."""
+    calls: set[tuple[str, int]] = set()
+
+    def choose_backend(model: Any) -> Any:
+        model = model.clone()
+        if hasattr(model, "set_model_optimized_attention"):
+            model.set_model_optimized_attention(_counting(calls))
+        else:  # ComfyUI < 0.32: nodes assign the slot themselves
+            backend = _counting(calls)
+            options = model.model_options["transformer_options"]
+            options["optimized_attention_override"] = lambda _, *args, **kws: backend(*args, **kws)
+        return model
+
+    _assert_in_both_orders(choose_backend, _expected())
+    softmax = set(_LAYERS) - set(shipped().header.layers)
+    assert calls == {("self", i) for i in softmax} | {("cross", i) for i in _LAYERS}
+
+
+def a_backend_chosen_last_wins_over_one_chosen_before_ours() -> None:
+    """As without LinVideo: core replaces the slot, and ours never occupies it."""
+    first, last = set(), set()
+    model = demo()[0].clone()
+    options = model.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda _, *args, **kws: _counting(first)(*args, **kws)
+    linearized = _linearized(model)
+    assert_close(sample(linearized), _expected())
+    assert first
+    first.clear()
+    options = linearized.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda _, *args, **kws: _counting(last)(*args, **kws)
+    assert_close(sample(linearized), _expected())
+    assert last and not first
+
+
+def _in_windows(model: Any) -> Any:
+    """Let a model see 7 latent frames at a time, no frame twice."""
+    execute = ContextWindowsManualNode.execute
+    settings = {"causal_window_fix": False}
+    settings = {k: v for k, v in settings.items() if k in inspect.signature(execute).parameters}
+    return execute(model, 7, 0, "standard_static", 1, False, "flat", 2, False, **settings).result[0]
+
+
+def context_windows_are_linear_each_by_itself() -> None:
+    noise = make_noise(14)
+    teacher = bind_headless(load_headless())
+    student = bind_headless(load_headless(), shipped())
+    for num_kept, patchers in (
+        (0, (_linearized(_in_windows(demo()[0])), _in_windows(_linearized()))),
+        (2, (_in_windows(linearize(demo()[0], shipped(), keep_first_steps=2)),)),
+    ):
+        velocities = [teacher] * num_kept + [student] * (STEPS - num_kept)
+        halves = [sample_headless(velocities, noise=half) for half in noise.split(7, dim=2)]
+        for patcher in patchers:
+            assert_close(sample(patcher, noise=noise), torch.cat(halves, dim=2))
+
+
+def blocks_compiled_in_place_compile_once() -> None:
+    """As packs did before ComfyUI had a compile node: an object patch for each block."""
+    compiled = linearize(demo()[0], shipped(), keep_first_steps=1)
+    expected = sample(compiled)
+    compiled = _compile_in_place(compiled, 1, 2)
+    before = counters["stats"]["unique_graphs"]
+    assert_close(sample(compiled), expected)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert_close(sample(compiled), expected)
+    assert counters["stats"]["unique_graphs"] == num_graphs == before + 4
+    assert not counters["graph_break"], counters["graph_break"]
+
+
+def blocks_compiled_in_place_never_lose_weight_changes_unheard() -> None:
+    compiled = _compile_in_place(_linearized(), 1)
+    assert "TorchCompileModel" in complaint(RuntimeError, sample, compiled)
+    # Applied anew while such a model is loaded, it finds every weight.
+    comfy.model_management.load_models_gpu([_compile_in_place(demo()[0], 1)])
+    assert_close(sample(_linearized()), _expected())
+
+
+def _compile_in_place(model: Any, *layers: int) -> Any:
+    model = model.clone()
+    for layer in layers:
+        name = f"diffusion_model.blocks.{layer}"
+        block = torch.compile(model.get_model_object(name), backend="aot_eager")
+        model.add_object_patch(name, block)
+    return model
+
+
+def _sample_in_two(high: Any, low: Any) -> Tensor:
+    """Sample half of the steps with each model, as Wan 2.2's two experts are."""
+    _, positive, negative, _ = demo()
+    sigmas = torch.as_tensor(make_sigmas(STEPS, SHIFT))
+    latents = torch.zeros_like(make_noise())
+    for model, part in ((high, sigmas[:3]), (low, sigmas[2:])):
+        noise = make_noise() if model is high else torch.zeros_like(latents)
+        sampler = comfy.samplers.sampler_object("euler")
+        latents = comfy.sample.sample_custom(
+            model, noise, GUIDANCE, sampler, part, positive, negative, latents, disable_pbar=True
+        )
+    return latents
+
+
+def two_experts_have_a_file_each() -> None:
+    first = bind_headless(load_headless(), shipped())
+    second = bind_headless(load_headless(), _other_file())
+    expected = sample_headless([first, first, second, second])
+    for other in (demo()[0], demo_nodes.load_demo_model()):
+        high, low = linearize(demo()[0], shipped()), linearize(other, _other_file())
+        assert_close(_sample_in_two(high, low), expected)
+
+
+def two_files_on_one_model_do_not_disturb_each_other() -> None:
+    before = sample(demo()[0])
+    first, second = _linearized(), linearize(demo()[0], _other_file())
+    expected = sample_headless([bind_headless(load_headless(), _other_file())] * STEPS)
+    for _ in range(2):
+        assert_close(sample(first), _expected())
+        assert_close(sample(second), expected)
+    assert torch.equal(sample(demo()[0]), before)
+
+
+@functools.cache
+def _vace_weights() -> dict[str, Tensor]:
+    vace = comfy.ldm.wan.model.VaceWanModel(
+        dim=128,
+        ffn_dim=256,
+        num_heads=1,
+        num_layers=4,
+        vace_layers=2,
+        vace_in_dim=96,
+        operations=comfy.ops.disable_weight_init,
+    )
+    generator = torch.Generator().manual_seed(4)
+    return {
+        name: 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in vace.state_dict().items()
+    }
+
+
+def _load_vace(weights: dict[str, Tensor]) -> Any:
+    settings = {"dtype": torch.float32}
+    patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), settings)
+    assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
+    return patcher
+
+
+def vace_with_a_lora_is_vace_of_merged_weights() -> None:
+    maps = shipped().feature_maps[1]
+    header = dataclasses.replace(
+        _other_file().header,
+        fingerprint="wan, 4 layers, 1 heads of 128",
+        num_layers=4,
+        layers=(0, 2),
+        site_names=("blocks.0.self_attn", "blocks.2.self_attn"),
+    )
+    file = Artifact(header=header, feature_maps={0: maps, 2: maps})
+    generator = torch.Generator().manual_seed(5)
+    lora, merged = {}, dict(_vace_weights())
+    for name in ("blocks.0.self_attn.q", "vace_blocks.1.self_attn.v", "blocks.3.ffn.0"):
+        up, down = (
+            torch.randn(s, generator=generator)
+            for s in ((len(merged[f"{name}.weight"]), 4), (4, 128))
+        )
+        lora |= {f"diffusion_model.{name}.lora_up.weight": 0.1 * up}
+        lora |= {f"diffusion_model.{name}.lora_down.weight": 0.1 * down}
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + 0.7 * 0.01 * up @ down
+
+    def with_its_lora(model: Any) -> Any:
+        return comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)[0]
+
+    expected = sample(linearize(_load_vace(merged), file))
+    vace = _load_vace(_vace_weights())
+    assert not torch.allclose(sample(linearize(vace, file)), expected, atol=1e-3)
+    for patcher in (with_its_lora(linearize(vace, file)), linearize(with_its_lora(vace), file)):
+        assert_close(sample(patcher), expected)

@@ -1,0 +1,155 @@
+"""What files of laws share: the demo's graph in ComfyUI, and the same sampling by the core alone.
+
+Latents are compared by the norm of the difference over the norm of the expected ones, fp32 on the
+CPU. "Headless" is our core without ComfyUI's model, sampler or patching.
+"""
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import comfy.sample
+import comfy.sd
+import torch
+from linvideo_pack.linvideo_core import artifact, flow
+from linvideo_pack.linvideo_core.artifact import Artifact
+from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
+from linvideo_pack.linvideo_core.models.denoiser import VelocityFn, bind_guided
+from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.nodes import demo as demo_nodes
+from linvideo_pack.nodes import files
+from torch import Tensor, nn
+
+TOLERANCE = 1e-5
+STEPS, GUIDANCE, SHIFT = 4, 3.0, 3.0
+
+
+def make_noise(frames: int = LATENT_SHAPE[1]) -> Tensor:
+    """Return the noise [1, C, F, H, W] that every sampling starts from."""
+    C, _, H, W = LATENT_SHAPE
+    return torch.randn(1, C, frames, H, W, generator=torch.Generator().manual_seed(3))
+
+
+@functools.cache
+def demo() -> tuple[Any, Any, Any, Any]:
+    """Return what LinVideo Demo gives: MODEL, positive, negative, LATENT."""
+    return demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
+
+
+@functools.cache
+def shipped() -> Artifact:
+    """Return the file that comes with the pack."""
+    return artifact.load(files.find_file(files.SHIPPED))
+
+
+def sample(
+    model: Any, *, steps: int = STEPS, sampler: str = "euler", noise: Tensor | None = None
+) -> Tensor:
+    """Sample as ComfyUI's KSampler does."""
+    _, positive, negative, _ = demo()
+    noise = make_noise() if noise is None else noise
+    settings = (steps, GUIDANCE, sampler, "simple", positive, negative, torch.zeros_like(noise))
+    return comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=1)
+
+
+def load_headless(weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """Return the demo's model of our core, with other weights if given."""
+    model = load_subject(SubjectConfig()).model
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+def bind_headless(model: nn.Module, applied: Artifact | None = None) -> VelocityFn:
+    """Return the guided velocity of a headless model, linearized if a file is given."""
+    _, positive, negative, _ = demo()
+    if applied is not None:
+        artifact.apply(applied, model)
+    return bind_guided(model, positive[0][0], negative[0][0], GUIDANCE)
+
+
+def sample_headless(velocities: Sequence[VelocityFn], *, noise: Tensor | None = None) -> Tensor:
+    """Sample with Euler steps, one velocity function a step."""
+    latents = make_noise() if noise is None else noise
+    sigmas = flow.make_sigmas(len(velocities), SHIFT)
+    for velocity, sigma, following in zip(velocities, sigmas[:-1], sigmas[1:], strict=True):
+        latents = latents + (following - sigma) * velocity(latents, sigma.expand(len(latents)))
+    return latents
+
+
+def relative_difference(latents: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm of what is expected."""
+    return float((latents - expected).norm() / expected.norm())
+
+
+def assert_close(latents: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    """Fail where latents are not the expected ones."""
+    difference = relative_difference(latents, expected)
+    print(f"{inspect.stack()[1].function}: relative difference {difference:.1e}")
+    assert difference <= tolerance, difference
+    assert not torch.equal(expected, make_noise())
+
+
+def complaint(kind: type[Exception], function: Callable[..., Any], *args: Any, **kws: Any) -> str:
+    """Return the one sentence with which a call is refused."""
+    try:
+        function(*args, **kws)
+    except kind as error:
+        message = str(error)
+        assert message and "\n" not in message and len(message) < 400, message
+        return message
+    raise AssertionError("nothing was refused")
+
+
+@functools.cache
+def lora() -> dict[str, Tensor]:
+    """Return a user's LoRA: two layers that the shipped file makes linear, one that it leaves."""
+    generator = torch.Generator().manual_seed(9)
+    tensors = {}
+    for name in ("blocks.0.self_attn.q", "blocks.6.self_attn.v", "blocks.9.self_attn.o"):
+        for side, shape in (("down", (4, 128)), ("up", (128, 4))):
+            tensor = 0.15 * torch.randn(shape, generator=generator)
+            tensors[f"diffusion_model.{name}.lora_{side}.weight"] = tensor
+    return tensors
+
+
+def with_lora(model: Any, *, is_bypassed: bool = False) -> Any:
+    """Apply the LoRA at 0.7 as ComfyUI's nodes do."""
+    load = comfy.sd.load_bypass_lora_for_models if is_bypassed else comfy.sd.load_lora_for_models
+    return load(model, None, lora(), 0.7, 0)[0]
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Merge the LoRA at 0.7 into a headless model."""
+    for key in [key for key in lora() if key.endswith("lora_up.weight")]:
+        up, down = lora()[key], lora()[key.replace("_up", "_down")]
+        name = key.removeprefix("diffusion_model.").replace("lora_up.weight", "weight")
+        model.get_parameter(name).data += 0.7 * up @ down
+    return model
+
+
+def stream_weights(model: Any) -> None:
+    """Let ComfyUI load almost nothing of a model: weights come to each call from offload."""
+    load = model.partially_load
+
+    def load_little(device: torch.device, *_: Any, **__: Any) -> Any:
+        return load(device, 1000)
+
+    model.partially_load = load_little
+
+
+@contextlib.contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Collect what LinVideo warns of."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    root = logging.getLogger("linvideo_pack")
+    root.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        root.removeHandler(handler)
