@@ -122,7 +122,7 @@ class TransferTask:
         self.objective = make_objective(objective, trajectories.sigmas)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
-            self.critic = copy.deepcopy(subject.model).requires_grad_(True)
+            self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)
         if training.activation_checkpointing:
             checkpoint_activations(student.model, student.sites)
 

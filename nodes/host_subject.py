@@ -5,7 +5,6 @@ ComfyUI's inference mode, other nodes and other patchers.
 """
 
 import contextlib
-import gc
 import hashlib
 import inspect
 from collections.abc import Iterator
@@ -75,14 +74,13 @@ class HostSubject:
     @contextlib.contextmanager
     def subject(self) -> Iterator[Subject]:
         """Load a deep clone that can be trained, alone on the device, for a while."""
+        clone = _clone_for_training(self.model)
+        comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
+        clone.model.requires_grad_(False).eval()
         was_in_training = comfy.model_management.in_training
+        # ComfyUI's own way to say: operations that have a backward pass, please.
+        comfy.model_management.in_training = True
         try:
-            clone = _clone_for_training(self.model)
-            comfy.model_management.load_models_gpu(
-                [clone], memory_required=1e20, force_full_load=True
-            )
-            comfy.model_management.in_training = True
-            clone.model.requires_grad_(False).eval()
             yield Subject(
                 name=_name(self.model, self.is_demo),
                 model=HostModel(clone.model, self.sites, self.conditions),
@@ -95,11 +93,6 @@ class HostSubject:
             )
         finally:
             comfy.model_management.in_training = was_in_training
-            clone = None
-            # The layers' forwards refer to the layers: only the collector takes them apart.
-            gc.collect()
-            comfy.model_management.cleanup_models()
-            comfy.model_management.soft_empty_cache()
 
     def _find_latent_shape(self, inputs: dict[str, Any]) -> tuple[int, ...]:
         num_channels = self.latent_format.latent_channels

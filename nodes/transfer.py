@@ -7,6 +7,7 @@ one model with one set of inputs: queueing them again continues, or finds the fi
 import contextlib
 import dataclasses
 import filecmp
+import gc
 import re
 import shutil
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def run(model: Any, inputs: dict[str, Any]) -> Path:
     Raises ValueError or RuntimeError, in one sentence, for bad input or too little memory, and
     ComfyUI's own exception on Interrupt; what was trained until then is kept.
     """
-    with _in_the_artists_words(), torch.inference_mode(False), torch.enable_grad():
+    with _in_the_artists_words(), _tidied(), torch.inference_mode(False), torch.enable_grad():
         host = HostSubject(model, inputs)
         config = make_config(inputs, host)
         check_target(config.selection, len(host.sites))
@@ -129,10 +130,22 @@ def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None
 
 
 @contextlib.contextmanager
+def _tidied() -> Iterator[None]:
+    """Give the memory of the trained copy back."""
+    try:
+        yield
+    finally:
+        # A layer's forward refers to the layer: only the collector takes the two apart.
+        gc.collect()
+        comfy.model_management.cleanup_models()
+        comfy.model_management.soft_empty_cache()
+
+
+@contextlib.contextmanager
 def _in_the_artists_words() -> Iterator[None]:
     """Raise the core's errors with inputs' names in place of its flags, and explain lack of memory.
 
-    Outside of the `except` the frames that hold the model are let go of.
+    They are raised outside of `except`, where the frames that hold the model are let go of.
     """
     problem: Exception | None = None
     try:

@@ -22,15 +22,18 @@ import folder_paths
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from linvideo_pack.linvideo_core import artifact
+from linvideo_pack.linvideo_core.config import override
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.demo.prompts import encode_prompts, make_prompt
-from linvideo_pack.linvideo_core.student import PARAMETERS
+from linvideo_pack.linvideo_core.student import PARAMETERS, Student, TransferTask
 from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.linvideo_core.training import seed_step
+from linvideo_pack.linvideo_core.trajectories import collect
 from linvideo_pack.nodes import demo, files
 from linvideo_pack.nodes.host_subject import HostSubject
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
 from linvideo_pack.nodes.patching import linearize
-from linvideo_pack.nodes.transfer import run
+from linvideo_pack.nodes.transfer import make_config, run
 from torch import Tensor
 
 _TOLERANCE = 1e-5
@@ -227,10 +230,10 @@ def a_loras_changes_are_part_of_the_teacher() -> None:
         torch.testing.assert_close(weight - plain, torch.full_like(plain, 0.02), atol=1e-6, rtol=0)
 
 
-def weights_of_every_kind_can_be_trained() -> None:
-    for parameters in PARAMETERS:
+def weights_of_every_kind_can_be_trained_with_every_objective() -> None:
+    for parameters, objective in zip(PARAMETERS, ("adm_literal", "velocity", "dmd"), strict=True):
         with _folders():
-            made = _run(parameters=parameters, steps=2, warm_start_steps=0)
+            made = _run(parameters=parameters, objective=objective, steps=2, warm_start_steps=0)
             header = made.header
             assert (header.parameters, bool(made.deltas), bool(made.low_rank)) == (
                 parameters,
@@ -259,6 +262,27 @@ def the_teacher_is_the_model_of_the_headless_core() -> None:
 def _assert_close(found: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> None:
     difference = float((found.float() - expected.float()).norm() / expected.float().norm())
     assert difference <= tolerance, difference
+
+
+def recomputed_activations_give_the_same_gradients() -> None:
+    gradients = []
+    with torch.inference_mode(False), torch.enable_grad(), _folders() as folder:
+        host = HostSubject(_demo()[0], _inputs())
+        for is_recomputed in (False, True):
+            with host.subject() as subject:
+                config = override(
+                    make_config(_inputs(), host), {"activation_checkpointing": is_recomputed}
+                )
+                student = Student(subject, config.student, seed=0)
+                trajectories = collect(subject, config.trajectories, folder / "states", seed=0)
+                rooms = ("selection", "objective", "training", "precision")
+                settings = {room: getattr(config, room) for room in rooms}
+                task = TransferTask(student, subject, trajectories, **settings)
+                task.loss(0, seed_step(0, 0))[0].backward()
+                gradients.append([p.grad for p in student.model.parameters() if p.requires_grad])
+    assert len(gradients[0]) > 100
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
 
 def the_demos_own_prompts_and_size_are_used_where_nothing_is_connected() -> None:
