@@ -47,8 +47,14 @@ class HostSubject:
                 "or apply a saved file"
             )
         family, self.sites = adapters.identify(adapters.shapes_of(diffusion_model))
+        known = host_family(family.name)
+        if not known.is_trainable:
+            raise ValueError(
+                f"a {family.name} model cannot run the transfer inside ComfyUI yet: apply a saved "
+                "file"
+            )
         for site in self.sites:
-            host_family(family.name).check(diffusion_model.get_submodule(site.name))
+            known.check(diffusion_model.get_submodule(site.name))
         self.model = model
         self.device: torch.device = model.load_device
         self.latent_format = model.model.latent_format
