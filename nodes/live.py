@@ -24,7 +24,7 @@ _TRAINING = "training"
 _SAMPLER_STEPS, _NUM_FRAMES = 8, 5
 _MAX_SIZE = 768
 # A picture waits this many times as long as the one before took to make, and at least so long.
-_PATIENCE, _MIN_SECONDS = 20, 2.0
+_PATIENCE, _MIN_SECONDS = 12, 2.0
 
 
 class LiveProgress:
@@ -40,7 +40,6 @@ class LiveProgress:
         self._bar = comfy.utils.ProgressBar(100)
         self._teacher_frames: list[Image.Image] | None = None
         self._next_picture = 0.0
-        self.picture_seconds = 0.0
 
     def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
         """Move the bar, and draw the picture when it is due."""
@@ -51,7 +50,6 @@ class LiveProgress:
             start = time.monotonic()
             preview = ("JPEG", self._draw(done, total, metrics), _MAX_SIZE)
             seconds = time.monotonic() - start
-            self.picture_seconds += seconds
             self._next_picture = time.monotonic() + max(_MIN_SECONDS, _PATIENCE * seconds)
         # 100 is for the caller: ComfyUI takes it as the end.
         value = min(99, first + (last - first) * done // max(1, total))
