@@ -16,6 +16,7 @@ The flow, and the one noun that each stage hands on:
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     report, pictures    plots, videos side by side;
     datasheet, tables   a file's picture; rows of text   -> what a reader sees
+    preview             a training while it runs         -> what who waits sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `records`,
 `kernels.benchmark`, `demo.train`.

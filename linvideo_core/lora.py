@@ -9,17 +9,20 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """The product `up down` of rank R; starts at zero because `up` does."""
+    """The product `up down` of rank R, in fp32; starts at zero because `up` does."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
+        device = linear.weight.device
         down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
-        self.down = nn.Parameter(down.to(linear.weight))
-        self.up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        # The optimiser's small steps would be lost in a layer's own bf16.
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to the change [..., out] of the layer's output."""
-        return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        return nn.functional.linear(nn.functional.linear(x, down), up)
 
 
 def attach(model: nn.Module, prefix: str, rank: int, seed: int) -> dict[str, LowRank]:

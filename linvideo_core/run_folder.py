@@ -14,15 +14,25 @@ CONFIG_NAME = "config.json"
 def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None:
     """Create the folder with `config.json`, or check that it belongs to the same config.
 
+    See `check_run`.
+    """
+    path = folder / CONFIG_NAME
+    if path.exists():
+        check_run(folder, config, ignore=ignore)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_json(config))
+
+
+def check_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None:
+    """Make sure that a folder, if it holds a run, holds one of the same config.
+
     ignore: field names that may differ between the first call and a later one.
 
     Raises ValueError naming the first setting that differs.
     """
     path = folder / CONFIG_NAME
-    wanted = to_json(config)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, wanted)
         return
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -33,7 +43,7 @@ def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None
             f"{path} is damaged ({error}); delete {folder} or choose another --out"
         ) from error
     found = dict(_leaves(tree))
-    for name, value in _leaves(json.loads(wanted)):
+    for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
             raise ValueError(
                 f"{folder} was made with {name} {found.get(name)} and {value} was given; choose "

@@ -1,7 +1,8 @@
-"""The student: a copy of the teacher with mixed attention, and the task of training it."""
+"""The student: the teacher's twin with mixed attention, and the task of training it."""
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -43,16 +44,19 @@ class StudentConfig:
 
 
 class Student:
-    """A copy of the teacher whose attention sites all hold a `MixedAttention`.
+    """The teacher's twin, whose attention sites all hold a `MixedAttention`.
 
-    model: the copy; mixed: layer -> its mixed attention; weights: the trainable weights by name.
+    model: modules of its own around the teacher's frozen tensors, of which only one copy is in
+        memory; all weights are copies, in fp32, where `full` trains them.
+    mixed: layer -> its mixed attention; weights: the trainable weights by name.
     """
 
     def __init__(self, subject: Subject, config: StudentConfig, *, seed: int) -> None:
         """Raises ValueError for a model of an unknown family or a rank that is too large."""
         self.config = config
         self.family, self.sites = identify(shapes_of(subject.model))
-        self.model = copy.deepcopy(subject.model)
+        is_full = config.parameters == "full"
+        self.model = copy.deepcopy(subject.model).float() if is_full else _twin(subject.model)
         device = subject.prompt_embeds.device
         generator = torch.Generator().manual_seed(seed)
 
@@ -87,6 +91,12 @@ class Student:
         return weights
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's modules that hold the model's own parameters and buffers."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 class TransferTask:
     """Train a student with an objective while its layers are being selected (LinVideo eq. 9)."""
 
@@ -112,7 +122,7 @@ class TransferTask:
         self.objective = make_objective(objective, trajectories.sigmas)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
-            self.critic = copy.deepcopy(subject.model).requires_grad_(True)
+            self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)
         if training.activation_checkpointing:
             checkpoint_activations(student.model, student.sites)
 

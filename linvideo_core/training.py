@@ -4,11 +4,12 @@ Every random draw of a step comes from a generator seeded by (seed, step), so an
 that is started again ends in the same weights as an unbroken one.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,27 +100,37 @@ def fit(
     """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
 
     Leaves `metrics.jsonl` and `checkpoint.safetensors` in `folder`, and the averaged weights in
-    the task's parameters.
+    the task's parameters. Whatever stops it between, such as a `progress` that raises, finds the
+    steps finished until then in the checkpoint.
 
     Raises ValueError when the loss is no longer finite; the last good checkpoint is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(task, config, folder)
     first = run.resume()
-    progress(stage, first, config.steps)
-    for step in range(first, config.steps):
-        row = run.take_step(step, seed_step(seed, step))
-        is_last = step + 1 == config.steps
-        if step % config.log_every == 0 or is_last:
-            row = run.log(step, row)
-            progress(stage, step + 1, config.steps, loss=row["loss"])
-        if (step + 1) % config.checkpoint_every == 0 or is_last:
-            run.save(step + 1)
+    with run.kept_when_stopped():
+        progress(stage, first, config.steps)
+        for step in range(first, config.steps):
+            row = run.take_step(step, seed_step(seed, step))
+            is_last = step + 1 == config.steps
+            if step % config.log_every == 0 or is_last:
+                run.log(step, row)
+            progress(stage, step + 1, config.steps, **run.shown)
+            if (step + 1) % config.checkpoint_every == 0 or is_last:
+                run.save()
     run.keep_average()
 
 
+class _Diverged(ValueError):
+    """What was trained is lost from here on: it must not replace the last good checkpoint."""
+
+
 class _Run:
-    """The mutable state of one fit: parameters, optimiser, average, files."""
+    """The mutable state of one fit: parameters, optimiser, average, files.
+
+    num_finished: steps that parameters, optimiser, average and task all hold; None between.
+    num_saved: steps that the checkpoint holds; shown: the figures that progress last reported.
+    """
 
     def __init__(self, task: Task, config: TrainingConfig, folder: Path) -> None:
         self.task = task
@@ -135,6 +146,29 @@ class _Run:
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
         )
+        self.num_finished: int | None = 0
+        self.num_saved = 0
+        self.shown: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def kept_when_stopped(self) -> Iterator[None]:
+        """Write the finished steps down before an error or an interruption goes on its way.
+
+        A step that was stopped while it changed the parameters is dropped, with all since the
+        last checkpoint.
+        """
+        try:
+            yield
+        except _Diverged:
+            raise
+        # KeyboardInterrupt and a host's own interruption are no Exception.
+        except BaseException:
+            if self.num_finished is not None and self.num_finished > self.num_saved:
+                try:
+                    self.save()
+                except (OSError, ValueError) as error:
+                    logger.warning("the last steps are not kept: %s", error)
+            raise
 
     def take_step(self, step: int, generator: torch.Generator) -> dict[str, Any]:
         """Run one optimiser step; return what to log, still as tensors."""
@@ -148,6 +182,7 @@ class _Run:
             (loss / self.config.accumulation).backward()
             total = total.to(loss.device) + loss.detach() / self.config.accumulation
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+        self.num_finished = None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(step)
@@ -155,19 +190,21 @@ class _Run:
         with torch.no_grad():
             current = [p.detach() for p in self.parameters.values()]
             torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        self.num_finished = step + 1
         return {"loss": total, "gradient_norm": norm, "learning_rate_share": share, **metrics}
 
-    def log(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
-        """Append a row to metrics.jsonl and return it in plain numbers."""
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl in plain numbers."""
         plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
         if not math.isfinite(plain["loss"]):
             raise self._diverged(f"the loss became {plain['loss']} at step {step}")
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **plain}) + "\n")
-        return plain
+        self.shown = {"loss": plain["loss"]}
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint after `step` finished steps."""
+    def save(self) -> None:
+        """Write the checkpoint of the finished steps."""
+        step = self.num_finished
         tensors = {f"average/{n}": t for n, t in self.average.items()}
         for name, parameter in self.parameters.items():
             if not torch.isfinite(parameter).all():
@@ -177,11 +214,12 @@ class _Run:
                 tensors[f"adam/{key}/{name}"] = value
         state = json.dumps(self.task.state())
         write_tensors(self.checkpoint_path, tensors, {"step": str(step), "state": state})
+        self.num_saved = step
 
-    def _diverged(self, what: str) -> ValueError:
+    def _diverged(self, what: str) -> _Diverged:
         has_checkpoint = self.checkpoint_path.exists()
         kept = f"the last good checkpoint is {self.checkpoint_path}" if has_checkpoint else ""
-        return ValueError(
+        return _Diverged(
             f"{what}; {kept or 'no checkpoint was written yet'}: start again in another --out with "
             "a lower --learning-rate"
         )
@@ -204,6 +242,7 @@ class _Run:
                 "this stage again"
             ) from error
         self._drop_metrics_from(step)
+        self.num_finished = self.num_saved = step
         if step < self.config.steps:
             logger.info("continuing from step %d of %d", step, self.config.steps)
         return step

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ def collect(
 ) -> Trajectories:
     """Sample the teacher until `folder` holds all shards, and open them.
 
+    Progress is said at each of the sampler's steps; one that raises costs the shard in the making.
+
     Raises ValueError when the folder holds shards of another teacher, config or seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,12 @@ def collect(
         if not _is_whole(path, identity):
             size = min(config.shard_size, config.num_trajectories - first)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-            tensors = _sample_shard(subject, config, size, generator, precision)
+
+            def say_step(step: int, first: int = first, size: int = size) -> None:
+                done = first + size * step // config.sampler_steps
+                progress("sampling the teacher", done, config.num_trajectories)
+
+            tensors = _sample_shard(subject, config, size, generator, precision, say_step)
             write_tensors(path, tensors, {"identity": identity})
     progress("sampling the teacher", config.num_trajectories, config.num_trajectories)
     return Trajectories(paths, config)
@@ -167,6 +174,7 @@ def _sample_shard(
     size: int,
     generator: torch.Generator,
     precision: str,
+    say_step: Callable[[int], None],
 ) -> dict[str, Tensor]:
     device = subject.prompt_embeds.device
     prompt = torch.randint(len(subject.prompts), (size,), generator=generator)
@@ -179,6 +187,7 @@ def _sample_shard(
         branches[:] = conditional, unconditional
 
     def on_step(step: int, latents: Tensor, velocity: Tensor) -> None:
+        say_step(step)
         rows = (kept_steps == step).any(dim=1).nonzero().squeeze(1)
         for name, tensor in zip(kept, (latents, *branches), strict=True):
             kept[name].append(tensor[rows.to(device)].half().cpu())

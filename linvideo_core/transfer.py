@@ -126,7 +126,10 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
     precision = resolve_precision(config.precision, device)
     subject = load_subject(config.subject).to(device)
     if not is_made:
-        linearize(subject, config, precision, progress)
+        student = Student(subject, config.student, seed=config.seed)
+        check_target(config.selection, len(student.sites))
+        open_run(config.out, config, ignore=_FREE_FIELDS)
+        linearize(student, subject, config, precision, progress)
     made = artifact.load(path)
     draw_training(config.out, made.header.layers, config.selection, config.training.steps)
     if not is_evaluated(config.evidence, config.out):
@@ -144,11 +147,14 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
     return path
 
 
-def linearize(subject: Subject, config: TransferConfig, precision: str, progress: Progress) -> None:
-    """Sample the teacher, train a student, save its artifact."""
-    student = Student(subject, config.student, seed=config.seed)
-    check_target(config.selection, len(student.sites))
-    open_run(config.out, config, ignore=_FREE_FIELDS)
+def linearize(
+    student: Student,
+    subject: Subject,
+    config: TransferConfig,
+    precision: str,
+    progress: Progress,
+) -> None:
+    """Sample the teacher, train its student, save the artifact in `config.out`."""
     device = subject.prompt_embeds.device
     logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
     trajectories = collect(

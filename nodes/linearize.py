@@ -10,9 +10,11 @@ from .files import find_file, fingerprint, list_files
 from .first_steps import keep_first_steps_input
 from .patching import linearize
 from .schema import LinVideo, make_schema
+from .transfer_inputs import transfer_inputs
 
 APPLY = "apply a saved file"
 APPLY_INPUT = "apply a connected LINVIDEO"
+TRANSFER = "run the transfer now"
 
 
 def _inputs(source: io.Input) -> list[io.Input]:
@@ -44,6 +46,7 @@ def _options() -> list[io.DynamicCombo.Option]:
     return [
         io.DynamicCombo.Option(APPLY, _inputs(file)),
         io.DynamicCombo.Option(APPLY_INPUT, _inputs(linvideo)),
+        io.DynamicCombo.Option(TRANSFER, [*transfer_inputs(), keep_first_steps_input()]),
     ]
 
 
@@ -65,7 +68,8 @@ class LinVideoLinearize(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "mode",
                     options=_options(),
-                    tooltip="Where the fast layers come from.",
+                    tooltip="Where the fast layers come from: a file, or a training here and now "
+                    "that makes the file.",
                 ),
             ],
             outputs=[
@@ -82,10 +86,21 @@ class LinVideoLinearize(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, mode: dict[str, Any]) -> io.NodeOutput:
-        """Apply the chosen file, or the connected one, to a clone of the model."""
-        is_file = mode["mode"] == APPLY
-        applied = artifact.load(find_file(mode["file"])) if is_file else mode["linvideo"]
-        settings = {name: mode[name] for name in ("strength", "keep_first_steps")}
+        """Apply the chosen file, the connected one, or one made now, to a clone of the model."""
+        applied = _find_artifact(model, mode)
+        strength = mode.get("strength", 1.0)
+        settings = {"strength": strength, "keep_first_steps": mode["keep_first_steps"]}
         linearized = linearize(model, applied, **settings)
-        note = f"applied to {type(model.model).__name__} at strength {mode['strength']:g}"
+        note = f"applied to {type(model.model).__name__} at strength {strength:g}"
         return io.NodeOutput(linearized, applied, show_datasheet(applied, note=note))
+
+
+def _find_artifact(model: Any, mode: dict[str, Any]) -> artifact.Artifact:
+    if mode["mode"] == APPLY_INPUT:
+        return mode["linvideo"]
+    if mode["mode"] == APPLY:
+        return artifact.load(find_file(mode["file"]))
+    # On use: what trains and draws takes a second to import.
+    from .transfer import run
+
+    return artifact.load(run(model, mode))

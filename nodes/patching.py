@@ -51,15 +51,7 @@ def linearize(
     Raises ArtifactError, in one sentence, when the artifact does not fit the model or one is
     applied already.
     """
-    if model.get_attachment(KEY) is not None:
-        raise ArtifactError(
-            "this model is linearized already: connect the model from before the first LinVideo "
-            "Linearize"
-        )
-    diffusion_model = getattr(model.model, "diffusion_model", None)
-    if diffusion_model is None:
-        raise ArtifactError("this is no diffusion model: connect a video model's MODEL output")
-    _uncover_weights(model, diffusion_model)
+    diffusion_model = untouched(model)
     sites = check(artifact, adapters.shapes_of(diffusion_model))
     family = host_family(artifact.header.family)
     for site in sites:
@@ -90,6 +82,23 @@ def linearize(
     linearized.set_attachments(KEY, Linearized(artifact.header, strength, keep_first_steps))
     linearized.patches_uuid = uuid.uuid4()
     return linearized
+
+
+def untouched(model: Any) -> nn.Module:
+    """Return the diffusion model of a ModelPatcher that is not linearized yet.
+
+    Raises ArtifactError, in one sentence, for any other MODEL.
+    """
+    if model.get_attachment(KEY) is not None:
+        raise ArtifactError(
+            "this model is linearized already: connect the model from before the first LinVideo "
+            "Linearize"
+        )
+    diffusion_model = getattr(model.model, "diffusion_model", None)
+    if diffusion_model is None:
+        raise ArtifactError("this is no diffusion model: connect a video model's MODEL output")
+    _uncover_weights(model, diffusion_model)
+    return diffusion_model
 
 
 def _uncover_weights(model: Any, diffusion_model: nn.Module) -> None:

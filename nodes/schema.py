@@ -1,6 +1,7 @@
 """Node schemas that load in older ComfyUI versions too: the unknown is left out."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 from comfy_api.latest import io
@@ -16,3 +17,9 @@ def make_schema(**settings: Any) -> io.Schema:
     known = {field.name for field in dataclasses.fields(io.Schema)}
     settings = {"category": CATEGORY, **settings}
     return io.Schema(**{name: value for name, value in settings.items() if name in known})
+
+
+def make_input(kind: Any, name: str, **settings: Any) -> io.Input:
+    """Return an input of a kind, such as `io.Int`; settings are those of its `Input`."""
+    known = inspect.signature(kind.Input.__init__).parameters
+    return kind.Input(name, **{key: value for key, value in settings.items() if key in known})

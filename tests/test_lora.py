@@ -71,9 +71,11 @@ def test_the_seed_decides_the_start(wan: WanModel) -> None:
     assert starts[0][name].up.shape == (96, 4)
 
 
-def test_a_change_has_the_dtype_of_its_layer(wan: WanModel) -> None:
+def test_a_change_is_kept_in_fp32_and_acts_in_the_layers_dtype(wan: WanModel) -> None:
     changes = lora.attach(wan.bfloat16(), "blocks.", 4, seed=0)
-    assert {p.dtype for change in changes.values() for p in change.parameters()} == {torch.bfloat16}
+    assert {p.dtype for change in changes.values() for p in change.parameters()} == {torch.float32}
+    layer = wan.blocks[0].ffn[0]
+    assert layer(torch.ones(1, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_a_rank_beyond_the_full_rank_is_refused_with_the_layers_name(wan: WanModel) -> None:

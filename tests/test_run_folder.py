@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from linvideo_core.config import option, to_json
-from linvideo_core.run_folder import open_run, read_metrics
+from linvideo_core.run_folder import check_run, open_run, read_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,16 @@ def test_the_first_call_writes_the_config_and_repeating_it_changes_nothing(
     before = (folder / "config.json").stat().st_mtime_ns
     open_run(folder, Run())
     assert (folder / "config.json").stat().st_mtime_ns == before
+
+
+def test_checking_a_folder_writes_nothing_and_refuses_another_config(tmp_path: Path) -> None:
+    check_run(tmp_path, Run())
+    assert not list(tmp_path.iterdir())
+    open_run(tmp_path, Run())
+    check_run(tmp_path, Run())
+    check_run(tmp_path, Run(device="cuda"), ignore=("device",))
+    with pytest.raises(ValueError, match=r"rate 0.1 and 0.2 was given"):
+        check_run(tmp_path, Run(rate=0.2))
 
 
 @pytest.mark.parametrize(

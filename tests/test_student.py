@@ -1,5 +1,7 @@
 """The student is the teacher until it is told otherwise, and moves only where it may."""
 
+import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linvideo_core.adapters import compiled_blocks
 from linvideo_core.batches import draw_batch
 from linvideo_core.objectives import OBJECTIVES, ObjectiveConfig
 from linvideo_core.selection import SelectionConfig
@@ -95,10 +98,65 @@ def test_only_what_is_declared_requires_a_gradient(
     assert not any(p.requires_grad for p in subject.model.parameters())
 
 
-def test_student_and_teacher_share_no_memory(subject: Subject) -> None:
-    student = Student(subject, StudentConfig(), seed=0)
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_frozen_weights_are_in_memory_once_and_trained_ones_are_copies(
+    parameters: str, subject: Subject
+) -> None:
+    student = Student(subject, StudentConfig(parameters=parameters), seed=0)
     theirs = {p.data_ptr() for p in subject.model.parameters()}
-    assert not theirs & {p.data_ptr() for p in student.model.parameters()}
+    shared = theirs & {p.data_ptr() for p in student.model.parameters()}
+    assert shared == (set() if parameters == "full" else theirs)
+
+
+@pytest.mark.parametrize("objective", ["adm", "dmd"])
+@pytest.mark.parametrize("parameters", ["lora", "feature_maps"])
+def test_a_student_on_shared_weights_trains_as_one_on_a_copy(
+    parameters: str, objective: str, subject: Subject, trajectories: Trajectories, tmp_path: Path
+) -> None:
+    trained = []
+    for is_copy in (False, True):
+        task = make_task(subject, trajectories, parameters=parameters, objective=objective, steps=6)
+        if is_copy:
+            own = dataclasses.replace(subject, model=copy.deepcopy(subject.model))
+            task = make_task(own, trajectories, parameters=parameters, objective=objective, steps=6)
+            task.subject = subject
+            assert task.student.model.head.head.weight is not subject.model.head.head.weight
+        fit(task, task.training, tmp_path / str(is_copy), seed=0)
+        trained.append({n: p.detach().clone() for n, p in parameters_of(task).items()})
+    assert trained[0].keys() == trained[1].keys()
+    for name, tensor in trained[0].items():
+        assert torch.equal(tensor, trained[1][name]), name
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_training_leaves_the_teacher_as_it_was(
+    parameters: str, subject: Subject, trajectories: Trajectories, inputs: Inputs, tmp_path: Path
+) -> None:
+    names, before = [n for n, _ in subject.model.named_parameters()], subject.model(*inputs)
+    task = make_task(subject, trajectories, parameters=parameters, steps=3)
+    fit(task, task.training, tmp_path, seed=0)
+    assert not torch.equal(task.student.model(*inputs), before)
+    assert torch.equal(subject.model(*inputs), before)
+    assert [n for n, _ in subject.model.named_parameters()] == names
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_student_and_teacher_keep_their_own_attention(
+    subject: Subject, inputs: Inputs
+) -> None:
+    student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+    for name, parameter in student.weights.items():
+        if name.endswith("up"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    for module in student.mixed.values():
+        module.harden("linear")
+    with torch.no_grad():
+        expected = [model(*inputs) for model in (student.model, subject.model)]
+        with compiled_blocks([student.model, subject.model], student.sites):
+            found = [model(*inputs) for model in (student.model, subject.model)]
+    assert not torch.allclose(*expected, atol=1e-2)
+    for value, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [1, 2])
@@ -143,12 +201,15 @@ def test_the_first_step_of_a_softmax_student_has_nothing_to_learn(
     assert float(metrics["objective_loss"]) < 1e-10
 
 
+@pytest.mark.parametrize("parameters", PARAMETERS)
 def test_recomputed_activations_give_equal_gradients(
-    subject: Subject, trajectories: Trajectories
+    parameters: str, subject: Subject, trajectories: Trajectories
 ) -> None:
     gradients = []
     for is_recomputed in (False, True):
-        task = make_task(subject, trajectories, activation_checkpointing=is_recomputed)
+        task = make_task(
+            subject, trajectories, parameters=parameters, activation_checkpointing=is_recomputed
+        )
         loss, _ = task.loss(0, seed_step(0, 0))
         loss.backward()
         gradients.append({n: p.grad for n, p in parameters_of(task).items()})

@@ -140,6 +140,64 @@ def test_an_interrupted_run_equals_an_unbroken_one_bit_for_bit(
     assert (left / "metrics.jsonl").read_bytes() == (right / "metrics.jsonl").read_bytes()
 
 
+class Interruption(BaseException):
+    """Stands for Ctrl-C, and for a host's own interruption, which is no Exception either."""
+
+
+@pytest.mark.parametrize("moment", [0, 1, 6, 19, 20])
+def test_an_interruption_keeps_every_finished_step_and_the_resumed_run_equals_an_unbroken_one(
+    moment: int, tmp_path: Path
+) -> None:
+    unbroken = train(tmp_path / "unbroken")
+    seen: list[tuple[int, int]] = []
+
+    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
+        seen.append((done, total))
+        if done == moment:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        fit(LeastSquares(SETTINGS), SETTINGS, tmp_path / "broken", seed=3, progress=interrupt)
+    assert seen == [(step, 20) for step in range(moment + 1)]
+    if moment:
+        assert read_checkpoint(tmp_path / "broken")[0]["step"] == str(moment)
+    resumed = train(tmp_path / "broken")
+    assert torch.equal(resumed.weight, unbroken.weight)
+    assert read_checkpoint(tmp_path / "broken") == read_checkpoint(tmp_path / "unbroken")
+
+
+def test_a_step_stopped_while_it_changes_the_weights_is_dropped(tmp_path: Path) -> None:
+    unbroken = train(tmp_path / "unbroken")
+
+    def prepare(task: LeastSquares) -> None:
+        def stop(step: int) -> None:
+            if step == 6:
+                raise Interruption
+
+        task.after_step = stop
+
+    with pytest.raises(Interruption):
+        train(tmp_path / "broken", prepare=prepare)
+    assert read_checkpoint(tmp_path / "broken")[0]["step"] == "4"
+    assert torch.equal(train(tmp_path / "broken").weight, unbroken.weight)
+
+
+def test_an_interruption_after_the_weights_were_lost_leaves_the_last_good_checkpoint(
+    tmp_path: Path,
+) -> None:
+    config = dataclasses.replace(SETTINGS, log_every=100)
+    task = LeastSquares(config)
+    spoil_at(6)(task)
+
+    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
+        if done == 7:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        fit(task, config, tmp_path, seed=3, progress=interrupt)
+    assert read_checkpoint(tmp_path)[0]["step"] == "4"
+
+
 def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     first = train(tmp_path)
     written = read_checkpoint(tmp_path)

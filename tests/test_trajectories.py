@@ -190,11 +190,38 @@ def test_a_foreign_tensor_file_in_a_shards_place_is_refused(
         collect(subject, SETTINGS, tmp_path, seed=1)
 
 
-def test_progress_counts_videos_up_to_all(subject: Subject, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    progress = lambda stage, done, total, **metrics: seen.append((done, total))  # noqa: E731
+def test_progress_counts_videos_up_to_all_and_is_said_at_every_step(
+    subject: Subject, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+        assert total == 5
+        seen.append(done)
+
     collect(subject, SETTINGS, tmp_path, seed=1, progress=progress)
-    assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3, 4, 5}
+    # Three shards, each said once before its first step, and the end.
+    assert len(seen) == 3 * (1 + SETTINGS.sampler_steps) + 1
+
+
+def test_an_interruption_costs_the_shard_in_the_making_alone(
+    subject: Subject, tmp_path: Path
+) -> None:
+    class Interruption(BaseException):
+        pass
+
+    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
+        if done == 3:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        collect(subject, SETTINGS, tmp_path / "broken", seed=1, progress=interrupt)
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["shard-00000.safetensors"]
+    collect(subject, SETTINGS, tmp_path / "broken", seed=1)
+    collect(subject, SETTINGS, tmp_path / "unbroken", seed=1)
+    for path in sorted((tmp_path / "unbroken").iterdir()):
+        assert (tmp_path / "broken" / path.name).read_bytes() == path.read_bytes()
 
 
 def small(subject: Subject, folder: Path) -> Trajectories:

@@ -260,6 +260,8 @@ def _collect_deltas(
     for name, before in teacher.named_parameters():
         if name not in after or after[name].shape != before.shape:
             raise ArtifactError(f"the teacher's {name} has no counterpart in the student")
+        if after[name] is before:
+            continue
         delta = after[name].detach().float().cpu() - before.detach().float().cpu()
         if not delta.any():
             continue

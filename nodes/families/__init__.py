@@ -18,12 +18,15 @@ class HostFamily:
         class itself will do.
     find_joining_inputs: (diffusion_model, names of the inputs of a model call) -> those whose
         tokens join the video's in self-attention, which files are not made with.
+    is_trainable: whether a transfer runs in ComfyUI: the model takes latents [B, C, F, H, W] and
+        prompts alone make its context.
     """
 
     name: str
     attention_module: str
     attention_class: str
     find_joining_inputs: Callable[[nn.Module, Collection[str]], list[str]]
+    is_trainable: bool
 
     def check(self, attention: nn.Module) -> None:
         """Raise ArtifactError when a layer is not of the class that the hook knows."""

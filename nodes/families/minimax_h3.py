@@ -11,4 +11,5 @@ FAMILY = HostFamily(
     attention_module="comfy.ldm.minimax.model",
     attention_class="Attention",
     find_joining_inputs=lambda diffusion_model, inputs: [],
+    is_trainable=False,
 )

@@ -32,6 +32,7 @@ from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError, Artifa
 from linvideo_pack.linvideo_core.kernels import linear_attention
 from linvideo_pack.nodes.attention_call import answer
 from linvideo_pack.nodes.families import host_family
+from linvideo_pack.nodes.host_subject import HostSubject
 from linvideo_pack.nodes.patching import linearize
 from linvideo_pack.nodes.watch import _warn_of_joining_inputs
 from torch import Tensor, nn
@@ -418,6 +419,15 @@ def minimax_h3_over_text_audio_and_video() -> None:
 def minimax_h3_with_a_reference() -> None:
     reference = {"kind": "image", "latent_h": _H, "latent_w": _W, "latent": _latents(24, frames=1)}
     _try(*_minimax_h3(), 40, minimax_refs=[reference])
+
+
+def minimax_h3_runs_no_transfer_in_comfyui() -> None:
+    try:
+        HostSubject(_minimax_h3()[0], {})
+    except ValueError as error:
+        assert "minimax_h3" in str(error) and "apply a saved file" in str(error)
+    else:
+        raise AssertionError("nothing was refused")
 
 
 def a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours() -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.host
 
 PACK = Path(__file__).parents[2]
 SHIPPED = PACK / "linvideo_core" / "demo" / "weights" / "linearized.safetensors"
-START_SECONDS, WORKFLOW_SECONDS = 120, 60
+START_SECONDS, WORKFLOW_SECONDS, TRANSFER_SECONDS = 120, 60, 240
 FILE = "demo (comes with LinVideo)"
 
 # Saved workflows hold these names: none may change or go.
@@ -74,6 +74,28 @@ MODES = {
         "strength": "FLOAT",
         "keep_first_steps": "INT",
     },
+    "run the transfer now": {
+        "name": "STRING",
+        "target": "INT",
+        "steps": "INT",
+        "batch_size": "INT",
+        "cfg": "FLOAT",
+        "seed": "INT",
+        "positive": "CONDITIONING",
+        "negative": "CONDITIONING",
+        "latent": "LATENT",
+        "parameters": "COMBO",
+        "lora_rank": "INT",
+        "objective": "COMBO",
+        "learning_rate": "FLOAT",
+        "warm_start_steps": "INT",
+        "num_videos": "INT",
+        "sampler_steps": "INT",
+        "width": "INT",
+        "height": "INT",
+        "frames": "INT",
+        "keep_first_steps": "INT",
+    },
 }
 
 
@@ -91,18 +113,23 @@ class Server:
             self.address + path, data, {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+            return json.loads(response.read() or "{}")
 
-    def queue(self, workflow: dict[str, Any]) -> dict[str, Any]:
+    def queue(
+        self, workflow: dict[str, Any], *, seconds: float = WORKFLOW_SECONDS
+    ) -> dict[str, Any]:
         """Run a workflow in API format and return what became of it."""
-        prompt_id = self.ask("/prompt", {"prompt": workflow})["prompt_id"]
-        deadline = time.monotonic() + WORKFLOW_SECONDS
+        return self.wait(self.ask("/prompt", {"prompt": workflow})["prompt_id"], seconds)
+
+    def wait(self, prompt_id: str, seconds: float) -> dict[str, Any]:
+        """Return what became of a queued workflow."""
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             history = self.ask(f"/history/{prompt_id}")
             if prompt_id in history:
                 return history[prompt_id]
             time.sleep(0.1)
-        pytest.fail(f"the workflow took longer than {WORKFLOW_SECONDS} s")
+        pytest.fail(f"the workflow took longer than {seconds} s")
 
 
 def make_workflow(file: str = FILE, *, strength: float = 1.0) -> dict[str, Any]:
@@ -146,6 +173,40 @@ def make_workflow(file: str = FILE, *, strength: float = 1.0) -> dict[str, Any]:
             "inputs": {"images": ["decode", 0], "filename_prefix": "frames"},
         },
     }
+
+
+def make_transfer(**changes: Any) -> dict[str, Any]:
+    """The same workflow, its file made here and now, on latents of next to no size."""
+    workflow = make_workflow()
+    settings = {
+        "mode": "run the transfer now",
+        "name": "short",
+        "target": 4,
+        "steps": 30,
+        "batch_size": 2,
+        "cfg": 3.0,
+        "seed": 1,
+        "latent": ["size", 0],
+        "parameters": "lora",
+        "lora_rank": 4,
+        "objective": "adm",
+        "learning_rate": 0.001,
+        "warm_start_steps": 2,
+        "num_videos": 2,
+        "sampler_steps": 8,
+        "width": 64,
+        "height": 64,
+        "frames": 5,
+        "keep_first_steps": 0,
+        **changes,
+    }
+    inputs = {name if name == "mode" else f"mode.{name}": x for name, x in settings.items()}
+    workflow["linear"]["inputs"] = {"model": ["demo", 0], **inputs}
+    workflow["size"] = {
+        "class_type": "EmptyHunyuanLatentVideo",
+        "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
+    }
+    return workflow
 
 
 def find_free_port() -> int:
@@ -357,6 +418,42 @@ def test_a_damaged_file_is_one_sentence_and_the_server_lives_on(server: Server) 
     assert "damaged" in message and "\n" not in message
     again = server.queue(make_workflow(strength=0.9))
     assert again["status"]["status_str"] == "success"
+
+
+def test_a_transfer_stops_on_interrupt_and_continues_when_it_is_queued_again(
+    server: Server,
+) -> None:
+    prompt_id = server.ask("/prompt", {"prompt": make_transfer()})["prompt_id"]
+    training = server.folder / "output" / "linvideo" / "short" / "training"
+    deadline = time.monotonic() + TRANSFER_SECONDS
+    while not (training / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline, "training never began"
+        time.sleep(0.05)
+    start = time.monotonic()
+    server.ask("/interrupt", {})
+    answer = server.wait(prompt_id, TRANSFER_SECONDS)
+    print(f"the transfer stopped {time.monotonic() - start:.2f} s after Interrupt")
+    assert "execution_interrupted" in [kind for kind, _ in answer["status"]["messages"]]
+    assert (training / "checkpoint.safetensors").exists()
+    made = server.folder / "models" / "linvideo" / "short.safetensors"
+    assert not made.exists()
+
+    again = server.queue(make_transfer(), seconds=TRANSFER_SECONDS)
+    assert again["status"]["status_str"] == "success", again["status"]
+    assert len(again["outputs"]["save"]["images"]) == 28
+    try:
+        applied = server.queue(make_workflow(made.name))
+        assert applied["status"]["status_str"] == "success"
+    finally:
+        made.unlink()
+
+
+def test_a_refused_transfer_is_one_sentence_and_the_server_lives_on(server: Server) -> None:
+    answer = server.queue(make_transfer(name="refused", target=11))
+    (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
+    message = error["exception_message"].strip()
+    assert "target 11" in message and "10" in message and "\n" not in message
+    assert server.queue(make_workflow(strength=0.8))["status"]["status_str"] == "success"
 
 
 def test_the_pack_loaded_without_a_complaint(server: Server) -> None:

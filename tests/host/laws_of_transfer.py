@@ -1,0 +1,456 @@
+"""Laws of the transfer inside ComfyUI, each a function that runs there; `test_laws` reports them.
+
+A run here is a few steps on the embedded model with three prompts and tiny latents: nothing is
+learned; what is kept, continued, given back and refused is all there is.
+"""
+
+import contextlib
+import functools
+import gc
+import inspect
+import tempfile
+import unittest
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.wan.model
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from linvideo_pack.linvideo_core import artifact
+from linvideo_pack.linvideo_core.config import override
+from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
+from linvideo_pack.linvideo_core.demo.prompts import encode_prompts, make_prompt
+from linvideo_pack.linvideo_core.student import PARAMETERS, Student, StudentConfig, TransferTask
+from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.linvideo_core.training import seed_step
+from linvideo_pack.linvideo_core.trajectories import collect
+from linvideo_pack.nodes import demo, files
+from linvideo_pack.nodes.host_subject import HostSubject
+from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
+from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.transfer import make_config, run
+from torch import Tensor
+
+_TOLERANCE = 1e-5
+
+
+@functools.cache
+def _any_demo() -> tuple[Any, Any, Any, Any]:
+    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
+
+
+def _can_train() -> bool:
+    return "force_deepcopy" in inspect.signature(_any_demo()[0].clone).parameters
+
+
+def _need_training() -> None:
+    if not _can_train():
+        raise unittest.SkipTest("this ComfyUI's clones cannot be trained: 0.25 is needed")
+
+
+def _demo() -> tuple[Any, Any, Any, Any]:
+    _need_training()
+    return _any_demo()
+
+
+def _inputs(**changes: Any) -> dict[str, Any]:
+    prompts = encode_prompts([make_prompt(digit, digit) for digit in range(3)])
+    usual = {
+        "mode": TRANSFER,
+        "name": "law",
+        "target": 4,
+        "steps": 6,
+        "batch_size": 2,
+        "cfg": 3.0,
+        "seed": 1,
+        "positive": [[prompts, {}]],
+        "negative": _any_demo()[2],
+        "latent": {"samples": torch.zeros(1, LATENT_SHAPE[0], 2, 8, 8)},
+        "parameters": "lora",
+        "lora_rank": 4,
+        "objective": "adm",
+        "learning_rate": 2e-3,
+        "warm_start_steps": 2,
+        "num_videos": 2,
+        "sampler_steps": 8,
+        "width": 64,
+        "height": 64,
+        "frames": 9,
+        "keep_first_steps": 0,
+    }
+    return {**usual, **changes}
+
+
+@contextlib.contextmanager
+def _folders() -> Iterator[Path]:
+    """Send what is written to a folder of its own."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as undo:
+        folder = Path(name)
+        undo.callback(folder_paths.set_output_directory, folder_paths.get_output_directory())
+        folder_paths.set_output_directory(str(folder / "output"))
+        before = folder_paths.folder_names_and_paths.get(files.FOLDER)
+        if before is None:
+            undo.callback(folder_paths.folder_names_and_paths.pop, files.FOLDER)
+        else:
+            undo.callback(folder_paths.folder_names_and_paths.__setitem__, files.FOLDER, before)
+        models = [str(folder / "models")]
+        folder_paths.folder_names_and_paths[files.FOLDER] = (models, {".safetensors"})
+        yield folder
+
+
+def _run(**changes: Any) -> artifact.Artifact:
+    return artifact.load(run(_demo()[0], _inputs(**changes)))
+
+
+def _tensors(made: artifact.Artifact) -> list[Tensor]:
+    pairs = [*made.feature_maps.values(), *made.low_rank.values()]
+    return [*made.deltas.values(), *(tensor for pair in pairs for tensor in pair)]
+
+
+def _sample(model: Any) -> Tensor:
+    _, positive, negative, latent = _demo()
+    noise = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+    settings = (2, 3.0, "euler", "simple", positive, negative, latent["samples"])
+    return comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=1)
+
+
+def _complaint(function: Callable[..., Any], *arguments: Any, **changes: Any) -> str:
+    try:
+        function(*arguments, **changes)
+    except (ValueError, RuntimeError) as error:
+        message = str(error)
+        assert message and "\n" not in message and len(message) < 400 and "--" not in message
+        return message
+    raise AssertionError("nothing was refused")
+
+
+@contextlib.contextmanager
+def _seen(interrupt_at: Callable[[int], bool] = lambda _: False) -> Iterator[list[Any]]:
+    """Watch what the browser is told; press Interrupt where a value of the bar says so."""
+    told: list[Any] = []
+
+    def hook(value: int, total: int, preview: Any, node_id: Any = None) -> None:
+        told.append((value, total, preview))
+        if interrupt_at(value):
+            comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        yield told
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
+
+
+def a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() -> None:
+    with _folders() as folder, _seen() as told:
+        model, *_ = _demo()
+        before, names = _sample(model), list(model.model.state_dict())
+        linear, made = LinVideoLinearize.execute(model, _inputs()).result[:2]
+        assert len(made.header.layers) == 4 and made.header.steps == 6
+        assert made.header.provenance["model"] == "demo"
+        assert made.header.weights_digest == _shipped_digest()
+        assert (folder / "models" / "law.safetensors").is_file()
+        assert not torch.equal(_sample(linear), before)
+        assert torch.equal(_sample(model), before)
+        assert list(model.model.state_dict()) == names
+        assert not any(p.requires_grad for p in model.model.parameters())
+        assert not comfy.model_management.in_training
+    values = [value for value, total, _ in told if total == 100]
+    assert values == sorted(values) and len(set(values)) > 5
+    pictures = [preview[1] for _, _, preview in told if preview]
+    assert pictures and all(picture.mode == "RGB" for picture in pictures)
+
+
+def _shipped_digest() -> str:
+    return artifact.load(files.find_file(files.SHIPPED)).header.weights_digest
+
+
+def an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
+    with _folders() as folder:
+        unbroken = _run(name="unbroken")
+        # The bar at 30 is the training's start; one of its six steps is a ninth of the bar.
+        for moment in (5, 26, 45, 70):
+            with _seen(lambda value, moment=moment: value >= moment):
+                try:
+                    _run()
+                except comfy.model_management.InterruptProcessingException:
+                    pass
+                else:
+                    raise AssertionError(f"nothing stopped at {moment}")
+            assert not comfy.model_management.in_training
+            assert not (folder / "models" / "law.safetensors").exists()
+        rows = (folder / "output" / "linvideo" / "law" / "training" / "metrics.jsonl").read_text()
+        assert rows
+        continued = _run()
+    assert continued.header.layers == unbroken.header.layers
+    for tensor, expected in zip(_tensors(continued), _tensors(unbroken), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def a_finished_transfer_is_not_run_again() -> None:
+    with _folders() as folder:
+        made = _run()
+        path = folder / "models" / "law.safetensors"
+        before = path.read_bytes()
+        for prepare in (lambda: None, path.unlink):
+            prepare()
+            with _seen() as told:
+                again = _run()
+            assert not told
+            assert path.read_bytes() == before
+            assert again.header == made.header
+
+
+def a_name_belongs_to_one_transfer() -> None:
+    with _folders() as folder:
+        made = folder / "models" / "law.safetensors"
+        made.parent.mkdir()
+        made.write_bytes(b"a file of another origin")
+        assert "another name" in _complaint(_run)
+        assert made.read_bytes() == b"a file of another origin"
+        made.unlink()
+        _run(steps=1, warm_start_steps=0)
+        usual = {"steps": 1, "warm_start_steps": 0}
+        for setting, changes in {
+            "steps 1 and 2": {"steps": 2},
+            "guidance_scale 3.0 and 2.0": {"cfg": 2.0},
+            "conditions": {"negative": [[encode_prompts(["seven"]), {}]]},
+        }.items():
+            message = _complaint(_run, **{**usual, **changes})
+            assert setting in message and "another name" in message, message
+        message = _complaint(run, _with_lora(_demo()[0]), _inputs(**usual))
+        assert "weights" in message and "another name" in message
+
+
+def _with_lora(model: Any) -> Any:
+    tensors = {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": 0.1 * torch.ones(shape)
+        for side, shape in (("down", (2, 128)), ("up", (128, 2)))
+    }
+    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)[0]
+
+
+def a_loras_changes_are_part_of_the_teacher() -> None:
+    model = _with_lora(_demo()[0])
+    with _ordinary(), HostSubject(model, _inputs()).subject() as subject:
+        weight = subject.model.blocks[0].self_attn.q.weight
+        plain = load_subject(SubjectConfig()).model.blocks[0].self_attn.q.weight
+        torch.testing.assert_close(weight - plain, torch.full_like(plain, 0.02), atol=1e-6, rtol=0)
+
+
+def weights_of_every_kind_can_be_trained_with_every_objective() -> None:
+    for parameters, objective in zip(PARAMETERS, ("adm_literal", "velocity", "dmd"), strict=True):
+        with _folders():
+            made = _run(parameters=parameters, objective=objective, steps=2, warm_start_steps=0)
+            header = made.header
+            assert (header.parameters, bool(made.deltas), bool(made.low_rank)) == (
+                parameters,
+                parameters == "full",
+                parameters == "lora",
+            )
+            assert _sample(linearize(_demo()[0], made)).isfinite().all()
+
+
+@contextlib.contextmanager
+def _ordinary() -> Iterator[None]:
+    """Compute as a transfer does: outside of the inference mode that nodes run in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def the_teacher_is_the_model_of_the_headless_core() -> None:
+    latents, sigma, prompts = torch.randn(2, *LATENT_SHAPE), torch.tensor([0.9, 0.2]), []
+    with _ordinary(), HostSubject(_demo()[0], _inputs()).subject() as subject:
+        prompts = subject.prompt_embeds[:2]
+        found = subject.model(latents.clone(), 1000 * sigma.clone(), prompts)
+        expected = load_subject(SubjectConfig()).model(latents, 1000 * sigma, prompts)
+        _assert_close(found, expected)
+
+
+def _assert_close(found: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> None:
+    """Compare the norm of the difference to that of the expected: 1e-5 in fp32, 2e-2 in bf16."""
+    difference = float((found.float() - expected.float()).norm() / expected.float().norm())
+    assert difference <= tolerance, difference
+
+
+def recomputed_activations_give_the_same_gradients() -> None:
+    gradients = []
+    with torch.inference_mode(False), torch.enable_grad(), _folders() as folder:
+        host = HostSubject(_demo()[0], _inputs())
+        for is_recomputed in (False, True):
+            with host.subject() as subject:
+                config = override(
+                    make_config(_inputs(), host), {"activation_checkpointing": is_recomputed}
+                )
+                student = Student(subject, config.student, seed=0)
+                trajectories = collect(subject, config.trajectories, folder / "states", seed=0)
+                rooms = ("selection", "objective", "training", "precision")
+                settings = {room: getattr(config, room) for room in rooms}
+                task = TransferTask(student, subject, trajectories, **settings)
+                task.loss(0, seed_step(0, 0))[0].backward()
+                gradients.append([p.grad for p in student.model.parameters() if p.requires_grad])
+    assert len(gradients[0]) > 100
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+def the_demos_own_prompts_and_size_are_used_where_nothing_is_connected() -> None:
+    host = HostSubject(_demo()[0], _inputs(positive=None, negative=None, latent=None))
+    assert host.latent_shape == LATENT_SHAPE and host.is_demo
+    assert host.conditions.prompt_embeds.shape == (80, 8, 4096)
+    assert torch.equal(host.conditions.negative_embeds, _demo()[2][0][0][0])
+
+
+def _make_wan(folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
+    """Return a random Wan of its own architecture, loaded from a file as ComfyUI's loader does."""
+    _need_training()
+    wan = comfy.ldm.wan.model.WanModel(
+        **{"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 3, "text_dim": 4096},
+        **settings,
+        operations=comfy.ops.disable_weight_init,
+    )
+    generator = torch.Generator().manual_seed(4)
+    weights = {
+        name: (0.05 * torch.randn(weight.shape, generator=generator)).to(dtype)
+        for name, weight in wan.state_dict().items()
+    }
+    path = str(folder / "wan.safetensors")
+    comfy.utils.save_torch_file(weights, path)
+    return comfy.sd.load_diffusion_model(path)
+
+
+def _wan_inputs(**changes: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randn(1, 6, 4096, generator=generator) for _ in range(3)]
+    positive = [[prompt, {}] for prompt in prompts[:2]]
+    usual = {"positive": positive, "negative": [[prompts[2], {}]], "target": 1, "steps": 2}
+    usual["latent"] = None
+    return _inputs(**{**usual, **changes})
+
+
+def _velocity_of_host(model: Any, conditions: Any, latents: Tensor, prompt: Tensor) -> Tensor:
+    """Return the velocity at full noise, where it is the state less ComfyUI's clean estimate."""
+    comfy.model_management.load_models_gpu([model])
+    extra = {"c_concat": conditions.concat, **conditions.inputs}
+    return latents - model.model.apply_model(
+        latents, torch.ones(len(latents)), c_crossattn=prompt, transformer_options={}, **extra
+    )
+
+
+def a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_for() -> None:
+    with _folders() as folder:
+        model = _make_wan(folder, torch.bfloat16)
+        model.set_model_compute_dtype(torch.bfloat16)
+        host = HostSubject(model, _wan_inputs())
+        assert host.latent_shape == (16, 3, 8, 8)
+        latents = torch.randn(1, *host.latent_shape)
+        prompt = host.conditions.prompt_embeds[:1]
+        expected = _velocity_of_host(model, host.conditions, latents, prompt)
+        with _ordinary(), host.subject() as subject:
+            found = subject.model(latents.clone(), torch.tensor([1000.0]), prompt.clone())
+            student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+            assert {p.dtype for p in student.weights.values()} == {torch.float32}
+        _assert_close(found, expected, 2e-2)
+        made = artifact.load(run(model, _wan_inputs()))
+        assert made.header.provenance["model"] == "wan"
+        assert linearize(model, made)
+
+
+def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
+    with _folders() as folder:
+        model = _make_wan(folder, torch.float32, model_type="i2v", in_dim=36)
+        image = {
+            "concat_latent_image": torch.randn(1, 16, 3, 8, 8),
+            "concat_mask": torch.ones(1, 1, 3, 8, 8),
+        }
+        inputs = _wan_inputs()
+        for branch in ("positive", "negative"):
+            inputs[branch] = [[prompt, dict(image)] for prompt, _ in inputs[branch]]
+        host = HostSubject(model, inputs)
+        assert host.conditions.concat.shape == (1, 20, 3, 8, 8)
+        latents = torch.randn(1, *host.latent_shape)
+        prompt = host.conditions.prompt_embeds[:1]
+        expected = _velocity_of_host(model, host.conditions, latents, prompt)
+        with _ordinary(), host.subject() as subject:
+            found = subject.model(latents.clone(), torch.tensor([1000.0]), prompt.clone())
+        _assert_close(found, expected)
+        assert run(model, inputs).is_file()
+        inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]
+        assert "same image" in _complaint(HostSubject, model, inputs)
+
+
+def the_shift_comes_from_the_models_sampling() -> None:
+    assert HostSubject(_demo()[0], _inputs()).shift == 3.0
+    shifted = ModelSamplingSD3().patch(_demo()[0], 5.0)[0]
+    assert HostSubject(shifted, _inputs()).shift == 5.0
+    other = _demo()[0].clone()
+    other.add_object_patch("model_sampling", torch.nn.Identity())
+    assert "sampling" in _complaint(HostSubject, other, _inputs())
+
+
+def what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
+    prompt = encode_prompts(["seven"])
+    with _folders() as folder:
+        for word, changes in {
+            "target 11": {"target": 11},
+            "lora_rank 500": {"lora_rank": 500},
+            "no prompt": {"positive": []},
+            "one is needed": {"negative": [[torch.cat([prompt, prompt]), {}]]},
+            "'area'": {"positive": [[prompt, {"area": (1, 1, 0, 0)}]]},
+            "tokens long": {"positive": [[prompt[:, :4], {}]]},
+            "[1, 4, 8, 8]": {"latent": {"samples": torch.zeros(1, 4, 8, 8)}},
+            "[1, 4, 7, 16, 16]": {"latent": {"samples": torch.zeros(1, 4, 7, 16, 16)}},
+            "a file's name": {"name": "../up"},
+        }.items():
+            assert word in _complaint(_run, **changes), word
+        linear = linearize(_demo()[0], artifact.load(files.find_file(files.SHIPPED)))
+        assert "linearized already" in _complaint(run, linear, _inputs())
+        wan = _make_wan(folder, torch.float32)
+        message = _complaint(run, wan, _wan_inputs(positive=None))
+        assert "positive is not connected" in message
+        assert not (folder / "output").exists()
+
+
+def too_little_memory_says_what_to_lower() -> None:
+    def exhaust(value: int) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with _folders(), _seen(exhaust):
+        message = _complaint(_run)
+    assert "batch_size" in message and "lora_rank" in message
+    assert not comfy.model_management.in_training
+
+
+def a_training_that_fails_says_so_in_the_nodes_words() -> None:
+    with _folders():
+        message = _complaint(_run, learning_rate=1e30, steps=10)
+    assert "learning_rate" in message and "another name" in message
+
+
+def a_comfyui_that_cannot_train_is_named_with_the_one_that_can() -> None:
+    if _can_train():
+        raise unittest.SkipTest("this ComfyUI can train")
+    with _folders() as folder:
+        assert "0.25" in _complaint(run, _any_demo()[0], _inputs())
+        assert not (folder / "output").exists()
+
+
+def the_copy_that_was_trained_is_let_go() -> None:
+    def count() -> int:
+        gc.collect()
+        models = [each for each in gc.get_objects() if type(each).__name__ == "HostModel"]
+        return len(models) + len(comfy.model_management.current_loaded_models)
+
+    with _folders():
+        comfy.model_management.load_models_gpu([_demo()[0]])
+        before = count()
+        _run(steps=1, warm_start_steps=0)
+        assert count() <= before
