@@ -4,6 +4,7 @@
     python -m linvideo_core.records --check       # only say whether README shows the records
 
 A table stands between `<!-- record:NAME -->` and `<!-- /record -->`, NAME being results/NAME.json.
+`<!-- record:NAME model=teacher|student steps=4 -->` shows only the rows with one of these values.
 """
 
 import dataclasses
@@ -27,7 +28,9 @@ REPOSITORY = Path(__file__).parent.parent
 RESULTS_FOLDER = REPOSITORY / "results"
 KEYS = ("title", "command", "date", "device", "versions", "rows")
 
-_MARKED = re.compile(r"(<!-- record:(\w+) -->\n)(.*?)(<!-- /record -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- record:(\w+)((?: \w+=[\w.|]+)*) -->\n)(.*?)(<!-- /record -->)", re.DOTALL
+)
 _OPENING = re.compile(r"<!-- record:")
 
 Row = Mapping[str, Any]
@@ -129,10 +132,20 @@ def render_page(text: str, results: Path) -> str:
         )
 
     def fill(match: re.Match) -> str:
-        opening, name, _, closing = match.groups()
-        return f"{opening}{render_record(read_record(results / f'{name}.json'))}{closing}"
+        opening, name, wanted, _, closing = match.groups()
+        record = read_record(results / f"{name}.json")
+        record["rows"] = _select(record["rows"], wanted.split())
+        return f"{opening}{render_record(record)}{closing}"
 
     return _MARKED.sub(fill, text)
+
+
+def _select(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
+    """Return the rows that have one of the values wanted ("key=value|value") under every key."""
+    choices = {
+        key: values.split("|") for key, _, values in (each.partition("=") for each in wanted)
+    }
+    return [row for row in rows if all(str(row.get(k)) in v for k, v in choices.items())]
 
 
 def run(config: RecordsConfig) -> bool:

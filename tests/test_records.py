@@ -80,6 +80,14 @@ def test_a_missing_record_ends_with_one_sentence_and_exit_code_2(config: Records
     assert "does not exist" in finished.stderr
 
 
+def test_a_marker_may_choose_among_the_rows(config: RecordsConfig) -> None:
+    page = PAGE.replace("record:demo", "record:demo model=student|other seconds=7")
+    text = render_page(page, config.results)
+    assert "| student | 0.900 | 7 |\n" in text and "teacher" not in text
+    assert render_page(text, config.results) == text
+    assert "No rows." in render_page(page.replace("=7", "=8"), config.results)
+
+
 @pytest.mark.parametrize("text", ["<!-- record:demo -->\nopen", PAGE.replace("/record", "/rec")])
 def test_a_marker_that_does_not_close_is_refused(config: RecordsConfig, text: str) -> None:
     with pytest.raises(ValueError, match="marker"):
