@@ -7,7 +7,8 @@ The flow, and the one noun that each stage hands on:
     trajectories        collect(teacher)                 -> trajectory shards
     attention, kernels  install(mixed attention)         -> student
     warm_start          fit each layer to its softmax    -> feature maps
-    selection           layer scores, budget, rounding   -> which layers are linear
+    selection           layer scores, budget, rounding;
+    sensitivity         or a rule, a list, a ranking     -> which layers are linear
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file

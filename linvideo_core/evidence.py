@@ -52,7 +52,7 @@ def is_evaluated(config: EvidenceConfig, folder: Path) -> bool:
 def draw_training(
     folder: Path, layers: Sequence[int], selection: SelectionConfig, num_steps: int
 ) -> None:
-    """Draw layer scores and losses from a training's metrics, where they are still there.
+    """Draw losses, and layer scores if learned, from a training's metrics if still there.
 
     layers: those that became linear; num_steps: of the training.
     """
@@ -61,11 +61,12 @@ def draw_training(
         logger.warning("%s is gone; its pictures are left out", metrics_path)
         return
     rows = read_metrics(metrics_path)
-    report.plot_layer_scores(
-        rows,
-        folder / "layer_scores.png",
-        target=selection.target,
-        layers=layers,
-        hardened_at=count_selection_steps(selection, num_steps),
-    )
+    if selection.rule == "learned":
+        report.plot_layer_scores(
+            rows,
+            folder / "layer_scores.png",
+            target=selection.target,
+            layers=layers,
+            hardened_at=count_selection_steps(selection, num_steps),
+        )
     report.plot_losses(rows, folder / "losses.png")

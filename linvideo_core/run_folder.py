@@ -1,5 +1,6 @@
 """The folder of one run: it explains itself, and repeating the command continues in it."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ def check_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> Non
 
     ignore: field names that may differ between the first call and a later one.
 
+    A setting that the run does not name is younger than the run, which was made as its default
+    says.
+
     Raises ValueError naming the first setting that differs.
     """
     path = folder / CONFIG_NAME
@@ -42,7 +46,7 @@ def check_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> Non
         raise ValueError(
             f"{path} is damaged ({error}); delete {folder} or choose another --out"
         ) from error
-    found = dict(_leaves(tree))
+    found = {**dict(_defaults(config)), **dict(_leaves(tree))}
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
             raise ValueError(
@@ -54,6 +58,16 @@ def check_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> Non
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _defaults(config: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            # As JSON gives it back.
+            yield field.name, json.loads(json.dumps(field.default, default=str))
 
 
 def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:

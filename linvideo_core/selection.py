@@ -1,17 +1,20 @@
-"""Selective transfer: learn which layers become linear (LinVideo section 3.2).
+"""Selective transfer: learn which layers become linear (LinVideo section 3.2), or fix them.
 
-Each layer mixes `r softmax + (1 - r) linear` with a learnable layer score r in [0, 1]. Every layer
-starts at r = 1 - target / layers, where the budget is met exactly; the objective then decides
+Learned: each layer mixes `r softmax + (1 - r) linear` with a learnable layer score r in [0, 1],
+and starts at r = 1 - target / layers, where the budget is met exactly; the objective then decides
 which layers give softmax up, the budget holds the sum, and the rounding loss drives each r to 0
 or 1. The choice is hardened long before training ends, and the rest of training runs on it.
+
+Fixed, by a rule, a list or a ranking: the whole training runs on the hardened choice; no layer
+score moves and there are no selection losses.
 """
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import MixedAttention
 from .config import fraction, option, positive
@@ -19,6 +22,7 @@ from .config import fraction, option, positive
 logger = logging.getLogger(__name__)
 
 BUDGETS = ("sum", "rounded")
+CHOICES = ("learned", "first", "last", "alternate", "random", "sensitivity")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class SelectionConfig:
     """How many layers become linear and how they are found."""
 
     target: int = option(5, "layers to make linear")
+    choice: str = option("learned", "rule that chooses them", choices=CHOICES)
+    layers: str | None = option(None, "the layers themselves, such as 1,3,4, and no --choice")
     selection_share: float = option(0.3, "share of the training steps spent choosing layers")
     layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
     selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
@@ -36,6 +42,34 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         positive(self, "target", "layer_score_learning_rate", "alpha_start", "alpha_end")
         fraction(self, "selection_share")
+        if self.layers is not None:
+            self._check_list(self.layers)
+
+    @property
+    def rule(self) -> str:
+        """How the layers are chosen: the choice, or "listed"."""
+        return self.choice if self.layers is None else "listed"
+
+    @property
+    def listed(self) -> list[int]:
+        """The layers of the list, in depth order; none without one."""
+        return sorted(map(int, self.layers.split(","))) if self.layers is not None else []
+
+    def _check_list(self, text: str) -> None:
+        words = [word.strip() for word in text.split(",")]
+        if not all(word.isdecimal() for word in words) or len({*map(int, words)}) < len(words):
+            raise ValueError(
+                f"--layers {text!r} given; different layer numbers, such as 1,3,4, are needed"
+            )
+        if self.choice != "learned":
+            raise ValueError(
+                f"--layers {text} and --choice {self.choice} given; leave one of them out"
+            )
+        if len(words) != self.target:
+            raise ValueError(
+                f"--layers {text} names {len(words)} layers and --target is {self.target}; give "
+                f"--target {len(words)}, or another list"
+            )
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -90,22 +124,78 @@ def check_target(config: SelectionConfig, num_layers: int) -> None:
         )
 
 
+def check_layers(config: SelectionConfig, layers: Sequence[int]) -> None:
+    """Raise ValueError where a model with these layers cannot have the target or the list."""
+    check_target(config, len(layers))
+    if strangers := [layer for layer in config.listed if layer not in layers]:
+        raise ValueError(
+            f"--layers {config.layers} given; the model has no layer {strangers[0]}, its "
+            f"self-attention layers are {min(layers)} to {max(layers)}"
+        )
+
+
+def choose_by_rule(config: SelectionConfig, layers: Sequence[int], seed: int) -> list[int]:
+    """Return which of a model's layers a rule or a list makes linear, in depth order.
+
+    "alternate" spreads them evenly over depth: every other layer where half become linear.
+    layers: the model's, in depth order; seed: of "random", which takes every set equally likely.
+
+    Raises ValueError where no rule alone decides: "learned", "sensitivity".
+    """
+    check_layers(config, layers)
+    count, total = config.target, len(layers)
+    match config.rule:
+        case "first":
+            picks = range(count)
+        case "last":
+            picks = range(total - count, total)
+        case "alternate":
+            picks = [(2 * i + 1) * total // (2 * count) for i in range(count)]
+        case "random":
+            generator = torch.Generator().manual_seed(seed)
+            picks = sorted(torch.randperm(total, generator=generator)[:count].tolist())
+        case "listed":
+            return config.listed
+        case rule:
+            raise ValueError(f"--choice {rule} given; it takes more than a rule to choose layers")
+    return [layers[pick] for pick in picks]
+
+
 class Selection:
-    """The layer scores of a student on their way from mixed to hardened."""
+    """The choice of a student's layers: scores on their way to a hardened choice, or a fixed one.
+
+    is_learned: whether layer scores are trained.
+    """
 
     def __init__(
-        self, mixed: Mapping[int, MixedAttention], config: SelectionConfig, num_steps: int
+        self,
+        mixed: Mapping[int, MixedAttention],
+        config: SelectionConfig,
+        num_steps: int,
+        layers: Sequence[int] | None = None,
     ) -> None:
         """mixed: the mixed attention of every layer; num_steps: steps of the whole training.
 
-        Raises ValueError for a target larger than the number of layers.
+        layers: those that a fixed choice makes linear, hardened at once; None: they are learned.
+
+        Raises ValueError for a target larger than the number of layers, and for a choice that is
+        not the config's: fixed where it says learned, or the other way.
         """
         check_target(config, len(mixed))
+        self.is_learned = layers is None
+        if self.is_learned != (config.rule == "learned"):
+            raise ValueError(
+                f"a {config.rule} choice of layers is configured and {layers} was given; a "
+                "learned choice takes none, any other the layers that it has chosen"
+            )
         self.mixed = dict(mixed)
         self.config = config
         self.harden_at = count_selection_steps(config, num_steps)
         for module in self.mixed.values():
             module.layer_score.data.fill_(1 - config.target / len(mixed))
+            module.layer_score.requires_grad_(self.is_learned)
+        if layers is not None:
+            self.harden(layers)
 
     @property
     def layers(self) -> list[int] | None:
@@ -116,6 +206,12 @@ class Selection:
     def layer_scores(self) -> Tensor:
         """Return r of every layer [layers], with gradient."""
         return torch.stack([module.layer_score for module in self.mixed.values()])
+
+    def trained_scores(self) -> dict[str, nn.Parameter]:
+        """Return the layer scores that are trained, by name: all of them, or none if fixed."""
+        if not self.is_learned:
+            return {}
+        return {f"{layer}.layer_score": module.layer_score for layer, module in self.mixed.items()}
 
     def loss(self, step: int) -> Tensor:
         """Return `lambda (L_con + L_reg)` while layers are being chosen, 0 afterwards."""
@@ -139,9 +235,9 @@ class Selection:
             self.harden([names[pick] for pick in picks])
 
     @torch.no_grad()
-    def harden(self, layers: list[int]) -> None:
+    def harden(self, layers: Sequence[int]) -> None:
         """Make exactly `layers` linear, r = 0, and all others softmax, r = 1."""
         for layer, module in self.mixed.items():
             module.harden("linear" if layer in layers else "softmax")
             module.layer_score.fill_(0 if layer in layers else 1)
-        logger.info("linear layers from here on: %s", layers)
+        logger.info("linear layers from here on: %s", list(layers))

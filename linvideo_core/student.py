@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,7 +99,10 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 class TransferTask:
-    """Train a student with an objective while its layers are being selected (LinVideo eq. 9)."""
+    """Train a student with an objective while its layers are being selected (LinVideo eq. 9).
+
+    With `layers`, those that a fixed choice made linear, nothing is selected any more.
+    """
 
     def __init__(
         self,
@@ -110,11 +114,12 @@ class TransferTask:
         objective: ObjectiveConfig,
         training: TrainingConfig,
         precision: str,
+        layers: Sequence[int] | None = None,
     ) -> None:
         self.student = student
         self.subject = subject
         self.trajectories = trajectories
-        self.selection = Selection(student.mixed, selection, training.steps)
+        self.selection = Selection(student.mixed, selection, training.steps, layers)
         self.selection_config = selection
         self.objective_config = objective
         self.training = training
@@ -127,8 +132,8 @@ class TransferTask:
             checkpoint_activations(student.model, student.sites)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return weights, feature maps, layer scores, and the critic where there is one."""
-        scores = {f"{layer}.layer_score": m.layer_score for layer, m in self.student.mixed.items()}
+        """Return weights, feature maps, layer scores if learned, and the critic if there is one."""
+        scores = self.selection.trained_scores()
         groups = [
             ParameterGroup(self.student.weights, self.training.learning_rate),
             ParameterGroup(feature_maps(self.student.mixed), self.training.map_learning_rate),
@@ -162,8 +167,9 @@ class TransferTask:
             critic=self.critic and bind(self.critic, branch, precision=self.precision),
         )
         objective_loss, metrics = self.objective(drawn.batch, players, step, generator)
-        scores = self.selection.layer_scores().detach().clone()
-        metrics |= {"objective_loss": objective_loss.detach(), "layer_scores": scores}
+        metrics |= {"objective_loss": objective_loss.detach()}
+        if self.selection.is_learned:
+            metrics["layer_scores"] = self.selection.layer_scores().detach().clone()
         return objective_loss + self.selection.loss(step), metrics
 
     def after_step(self, step: int) -> None:

@@ -74,9 +74,10 @@ class States:
 
 
 class Trajectories:
-    """Stored shards, memory-mapped; `draw` picks states at random."""
+    """Stored shards, memory-mapped; `draw` picks states at random, `take` those that are named."""
 
     def __init__(self, paths: Sequence[Path], config: TrajectoryConfig) -> None:
+        self.states_per_trajectory = config.states_per_trajectory
         self.guidance_scale = config.guidance_scale
         self.sigmas = make_sigmas(config.sampler_steps, config.shift)
         self._shards = [load_file(path) for path in paths]
@@ -91,6 +92,13 @@ class Trajectories:
     ) -> States:
         """Pick `batch_size` states, each equally likely, and bring them to `device` in fp32."""
         picks = torch.randint(len(self), (batch_size,), generator=generator)
+        return self.take(picks, device)
+
+    def take(self, picks: Tensor, device: torch.device | str) -> States:
+        """Bring the states `picks` [B] int64, in [0, len), to `device` in fp32.
+
+        They are numbered video by video; a video's states go through its noise levels in order.
+        """
         rows: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(States)}
         for pick in picks:
             index = int(torch.searchsorted(self._ends, pick, right=True))

@@ -32,7 +32,8 @@ from .evidence import EvidenceConfig, compare_config, draw_training, is_evaluate
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, open_run
-from .selection import SelectionConfig, check_target
+from .selection import SelectionConfig, check_layers, choose_by_rule
+from .sensitivity import RANKING_NAME, SensitivityConfig, least_sensitive, measure
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
 from .tables import show_table
@@ -52,6 +53,7 @@ _FILES = {
     "samples.gif": "the same videos by the teacher, before and after training",
     "samples.png": "their frames side by side",
     "layer_scores.png": "how training chose the layers",
+    RANKING_NAME: "how much each layer alone changes the velocity: how the layers were chosen",
     "losses.png": "how training went",
     "velocity_error.png": "how far the model is from its teacher, by noise level",
     EVALUATION_NAME: "every measure",
@@ -67,6 +69,7 @@ class TransferConfig:
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    sensitivity: SensitivityConfig = dataclasses.field(default_factory=SensitivityConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evidence: EvidenceConfig = dataclasses.field(default_factory=EvidenceConfig)
@@ -127,7 +130,7 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
     subject = load_subject(config.subject).to(device)
     if not is_made:
         student = Student(subject, config.student, seed=config.seed)
-        check_target(config.selection, len(student.sites))
+        check_layers(config.selection, list(student.mixed))
         open_run(config.out, config, ignore=_FREE_FIELDS)
         linearize(student, subject, config, precision, progress)
     made = artifact.load(path)
@@ -185,7 +188,7 @@ def train(
     precision: str,
     progress: Progress,
 ) -> None:
-    """Warm-start the feature maps, then select layers and train the student."""
+    """Warm-start the feature maps, then select layers, before or while the student trains."""
     if config.warm_start.warm_start_steps:
         warm_start = WarmStart(
             student.model,
@@ -210,14 +213,50 @@ def train(
         objective=config.objective,
         training=config.training,
         precision=precision,
+        layers=choose_layers(student, subject, trajectories, config, precision, progress),
     )
     compiled = [student.model, subject.model] if config.training.compile else []
     with compiled_blocks(compiled, student.sites):
         fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
 
 
+def choose_layers(
+    student: Student,
+    subject: Subject,
+    trajectories: Trajectories,
+    config: TransferConfig,
+    precision: str,
+    progress: Progress,
+) -> list[int] | None:
+    """Return the layers of a fixed choice; None where they are to be learned.
+
+    A ranking is made on the warm-started student, whose weights are still the teacher's.
+    """
+    match config.selection.rule:
+        case "learned":
+            return None
+        case "sensitivity":
+            errors = measure(
+                student.model,
+                student.mixed,
+                subject,
+                trajectories,
+                config.sensitivity,
+                config.out / RANKING_NAME,
+                batch_size=config.training.batch_size,
+                precision=precision,
+                progress=progress,
+            )
+            return least_sensitive(errors, config.sensitivity, config.selection.target)
+        case _:
+            return choose_by_rule(config.selection, list(student.mixed), config.seed)
+
+
 def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
     """Say where an artifact comes from, for its header."""
+    choice = config.selection.rule
+    if choice == "sensitivity":
+        choice = f"{choice} ({config.sensitivity.sensitivity})"
     return {
         "linvideo": __version__,
         "torch": torch.__version__,
@@ -225,6 +264,7 @@ def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
         "model": subject.name,
         "guidance_scale": config.trajectories.guidance_scale,
         "shift": config.trajectories.shift,
+        "choice": choice,
         "seed": config.seed,
     }
 

@@ -27,6 +27,16 @@ ALLOWED = {
     "progress": set(),
     "run_folder": {"config", "storage"},
     "selection": {"attention", "config"},
+    "sensitivity": {
+        "attention",
+        "config",
+        "evaluation",
+        "models",
+        "progress",
+        "storage",
+        "subject",
+        "trajectories",
+    },
     "storage": set(),
     "training": {"config", "progress", "storage"},
 }

@@ -68,6 +68,17 @@ def test_another_config_is_refused_by_the_setting_that_differs(
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_setting_that_an_older_run_does_not_name_has_its_default(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"room": {}, "rate": 0.1, "device": "cpu"}))
+    before = (tmp_path / "config.json").read_bytes()
+    open_run(tmp_path, Run())
+    assert (tmp_path / "config.json").read_bytes() == before
+    with pytest.raises(ValueError, match="depth 3 and 4 was given"):
+        open_run(tmp_path, Run(room=Room(depth=4)))
+    with pytest.raises(ValueError, match=r"model None and m.safetensors was given"):
+        open_run(tmp_path, Run(model=Path("m.safetensors")))
+
+
 def test_ignored_settings_may_differ(tmp_path: Path) -> None:
     open_run(tmp_path, Run())
     open_run(tmp_path, Run(device="cuda"), ignore=("device",))

@@ -13,7 +13,9 @@ from linvideo_core.selection import (
     SelectionConfig,
     alpha_at,
     budget_loss,
+    check_layers,
     choose,
+    choose_by_rule,
     rounding_loss,
 )
 
@@ -177,6 +179,101 @@ def test_layers_keep_the_models_own_numbers() -> None:
     mixed[8].layer_score.data.fill_(0.0)
     selection.after_step(0)
     assert selection.layers == [8]
+
+
+def test_rules_choose_by_depth_and_count() -> None:
+    layers = range(10)
+
+    def pick(choice: str, target: int) -> list[int]:
+        return choose_by_rule(SelectionConfig(choice=choice, target=target), layers, 0)
+
+    assert pick("first", 3) == [0, 1, 2]
+    assert pick("last", 3) == [7, 8, 9]
+    assert pick("alternate", 5) == [1, 3, 5, 7, 9]
+    assert pick("alternate", 3) == [1, 5, 8]
+    assert pick("alternate", 1) == [5]
+
+
+@pytest.mark.parametrize("choice", ["first", "last", "alternate", "random"])
+@pytest.mark.parametrize("total", [1, 7, 30])
+def test_every_rule_chooses_target_layers_of_the_models_own_in_depth_order(
+    choice: str, total: int
+) -> None:
+    layers = list(range(3, 3 + 2 * total, 2))
+    for target in range(1, total + 1):
+        config = SelectionConfig(choice=choice, target=target)
+        picks = choose_by_rule(config, layers, seed=5)
+        assert picks == sorted(set(picks)) and len(picks) == target
+        assert set(picks) <= set(layers)
+
+
+def test_the_seed_alone_decides_a_random_choice_and_every_layer_has_its_chance() -> None:
+    config = SelectionConfig(choice="random", target=3)
+    chosen = [choose_by_rule(config, range(10), seed) for seed in range(300)]
+    assert chosen == [choose_by_rule(config, range(10), seed) for seed in range(300)]
+    counts = [sum(layer in picks for picks in chosen) for layer in range(10)]
+    # 90 each on average, with a standard deviation of 8.
+    assert min(counts) > 60 and max(counts) < 120
+
+
+def test_a_list_is_taken_as_it_is_in_depth_order() -> None:
+    config = SelectionConfig(layers="11, 3", target=2)
+    assert config.rule == "listed"
+    assert choose_by_rule(config, [3, 8, 11], seed=0) == [3, 11]
+
+
+@pytest.mark.parametrize("choice", ["learned", "sensitivity"])
+def test_what_no_rule_decides_is_refused(choice: str) -> None:
+    with pytest.raises(ValueError, match=f"--choice {choice} given"):
+        choose_by_rule(SelectionConfig(choice=choice, target=1), range(3), seed=0)
+
+
+def test_a_fixed_choice_is_hard_from_the_start_and_trains_no_score() -> None:
+    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in (3, 8, 11)}
+    selection = Selection(mixed, SelectionConfig(choice="last", target=1), 20, layers=[11])
+    assert selection.layers == [11]
+    assert [module.choice for module in mixed.values()] == ["softmax", "softmax", "linear"]
+    assert selection.layer_scores().tolist() == [1, 1, 0]
+    assert selection.trained_scores() == {}
+    assert not selection.layer_scores().requires_grad
+    for step in range(20):
+        assert float(selection.loss(step)) == 0
+        selection.after_step(step)
+    assert selection.layers == [11]
+
+
+@pytest.mark.parametrize(("choice", "layers"), [("first", None), ("learned", [0, 1])])
+def test_a_choice_other_than_the_configured_one_is_refused(
+    choice: str, layers: list[int] | None
+) -> None:
+    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in range(3)}
+    with pytest.raises(ValueError, match=f"a {choice} choice of layers is configured"):
+        Selection(mixed, SelectionConfig(choice=choice, target=2), 20, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"layers": "1,x", "target": 2}, "--layers '1,x' given; different layer numbers"),
+        ({"layers": "", "target": 1}, "--layers '' given"),
+        ({"layers": "1,-2", "target": 2}, "--layers '1,-2' given"),
+        ({"layers": "1,01", "target": 2}, "--layers '1,01' given; different"),
+        ({"layers": "1,2"}, "--layers 1,2 names 2 layers and --target is 5; give --target 2"),
+        ({"layers": "1", "choice": "first", "target": 1}, "--layers 1 and --choice first given"),
+    ],
+)
+def test_a_list_that_contradicts_itself_or_the_rest_is_refused(
+    options: dict[str, str | int], sentence: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        SelectionConfig(**options)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_listed_layer_that_the_model_lacks_is_refused() -> None:
+    check_layers(SelectionConfig(layers="3,8", target=2), [3, 8, 11])
+    with pytest.raises(ValueError, match=r"--layers 3,9 given; the model has no layer 9"):
+        check_layers(SelectionConfig(layers="3,9", target=2), [3, 8, 11])
 
 
 def test_a_target_beyond_the_layers_is_refused() -> None:

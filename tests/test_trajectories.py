@@ -257,6 +257,18 @@ def test_what_is_drawn_belongs_together(subject: Subject, tmp_path: Path) -> Non
     assert drawn.step.dtype == torch.int64
 
 
+def test_states_are_numbered_video_by_video_through_falling_noise(
+    subject: Subject, tmp_path: Path
+) -> None:
+    trajectories = small(subject, tmp_path)
+    states = trajectories.take(torch.arange(len(trajectories)), "cpu")
+    by_video = states.step.view(-1, trajectories.states_per_trajectory)
+    assert (by_video.diff(dim=1) > 0).all()
+    assert (states.prompt.view(by_video.shape).diff(dim=1) == 0).all()
+    some = trajectories.take(torch.tensor([3, 0]), "cpu")
+    assert torch.equal(some.latents, states.latents[[3, 0]])
+
+
 def test_the_generator_alone_decides_a_draw(subject: Subject, tmp_path: Path) -> None:
     trajectories = small(subject, tmp_path)
     first, again, other = (

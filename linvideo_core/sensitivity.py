@@ -1,0 +1,160 @@
+"""Layer sensitivity: what one linear layer does to the velocity, by forward passes only.
+
+Replace-one makes one layer linear in the softmax model: the layers that then err least are chosen.
+Restore-one gives one layer its softmax back in the linear model: the layers whose return helps
+least are chosen. The error is the mean of |u - v| / |v| over the stored states of a few videos,
+which are spread over all noise levels, and over both guidance branches. States and the teacher's
+velocities v are stored in fp16, which adds about 1e-3.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import MixedAttention
+from .config import option, positive
+from .evaluation import velocity_error
+from .models.denoiser import bind
+from .progress import Progress, silent
+from .storage import write_json
+from .subject import Subject
+from .trajectories import Trajectories
+
+logger = logging.getLogger(__name__)
+
+RANKING_NAME = "sensitivity.json"
+STAGE = "ranking the layers"
+MEASURES = ("replace-one", "restore-one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SensitivityConfig:
+    """How the layers are ranked where --choice sensitivity asks for it."""
+
+    sensitivity: str = option(
+        "replace-one", "one linear layer among softmax ones, or the reverse", choices=MEASURES
+    )
+    sensitivity_videos: int = option(8, "stored videos to rank the layers on, or all there are")
+
+    def __post_init__(self) -> None:
+        positive(self, "sensitivity_videos")
+
+
+def measure(
+    model: nn.Module,
+    mixed: Mapping[int, MixedAttention],
+    subject: Subject,
+    trajectories: Trajectories,
+    config: SensitivityConfig,
+    path: Path,
+    *,
+    batch_size: int,
+    precision: str,
+    progress: Progress = silent,
+) -> dict[int, float]:
+    """Return the velocity error of every layer, written to `path` one by one.
+
+    A repeated call takes the layers that `path` holds and measures the others. The layers of
+    `mixed` are left as they were.
+
+    Raises ValueError where a velocity is not finite.
+    """
+    num_states = config.sensitivity_videos * trajectories.states_per_trajectory
+    batches = torch.arange(min(num_states, len(trajectories))).split(batch_size)
+    measured = {"measure": config.sensitivity, "states": sum(map(len, batches))}
+    errors = {layer: error for layer, error in _read(path, measured).items() if layer in mixed}
+    alone, rest = ("linear", "softmax")[:: 1 if config.sensitivity == "replace-one" else -1]
+    with _choices_kept(mixed):
+        progress(STAGE, len(errors), len(mixed))
+        for layer in mixed:
+            if layer in errors:
+                continue
+            for other, module in mixed.items():
+                module.harden(alone if other == layer else rest)
+            error = mean_velocity_error(model, subject, trajectories, batches, precision=precision)
+            if not math.isfinite(error):
+                raise ValueError(
+                    f"the velocity error of layer {layer} alone is {error}; choose the layers by "
+                    "another --choice, or lower --warm-start-learning-rate"
+                )
+            errors[layer] = error
+            is_done = len(errors) == len(mixed)
+            ranking = rank(errors, config) if is_done else None
+            write_json(path, {**measured, "ranking": ranking, "errors": errors})
+            progress(STAGE, len(errors), len(mixed))
+    return errors
+
+
+def rank(errors: Mapping[int, float], config: SensitivityConfig) -> list[int]:
+    """Return the layers from the least to the most sensitive; equal ones in depth order."""
+    sign = 1 if config.sensitivity == "replace-one" else -1
+    return sorted(errors, key=lambda layer: (sign * errors[layer], layer))
+
+
+def least_sensitive(
+    errors: Mapping[int, float], config: SensitivityConfig, target: int
+) -> list[int]:
+    """Return the `target` layers that are linear at the least cost, in depth order."""
+    return sorted(rank(errors, config)[:target])
+
+
+@torch.no_grad()
+def mean_velocity_error(
+    model: nn.Module,
+    subject: Subject,
+    trajectories: Trajectories,
+    batches: Sequence[Tensor],
+    *,
+    precision: str,
+) -> float:
+    """Return the mean of |u - v| / |v| over states and both guidance branches.
+
+    batches: numbers of stored states, as `Trajectories.take` takes them.
+    """
+    device = subject.prompt_embeds.device
+    errors: list[Tensor] = []
+    for picks in batches:
+        states = trajectories.take(picks, device)
+        sigma = trajectories.sigmas.to(device)[states.step]
+        prompt_embeds = subject.prompt_embeds[states.prompt]
+        negative_embeds = subject.negative_embeds.expand_as(prompt_embeds)
+        for embeds, reference in (
+            (prompt_embeds, states.conditional),
+            (negative_embeds, states.unconditional),
+        ):
+            velocity = bind(model, embeds, precision=precision)(states.latents, sigma)
+            errors.append(velocity_error(velocity, reference)[0].double())
+    return torch.cat(errors).mean().item()
+
+
+@contextlib.contextmanager
+def _choices_kept(mixed: Mapping[int, MixedAttention]) -> Iterator[None]:
+    choices = [module.choice for module in mixed.values()]
+    try:
+        yield
+    finally:
+        for module, choice in zip(mixed.values(), choices, strict=True):
+            module.choice = choice
+
+
+def _read(path: Path, measured: Mapping[str, Any]) -> dict[int, float]:
+    """Return the errors of an earlier call that measured the same."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {key: found[key] for key in measured} == measured:
+            return {int(layer): float(error) for layer, error in found["errors"].items()}
+        problem = "it was measured in another way"
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"it is damaged: {error!r}"
+    logger.warning("%s is measured again: %s", path, problem)
+    return {}
