@@ -1,6 +1,5 @@
 """LinVideo for ComfyUI: the door through which ComfyUI finds the nodes."""
 
-
 WEB_DIRECTORY = "./web"
 """What ComfyUI serves of the pack: the help page of each node, in `docs`."""
 
