@@ -168,6 +168,7 @@ def models(host: Any, server: Server) -> Iterator[Path]:
     folder = server.folder / "models"
     for kind in ("diffusion_models", "vae", "loras"):
         (folder / kind).mkdir(exist_ok=True)
+    kept = set((folder / "linvideo").iterdir())
     torch.manual_seed(1)
     model = WanModel(TINY)
     model.init_weights()
@@ -185,7 +186,7 @@ def models(host: Any, server: Server) -> Iterator[Path]:
     for name in ("your_wan2.1_1.3B", *(f"your_wan2.2_{noise}_noise" for noise in HALVES)):
         artifact.save(linvideo, folder / "linvideo" / f"{name}.safetensors")
     yield folder
-    for path in (folder / "linvideo").glob("your_*"):
+    for path in set((folder / "linvideo").iterdir()) - kept:
         path.unlink()
 
 
