@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.host.recording import pytest_addoption, pytest_configure
+from tests.host.server import server
 
-__all__ = ["pytest_addoption", "pytest_configure"]
+__all__ = ["pytest_addoption", "pytest_configure", "server"]
 
 FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 TIMEOUT_SECONDS = 300

@@ -1,0 +1,101 @@
+"""A real ComfyUI server with the pack in its custom_nodes, driven over HTTP like a browser."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACK = Path(__file__).parents[2]
+SHIPPED = PACK / "linvideo_core" / "demo" / "weights" / "linearized.safetensors"
+START_SECONDS, WORKFLOW_SECONDS = 120, 60
+
+
+class Server:
+    """A running ComfyUI and the folder that it lives in."""
+
+    def __init__(self, port: int, folder: Path) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        self.folder = folder
+
+    def read(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """GET a path, or POST a body to it, and return what comes back."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.address + path, data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.read()
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """GET a path, or POST a body to it, and return the JSON that comes back."""
+        return json.loads(self.read(path, body) or "{}")
+
+    def queue(
+        self, workflow: dict[str, Any], *, seconds: float = WORKFLOW_SECONDS
+    ) -> dict[str, Any]:
+        """Run a workflow in API format and return what became of it."""
+        return self.wait(self.ask("/prompt", {"prompt": workflow})["prompt_id"], seconds)
+
+    def wait(self, prompt_id: str, seconds: float) -> dict[str, Any]:
+        """Return what became of a queued workflow."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            history = self.ask(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id]
+            time.sleep(0.1)
+        pytest.fail(f"the workflow took longer than {seconds} s")
+
+
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_until_it_answers(server: Server, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            server.ask("/system_stats")
+            return
+        time.sleep(0.2)
+    pytest.fail(f"ComfyUI did not start:\n{log.read_text()[-4000:]}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def server(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose every folder is a temporary one."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    for name in ("custom_nodes", "models/linvideo", "input", "output", "temp", "user"):
+        (folder / name).mkdir(parents=True)
+    (folder / "custom_nodes" / "LinVideo").symlink_to(PACK, target_is_directory=True)
+    (folder / "models" / "linvideo" / "cut.safetensors").write_bytes(SHIPPED.read_bytes()[:9999])
+    server = Server(find_free_port(), folder)
+    flags = ["--cpu", "--use-pytorch-cross-attention", "--base-directory", str(folder)]
+    flags += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
+    flags += ["--port", server.address.rpartition(":")[2]]
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(host.python), "main.py", *flags],
+            cwd=host.root,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until_it_answers(server, process, log)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

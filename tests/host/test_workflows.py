@@ -1,0 +1,248 @@
+"""The workflows of the pack, opened as ComfyUI's browser opens them and run by a real server.
+
+Checkpoints are small random ones under the names that the workflows hold. Only the text encoder
+has no small form: the demo's prompts, as wide as Wan's, stand in for it.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from linvideo_core import adapters, artifact
+from linvideo_core.artifact import Artifact, ArtifactHeader
+from linvideo_core.models.wan import WanConfig, WanModel
+from tests.host.server import PACK, Server
+
+pytestmark = pytest.mark.host
+
+FILES = {file.stem: file for file in sorted((PACK / "workflows").glob("*.json"))}
+NAMES = {
+    "demo",
+    "demo_transfer",
+    "few_step",
+    "lora_and_backend",
+    "wan_2.1",
+    "wan_2.2_two_experts",
+}
+NEEDS = {"demo_transfer": (0, 25), "lora_and_backend": (0, 32)}
+"""Workflows that an older ComfyUI cannot run: trainable clones; Model Attention Backend."""
+NOTES = ("MarkdownNote",)
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+SIZE = 64, 64, 5
+TINY = WanConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=256)
+LINEAR_LAYER = 1
+HALVES = ("high", "low")
+
+Nodes = dict[str, dict[str, Any]]
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads(FILES[name].read_text(encoding="utf-8"))
+
+
+def read_inputs(
+    described: dict[str, Any], values: Iterator[Any], links: dict[str, list[Any]], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield a node's inputs by name, its widgets' values in ComfyUI's order, what is linked."""
+    for group in ("required", "optional"):
+        for name, (kind, *rest) in described.get(group, {}).items():
+            key, options = prefix + name, rest[0] if rest else {}
+            if isinstance(kind, list) or kind in WIDGETS:
+                value = next(values)
+                yield key, value
+                if options.get("control_after_generate"):
+                    assert next(values) in ("fixed", "increment", "decrement", "randomize")
+                if kind == "COMFY_DYNAMICCOMBO_V3":
+                    (chosen,) = (o for o in options["options"] if o["key"] == value)
+                    yield from read_inputs(chosen["inputs"], values, links, f"{key}.")
+            if key in links:
+                yield key, links.pop(key)
+
+
+def make_prompt(workflow: dict[str, Any], described: dict[str, Any]) -> Nodes:
+    """Return a saved workflow in the format that is queued, as the browser makes it.
+
+    Every link and, in LinVideo's nodes, every value must belong to an input of today's nodes.
+    """
+    origins = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        assert node["mode"] == 0, f"node {node['id']} is muted or bypassed"
+        values = iter(node.get("widgets_values", []))
+        links = {slot["name"]: origins[slot["link"]] for slot in node["inputs"] if slot.get("link")}
+        inputs = dict(read_inputs(described[node["type"]]["input"], values, links))
+        assert not links, f"{node['type']} has no inputs {list(links)}"
+        if node["type"].startswith("LinVideo"):
+            assert list(values) == []
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def stand_in(prompt: Nodes) -> Nodes:
+    """Replace the text encoder by the demo's prompts; few steps of a small video, a short training.
+
+    Everything else is run as it was saved.
+    """
+    by_type: dict[str, list[dict[str, Any]]] = {}
+    for node in prompt.values():
+        by_type.setdefault(node["class_type"], []).append(node["inputs"])
+    if "CLIPLoader" in by_type:
+        texts = [key for key, node in prompt.items() if node["class_type"] == "CLIPTextEncode"]
+        prompt = {
+            key: node
+            for key, node in prompt.items()
+            if node["class_type"] not in ("CLIPLoader", "CLIPTextEncode")
+        }
+        prompt["words"] = {
+            "class_type": "LinVideoDemo",
+            "inputs": {"digit": "one", "direction": "up", "batch_size": 1},
+        }
+        for node in prompt.values():
+            for name, value in node["inputs"].items():
+                if isinstance(value, list) and value[0] in texts:
+                    node["inputs"][name] = ["words", 1 + texts.index(value[0])]
+    for inputs in by_type.get("EmptyHunyuanLatentVideo", []):
+        inputs.update(zip(("width", "height", "length"), SIZE, strict=True))
+    if "UNETLoader" in by_type:
+        for inputs in by_type.get("KSampler", []):
+            inputs["steps"] = 2
+    for inputs in by_type["LinVideoLinearize"]:
+        if inputs["mode"] == "run the transfer now":
+            short = {"steps": 4, "batch_size": 1, "warm_start_steps": 2}
+            short |= {"num_videos": 2, "sampler_steps": 8}
+            inputs.update({f"mode.{name}": value for name, value in short.items()})
+    return prompt
+
+
+def save_vae(path: str) -> None:
+    """Save a small random VAE of Wan 2.1's kind; runs in ComfyUI's process."""
+    import comfy.ldm.wan.vae
+    import safetensors.torch
+    import torch
+
+    torch.manual_seed(0)
+    vae = comfy.ldm.wan.vae.WanVAE(
+        dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+    )
+    safetensors.torch.save_file(vae.state_dict(), path)
+
+
+def make_linvideo_file(model: WanModel) -> Artifact:
+    """Return random feature maps for one layer of a model."""
+    family, sites = adapters.identify(adapters.shapes_of(model))
+    site = sites[LINEAR_LAYER]
+    header = ArtifactHeader(
+        family=family.name,
+        fingerprint=adapters.fingerprint(family, sites),
+        weights_digest="0" * 16,
+        num_layers=len(sites),
+        layers=(site.layer,),
+        site_names=(site.name,),
+        feature_dim=2 * site.head_dim,
+        parameters="feature_maps",
+        objective="none",
+        steps=0,
+    )
+    shape = (site.num_heads, site.head_dim, site.head_dim)
+    maps = {site.layer: (0.1 * torch.randn(shape), 0.1 * torch.randn(shape))}
+    return Artifact(header=header, feature_maps=maps)
+
+
+@pytest.fixture(scope="module")
+def models(host: Any, server: Server) -> Iterator[Path]:
+    """The server's models folder with a file under every name that the workflows hold."""
+    folder = server.folder / "models"
+    for kind in ("diffusion_models", "vae", "loras"):
+        (folder / kind).mkdir(exist_ok=True)
+    kept = set((folder / "linvideo").iterdir())
+    torch.manual_seed(1)
+    model = WanModel(TINY)
+    model.init_weights()
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    lora = {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": 0.1 * torch.randn(shape)
+        for side, shape in (("A", (4, TINY.dim)), ("B", (TINY.dim, 4)))
+    }
+    experts = (f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled" for noise in HALVES)
+    for name in ("wan2.1_t2v_1.3B_fp16", *experts):
+        save_file(model.state_dict(), folder / "diffusion_models" / f"{name}.safetensors")
+    save_file(lora, folder / "loras" / "your_lora.safetensors")
+    host.call(save_vae, str(folder / "vae" / "wan_2.1_vae.safetensors"))
+    linvideo = make_linvideo_file(model)
+    for name in ("your_wan2.1_1.3B", *(f"your_wan2.2_{noise}_noise" for noise in HALVES)):
+        artifact.save(linvideo, folder / "linvideo" / f"{name}.safetensors")
+    yield folder
+    for path in set((folder / "linvideo").iterdir()) - kept:
+        path.unlink()
+
+
+def skip_if_too_new(name: str, version: str) -> None:
+    if name in NEEDS and tuple(map(int, version.split(".")[:2])) < NEEDS[name]:
+        pytest.skip(f"needs ComfyUI >= {'.'.join(map(str, NEEDS[name]))}")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_workflow_runs_as_it_was_saved(
+    name: str, server: Server, models: Path, record_property: Any
+) -> None:
+    version = server.ask("/system_stats")["system"]["comfyui_version"]
+    skip_if_too_new(name, version)
+    prompt = stand_in(make_prompt(read(name), server.ask("/object_info")))
+    start = time.monotonic()
+    answer = server.queue(prompt)
+    record_property("workflow", name)
+    record_property("seconds", round(time.monotonic() - start, 1))
+    record_property("comfyui", version)
+    assert answer["status"]["status_str"] == "success", answer["status"]
+    savers = [key for key, node in prompt.items() if node["class_type"].startswith("Save")]
+    assert savers
+    for key in savers:
+        (saved,) = answer["outputs"][key]["images"]
+        path = server.folder / "output" / saved["subfolder"] / saved["filename"]
+        assert path.stat().st_size > 500
+
+
+def test_the_template_browser_lists_every_workflow_with_its_picture(server: Server) -> None:
+    assert FILES.keys() == NAMES
+    assert set(server.ask("/api/workflow_templates")["LinVideo"]) == NAMES
+    for name, file in FILES.items():
+        listed = server.ask(f"/api/workflow_templates/LinVideo/{name}.json")
+        assert listed == read(name)
+        with Image.open(file.with_suffix(".jpg")) as picture:
+            assert picture.format == "JPEG" and picture.width <= 960
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_workflow_says_what_it_is_for(name: str) -> None:
+    notes = [node for node in read(name)["nodes"] if node["type"] in NOTES]
+    assert notes and notes[0]["widgets_values"][0].startswith("# ")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_workflow_holds_nothing_of_the_machine_that_it_was_made_on(name: str) -> None:
+    text = FILES[name].read_text(encoding="utf-8")
+    assert not any(trace in text for trace in ("/root", "/home", "127.0.0.1", "localhost"))
+
+
+def test_every_node_has_a_help_page(server: Server) -> None:
+    described = server.ask("/object_info")
+    nodes = {name for name in described if name.startswith("LinVideo")}
+    pages = {file.stem for file in (PACK / "web" / "docs").glob("*.md")}
+    assert pages == nodes
+    for name in nodes:
+        page = server.read(f"/extensions/LinVideo/docs/{name}.md").decode()
+        assert page.startswith(f"# {described[name]['display_name']}\n")
