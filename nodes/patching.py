@@ -97,14 +97,14 @@ def untouched(model: Any) -> nn.Module:
     diffusion_model = getattr(model.model, "diffusion_model", None)
     if diffusion_model is None:
         raise ArtifactError("this is no diffusion model: connect a video model's MODEL output")
-    _uncover_weights(model, diffusion_model)
+    _uncover_weights(diffusion_model)
     return diffusion_model
 
 
-def _uncover_weights(model: Any, diffusion_model: nn.Module) -> None:
+def _uncover_weights(diffusion_model: nn.Module) -> None:
     """Unload a model whose blocks another clone has compiled: their weights have other names."""
     if are_blocks_compiled(diffusion_model):
-        comfy.model_management.unload_model_and_clones(model)
+        comfy.model_management.unload_all_models()
 
 
 def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.Module) -> None:

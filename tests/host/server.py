@@ -35,6 +35,16 @@ class Server:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.read()
 
+    @property
+    def version(self) -> str:
+        """ComfyUI's own."""
+        return self.ask("/system_stats")["system"]["comfyui_version"]
+
+    def need(self, *release: int) -> None:
+        """Skip the test on a ComfyUI older than a release, such as 0, 25."""
+        if tuple(map(int, self.version.split(".")[:2])) < release:
+            pytest.skip(f"needs ComfyUI >= {'.'.join(map(str, release))}")
+
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """GET a path, or POST a body to it, and return the JSON that comes back."""
         return json.loads(self.read(path, body) or "{}")
