@@ -24,7 +24,7 @@ def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D] and what backward needs: means and normaliser."""
-    rows = (_with_rows(x) for x in (query, key, value))
+    rows = (with_rows(x) for x in (query, key, value))
     return load_backend(backend).forward(*rows, query_map, key_map)
 
 
@@ -55,7 +55,7 @@ def linear_attention_backward(
     needs_map_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, and of both maps (0 if unwanted)."""
-    upstream, query, key, value = (_with_rows(x) for x in (upstream, query, key, value))
+    upstream, query, key, value = (with_rows(x) for x in (upstream, query, key, value))
     *gradients, dquery_map, dkey_map = load_backend(backend).backward(
         upstream, query, key, value, query_map, key_map, means, normaliser,
         needs_map_gradients=needs_map_gradients,
@@ -97,6 +97,6 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor 
 linear_attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _with_rows(x: Tensor) -> Tensor:
+def with_rows(x: Tensor) -> Tensor:
     """Return x with its last axis contiguous, which is how models hold it; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

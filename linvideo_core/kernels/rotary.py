@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .operators import with_rows
+
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of x [B, L, N, D] by `rotary` [2, L, D/2], cos and sin."""
@@ -30,7 +32,7 @@ def reference(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: fl
 @torch.library.custom_op("linvideo::norm_rotary", mutates_args=())
 def fused(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: float) -> Tensor:
     """Return the same by the fused kernel."""
-    return _kernels().forward(_with_rows(x), weight, rotary, num_heads, eps)
+    return _kernels().forward(with_rows(x), weight, rotary, num_heads, eps)
 
 
 @fused.register_fake
@@ -44,7 +46,7 @@ def fused_backward(
     upstream: Tensor, x: Tensor, weight: Tensor, rotary: Tensor, eps: float
 ) -> Tensor:
     """Return the gradient of x."""
-    return _kernels().backward(_with_rows(upstream), _with_rows(x), weight, rotary, eps)
+    return _kernels().backward(with_rows(upstream), with_rows(x), weight, rotary, eps)
 
 
 @fused_backward.register_fake
@@ -75,8 +77,3 @@ fused.register_autograd(_differentiate, setup_context=_setup_context)
 
 def _kernels() -> Any:
     return importlib.import_module(".rotary_fused", __package__)
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """Return x with its last axis contiguous, which is how models hold it; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -19,23 +19,14 @@ from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.few_step import sample_few_step
 from linvideo_pack.linvideo_core.models.denoiser import bind_guided
 from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
-from linvideo_pack.nodes import demo, files
 from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
 from linvideo_pack.nodes.patching import linearize
+from stage import demo as _demo
+from stage import shipped as _shipped
 from torch import Tensor
 
 _SEED = 7
 _GRID = (1.0, 0.9375, 0.625, 0.0)
-
-
-@functools.cache
-def _demo() -> tuple[Any, Any, Any, Any]:
-    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
-
-
-@functools.cache
-def _shipped() -> Artifact:
-    return artifact.load(files.find_file(files.SHIPPED))
 
 
 @functools.cache

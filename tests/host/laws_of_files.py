@@ -1,7 +1,6 @@
 """Laws of LINVIDEO files as nodes, each a function that runs inside ComfyUI, for `test_laws`."""
 
 import contextlib
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,20 +9,15 @@ from typing import Any
 import comfy.sample
 import folder_paths
 import torch
-from linvideo_pack.linvideo_core import artifact
-from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
+from linvideo_pack.linvideo_core.artifact import ArtifactError
 from linvideo_pack.nodes import demo, files
 from linvideo_pack.nodes.file_nodes import LinVideoLoad, LinVideoSave, LinVideoShowFile
 from linvideo_pack.nodes.linearize import APPLY, APPLY_INPUT, LinVideoLinearize
+from stage import shipped as _shipped
 
 # Previews that nodes leave for the browser go with this process.
 _PREVIEWS = tempfile.TemporaryDirectory()
 folder_paths.set_temp_directory(_PREVIEWS.name)
-
-
-@functools.cache
-def _shipped() -> Artifact:
-    return artifact.load(files.find_file(files.SHIPPED))
 
 
 @contextlib.contextmanager

@@ -34,22 +34,15 @@ from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
 from linvideo_pack.nodes import demo, files, hook
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
 from linvideo_pack.nodes.patching import linearize
+from stage import demo as _demo
+from stage import load_vace, vace_weights
+from stage import shipped as _shipped
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 _TOLERANCE = 1e-5
 _STEPS, _GUIDANCE = 4, 3.0
 _NOISE = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
-
-
-@functools.cache
-def _demo() -> tuple[Any, Any, Any, Any]:
-    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
-
-
-@functools.cache
-def _shipped() -> Artifact:
-    return artifact.load(files.find_file(files.SHIPPED))
 
 
 @functools.cache
@@ -249,22 +242,7 @@ def compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
 
 
 def the_blocks_beside_the_main_ones_stay_softmax() -> None:
-    vace = comfy.ldm.wan.model.VaceWanModel(
-        dim=128,
-        ffn_dim=256,
-        num_heads=1,
-        num_layers=4,
-        vace_layers=2,
-        vace_in_dim=96,
-        operations=comfy.ops.disable_weight_init,
-    )
-    generator = torch.Generator().manual_seed(4)
-    weights = {
-        name: 0.05 * torch.randn(weight.shape, generator=generator)
-        for name, weight in vace.state_dict().items()
-    }
-    patcher = comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": torch.float32})
-    assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
+    patcher = load_vace(vace_weights())
     maps = next(iter(_shipped().feature_maps.values()))
     header = dataclasses.replace(
         _other_file().header,

@@ -28,11 +28,13 @@ from stage import (
     complaint,
     demo,
     load_headless,
+    load_vace,
     make_noise,
     merge_lora,
     sample,
     sample_headless,
     shipped,
+    vace_weights,
     with_lora,
 )
 from torch import Tensor
@@ -209,31 +211,6 @@ def two_files_on_one_model_do_not_disturb_each_other() -> None:
     assert torch.equal(sample(demo()[0]), before)
 
 
-@functools.cache
-def _vace_weights() -> dict[str, Tensor]:
-    vace = comfy.ldm.wan.model.VaceWanModel(
-        dim=128,
-        ffn_dim=256,
-        num_heads=1,
-        num_layers=4,
-        vace_layers=2,
-        vace_in_dim=96,
-        operations=comfy.ops.disable_weight_init,
-    )
-    generator = torch.Generator().manual_seed(4)
-    return {
-        name: 0.05 * torch.randn(weight.shape, generator=generator)
-        for name, weight in vace.state_dict().items()
-    }
-
-
-def _load_vace(weights: dict[str, Tensor]) -> Any:
-    settings = {"dtype": torch.float32}
-    patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), settings)
-    assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
-    return patcher
-
-
 def vace_with_a_lora_is_vace_of_merged_weights() -> None:
     maps = shipped().feature_maps[1]
     header = dataclasses.replace(
@@ -245,7 +222,7 @@ def vace_with_a_lora_is_vace_of_merged_weights() -> None:
     )
     file = Artifact(header=header, feature_maps={0: maps, 2: maps})
     generator = torch.Generator().manual_seed(5)
-    lora, merged = {}, dict(_vace_weights())
+    lora, merged = {}, dict(vace_weights())
     for name in ("blocks.0.self_attn.q", "vace_blocks.1.self_attn.v", "blocks.3.ffn.0"):
         up, down = (
             torch.randn(s, generator=generator)
@@ -258,8 +235,8 @@ def vace_with_a_lora_is_vace_of_merged_weights() -> None:
     def with_its_lora(model: Any) -> Any:
         return comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)[0]
 
-    expected = sample(linearize(_load_vace(merged), file))
-    vace = _load_vace(_vace_weights())
+    expected = sample(linearize(load_vace(merged), file))
+    vace = load_vace(vace_weights())
     assert not torch.allclose(sample(linearize(vace, file)), expected, atol=1e-3)
     for patcher in (with_its_lora(linearize(vace, file)), linearize(with_its_lora(vace), file)):
         assert_close(sample(patcher), expected)

@@ -12,26 +12,16 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
-from linvideo_pack.nodes import demo, files
 from linvideo_pack.nodes.patching import linearize
 from linvideo_pack.nodes.watch import _warn_of_skipped_blocks
+from stage import demo as _demo
+from stage import shipped as _shipped
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 _NOISE = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
 _STEPS = 3
-
-
-@functools.cache
-def _demo() -> tuple[Any, Any, Any, Any]:
-    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
-
-
-@functools.cache
-def _shipped() -> artifact.Artifact:
-    return artifact.load(files.find_file(files.SHIPPED))
 
 
 @functools.cache

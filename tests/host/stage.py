@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import comfy.ldm.wan.model
+import comfy.ops
 import comfy.sample
 import comfy.sd
 import torch
@@ -153,3 +155,30 @@ def collect_warnings() -> Iterator[list[str]]:
         yield messages
     finally:
         root.removeHandler(handler)
+
+
+@functools.cache
+def vace_weights() -> dict[str, Tensor]:
+    """Return random weights of a small VACE model: four main blocks, two beside them."""
+    vace = comfy.ldm.wan.model.VaceWanModel(
+        dim=128,
+        ffn_dim=256,
+        num_heads=1,
+        num_layers=4,
+        vace_layers=2,
+        vace_in_dim=96,
+        operations=comfy.ops.disable_weight_init,
+    )
+    generator = torch.Generator().manual_seed(4)
+    return {
+        name: 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in vace.state_dict().items()
+    }
+
+
+def load_vace(weights: dict[str, Tensor]) -> Any:
+    """Return a VACE model in a ModelPatcher, as ComfyUI recognises it."""
+    settings = {"dtype": torch.float32}
+    patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), settings)
+    assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
+    return patcher
