@@ -64,6 +64,7 @@ def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
         ("fused", "module", 1): 2.5, ("fused", MODULE, 1): 5.0,
         ("eager", FORWARD, 1): 10.0, ("eager", FROZEN, 1): 9.0, ("eager", MODULE, 1): 15.0,
         ("sdpa", FORWARD, 0): 100.0, ("sdpa", BACKWARD, 0): 300.0, ("sdpa", MODULE, 0): 110.0,
+        ("sdpa", floors.KITCHEN, 0): 105.0,
     }  # fmt: skip
     measured = [
         Measured(SHAPE, step, ratio, name, milliseconds, 1.5)
@@ -79,8 +80,9 @@ def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
     rows = floors.assemble_rows(measured, errors, bandwidth, 2, MODULE)
     assert [row["pass"] for row in rows] == [FORWARD, BACKWARD, FROZEN, "module", MODULE]
     assert list(rows[0]) == [
-        "shape", "pass", "features", "milliseconds", "floor_ratio", "vs_compile", "vs_eager",
-        "vs_sdpa", "vs_fa2", "vs_cudnn", "extra_mb", "relative_error", "eager_error",
+        "shape", "pass", "features", "milliseconds", "floor_ratio", "vs_compile",
+        "vs_compile_half", "vs_eager", "vs_sdpa", "vs_fa2", "vs_cudnn", "vs_kitchen", "extra_mb",
+        "relative_error", "eager_error",
     ]  # fmt: skip
     forward, backward, frozen, module, eager_module = rows
     assert (forward["shape"], forward["features"], forward["extra_mb"]) == ("33 x 2", "D", 1.5)
@@ -91,6 +93,7 @@ def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
     assert (frozen["vs_eager"], frozen["vs_sdpa"]) == (3.0, 100.0)
     assert (module["vs_eager"], module["vs_sdpa"]) == (6.0, 44.0)
     assert (eager_module["vs_eager"], eager_module["vs_sdpa"]) == (3.0, 22.0)
+    assert (module["vs_kitchen"], forward["vs_kitchen"]) == (42.0, None)
     assert (forward["relative_error"], forward["eager_error"]) == (3e-3, 5e-3)
     assert (backward["relative_error"], frozen["relative_error"]) == (4e-3, 2e-3)
 
@@ -120,11 +123,11 @@ def test_causal_attention_sees_no_later_token() -> None:
 
 
 def test_every_contender_agrees_in_value_and_gradients() -> None:
-    contenders = contenders_of("fused", "eager", "sdpa")
+    contenders = contenders_of("fused", "eager", "sdpa", "compile_half")
     agreeing, rows, left_out = speed.check_contenders(contenders, make_setting(), (32, 33), 2)
     assert agreeing == contenders and not left_out
     cells = {(row["contender"], row["ratio"], row["tokens"]) for row in rows}
-    assert len(rows) == len(cells) == 2 * 2 * 2 + 2
+    assert len(rows) == len(cells) == 3 * 2 * 2 + 2
     for row in rows:
         names = {"forward", *agreement.INPUTS[: 5 if row["ratio"] else 3]}
         assert row.keys() == {"contender", "ratio", "tokens", *names}

@@ -15,11 +15,13 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..config import option, parse, positive, run_command, to_flags, to_json
 from ..devices import resolve_device
@@ -41,6 +43,7 @@ _USUAL = {
     "cuda": {"most_tokens": 131072, "runs": 25, "seconds": 0.4},
 }
 _QUICK = {"most_tokens": 4096, "runs": 3, "seconds": 0.1}
+_EPS = 1e-6
 _QUICK_SHAPES = (floors.Shape(4680, 12),)
 
 
@@ -101,11 +104,17 @@ def make_norm_rotary(
     backend: str, shape: floors.Shape, device: torch.device, dtype: torch.dtype
 ) -> speed.NormRotary:
     """Return Wan's qk-norm and rotation by a backend: [B, L, N D] -> [B, L, N, D]."""
+    weight, rotary = _draw_norm_rotary(shape, device, dtype)
+    return lambda x: norm_rotary(x, weight, rotary, shape.heads, eps=_EPS, backend=backend)
+
+
+def _draw_norm_rotary(
+    shape: floors.Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = 1 + 0.1 * torch.randn(shape.heads * floors.HEAD_DIM, generator=generator)
     weight = weight.to(torch.bfloat16).to(device, dtype)
-    rotary = rotary_embedding((shape.tokens, 1, 1), floors.HEAD_DIM, device)
-    return lambda x: norm_rotary(x, weight, rotary, shape.heads, backend=backend)
+    return weight, rotary_embedding((shape.tokens, 1, 1), floors.HEAD_DIM, device)
 
 
 MODULES = {
@@ -113,6 +122,30 @@ MODULES = {
     "module": functools.partial(make_norm_rotary, "triton"),
 }
 """Pass of the record -> norm and rotation before attention; the first is what rivals have too."""
+
+
+def find_modules() -> tuple[dict[str, speed.MakeNormRotary], list[str]]:
+    """Return all modules that can be measured, and a sentence for what is absent."""
+    try:
+        import comfy_kitchen
+    except ImportError as error:
+        return MODULES, [f"ComfyUI's norm and rotation are not compared: {error}"]
+    rotate = functools.partial(make_kitchen_norm_rotary, comfy_kitchen.apply_rope1)
+    return {**MODULES, floors.KITCHEN: rotate}, []
+
+
+def make_kitchen_norm_rotary(
+    apply_rope: Callable[[Tensor, Tensor], Tensor],
+    shape: floors.Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> speed.NormRotary:
+    """Return qk-norm and rotation as ComfyUI runs them for Wan: PyTorch's norm, then its kernel."""
+    weight, rotary = _draw_norm_rotary(shape, device, dtype)
+    cos, sin = rotary
+    turn = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None, :, None]
+    heads = (shape.heads, floors.HEAD_DIM)
+    return lambda x: apply_rope(F.rms_norm(x, weight.shape, weight, _EPS).unflatten(2, heads), turn)
 
 
 def run(config: BenchmarkConfig, progress: Progress = silent) -> dict[str, Any]:
@@ -139,9 +172,11 @@ def _run_speed(config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
     setting = speed.Setting(instruments, torch.device("cuda"), seed=config.seed)
     shapes = _QUICK_SHAPES if config.quick else floors.SHAPES
     public, absent = find_public()
+    modules, no_module = find_modules()
     contenders = [*make_contenders(), *public]
-    measured = speed.measure_speed(shapes, config.sizes, contenders, MODULES, setting, progress)
-    details = {**measured.details, "left_out": [*absent, *measured.details["left_out"]]}
+    measured = speed.measure_speed(shapes, config.sizes, contenders, modules, setting, progress)
+    left_out = [*absent, *no_module, *measured.details["left_out"]]
+    details = {**measured.details, "left_out": left_out}
     bandwidth = details["copy_terabytes_per_second"]
     title = (
         f"Fused linear attention, heads of {floors.HEAD_DIM}, bf16, batch 1; floor: bytes at the "

@@ -13,12 +13,13 @@ from .agreement import INPUTS
 HEAD_DIM = 128
 RATIOS = (1, 2)
 FORWARD, BACKWARD, FROZEN = "forward", "backward", "backward, maps frozen"
+KITCHEN = "module, comfy-kitchen RoPE"
 # Earlier figures were given against this bandwidth.
 FIXED_BANDWIDTH = 4.3e12
 
 _MOVED_TENSORS = {FORWARD: 4, BACKWARD: 7, FROZEN: 7}
 _ERRORS = {BACKWARD: INPUTS, FROZEN: INPUTS[:3]}
-_RIVALS = ("compile", "eager", "sdpa", "fa2", "cudnn")
+_RIVALS = ("compile", "compile_half", "eager", "sdpa", "fa2", "cudnn")
 
 Row = dict[str, Any]
 
@@ -76,8 +77,8 @@ def assemble_rows(
 ) -> list[Row]:
     """Turn measurements into the record's rows: one for each step of the fused kernels.
 
-    vs_x is x's time over ours. bandwidth: bytes per second. baseline: the module step whose times
-    the others' modules have.
+    vs_x is x's time over ours; vs_kitchen is that of softmax after ComfyUI's norm and rotation.
+    bandwidth: bytes per second. baseline: the module step whose times the others' modules have.
     """
     times = {item[:4]: item.milliseconds for item in measured}
     rows = []
@@ -91,6 +92,8 @@ def assemble_rows(
             rival: times.get((shape, theirs, ratio, rival), times.get((shape, plain, 0, rival)))
             for rival in _RIVALS
         }
+        is_module = theirs == baseline
+        others["kitchen"] = times.get((shape, KITCHEN, 0, "sdpa")) if is_module else None
         floor = floor_milliseconds(shape, step, itemsize, bandwidth)
         rows.append(
             {

@@ -13,10 +13,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .fused_kernels import add_splits_kernel, backward_kernel, map_kernel, reduce_kernel
+from .fused_kernels import (
+    add_splits_kernel,
+    backward_key_kernel,
+    backward_query_kernel,
+    map_kernel,
+    reduce_kernel,
+)
 
-# Splits fill the card, but their partial states may not take more than this.
-_MAX_PARTIAL_BYTES = 14 * 2**20
+# Splits fill the card, but their partial states may not take more than this; they are given back
+# before the output or the next gradient is allocated.
+_MAX_PARTIAL_BYTES = 36 * 2**20
+# Programs are dealt out in waves: more waves leave less of the card idle in the last one, but each
+# program reads the states and the map anew.
+_WAVES = (1, 2, 4)
 # Features of a state that one program adds up.
 _ROWS = 8
 
@@ -41,10 +51,27 @@ class Launch(NamedTuple):
 # Chosen on an H200, fastest first; a card with less shared memory takes a later one, and so do fp32
 # and M = 2D, which need more of it.
 _LAUNCHES = {
-    "reduce": (Launch(64, 4, 2, 2), Launch(128, 8, 1, 1), Launch(64, 4, 1, 1), Launch(32, 4, 1, 2)),
+    "reduce keys": (
+        Launch(64, 4, 2, 2),
+        Launch(128, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 2),
+    ),
+    "reduce queries": (
+        Launch(32, 4, 3, 2),
+        Launch(128, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 2),
+    ),
     "map": (Launch(64, 4, 3, 2), Launch(64, 4, 2, 2), Launch(64, 4, 1, 2), Launch(32, 4, 1, 2)),
     "backward": (
         Launch(128, 8, 2, 1),
+        Launch(64, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 1),
+    ),
+    "backward, maps frozen": (
+        Launch(64, 4, 1, 2),
         Launch(64, 8, 1, 1),
         Launch(64, 4, 1, 1),
         Launch(32, 4, 1, 1),
@@ -61,9 +88,9 @@ def forward(
     query, key, value: [B, L, N, D], last axis contiguous. query_map, key_map: [N, D, M/2].
     """
     query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
-    means, normaliser = _call(_run_reduce, key_map, key, value)
+    means, normaliser = _call("reduce keys", _run_reduce, key_map, key, value)
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
-    _call(_run_map, query_map, query, means, out, normaliser)
+    _call("map", _run_map, query_map, query, means, out, normaliser)
     return out, means, normaliser
 
 
@@ -84,17 +111,24 @@ def backward(
     upstream: [B, L, N, D], the output's gradient; means and normaliser as `forward` gave them.
     """
     query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
-    dq, along, dquery_map = _call(
-        _run_backward, query_map, query, upstream, means, normaliser, True, needs_map_gradients
+    kind = "backward" if needs_map_gradients else "backward, maps frozen"
+    settings = {"needs_map_gradient": needs_map_gradients}
+    dq, rows, dquery_map = _call(
+        kind, _run_backward_query, query_map, query, upstream, means, normaliser, **settings
     )
     states, sums = _call(
-        _run_reduce, query_map, query, upstream, along, normaliser, num_keys=key.shape[1]
+        "reduce queries",
+        _run_reduce,
+        query_map,
+        query,
+        upstream,
+        rows,
+        normaliser,
+        num_keys=key.shape[1],
     )
     dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    _call(_run_map, key_map, key, states, dv)
-    dk, _, dkey_map = _call(
-        _run_backward, key_map, key, value, states, sums, False, needs_map_gradients
-    )
+    _call("map", _run_map, key_map, key, states, dv)
+    dk, dkey_map = _call(kind, _run_backward_key, key_map, key, value, states, sums, **settings)
     return dq, dk, dv, dquery_map, dkey_map
 
 
@@ -103,25 +137,25 @@ def _run_reduce(
     feature_map: Tensor,
     x: Tensor,
     y: Tensor,
-    along: Tensor | None = None,
+    rows: Tensor | None = None,
     normaliser: Tensor | None = None,
     *,
     num_keys: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return a side's state [B, N, M, D] and sums [B, N, M] fp32, both divided by sum_j b_jm.
 
-    Keys: means and normaliser. Queries, which have `along`: G and c; num_keys is the keys' L.
+    Keys: means and normaliser. Queries, which have `rows`: G and c; num_keys is the keys' L.
     """
     B, L, N, D = x.shape
     H = feature_map.shape[2]
-    is_query = along is not None
+    is_query = rows is not None
     features = _FEATURE_DTYPES[feature_map.dtype]
     splits, split_length = _split(L, B * N, launch, x.device, state_bytes=8 * H * (D + 1))
     state_parts = _fp32(x, B, N, splits, 2 * H, D)
     sum_parts = _fp32(x, B, N, splits, 2 * H)
-    along, counts = (along, normaliser) if is_query else (sum_parts, sum_parts)
+    rows, counts = (rows, normaliser) if is_query else (sum_parts, sum_parts)
     reduce_kernel[splits, B * N](
-        x, y, along, feature_map, counts, state_parts, sum_parts,
+        x, y, rows, feature_map, counts, state_parts, sum_parts,
         *x.stride()[:3], *y.stride()[:3], L, split_length, N,
         D, H, launch.tokens, _TRITON_DTYPES[features], _precision(feature_map), is_query,
         num_warps=launch.warps, num_stages=launch.stages,
@@ -154,39 +188,68 @@ def _run_map(
     )  # fmt: skip
 
 
-def _run_backward(
+def _run_backward_query(
     launch: Launch,
-    feature_map: Tensor,
-    x: Tensor,
-    y: Tensor,
-    states: Tensor,
-    sums: Tensor,
-    is_query: bool,
+    query_map: Tensor,
+    query: Tensor,
+    upstream: Tensor,
+    means: Tensor,
+    normaliser: Tensor,
+    *,
     needs_map_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of a side's tokens, `along` [B, N, L], and the map's gradient, fp32."""
-    B, L, N, D = x.shape
-    H = feature_map.shape[2]
-    state_bytes = 4 * D * H * needs_map_gradient
-    splits, split_length = _split(L, B * N, launch, x.device, state_bytes=state_bytes)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    along = _fp32(x, B, N, L if is_query else 0)
-    parts = _fp32(x, B, N, splits if needs_map_gradient else 0, D, H)
-    backward_kernel[splits, B * N](
-        x, y, feature_map, states, sums, dx, along, parts,
-        *x.stride()[:3], *y.stride()[:3], *dx.stride()[:3], L, split_length, N,
-        D, H, launch.tokens, _precision(feature_map), is_query, needs_map_gradient,
+    """Return dq, the queries' rows [B, N, 3, L] for `_run_reduce`, and the map's gradient, fp32."""
+    B, L, N, D = query.shape
+    splits, split_length, parts = _split_map_gradient(
+        query, query_map, launch, wanted=needs_map_gradient
+    )
+    dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    rows = _fp32(query, B, N, 3, L)
+    backward_query_kernel[splits, B * N](
+        query, upstream, query_map, means, normaliser, dquery, rows, parts,
+        *query.stride()[:3], *upstream.stride()[:3], *dquery.stride()[:3], L, split_length, N,
+        D, query_map.shape[2], launch.tokens, _precision(query_map), needs_map_gradient,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return dx, along, parts.sum(dim=(0, 2))
+    return dquery, rows, parts.sum(dim=(0, 2))
+
+
+def _run_backward_key(
+    launch: Launch,
+    key_map: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    sums: Tensor,
+    *,
+    needs_map_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return dk and the map's gradient, fp32."""
+    B, L, N, D = key.shape
+    splits, split_length, parts = _split_map_gradient(
+        key, key_map, launch, wanted=needs_map_gradient
+    )
+    dkey = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    backward_key_kernel[splits, B * N](
+        key, value, key_map, states, sums, dkey, parts,
+        *key.stride()[:3], *value.stride()[:3], *dkey.stride()[:3], L, split_length, N,
+        D, key_map.shape[2], launch.tokens, _precision(key_map), needs_map_gradient,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return dkey, parts.sum(dim=(0, 2))
 
 
 def _call(
-    run: Callable[..., Any], feature_map: Tensor, x: Tensor, *arguments: Any, **settings: Any
+    kind: str,
+    run: Callable[..., Any],
+    feature_map: Tensor,
+    x: Tensor,
+    *arguments: Any,
+    **settings: Any,
 ) -> Any:
-    """Run a kernel with the first launch, fastest first, that this card has the memory for."""
-    launches = _LAUNCHES[run.__name__.removeprefix("_run_")]
-    key = (run, x.device, feature_map.dtype, *feature_map.shape[1:])
+    """Run a kernel with the first launch of its kind that this card has the memory for."""
+    launches = _LAUNCHES[kind]
+    key = (run, kind, x.device, feature_map.dtype, *feature_map.shape[1:])
     is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
     first = _first_launch.get(key, int(is_wide))
     for i, launch in enumerate(launches[first:], start=first):
@@ -213,14 +276,25 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
 def _split(
     length: int, num_heads: int, launch: Launch, device: torch.device, *, state_bytes: int = 0
 ) -> tuple[int, int]:
-    """Return how many splits of the tokens fill the card, and their length, whole blocks."""
-    most = launch.programs * _num_multiprocessors(device)
-    if state_bytes:
-        most = min(most, _MAX_PARTIAL_BYTES // state_bytes)
+    """Return how many splits of the tokens fill the card best, and their length, whole blocks."""
+    wave = launch.programs * _num_multiprocessors(device)
+    most = _MAX_PARTIAL_BYTES // state_bytes if state_bytes else max(_WAVES) * wave
+    programs = [min(wave * waves, most) // num_heads * num_heads for waves in _WAVES]
+    fullest = max(programs, key=lambda count: count / (triton.cdiv(count, wave) * wave or 1))
     blocks = triton.cdiv(length, launch.tokens)
-    splits = max(1, min(blocks, most // num_heads))
+    splits = max(1, min(blocks, fullest // num_heads))
     split_length = triton.cdiv(blocks, splits) * launch.tokens
     return triton.cdiv(length, split_length), split_length
+
+
+def _split_map_gradient(
+    x: Tensor, feature_map: Tensor, launch: Launch, *, wanted: bool
+) -> tuple[int, int, Tensor]:
+    """Return splits, their length, and room for their map's gradients [B, N, splits, D, H]."""
+    B, L, N, D = x.shape
+    H = feature_map.shape[2]
+    splits, split_length = _split(L, B * N, launch, x.device, state_bytes=4 * D * H * wanted)
+    return splits, split_length, _fp32(x, B, N, splits if wanted else 0, D, H)
 
 
 @functools.cache

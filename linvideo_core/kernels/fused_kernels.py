@@ -13,11 +13,12 @@ Backward needs two more states of the same shapes, both divided by sum_j b_jm:
     G_m = sum_i w_im do_i       c_m = sum_i w_im (do_i o_i)
     dv_j = sum_m b_jm G_m       a da = w (do s - do o)       b db = b (v G - c)
 
-So three kernels serve both sides and both directions. `reduce_kernel` sums features times rows over
-the tokens (keys: b and v; queries: w and do), `map_kernel` multiplies features with a state (o from
-w and means, dv from b and G), `backward_kernel` turns a slope, a da or b db, into the gradient of
-tokens and map. Tokens are split to fill the card; splits are added up in order and depend on the
-shape alone, so that results are the same bit for bit.
+`reduce_kernel` sums features times rows over the tokens (keys: b and v; queries: w and do),
+`map_kernel` multiplies features with a state (o from w and means, dv from b and G),
+`backward_query_kernel` and `backward_key_kernel` write dq and dk and their maps' gradients. The
+queries' leaves three numbers a token, from which the sums over queries have each weight in one
+exponential. Tokens are split to fill the card; splits are added up in order and depend on the shape
+alone, so that results are the same bit for bit.
 
 Kernel locals: i_ program index, o_ offsets, p_ pointer. x is the side's query or key, y its output
 gradient or value, H = M/2 the width of either half of the features.
@@ -32,6 +33,8 @@ import triton.language as tl
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+# Weights that add up to less have no mean. Their inverse may be multiplied by any value.
+_LEAST_WEIGHT = tl.constexpr(2.0**-100)
 # The tensor cores' narrowest tile: sums over tokens are products with this many equal columns.
 _COLUMNS = tl.constexpr(16)
 
@@ -79,35 +82,34 @@ def _product(left, right, PRECISION: tl.constexpr):
 
 @triton.jit
 def _exponentials(projected):
-    """Return exp(x) and exp(-x), each scaled by its row's largest, and their sums over columns."""
-    high, low = tl.max(projected, 1), tl.min(projected, 1)
-    # One multiply-add each before the exponential.
-    plus = tl.exp2(projected * _LOG2_E - (high * _LOG2_E)[:, None])
-    minus = tl.exp2((low * _LOG2_E)[:, None] - projected * _LOG2_E)
-    return plus, minus, tl.sum(plus, 1), tl.sum(minus, 1)
+    """Return exp(x) and exp(-x) over their rows' largest, their sums over columns, and those."""
+    # The largest as powers of 2: one multiply-add each before the exponential.
+    high, low = tl.max(projected, 1) * _LOG2_E, tl.max(-projected, 1) * _LOG2_E
+    plus = tl.exp2(projected * _LOG2_E - high[:, None])
+    minus = tl.exp2(-projected * _LOG2_E - low[:, None])
+    return plus, minus, tl.sum(plus, 1), tl.sum(minus, 1), high, low
 
 
 @triton.jit
 def _features(projected):
     """Return softmax(x) and softmax(-x) over the columns, fp32."""
-    plus, minus, total_plus, total_minus = _exponentials(projected)
+    plus, minus, total_plus, total_minus, _, _ = _exponentials(projected)
     return plus * (1 / total_plus)[:, None], minus * (1 / total_minus)[:, None]
 
 
 @triton.jit
 def _weights(projected, n_plus, n_minus):
     """Return the features times the normaliser, scaled to add up to 1 over both halves."""
-    plus, minus, total_plus, total_minus = _exponentials(projected)
+    plus, minus, total_plus, total_minus, _, _ = _exponentials(projected)
     plus, minus = plus * n_plus[None, :], minus * n_minus[None, :]
     total = tl.sum(plus, 1) / total_plus + tl.sum(minus, 1) / total_minus
-    # A query whose features no key shares has no mean: the least normal number keeps it finite.
-    scale = 1 / tl.maximum(total, _TINY)
+    scale = 1 / tl.maximum(total, _LEAST_WEIGHT)
     return plus * (scale / total_plus)[:, None], minus * (scale / total_minus)[:, None]
 
 
 @triton.jit
 def reduce_kernel(
-    p_x, p_y, p_along, p_map, p_normaliser, p_states, p_sums,
+    p_x, p_y, p_rows, p_map, p_normaliser, p_states, p_sums,
     x_b, x_l, x_n, y_b, y_l, y_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,7 +117,8 @@ def reduce_kernel(
 ):  # fmt: skip
     """Sum over the tokens of one split: keys b^T v and b; queries w^T do and w^T (do o).
 
-    states: [B N, splits, M, D] fp32; sums: [B N, splits, M] fp32.
+    states: [B N, splits, M, D] fp32; sums: [B N, splits, M] fp32; rows, for queries: as
+    `backward_query_kernel` wrote them.
     """
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
@@ -125,7 +128,7 @@ def reduce_kernel(
     last = tl.minimum(first + split_length, length)
     feature_map = _load_matrix(p_map + i_n * D * H, D, H)
     if IS_QUERY:
-        p_along += i_head.to(tl.int64) * length
+        p_rows += i_head.to(tl.int64) * 3 * length
         p_normaliser += i_head * 2 * H + tl.arange(0, H)
         n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
     state_plus = tl.zeros((H, D), tl.float32)
@@ -138,8 +141,12 @@ def reduce_kernel(
         projected = _product(x, feature_map, PRECISION)
         o_l = start + tl.arange(0, BLOCK)
         if IS_QUERY:
-            plus, minus = _weights(projected, n_plus, n_minus)
-            column = tl.load(p_along + o_l, mask=o_l < last, other=0.0)
+            column = tl.load(p_rows + o_l, mask=o_l < last, other=0.0)
+            # Beyond the end: exp2 of minus infinity, no weight.
+            high = tl.load(p_rows + length + o_l, mask=o_l < last, other=float("inf"))
+            low = tl.load(p_rows + 2 * length + o_l, mask=o_l < last, other=float("inf"))
+            plus = tl.exp2(projected * _LOG2_E - high[:, None]) * n_plus[None, :]
+            minus = tl.exp2(-projected * _LOG2_E - low[:, None]) * n_minus[None, :]
         else:
             plus, minus = _features(projected)
             # Tokens beyond the end are zeros, and so are their values, but not their features.
@@ -222,23 +229,89 @@ def map_kernel(
 
 
 @triton.jit
-def backward_kernel(
-    p_x, p_y, p_map, p_states, p_sums, p_dx, p_along, p_dmap,
-    x_b, x_l, x_n, y_b, y_l, y_n, dx_b, dx_l, dx_n,
+def backward_query_kernel(
+    p_query, p_upstream, p_map, p_means, p_normaliser, p_dquery, p_rows, p_dmap,
+    query_b, query_l, query_n, upstream_b, upstream_l, upstream_n, dquery_b, dquery_l, dquery_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Write dq or dk of one split's tokens; sum the map's gradient over them.
+    """Write dq of one split's queries and their rows; sum the map's gradient over them.
 
-    states, sums: queries means and normaliser, keys G and c; dmap: [B N, splits, D, H] fp32.
-    Queries also write along, do o [B N, L] fp32, which `reduce_kernel` then needs.
+    rows: [B N, 3, L] fp32, do o and, of either half, what makes exp2(+-x log2(e) - row) n the
+    weights w; dmap: [B N, splits, D, H] fp32.
     """
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
-    p_x += i_b * x_b + i_n * x_n
-    p_y += i_b * y_b + i_n * y_n
-    p_dx += i_b * dx_b + i_n * dx_n
+    p_query += i_b * query_b + i_n * query_n
+    p_upstream += i_b * upstream_b + i_n * upstream_n
+    p_dquery += i_b * dquery_b + i_n * dquery_n
+    p_rows += i_head.to(tl.int64) * 3 * length
+    first = i_split * split_length
+    last = tl.minimum(first + split_length, length)
+    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    p_means += i_head.to(tl.int64) * 2 * H * D
+    means_plus = _load_matrix(p_means, H, D)
+    means_minus = _load_matrix(p_means + H * D, H, D)
+    p_normaliser += i_head * 2 * H + tl.arange(0, H)
+    map_gradient = tl.zeros((D, H), tl.float32)
+    for start in range(first, last, BLOCK):
+        query = _load_tokens(p_query, query_l, start, last, BLOCK, D).to(feature_map.dtype)
+        upstream = _load_tokens(p_upstream, upstream_l, start, last, BLOCK, D)
+        upstream = upstream.to(means_plus.dtype)
+        projected = _product(query, feature_map, PRECISION)
+        plus, minus, total_plus, total_minus, high, low = _exponentials(projected)
+        slope_plus = _product(upstream, tl.trans(means_plus), PRECISION)
+        slope_minus = _product(upstream, tl.trans(means_minus), PRECISION)
+        # Read at every block: registers are what this kernel is short of.
+        n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
+        # Until the rows are scaled, weights lack 1 / total of their half and 1 / weight of both.
+        w_plus, w_minus = plus * n_plus[None, :], minus * n_minus[None, :]
+        weight_plus, weight_minus = tl.sum(w_plus, 1) / total_plus, tl.sum(w_minus, 1) / total_minus
+        along_plus = tl.sum(w_plus * slope_plus, 1) / total_plus
+        along_minus = tl.sum(w_minus * slope_minus, 1) / total_minus
+        scale = 1 / tl.maximum(weight_plus + weight_minus, _LEAST_WEIGHT)
+        along = scale * (along_plus + along_minus)
+        scale_plus, scale_minus = scale / total_plus, scale / total_minus
+        # Softmax's gradient: a da less a times its sum over the half.
+        drawn_plus = scale_plus * (along_plus - along * weight_plus)
+        drawn_minus = scale_minus * (along_minus - along * weight_minus)
+        slope_plus = (slope_plus - along[:, None]) * scale_plus[:, None] * n_plus[None, :]
+        slope_minus = (slope_minus - along[:, None]) * scale_minus[:, None] * n_minus[None, :]
+        dz = plus * (slope_plus - drawn_plus[:, None])
+        dz -= minus * (slope_minus - drawn_minus[:, None])
+        dz = dz.to(feature_map.dtype)
+        dquery = _product(dz, tl.trans(feature_map), PRECISION)
+        _store_tokens(p_dquery, dquery_l, start, last, dquery, BLOCK, D)
+        o_l = start + tl.arange(0, BLOCK)
+        tl.store(p_rows + o_l, along, mask=o_l < last)
+        tl.store(p_rows + length + o_l, high - tl.log2(scale_plus), mask=o_l < last)
+        tl.store(p_rows + 2 * length + o_l, low - tl.log2(scale_minus), mask=o_l < last)
+        if MAP_GRADIENT:
+            # Tokens beyond the end are zeros: their rows of dz meet nothing.
+            map_gradient = _dot(tl.trans(query), dz, map_gradient, PRECISION)
+    if MAP_GRADIENT:
+        i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
+        _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
+
+
+@triton.jit
+def backward_key_kernel(
+    p_key, p_value, p_map, p_states, p_sums, p_dkey, p_dmap,
+    key_b, key_l, key_n, value_b, value_l, value_n, dkey_b, dkey_l, dkey_n,
+    length, split_length, num_heads,
+    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Write dk of one split's keys; sum the map's gradient over them.
+
+    states, sums: G and c; dmap: [B N, splits, D, H] fp32.
+    """
+    i_split, i_head = tl.program_id(0), tl.program_id(1)
+    i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
+    p_key += i_b * key_b + i_n * key_n
+    p_value += i_b * value_b + i_n * value_n
+    p_dkey += i_b * dkey_b + i_n * dkey_n
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
     feature_map = _load_matrix(p_map + i_n * D * H, D, H)
@@ -246,35 +319,23 @@ def backward_kernel(
     state_plus = _load_matrix(p_states, H, D)
     state_minus = _load_matrix(p_states + H * D, H, D)
     p_sums += i_head * 2 * H + tl.arange(0, H)
-    sum_plus, sum_minus = tl.load(p_sums), tl.load(p_sums + H)
-    p_along += i_head.to(tl.int64) * length
     map_gradient = tl.zeros((D, H), tl.float32)
     for start in range(first, last, BLOCK):
-        x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
-        y = _load_tokens(p_y, y_l, start, last, BLOCK, D).to(state_plus.dtype)
-        plus, minus = _features(_product(x, feature_map, PRECISION))
-        slope_plus = _product(y, tl.trans(state_plus), PRECISION)
-        slope_minus = _product(y, tl.trans(state_minus), PRECISION)
-        if IS_QUERY:
-            w_plus, w_minus = plus * sum_plus[None, :], minus * sum_minus[None, :]
-            scale = 1 / tl.maximum(tl.sum(w_plus, 1) + tl.sum(w_minus, 1), _TINY)
-            slope_plus, slope_minus = w_plus * slope_plus, w_minus * slope_minus
-            along = scale * (tl.sum(slope_plus, 1) + tl.sum(slope_minus, 1))
-            o_l = start + tl.arange(0, BLOCK)
-            tl.store(p_along + o_l, along, mask=o_l < last)
-            slope_plus = (slope_plus - w_plus * along[:, None]) * scale[:, None]
-            slope_minus = (slope_minus - w_minus * along[:, None]) * scale[:, None]
-        else:
-            slope_plus = plus * (slope_plus - sum_plus[None, :])
-            slope_minus = minus * (slope_minus - sum_minus[None, :])
+        key = _load_tokens(p_key, key_l, start, last, BLOCK, D).to(feature_map.dtype)
+        value = _load_tokens(p_value, value_l, start, last, BLOCK, D).to(state_plus.dtype)
+        plus, minus = _features(_product(key, feature_map, PRECISION))
+        sum_plus, sum_minus = tl.load(p_sums), tl.load(p_sums + H)
+        slope_plus = _product(value, tl.trans(state_plus), PRECISION) - sum_plus[None, :]
+        slope_minus = _product(value, tl.trans(state_minus), PRECISION) - sum_minus[None, :]
+        slope_plus, slope_minus = plus * slope_plus, minus * slope_minus
         slope_plus -= plus * tl.sum(slope_plus, 1)[:, None]
         slope_minus -= minus * tl.sum(slope_minus, 1)[:, None]
         dz = (slope_plus - slope_minus).to(feature_map.dtype)
-        dx = _product(dz, tl.trans(feature_map), PRECISION)
-        _store_tokens(p_dx, dx_l, start, last, dx, BLOCK, D)
+        dkey = _product(dz, tl.trans(feature_map), PRECISION)
+        _store_tokens(p_dkey, dkey_l, start, last, dkey, BLOCK, D)
         if MAP_GRADIENT:
             # Tokens beyond the end are zeros: their rows of dz meet nothing.
-            map_gradient = _dot(tl.trans(x), dz, map_gradient, PRECISION)
+            map_gradient = _dot(tl.trans(key), dz, map_gradient, PRECISION)
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
         _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)

@@ -8,8 +8,10 @@ long the video is; `fused` derives the formulas. All of it accumulates in fp32 a
 import torch
 from torch import Tensor
 
-# Features of a chunk, in all heads and videos: 32 MB in fp32.
-_MAX_CHUNK_FEATURES = 2**23
+# Features of a chunk, in all heads and videos: 8 MB in fp32.
+_MAX_CHUNK_FEATURES = 2**21
+
+_LEAST_WEIGHT = 2.0**-100
 
 
 def hedgehog(x: Tensor, feature_map: Tensor) -> Tensor:
@@ -51,13 +53,12 @@ def forward(
             state = state + torch.einsum("blnm,blnd->bnmd", features, _wide(v))
             total = total + features.sum(dim=1)
         means, normaliser = _divide(state, total), total / key.shape[1]
-        parts = [
-            torch.einsum("blnm,bnmd->blnd", _weigh(hedgehog(q, query_map), normaliser), means).to(
-                value.dtype
-            )
-            for (q,) in _chunks(query_map, query)
-        ]
-        return torch.cat(parts, dim=1), means, normaliser
+        # Chunks are written in place: joined in the end they would be in memory twice.
+        out = torch.empty_like(query, dtype=value.dtype)
+        for q, part in _chunks(query_map, query, out):
+            weights = _weigh(hedgehog(q, query_map), normaliser)
+            part.copy_(torch.einsum("blnm,bnmd->blnd", weights, means))
+        return out, means, normaliser
 
 
 def backward(
@@ -78,8 +79,9 @@ def backward(
     """
     with torch.autocast(query.device.type, enabled=False):
         state = total = torch.zeros((), device=key.device)
-        dq, dquery_map = [], torch.zeros_like(_wide(query_map))
-        for q, do in _chunks(query_map, query, upstream):
+        dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
+        dquery_map, dkey_map = (torch.zeros_like(_wide(x)) for x in (query_map, key_map))
+        for q, do, out in _chunks(query_map, query, upstream, dq):
             features = hedgehog(q, query_map)
             weights = _weigh(features, normaliser)
             slope = torch.einsum("blnd,bnmd->blnm", _wide(do), means)
@@ -87,17 +89,16 @@ def backward(
             state = state + torch.einsum("blnm,blnd->bnmd", weights, _wide(do))
             total = total + (weights * along).sum(dim=1)
             slope = weights * (slope - along)
-            dq.append(_pull_back(q, query_map, features, slope, dquery_map, needs_map_gradients))
+            out.copy_(_pull_back(q, query_map, features, slope, dquery_map, needs_map_gradients))
         count = normaliser * key.shape[1]
         state, total = _divide(state, count), _divide(total.unsqueeze(-1), count).squeeze(-1)
-        dk, dv, dkey_map = [], [], torch.zeros_like(_wide(key_map))
-        for k, v in _chunks(key_map, key, value):
+        for k, v, key_out, value_out in _chunks(key_map, key, value, dk, dv):
             features = hedgehog(k, key_map)
-            dv.append(torch.einsum("blnm,bnmd->blnd", features, state).to(v.dtype))
+            value_out.copy_(torch.einsum("blnm,bnmd->blnd", features, state))
             slope = torch.einsum("blnd,bnmd->blnm", _wide(v), state) - total.unsqueeze(1)
             slope = features * slope
-            dk.append(_pull_back(k, key_map, features, slope, dkey_map, needs_map_gradients))
-        return *(torch.cat(parts, dim=1) for parts in (dq, dk, dv)), dquery_map, dkey_map
+            key_out.copy_(_pull_back(k, key_map, features, slope, dkey_map, needs_map_gradients))
+        return dq, dk, dv, dquery_map, dkey_map
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -118,9 +119,8 @@ def _divide(state: Tensor, count: Tensor) -> Tensor:
 def _weigh(features: Tensor, normaliser: Tensor) -> Tensor:
     """Return features times the normaliser, scaled to add up to 1."""
     weights = features * normaliser.unsqueeze(1)
-    # A query whose features no key shares has no mean: the least normal number keeps it finite.
-    tiny = torch.finfo(weights.dtype).tiny
-    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(tiny)
+    # Weights that add up to less have no mean; their inverse may be multiplied by any value.
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(_LEAST_WEIGHT)
 
 
 def _pull_back(
@@ -139,4 +139,4 @@ def _pull_back(
     projected = plus - minus
     if needs_map_gradient:
         map_gradient += torch.einsum("blnd,blnm->ndm", _wide(x), projected)
-    return torch.einsum("blnm,ndm->blnd", projected, _wide(feature_map)).to(x.dtype)
+    return torch.einsum("blnm,ndm->blnd", projected, _wide(feature_map))

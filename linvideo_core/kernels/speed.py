@@ -121,7 +121,8 @@ def plan(
 ) -> list[Task]:
     """List the measurements behind the record's rows, contenders in the order given.
 
-    modules: step -> norm and rotation; the first is eager, and what all are compared with.
+    modules: step -> norm and rotation; the first is eager, and what all are compared with. Softmax
+    is measured after each.
     """
     tasks = []
     for shape in shapes:
@@ -132,9 +133,8 @@ def plan(
                 steps += [FROZEN] if contender.name in ("fused", "eager") else []
                 tasks += [Task(shape, step, ratio, contender) for step in steps]
                 for i, (step, norm_rotary) in enumerate(modules.items()):
-                    if contender.name == "fused" or (
-                        i == 0 and contender.name in ("eager", "sdpa")
-                    ):
+                    is_baseline = i == 0 and contender.name == "eager"
+                    if contender.name in ("fused", "sdpa") or is_baseline:
                         tasks.append(Task(shape, step, ratio, contender, norm_rotary))
     return tasks
 
