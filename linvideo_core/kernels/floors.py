@@ -19,7 +19,7 @@ FIXED_BANDWIDTH = 4.3e12
 
 _MOVED_TENSORS = {FORWARD: 4, BACKWARD: 7, FROZEN: 7}
 _ERRORS = {BACKWARD: INPUTS, FROZEN: INPUTS[:3]}
-_RIVALS = ("compile", "compile_half", "eager", "sdpa", "fa2", "cudnn")
+_RIVALS = ("compile", "compile_half", "eager", "fla", "sdpa", "fa2", "cudnn", "sage")
 
 Row = dict[str, Any]
 
