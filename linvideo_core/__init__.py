@@ -12,6 +12,8 @@ The flow, and the one noun that each stage hands on:
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
+    distillation, dmd2  generator, real and fake score   -> LINVIDEO file with sigmas
+    health              spikes and collapses of it       -> a sentence that ends it
     few_step            predict, renoise, predict again  -> latents in a few steps
     evaluation, bench   measures, on equal terms         -> comparison
     comparison, evidence  teacher, swapped, student      -> evaluation.json
@@ -19,8 +21,8 @@ The flow, and the one noun that each stage hands on:
     datasheet, tables   a file's picture; rows of text   -> what a reader sees
     preview             a training while it runs         -> what who waits sees
 
-Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `records`,
-`kernels.benchmark`, `demo.train`.
+Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`,
+`records`, `kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@ from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .demo.judge import Judge, load_judge
 from .demo.prompts import parse_prompt
+from .few_step import sample_few_step
 from .flow import VelocityFn, make_sigmas, sample_euler
 from .models.denoiser import bind_guided
 from .progress import Progress
@@ -31,6 +32,7 @@ NUM_SHOWN = 4
 # Trajectories and training count their seeds up from the user's: noise and prompts of a comparison
 # must be none of theirs. PyTorch's CPU generator heeds the lower 32 bits alone.
 _HELD_OUT_SEED = 0x7E57_0000
+_RENOISE_SEED = 0x7E58_0000
 _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
 
 Row = dict[str, Any]
@@ -52,15 +54,29 @@ class CompareConfig:
             raise ValueError(f"--num-samples {self.num_samples} given; 2 or more are needed")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one model is sampled.
+
+    sigmas: [steps + 1], falling to 0; is_few_step: by prediction and fresh noise, not by Euler.
+    guidance_scale: 1 for a model that has its guidance baked in.
+    """
+
+    sigmas: Tensor
+    guidance_scale: float
+    is_few_step: bool = False
+
+
 @dataclasses.dataclass(kw_only=True)
 class Samples:
     """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
 
-    counts: the model's linear layers and all its layers.
+    counts: the model's linear layers and all its layers. steps: of the sampler.
     """
 
     model: str
     counts: tuple[int, int]
+    steps: int
     latents: Tensor
     frames: Tensor
     features: Tensor
@@ -83,6 +99,7 @@ class Bench:
     ) -> None:
         self.subject = subject
         self.settings = settings
+        self.seed = seed
         self.precision = precision
         self.progress = progress
         self.device = subject.prompt_embeds.device
@@ -96,36 +113,69 @@ class Bench:
         self.levels = levels.round().long().tolist()
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def bind(self, model: nn.Module, part: slice) -> VelocityFn:
+    def bind(
+        self, model: nn.Module, part: slice, guidance_scale: float | None = None
+    ) -> VelocityFn:
         """Return the guided velocity function of a model for some of the samples."""
+        if guidance_scale is None:
+            guidance_scale = self.settings.guidance_scale
         prompt_embeds = self.subject.prompt_embeds[self.prompt_index[part]]
         return bind_guided(
             model,
             prompt_embeds,
             self.subject.negative_embeds.expand_as(prompt_embeds),
-            self.settings.guidance_scale,
+            guidance_scale,
             precision=self.precision,
         )
 
-    def sample(self, name: str, model: nn.Module, *, is_teacher: bool = False) -> Samples:
-        """Sample all prompts; the teacher's states in the first batch are kept."""
+    def sample(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        is_teacher: bool = False,
+        recipe: Recipe | None = None,
+    ) -> Samples:
+        """Sample all prompts; the teacher's states in the first batch are kept.
+
+        recipe: none: as the settings say, by Euler with guidance.
+        """
+        if recipe is None:
+            recipe = Recipe(sigmas=self.sigmas, guidance_scale=self.settings.guidance_scale)
         count, size = self.settings.num_samples, self.settings.batch_size
         counts = count_linear_layers(model)
         made: list[Samples] = []
         for start in range(0, count, size):
             part = slice(start, min(start + size, count))
-            on_step = self._watch(f"sampling {name}", part, keep=is_teacher and start == 0)
-            velocity_fn = self.bind(model, part)
+            steps = len(recipe.sigmas) - 1
+            on_step = self._watch(f"sampling {name}", part, steps, keep=is_teacher and start == 0)
+            velocity_fn = self.bind(model, part, recipe.guidance_scale)
             noise = self.noise[part].to(self.device)
             if start == 0:
                 # The first call compiles and tunes kernels: that is not the model's own time.
                 with torch.no_grad():
                     velocity_fn(noise, self.sigmas[:1].to(self.device).expand(len(noise)))
             started = self._clock()
-            latents = sample_euler(velocity_fn, noise, self.sigmas, on_step=on_step)
+            latents = self._run(recipe, velocity_fn, noise, start, on_step)
             seconds = self._clock() - started
-            made.append(Samples(model=name, counts=counts, seconds=seconds, **self._judge(latents)))
+            judged = self._judge(latents)
+            made.append(Samples(model=name, counts=counts, steps=steps, seconds=seconds, **judged))
         return _join(made)
+
+    def _run(
+        self,
+        recipe: Recipe,
+        velocity_fn: VelocityFn,
+        noise: Tensor,
+        start: int,
+        on_step: Callable[[int, Tensor, Tensor], None],
+    ) -> Tensor:
+        if not recipe.is_few_step:
+            return sample_euler(velocity_fn, noise, recipe.sigmas, on_step=on_step)
+        generator = torch.Generator().manual_seed(_RENOISE_SEED + self.seed + start)
+        return sample_few_step(
+            velocity_fn, noise, recipe.sigmas, generator=generator, on_step=on_step
+        )
 
     def compare_velocities(self, name: str, model: nn.Module) -> list[Row]:
         """Compare a student's velocity with the teacher's at the kept states."""
@@ -142,7 +192,10 @@ class Bench:
         ]
 
     def measure(self, samples: Samples, teacher: Samples, velocity_rows: list[Row] | None) -> Row:
-        """Return the row of one model; `velocity_rows` is None for the teacher itself.
+        """Return the row of one model.
+
+        velocity_rows: none where velocities are no measure: of the teacher itself, and of models
+            that are not sampled along its trajectories.
 
         With a judge `digit` and `motion` are the fractions of samples that show what their prompt
         asks for, and `frechet` is the distance to real clips.
@@ -157,7 +210,9 @@ class Bench:
         if self.judge is not None:
             real = (self.judge.real_mean, self.judge.real_cov)
             row["frechet"] = evaluation.frechet_distance(*statistics, *real)
+        row["steps"] = samples.steps
         row["seconds"] = samples.seconds
+        row["seconds_per_video"] = samples.seconds / len(samples.latents)
         of_teacher = evaluation.feature_statistics(teacher.features)
         row["frechet_to_teacher"] = (
             0.0 if samples is teacher else evaluation.frechet_distance(*statistics, *of_teacher)
@@ -165,17 +220,17 @@ class Bench:
         distance = evaluation.sample_distance(samples.latents, teacher.latents)
         row["distance_to_teacher"] = distance.mean().item()
         row |= _measure_motion(samples.frames, teacher.frames)
-        for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
-            values = [r[key] for r in velocity_rows] if velocity_rows else [perfect]
-            row[key] = sum(values) / len(values)
+        if velocity_rows or samples is teacher:
+            for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
+                values = [r[key] for r in velocity_rows] if velocity_rows else [perfect]
+                row[key] = sum(values) / len(values)
         return row
 
     def _watch(
-        self, stage: str, part: slice, *, keep: bool
+        self, stage: str, part: slice, steps: int, *, keep: bool
     ) -> Callable[[int, Tensor, Tensor], None]:
         batches_before = part.start // self.settings.batch_size
         num_batches = -(-self.settings.num_samples // self.settings.batch_size)
-        steps = self.settings.steps
 
         def on_step(i: int, latents: Tensor, velocity: Tensor) -> None:
             if keep and i in self.levels:
@@ -239,13 +294,14 @@ def _read_labels(prompts: list[str]) -> tuple[Tensor, Tensor] | None:
 
 
 def _measure_motion(frames: Tensor, teacher_frames: Tensor) -> Row:
-    """Return motion relative to the teacher's and flicker; nothing for fewer than three frames."""
+    """Return motion, motion relative to the teacher's, flicker; nothing for under three frames."""
     if frames.shape[1] < 3:
         return {}
     motion, teacher_motion = (
         evaluation.motion_energy(clips).mean().item() for clips in (frames, teacher_frames)
     )
     return {
+        "motion_energy": motion,
         "motion_ratio": motion / teacher_motion if teacher_motion else None,
         "flicker": evaluation.flicker(frames).mean().item(),
     }

@@ -18,12 +18,14 @@ ALLOWED = {
     "adapters": {"attention"},
     "attention": {"kernels", "config"},
     "config": set(),
+    "dmd2": {"flow"},
     "few_step": {"flow"},
     "flow": set(),
     "kernels": set(),
     "lora": set(),
     "models": {"attention", "flow", "kernels"},
-    "objectives": {"flow", "config"},
+    "health": set(),
+    "objectives": {"flow", "config", "dmd2"},
     "progress": set(),
     "run_folder": {"config", "storage"},
     "selection": {"attention", "config"},
@@ -103,7 +105,7 @@ LIBRARY_FILES = [path for path in CORE_FILES if module_of(path) not in COMMANDS]
 
 
 def test_the_verbs_are_recognised_as_commands() -> None:
-    names = {"transfer", "evaluate", "records", "demo.train"}
+    names = {"transfer", "distill", "evaluate", "records", "demo.train"}
     assert {f"linvideo_core.{name}" for name in names} <= COMMANDS
 
 
