@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import artifact as artifact_files
 from . import pictures, report
 from .adapters import AttentionSite, identify, install, restore, shapes_of
-from .attention import LinearAttention
+from .artifact.description import count_bytes
+from .attention import LinearAttention, LinearForm
 from .bench import NUM_SHOWN, Bench, CompareConfig, Row
 from .progress import Progress, silent
 from .storage import write_json
@@ -78,7 +79,9 @@ def compare(
 
 
 @contextlib.contextmanager
-def swap(model: nn.Module, layers: Sequence[int], feature_dim: int) -> Iterator[nn.Module]:
+def swap(
+    model: nn.Module, layers: Sequence[int], feature_dim: int, form: LinearForm | None = None
+) -> Iterator[nn.Module]:
     """Make layers linear without any training: initial feature maps, no weight changes."""
     _, sites = identify(shapes_of(model))
     chosen = [site for site in sites if site.layer in layers]
@@ -86,7 +89,7 @@ def swap(model: nn.Module, layers: Sequence[int], feature_dim: int) -> Iterator[
     device = next(model.parameters()).device
 
     def make(site: AttentionSite) -> LinearAttention:
-        linear = LinearAttention(site.num_heads, site.head_dim, feature_dim)
+        linear = LinearAttention(site.num_heads, site.head_dim, feature_dim, form)
         linear.init_weights(generator)
         return linear.requires_grad_(False).to(device)
 
@@ -116,13 +119,20 @@ def compare_artifact(
     precision: str = "fp32",
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare the teacher, the teacher with the same layers merely swapped, and the student."""
+    """Compare the teacher, the teacher with the same layers merely swapped, and the student.
+
+    The student's row also has `bytes`, those of the artifact's tensors.
+    """
     header = artifact.header
     students = {
-        "swapped": swap(subject.model, header.layers, header.feature_dim),
+        "swapped": swap(subject.model, header.layers, header.feature_dim, header.form),
         "student": transfer_into(subject.model, artifact),
     }
-    return compare(subject, students, settings, seed=seed, precision=precision, progress=progress)
+    comparison = compare(
+        subject, students, settings, seed=seed, precision=precision, progress=progress
+    )
+    comparison.rows[-1]["bytes"] = sum(count_bytes(artifact).values())
+    return comparison
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .adapters import (
     shapes_of,
     trainable_weights,
 )
-from .attention import LinearAttention, MixedAttention
+from .attention import LinearAttention, LinearForm, MixedAttention
 from .batches import draw_batch
 from .config import option, positive
 from .models.denoiser import bind, bind_guided
@@ -39,6 +39,7 @@ class StudentConfig:
     parameters: str = option("lora", "weights that are trained and saved", choices=PARAMETERS)
     lora_rank: int = option(32, "rank of the weight changes (parameters lora)")
     feature_ratio: int = option(1, "features M of a query or key, in units of the head dim: 1 or 2")
+    form: LinearForm = dataclasses.field(default_factory=LinearForm)
 
     def __post_init__(self) -> None:
         positive(self, "lora_rank", "feature_ratio")
@@ -62,9 +63,8 @@ class Student:
         generator = torch.Generator().manual_seed(seed)
 
         def mix(site: AttentionSite) -> MixedAttention:
-            linear = LinearAttention(
-                site.num_heads, site.head_dim, config.feature_ratio * site.head_dim
-            )
+            feature_dim = config.feature_ratio * site.head_dim
+            linear = LinearAttention(site.num_heads, site.head_dim, feature_dim, config.form)
             linear.init_weights(generator)
             return MixedAttention(linear, 1.0).to(device)
 
