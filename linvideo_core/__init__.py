@@ -13,6 +13,8 @@ The flow, and the one noun that each stage hands on:
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
     few_step            predict, renoise, predict again  -> latents in a few steps
+    motion, spectrum    what is seen of the videos alone;
+    teacher_features    what the teacher sees in them    -> fidelity
     evaluation, bench   measures, on equal terms         -> comparison
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     report, pictures    plots, videos side by side;
