@@ -9,6 +9,7 @@ The flow, and the one noun that each stage hands on:
     warm_start          fit each layer to its softmax    -> feature maps
     selection           layer scores, budget, rounding;
     sensitivity         or a rule, a list, a ranking     -> which layers are linear
+    layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file

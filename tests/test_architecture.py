@@ -22,6 +22,7 @@ ALLOWED = {
     "fidelity": {"evaluation", "motion", "spectrum"},
     "flow": set(),
     "kernels": set(),
+    "layer_order": {"run_folder", "sensitivity", "storage"},
     "lora": set(),
     "models": {"attention", "flow", "kernels"},
     "motion": set(),
