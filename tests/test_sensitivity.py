@@ -1,5 +1,6 @@
 """Layers are ranked by what each alone does to the velocity, and a ranking is made only once."""
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -258,6 +259,30 @@ def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_
     assert all(torch.equal(left[name], right[name]) for name in left)
     for name in ("sensitivity.json", "training/metrics.jsonl"):
         assert (broken.out / name).read_bytes() == (config.out / name).read_bytes(), name
+
+
+def test_every_stage_of_a_transfer_has_its_place_on_the_nodes_bar(
+    subject: Subject, tmp_path: Path
+) -> None:
+    source = (Path(__file__).parents[1] / "nodes" / "live.py").read_text(encoding="utf-8")
+    values = [
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_STAGES"
+    ]
+    places = ast.literal_eval(values[0])
+    said: list[str] = []
+
+    def say(stage: str, done: int, total: int, **_: float) -> None:
+        said.append(stage)
+
+    config = transfer_config(tmp_path / "run", score_start="ranking", target=1)
+    student = Student(subject, config.student, seed=0)
+    config.out.mkdir()
+    transfer.linearize(student, subject, config, "fp32", say)
+    assert list(dict.fromkeys(said)) == list(places)
+    ends = [end for place in places.values() for end in place]
+    assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 100)
 
 
 def test_no_videos_to_rank_on_are_refused() -> None:
