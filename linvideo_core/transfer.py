@@ -48,7 +48,16 @@ ARTIFACT_NAME = "linearized.safetensors"
 
 # What a repeated command may change: none of it decides the artifact.
 _FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
-_SHOWN = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "velocity_error")
+_SHOWN = (
+    "model",
+    "linear_layers",
+    "layers",
+    "digit",
+    "motion",
+    "frechet",
+    "motion_energy",
+    "velocity_error",
+)
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
     "samples.gif": "the same videos by the teacher, before and after training",
