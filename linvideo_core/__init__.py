@@ -9,10 +9,13 @@ The flow, and the one noun that each stage hands on:
     warm_start          fit each layer to its softmax    -> feature maps
     selection           layer scores, budget, rounding;
     sensitivity         or a rule, a list, a ranking     -> which layers are linear
+    layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     artifact            save, load, check, apply         -> LINVIDEO file
     few_step            predict, renoise, predict again  -> latents in a few steps
+    motion, spectrum    what is seen of the videos alone;
+    teacher_features    what the teacher sees in them    -> fidelity
     evaluation, bench   measures, on equal terms         -> comparison
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     report, pictures    plots, videos side by side;

@@ -61,6 +61,7 @@ def compare(
     """
     bench = Bench(subject, settings, seed=seed, precision=precision, progress=progress)
     teacher = bench.sample("teacher", subject.model, is_teacher=True)
+    bench.describe(teacher)
     result = Comparison(
         settings=settings,
         rows=[bench.measure(teacher, teacher, None)],
@@ -72,6 +73,7 @@ def compare(
         with context as model:
             samples = bench.sample(name, model)
             velocity_rows = bench.compare_velocities(name, model)
+        bench.describe(samples)
         result.rows.append(bench.measure(samples, teacher, velocity_rows))
         result.velocity_rows += velocity_rows
         result.frames[name] = samples.frames[:NUM_SHOWN].clone()

@@ -8,8 +8,10 @@ from pathlib import Path
 from . import report
 from .comparison import CompareConfig, read_evaluation
 from .config import option, positive
+from .layer_order import LAYER_ORDER_NAME, save_layer_order
 from .run_folder import read_metrics
 from .selection import SelectionConfig, count_selection_steps
+from .sensitivity import RANKING_NAME
 from .trajectories import TrajectoryConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ def draw_training(
 ) -> None:
     """Draw losses, and layer scores if learned, from a training's metrics if still there.
 
+    Scores that were learned beside a ranking are compared with it, in layer_order.json.
+
     layers: those that became linear; num_steps: of the training.
     """
     metrics_path = folder / "training" / "metrics.jsonl"
@@ -62,11 +66,14 @@ def draw_training(
         return
     rows = read_metrics(metrics_path)
     if selection.rule == "learned":
+        hardened_at = count_selection_steps(selection, num_steps)
+        ranking, order = (folder / name for name in (RANKING_NAME, LAYER_ORDER_NAME))
+        save_layer_order(metrics_path, ranking, order, hardened_at)
         report.plot_layer_scores(
             rows,
             folder / "layer_scores.png",
             target=selection.target,
             layers=layers,
-            hardened_at=count_selection_steps(selection, num_steps),
+            hardened_at=hardened_at,
         )
     report.plot_losses(rows, folder / "losses.png")

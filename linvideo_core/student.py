@@ -101,7 +101,8 @@ def _twin(model: nn.Module) -> nn.Module:
 class TransferTask:
     """Train a student with an objective while its layers are being selected (LinVideo eq. 9).
 
-    With `layers`, those that a fixed choice made linear, nothing is selected any more.
+    With `layers`, those that a fixed choice made linear, nothing is selected any more. `ranking`:
+    layers from the least to the most sensitive, where `--score-start ranking` asks for it.
     """
 
     def __init__(
@@ -115,11 +116,12 @@ class TransferTask:
         training: TrainingConfig,
         precision: str,
         layers: Sequence[int] | None = None,
+        ranking: Sequence[int] | None = None,
     ) -> None:
         self.student = student
         self.subject = subject
         self.trajectories = trajectories
-        self.selection = Selection(student.mixed, selection, training.steps, layers)
+        self.selection = Selection(student.mixed, selection, training.steps, layers, ranking)
         self.selection_config = selection
         self.objective_config = objective
         self.training = training

@@ -29,11 +29,12 @@ from .comparison import (
 from .config import option, parse, run_command, to_json
 from .devices import device_option, precision_option, resolve_device, resolve_precision
 from .evidence import EvidenceConfig, compare_config, draw_training, is_evaluated
+from .layer_order import LAYER_ORDER_NAME
 from .objectives import ObjectiveConfig
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, open_run
-from .selection import SelectionConfig, check_layers, choose_by_rule
-from .sensitivity import RANKING_NAME, SensitivityConfig, least_sensitive, measure
+from .selection import SelectionConfig, check_layers, choose_layers
+from .sensitivity import RANKING_NAME, SensitivityConfig, measure, rank
 from .student import Student, StudentConfig, TransferTask
 from .subject import Subject, SubjectConfig, load_subject
 from .tables import show_table
@@ -47,13 +48,23 @@ ARTIFACT_NAME = "linearized.safetensors"
 
 # What a repeated command may change: none of it decides the artifact.
 _FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
-_SHOWN = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "velocity_error")
+_SHOWN = (
+    "model",
+    "linear_layers",
+    "layers",
+    "digit",
+    "motion",
+    "frechet",
+    "motion_energy",
+    "velocity_error",
+)
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
     "samples.gif": "the same videos by the teacher, before and after training",
     "samples.png": "their frames side by side",
     "layer_scores.png": "how training chose the layers",
-    RANKING_NAME: "how much each layer alone changes the velocity: how the layers were chosen",
+    RANKING_NAME: "how much each layer alone changes the velocity",
+    LAYER_ORDER_NAME: "how far the learned choice agrees with that ranking",
     "losses.png": "how training went",
     "velocity_error.png": "how far the model is from its teacher, by noise level",
     EVALUATION_NAME: "every measure",
@@ -205,6 +216,7 @@ def train(
         )
         folder = config.out / "warm_start"
         fit(warm_start, settings, folder, seed=config.seed, stage="warm start", progress=progress)
+    ranking = rank_layers(student, subject, trajectories, config, precision, progress)
     task = TransferTask(
         student,
         subject,
@@ -213,14 +225,15 @@ def train(
         objective=config.objective,
         training=config.training,
         precision=precision,
-        layers=choose_layers(student, subject, trajectories, config, precision, progress),
+        layers=choose_layers(config.selection, list(student.mixed), config.seed, ranking),
+        ranking=ranking,
     )
     compiled = [student.model, subject.model] if config.training.compile else []
     with compiled_blocks(compiled, student.sites):
         fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
 
 
-def choose_layers(
+def rank_layers(
     student: Student,
     subject: Subject,
     trajectories: Trajectories,
@@ -228,35 +241,32 @@ def choose_layers(
     precision: str,
     progress: Progress,
 ) -> list[int] | None:
-    """Return the layers of a fixed choice; None where they are to be learned.
+    """Return the layers from the least to the most sensitive; None where nothing asks for it.
 
-    A ranking is made on the warm-started student, whose weights are still the teacher's.
+    They are measured in the warm-started student, whose weights are still the teacher's.
     """
-    match config.selection.rule:
-        case "learned":
-            return None
-        case "sensitivity":
-            errors = measure(
-                student.model,
-                student.mixed,
-                subject,
-                trajectories,
-                config.sensitivity,
-                config.out / RANKING_NAME,
-                batch_size=config.training.batch_size,
-                precision=precision,
-                progress=progress,
-            )
-            return least_sensitive(errors, config.sensitivity, config.selection.target)
-        case _:
-            return choose_by_rule(config.selection, list(student.mixed), config.seed)
+    if not config.selection.needs_ranking:
+        return None
+    errors = measure(
+        student.model,
+        student.mixed,
+        subject,
+        trajectories,
+        config.sensitivity,
+        config.out / RANKING_NAME,
+        batch_size=config.training.batch_size,
+        precision=precision,
+        progress=progress,
+    )
+    return rank(errors, config.sensitivity)
 
 
 def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
     """Say where an artifact comes from, for its header."""
     choice = config.selection.rule
-    if choice == "sensitivity":
-        choice = f"{choice} ({config.sensitivity.sensitivity})"
+    if config.selection.needs_ranking:
+        start = ", scores started from ranking" if choice == "learned" else ""
+        choice = f"{choice}{start} ({config.sensitivity.sensitivity})"
     return {
         "linvideo": __version__,
         "torch": torch.__version__,

@@ -19,7 +19,12 @@ from ..linvideo_core.subject import Subject
 from ..linvideo_core.transfer import TransferConfig
 
 # Where each stage lies on the bar, by the time that it takes with usual settings.
-_STAGES = {"sampling the teacher": (0, 25), "warm start": (25, 30), "training": (30, 100)}
+_STAGES = {
+    "sampling the teacher": (0, 25),
+    "warm start": (25, 28),
+    "ranking the layers": (28, 30),
+    "training": (30, 100),
+}
 _TRAINING = "training"
 _SAMPLER_STEPS, _NUM_FRAMES = 8, 5
 _MAX_SIZE = 768

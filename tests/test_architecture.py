@@ -19,10 +19,13 @@ ALLOWED = {
     "attention": {"kernels", "config"},
     "config": set(),
     "few_step": {"flow"},
+    "fidelity": {"evaluation", "motion", "spectrum"},
     "flow": set(),
     "kernels": set(),
+    "layer_order": {"run_folder", "sensitivity", "storage"},
     "lora": set(),
     "models": {"attention", "flow", "kernels"},
+    "motion": set(),
     "objectives": {"flow", "config"},
     "progress": set(),
     "run_folder": {"config", "storage"},
@@ -37,7 +40,9 @@ ALLOWED = {
         "subject",
         "trajectories",
     },
+    "spectrum": set(),
     "storage": set(),
+    "teacher_features": {"adapters", "attention", "flow", "models"},
     "training": {"config", "progress", "storage"},
 }
 MAX_LINES = 320
