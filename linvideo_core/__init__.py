@@ -12,17 +12,21 @@ The flow, and the one noun that each stage hands on:
     layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
+    linearization       these stages, one after another
     artifact            save, load, check, apply         -> LINVIDEO file
     few_step            predict, renoise, predict again  -> latents in a few steps
     motion, spectrum    what is seen of the videos alone;
     teacher_features    what the teacher sees in them    -> fidelity
     evaluation, bench   measures, on equal terms         -> comparison
     comparison, evidence  teacher, swapped, student      -> evaluation.json
+    ablations, workers  declared runs, several at a time;
+    ablation_worker     one of them on equal terms       -> a row
+    ablation_results    means and spread over seeds      -> ablation.json
     report, pictures    plots, videos side by side;
     datasheet, tables   a file's picture; rows of text   -> what a reader sees
     preview             a training while it runs         -> what who waits sees
 
-Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `records`,
+Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `ablate`, `records`,
 `kernels.benchmark`, `demo.train`.
 """
 

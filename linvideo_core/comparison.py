@@ -102,16 +102,6 @@ def swap(
         restore(model, chosen, originals)
 
 
-@contextlib.contextmanager
-def transfer_into(model: nn.Module, artifact: artifact_files.Artifact) -> Iterator[nn.Module]:
-    """Turn a teacher into its student for a while."""
-    applied = artifact_files.apply(artifact, model)
-    try:
-        yield model
-    finally:
-        applied.remove()
-
-
 def compare_artifact(
     subject: Subject,
     artifact: artifact_files.Artifact,
@@ -128,7 +118,7 @@ def compare_artifact(
     header = artifact.header
     students = {
         "swapped": swap(subject.model, header.layers, header.feature_dim, header.form),
-        "student": transfer_into(subject.model, artifact),
+        "student": artifact_files.transfer_into(subject.model, artifact),
     }
     comparison = compare(
         subject, students, settings, seed=seed, precision=precision, progress=progress

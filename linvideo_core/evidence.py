@@ -5,8 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
-from .comparison import CompareConfig, read_evaluation
+from .bench import CompareConfig
 from .config import option, positive
 from .layer_order import LAYER_ORDER_NAME, save_layer_order
 from .run_folder import read_metrics
@@ -47,6 +46,9 @@ def is_evaluated(config: EvidenceConfig, folder: Path) -> bool:
     """Say whether a run folder holds the comparison that is asked for, if any is."""
     if not config.evaluate_samples:
         return True
+    # Here, as in `draw_training`: what draws is loaded when something is drawn or read.
+    from .comparison import read_evaluation
+
     found = read_evaluation(folder)
     return found is not None and found["settings"]["num_samples"] == config.evaluate_samples
 
@@ -60,6 +62,8 @@ def draw_training(
 
     layers: those that became linear; num_steps: of the training.
     """
+    from . import report
+
     metrics_path = folder / "training" / "metrics.jsonl"
     if not metrics_path.exists():
         logger.warning("%s is gone; its pictures are left out", metrics_path)

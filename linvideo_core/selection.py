@@ -46,6 +46,7 @@ class SelectionConfig:
     selection_share: float = option(0.3, "share of the training steps spent choosing layers")
     layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
     selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
+    rounding_weight: float = option(1.0, "weight of the rounding loss (L_reg) beside the budget's")
     budget: str = option("sum", "count layers by the sum of 1 - r, or rounded", choices=BUDGETS)
     alpha_start: float = option(20.0, "exponent of the rounding loss at the start")
     alpha_end: float = option(2.0, "exponent of the rounding loss when the choice is made")
@@ -53,6 +54,10 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         positive(self, "target", "layer_score_learning_rate", "alpha_start", "alpha_end")
         fraction(self, "selection_share")
+        if not self.rounding_weight >= 0:
+            raise ValueError(
+                f"--rounding-weight {self.rounding_weight} given; a number >= 0 is needed"
+            )
         if self.layers is not None:
             self._check_list(self.layers)
         if self.score_start == "ranking" and self.rule != "learned":
@@ -281,7 +286,8 @@ class Selection:
             return scores.new_zeros(())
         alpha = alpha_at(self.config, min(1.0, step / self.harden_at))
         budget = budget_loss(scores, self.config.target, self.config.budget)
-        return self.config.selection_weight * (budget + rounding_loss(scores, alpha))
+        rounding = self.config.rounding_weight * rounding_loss(scores, alpha)
+        return self.config.selection_weight * (budget + rounding)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..linvideo_core.flow import make_sigmas, sample_euler
+from ..linvideo_core.linearization import TransferConfig
 from ..linvideo_core.models.denoiser import bind_guided
 from ..linvideo_core.preview import draw_preview
 from ..linvideo_core.run_folder import read_metrics
 from ..linvideo_core.student import Student
 from ..linvideo_core.subject import Subject
-from ..linvideo_core.transfer import TransferConfig
 
 # Where each stage lies on the bar, by the time that it takes with usual settings.
 _STAGES = {

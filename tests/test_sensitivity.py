@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linvideo_core import artifact, transfer
+from linvideo_core import artifact, linearization, transfer
 from linvideo_core.models.denoiser import bind
 from linvideo_core.selection import SelectionConfig
 from linvideo_core.sensitivity import (
@@ -154,8 +154,8 @@ def test_the_smallest_error_comes_first_or_the_largest_where_softmax_was_restore
     assert rank(errors, restored) == [7, 0, 3, 9]
 
 
-def transfer_config(out: Path, **selection: object) -> transfer.TransferConfig:
-    return transfer.TransferConfig(
+def transfer_config(out: Path, **selection: object) -> linearization.TransferConfig:
+    return linearization.TransferConfig(
         trajectories=VIDEOS,
         student=StudentConfig(lora_rank=4),
         warm_start=WarmStartConfig(warm_start_steps=4),
@@ -166,9 +166,9 @@ def transfer_config(out: Path, **selection: object) -> transfer.TransferConfig:
     )
 
 
-def linearized(subject: Subject, config: transfer.TransferConfig) -> artifact.Artifact:
+def linearized(subject: Subject, config: linearization.TransferConfig) -> artifact.Artifact:
     student = Student(subject, config.student, seed=config.seed)
-    transfer.linearize(student, subject, config, "fp32", lambda *_, **__: None)
+    linearization.linearize(student, subject, config, "fp32", lambda *_, **__: None)
     return artifact.load(config.out / transfer.ARTIFACT_NAME)
 
 
@@ -252,7 +252,7 @@ def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_
 
     student = Student(subject, config.student, seed=config.seed)
     with pytest.raises(KeyboardInterrupt):
-        transfer.linearize(student, subject, broken, "fp32", stop)
+        linearization.linearize(student, subject, broken, "fp32", stop)
     assert undated(linearized(subject, broken)) == undated(expected)
     left, right = (load_file(run.out / transfer.ARTIFACT_NAME) for run in (broken, config))
     assert left.keys() == right.keys()
@@ -279,7 +279,7 @@ def test_every_stage_of_a_transfer_has_its_place_on_the_nodes_bar(
     config = transfer_config(tmp_path / "run", score_start="ranking", target=1)
     student = Student(subject, config.student, seed=0)
     config.out.mkdir()
-    transfer.linearize(student, subject, config, "fp32", say)
+    linearization.linearize(student, subject, config, "fp32", say)
     assert list(dict.fromkeys(said)) == list(places)
     ends = [end for place in places.values() for end in place]
     assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 100)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -301,3 +301,13 @@ def _collect_deltas(
             omitted[0],
         )
     return deltas
+
+
+@contextlib.contextmanager
+def transfer_into(model: nn.Module, artifact: Artifact) -> Iterator[nn.Module]:
+    """Turn a teacher into its student for a while."""
+    applied = apply(artifact, model)
+    try:
+        yield model
+    finally:
+        applied.remove()
