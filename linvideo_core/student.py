@@ -126,7 +126,7 @@ class TransferTask:
         self.objective_config = objective
         self.training = training
         self.precision = precision
-        self.objective = make_objective(objective, trajectories.sigmas)
+        self.objective = make_objective(objective, trajectories.sigmas, training.steps)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
             self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)
