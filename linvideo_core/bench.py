@@ -4,6 +4,7 @@ Each model samples on it; what it made is measured against what the teacher made
 """
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -18,21 +19,21 @@ from .attention import LinearAttention
 from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .demo.judge import Judge, load_judge
-from .demo.prompts import parse_prompt
-from .few_step import sample_few_step
-from .flow import VelocityFn, make_sigmas, sample_euler
+from .fidelity import VideoStatistics, compare_videos, ratio, summarize_videos
+from .flow import VelocityFn, make_sigmas
+from .held_out import draw_noise, draw_prompts, read_labels
 from .models.denoiser import bind_guided
 from .progress import Progress
+from .recipe import Recipe
 from .subject import Subject
+from .teacher_features import teacher_features
 
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 4
 
-# Trajectories and training count their seeds up from the user's: noise and prompts of a comparison
-# must be none of theirs. PyTorch's CPU generator heeds the lower 32 bits alone.
-_HELD_OUT_SEED = 0x7E57_0000
-_RENOISE_SEED = 0x7E58_0000
+# Features are taken under noise that no sample was made from.
+_FEATURE_SEED = 0x1_0000
 _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
 
 Row = dict[str, Any]
@@ -43,28 +44,16 @@ class CompareConfig:
     """How the models are sampled."""
 
     num_samples: int = option(20, "videos that each model samples")
+    seeds_per_prompt: int = option(1, "videos in a row of one prompt: 2 or more show diversity")
     steps: int = option(DEMO_STEPS, "Euler steps")
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
     shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
     batch_size: int = option(10, "videos sampled together")
 
     def __post_init__(self) -> None:
-        positive(self, "steps", "shift", "batch_size")
+        positive(self, "seeds_per_prompt", "steps", "shift", "batch_size")
         if self.num_samples < 2:
             raise ValueError(f"--num-samples {self.num_samples} given; 2 or more are needed")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How one model is sampled.
-
-    sigmas: [steps + 1], falling to 0; is_few_step: by prediction and fresh noise, not by Euler.
-    guidance_scale: 1 for a model that has its guidance baked in.
-    """
-
-    sigmas: Tensor
-    guidance_scale: float
-    is_few_step: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,6 +61,7 @@ class Samples:
     """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
 
     counts: the model's linear layers and all its layers. steps: of the sampler.
+    teacher_features: once `Bench.describe` has looked.
     """
 
     model: str
@@ -83,6 +73,12 @@ class Samples:
     digit_logits: Tensor | None
     motion_logits: Tensor | None
     seconds: float
+    teacher_features: Tensor | None = None
+
+    @functools.cached_property
+    def videos(self) -> VideoStatistics | None:
+        """What is measured of the frames alone, once."""
+        return summarize_videos(self.frames)
 
 
 class Bench:
@@ -104,11 +100,14 @@ class Bench:
         self.progress = progress
         self.device = subject.prompt_embeds.device
         self.sigmas = make_sigmas(settings.steps, settings.shift)
-        self.prompt_index = draw_prompts(len(subject.prompts), settings.num_samples, seed)
+        repeats = settings.seeds_per_prompt
+        self.prompt_index = draw_prompts(
+            len(subject.prompts), settings.num_samples, seed, repeats=repeats
+        )
         self.prompts = [subject.prompts[i] for i in self.prompt_index]
         self.noise = draw_noise(subject.latent_shape, settings.num_samples, seed)
         self.judge: Judge | None = load_judge(self.device) if subject.is_demo else None
-        self.labels = _read_labels(self.prompts) if subject.is_demo else None
+        self.labels = read_labels(self.prompts) if subject.is_demo else None
         levels = torch.linspace(0, settings.steps - 1, min(_NUM_STATE_LEVELS, settings.steps))
         self.levels = levels.round().long().tolist()
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
@@ -156,25 +155,30 @@ class Bench:
                 with torch.no_grad():
                     velocity_fn(noise, self.sigmas[:1].to(self.device).expand(len(noise)))
             started = self._clock()
-            latents = self._run(recipe, velocity_fn, noise, start, on_step)
+            latents = recipe.sample(velocity_fn, noise, seed=self.seed + start, on_step=on_step)
             seconds = self._clock() - started
             judged = self._judge(latents)
             made.append(Samples(model=name, counts=counts, steps=steps, seconds=seconds, **judged))
         return _join(made)
 
-    def _run(
-        self,
-        recipe: Recipe,
-        velocity_fn: VelocityFn,
-        noise: Tensor,
-        start: int,
-        on_step: Callable[[int, Tensor, Tensor], None],
-    ) -> Tensor:
-        if not recipe.is_few_step:
-            return sample_euler(velocity_fn, noise, recipe.sigmas, on_step=on_step)
-        generator = torch.Generator().manual_seed(_RENOISE_SEED + self.seed + start)
-        return sample_few_step(
-            velocity_fn, noise, recipe.sigmas, generator=generator, on_step=on_step
+    def describe(self, samples: Samples) -> None:
+        """Add the teacher's features of the samples; the subject's model is the teacher now.
+
+        Raises ValueError where it is not: inside of a student's context.
+        """
+        count, size = len(samples.latents), self.settings.batch_size
+        noise = draw_noise(self.subject.latent_shape, count, _FEATURE_SEED + self.seed)
+        parts = zip(samples.latents.split(size), noise.split(size), strict=True)
+        samples.teacher_features = torch.cat(
+            [
+                teacher_features(
+                    self.subject.model,
+                    *(x.to(self.device) for x in part),
+                    self.subject.negative_embeds,
+                    precision=self.precision,
+                ).cpu()
+                for part in parts
+            ]
         )
 
     def compare_velocities(self, name: str, model: nn.Module) -> list[Row]:
@@ -198,7 +202,8 @@ class Bench:
             that are not sampled along its trajectories.
 
         With a judge `digit` and `motion` are the fractions of samples that show what their prompt
-        asks for, and `frechet` is the distance to real clips.
+        asks for, and `frechet` is the distance to real clips. `frechet_teacher_features` is there
+        once both have been described.
         """
         linear_layers, layers = samples.counts
         row: Row = {"model": samples.model, "linear_layers": linear_layers, "layers": layers}
@@ -217,9 +222,17 @@ class Bench:
         row["frechet_to_teacher"] = (
             0.0 if samples is teacher else evaluation.frechet_distance(*statistics, *of_teacher)
         )
+        if samples.teacher_features is not None and teacher.teacher_features is not None:
+            row["frechet_teacher_features"] = evaluation.frechet_distance_of(
+                samples.teacher_features, teacher.teacher_features
+            )
         distance = evaluation.sample_distance(samples.latents, teacher.latents)
         row["distance_to_teacher"] = distance.mean().item()
-        row |= _measure_motion(samples.frames, teacher.frames)
+        row |= compare_videos(samples.videos, teacher.videos)
+        variety, of_teacher = (
+            evaluation.diversity(x.latents, self.prompt_index) for x in (samples, teacher)
+        )
+        row["diversity"] = ratio(variety, of_teacher)
         if velocity_rows or samples is teacher:
             for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
                 values = [r[key] for r in velocity_rows] if velocity_rows else [perfect]
@@ -267,44 +280,6 @@ def count_linear_layers(model: nn.Module) -> tuple[int, int]:
     _, sites = identify(shapes_of(model))
     kinds = [isinstance(attention_at(model, site), LinearAttention) for site in sites]
     return sum(kinds), len(kinds)
-
-
-def draw_prompts(num_prompts: int, num_samples: int, seed: int) -> list[int]:
-    """Return the prompt of each sample: all of them in random order, then all of them again."""
-    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
-    rounds = -(-num_samples // num_prompts)
-    order = [torch.randperm(num_prompts, generator=generator) for _ in range(rounds)]
-    return torch.cat(order)[:num_samples].tolist()
-
-
-def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: int) -> Tensor:
-    """Return noise [num_samples, C, F, H, W] on the CPU, each sample's the same at any number."""
-    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
-    return torch.stack([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
-
-
-def _read_labels(prompts: list[str]) -> tuple[Tensor, Tensor] | None:
-    """Return digits and directions [B] that prompts ask for, or None where one does not say."""
-    try:
-        digits, directions = torch.tensor([parse_prompt(prompt) for prompt in prompts]).T
-    except ValueError as error:
-        logger.warning("digit and motion accuracy are left out: %s", error)
-        return None
-    return digits, directions
-
-
-def _measure_motion(frames: Tensor, teacher_frames: Tensor) -> Row:
-    """Return motion, motion relative to the teacher's, flicker; nothing for under three frames."""
-    if frames.shape[1] < 3:
-        return {}
-    motion, teacher_motion = (
-        evaluation.motion_energy(clips).mean().item() for clips in (frames, teacher_frames)
-    )
-    return {
-        "motion_energy": motion,
-        "motion_ratio": motion / teacher_motion if teacher_motion else None,
-        "flicker": evaluation.flicker(frames).mean().item(),
-    }
 
 
 def _join(parts: list[Samples]) -> Samples:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from . import artifact as artifact_files
 from . import pictures, report
 from .adapters import AttentionSite, identify, install, restore, shapes_of
-from .attention import LinearAttention
-from .bench import NUM_SHOWN, Bench, CompareConfig, Recipe, Row
+from .artifact.description import count_bytes
+from .attention import LinearAttention, LinearForm
+from .bench import NUM_SHOWN, Bench, CompareConfig, Row
 from .flow import make_sigmas
 from .progress import Progress, silent
+from .recipe import Recipe
 from .storage import write_json
 from .subject import Subject
 
@@ -65,6 +67,7 @@ def compare(
     """
     bench = Bench(subject, settings, seed=seed, precision=precision, progress=progress)
     teacher = bench.sample("teacher", subject.model, is_teacher=True)
+    bench.describe(teacher)
     result = Comparison(
         settings=settings,
         rows=[bench.measure(teacher, teacher, None)],
@@ -77,6 +80,7 @@ def compare(
             recipe = (recipes or {}).get(name)
             samples = bench.sample(name, model, recipe=recipe)
             velocity_rows = [] if recipe else bench.compare_velocities(name, model)
+        bench.describe(samples)
         result.rows.append(bench.measure(samples, teacher, velocity_rows))
         result.velocity_rows += velocity_rows
         result.frames[name] = samples.frames[:NUM_SHOWN].clone()
@@ -84,7 +88,9 @@ def compare(
 
 
 @contextlib.contextmanager
-def swap(model: nn.Module, layers: Sequence[int], feature_dim: int) -> Iterator[nn.Module]:
+def swap(
+    model: nn.Module, layers: Sequence[int], feature_dim: int, form: LinearForm | None = None
+) -> Iterator[nn.Module]:
     """Make layers linear without any training: initial feature maps, no weight changes."""
     _, sites = identify(shapes_of(model))
     chosen = [site for site in sites if site.layer in layers]
@@ -92,7 +98,7 @@ def swap(model: nn.Module, layers: Sequence[int], feature_dim: int) -> Iterator[
     device = next(model.parameters()).device
 
     def make(site: AttentionSite) -> LinearAttention:
-        linear = LinearAttention(site.num_heads, site.head_dim, feature_dim)
+        linear = LinearAttention(site.num_heads, site.head_dim, feature_dim, form)
         linear.init_weights(generator)
         return linear.requires_grad_(False).to(device)
 
@@ -101,16 +107,6 @@ def swap(model: nn.Module, layers: Sequence[int], feature_dim: int) -> Iterator[
         yield model
     finally:
         restore(model, chosen, originals)
-
-
-@contextlib.contextmanager
-def transfer_into(model: nn.Module, artifact: artifact_files.Artifact) -> Iterator[nn.Module]:
-    """Turn a teacher into its student for a while."""
-    applied = artifact_files.apply(artifact, model)
-    try:
-        yield model
-    finally:
-        applied.remove()
 
 
 def compare_artifact(
@@ -122,13 +118,20 @@ def compare_artifact(
     precision: str = "fp32",
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare the teacher, the teacher with the same layers merely swapped, and the student."""
+    """Compare the teacher, the teacher with the same layers merely swapped, and the student.
+
+    The student's row also has `bytes`, those of the artifact's tensors.
+    """
     header = artifact.header
     students = {
-        "swapped": swap(subject.model, header.layers, header.feature_dim),
-        "student": transfer_into(subject.model, artifact),
+        "swapped": swap(subject.model, header.layers, header.feature_dim, header.form),
+        "student": artifact_files.transfer_into(subject.model, artifact),
     }
-    return compare(subject, students, settings, seed=seed, precision=precision, progress=progress)
+    comparison = compare(
+        subject, students, settings, seed=seed, precision=precision, progress=progress
+    )
+    comparison.rows[-1]["bytes"] = sum(count_bytes(artifact).values())
+    return comparison
 
 
 def compare_few_step(
@@ -149,10 +152,12 @@ def compare_few_step(
     steps = len(next(iter(distilled.values())).header.sigmas) - 1
     plain = f"linearized_{steps}_plain"
     students = {
-        "linearized": transfer_into(subject.model, linearized),
-        plain: transfer_into(subject.model, linearized),
+        "linearized": artifact_files.transfer_into(subject.model, linearized),
+        plain: artifact_files.transfer_into(subject.model, linearized),
     }
-    students |= {name: transfer_into(subject.model, made) for name, made in distilled.items()}
+    students |= {
+        name: artifact_files.transfer_into(subject.model, made) for name, made in distilled.items()
+    }
     few = make_sigmas(steps, settings.shift)
     recipes = {plain: Recipe(sigmas=few, guidance_scale=settings.guidance_scale)}
     for name, made in distilled.items():

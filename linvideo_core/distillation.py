@@ -77,6 +77,7 @@ def make_student(
         parameters=config.train,
         lora_rank=max(config.rank, header.lora_rank),
         feature_ratio=header.feature_dim // _head_dim(artifact),
+        form=header.form,
     )
     student = Student(subject, settings, seed=seed)
     for layer, module in student.mixed.items():
@@ -91,10 +92,10 @@ def start_from(student: Student, artifact: Artifact) -> None:
     Low-rank changes go on being trained as they are: they fill the first directions of the
     student's, and where it has more, those begin at zero.
     """
-    for layer, pair in artifact.feature_maps.items():
+    for layer in artifact.header.layers:
         linear = student.mixed[layer].linear
-        for mine, found in zip((linear.query_map, linear.key_map), pair, strict=True):
-            mine.copy_(found)
+        for name, found in artifact.linear_tensors(layer).items():
+            linear.get_parameter(name).copy_(found)
     for name, delta in artifact.deltas.items():
         parameter = student.model.get_parameter(name)
         parameter += delta.to(parameter)

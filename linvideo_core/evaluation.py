@@ -1,10 +1,11 @@
 """Measures of a student against its teacher: pure functions of tensors, each with its range.
 
 Motion is what linear attention loses first and what measures of single pictures hide, so it has
-measures of its own.
+measures of its own, here and in `motion` and `spectrum`.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +54,32 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     return max(distance.item(), 0.0)
 
 
+def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
+    """Return the Frechet distance between the Gaussians of two sets of features, in fp64.
+
+    The same as `frechet_distance` of their statistics, but the trace of the root is taken as the
+    nuclear norm of `X Y^T` of the centred rows, B by B', so that thousands of features of a few
+    samples cost no decomposition of a covariance.
+
+    features: [B, D] floating, B >= 2. reference: [B', D] floating, B' >= 2.
+
+    Raises ValueError for fewer than two rows.
+    """
+    if not (features.isfinite().all() and reference.isfinite().all()):
+        return math.inf
+    sides = [rows.detach().double().cpu() for rows in (features, reference)]
+    if min(map(len, sides)) < 2:
+        raise ValueError(f"{min(map(len, sides))} sample given; a covariance needs 2 or more")
+    means = [rows.mean(dim=0) for rows in sides]
+    left, right = (
+        (rows - mean) / (len(rows) - 1) ** 0.5 for rows, mean in zip(sides, means, strict=True)
+    )
+    traces = left.square().sum() + right.square().sum()
+    overlap = torch.linalg.svdvals(left @ right.T).sum()
+    distance = (means[0] - means[1]).square().sum() + traces - 2 * overlap
+    return max(distance.item(), 0.0)
+
+
 def latent_features(latents: Tensor) -> Tensor:
     """Describe videos without a trained judge: look, contrast and motion of every channel.
 
@@ -68,8 +95,10 @@ def latent_features(latents: Tensor) -> Tensor:
     return torch.cat([per_channel.mean(dim=2), per_channel.std(dim=2), motion], dim=1)
 
 
-def motion_energy(frames: Tensor) -> Tensor:
+def frame_difference(frames: Tensor) -> Tensor:
     """Measure how much pictures change from frame to frame: mean |x[f + 1] - x[f]|.
+
+    Contrast, flicker and noise count as well as motion; `motion.motion_energy` sees motion alone.
 
     frames: [B, F, H, W] floating in [0, 1], F >= 2.
 
@@ -97,6 +126,24 @@ def flicker(frames: Tensor) -> Tensor:
     brightness = frames.float().mean(dim=(2, 3))
     jumps = brightness.diff(n=2, dim=1).abs().mean(dim=1)
     return jumps / (4 * brightness.mean(dim=1)).clamp_min(_TINY)
+
+
+def diversity(samples: Tensor, prompts: Sequence[int]) -> float | None:
+    """Return how far samples of one prompt from different noise lie apart.
+
+    The mean over pairs of one prompt, then over prompts, of the root mean square difference: 0
+    where noise changes nothing, sqrt(2) standard deviations where samples are unrelated. Noise
+    within the samples counts as variety: read it beside a Frechet distance.
+
+    samples: [B, ...] floating. prompts: the number of each sample's prompt.
+
+    Returns None where no prompt was sampled twice.
+    """
+    flat = samples.float().flatten(1)
+    numbers = torch.tensor(prompts, device=flat.device)
+    groups = [flat[numbers == number] for number in dict.fromkeys(prompts)]
+    distances = [torch.pdist(group).mean() for group in groups if len(group) > 1]
+    return (torch.stack(distances).mean() / flat.shape[1] ** 0.5).item() if distances else None
 
 
 def sample_distance(latents: Tensor, reference: Tensor) -> Tensor:

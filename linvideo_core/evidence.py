@@ -5,11 +5,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
-from .comparison import CompareConfig, read_evaluation
+from .bench import CompareConfig
 from .config import option, positive
+from .layer_order import LAYER_ORDER_NAME, save_layer_order
 from .run_folder import read_metrics
 from .selection import SelectionConfig, count_selection_steps
+from .sensitivity import RANKING_NAME
 from .trajectories import TrajectoryConfig
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ def is_evaluated(config: EvidenceConfig, folder: Path) -> bool:
     """Say whether a run folder holds the comparison that is asked for, if any is."""
     if not config.evaluate_samples:
         return True
+    # Here, as in `draw_training`: what draws is loaded when something is drawn or read.
+    from .comparison import read_evaluation
+
     found = read_evaluation(folder)
     return found is not None and found["settings"]["num_samples"] == config.evaluate_samples
 
@@ -54,19 +58,26 @@ def draw_training(
 ) -> None:
     """Draw losses, and layer scores if learned, from a training's metrics if still there.
 
+    Scores that were learned beside a ranking are compared with it, in layer_order.json.
+
     layers: those that became linear; num_steps: of the training.
     """
+    from . import report
+
     metrics_path = folder / "training" / "metrics.jsonl"
     if not metrics_path.exists():
         logger.warning("%s is gone; its pictures are left out", metrics_path)
         return
     rows = read_metrics(metrics_path)
     if selection.rule == "learned":
+        hardened_at = count_selection_steps(selection, num_steps)
+        ranking, order = (folder / name for name in (RANKING_NAME, LAYER_ORDER_NAME))
+        save_layer_order(metrics_path, ranking, order, hardened_at)
         report.plot_layer_scores(
             rows,
             folder / "layer_scores.png",
             target=selection.target,
             layers=layers,
-            hardened_at=count_selection_steps(selection, num_steps),
+            hardened_at=hardened_at,
         )
     report.plot_losses(rows, folder / "losses.png")

@@ -1,9 +1,10 @@
 """Selective transfer: learn which layers become linear (LinVideo section 3.2), or fix them.
 
 Learned: each layer mixes `r softmax + (1 - r) linear` with a learnable layer score r in [0, 1],
-and starts at r = 1 - target / layers, where the budget is met exactly; the objective then decides
-which layers give softmax up, the budget holds the sum, and the rounding loss drives each r to 0
-or 1. The choice is hardened long before training ends, and the rest of training runs on it.
+and starts at r = 1 - target / layers, where the budget is met exactly, or around it in the order
+of a sensitivity ranking; the objective then decides which layers give softmax up, the budget holds
+the sum, and the rounding loss drives each r to 0 or 1. The choice is hardened long before training
+ends, and the rest of training runs on it.
 
 Fixed, by a rule, a list or a ranking: the whole training runs on the hardened choice; no layer
 score moves and there are no selection losses.
@@ -23,6 +24,13 @@ logger = logging.getLogger(__name__)
 
 BUDGETS = ("sum", "rounded")
 CHOICES = ("learned", "first", "last", "alternate", "random", "sensitivity")
+SCORE_STARTS = ("even", "ranking")
+
+# Scores that start in order lie this far around their mean at most, and so far from 0 and 1 at
+# least. At alpha 20 the rounding loss has a slope of 40 at 0 and 1, which holds a score there
+# whatever the objective says; 0.6 at 0.1 and 1e-4 at 0.25, where the objective can still overrule
+# the ranking.
+_START_REACH, _START_MARGIN = 0.25, 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +40,13 @@ class SelectionConfig:
     target: int = option(5, "layers to make linear")
     choice: str = option("learned", "rule that chooses them", choices=CHOICES)
     layers: str | None = option(None, "the layers themselves, such as 1,3,4, and no --choice")
+    score_start: str = option(
+        "even", "layer scores start alike, or ordered by --sensitivity", choices=SCORE_STARTS
+    )
     selection_share: float = option(0.3, "share of the training steps spent choosing layers")
     layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
     selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
+    rounding_weight: float = option(1.0, "weight of the rounding loss (L_reg) beside the budget's")
     budget: str = option("sum", "count layers by the sum of 1 - r, or rounded", choices=BUDGETS)
     alpha_start: float = option(20.0, "exponent of the rounding loss at the start")
     alpha_end: float = option(2.0, "exponent of the rounding loss when the choice is made")
@@ -42,8 +54,22 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         positive(self, "target", "layer_score_learning_rate", "alpha_start", "alpha_end")
         fraction(self, "selection_share")
+        if not self.rounding_weight >= 0:
+            raise ValueError(
+                f"--rounding-weight {self.rounding_weight} given; a number >= 0 is needed"
+            )
         if self.layers is not None:
             self._check_list(self.layers)
+        if self.score_start == "ranking" and self.rule != "learned":
+            raise ValueError(
+                f"--score-start ranking and a {self.rule} choice of layers given; only learned "
+                "layer scores start anywhere: leave one of them out"
+            )
+
+    @property
+    def needs_ranking(self) -> bool:
+        """Whether a sensitivity ranking decides the layers or where their scores start."""
+        return self.rule == "sensitivity" or self.score_start == "ranking"
 
     @property
     def rule(self) -> str:
@@ -134,13 +160,20 @@ def check_layers(config: SelectionConfig, layers: Sequence[int]) -> None:
         )
 
 
-def choose_by_rule(config: SelectionConfig, layers: Sequence[int], seed: int) -> list[int]:
-    """Return which of a model's layers a rule or a list makes linear, in depth order.
+def choose_layers(
+    config: SelectionConfig,
+    layers: Sequence[int],
+    seed: int,
+    ranking: Sequence[int] | None = None,
+) -> list[int] | None:
+    """Return which layers a rule, a list or a ranking makes linear, in depth order.
 
     "alternate" spreads them evenly over depth: every other layer where half become linear.
-    layers: the model's, in depth order; seed: of "random", which takes every set equally likely.
+    layers: the model's, in depth order; seed: of "random", which takes every set equally likely;
+    ranking: layers from the least to the most sensitive, for "sensitivity".
 
-    Raises ValueError where no rule alone decides: "learned", "sensitivity".
+    Returns None where they are learned.
+    Raises ValueError for "sensitivity" without a ranking.
     """
     check_layers(config, layers)
     count, total = config.target, len(layers)
@@ -156,9 +189,39 @@ def choose_by_rule(config: SelectionConfig, layers: Sequence[int], seed: int) ->
             picks = sorted(torch.randperm(total, generator=generator)[:count].tolist())
         case "listed":
             return config.listed
-        case rule:
-            raise ValueError(f"--choice {rule} given; it takes more than a rule to choose layers")
+        case "sensitivity":
+            if ranking is None:
+                raise ValueError("--choice sensitivity given without a ranking of the layers")
+            return sorted(ranking[:count])
+        case _:
+            return None
     return [layers[pick] for pick in picks]
+
+
+def start_scores(
+    config: SelectionConfig, layers: Sequence[int], ranking: Sequence[int] | None = None
+) -> list[float]:
+    """Return the layer score r that each layer starts from; their sum meets the budget exactly.
+
+    "even": 1 - target / layers for all. "ranking": evenly spaced around it, the least sensitive
+    lowest, by at most 0.25 and within [0.1, 0.9]; alike where the mean itself lies outside.
+
+    layers: the model's, in depth order. ranking: the same from the least to the most sensitive.
+
+    Raises ValueError where "ranking" is configured and no ranking of these layers was given.
+    """
+    mean = 1 - config.target / len(layers)
+    if config.score_start == "even":
+        return [mean] * len(layers)
+    if ranking is None or sorted(ranking) != sorted(layers):
+        raise ValueError(
+            f"--score-start ranking given with the ranking {ranking}; one of the layers "
+            f"{list(layers)} is needed"
+        )
+    reach = min(_START_REACH, mean - _START_MARGIN, 1 - _START_MARGIN - mean)
+    middle = (len(layers) - 1) / 2
+    spacing = max(0.0, reach) / max(1.0, middle)
+    return [mean + spacing * (ranking.index(layer) - middle) for layer in layers]
 
 
 class Selection:
@@ -173,10 +236,12 @@ class Selection:
         config: SelectionConfig,
         num_steps: int,
         layers: Sequence[int] | None = None,
+        ranking: Sequence[int] | None = None,
     ) -> None:
         """mixed: the mixed attention of every layer; num_steps: steps of the whole training.
 
         layers: those that a fixed choice makes linear, hardened at once; None: they are learned.
+        ranking: layers from the least to the most sensitive, where scores start from it.
 
         Raises ValueError for a target larger than the number of layers, and for a choice that is
         not the config's: fixed where it says learned, or the other way.
@@ -191,8 +256,9 @@ class Selection:
         self.mixed = dict(mixed)
         self.config = config
         self.harden_at = count_selection_steps(config, num_steps)
-        for module in self.mixed.values():
-            module.layer_score.data.fill_(1 - config.target / len(mixed))
+        starts = start_scores(config, list(mixed), ranking)
+        for module, start in zip(self.mixed.values(), starts, strict=True):
+            module.layer_score.data.fill_(start)
             module.layer_score.requires_grad_(self.is_learned)
         if layers is not None:
             self.harden(layers)
@@ -220,7 +286,8 @@ class Selection:
             return scores.new_zeros(())
         alpha = alpha_at(self.config, min(1.0, step / self.harden_at))
         budget = budget_loss(scores, self.config.target, self.config.budget)
-        return self.config.selection_weight * (budget + rounding_loss(scores, alpha))
+        rounding = self.config.rounding_weight * rounding_loss(scores, alpha)
+        return self.config.selection_weight * (budget + rounding)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

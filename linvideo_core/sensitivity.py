@@ -37,7 +37,7 @@ MEASURES = ("replace-one", "restore-one")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SensitivityConfig:
-    """How the layers are ranked where --choice sensitivity asks for it."""
+    """How the layers are ranked where --choice or --score-start asks for it."""
 
     sensitivity: str = option(
         "replace-one", "one linear layer among softmax ones, or the reverse", choices=MEASURES
@@ -95,15 +95,31 @@ def measure(
 
 def rank(errors: Mapping[int, float], config: SensitivityConfig) -> list[int]:
     """Return the layers from the least to the most sensitive; equal ones in depth order."""
-    sign = 1 if config.sensitivity == "replace-one" else -1
-    return sorted(errors, key=lambda layer: (sign * errors[layer], layer))
+    cost = sensitivities(errors, config.sensitivity)
+    return sorted(cost, key=lambda layer: (cost[layer], layer))
 
 
-def least_sensitive(
-    errors: Mapping[int, float], config: SensitivityConfig, target: int
-) -> list[int]:
-    """Return the `target` layers that are linear at the least cost, in depth order."""
-    return sorted(rank(errors, config)[:target])
+def sensitivities(errors: Mapping[int, float], kind: str) -> dict[int, float]:
+    """Return a number by layer that grows with what a linear layer there costs.
+
+    The error itself where one was replaced; where one was restored, its negative: an error that
+    stays large is that of a layer whose softmax was not missed.
+
+    kind: one of `MEASURES`.
+    """
+    sign = 1 if kind == "replace-one" else -1
+    return {layer: sign * error for layer, error in errors.items()}
+
+
+def read_ranking(path: Path) -> tuple[str, dict[int, float]] | None:
+    """Return the kind of a finished ranking and its errors by layer; None without a whole file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        errors = {int(layer): float(error) for layer, error in found["errors"].items()}
+        is_whole = found["measure"] in MEASURES and sorted(found["ranking"]) == sorted(errors)
+        return (found["measure"], errors) if is_whole else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .adapters import (
     shapes_of,
     trainable_weights,
 )
-from .attention import LinearAttention, MixedAttention
+from .attention import LinearAttention, LinearForm, MixedAttention
 from .batches import draw_batch
 from .config import option, positive
 from .models.denoiser import bind, bind_guided
@@ -39,6 +39,7 @@ class StudentConfig:
     parameters: str = option("lora", "weights that are trained and saved", choices=PARAMETERS)
     lora_rank: int = option(32, "rank of the weight changes (parameters lora)")
     feature_ratio: int = option(1, "features M of a query or key, in units of the head dim: 1 or 2")
+    form: LinearForm = dataclasses.field(default_factory=LinearForm)
 
     def __post_init__(self) -> None:
         positive(self, "lora_rank", "feature_ratio")
@@ -62,9 +63,8 @@ class Student:
         generator = torch.Generator().manual_seed(seed)
 
         def mix(site: AttentionSite) -> MixedAttention:
-            linear = LinearAttention(
-                site.num_heads, site.head_dim, config.feature_ratio * site.head_dim
-            )
+            feature_dim = config.feature_ratio * site.head_dim
+            linear = LinearAttention(site.num_heads, site.head_dim, feature_dim, config.form)
             linear.init_weights(generator)
             return MixedAttention(linear, 1.0).to(device)
 
@@ -101,7 +101,8 @@ def twin(model: nn.Module) -> nn.Module:
 class TransferTask:
     """Train a student with an objective while its layers are being selected (LinVideo eq. 9).
 
-    With `layers`, those that a fixed choice made linear, nothing is selected any more.
+    With `layers`, those that a fixed choice made linear, nothing is selected any more. `ranking`:
+    layers from the least to the most sensitive, where `--score-start ranking` asks for it.
     """
 
     def __init__(
@@ -115,16 +116,17 @@ class TransferTask:
         training: TrainingConfig,
         precision: str,
         layers: Sequence[int] | None = None,
+        ranking: Sequence[int] | None = None,
     ) -> None:
         self.student = student
         self.subject = subject
         self.trajectories = trajectories
-        self.selection = Selection(student.mixed, selection, training.steps, layers)
+        self.selection = Selection(student.mixed, selection, training.steps, layers, ranking)
         self.selection_config = selection
         self.objective_config = objective
         self.training = training
         self.precision = precision
-        self.objective = make_objective(objective, trajectories.sigmas)
+        self.objective = make_objective(objective, trajectories.sigmas, training.steps)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
             self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)

@@ -11,6 +11,13 @@ _LABELS = {
     "motion": "right motion (0 to 1)",
     "frechet": "Frechet to real clips",
     "seconds": "seconds of sampling",
+    "frechet_to_teacher": "Frechet to teacher",
+    "frechet_teacher_features": "same, on teacher features",
+    "motion_energy": "speed / teacher's",
+    "motion_ratio": "change per frame / teacher's",
+    "spatial_spectrum_db": "spatial spectrum (dB off)",
+    "temporal_spectrum_db": "temporal spectrum (dB off)",
+    "diversity": "diversity / teacher's",
 }
 
 

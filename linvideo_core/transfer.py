@@ -8,75 +8,57 @@ trajectories, metrics, checkpoints, the result, linearized.safetensors, and the 
 and evaluation.json, which compare what was saved with its teacher.
 """
 
-import dataclasses
-import datetime
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import __version__, artifact
-from .adapters import compiled_blocks
+from . import artifact
 from .comparison import (
     EVALUATION_NAME,
     compare_artifact,
     read_evaluation,
     save_comparison,
 )
-from .config import option, parse, run_command, to_json
-from .devices import device_option, precision_option, resolve_device, resolve_precision
-from .evidence import EvidenceConfig, compare_config, draw_training, is_evaluated
-from .objectives import ObjectiveConfig
+from .config import parse, run_command, to_json
+from .devices import resolve_device, resolve_precision
+from .evidence import compare_config, draw_training, is_evaluated
+from .layer_order import LAYER_ORDER_NAME
+from .linearization import ARTIFACT_NAME, TransferConfig, linearize
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, open_run
-from .selection import SelectionConfig, check_layers, choose_by_rule
-from .sensitivity import RANKING_NAME, SensitivityConfig, least_sensitive, measure
-from .student import Student, StudentConfig, TransferTask
-from .subject import Subject, SubjectConfig, load_subject
+from .selection import check_layers
+from .sensitivity import RANKING_NAME
+from .student import Student
+from .subject import load_subject
 from .tables import show_table
-from .training import TrainingConfig, fit
-from .trajectories import Trajectories, TrajectoryConfig, collect
-from .warm_start import WarmStart, WarmStartConfig
 
 logger = logging.getLogger(__name__)
 
-ARTIFACT_NAME = "linearized.safetensors"
-
 # What a repeated command may change: none of it decides the artifact.
 _FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
-_SHOWN = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "velocity_error")
+_SHOWN = (
+    "model",
+    "linear_layers",
+    "layers",
+    "digit",
+    "motion",
+    "frechet",
+    "motion_energy",
+    "velocity_error",
+)
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
     "samples.gif": "the same videos by the teacher, before and after training",
     "samples.png": "their frames side by side",
     "layer_scores.png": "how training chose the layers",
-    RANKING_NAME: "how much each layer alone changes the velocity: how the layers were chosen",
+    RANKING_NAME: "how much each layer alone changes the velocity",
+    LAYER_ORDER_NAME: "how far the learned choice agrees with that ranking",
     "losses.png": "how training went",
     "velocity_error.png": "how far the model is from its teacher, by noise level",
     EVALUATION_NAME: "every measure",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransferConfig:
-    """Everything that decides the result of a transfer."""
-
-    subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
-    trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
-    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
-    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
-    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
-    sensitivity: SensitivityConfig = dataclasses.field(default_factory=SensitivityConfig)
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    evidence: EvidenceConfig = dataclasses.field(default_factory=EvidenceConfig)
-    out: Path = option(Path("runs/transfer"), "run folder")
-    seed: int = option(0, "seed of everything random")
-    device: str = device_option()
-    precision: str = precision_option()
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -148,125 +130,6 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
         )
         save_comparison(comparison, config.out)
     return path
-
-
-def linearize(
-    student: Student,
-    subject: Subject,
-    config: TransferConfig,
-    precision: str,
-    progress: Progress,
-) -> None:
-    """Sample the teacher, train its student, save the artifact in `config.out`."""
-    device = subject.prompt_embeds.device
-    logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
-    trajectories = collect(
-        subject,
-        config.trajectories,
-        config.out / "trajectories",
-        seed=config.seed,
-        precision=precision,
-        progress=progress,
-    )
-    train(student, subject, trajectories, config, precision, progress)
-    made = artifact.extract(
-        student.model,
-        subject.model,
-        parameters=config.student.parameters,
-        objective=config.objective.objective,
-        steps=config.training.steps,
-        provenance=provenance(config, subject),
-    )
-    artifact.save(made, config.out / ARTIFACT_NAME)
-
-
-def train(
-    student: Student,
-    subject: Subject,
-    trajectories: Trajectories,
-    config: TransferConfig,
-    precision: str,
-    progress: Progress,
-) -> None:
-    """Warm-start the feature maps, then select layers, before or while the student trains."""
-    if config.warm_start.warm_start_steps:
-        warm_start = WarmStart(
-            student.model,
-            student.mixed,
-            subject,
-            trajectories,
-            batch_size=config.training.batch_size,
-            prompt_dropout=config.objective.prompt_dropout,
-            learning_rate=config.warm_start.warm_start_learning_rate,
-            precision=precision,
-        )
-        settings = dataclasses.replace(
-            config.training, steps=config.warm_start.warm_start_steps, accumulation=1
-        )
-        folder = config.out / "warm_start"
-        fit(warm_start, settings, folder, seed=config.seed, stage="warm start", progress=progress)
-    task = TransferTask(
-        student,
-        subject,
-        trajectories,
-        selection=config.selection,
-        objective=config.objective,
-        training=config.training,
-        precision=precision,
-        layers=choose_layers(student, subject, trajectories, config, precision, progress),
-    )
-    compiled = [student.model, subject.model] if config.training.compile else []
-    with compiled_blocks(compiled, student.sites):
-        fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
-
-
-def choose_layers(
-    student: Student,
-    subject: Subject,
-    trajectories: Trajectories,
-    config: TransferConfig,
-    precision: str,
-    progress: Progress,
-) -> list[int] | None:
-    """Return the layers of a fixed choice; None where they are to be learned.
-
-    A ranking is made on the warm-started student, whose weights are still the teacher's.
-    """
-    match config.selection.rule:
-        case "learned":
-            return None
-        case "sensitivity":
-            errors = measure(
-                student.model,
-                student.mixed,
-                subject,
-                trajectories,
-                config.sensitivity,
-                config.out / RANKING_NAME,
-                batch_size=config.training.batch_size,
-                precision=precision,
-                progress=progress,
-            )
-            return least_sensitive(errors, config.sensitivity, config.selection.target)
-        case _:
-            return choose_by_rule(config.selection, list(student.mixed), config.seed)
-
-
-def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
-    """Say where an artifact comes from, for its header."""
-    choice = config.selection.rule
-    if choice == "sensitivity":
-        choice = f"{choice} ({config.sensitivity.sensitivity})"
-    return {
-        "linvideo": __version__,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "model": subject.name,
-        "guidance_scale": config.trajectories.guidance_scale,
-        "shift": config.trajectories.shift,
-        "choice": choice,
-        "seed": config.seed,
-    }
 
 
 def summarize(config: TransferConfig) -> str:

@@ -106,9 +106,12 @@ class WarmStart:
 
 
 def feature_maps(mixed: Mapping[int, MixedAttention]) -> dict[str, nn.Parameter]:
-    """Return the feature maps of all layers by unique name."""
+    """Return the linear attention's own weights of all layers by unique name.
+
+    Feature maps, and where the form has them gates and window mixes.
+    """
     return {
-        f"{layer}.{side}": getattr(module.linear, side)
+        f"{layer}.{name}": parameter
         for layer, module in mixed.items()
-        for side in ("query_map", "key_map")
+        for name, parameter in module.linear.named_parameters()
     }

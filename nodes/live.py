@@ -11,15 +11,20 @@ from PIL import Image
 from torch import Tensor
 
 from ..linvideo_core.flow import make_sigmas, sample_euler
+from ..linvideo_core.linearization import TransferConfig
 from ..linvideo_core.models.denoiser import bind_guided
 from ..linvideo_core.preview import draw_preview
 from ..linvideo_core.run_folder import read_metrics
 from ..linvideo_core.student import Student
 from ..linvideo_core.subject import Subject
-from ..linvideo_core.transfer import TransferConfig
 
 # Where each stage lies on the bar, by the time that it takes with usual settings.
-_STAGES = {"sampling the teacher": (0, 25), "warm start": (25, 30), "training": (30, 100)}
+_STAGES = {
+    "sampling the teacher": (0, 25),
+    "warm start": (25, 28),
+    "ranking the layers": (28, 30),
+    "training": (30, 100),
+}
 _TRAINING = "training"
 _SAMPLER_STEPS, _NUM_FRAMES = 8, 5
 _MAX_SIZE = 768

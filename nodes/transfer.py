@@ -20,11 +20,12 @@ import torch
 
 from ..linvideo_core.artifact import ArtifactError
 from ..linvideo_core.config import override
+from ..linvideo_core.linearization import ARTIFACT_NAME, TransferConfig, linearize
 from ..linvideo_core.run_folder import check_run, open_run
 from ..linvideo_core.selection import check_target
 from ..linvideo_core.storage import replacing
 from ..linvideo_core.student import Student
-from ..linvideo_core.transfer import ARTIFACT_NAME, PRESETS, TransferConfig, linearize
+from ..linvideo_core.transfer import PRESETS
 from .files import FOLDER
 from .host_subject import HostSubject
 from .live import LiveProgress

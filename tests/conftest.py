@@ -50,6 +50,12 @@ def wan() -> WanModel:
 
 
 @pytest.fixture
+def wide_wan() -> WanModel:
+    """A random Wan of three layers, two heads of 128."""
+    return make_wan(num_heads=2)
+
+
+@pytest.fixture
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Latents, timesteps and prompt embeddings that `wan` takes."""
     generator = torch.Generator().manual_seed(5)

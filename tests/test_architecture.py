@@ -20,13 +20,17 @@ ALLOWED = {
     "config": set(),
     "dmd2": {"flow"},
     "few_step": {"flow"},
+    "fidelity": {"evaluation", "motion", "spectrum"},
     "flow": set(),
     "kernels": set(),
+    "layer_order": {"run_folder", "sensitivity", "storage"},
     "lora": set(),
     "models": {"attention", "flow", "kernels"},
     "health": set(),
+    "motion": set(),
     "objectives": {"flow", "config", "dmd2"},
     "progress": set(),
+    "recipe": {"few_step", "flow"},
     "run_folder": {"config", "storage"},
     "selection": {"attention", "config"},
     "sensitivity": {
@@ -39,7 +43,9 @@ ALLOWED = {
         "subject",
         "trajectories",
     },
+    "spectrum": set(),
     "storage": set(),
+    "teacher_features": {"adapters", "attention", "flow", "models"},
     "training": {"config", "progress", "storage"},
 }
 MAX_LINES = 320
@@ -105,7 +111,7 @@ LIBRARY_FILES = [path for path in CORE_FILES if module_of(path) not in COMMANDS]
 
 
 def test_the_verbs_are_recognised_as_commands() -> None:
-    names = {"transfer", "distill", "evaluate", "records", "demo.train"}
+    names = {"transfer", "distill", "ablate", "evaluate", "records", "demo.train"}
     assert {f"linvideo_core.{name}" for name in names} <= COMMANDS
 
 

@@ -511,7 +511,8 @@ DEFECTS = {
         "plain LoRA",
     ),
     "header stripped": (lambda t, e: e.clear(), "header is gone"),
-    "newer version": (_put(format_version="2"), "update LinVideo"),
+    "newer version": (_put(format_version="3"), "update LinVideo"),
+    "version of other fields": (_put(format_version="2"), "linvideo.map_sharing' is missing"),
     "newer version, other fields": (
         lambda t, e: (e.clear(), e.update({"linvideo.format_version": "7"})),
         "update LinVideo",

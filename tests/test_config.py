@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from linvideo_core import transfer
+from linvideo_core import linearization, transfer
 from linvideo_core.config import (
     fraction,
     option,
@@ -186,8 +186,8 @@ def leaf_names(config: object) -> list[str]:
 
 
 def test_the_transfers_flags_are_unique_and_its_presets_name_nothing_else() -> None:
-    names = leaf_names(transfer.TransferConfig())
+    names = leaf_names(linearization.TransferConfig())
     assert len(set(names)) == len(names)
     for preset in transfer.PRESETS.values():
         assert set(preset) <= set(names)
-        override(transfer.TransferConfig(), preset)
+        override(linearization.TransferConfig(), preset)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from linvideo_core import artifact, bench, comparison, evaluate
+from linvideo_core import artifact, bench, comparison, evaluate, held_out
 from linvideo_core.adapters import identify, install, shapes_of
 from linvideo_core.attention import LinearAttention
 from linvideo_core.comparison import CompareConfig, compare, swap
@@ -21,6 +21,7 @@ from linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
 from linvideo_core.demo.prompts import TEXT_DIM, encode_prompts
 from linvideo_core.evaluate import EvaluateConfig
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.progress import silent
 from linvideo_core.subject import Subject, SubjectConfig
 
 TINY = WanConfig(dim=128, num_heads=1, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=32)
@@ -89,6 +90,11 @@ def test_a_student_that_is_the_teacher_is_measured_as_perfect(subject: Subject) 
         assert row["velocity_error"] == pytest.approx(0, abs=1e-5)
         assert row["velocity_cosine"] == pytest.approx(1, abs=1e-5)
         assert row["motion_ratio"] == pytest.approx(1, abs=1e-5)
+        assert row["motion_energy"] == pytest.approx(1, abs=1e-5)
+        assert row["frechet_teacher_features"] == pytest.approx(0, abs=1e-9)
+        assert row["spatial_spectrum_db"] == pytest.approx(0, abs=1e-5)
+        assert row["temporal_spectrum_db"] == pytest.approx(0, abs=1e-5)
+        assert row["diversity"] == pytest.approx(1, abs=1e-5)
         assert row["seconds"] > 0
 
 
@@ -99,6 +105,7 @@ def test_a_swapped_model_differs_and_gives_the_teacher_back(subject: Subject) ->
     assert (swapped["model"], swapped["linear_layers"], swapped["layers"]) == ("swapped", 2, 3)
     assert swapped["distance_to_teacher"] > 1e-4
     assert swapped["velocity_error"] > 1e-4
+    assert swapped["frechet_teacher_features"] > 1e-9
     assert swapped["velocity_cosine"] < 1
     after = subject.model.state_dict()
     assert list(after) == list(before)
@@ -119,14 +126,31 @@ def test_results_do_not_depend_on_the_batch_size(subject: Subject) -> None:
 
 
 def test_more_samples_begin_with_the_same_ones(subject: Subject) -> None:
-    few, many = (bench.draw_noise(subject.latent_shape, count, 7) for count in (2, 5))
+    few, many = (held_out.draw_noise(subject.latent_shape, count, 7) for count in (2, 5))
     assert torch.equal(few, many[:2])
-    assert bench.draw_prompts(3, 2, 7) == bench.draw_prompts(3, 8, 7)[:2]
+    assert held_out.draw_prompts(3, 2, 7) == held_out.draw_prompts(3, 8, 7)[:2]
 
 
 def test_every_prompt_is_used_before_one_is_repeated() -> None:
-    chosen = bench.draw_prompts(4, 10, 0)
+    chosen = held_out.draw_prompts(4, 10, 0)
     assert sorted(chosen[:4]) == sorted(chosen[4:8]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("seeds", "shown"), [(1, False), (2, True)])
+def test_diversity_takes_samples_of_one_prompt(seeds: int, shown: bool, subject: Subject) -> None:
+    settings = dataclasses.replace(SETTINGS, num_samples=3, seeds_per_prompt=seeds)
+    (row,) = compare(subject, {}, settings, seed=0).rows
+    assert (row["diversity"] is not None) == shown
+    chosen = held_out.draw_prompts(4, 10, 0, repeats=2)
+    assert chosen == [prompt for prompt in held_out.draw_prompts(4, 5, 0) for _ in range(2)]
+
+
+def test_a_model_is_not_described_by_a_student(subject: Subject) -> None:
+    made = bench.Bench(subject, SETTINGS, seed=0, precision="fp32", progress=silent)
+    samples = made.sample("teacher", subject.model, is_teacher=True)
+    assert "frechet_teacher_features" not in made.measure(samples, samples, None)
+    with swap(subject.model, (1,), 128), pytest.raises(ValueError, match="from the teacher alone"):
+        made.describe(samples)
 
 
 def test_progress_reaches_its_total_in_every_stage(subject: Subject) -> None:
@@ -267,6 +291,7 @@ def test_the_shipped_student_is_closer_to_its_teacher_than_the_swapped_model(
     rows = {row["model"]: row for row in evaluate.run(config)["rows"]}
     assert list(rows) == ["teacher", "swapped", "student"]
     assert rows["student"]["velocity_error"] < rows["swapped"]["velocity_error"]
-    assert rows["student"]["distance_to_teacher"] < rows["swapped"]["distance_to_teacher"]
+    for name in ("distance_to_teacher", "frechet_teacher_features"):
+        assert rows["student"][name] < rows["swapped"][name]
     assert "digit" in rows["student"]
     assert json.loads((config.out / "evaluation.json").read_text())["rows"]

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from linvideo_core.evaluation import (
     accuracy,
+    diversity,
     feature_statistics,
     flicker,
+    frame_difference,
     frechet_distance,
+    frechet_distance_of,
     latent_features,
-    motion_energy,
     sample_distance,
     velocity_error,
     velocity_error_by_sigma,
@@ -41,12 +43,12 @@ def random_cov(dim: int, seed: int) -> Tensor:
 
 def test_a_static_clip_has_no_motion_and_no_flicker() -> None:
     still = torch.rand(2, 1, 5, 7).expand(2, 6, 5, 7)
-    assert motion_energy(still).tolist() == [0, 0]
+    assert frame_difference(still).tolist() == [0, 0]
     torch.testing.assert_close(flicker(still), torch.zeros(2), **EXACT)
 
 
-def test_doubled_speed_doubles_motion_energy() -> None:
-    slow, fast = motion_energy(moving_bar(2)), motion_energy(moving_bar(4))
+def test_doubled_speed_doubles_the_frame_difference() -> None:
+    slow, fast = frame_difference(moving_bar(2)), frame_difference(moving_bar(4))
     torch.testing.assert_close(slow, torch.tensor([2 * 2 / 64]), **EXACT)
     torch.testing.assert_close(fast, 2 * slow, **EXACT)
 
@@ -70,7 +72,7 @@ def test_an_even_fade_and_a_black_clip_do_not_flicker() -> None:
 
 def test_too_few_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="2 or more"):
-        motion_energy(torch.zeros(1, 1, 3, 3))
+        frame_difference(torch.zeros(1, 1, 3, 3))
     with pytest.raises(ValueError, match="3 or more"):
         flicker(torch.zeros(1, 2, 3, 3))
 
@@ -99,6 +101,46 @@ def test_frechet_distance_is_symmetric_and_infinite_where_a_side_is_not_finite()
     forth, back = frechet_distance(mean, a, mean, b), frechet_distance(mean, b, mean, a)
     assert forth == pytest.approx(back, rel=1e-9)
     assert frechet_distance(mean, a * math.nan, mean, b) == math.inf
+
+
+@pytest.mark.parametrize(("rows", "others", "dim"), [(40, 25, 7), (5, 9, 63), (2, 2, 1)])
+def test_frechet_distance_of_samples_is_that_of_their_statistics(
+    rows: int, others: int, dim: int
+) -> None:
+    a, b = torch.randn(rows, dim), 2 * torch.randn(others, dim) + 0.5
+    expected = frechet_distance(*feature_statistics(a), *feature_statistics(b))
+    assert frechet_distance_of(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance_of(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance_of(a, a + 3) == pytest.approx(9 * dim, rel=1e-5)
+    assert frechet_distance_of(a * math.nan, b) == math.inf
+    with pytest.raises(ValueError, match="1 sample given"):
+        frechet_distance_of(a, b[:1])
+
+
+def test_frechet_distance_of_gaussian_samples_nears_its_closed_form() -> None:
+    a = torch.randn(20_000, 3).double()
+    scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.0, 1.0, -2.0])
+    b = torch.randn(20_000, 3).double() * scale + shift
+    expected = 5 + (scale - 1).square().sum().item()
+    assert frechet_distance(*feature_statistics(a), *feature_statistics(b)) == pytest.approx(
+        expected, rel=0.03
+    )
+
+
+def test_diversity_is_zero_for_identical_samples_and_their_distance_otherwise() -> None:
+    one = torch.randn(1, 4, 3, 5, 5)
+    assert diversity(one.expand(6, 4, 3, 5, 5), [0, 0, 1, 1, 1, 2]) == 0
+    pair = torch.cat([one, one + 0.5, one - 7])
+    assert diversity(pair, [3, 3, 1]) == pytest.approx(0.5, rel=1e-5)
+    # Prompt 1's pairs lie 1, 1 and 2 apart, prompt 2's pair 4: prompts count alike.
+    steps = torch.tensor([0.0, 1.0, 2.0, 0.0, 4.0]).view(5, 1)
+    assert diversity(steps, [1, 1, 1, 2, 2]) == pytest.approx((4 / 3 + 4) / 2)
+
+
+def test_unrelated_samples_lie_root_two_deviations_apart_and_single_ones_tell_nothing() -> None:
+    samples = 3 * torch.randn(12, 20_000)
+    assert diversity(samples, [0] * 6 + [1] * 6) == pytest.approx(3 * math.sqrt(2), rel=0.01)
+    assert diversity(samples, list(range(12))) is None
 
 
 def test_feature_statistics_are_those_of_the_rows() -> None:

@@ -173,6 +173,46 @@ def test_the_operators_keep_pytorchs_contract(backend: str, device: str) -> None
     torch.library.opcheck(operators.linear_attention, (*inputs, backend), test_utils=checks)
 
 
+def test_the_operator_keeps_pytorchs_contract_for_a_joint_map_that_heads_share() -> None:
+    query, key, value, *maps = make_inputs(9, 21)
+    N = query.shape[2]
+    inputs = (query, key, value, *(m[:1].detach().expand(N, -1, -1) for m in maps))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*inputs, "reference", True)
+    torch.library.opcheck(operators.linear_attention, arguments, test_utils=checks)
+
+
+def test_a_map_that_heads_share_is_one_a_head_with_its_gradients_summed(device: str) -> None:
+    tokens, maps = make_inputs(9, 21, device=device)[:3], make_inputs(9, 21, device=device)[3:]
+    N = tokens[0].shape[2]
+    shared = [m[:1].detach().requires_grad_(True) for m in maps]
+    copies = [m.detach().repeat(N, 1, 1).requires_grad_(True) for m in shared]
+    found = linear_attention(*tokens, *(m.expand(N, -1, -1) for m in shared), backend="triton")
+    expected = linear_attention(*tokens, *copies, backend="triton")
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for one, each in zip(shared, copies, strict=True):
+        torch.testing.assert_close(one.grad, each.grad.sum(dim=0, keepdim=True))
+
+
+def test_a_joint_map_is_the_references_alone_and_auto_takes_it_there(device: str) -> None:
+    inputs = make_inputs(9, 21, device=device)
+    with pytest.raises(ValueError, match="know the feature map 'hedgehog' alone"):
+        linear_attention(*inputs, feature_map="hedgehog_joint", backend="triton")
+    found = linear_attention(*inputs, feature_map="hedgehog_joint")
+    torch.testing.assert_close(found, reference.linear_attention(*inputs, is_joint=True))
+
+
+def test_chunks_change_nothing_with_a_joint_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(100, 61)
+    found = linear_attention(*inputs, feature_map="hedgehog_joint", backend="reference")
+    monkeypatch.setattr(reference, "_MAX_CHUNK_FEATURES", 2 * 2 * 64 * 17)
+    chunked = linear_attention(*inputs, feature_map="hedgehog_joint", backend="reference")
+    torch.testing.assert_close(chunked, found)
+    torch.testing.assert_close(found, reference.linear_attention(*inputs, is_joint=True))
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_it_compiles_as_one_graph_and_once(backend: str, device: str) -> None:
     torch._dynamo.reset()

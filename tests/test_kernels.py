@@ -195,6 +195,11 @@ def test_a_shape_that_does_not_fit_is_named(index: int, shape: tuple[int, ...], 
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_feature_map_is_refused() -> None:
+    with pytest.raises(ValueError, match="feature_map 'relu' given; one of hedgehog, hedgehog_jo"):
+        linear_attention(*make_inputs(5, 7), feature_map="relu")
+
+
 @pytest.mark.parametrize("index", range(5))
 def test_tensors_on_several_devices_are_refused(index: int) -> None:
     inputs = list(make_inputs(5, 7))

@@ -363,6 +363,25 @@ def test_every_objective_is_finite_at_both_ends_of_the_grid(name: str, num_steps
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_velocity_matching_comes_first_for_its_share_of_the_steps(name: str) -> None:
+    config = ObjectiveConfig(objective=name, velocity_share=0.3)
+    objectives = {
+        "staged": make_objective(config, SIGMAS, 10),
+        "velocity": make_objective(ObjectiveConfig(objective="velocity"), SIGMAS),
+        name: make_objective(ObjectiveConfig(objective=name), SIGMAS),
+    }
+    players = make_players(Affine(teacher, 0.4), critic=Affine(teacher, -0.2))
+    for step in (0, 2, 3, 9):
+        generators = {kind: torch.Generator().manual_seed(step) for kind in objectives}
+        losses = {
+            kind: objective(make_batch(1), players, step, generators[kind])[0]
+            for kind, objective in objectives.items()
+        }
+        expected = losses["velocity" if step < 3 else name]
+        torch.testing.assert_close(losses["staged"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_generator_alone_decides_a_loss(name: str) -> None:
     objective = make_objective(ObjectiveConfig(objective=name), SIGMAS)
     players = make_players(Affine(teacher, 0.4), critic=Affine(teacher, -0.2))
@@ -384,7 +403,13 @@ def test_the_surrogates_gradient_is_the_push_over_the_batch() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_jump": 0}, {"prompt_dropout": 1.1}, {"critic_steps": 0}, {"critic_learning_rate": 0.0}],
+    [
+        {"max_jump": 0},
+        {"prompt_dropout": 1.1},
+        {"velocity_share": 2.0},
+        {"critic_steps": 0},
+        {"critic_learning_rate": 0.0},
+    ],
 )
 def test_impossible_settings_are_refused_by_flag(options: dict[str, float]) -> None:
     flag = "--" + next(iter(options)).replace("_", "-")

@@ -1,5 +1,6 @@
 """Which layers become linear: the counts, the losses, the choice."""
 
+import itertools
 import math
 
 import pytest
@@ -15,8 +16,9 @@ from linvideo_core.selection import (
     budget_loss,
     check_layers,
     choose,
-    choose_by_rule,
+    choose_layers,
     rounding_loss,
+    start_scores,
 )
 
 SCORES = (0.9, 0.2, 0.45, 0.7, 0.05)
@@ -185,7 +187,7 @@ def test_rules_choose_by_depth_and_count() -> None:
     layers = range(10)
 
     def pick(choice: str, target: int) -> list[int]:
-        return choose_by_rule(SelectionConfig(choice=choice, target=target), layers, 0)
+        return choose_layers(SelectionConfig(choice=choice, target=target), layers, 0)
 
     assert pick("first", 3) == [0, 1, 2]
     assert pick("last", 3) == [7, 8, 9]
@@ -202,15 +204,15 @@ def test_every_rule_chooses_target_layers_of_the_models_own_in_depth_order(
     layers = list(range(3, 3 + 2 * total, 2))
     for target in range(1, total + 1):
         config = SelectionConfig(choice=choice, target=target)
-        picks = choose_by_rule(config, layers, seed=5)
+        picks = choose_layers(config, layers, seed=5)
         assert picks == sorted(set(picks)) and len(picks) == target
         assert set(picks) <= set(layers)
 
 
 def test_the_seed_alone_decides_a_random_choice_and_every_layer_has_its_chance() -> None:
     config = SelectionConfig(choice="random", target=3)
-    chosen = [choose_by_rule(config, range(10), seed) for seed in range(300)]
-    assert chosen == [choose_by_rule(config, range(10), seed) for seed in range(300)]
+    chosen = [choose_layers(config, range(10), seed) for seed in range(300)]
+    assert chosen == [choose_layers(config, range(10), seed) for seed in range(300)]
     counts = [sum(layer in picks for picks in chosen) for layer in range(10)]
     # 90 each on average, with a standard deviation of 8.
     assert min(counts) > 60 and max(counts) < 120
@@ -219,13 +221,63 @@ def test_the_seed_alone_decides_a_random_choice_and_every_layer_has_its_chance()
 def test_a_list_is_taken_as_it_is_in_depth_order() -> None:
     config = SelectionConfig(layers="11, 3", target=2)
     assert config.rule == "listed"
-    assert choose_by_rule(config, [3, 8, 11], seed=0) == [3, 11]
+    assert choose_layers(config, [3, 8, 11], seed=0) == [3, 11]
 
 
-@pytest.mark.parametrize("choice", ["learned", "sensitivity"])
-def test_what_no_rule_decides_is_refused(choice: str) -> None:
-    with pytest.raises(ValueError, match=f"--choice {choice} given"):
-        choose_by_rule(SelectionConfig(choice=choice, target=1), range(3), seed=0)
+def test_a_ranking_chooses_its_first_layers_and_a_learned_choice_none() -> None:
+    ranked = SelectionConfig(choice="sensitivity", target=2)
+    assert choose_layers(ranked, [3, 8, 11], 0, [11, 3, 8]) == [3, 11]
+    with pytest.raises(ValueError, match="--choice sensitivity given without a ranking"):
+        choose_layers(ranked, [3, 8, 11], 0)
+    assert choose_layers(SelectionConfig(target=1), [3, 8, 11], 0, [11, 3, 8]) is None
+
+
+@pytest.mark.parametrize(("num_layers", "target"), [(30, 16), (40, 22), (10, 3), (5, 4), (2, 1)])
+def test_scores_from_a_ranking_follow_it_meet_the_budget_and_can_still_move(
+    num_layers: int, target: int
+) -> None:
+    layers = list(range(2, 2 + num_layers))
+    order = torch.randperm(num_layers, generator=torch.Generator().manual_seed(0))
+    ranking = [layers[i] for i in order.tolist()]
+    config = SelectionConfig(target=target, score_start="ranking")
+    starts = dict(zip(layers, start_scores(config, layers, ranking), strict=True))
+    ordered = [starts[layer] for layer in ranking]
+    assert all(low < high for low, high in itertools.pairwise(ordered))
+    assert sum(1 - r for r in ordered) == pytest.approx(target)
+    assert min(ordered) >= 0.1 - 1e-9 and max(ordered) <= 0.9 + 1e-9
+    assert max(ordered) - min(ordered) <= 0.5 + 1e-9
+    # The rounding loss pulls 50 times less than it does at 0 and 1.
+    r = scores(*ordered)
+    rounding_loss(r, config.alpha_start).backward()
+    assert r.grad.abs().max() < 40 / 50
+
+
+@pytest.mark.parametrize(("num_layers", "target"), [(7, 7), (30, 29), (1, 1)])
+def test_scores_start_alike_where_their_mean_leaves_no_room(num_layers: int, target: int) -> None:
+    layers = list(range(num_layers))
+    config = SelectionConfig(target=target, score_start="ranking")
+    assert start_scores(config, layers, layers[::-1]) == [1 - target / num_layers] * num_layers
+
+
+def test_a_selection_starts_from_the_ranking_it_is_given() -> None:
+    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in (3, 8, 11)}
+    config = SelectionConfig(target=1, score_start="ranking")
+    selection = Selection(mixed, config, 20, ranking=[11, 3, 8])
+    assert choose(selection.layer_scores(), 1) == (2,)
+    assert selection.layers is None and len(selection.trained_scores()) == 3
+    # 2 / 3 on average; 0.9 is the highest.
+    torch.testing.assert_close(
+        selection.layer_scores().detach(), torch.tensor([2 / 3, 0.9, 2 / 3 - 0.9 + 2 / 3])
+    )
+    for ranking in (None, [11, 3], [11, 3, 7]):
+        with pytest.raises(ValueError, match="--score-start ranking given with the ranking"):
+            Selection(mixed, config, 20, ranking=ranking)
+
+
+@pytest.mark.parametrize("options", [{"choice": "first"}, {"layers": "1,2,3", "target": 3}])
+def test_only_learned_scores_start_from_a_ranking(options: dict[str, str | int]) -> None:
+    with pytest.raises(ValueError, match=r"^--score-start ranking and a .* choice of layers given"):
+        SelectionConfig(score_start="ranking", **options)
 
 
 def test_a_fixed_choice_is_hard_from_the_start_and_trains_no_score() -> None:

@@ -1,5 +1,6 @@
 """Layers are ranked by what each alone does to the velocity, and a ranking is made only once."""
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -8,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linvideo_core import artifact, transfer
+from linvideo_core import artifact, linearization, transfer
 from linvideo_core.models.denoiser import bind
 from linvideo_core.selection import SelectionConfig
 from linvideo_core.sensitivity import (
     MEASURES,
     SensitivityConfig,
-    least_sensitive,
     measure,
     rank,
 )
@@ -89,7 +89,6 @@ def test_a_layer_that_is_linear_at_no_cost_comes_first(
     # What is left is the fp16 of the stored states.
     assert errors[2] < 5e-3 < min(errors[0], errors[1])
     assert json.loads(path.read_text())["ranking"][0] == 2
-    assert 2 in least_sensitive(errors, SensitivityConfig(), 1)
 
 
 def test_the_layers_are_left_as_they_were_also_after_a_failure(
@@ -153,12 +152,10 @@ def test_the_smallest_error_comes_first_or_the_largest_where_softmax_was_restore
     replaced, restored = (SensitivityConfig(sensitivity=kind) for kind in MEASURES)
     assert rank(errors, replaced) == [3, 9, 0, 7]
     assert rank(errors, restored) == [7, 0, 3, 9]
-    assert least_sensitive(errors, replaced, 3) == [0, 3, 9]
-    assert least_sensitive(errors, restored, 2) == [0, 7]
 
 
-def transfer_config(out: Path, **selection: object) -> transfer.TransferConfig:
-    return transfer.TransferConfig(
+def transfer_config(out: Path, **selection: object) -> linearization.TransferConfig:
+    return linearization.TransferConfig(
         trajectories=VIDEOS,
         student=StudentConfig(lora_rank=4),
         warm_start=WarmStartConfig(warm_start_steps=4),
@@ -169,9 +166,9 @@ def transfer_config(out: Path, **selection: object) -> transfer.TransferConfig:
     )
 
 
-def linearized(subject: Subject, config: transfer.TransferConfig) -> artifact.Artifact:
+def linearized(subject: Subject, config: linearization.TransferConfig) -> artifact.Artifact:
     student = Student(subject, config.student, seed=config.seed)
-    transfer.linearize(student, subject, config, "fp32", lambda *_, **__: None)
+    linearization.linearize(student, subject, config, "fp32", lambda *_, **__: None)
     return artifact.load(config.out / transfer.ARTIFACT_NAME)
 
 
@@ -218,15 +215,34 @@ def test_a_learned_choice_says_so_and_ranks_nothing(subject: Subject, tmp_path: 
     assert not (config.out / "sensitivity.json").exists()
 
 
+def test_learned_scores_start_from_the_ranking_of_the_run(subject: Subject, tmp_path: Path) -> None:
+    config = transfer_config(tmp_path / "run", score_start="ranking", target=2)
+    made = linearized(subject, config)
+    ranking = json.loads((config.out / "sensitivity.json").read_text())["ranking"]
+    rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
+    scores = json.loads(rows[0])["layer_scores"]
+    assert sorted(range(3), key=lambda layer: scores[layer]) == ranking
+    expected = "learned, scores started from ranking (replace-one)"
+    assert made.header.provenance["choice"] == expected
+    transfer.draw_training(config.out, made.header.layers, config.selection, 6)
+    order = json.loads((config.out / "layer_order.json").read_text())
+    assert order["measure"] == "replace-one"
+    # Two steps of selection move no score past another.
+    assert order["mean_correlation"] == order["last_correlation"] == pytest.approx(1)
+    assert list(order["last_scores"].values()) == json.loads(rows[1])["layer_scores"]
+
+
 @pytest.mark.parametrize("stage", ["ranking the layers", "training"])
+@pytest.mark.parametrize("selection", [{"choice": "sensitivity"}, {"score_start": "ranking"}])
 def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_bit(
-    stage: str, subject: Subject, tmp_path: Path
+    stage: str, selection: dict[str, str], subject: Subject, tmp_path: Path
 ) -> None:
-    config = transfer_config(tmp_path / "unbroken", choice="sensitivity", target=2)
+    config = transfer_config(tmp_path / "unbroken", target=2, **selection)
     expected = linearized(subject, config)
     found = json.loads((config.out / "sensitivity.json").read_text())
-    assert tuple(sorted(found["ranking"][:2])) == tuple(expected.header.layers)
-    assert expected.header.provenance["choice"] == "sensitivity (replace-one)"
+    if config.selection.choice == "sensitivity":
+        assert tuple(sorted(found["ranking"][:2])) == tuple(expected.header.layers)
+        assert expected.header.provenance["choice"] == "sensitivity (replace-one)"
 
     broken = dataclasses.replace(config, out=tmp_path / "broken")
 
@@ -236,13 +252,37 @@ def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_
 
     student = Student(subject, config.student, seed=config.seed)
     with pytest.raises(KeyboardInterrupt):
-        transfer.linearize(student, subject, broken, "fp32", stop)
+        linearization.linearize(student, subject, broken, "fp32", stop)
     assert undated(linearized(subject, broken)) == undated(expected)
     left, right = (load_file(run.out / transfer.ARTIFACT_NAME) for run in (broken, config))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
     for name in ("sensitivity.json", "training/metrics.jsonl"):
         assert (broken.out / name).read_bytes() == (config.out / name).read_bytes(), name
+
+
+def test_every_stage_of_a_transfer_has_its_place_on_the_nodes_bar(
+    subject: Subject, tmp_path: Path
+) -> None:
+    source = (Path(__file__).parents[1] / "nodes" / "live.py").read_text(encoding="utf-8")
+    values = [
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_STAGES"
+    ]
+    places = ast.literal_eval(values[0])
+    said: list[str] = []
+
+    def say(stage: str, done: int, total: int, **_: float) -> None:
+        said.append(stage)
+
+    config = transfer_config(tmp_path / "run", score_start="ranking", target=1)
+    student = Student(subject, config.student, seed=0)
+    config.out.mkdir()
+    linearization.linearize(student, subject, config, "fp32", say)
+    assert list(dict.fromkeys(said)) == list(places)
+    ends = [end for place in places.values() for end in place]
+    assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 100)
 
 
 def test_no_videos_to_rank_on_are_refused() -> None:

@@ -7,7 +7,7 @@ checked, and every complaint is an `ArtifactError` of one sentence.
 
 from .contents import Artifact, ArtifactError, ArtifactHeader
 from .file import load, save
-from .transplant import Applied, apply, check, extract, warn_of_other_weights
+from .transplant import Applied, apply, check, extract, transfer_into, warn_of_other_weights
 
 __all__ = [
     "Applied",
@@ -19,5 +19,6 @@ __all__ = [
     "extract",
     "load",
     "save",
+    "transfer_into",
     "warn_of_other_weights",
 ]

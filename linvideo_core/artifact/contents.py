@@ -9,9 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 1
-FEATURE_MAPS = ("hedgehog",)
+from ..attention import MAP_SHARINGS, LinearForm
+from ..kernels import FEATURE_MAPS
+
+FORMAT_VERSION = 2
 PARAMETERS = ("full", "lora", "feature_maps")
+_FORM_FIELDS = tuple(field.name for field in dataclasses.fields(LinearForm))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _MAX_LAYERS = 1000
@@ -19,10 +22,19 @@ _MAX_FEATURE_DIM = 8192
 _MAX_RANK = 65536
 _MAX_STEPS = 10**9
 _MAX_TEXT = 200
+_MAX_WINDOW = 2**20
 
 
 class ArtifactError(ValueError):
     """A LINVIDEO file that is damaged, foreign, or made for another model."""
+
+
+def version_for(form: LinearForm) -> int:
+    """Return the format version that linear layers of a form need: 1 wherever it can be.
+
+    A LinVideo that knows version 1 alone reads such a file, and refuses any other in one sentence.
+    """
+    return 1 if form == LinearForm() else 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,8 @@ class ArtifactHeader:
     parameters: which weights were trained beside the feature maps: "full", "lora" or none,
         "feature_maps".
     lora_rank: 0 unless "lora".
+    feature_map, feature_dim, map_sharing, output_gate, window: the linear attention, in
+        `attention.LinearForm`'s words.
     objective, steps: what was trained, and for how many training steps.
     sigmas: the sampling grid that a distilled model is bound to, empty for any other.
     provenance: how the file was made, for its reader.
@@ -43,7 +57,7 @@ class ArtifactHeader:
     Raises ArtifactError naming the field that is wrong.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     family: str
     fingerprint: str
     weights_digest: str
@@ -58,6 +72,14 @@ class ArtifactHeader:
     steps: int
     sigmas: tuple[float, ...] = ()
     provenance: Mapping[str, str | int | float] = dataclasses.field(default_factory=dict)
+    map_sharing: str = "per_head"
+    output_gate: bool = False
+    window: int = 0
+
+    @property
+    def form(self) -> LinearForm:
+        """Return what the linear layers are made of."""
+        return LinearForm(**{name: getattr(self, name) for name in _FORM_FIELDS})
 
     def __post_init__(self) -> None:
         _check_version(self.format_version)
@@ -65,13 +87,25 @@ class ArtifactHeader:
             _check_text(name, getattr(self, name))
         if not re.fullmatch("[0-9a-f]{16}", self.weights_digest):
             _refuse("weights_digest", self.weights_digest, "16 hexadecimal digits are expected")
-        for name, choices in (("feature_map", FEATURE_MAPS), ("parameters", PARAMETERS)):
+        for name, choices in (
+            ("feature_map", FEATURE_MAPS),
+            ("map_sharing", MAP_SHARINGS),
+            ("parameters", PARAMETERS),
+        ):
             if getattr(self, name) not in choices:
                 _refuse(name, getattr(self, name), f"one of {', '.join(choices)} is expected")
         _check_integer("num_layers", self.num_layers, 1, _MAX_LAYERS)
         _check_integer("feature_dim", self.feature_dim, 2, _MAX_FEATURE_DIM)
         if self.feature_dim % 2:
             _refuse("feature_dim", self.feature_dim, "an even number is expected")
+        if not isinstance(self.output_gate, bool):
+            _refuse("output_gate", self.output_gate, "true or false is expected")
+        _check_integer("window", self.window, 0, _MAX_WINDOW)
+        if self.window == 1:
+            _refuse("window", self.window, "0, or 2 or more tokens are expected")
+        if self.format_version < version_for(self.form):
+            expected = f"{version_for(self.form)} is expected for linear layers of this form"
+            _refuse("format_version", self.format_version, expected)
         is_lora = self.parameters == "lora"
         _check_integer("lora_rank", self.lora_rank, *((1, _MAX_RANK) if is_lora else (0, 0)))
         _check_integer("steps", self.steps, 0, _MAX_STEPS)
@@ -85,7 +119,9 @@ class ArtifactHeader:
 class Artifact:
     """Everything that makes a model linear where it may be.
 
-    feature_maps: layer -> query map and key map, [N, D, M/2] each.
+    feature_maps: layer -> query map and key map, [N, D, M/2] each, N being 1 if heads share one.
+    gates: layer -> output gate [N, D], for a header with output_gate.
+    window_mixes: layer -> share of the local softmax [N], for a header with a window.
     deltas: parameter name -> change, of the parameter's shape.
     low_rank: name of a linear layer -> down [R, in] and up [out, R]; the change is `up down`.
 
@@ -96,9 +132,20 @@ class Artifact:
     feature_maps: Mapping[int, tuple[Tensor, Tensor]]
     deltas: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    gates: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
+    window_mixes: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.validate()
+
+    def linear_tensors(self, layer: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer's linear attention by their names in `LinearAttention`."""
+        query_map, key_map = self.feature_maps[layer]
+        tensors = {"query_map": query_map, "key_map": key_map}
+        for name, added in (("gate", self.gates), ("window_mix", self.window_mixes)):
+            if layer in added:
+                tensors[name] = added[layer]
+        return tensors
 
     def validate(self) -> None:
         """Raise ArtifactError when header and tensors contradict each other."""
@@ -109,6 +156,8 @@ class Artifact:
             there = "are there" if self.low_rank else "are missing"
             raise ArtifactError(f"parameters is {parameters!r}, yet LoRA tensors {there}")
         _check_feature_maps(self.header, self.feature_maps)
+        _check_added("output gate", self.header, self.header.output_gate, self.gates, 2)
+        _check_added("window mix", self.header, self.header.window > 0, self.window_mixes, 1)
         for name, delta in self.deltas.items():
             _check_text("parameter name", name)
             _check_dtype(f"the change of {name}", delta)
@@ -209,14 +258,36 @@ def _check_feature_maps(
     for layer, pair in feature_maps.items():
         for side, feature_map in zip(("query_map", "key_map"), pair, strict=True):
             _check_dtype(f"{side} of layer {layer}", feature_map)
-            if feature_map.ndim != 3 or feature_map.shape[2] != half:
+            is_shared = header.map_sharing == "shared"
+            is_matrix = feature_map.ndim == 3 and feature_map.shape[2] == half
+            if not is_matrix or (is_shared and feature_map.shape[0] != 1):
                 raise ArtifactError(
-                    f"{side} of layer {layer} has shape {list(feature_map.shape)}; [N, D, {half}] "
-                    f"is expected, as feature_dim is {header.feature_dim}"
+                    f"{side} of layer {layer} has shape {list(feature_map.shape)}; "
+                    f"[{'1' if is_shared else 'N'}, D, {half}] is expected, as feature_dim is "
+                    f"{header.feature_dim} and map_sharing {header.map_sharing}"
                 )
         if pair[0].shape != pair[1].shape:
             shapes = " and ".join(str(list(feature_map.shape)) for feature_map in pair)
             raise ArtifactError(f"query_map and key_map of layer {layer} differ in shape: {shapes}")
+
+
+def _check_added(
+    what: str, header: ArtifactHeader, is_there: bool, added: Mapping[int, Tensor], ndim: int
+) -> None:
+    """Check a part that every linear layer has, or none."""
+    if differing := sorted(set(header.layers if is_there else ()) ^ set(added)):
+        state = "is missing" if is_there else "is there, yet the header has none"
+        layer = differing[0]
+        if is_there and layer in added:
+            state = "is there, yet it is not a linear layer"
+        raise ArtifactError(f"the {what} of layer {layer} {state}")
+    for layer, tensor in added.items():
+        _check_dtype(f"the {what} of layer {layer}", tensor)
+        if tensor.ndim != ndim:
+            shape = "[N, D]" if ndim == 2 else "[N]"
+            raise ArtifactError(
+                f"the {what} of layer {layer} has shape {list(tensor.shape)}; {shape} is expected"
+            )
 
 
 def _check_low_rank(header: ArtifactHeader, name: str, down: Tensor, up: Tensor) -> None:

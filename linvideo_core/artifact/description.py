@@ -23,7 +23,7 @@ def describe(artifact: Artifact) -> dict[str, str]:
         "weights": header.weights_digest,
         "linear layers": ", ".join(map(str, header.layers)),
         "trained": f"{header.objective}, {_count(header.steps, 'step')}",
-        "feature maps": f"{header.feature_map}, {header.feature_dim} features a head",
+        "feature maps": _describe_maps(header),
         "weight changes": _describe_changes(artifact),
         "size": ", ".join(f"{name} {show_bytes(n)}" for name, n in count_bytes(artifact).items()),
         "sampling": "any number of steps",
@@ -37,9 +37,13 @@ def describe(artifact: Artifact) -> dict[str, str]:
 
 
 def count_bytes(artifact: Artifact) -> dict[str, int]:
-    """Return the bytes of an artifact's tensors: those of its feature maps and weight changes."""
+    """Return the bytes of an artifact's tensors: linear layers' own, and weight changes.
+
+    Gates and windows count as feature maps. As the tensors are in memory: of a loaded file, its
+    tensors' bytes on disk.
+    """
     low_rank = (factor for pair in artifact.low_rank.values() for factor in pair)
-    maps = (feature_map for pair in artifact.feature_maps.values() for feature_map in pair)
+    maps = (x for layer in artifact.feature_maps for x in artifact.linear_tensors(layer).values())
     return {
         "feature maps": _sum_bytes(maps),
         "weight changes": _sum_bytes([*artifact.deltas.values(), *low_rank]),
@@ -52,6 +56,17 @@ def show_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} bytes"
+
+
+def _describe_maps(header: ArtifactHeader) -> str:
+    parts = [header.feature_map, f"{header.feature_dim} features a head"]
+    if header.map_sharing == "shared":
+        parts.append("one map for all heads")
+    if header.output_gate:
+        parts.append("an output gate")
+    if header.window:
+        parts.append(f"a local softmax over {_count(header.window, 'token')}")
+    return ", ".join(parts)
 
 
 def _describe_changes(artifact: Artifact) -> str:

@@ -15,16 +15,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..storage import write_tensors
-from .contents import DTYPES, Artifact, ArtifactError, ArtifactHeader
+from .contents import DTYPES, FORMAT_VERSION, Artifact, ArtifactError, ArtifactHeader
 
 _OURS = "linvideo."
 _WEIGHTS = "diffusion_model."
 _QUERY, _KEY = ".query_map", ".key_map"
+_GATE, _MIX = ".gate", ".window_mix"
 _DIFF, _DIFF_BIAS = ".diff", ".diff_b"
 _DOWN, _UP = ".lora_down.weight", ".lora_up.weight"
-_SUFFIXES = {_OURS: (_QUERY, _KEY), _WEIGHTS: (_DIFF, _DIFF_BIAS, _DOWN, _UP)}
+_SUFFIXES = {_OURS: (_QUERY, _KEY, _GATE, _MIX), _WEIGHTS: (_DIFF, _DIFF_BIAS, _DOWN, _UP)}
 _STORED_DTYPES = ("F16", "BF16", "F32", "F64")
 _MAX_ENTRY = 2**20
+
+# Header fields that version 2 brought; a file of version 1 has none of them.
+_SINCE_2 = ("map_sharing", "output_gate", "window")
 
 # `X.diff` changes X.weight, or X itself where a parameter is called neither weight nor bias. The
 # name alone does not tell which, so the file lists the latter.
@@ -80,6 +84,9 @@ def _name_tensors(artifact: Artifact) -> Iterable[tuple[str, Tensor]]:
     for layer, site in zip(header.layers, header.site_names, strict=True):
         for suffix, feature_map in zip((_QUERY, _KEY), artifact.feature_maps[layer], strict=True):
             yield _OURS + site + suffix, feature_map
+        for suffix, added in ((_GATE, artifact.gates), (_MIX, artifact.window_mixes)):
+            if layer in added:
+                yield _OURS + site + suffix, added[layer]
     for name, delta in artifact.deltas.items():
         yield _WEIGHTS + _delta_name(name), delta
     for name, pair in artifact.low_rank.items():
@@ -110,16 +117,20 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _encode_header(artifact: Artifact) -> dict[str, str]:
-    values = {
-        _OURS + field.name: getattr(artifact.header, field.name)
-        for field in dataclasses.fields(artifact.header)
-    }
+    header = artifact.header
+    values = {_OURS + name: getattr(header, name) for name in _fields_of(header.format_version)}
     values[_OURS + "provenance"] = dict(artifact.header.provenance)
     values[_BARE] = [name for name in artifact.deltas if _is_bare(name)]
     entries = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
     for name, text in entries.items():
         _check_length(name, text)
     return entries
+
+
+def _fields_of(version: int) -> list[str]:
+    """Return the header's fields that a file of a version has."""
+    names = [field.name for field in dataclasses.fields(ArtifactHeader)]
+    return [name for name in names if version > 1 or name not in _SINCE_2]
 
 
 def _check_length(name: str, text: str) -> None:
@@ -136,10 +147,11 @@ def _decode_header(
         _refuse_stranger(names)
     # A newer version may have other fields, so the version speaks first.
     version = _parse(version_entry, metadata[version_entry])
-    fields = [field.name for field in dataclasses.fields(ArtifactHeader)]
+    is_known = version in range(1, FORMAT_VERSION + 1) and not isinstance(version, bool)
+    fields = _fields_of(version if is_known else 1)
     given = {name for name in metadata if name.startswith(_OURS)}
     expected = {_OURS + name for name in fields} | {_BARE}
-    if version == 1 and given != expected:
+    if is_known and given != expected:
         name = min(given ^ expected)
         fault = "missing" if name in expected else "unknown"
         raise ArtifactError(f"the header entry {name!a} is {fault}: get the original file again")
@@ -210,9 +222,10 @@ def _assemble(header: ArtifactHeader, bare: list[str], tensors: Mapping[str, Ten
         groups[suffix][owner] = tensor
     site_layers = dict(zip(header.site_names, header.layers, strict=True))
     maps = _pair(groups, _OURS, _QUERY, _KEY)
-    if strange := sorted(maps.keys() - site_layers.keys()):
-        name = _OURS + strange[0] + _QUERY
-        raise ArtifactError(f"{name!a} is unknown: no linear layer is called so in the header")
+    for suffix in _SUFFIXES[_OURS]:
+        if strange := sorted(groups[suffix].keys() - site_layers.keys()):
+            name = _OURS + strange[0] + suffix
+            raise ArtifactError(f"{name!a} is unknown: no linear layer is called so in the header")
     deltas = {name + ".bias": delta for name, delta in groups[_DIFF_BIAS].items()}
     if missing := sorted(set(bare) - groups[_DIFF].keys()):
         name = _WEIGHTS + missing[0] + _DIFF
@@ -224,6 +237,8 @@ def _assemble(header: ArtifactHeader, bare: list[str], tensors: Mapping[str, Ten
         feature_maps={site_layers[site]: pair for site, pair in maps.items()},
         deltas=deltas,
         low_rank=_pair(groups, _WEIGHTS, _DOWN, _UP),
+        gates={site_layers[site]: gate for site, gate in groups[_GATE].items()},
+        window_mixes={site_layers[site]: mix for site, mix in groups[_MIX].items()},
     )
 
 

@@ -1,8 +1,9 @@
 """Take an artifact out of a trained student, put it into a model, and take it out again."""
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..attention import LinearAttention, MixedAttention
 from ..lora import LowRank
-from .contents import Artifact, ArtifactError, ArtifactHeader
+from .contents import Artifact, ArtifactError, ArtifactHeader, version_for
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +53,15 @@ def check(artifact: Artifact, model_shapes: adapters.Shapes) -> list[adapters.At
         site = by_layer.get(layer)
         if site is None or site.name != name:
             raise ArtifactError(f"the model has no self-attention {name!a} at layer {layer}")
-        expected = [site.num_heads, site.head_dim, header.feature_dim // 2]
+        num_maps = 1 if header.map_sharing == "shared" else site.num_heads
+        expected = [num_maps, site.head_dim, header.feature_dim // 2]
         _check_shape(f"the feature maps of {name}", artifact.feature_maps[layer][0], expected)
+        if header.output_gate:
+            expected = [site.num_heads, site.head_dim]
+            _check_shape(f"the output gate of {name}", artifact.gates[layer], expected)
+        if header.window:
+            mix = artifact.window_mixes[layer]
+            _check_shape(f"the window mix of {name}", mix, [site.num_heads])
         linear.append(site)
     for name, delta in artifact.deltas.items():
         _check_shape(f"the change of {name}", delta, model_shapes.get(name))
@@ -104,7 +112,7 @@ def apply(artifact: Artifact, model: nn.Module, *, strength: float = 1.0) -> App
         for name, (down, up) in artifact.low_rank.items():
             _add(undo, model, f"{name}.weight", (up, down), strength)
         for site in linear_sites:
-            attention = _make_linear(model, site, artifact.feature_maps[site.layer])
+            attention = _make_linear(model, site, artifact)
             originals = adapters.install(model, [site], lambda _, module=attention: module)
             undo.callback(adapters.restore, model, [site], originals)
         return Applied(undo.pop_all())
@@ -142,29 +150,37 @@ def extract(
         )
     is_full = parameters == "full"
     trainable = adapters.trainable_weights(student, family, sites) if is_full else {}
+    first = next(iter(linear.values()))
+    if any(module.form != first.form for module in linear.values()):
+        raise ArtifactError("the student's linear layers differ in form: a file holds one form")
     header = ArtifactHeader(
+        format_version=version_for(first.form),
         family=family.name,
         fingerprint=adapters.fingerprint(family, sites),
         weights_digest=adapters.weights_digest(teacher, sites),
         layers=tuple(site.layer for site in linear),
         site_names=tuple(site.name for site in linear),
         num_layers=len(sites),
-        feature_dim=next(iter(linear.values())).feature_dim,
+        feature_dim=first.feature_dim,
         parameters=parameters,
         lora_rank=next((down.shape[0] for down, _ in low_rank.values()), 0),
         objective=objective,
         steps=steps,
         sigmas=tuple(float(sigma) for sigma in sigmas),
         provenance=dict(provenance),
+        **dataclasses.asdict(first.form),
     )
+    by_layer = {site.layer: module for site, module in linear.items()}
     return Artifact(
         header=header,
         feature_maps={
-            site.layer: (_copy_to_cpu(module.query_map), _copy_to_cpu(module.key_map))
-            for site, module in linear.items()
+            layer: (_copy_to_cpu(module.query_map), _copy_to_cpu(module.key_map))
+            for layer, module in by_layer.items()
         },
         deltas=_collect_deltas(student, teacher, trainable),
         low_rank=low_rank,
+        gates=_collect_added(by_layer, "gate"),
+        window_mixes=_collect_added(by_layer, "window_mix"),
     )
 
 
@@ -178,15 +194,18 @@ def _check_shape(what: str, tensor: Tensor, expected: Sequence[int] | None) -> N
 
 
 def _make_linear(
-    model: nn.Module, site: adapters.AttentionSite, pair: tuple[Tensor, Tensor]
+    model: nn.Module, site: adapters.AttentionSite, artifact: Artifact
 ) -> LinearAttention:
-    """Return linear attention with fp32 maps on the device of the site's weights."""
+    """Return linear attention with fp32 tensors on the device of the site's weights."""
     device = next(model.get_submodule(site.name).parameters()).device
     # On meta, the initial maps that the loaded ones replace cost neither time nor random numbers.
     with torch.device("meta"):
-        attention = LinearAttention(site.num_heads, site.head_dim, 2 * pair[0].shape[-1])
-    maps = (feature_map.to(device, torch.float32, copy=True) for feature_map in pair)
-    attention.load_state_dict(dict(zip(("query_map", "key_map"), maps, strict=True)), assign=True)
+        attention = LinearAttention(
+            site.num_heads, site.head_dim, artifact.header.feature_dim, artifact.header.form
+        )
+    tensors = artifact.linear_tensors(site.layer)
+    state = {name: x.to(device, torch.float32, copy=True) for name, x in tensors.items()}
+    attention.load_state_dict(state, assign=True)
     return attention
 
 
@@ -239,6 +258,11 @@ def _identify_both(
     return family, sites
 
 
+def _collect_added(linear: Mapping[int, LinearAttention], name: str) -> dict[int, Tensor]:
+    tensors = {layer: getattr(module, name) for layer, module in linear.items()}
+    return {layer: _copy_to_cpu(x) for layer, x in tensors.items() if x is not None}
+
+
 def _collect_low_rank(student: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {
         name.removesuffix(".lora"): (_copy_to_cpu(module.down), _copy_to_cpu(module.up))
@@ -277,3 +301,13 @@ def _collect_deltas(
             omitted[0],
         )
     return deltas
+
+
+@contextlib.contextmanager
+def transfer_into(model: nn.Module, artifact: Artifact) -> Iterator[nn.Module]:
+    """Turn a teacher into its student for a while."""
+    applied = apply(artifact, model)
+    try:
+        yield model
+    finally:
+        applied.remove()

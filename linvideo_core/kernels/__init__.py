@@ -17,6 +17,7 @@ from . import rotary as rotary_operator
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", *operators.BACKENDS)
+FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 HEAD_DIMS, FEATURE_RATIOS = (64, 128), (1, 2)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,13 +29,16 @@ def linear_attention(
     query_map: Tensor,
     key_map: Tensor,
     *,
+    feature_map: str = "hedgehog",
     backend: str = "auto",
 ) -> Tensor:
-    """Non-causal linear attention with the Hedgehog map (LinVideo eq. 3 and 4).
+    """Non-causal linear attention with a Hedgehog map (LinVideo eq. 3 and 4).
 
     query, key, value: [B, L, N, D], roped and normed as softmax attention takes them; key and
         value may have another L than query. Any strides; no copy where the last one is 1.
-    query_map, key_map: [N, D, M/2], the learnable W of each side.
+    query_map, key_map: [N, D, M/2], the learnable W of each side; heads may share one (expanded).
+    feature_map: "hedgehog", softmax(x W) ++ softmax(-x W), or "hedgehog_joint", one softmax over
+        all M features of x W ++ -x W, which the reference alone computes.
     backend: "triton" (fused kernels), "reference" (plain PyTorch), or "auto", which takes Triton
         on an NVIDIA GPU that can run it and says so once in the log.
 
@@ -42,9 +46,16 @@ def linear_attention(
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
     """
     _check(query, key, value, query_map, key_map)
+    if feature_map not in FEATURE_MAPS:
+        known = ", ".join(FEATURE_MAPS)
+        raise ValueError(f"feature_map {feature_map!r} given; one of {known} is needed")
     D, half = query_map.shape[1:]
-    chosen = _choose(backend, query.device, _unknown_attention(D, 2 * half, value.dtype))
-    return operators.linear_attention(query, key, value, query_map, key_map, chosen)[0]
+    is_joint = feature_map == "hedgehog_joint"
+    unknown = _unknown_attention(D, 2 * half, value.dtype)
+    if is_joint:
+        unknown = "the fused kernels know the feature map 'hedgehog' alone"
+    chosen = _choose(backend, query.device, unknown)
+    return operators.linear_attention(query, key, value, query_map, key_map, chosen, is_joint)[0]
 
 
 def norm_rotary(

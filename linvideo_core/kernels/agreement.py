@@ -10,7 +10,6 @@ from torch import Tensor
 from . import reference
 from .contenders import Contender
 
-TOLERANCE = 1e-2
 LENGTHS = (4096, 4097)
 INPUTS = ("query", "key", "value", "query_map", "key_map")
 
@@ -119,7 +118,7 @@ def check(
         name, worst = max(
             errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1]
         )
-        if worst < TOLERANCE:
+        if worst < contender.tolerance:
             yield contender, errors
             continue
         wrong = (

@@ -19,18 +19,35 @@ def load_backend(backend: str) -> ModuleType:
     return importlib.import_module(f".{BACKENDS[backend]}", __package__)
 
 
+def _name_map(is_joint: bool) -> dict[str, bool]:
+    """Return what tells a backend of a joint map: only one that knows it is asked."""
+    return {"is_joint": True} if is_joint else {}
+
+
 @torch.library.custom_op("linvideo::linear_attention", mutates_args=())
 def linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    backend: str,
+    is_joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D] and what backward needs: means and normaliser."""
     rows = (with_rows(x) for x in (query, key, value))
-    return load_backend(backend).forward(*rows, query_map, key_map)
+    return load_backend(backend).forward(*rows, query_map, key_map, **_name_map(is_joint))
 
 
 @linear_attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    backend: str,
+    is_joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, D = query.shape
     M = 2 * query_map.shape[2]
@@ -53,12 +70,13 @@ def linear_attention_backward(
     normaliser: Tensor,
     backend: str,
     needs_map_gradients: bool,
+    is_joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, and of both maps (0 if unwanted)."""
     upstream, query, key, value = (with_rows(x) for x in (upstream, query, key, value))
     *gradients, dquery_map, dkey_map = load_backend(backend).backward(
         upstream, query, key, value, query_map, key_map, means, normaliser,
-        needs_map_gradients=needs_map_gradients,
+        needs_map_gradients=needs_map_gradients, **_name_map(is_joint),
     )  # fmt: skip
     return *gradients, dquery_map.to(query_map.dtype), dkey_map.to(key_map.dtype)
 
@@ -78,20 +96,20 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.backend, ctx.is_joint = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 6
+        return (None,) * 7
     needs_map_gradients = any(ctx.needs_input_grad[3:5])
     gradients = linear_attention_backward(
-        upstream, *ctx.saved_tensors, ctx.backend, needs_map_gradients
+        upstream, *ctx.saved_tensors, ctx.backend, needs_map_gradients, ctx.is_joint
     )
     wanted = zip(gradients, ctx.needs_input_grad[:5], strict=True)
-    return *(gradient if is_wanted else None for gradient, is_wanted in wanted), None
+    return *(gradient if is_wanted else None for gradient, is_wanted in wanted), None, None
 
 
 linear_attention.register_autograd(_differentiate, setup_context=_setup_context)

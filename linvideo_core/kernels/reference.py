@@ -1,4 +1,4 @@
-"""Linear attention with the Hedgehog map in plain PyTorch: the definition, and the same in chunks.
+"""Linear attention with Hedgehog maps in plain PyTorch: the definition, and the same in chunks.
 
 `linear_attention` defines correctness. `forward` and `backward` compute it and its gradients with
 a few matrix products over chunks of tokens, so memory beyond inputs and outputs stays small however
@@ -14,26 +14,35 @@ _MAX_CHUNK_FEATURES = 2**21
 _LEAST_WEIGHT = 2.0**-100
 
 
-def hedgehog(x: Tensor, feature_map: Tensor) -> Tensor:
+def hedgehog(x: Tensor, feature_map: Tensor, *, is_joint: bool = False) -> Tensor:
     """Map x [B, L, N, D] to positive features [B, L, N, M], fp32 at least (LinVideo eq. 4).
 
     `phi(x) = softmax(x W) ++ softmax(-x W)` with W = feature_map [N, D, M/2]; the softmax runs
-    over the feature axis and the usual 1/sqrt(D) is part of W.
+    over the feature axis and the usual 1/sqrt(D) is part of W. If joint, `softmax(x W ++ -x W)`:
+    one softmax over all M, so that one side may outweigh the other.
     """
     projected = torch.einsum("blnd,ndm->blnm", _wide(x), _wide(feature_map))
+    if is_joint:
+        return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
     return torch.cat([projected.softmax(dim=-1), (-projected).softmax(dim=-1)], dim=-1)
 
 
 def linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    *,
+    is_joint: bool = False,
 ) -> Tensor:
     """Non-causal linear attention, [B, L, N, D] -> [B, L, N, D] in value's dtype (LinVideo eq. 3).
 
     `o_i = phi(q_i) (sum_j phi(k_j)^T v_j) / (phi(q_i) sum_j phi(k_j))`; differentiable.
     """
     with torch.autocast(query.device.type, enabled=False):
-        query_features = hedgehog(query, query_map)
-        key_features = hedgehog(key, key_map)
+        query_features = hedgehog(query, query_map, is_joint=is_joint)
+        key_features = hedgehog(key, key_map, is_joint=is_joint)
         # Averages over tokens, not sums: the quotient is the same and long videos cannot overflow.
         state = torch.einsum("blnm,blnd->bnmd", key_features, _wide(value)) / key.shape[1]
         normaliser = key_features.mean(dim=1)
@@ -43,20 +52,26 @@ def linear_attention(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    *,
+    is_joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D], means [B, N, M, D] and normaliser [B, N, M], without a graph."""
     with torch.autocast(query.device.type, enabled=False):
         state, total = torch.zeros((), device=key.device), torch.zeros((), device=key.device)
         for k, v in _chunks(key_map, key, value):
-            features = hedgehog(k, key_map)
+            features = hedgehog(k, key_map, is_joint=is_joint)
             state = state + torch.einsum("blnm,blnd->bnmd", features, _wide(v))
             total = total + features.sum(dim=1)
         means, normaliser = _divide(state, total), total / key.shape[1]
         # Chunks are written in place: joined in the end they would be in memory twice.
         out = torch.empty_like(query, dtype=value.dtype)
         for q, part in _chunks(query_map, query, out):
-            weights = _weigh(hedgehog(q, query_map), normaliser)
+            weights = _weigh(hedgehog(q, query_map, is_joint=is_joint), normaliser)
             part.copy_(torch.einsum("blnm,bnmd->blnd", weights, means))
         return out, means, normaliser
 
@@ -72,6 +87,7 @@ def backward(
     normaliser: Tensor,
     *,
     needs_map_gradients: bool,
+    is_joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and both maps; the maps' are 0 if unwanted.
 
@@ -82,22 +98,24 @@ def backward(
         dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
         dquery_map, dkey_map = (torch.zeros_like(_wide(x)) for x in (query_map, key_map))
         for q, do, out in _chunks(query_map, query, upstream, dq):
-            features = hedgehog(q, query_map)
+            features = hedgehog(q, query_map, is_joint=is_joint)
             weights = _weigh(features, normaliser)
             slope = torch.einsum("blnd,bnmd->blnm", _wide(do), means)
             along = (weights * slope).sum(dim=-1, keepdim=True)
             state = state + torch.einsum("blnm,blnd->bnmd", weights, _wide(do))
             total = total + (weights * along).sum(dim=1)
             slope = weights * (slope - along)
-            out.copy_(_pull_back(q, query_map, features, slope, dquery_map, needs_map_gradients))
+            projected = _to_projection(features, slope, is_joint)
+            out.copy_(_pull_back(q, query_map, projected, dquery_map, needs_map_gradients))
         count = normaliser * key.shape[1]
         state, total = _divide(state, count), _divide(total.unsqueeze(-1), count).squeeze(-1)
         for k, v, key_out, value_out in _chunks(key_map, key, value, dk, dv):
-            features = hedgehog(k, key_map)
+            features = hedgehog(k, key_map, is_joint=is_joint)
             value_out.copy_(torch.einsum("blnm,bnmd->blnd", features, state))
             slope = torch.einsum("blnd,bnmd->blnm", _wide(v), state) - total.unsqueeze(1)
             slope = features * slope
-            key_out.copy_(_pull_back(k, key_map, features, slope, dkey_map, needs_map_gradients))
+            projected = _to_projection(features, slope, is_joint)
+            key_out.copy_(_pull_back(k, key_map, projected, dkey_map, needs_map_gradients))
         return dq, dk, dv, dquery_map, dkey_map
 
 
@@ -123,20 +141,25 @@ def _weigh(features: Tensor, normaliser: Tensor) -> Tensor:
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(_LEAST_WEIGHT)
 
 
+def _to_projection(features: Tensor, slope: Tensor, is_joint: bool) -> Tensor:
+    """Return the gradient of x W from the slope, features times their gradient."""
+    sides = zip(features.chunk(2, -1), slope.chunk(2, -1), strict=True)
+    total = slope.sum(dim=-1, keepdim=True)
+    plus, minus = (
+        part - half * (total if is_joint else part.sum(dim=-1, keepdim=True))
+        for half, part in sides
+    )
+    return plus - minus
+
+
 def _pull_back(
     x: Tensor,
     feature_map: Tensor,
-    features: Tensor,
-    slope: Tensor,
+    projected: Tensor,
     map_gradient: Tensor,
     needs_map_gradient: bool,
 ) -> Tensor:
-    """Return the gradient of x from the slope, features times their gradient; add the map's."""
-    plus, minus = (
-        part - half * part.sum(dim=-1, keepdim=True)
-        for half, part in zip(features.chunk(2, -1), slope.chunk(2, -1), strict=True)
-    )
-    projected = plus - minus
+    """Return the gradient of x from that of x W; add the map's."""
     if needs_map_gradient:
         map_gradient += torch.einsum("blnd,blnm->ndm", _wide(x), projected)
     return torch.einsum("blnm,ndm->blnd", projected, _wide(feature_map))

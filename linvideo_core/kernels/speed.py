@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .agreement import LENGTHS, TOLERANCE, check, relative_error
-from .contenders import Contender
+from .agreement import LENGTHS, check, relative_error
+from .contenders import TOLERANCE, Contender
 from .floors import (
     BACKWARD,
     FIXED_BANDWIDTH,

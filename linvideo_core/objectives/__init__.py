@@ -22,13 +22,14 @@ class ObjectiveConfig:
 
     objective: str = option("adm", "what the student is trained to match", choices=OBJECTIVES)
     max_jump: int = option(6, "grid points that the student moves at most before it is compared")
+    velocity_share: float = option(0.0, "share of the steps that match velocities before all else")
     prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
     critic_learning_rate: float = option(1e-4, "learning rate of the critic (dmd)")
     critic_steps: int = option(5, "critic updates for each update of the student (dmd)")
 
     def __post_init__(self) -> None:
         positive(self, "max_jump", "critic_learning_rate", "critic_steps")
-        fraction(self, "prompt_dropout")
+        fraction(self, "prompt_dropout", "velocity_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,12 @@ class Objective(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-def make_objective(config: ObjectiveConfig, sigmas: Tensor) -> Objective:
-    """Return the objective that `config` names, on the sampling grid `sigmas` [steps + 1]."""
-    from . import adm, adm_literal, dmd, velocity
+def make_objective(config: ObjectiveConfig, sigmas: Tensor, num_steps: int = 0) -> Objective:
+    """Return the objective that `config` names, on the sampling grid `sigmas` [steps + 1].
+
+    num_steps: of the training, where a share of them matches velocities first.
+    """
+    from . import adm, adm_literal, dmd, staged, velocity
 
     makers: dict[str, Callable[[ObjectiveConfig, Tensor], Objective]] = {
         "adm": adm.AnytimeDistributionMatching,
@@ -80,7 +84,10 @@ def make_objective(config: ObjectiveConfig, sigmas: Tensor) -> Objective:
         "velocity": velocity.VelocityMatching,
         "dmd": dmd.DistributionMatchingDistillation,
     }
-    return makers[config.objective](config, sigmas)
+    objective = makers[config.objective](config, sigmas)
+    if num_first := round(config.velocity_share * num_steps):
+        return staged.VelocityFirst(velocity.VelocityMatching(config, sigmas), objective, num_first)
+    return objective
 
 
 def needs_critic(config: ObjectiveConfig) -> bool:

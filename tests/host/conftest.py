@@ -18,6 +18,8 @@ FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 TIMEOUT_SECONDS = 300
 TESTS_OWN = ("PYTHONPATH", "TRITON_INTERPRET")
 """Environment variables that the host must not inherit from the tests."""
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
+"""Waiting threads sleep: spinning, two processes on two cores hold each other up for minutes."""
 PACK = Path(__file__).parents[2]
 
 
@@ -52,7 +54,7 @@ class Host:
                 f"{function.__name__}(*{arguments!r})",
             )
         )
-        environment = {k: v for k, v in os.environ.items() if k not in TESTS_OWN}
+        environment = {k: v for k, v in os.environ.items() if k not in TESTS_OWN} | PATIENT
         finished = subprocess.run(
             [str(self.python), "-c", source, *FLAGS],
             cwd=self.root,

@@ -1,0 +1,181 @@
+"""One process of an ablation: the jobs that `ablate` hands to its workers.
+
+The teacher's trajectories and samples are made once a seed; every run of that seed trains on the
+same and is measured against the same.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from . import artifact
+from .ablation_results import Row
+from .ablations import Run
+from .bench import Bench
+from .config import override
+from .devices import resolve_device, resolve_precision
+from .evidence import compare_config
+from .hardening import HardeningGap, summarize_gap
+from .kept_teacher import Reference, read_teacher, sample_teacher
+from .linearization import ARTIFACT_NAME, TransferConfig, linearize
+from .progress import Progress
+from .run_folder import open_run
+from .storage import write_json
+from .student import Student
+from .subject import load_subject
+from .training_clock import TrainingClock
+from .trajectories import Trajectories, collect
+
+ROW_NAME, SAMPLES_NAME = "row.json", "samples.safetensors"
+
+# Steps over which a step's time is measured, after some that tune kernels and fill caches.
+_TIMED_STEPS, _UNTIMED_STEPS = 40, 10
+
+
+def teacher_folder(out: Path, seed: int) -> Path:
+    """Return where what all runs of a seed share is kept."""
+    return out / "teacher" / f"seed-{seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleTeacher:
+    """The job of making what all runs of a seed share."""
+
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeSteps:
+    """The job of measuring seconds per step and memory of some runs, alone on the device."""
+
+    runs: dict[str, Run]
+
+
+class Worker:
+    """One process of an ablation: it has the subject on its device and does one job at a time."""
+
+    def __init__(self, config: TransferConfig, gap_samples: int, progress: Progress) -> None:
+        """config: what all runs share, its `out` the folder of all of them."""
+        self.config = config
+        self.gap_samples = gap_samples
+        self.progress = progress
+        self.device = resolve_device(self.config.device)
+        self.precision = resolve_precision(self.config.precision, self.device)
+        self.subject = load_subject(self.config.subject).to(self.device)
+        self._shared: dict[int, tuple[Trajectories, Reference]] = {}
+
+    def __call__(self, job: SampleTeacher | TimeSteps | Run) -> Row:
+        """Do a job and return its row."""
+        match job:
+            case SampleTeacher():
+                return self._sample_teacher(job.seed)
+            case TimeSteps():
+                return {name: self._time_steps(run) for name, run in job.runs.items()}
+            case Run():
+                return self._make_row(job)
+
+    def _bench(self, seed: int) -> Bench:
+        settings = compare_config(self.config.evidence, self.config.trajectories)
+        return Bench(
+            self.subject, settings, seed=seed, precision=self.precision, progress=self.progress
+        )
+
+    def _trajectories(self, seed: int) -> Trajectories:
+        return collect(
+            self.subject,
+            self.config.trajectories,
+            teacher_folder(self.config.out, seed) / "trajectories",
+            seed=seed,
+            precision=self.precision,
+            progress=self.progress,
+        )
+
+    def _sample_teacher(self, seed: int) -> Row:
+        folder = teacher_folder(self.config.out, seed)
+        self._trajectories(seed)
+        row = _tidy(sample_teacher(self._bench(seed), folder / SAMPLES_NAME))
+        write_json(folder / ROW_NAME, {"seed": seed, **row})
+        return row
+
+    def _share(self, seed: int) -> tuple[Trajectories, Reference]:
+        if seed not in self._shared:
+            path = teacher_folder(self.config.out, seed) / SAMPLES_NAME
+            reference = read_teacher(self._bench(seed), path)
+            self._shared[seed] = self._trajectories(seed), reference
+        return self._shared[seed]
+
+    def _train(
+        self, run: Run, clock: TrainingClock, gap: HardeningGap | None, student: Student
+    ) -> None:
+        def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+            self.progress(stage, done, total, **metrics)
+            clock.hear(stage, done, total)
+            if gap is not None and gap.is_due(stage, done):
+                with clock.held():
+                    gap.write()
+
+        shared, _ = self._share(run.config.seed)
+        linearize(student, self.subject, run.config, self.precision, progress, shared)
+
+    def _make_row(self, run: Run) -> Row:
+        config, folder = run.config, run.folder
+        open_run(folder, config, ignore=("out",))
+        _, reference = self._share(config.seed)
+        student = Student(self.subject, config.student, seed=config.seed)
+        gap = None
+        if self.gap_samples and config.selection.rule == "learned":
+            measure = reference.first(self.gap_samples).measure
+            gap = HardeningGap(
+                student, config.selection, config.training.steps, folder / "gap.json", measure
+            )
+        clock = TrainingClock(self.device, folder / "seconds.json")
+        self._train(run, clock, gap, student)
+        del student
+        path = folder / ARTIFACT_NAME
+        made = artifact.load(path)
+        with artifact.transfer_into(self.subject.model, made) as model:
+            row = _tidy(reference.measure("student", model))
+        row |= {
+            "seed": config.seed,
+            "steps": config.training.steps,
+            "seconds": clock.seconds,
+            "bytes": path.stat().st_size,
+            "layers": list(made.header.layers),
+        }
+        if gap is not None:
+            row |= summarize_gap(json.loads(gap.path.read_text(encoding="utf-8")))
+        write_json(folder / ROW_NAME, row)
+        for stage in ("warm_start", "training"):
+            (folder / stage / "checkpoint.safetensors").unlink(missing_ok=True)
+        return row
+
+    def _time_steps(self, run: Run) -> Row:
+        """Return seconds per step of a training, its phases in their shares, and its memory."""
+        folder = self.config.out / "timing"
+        is_cuda = self.device.startswith("cuda")
+        for steps in (_UNTIMED_STEPS, _TIMED_STEPS):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            if is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            # Not compiled: so few steps would measure the compiler.
+            settings = {"steps": steps, "warm_start_steps": 0, "out": folder, "compile": False}
+            short = dataclasses.replace(run, config=override(run.config, settings))
+            clock = TrainingClock(self.device, folder / "seconds.json")
+            self._train(short, clock, None, Student(self.subject, short.config.student, seed=0))
+        shutil.rmtree(folder)
+        row = {"seconds_per_step": clock.seconds / _TIMED_STEPS}
+        if is_cuda:
+            row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        return row
+
+
+def _tidy(row: Row) -> Row:
+    """Name a row's measures as the tables do; sampling beside others says nothing of its time."""
+    named = {k: v for k, v in row.items() if k not in ("model", "seconds")}
+    if "frechet_to_teacher" in named:
+        named["frechet_teacher"] = named.pop("frechet_to_teacher")
+    return named

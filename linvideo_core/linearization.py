@@ -1,0 +1,174 @@
+"""The stages of a transfer, from a teacher to its artifact; `transfer` is their command.
+
+Trajectories, warm start, selection, objective, training: each stage is a room of its own, and here
+is the order in which one hands on to the next.
+"""
+
+import dataclasses
+import datetime
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, artifact
+from .adapters import compiled_blocks
+from .config import option
+from .devices import device_option, precision_option
+from .evidence import EvidenceConfig
+from .objectives import ObjectiveConfig
+from .progress import Progress
+from .selection import SelectionConfig, choose_layers
+from .sensitivity import RANKING_NAME, SensitivityConfig, measure, rank
+from .student import Student, StudentConfig, TransferTask
+from .subject import Subject, SubjectConfig
+from .training import TrainingConfig, fit
+from .trajectories import Trajectories, TrajectoryConfig, collect
+from .warm_start import WarmStart, WarmStartConfig
+
+logger = logging.getLogger(__name__)
+
+ARTIFACT_NAME = "linearized.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """Everything that decides the result of a transfer."""
+
+    subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
+    trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    sensitivity: SensitivityConfig = dataclasses.field(default_factory=SensitivityConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evidence: EvidenceConfig = dataclasses.field(default_factory=EvidenceConfig)
+    out: Path = option(Path("runs/transfer"), "run folder")
+    seed: int = option(0, "seed of everything random")
+    device: str = device_option()
+    precision: str = precision_option()
+
+
+def linearize(
+    student: Student,
+    subject: Subject,
+    config: TransferConfig,
+    precision: str,
+    progress: Progress,
+    trajectories: Trajectories | None = None,
+) -> None:
+    """Sample the teacher, train its student, save the artifact in `config.out`.
+
+    trajectories: the teacher's, where several runs share them; none: sampled into `config.out`.
+    """
+    device = subject.prompt_embeds.device
+    logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
+    if trajectories is None:
+        trajectories = collect(
+            subject,
+            config.trajectories,
+            config.out / "trajectories",
+            seed=config.seed,
+            precision=precision,
+            progress=progress,
+        )
+    train(student, subject, trajectories, config, precision, progress)
+    made = artifact.extract(
+        student.model,
+        subject.model,
+        parameters=config.student.parameters,
+        objective=config.objective.objective,
+        steps=config.training.steps,
+        provenance=provenance(config, subject),
+    )
+    artifact.save(made, config.out / ARTIFACT_NAME)
+
+
+def train(
+    student: Student,
+    subject: Subject,
+    trajectories: Trajectories,
+    config: TransferConfig,
+    precision: str,
+    progress: Progress,
+) -> None:
+    """Warm-start the feature maps, then select layers, before or while the student trains."""
+    if config.warm_start.warm_start_steps:
+        warm_start = WarmStart(
+            student.model,
+            student.mixed,
+            subject,
+            trajectories,
+            batch_size=config.training.batch_size,
+            prompt_dropout=config.objective.prompt_dropout,
+            learning_rate=config.warm_start.warm_start_learning_rate,
+            precision=precision,
+        )
+        settings = dataclasses.replace(
+            config.training, steps=config.warm_start.warm_start_steps, accumulation=1
+        )
+        folder = config.out / "warm_start"
+        fit(warm_start, settings, folder, seed=config.seed, stage="warm start", progress=progress)
+    ranking = rank_layers(student, subject, trajectories, config, precision, progress)
+    task = TransferTask(
+        student,
+        subject,
+        trajectories,
+        selection=config.selection,
+        objective=config.objective,
+        training=config.training,
+        precision=precision,
+        layers=choose_layers(config.selection, list(student.mixed), config.seed, ranking),
+        ranking=ranking,
+    )
+    compiled = [student.model, subject.model] if config.training.compile else []
+    with compiled_blocks(compiled, student.sites):
+        fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
+
+
+def rank_layers(
+    student: Student,
+    subject: Subject,
+    trajectories: Trajectories,
+    config: TransferConfig,
+    precision: str,
+    progress: Progress,
+) -> list[int] | None:
+    """Return the layers from the least to the most sensitive; None where nothing asks for it.
+
+    They are measured in the warm-started student, whose weights are still the teacher's.
+    """
+    if not config.selection.needs_ranking:
+        return None
+    errors = measure(
+        student.model,
+        student.mixed,
+        subject,
+        trajectories,
+        config.sensitivity,
+        config.out / RANKING_NAME,
+        batch_size=config.training.batch_size,
+        precision=precision,
+        progress=progress,
+    )
+    return rank(errors, config.sensitivity)
+
+
+def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
+    """Say where an artifact comes from, for its header."""
+    choice = config.selection.rule
+    if config.selection.needs_ranking:
+        start = ", scores started from ranking" if choice == "learned" else ""
+        choice = f"{choice}{start} ({config.sensitivity.sensitivity})"
+    return {
+        "linvideo": __version__,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "model": subject.name,
+        "guidance_scale": config.trajectories.guidance_scale,
+        "shift": config.trajectories.shift,
+        "choice": choice,
+        "seed": config.seed,
+    }

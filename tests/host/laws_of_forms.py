@@ -1,0 +1,109 @@
+"""Laws of files whose linear layers have a form of their own, examined inside ComfyUI."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import comfy.model_management
+import comfy.ops
+import torch
+from linvideo_pack.linvideo_core import artifact
+from linvideo_pack.linvideo_core.artifact import Artifact
+from linvideo_pack.linvideo_core.attention import LinearAttention, LinearForm
+from linvideo_pack.nodes.feature_maps import LayerMaps
+from linvideo_pack.nodes.patching import linearize
+from stage import (
+    STEPS,
+    assert_close,
+    bind_headless,
+    demo,
+    load_headless,
+    relative_difference,
+    sample,
+    sample_headless,
+    shipped,
+    stream_weights,
+)
+from torch import Tensor
+
+_FORMS = [
+    LinearForm(feature_map="hedgehog_joint"),
+    LinearForm(map_sharing="shared"),
+    LinearForm(output_gate=True),
+    # No divisor of the 448 tokens: the last block is shorter.
+    LinearForm(window=45),
+    LinearForm(feature_map="hedgehog_joint", map_sharing="shared", output_gate=True, window=45),
+]
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _make_file(form: LinearForm) -> Artifact:
+    """Return the shipped file in a form, its gate and window at work, saved and loaded."""
+    first = shipped()
+    header = dataclasses.replace(first.header, format_version=2, **dataclasses.asdict(form))
+    layers = header.layers
+    made = dataclasses.replace(
+        first,
+        header=header,
+        gates={n: 0.3 * _random(1, 128, seed=n) for n in layers} if form.output_gate else {},
+        window_mixes={n: _random(1, seed=50 + n) for n in layers} if form.window else {},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        artifact.save(made, path)
+        return artifact.load(path)
+
+
+def _sample_core(made: Artifact) -> Tensor:
+    return sample_headless([bind_headless(load_headless(), made)] * STEPS)
+
+
+def a_form_gives_the_latents_of_the_headless_core() -> None:
+    plain = _sample_core(shipped())
+    for form in _FORMS:
+        made = _make_file(form)
+        latents = sample(linearize(demo()[0], made))
+        assert_close(latents, _sample_core(made))
+        # The demo has one head: sharing a map among its heads changes nothing.
+        is_plain = form == LinearForm(map_sharing="shared")
+        assert (relative_difference(latents, plain) < 1e-5) == is_plain, form
+
+
+def a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
+    made = _make_file(_FORMS[-1])
+    linearized = linearize(demo()[0], made)
+    comfy.model_management.unload_all_models()
+    parts = linearized.get_additional_models()
+    for patcher in (linearized, *parts):
+        stream_weights(patcher)
+    latents = sample(linearized)
+    assert all(part.model.model_lowvram for part in parts)
+    comfy.model_management.unload_all_models()
+    assert_close(latents, _sample_core(made))
+
+
+def a_layer_of_several_heads_is_the_cores() -> None:
+    heads, head_dim, half = 3, 16, 8
+    tokens = [_random(2, 63, heads, head_dim, seed=seed) for seed in range(3)]
+    for form in _FORMS:
+        linear = LinearAttention(heads, head_dim, 2 * half, form).requires_grad_(False)
+        for seed, parameter in enumerate(linear.parameters()):
+            parameter += 0.5 * _random(*parameter.shape, seed=9 + seed)
+        tensors = {name: p.detach() for name, p in linear.named_parameters()}
+        made = LayerMaps(
+            tensors, form, operations=comfy.ops.manual_cast, device=torch.device("cpu")
+        )
+        weights = {"query_map": linear.query_map, "key_map": linear.key_map}
+        state = {
+            f"{name}.weight": x.permute(0, 2, 1).reshape(-1, head_dim)
+            for name, x in weights.items()
+        }
+        if form.output_gate:
+            state["gate.weight"] = linear.gate
+        if form.window:
+            state["window_mix.weight"] = linear.window_mix[:, None]
+        made.load_state_dict(state)
+        torch.testing.assert_close(made(*tokens), linear(*tokens))

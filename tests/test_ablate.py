@@ -1,0 +1,168 @@
+"""An ablation: declared rows become runs, runs become means, and nothing is done twice."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linvideo_core import ablate
+from linvideo_core.ablation_results import share_of_teacher, show_tables, summarize
+from linvideo_core.ablations import TABLES, choose_tables, list_runs
+from linvideo_core.config import override
+from linvideo_core.linearization import TransferConfig
+from linvideo_core.objectives import OBJECTIVES
+from linvideo_core.training_clock import TrainingClock
+from linvideo_core.workers import Failure, Workers
+
+EVEN = dict.fromkeys(OBJECTIVES, 1.0)
+TINY = [
+    *("--tables", "selection", "--only", "alternate,random", "--seeds", "1", "--jobs", "1"),
+    *("--steps", "3", "--batch-size", "1", "--warm-start-steps", "1", "--checkpoint-every", "1"),
+    *("--num-trajectories", "2", "--shard-size", "2", "--sampler-steps", "2"),
+    *("--states-per-trajectory", "2", "--evaluate-samples", "2", "--evaluate-batch-size", "2"),
+    *("--device", "cpu"),
+]
+
+
+def test_every_row_changes_settings_that_a_transfer_has() -> None:
+    rows = list_runs(TABLES, TransferConfig(), range(2), EVEN)
+    assert len(rows) == sum(len(table) for table in TABLES.values())
+    for (_, name), runs in rows.items():
+        assert [run.config.seed for run in runs] == [0, 1], name
+
+
+def test_rows_that_come_to_the_same_training_share_its_run() -> None:
+    rows = list_runs(TABLES, TransferConfig(), range(1), EVEN)
+    usual = [
+        ("objective", "adm"), ("selection", "learned"), ("target", "5"), ("feature_map", "D"),
+        ("parameters", "lora_32"),
+    ]  # fmt: skip
+    folders = [rows[row][0].folder for row in usual]
+    assert len(set(folders)) == 1
+    others = {runs[0].folder for row, runs in rows.items() if row not in usual}
+    # At even seconds per step, velocity matching gets the same number of steps.
+    assert len(others) == len(rows) - len(usual) - 1 and folders[0] not in others
+
+
+def test_equal_time_gives_the_cheaper_objective_more_steps() -> None:
+    config = override(TransferConfig(), {"steps": 100})
+    rows = list_runs(TABLES, config, range(1), {**EVEN, "adm": 0.5, "velocity": 0.2})
+    [equal] = rows["objective", "velocity_equal_time"]
+    [plain] = rows["objective", "velocity"]
+    assert (equal.config.training.steps, plain.config.training.steps) == (250, 100)
+
+
+@pytest.mark.parametrize(
+    ("tables", "only", "said"),
+    [
+        ("objective,speed", None, "--tables objective,speed given, and 'speed' is no table"),
+        ("objective", "last", "--only last given, and 'last' is no row of these tables"),
+    ],
+)
+def test_unknown_names_are_refused_in_a_sentence(tables: str, only: str | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        choose_tables(tables, only)
+
+
+def test_a_row_is_the_mean_of_its_seeds_with_their_sample_deviation() -> None:
+    runs = [
+        {"seed": i, "digit": digit, "frechet": f, "gap": g, "layers": [i]}
+        for i, (digit, f, g) in enumerate([(0.9, 2.0, 0.1), (0.8, 4.0, None), (1.0, 3.0, 0.2)])
+    ]
+    row = summarize("selection", "first", [*runs, {"seed": 3, "error": "the loss became nan"}])
+    assert (row["seeds"], row["failed"], row["error"]) == (3, 1, "the loss became nan")
+    assert row["digit"] == pytest.approx(0.9)
+    assert row["frechet_spread"] == pytest.approx(statistics.stdev([2.0, 4.0, 3.0]))
+    assert "gap" not in row and "layers" not in row
+    shown = show_tables([row])
+    assert "0.9 ± 0.1" in shown and "the loss became nan" in shown
+
+
+def test_a_share_is_what_the_student_has_of_its_teacher() -> None:
+    shares = share_of_teacher({"digit": 0.9, "frechet": 3.0}, {"digit": 1.0, "frechet": 2.0})
+    assert shares == {"digit_share": 0.9, "frechet_share": 1.5}
+
+
+def make_worker(folder: str, progress: Any) -> Any:
+    """Return a worker of words, some of which end badly."""
+
+    def work(word: str) -> str:
+        if word == "refused":
+            raise ValueError("this cannot be")
+        if word == "broken":
+            raise RuntimeError("CUDA error")
+        if word == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for step in range(1000 if word == "long" else 1):
+            progress("working", step, 1000)
+            Path(folder, word).write_text(str(step))
+            time.sleep(0.01)
+        return word.upper()
+
+    return work
+
+
+def test_a_job_that_fails_costs_itself_alone(tmp_path: Path) -> None:
+    words = ["one", "refused", "broken", "two", "killed", "three"]
+    with Workers(make_worker, str(tmp_path), count=1) as workers:
+        found = dict(workers.run(words))
+    assert list(found) == words
+    assert [found[word] for word in ("one", "two", "three")] == ["ONE", "TWO", "THREE"]
+    assert found["refused"] == Failure("this cannot be", is_final=True)
+    assert found["broken"] == Failure("RuntimeError: CUDA error", is_final=False)
+    assert not found["killed"].is_final and "exit code -9" in found["killed"].sentence
+
+
+def test_workers_stop_between_two_steps_when_time_is_up(tmp_path: Path) -> None:
+    with Workers(make_worker, str(tmp_path), count=1) as workers:
+        # Ready, and so the time limit meets the long job itself.
+        assert list(workers.run(["one"])) == [("one", "ONE")]
+        found = list(workers.run(["long", "two"], until=time.monotonic() + 0.5))
+    assert found == []
+    assert 0 < int((tmp_path / "long").read_text()) < 999
+    assert not (tmp_path / "two").exists()
+
+
+def test_the_clock_counts_training_without_what_it_held(tmp_path: Path) -> None:
+    clock = TrainingClock("cpu", tmp_path / "seconds.json")
+    clock.hear("warm start", 0, 4)
+    clock.hear("training", 0, 4)
+    with clock.held():
+        time.sleep(0.3)
+    clock.hear("training", 4, 4)
+    assert 0 <= clock.seconds < 0.3
+    assert TrainingClock("cpu", tmp_path / "seconds.json").seconds == clock.seconds
+
+
+def test_an_ablation_that_is_killed_continues_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "linvideo_core.ablate", *TINY, "--out"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(broken.glob("runs/*/*/training/checkpoint.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    ablate.main([*TINY, "--out", str(broken)])
+    results = [json.loads((out / "ablation.json").read_text()) for out in (whole, broken)]
+    measures = [
+        [(row["name"], row["digit"], row["frechet"], row["velocity_error"]) for row in r["rows"]]
+        for r in results
+    ]
+    assert [name for name, *_ in measures[0]] == ["alternate", "random"]
+    for unbroken, resumed in zip(*measures, strict=True):
+        assert resumed == pytest.approx(unbroken)
+    before = {path: path.stat().st_mtime_ns for path in broken.rglob("row.json")}
+    ablate.main([*TINY, "--out", str(broken)])
+    assert {path: path.stat().st_mtime_ns for path in broken.rglob("row.json")} == before
