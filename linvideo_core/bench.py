@@ -215,8 +215,8 @@ class Bench:
         if self.judge is not None:
             real = (self.judge.real_mean, self.judge.real_cov)
             row["frechet"] = evaluation.frechet_distance(*statistics, *real)
-        row["steps"] = samples.steps
         row["seconds"] = samples.seconds
+        row["steps"] = samples.steps
         row["seconds_per_video"] = samples.seconds / len(samples.latents)
         of_teacher = evaluation.feature_statistics(teacher.features)
         row["frechet_to_teacher"] = (
