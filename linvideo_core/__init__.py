@@ -14,6 +14,8 @@ The flow, and the one noun that each stage hands on:
     training            fit(): step, log, checkpoint     -> trained student
     linearization       these stages, one after another
     artifact            save, load, check, apply         -> LINVIDEO file
+    distillation, dmd2  generator, real and fake score   -> LINVIDEO file with sigmas
+    health              spikes and collapses of it       -> a sentence that ends it
     few_step            predict, renoise, predict again  -> latents in a few steps
     motion, spectrum    what is seen of the videos alone;
     teacher_features    what the teacher sees in them    -> fidelity
@@ -26,8 +28,8 @@ The flow, and the one noun that each stage hands on:
     datasheet, tables   a file's picture; rows of text   -> what a reader sees
     preview             a training while it runs         -> what who waits sees
 
-Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `evaluate`, `ablate`, `records`,
-`kernels.benchmark`, `demo.train`.
+Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`, `ablate`,
+`records`, `kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

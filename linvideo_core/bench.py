@@ -19,11 +19,12 @@ from .attention import LinearAttention
 from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .demo.judge import Judge, load_judge
-from .demo.prompts import parse_prompt
 from .fidelity import VideoStatistics, compare_videos, ratio, summarize_videos
-from .flow import VelocityFn, make_sigmas, sample_euler
+from .flow import VelocityFn, make_sigmas
+from .held_out import draw_noise, draw_prompts, read_labels
 from .models.denoiser import bind_guided
 from .progress import Progress
+from .recipe import Recipe
 from .subject import Subject
 from .teacher_features import teacher_features
 
@@ -31,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 4
 
-# Trajectories and training count their seeds up from the user's: noise and prompts of a comparison
-# must be none of theirs. PyTorch's CPU generator heeds the lower 32 bits alone.
-_HELD_OUT_SEED = 0x7E57_0000
 # Features are taken under noise that no sample was made from.
 _FEATURE_SEED = 0x1_0000
 _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
@@ -62,12 +60,13 @@ class CompareConfig:
 class Samples:
     """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
 
-    counts: the model's linear layers and all its layers.
+    counts: the model's linear layers and all its layers. steps: of the sampler.
     teacher_features: once `Bench.describe` has looked.
     """
 
     model: str
     counts: tuple[int, int]
+    steps: int
     latents: Tensor
     frames: Tensor
     features: Tensor
@@ -108,40 +107,58 @@ class Bench:
         self.prompts = [subject.prompts[i] for i in self.prompt_index]
         self.noise = draw_noise(subject.latent_shape, settings.num_samples, seed)
         self.judge: Judge | None = load_judge(self.device) if subject.is_demo else None
-        self.labels = _read_labels(self.prompts) if subject.is_demo else None
+        self.labels = read_labels(self.prompts) if subject.is_demo else None
         levels = torch.linspace(0, settings.steps - 1, min(_NUM_STATE_LEVELS, settings.steps))
         self.levels = levels.round().long().tolist()
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def bind(self, model: nn.Module, part: slice) -> VelocityFn:
+    def bind(
+        self, model: nn.Module, part: slice, guidance_scale: float | None = None
+    ) -> VelocityFn:
         """Return the guided velocity function of a model for some of the samples."""
+        if guidance_scale is None:
+            guidance_scale = self.settings.guidance_scale
         prompt_embeds = self.subject.prompt_embeds[self.prompt_index[part]]
         return bind_guided(
             model,
             prompt_embeds,
             self.subject.negative_embeds.expand_as(prompt_embeds),
-            self.settings.guidance_scale,
+            guidance_scale,
             precision=self.precision,
         )
 
-    def sample(self, name: str, model: nn.Module, *, is_teacher: bool = False) -> Samples:
-        """Sample all prompts; the teacher's states in the first batch are kept."""
+    def sample(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        is_teacher: bool = False,
+        recipe: Recipe | None = None,
+    ) -> Samples:
+        """Sample all prompts; the teacher's states in the first batch are kept.
+
+        recipe: none: as the settings say, by Euler with guidance.
+        """
+        if recipe is None:
+            recipe = Recipe(sigmas=self.sigmas, guidance_scale=self.settings.guidance_scale)
         count, size = self.settings.num_samples, self.settings.batch_size
         counts = count_linear_layers(model)
         made: list[Samples] = []
         for start in range(0, count, size):
             part = slice(start, min(start + size, count))
-            on_step = self._watch(f"sampling {name}", part, keep=is_teacher and start == 0)
-            velocity_fn = self.bind(model, part)
+            steps = len(recipe.sigmas) - 1
+            on_step = self._watch(f"sampling {name}", part, steps, keep=is_teacher and start == 0)
+            velocity_fn = self.bind(model, part, recipe.guidance_scale)
             noise = self.noise[part].to(self.device)
             if start == 0:
                 # The first call compiles and tunes kernels: that is not the model's own time.
                 with torch.no_grad():
                     velocity_fn(noise, self.sigmas[:1].to(self.device).expand(len(noise)))
             started = self._clock()
-            latents = sample_euler(velocity_fn, noise, self.sigmas, on_step=on_step)
+            latents = recipe.sample(velocity_fn, noise, seed=self.seed + start, on_step=on_step)
             seconds = self._clock() - started
-            made.append(Samples(model=name, counts=counts, seconds=seconds, **self._judge(latents)))
+            judged = self._judge(latents)
+            made.append(Samples(model=name, counts=counts, steps=steps, seconds=seconds, **judged))
         return _join(made)
 
     def describe(self, samples: Samples) -> None:
@@ -179,7 +196,10 @@ class Bench:
         ]
 
     def measure(self, samples: Samples, teacher: Samples, velocity_rows: list[Row] | None) -> Row:
-        """Return the row of one model; `velocity_rows` is None for the teacher itself.
+        """Return the row of one model.
+
+        velocity_rows: none where velocities are no measure: of the teacher itself, and of models
+            that are not sampled along its trajectories.
 
         With a judge `digit` and `motion` are the fractions of samples that show what their prompt
         asks for, and `frechet` is the distance to real clips. `frechet_teacher_features` is there
@@ -196,6 +216,8 @@ class Bench:
             real = (self.judge.real_mean, self.judge.real_cov)
             row["frechet"] = evaluation.frechet_distance(*statistics, *real)
         row["seconds"] = samples.seconds
+        row["steps"] = samples.steps
+        row["seconds_per_video"] = samples.seconds / len(samples.latents)
         of_teacher = evaluation.feature_statistics(teacher.features)
         row["frechet_to_teacher"] = (
             0.0 if samples is teacher else evaluation.frechet_distance(*statistics, *of_teacher)
@@ -211,17 +233,17 @@ class Bench:
             evaluation.diversity(x.latents, self.prompt_index) for x in (samples, teacher)
         )
         row["diversity"] = ratio(variety, of_teacher)
-        for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
-            values = [r[key] for r in velocity_rows] if velocity_rows else [perfect]
-            row[key] = sum(values) / len(values)
+        if velocity_rows or samples is teacher:
+            for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
+                values = [r[key] for r in velocity_rows] if velocity_rows else [perfect]
+                row[key] = sum(values) / len(values)
         return row
 
     def _watch(
-        self, stage: str, part: slice, *, keep: bool
+        self, stage: str, part: slice, steps: int, *, keep: bool
     ) -> Callable[[int, Tensor, Tensor], None]:
         batches_before = part.start // self.settings.batch_size
         num_batches = -(-self.settings.num_samples // self.settings.batch_size)
-        steps = self.settings.steps
 
         def on_step(i: int, latents: Tensor, velocity: Tensor) -> None:
             if keep and i in self.levels:
@@ -258,33 +280,6 @@ def count_linear_layers(model: nn.Module) -> tuple[int, int]:
     _, sites = identify(shapes_of(model))
     kinds = [isinstance(attention_at(model, site), LinearAttention) for site in sites]
     return sum(kinds), len(kinds)
-
-
-def draw_prompts(num_prompts: int, num_samples: int, seed: int, *, repeats: int = 1) -> list[int]:
-    """Return the prompt of each sample: all of them in random order, then all of them again.
-
-    repeats: how many samples in a row have one prompt.
-    """
-    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
-    rounds = -(-num_samples // (num_prompts * repeats))
-    order = [torch.randperm(num_prompts, generator=generator) for _ in range(rounds)]
-    return torch.cat(order).repeat_interleave(repeats)[:num_samples].tolist()
-
-
-def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: int) -> Tensor:
-    """Return noise [num_samples, C, F, H, W] on the CPU, each sample's the same at any number."""
-    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
-    return torch.stack([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
-
-
-def _read_labels(prompts: list[str]) -> tuple[Tensor, Tensor] | None:
-    """Return digits and directions [B] that prompts ask for, or None where one does not say."""
-    try:
-        digits, directions = torch.tensor([parse_prompt(prompt) for prompt in prompts]).T
-    except ValueError as error:
-        logger.warning("digit and motion accuracy are left out: %s", error)
-        return None
-    return digits, directions
 
 
 def _join(parts: list[Samples]) -> Samples:

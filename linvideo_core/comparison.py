@@ -16,7 +16,9 @@ from .adapters import AttentionSite, identify, install, restore, shapes_of
 from .artifact.description import count_bytes
 from .attention import LinearAttention, LinearForm
 from .bench import NUM_SHOWN, Bench, CompareConfig, Row
+from .flow import make_sigmas
 from .progress import Progress, silent
+from .recipe import Recipe
 from .storage import write_json
 from .subject import Subject
 
@@ -53,8 +55,12 @@ def compare(
     seed: int,
     precision: str = "fp32",
     progress: Progress = silent,
+    recipes: Mapping[str, Recipe] | None = None,
 ) -> Comparison:
     """Sample the teacher, then every student, and measure them; on the subject's device.
+
+    recipes: name -> how that student is sampled; the others as the settings say, which alone makes
+        their velocities comparable with the teacher's.
 
     A student's context is entered once, after the teacher was sampled: it may change
     `subject.model` in place as long as leaving it gives the teacher back.
@@ -71,8 +77,9 @@ def compare(
     )
     for name, context in students.items():
         with context as model:
-            samples = bench.sample(name, model)
-            velocity_rows = bench.compare_velocities(name, model)
+            recipe = (recipes or {}).get(name)
+            samples = bench.sample(name, model, recipe=recipe)
+            velocity_rows = [] if recipe else bench.compare_velocities(name, model)
         bench.describe(samples)
         result.rows.append(bench.measure(samples, teacher, velocity_rows))
         result.velocity_rows += velocity_rows
@@ -127,6 +134,46 @@ def compare_artifact(
     return comparison
 
 
+def compare_few_step(
+    subject: Subject,
+    linearized: artifact_files.Artifact,
+    distilled: Mapping[str, artifact_files.Artifact],
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare steps against quality: the teacher and its student at all steps, then at few.
+
+    distilled: name -> a file with sigmas. The model "linearized_N_plain" takes as many Euler steps
+        with guidance as the first of them without having been distilled.
+    """
+    steps = len(next(iter(distilled.values())).header.sigmas) - 1
+    plain = f"linearized_{steps}_plain"
+    students = {
+        "linearized": artifact_files.transfer_into(subject.model, linearized),
+        plain: artifact_files.transfer_into(subject.model, linearized),
+    }
+    students |= {
+        name: artifact_files.transfer_into(subject.model, made) for name, made in distilled.items()
+    }
+    few = make_sigmas(steps, settings.shift)
+    recipes = {plain: Recipe(sigmas=few, guidance_scale=settings.guidance_scale)}
+    for name, made in distilled.items():
+        sigmas = torch.tensor(made.header.sigmas)
+        recipes[name] = Recipe(sigmas=sigmas, guidance_scale=1.0, is_few_step=True)
+    return compare(
+        subject,
+        students,
+        settings,
+        seed=seed,
+        precision=precision,
+        progress=progress,
+        recipes=recipes,
+    )
+
+
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     """Write the pictures, then evaluation.json; return what that holds.
 
@@ -154,12 +201,13 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 def save_pictures(comparison: Comparison, folder: Path) -> None:
     """Write samples.png, samples.gif and velocity_error.png, in a reader's words."""
-    frames = {_CAPTIONS.get(name, name): clips for name, clips in comparison.frames.items()}
+    frames = {_caption(name): clips for name, clips in comparison.frames.items()}
     pictures.save_strip(frames, comparison.prompts, folder / "samples.png")
     pictures.save_animation(frames, comparison.prompts, folder / "samples.gif")
     if comparison.velocity_rows:
-        rows = [
-            row | {"model": _CAPTIONS.get(row["model"], row["model"])}
-            for row in comparison.velocity_rows
-        ]
+        rows = [row | {"model": _caption(row["model"])} for row in comparison.velocity_rows]
         report.plot_velocity_error(rows, folder / "velocity_error.png")
+
+
+def _caption(name: str) -> str:
+    return _CAPTIONS.get(name, name.replace("_", " "))

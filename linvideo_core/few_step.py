@@ -30,6 +30,8 @@ def sample_few_step(
     Returns the latents at the last sigma: the last x0 where that is 0.
     """
     latents = noise
+    # Asked here, where it costs a GPU no wait.
+    is_renoised = (sigmas[1:] > 0).tolist()
     sigmas = sigmas.to(noise.device)
     for i in range(len(sigmas) - 1):
         sigma, sigma_next = (s.expand(noise.shape[0]) for s in (sigmas[i], sigmas[i + 1]))
@@ -37,9 +39,46 @@ def sample_few_step(
         if on_step is not None:
             on_step(i, latents, x0)
         latents = x0
-        if sigmas[i + 1] > 0:
+        if is_renoised[i]:
             fresh = torch.randn(
                 x0.shape, generator=generator, device=generator.device, dtype=x0.dtype
             )
             latents = add_noise(x0, fresh.to(x0.device), sigma_next)
+    return latents
+
+
+def draw_exits(num_samples: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """Draw the step in [0, num_steps) at which each sample leaves the sampler, [num_samples] int64.
+
+    All steps alike, up to one sample, in falling order.
+    """
+    offset = torch.randint(num_steps, (), generator=generator)
+    exits = (torch.arange(num_samples) + offset) % num_steps
+    return exits.sort(descending=True).values
+
+
+def simulate_backward(
+    velocity_of: Callable[[int], VelocityFn],
+    noise: Tensor,
+    sigmas: Tensor,
+    exits: Tensor,
+    *,
+    generator: torch.Generator,
+) -> Tensor:
+    """Take each sample to where `sample_few_step` calls the model for the step of its exit.
+
+    What a generator is trained on is then what it meets in sampling (DMD2's backward simulation).
+
+    velocity_of: number n -> the velocity function of the first n samples.
+    noise: [B, C, F, H, W]; exits: [B] int64 on the CPU, falling.
+    generator: as in `sample_few_step`.
+
+    Returns latents [B, C, F, H, W] at `sigmas[exits]`; without a gradient.
+    """
+    latents = noise.clone()
+    for i in range(int(exits[0])):
+        count = int((exits > i).sum())
+        latents[:count] = sample_few_step(
+            velocity_of(count), latents[:count], sigmas[i : i + 2], generator=generator
+        )
     return latents

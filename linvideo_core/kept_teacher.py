@@ -22,7 +22,11 @@ def sample_teacher(bench: Bench, path: Path) -> Row:
     tensors = {name: getattr(samples, name) for name in _TENSORS}
     tensors |= {f"state/{i}": state for i, (state, _) in bench.states.items()}
     tensors |= {f"velocity/{i}": velocity for i, (_, velocity) in bench.states.items()}
-    metadata = {"counts": "{},{}".format(*samples.counts), "seconds": str(samples.seconds)}
+    metadata = {
+        "counts": "{},{}".format(*samples.counts),
+        "steps": str(samples.steps),
+        "seconds": str(samples.seconds),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {k: t for k, t in tensors.items() if t is not None}, metadata)
     return bench.measure(samples, samples, None)
@@ -61,6 +65,7 @@ def read_teacher(bench: Bench, path: Path) -> Reference:
     samples = Samples(
         model="teacher",
         counts=(linear, layers),
+        steps=int(metadata["steps"]),
         seconds=float(metadata["seconds"]),
         **{name: found.get(name) for name in _TENSORS},
     )

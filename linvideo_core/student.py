@@ -58,7 +58,7 @@ class Student:
         self.config = config
         self.family, self.sites = identify(shapes_of(subject.model))
         is_full = config.parameters == "full"
-        self.model = copy.deepcopy(subject.model).float() if is_full else _twin(subject.model)
+        self.model = copy.deepcopy(subject.model).float() if is_full else twin(subject.model)
         device = subject.prompt_embeds.device
         generator = torch.Generator().manual_seed(seed)
 
@@ -92,7 +92,7 @@ class Student:
         return weights
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """Return a copy of a model's modules that hold the model's own parameters and buffers."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

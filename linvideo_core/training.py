@@ -6,10 +6,11 @@ that is started again ends in the same weights as an unbroken one.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,10 +51,19 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters by name that share a peak learning rate."""
+    """Parameters by name that share a peak learning rate.
+
+    every: steps between two of their updates, where players train in turns: the loss reaches them
+        at its multiples alone, and their average counts those.
+    betas: AdamW's, of the gradient's average and of its square's.
+    player: groups of one player have their gradients clipped together.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     learning_rate: float
+    every: int = 1
+    betas: tuple[float, float] = (0.9, 0.99)
+    player: str = ""
 
 
 class Task(Protocol):
@@ -73,6 +83,10 @@ class Task(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned."""
+
+
+Watch = Callable[[Mapping[str, Any]], str | None]
+"""A row of metrics in plain numbers -> what is wrong with the training, or None."""
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -96,6 +110,7 @@ def fit(
     seed: int,
     stage: str = "training",
     progress: Progress = silent,
+    watch: Watch | None = None,
 ) -> None:
     """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
 
@@ -103,10 +118,13 @@ def fit(
     the task's parameters. Whatever stops it between, such as a `progress` that raises, finds the
     steps finished until then in the checkpoint.
 
-    Raises ValueError when the loss is no longer finite; the last good checkpoint is kept.
+    watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
+
+    Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last good
+    checkpoint is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(task, config, folder)
+    run = _Run(task, config, folder, watch)
     first = run.resume()
     with run.kept_when_stopped():
         progress(stage, first, config.steps)
@@ -132,18 +150,19 @@ class _Run:
     num_saved: steps that the checkpoint holds; shown: the figures that progress last reported.
     """
 
-    def __init__(self, task: Task, config: TrainingConfig, folder: Path) -> None:
+    def __init__(
+        self, task: Task, config: TrainingConfig, folder: Path, watch: Watch | None
+    ) -> None:
         self.task = task
         self.config = config
+        self.watch = watch
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.metrics_path = folder / "metrics.jsonl"
-        groups = task.parameter_groups()
+        self.groups = groups = task.parameter_groups()
         self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
-        self.peaks = [group.learning_rate for group in groups]
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(group.parameters.values())} for group in groups],
-            betas=(0.9, 0.99),
+            [{"params": list(g.parameters.values()), "betas": g.betas} for g in groups],
             weight_decay=config.weight_decay,
         )
         self.num_finished: int | None = 0
@@ -173,31 +192,51 @@ class _Run:
     def take_step(self, step: int, generator: torch.Generator) -> dict[str, Any]:
         """Run one optimiser step; return what to log, still as tensors."""
         share = learning_rate_share(step, self.config)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * share
+        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            settings["lr"] = group.learning_rate * share
         total = torch.zeros(())
         metrics: dict[str, Any] = {}
         for _ in range(self.config.accumulation):
             loss, metrics = self.task.loss(step, generator)
             (loss / self.config.accumulation).backward()
             total = total.to(loss.device) + loss.detach() / self.config.accumulation
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+        norms = self._clip()
         self.num_finished = None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(step)
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            current = [p.detach() for p in self.parameters.values()]
-            torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        self._follow(step)
         self.num_finished = step + 1
-        return {"loss": total, "gradient_norm": norm, "learning_rate_share": share, **metrics}
+        return {"loss": total, **norms, "learning_rate_share": share, **metrics}
+
+    def _clip(self) -> dict[str, Tensor]:
+        """Scale the gradients of each player down; return their norms before, to be logged."""
+        norms = {}
+        for player in dict.fromkeys(group.player for group in self.groups):
+            mine = (g.parameters.values() for g in self.groups if g.player == player)
+            name = f"{player}_gradient_norm" if player else "gradient_norm"
+            parameters = itertools.chain.from_iterable(mine)
+            norms[name] = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        return norms
+
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        """Move the average of every group whose turn it was."""
+        for group in self.groups:
+            turn, rest = divmod(step, group.every)
+            if not rest:
+                average = [self.average[name] for name in group.parameters]
+                current = [parameter.detach() for parameter in group.parameters.values()]
+                decay = min(self.config.ema_decay, (1 + turn) / (10 + turn))
+                torch._foreach_lerp_(average, current, 1 - decay)
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl in plain numbers."""
         plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
         if not math.isfinite(plain["loss"]):
             raise self._diverged(f"the loss became {plain['loss']} at step {step}")
+        if self.watch is not None and (fault := self.watch(plain)):
+            raise self._diverged(f"{fault} at step {step}")
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **plain}) + "\n")
         self.shown = {"loss": plain["loss"]}
@@ -264,6 +303,9 @@ class _Run:
             rows = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
             self.metrics_path.write_text("".join(whole), encoding="utf-8")
+            if self.watch is not None:
+                for row in whole:
+                    self.watch(json.loads(row))
 
     @torch.no_grad()
     def keep_average(self) -> None:

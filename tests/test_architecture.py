@@ -18,6 +18,7 @@ ALLOWED = {
     "adapters": {"attention"},
     "attention": {"kernels", "config"},
     "config": set(),
+    "dmd2": {"flow"},
     "few_step": {"flow"},
     "fidelity": {"evaluation", "motion", "spectrum"},
     "flow": set(),
@@ -25,9 +26,11 @@ ALLOWED = {
     "layer_order": {"run_folder", "sensitivity", "storage"},
     "lora": set(),
     "models": {"attention", "flow", "kernels"},
+    "health": set(),
     "motion": set(),
-    "objectives": {"flow", "config"},
+    "objectives": {"flow", "config", "dmd2"},
     "progress": set(),
+    "recipe": {"few_step", "flow"},
     "run_folder": {"config", "storage"},
     "selection": {"attention", "config"},
     "sensitivity": {
@@ -108,7 +111,7 @@ LIBRARY_FILES = [path for path in CORE_FILES if module_of(path) not in COMMANDS]
 
 
 def test_the_verbs_are_recognised_as_commands() -> None:
-    names = {"transfer", "evaluate", "records", "demo.train"}
+    names = {"transfer", "distill", "ablate", "evaluate", "records", "demo.train"}
     assert {f"linvideo_core.{name}" for name in names} <= COMMANDS
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from linvideo_core import artifact, bench, comparison, evaluate
+from linvideo_core import artifact, bench, comparison, evaluate, held_out
 from linvideo_core.adapters import identify, install, shapes_of
 from linvideo_core.attention import LinearAttention
 from linvideo_core.comparison import CompareConfig, compare, swap
@@ -126,13 +126,13 @@ def test_results_do_not_depend_on_the_batch_size(subject: Subject) -> None:
 
 
 def test_more_samples_begin_with_the_same_ones(subject: Subject) -> None:
-    few, many = (bench.draw_noise(subject.latent_shape, count, 7) for count in (2, 5))
+    few, many = (held_out.draw_noise(subject.latent_shape, count, 7) for count in (2, 5))
     assert torch.equal(few, many[:2])
-    assert bench.draw_prompts(3, 2, 7) == bench.draw_prompts(3, 8, 7)[:2]
+    assert held_out.draw_prompts(3, 2, 7) == held_out.draw_prompts(3, 8, 7)[:2]
 
 
 def test_every_prompt_is_used_before_one_is_repeated() -> None:
-    chosen = bench.draw_prompts(4, 10, 0)
+    chosen = held_out.draw_prompts(4, 10, 0)
     assert sorted(chosen[:4]) == sorted(chosen[4:8]) == [0, 1, 2, 3]
 
 
@@ -141,8 +141,8 @@ def test_diversity_takes_samples_of_one_prompt(seeds: int, shown: bool, subject:
     settings = dataclasses.replace(SETTINGS, num_samples=3, seeds_per_prompt=seeds)
     (row,) = compare(subject, {}, settings, seed=0).rows
     assert (row["diversity"] is not None) == shown
-    chosen = bench.draw_prompts(4, 10, 0, repeats=2)
-    assert chosen == [prompt for prompt in bench.draw_prompts(4, 5, 0) for _ in range(2)]
+    chosen = held_out.draw_prompts(4, 10, 0, repeats=2)
+    assert chosen == [prompt for prompt in held_out.draw_prompts(4, 5, 0) for _ in range(2)]
 
 
 def test_a_model_is_not_described_by_a_student(subject: Subject) -> None:

@@ -1,0 +1,313 @@
+"""Distil a linearized model to a few steps: `python -m linvideo_core.distill`.
+
+Without arguments the embedded model's own file is distilled on whatever machine this is.
+    python -m linvideo_core.distill --preset gpu
+    python -m linvideo_core.distill --model wan.safetensors --prompts prompts.safetensors \\
+        --artifact linearized.safetensors --guidance-scale 5 --real-guidance-scale 5 --shift 5
+Repeating a command continues where it stopped. The run folder holds config.json, the sampled
+trajectories, metrics, checkpoints, the result, distilled.safetensors, and the evidence: pictures
+and evaluation.json, which compare steps against quality.
+"""
+
+import dataclasses
+import datetime
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, report
+from . import artifact as artifact_files
+from .adapters import compiled_blocks, shapes_of
+from .artifact import Artifact
+from .comparison import EVALUATION_NAME, compare_few_step, read_evaluation, save_comparison
+from .config import option, parse, run_command, to_json
+from .demo import weights_path
+from .devices import device_option, precision_option, resolve_device, resolve_precision
+from .distillation import (
+    DistillationConfig,
+    DistillationTask,
+    check_batch,
+    make_student,
+    start_from,
+)
+from .evidence import EvidenceConfig, compare_config, is_evaluated
+from .health import Health
+from .progress import Progress, TqdmProgress, silent
+from .run_folder import CONFIG_NAME, open_run, read_metrics
+from .student import Student
+from .subject import Subject, SubjectConfig, load_subject
+from .tables import show_table
+from .teacher_videos import measure_likeness
+from .training import TrainingConfig, fit
+from .trajectories import Trajectories, TrajectoryConfig, collect
+from .warm_start import WarmStart, WarmStartConfig
+
+logger = logging.getLogger(__name__)
+
+ARTIFACT_NAME = "distilled.safetensors"
+
+# What a repeated command may change: none of it decides the artifact.
+_FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
+_SHOWN = ("model", "steps", "digit", "motion", "motion_energy", "frechet", "seconds_per_video")
+_FILES = {
+    ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
+    "samples.gif": "the same videos by the teacher and the others, at all steps and at few",
+    "samples.png": "their frames side by side",
+    "losses.png": "how training went",
+    EVALUATION_NAME: "every measure",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Everything that decides the result of a distillation."""
+
+    subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
+    trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evidence: EvidenceConfig = dataclasses.field(default_factory=EvidenceConfig)
+    artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
+    single_stage: bool = option(
+        False, "take only the choice of layers from the file: linearize and distil at once"
+    )
+    out: Path = option(Path("runs/distill"), "run folder")
+    seed: int = option(0, "seed of everything random")
+    device: str = device_option()
+    precision: str = precision_option()
+
+    def __post_init__(self) -> None:
+        check_batch(self.distillation, self.training)
+        if self.subject.model is not None and self.artifact is None:
+            raise ValueError("--model was given without --artifact; give the file made for it")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "num_trajectories": 8,
+        "warm_start_steps": 40,
+        "steps": 400,
+        "batch_size": 8,
+        "learning_rate": 1e-4,
+        "map_learning_rate": 1e-4,
+        "critic_learning_rate": 2e-4,
+        "warmup_steps": 10,
+        "ema_decay": 0.9,
+        "checkpoint_every": 50,
+        "log_every": 5,
+    },
+    "gpu": {
+        "out": Path("runs/distill-gpu"),
+        "num_trajectories": 256,
+        "shard_size": 256,
+        "warm_start_steps": 300,
+        "steps": 4000,
+        "batch_size": 128,
+        "learning_rate": 1e-4,
+        "map_learning_rate": 1e-4,
+        "critic_learning_rate": 2e-4,
+        "warmup_steps": 50,
+        "ema_decay": 0.98,
+        "compile": True,
+        "checkpoint_every": 500,
+        "log_every": 25,
+        "evaluate_samples": 1000,
+        "evaluate_batch_size": 250,
+    },
+}
+
+
+def run(config: DistillConfig, progress: Progress = silent) -> Path:
+    """Run every stage that `config.out` does not hold yet; return the artifact's path.
+
+    Raises ValueError or FileNotFoundError, in one sentence, for bad input, or when training goes
+    wrong; its last good checkpoint is kept.
+    """
+    path = config.out / ARTIFACT_NAME
+    is_made = path.exists() and (config.out / CONFIG_NAME).exists()
+    if is_made:
+        open_run(config.out, config, ignore=_FREE_FIELDS)
+        if is_evaluated(config.evidence, config.out):
+            logger.info("%s is finished: nothing was left to do", config.out)
+            return path
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    first = load_first_stage(config.artifact)
+    subject = load_subject(config.subject).to(device)
+    artifact_files.check(first, shapes_of(subject.model))
+    if not is_made:
+        student = make_student(subject, first, config.distillation, seed=config.seed)
+        open_run(config.out, config, ignore=_FREE_FIELDS)
+        artifact_files.warn_of_other_weights(first, subject.model, student.sites)
+        distill(student, subject, first, config, precision, progress)
+    if not is_evaluated(config.evidence, config.out):
+        logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
+        made = artifact_files.load(path)
+        comparison = compare_few_step(
+            subject,
+            first,
+            {name_of(made): made},
+            compare_config(config.evidence, config.trajectories),
+            seed=config.seed,
+            precision=precision,
+            progress=progress,
+        )
+        save_comparison(comparison, config.out)
+    return path
+
+
+def load_first_stage(path: Path | None) -> Artifact:
+    """Load the file that a distillation starts from.
+
+    Raises ArtifactError, in one sentence, for a damaged one or one that was distilled already.
+    """
+    path = path or weights_path("linearized.safetensors")
+    artifact = artifact_files.load(path)
+    if artifact.header.sigmas:
+        raise ValueError(
+            f"{path} is distilled already; give the file that `transfer` made, with any number of "
+            "steps"
+        )
+    return artifact
+
+
+def name_of(artifact: Artifact) -> str:
+    """Return how a comparison calls a distilled file: "distilled_4" or "single_stage_4"."""
+    is_single = artifact.header.provenance.get("stages") == 1
+    return f"{'single_stage' if is_single else 'distilled'}_{len(artifact.header.sigmas) - 1}"
+
+
+def distill(
+    student: Student,
+    subject: Subject,
+    first: Artifact,
+    config: DistillConfig,
+    precision: str,
+    progress: Progress,
+) -> None:
+    """Sample the teacher, train the student for few steps, save the artifact in `config.out`."""
+    device = subject.prompt_embeds.device
+    logger.info("distilling %s on %s in %s, into %s", subject.name, device, precision, config.out)
+    trajectories = collect(
+        subject,
+        config.trajectories,
+        config.out / "trajectories",
+        seed=config.seed,
+        precision=precision,
+        progress=progress,
+    )
+    if config.single_stage:
+        warm_start(student, subject, trajectories, config, precision, progress)
+    else:
+        start_from(student, first)
+    task = DistillationTask(
+        student,
+        subject,
+        measure_likeness(trajectories),
+        config.distillation,
+        training=config.training,
+        shift=config.trajectories.shift,
+        precision=precision,
+        seed=config.seed,
+    )
+    compiled = [student.model, subject.model, task.critic] if config.training.compile else []
+    folder = config.out / "training"
+    with compiled_blocks(compiled, student.sites):
+        fit(task, config.training, folder, seed=config.seed, progress=progress, watch=Health())
+    report.plot_losses(read_metrics(folder / "metrics.jsonl"), config.out / "losses.png")
+    made = artifact_files.extract(
+        student.model,
+        subject.model,
+        parameters=config.distillation.train,
+        objective="dmd2",
+        steps=config.training.steps,
+        provenance=provenance(config, subject, first),
+        sigmas=task.sigmas.tolist(),
+    )
+    artifact_files.save(made, config.out / ARTIFACT_NAME)
+
+
+def warm_start(
+    student: Student,
+    subject: Subject,
+    trajectories: Trajectories,
+    config: DistillConfig,
+    precision: str,
+    progress: Progress,
+) -> None:
+    """Fit the feature maps to the teacher's softmax: all that a single stage starts from."""
+    settings = config.warm_start
+    if not settings.warm_start_steps:
+        return
+    task = WarmStart(
+        student.model,
+        student.mixed,
+        subject,
+        trajectories,
+        batch_size=config.training.batch_size,
+        prompt_dropout=0.0,
+        learning_rate=settings.warm_start_learning_rate,
+        precision=precision,
+    )
+    training = dataclasses.replace(config.training, steps=settings.warm_start_steps, accumulation=1)
+    folder = config.out / "warm_start"
+    fit(task, training, folder, seed=config.seed, stage="warm start", progress=progress)
+
+
+def provenance(config: DistillConfig, subject: Subject, first: Artifact) -> dict[str, Any]:
+    """Say where an artifact comes from, for its header: this stage, then the one before it."""
+    mine = {
+        "linvideo": __version__,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "model": subject.name,
+        "stages": 1 if config.single_stage else 2,
+        "guidance_scale": config.distillation.real_guidance_scale,
+        "shift": config.trajectories.shift,
+        "seed": config.seed,
+    }
+    before = {
+        **first.header.provenance,
+        "objective": first.header.objective,
+        "steps": first.header.steps,
+    }
+    return mine | {f"transfer {name}": value for name, value in before.items()}
+
+
+def summarize(config: DistillConfig) -> str:
+    """Say for a reader what a finished run has made: the table, then the files."""
+    lines = []
+    if config.evidence.evaluate_samples and (found := read_evaluation(config.out)):
+        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
+        lines += [show_table(rows), ""]
+    lines.append(f"{config.out} holds")
+    for name, meaning in _FILES.items():
+        if (config.out / name).exists():
+            lines.append(f"  {name:<24}{meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, distil with progress bars, say what was made."""
+    config, is_dry_run = parse(
+        DistillConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
+    )
+    if is_dry_run:
+        sys.stdout.write(to_json(config))
+        return
+    try:
+        with TqdmProgress() as progress:
+            run(config, progress)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        sys.exit(130)
+    sys.stdout.write(f"\n{summarize(config)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,252 @@
+"""Distil a linear student to a few steps: its three roles and the task of training it (DMD2).
+
+generator: the student, linear where its file says so; it makes x0 in one call at each of `sigmas`.
+real_score: the softmax teacher with guidance, frozen.
+fake_score: the critic, softmax, which learns the flow of the student's videos; conditional alone.
+With LoRA all three stand on the teacher's one copy of the weights.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dmd2, lora
+from .adapters import checkpoint_activations
+from .artifact import Artifact
+from .config import option, positive
+from .demo import DEMO_GUIDANCE_SCALE
+from .few_step import draw_exits, simulate_backward
+from .flow import add_noise, make_sigmas, velocity_to_x0
+from .models.denoiser import bind, bind_guided
+from .student import Student, StudentConfig, twin
+from .subject import Subject
+from .teacher_videos import Likeness
+from .training import ParameterGroup, TrainingConfig
+from .warm_start import feature_maps
+
+_BETAS = (0.0, 0.999)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How many steps, and how generator and critic are trained for them."""
+
+    num_steps: int = option(4, "steps that the distilled model samples in")
+    train: str = option("lora", "weights that are trained and saved", choices=("lora", "full"))
+    rank: int = option(32, "least rank of the weight changes (train lora); a file's own is kept")
+    critic_steps: int = option(5, "critic updates for each update of the student")
+    critic_learning_rate: float = option(2e-4, "peak learning rate of the critic")
+    real_guidance_scale: float = option(
+        DEMO_GUIDANCE_SCALE, "guidance baked in: of the real score, u + scale (c - u)"
+    )
+    motion_weight: float = option(0.0, "weight of a loss that holds motion at the teacher's")
+
+    def __post_init__(self) -> None:
+        positive(self, "num_steps", "rank", "critic_steps", "critic_learning_rate")
+        if not self.motion_weight >= 0:
+            raise ValueError(
+                f"--motion-weight {self.motion_weight} given; a number from 0 upwards is needed"
+            )
+
+
+def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
+    """Raise ValueError when a batch holds no video for each of the steps."""
+    if training.batch_size < config.num_steps:
+        raise ValueError(
+            f"--batch-size {training.batch_size} given; --num-steps {config.num_steps} or more is "
+            "needed, a video for each step"
+        )
+
+
+def make_student(
+    subject: Subject, artifact: Artifact, config: DistillationConfig, *, seed: int
+) -> Student:
+    """Return a student whose layers are hardened as the artifact's, with untrained feature maps.
+
+    Raises ValueError when the artifact changes whole weights, which LoRA cannot carry on.
+    """
+    header = artifact.header
+    if config.train == "lora" and header.parameters == "full":
+        raise ValueError(
+            "--train lora was given for a file that changes whole weights; use --train full"
+        )
+    settings = StudentConfig(
+        parameters=config.train,
+        lora_rank=max(config.rank, header.lora_rank),
+        feature_ratio=header.feature_dim // _head_dim(artifact),
+        form=header.form,
+    )
+    student = Student(subject, settings, seed=seed)
+    for layer, module in student.mixed.items():
+        module.harden("linear" if layer in header.layers else "softmax")
+    return student
+
+
+@torch.no_grad()
+def start_from(student: Student, artifact: Artifact) -> None:
+    """Give a student of `make_student` what the artifact holds: maps and weight changes.
+
+    Low-rank changes go on being trained as they are: they fill the first directions of the
+    student's, and where it has more, those begin at zero.
+    """
+    for layer in artifact.header.layers:
+        linear = student.mixed[layer].linear
+        for name, found in artifact.linear_tensors(layer).items():
+            linear.get_parameter(name).copy_(found)
+    for name, delta in artifact.deltas.items():
+        parameter = student.model.get_parameter(name)
+        parameter += delta.to(parameter)
+    for name, (down, up) in artifact.low_rank.items():
+        layer = student.model.get_submodule(name)
+        if student.config.parameters == "full":
+            layer.weight += (up.float() @ down.float()).to(layer.weight)
+        else:
+            layer.lora.down[: len(down)] = down
+            layer.lora.up[:, : len(down)] = up
+
+
+def _head_dim(artifact: Artifact) -> int:
+    return next(iter(artifact.feature_maps.values()))[0].shape[1]
+
+
+class DistillationTask:
+    """The task: a critic update at each step, and in its turn one of the student."""
+
+    def __init__(
+        self,
+        student: Student,
+        subject: Subject,
+        likeness: Likeness,
+        config: DistillationConfig,
+        *,
+        training: TrainingConfig,
+        shift: float,
+        precision: str,
+        seed: int,
+    ) -> None:
+        """likeness: how the teacher's videos are, to log what the student's have of it."""
+        self.student = student
+        self.subject = subject
+        self.likeness = likeness
+        self.config = config
+        self.training = training
+        self.shift = shift
+        self.precision = precision
+        self.sigmas = make_sigmas(config.num_steps, shift)
+        self.critic, self.critic_weights = self._make_critic(seed)
+        if training.activation_checkpointing:
+            for model in (student.model, self.critic):
+                checkpoint_activations(model, student.sites)
+
+    def _make_critic(self, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        if self.config.train == "full":
+            critic = copy.deepcopy(self.subject.model).float().requires_grad_(True)
+            return critic, {f"critic.{name}": p for name, p in critic.named_parameters()}
+        critic = twin(self.subject.model)
+        prefix, rank = self.student.family.trainable_prefix, self.student.config.lora_rank
+        changes = lora.attach(critic, prefix, rank, seed + 1)
+        return critic, {
+            f"critic.{name}.lora.{side}": parameter
+            for name, change in changes.items()
+            for side, parameter in change.named_parameters()
+        }
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return the student's weights and feature maps, then the critic's weights."""
+        maps = {
+            name: parameter
+            for name, parameter in feature_maps(self.student.mixed).items()
+            if self.student.mixed[int(name.partition(".")[0])].choice == "linear"
+        }
+        mine = {"every": self.config.critic_steps, "betas": _BETAS, "player": "generator"}
+        critic_rate = self.config.critic_learning_rate
+        return [
+            ParameterGroup(self.student.weights, self.training.learning_rate, **mine),
+            ParameterGroup(maps, self.training.map_learning_rate, **mine),
+            ParameterGroup(self.critic_weights, critic_rate, betas=_BETAS, player="critic"),
+        ]
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Return the critic's loss, plus the student's at every `critic_steps`-th step."""
+        is_generator_turn = step % self.config.critic_steps == 0
+        x0, prompt_embeds, exits, on_device = self._generate(generator, is_generator_turn)
+        sigma = dmd2.draw_score_sigma(len(x0), self.shift, on_device)
+        noise = torch.randn(x0.shape, generator=on_device, device=x0.device)
+        noisy = add_noise(x0.detach(), noise, sigma)
+        fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, sigma)
+        critic_loss = dmd2.critic_loss(fake_velocity, x0, noise)
+        metrics = {"critic_loss": critic_loss.detach(), **self._compare(x0.detach(), exits)}
+        if not is_generator_turn:
+            return critic_loss, metrics
+        with torch.no_grad():
+            real_velocity = self._guided(prompt_embeds)(noisy, sigma)
+        push = dmd2.distribution_push(x0, noisy, sigma, real_velocity, fake_velocity)
+        generator_loss = dmd2.generator_loss(x0, push)
+        metrics["generator_loss"] = generator_loss.detach()
+        if self.config.motion_weight:
+            motion_loss = self.likeness.motion_ratio(x0).log().square()
+            metrics["motion_loss"] = motion_loss.detach()
+            generator_loss = generator_loss + self.config.motion_weight * motion_loss
+        return critic_loss + generator_loss, metrics
+
+    def _generate(
+        self, generator: torch.Generator, has_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+        """Make x0 [B, C, F, H, W] of random prompts, each sample's at the step of its exit.
+
+        Returns x0, its prompts [B, S, T], the exits, and the generator on x0's device.
+        """
+        device = self.subject.prompt_embeds.device
+        B = self.training.batch_size
+        prompt = torch.randint(len(self.subject.prompts), (B,), generator=generator)
+        prompt_embeds = self.subject.prompt_embeds[prompt.to(device)]
+        exits = draw_exits(B, self.config.num_steps, generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
+        on_device = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(B, *self.subject.latent_shape, generator=on_device, device=device)
+        student = self.student.model
+        latents = simulate_backward(
+            lambda count: self._bind(student, prompt_embeds[:count]),
+            noise,
+            self.sigmas,
+            exits,
+            generator=on_device,
+        )
+        sigma = self.sigmas[exits].to(device)
+        with torch.set_grad_enabled(has_gradient):
+            velocity = self._bind(student, prompt_embeds)(latents, sigma)
+            return velocity_to_x0(latents, velocity, sigma), prompt_embeds, exits, on_device
+
+    def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
+        """Return what of the teacher's variety all x0 have, and of its motion the last step's."""
+        count = int((exits == self.config.num_steps - 1).sum())
+        return {
+            "spread_ratio": self.likeness.spread_ratio(x0),
+            "motion_ratio": self.likeness.motion_ratio(x0[:count]),
+        }
+
+    def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> Any:
+        return bind(model, prompt_embeds, precision=self.precision)
+
+    def _guided(self, prompt_embeds: Tensor) -> Any:
+        return bind_guided(
+            self.subject.model,
+            prompt_embeds,
+            self.subject.negative_embeds.expand_as(prompt_embeds),
+            self.config.real_guidance_scale,
+            precision=self.precision,
+        )
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows a step."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing but the parameters must survive a restart."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""

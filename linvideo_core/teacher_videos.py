@@ -1,0 +1,62 @@
+"""What the teacher's own videos are like, read off its stored trajectories."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .flow import guide, velocity_to_x0
+from .trajectories import States, Trajectories
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """How varied the teacher's videos are and how much they move, to hold others against.
+
+    spread: standard deviation over the videos, averaged over the latents' elements.
+    motion: mean |x[f + 1] - x[f]| of the latents; 0 for a single frame.
+    """
+
+    spread: float
+    motion: float
+
+    def spread_ratio(self, x0: Tensor) -> Tensor:
+        """Return the variety of x0 [B, C, F, H, W], B > 1, as a share of the teacher's."""
+        return _spread(x0) / self.spread
+
+    def motion_ratio(self, x0: Tensor) -> Tensor:
+        """Return the motion of x0 [B, C, F, H, W] as a share of the teacher's; 1 for stills."""
+        return _motion(x0) / self.motion if self.motion else torch.ones((), device=x0.device)
+
+
+def measure_likeness(trajectories: Trajectories) -> Likeness:
+    """Measure the videos at the ends of all stored trajectories."""
+    picks = torch.arange(0, len(trajectories), trajectories.states_per_trajectory)
+    videos = end_of(trajectories, picks, "cpu")
+    return Likeness(spread=_spread(videos).item(), motion=_motion(videos).item())
+
+
+def end_of(trajectories: Trajectories, picks: Tensor, device: torch.device | str) -> Tensor:
+    """Return the video x0 [B, C, F, H, W] where the trajectories of the states `picks` [B] end.
+
+    It is the guided clean estimate at the last stored state, which lies near the end.
+    """
+    per_video = trajectories.states_per_trajectory
+    last = picks // per_video * per_video + per_video - 1
+    return guided_x0(trajectories, trajectories.take(last, device))
+
+
+def guided_x0(trajectories: Trajectories, states: States) -> Tensor:
+    """Return the teacher's guided clean estimate [B, C, F, H, W] at stored states."""
+    velocity = guide(states.conditional, states.unconditional, trajectories.guidance_scale)
+    sigma = trajectories.sigmas.to(states.latents.device)[states.step]
+    return velocity_to_x0(states.latents, velocity, sigma)
+
+
+def _spread(x: Tensor) -> Tensor:
+    return x.float().std(dim=0).mean()
+
+
+def _motion(x: Tensor) -> Tensor:
+    frames = x.shape[2]
+    return x.float().diff(dim=2).abs().mean() if frames > 1 else torch.zeros((), device=x.device)
