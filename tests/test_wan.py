@@ -322,10 +322,11 @@ def test_a_cut_file_is_refused_in_one_sentence(wan: WanModel, tmp_path: Path) ->
         assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            load_wan(path)
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_wan(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="without a safetensors checkpoint"):
+        load_wan(tmp_path)
 
 
 def test_half_precision_files_load_in_the_dtype_that_is_asked_for(

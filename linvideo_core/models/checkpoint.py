@@ -1,16 +1,22 @@
 """Read published Wan checkpoints: the architecture off the tensors' shapes, then the weights.
 
-Official and ComfyUI-repackaged safetensors differ in a prefix alone.
+Official, ComfyUI-repackaged and diffusers files, single or sharded (`naming`, `stored`). Headers
+alone decide whether a checkpoint fits, so one that does not is refused before a weight is read.
 """
 
+import dataclasses
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import nn
 
+from .naming import KNOWN, describe_stranger, official_names
+from .stored import StoredTensor, find_tensors
 from .wan import WanConfig, WanModel
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _NOT_TEXT_TO_VIDEO = {
     "img_emb.": "image-to-video",
     "vace_blocks.": "VACE",
@@ -18,16 +24,48 @@ _NOT_TEXT_TO_VIDEO = {
     "casual_audio_encoder.": "speech-to-video",
     "face_adapter.": "animate",
 }
+_INSTEAD = (
+    "a text-to-video one is needed here; inside ComfyUI, LinVideo Linearize trains other variants "
+    "('run the transfer now')"
+)
+_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
-def infer_config(shapes: dict[str, tuple[int, ...]]) -> WanConfig:
-    """Read the architecture off parameter shapes (names without prefix).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A Wan checkpoint whose headers were read and fit; `load` reads the weights.
+
+    tensors: parameter name in our model -> where it lies.
+    """
+
+    path: Path
+    config: WanConfig
+    tensors: Mapping[str, StoredTensor]
+
+    def load(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> WanModel:
+        """Return the model; each tensor goes from its file to its place, one at a time."""
+        with torch.device("meta"):
+            model = WanModel(self.config)
+        stored = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[0]))
+        for path, group in itertools.groupby(stored, key=lambda item: item[1].path):
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name, tensor in group:
+                    owner, _, leaf = name.rpartition(".")
+                    value = file.get_tensor(tensor.name).to(dtype)
+                    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+        return model
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
+    """Read the architecture off parameter shapes (official names).
 
     Raises ValueError when the tensors are not those of a Wan text-to-video model.
     """
     for marker, variant in _NOT_TEXT_TO_VIDEO.items():
         if any(name.startswith(marker) for name in shapes):
-            raise ValueError(f"a Wan {variant} checkpoint was given; a text-to-video one is needed")
+            raise ValueError(f"a Wan {variant} checkpoint was given; {_INSTEAD}")
     try:
         num_layers = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks."))
         dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
@@ -46,49 +84,59 @@ def infer_config(shapes: dict[str, tuple[int, ...]]) -> WanConfig:
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
-            "not a Wan diffusion transformer (the tensors patch_embedding, text_embedding, "
-            "blocks.* and head.* were expected); give the diffusion model's own safetensors file"
+            f"not a Wan diffusion transformer: {describe_stranger(shapes)}; {KNOWN}"
         ) from error
     if config.in_channels != config.out_channels:
         raise ValueError(
             f"a Wan image-to-video or control checkpoint was given ({config.in_channels} channels "
-            f"in, {config.out_channels} out); a text-to-video one is needed"
+            f"in, {config.out_channels} out); {_INSTEAD}"
         )
     return config
+
+
+def open_wan(path: str | Path) -> Checkpoint:
+    """Read the headers of a Wan text-to-video checkpoint: a file, an index, a shard or a folder.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for anything else.
+    """
+    path = Path(path)
+    stored = find_tensors(path)
+    try:
+        names = official_names(stored)
+        tensors = {name: stored[there] for there, name in names.items()}
+        config = infer_config({name: tensor.shape for name, tensor in tensors.items()})
+        _check_dtypes(tensors)
+        _check_shapes(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Checkpoint(path=path, config=config, tensors=tensors)
 
 
 def load_wan(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> WanModel:
-    """Load a Wan text-to-video safetensors file, official or repackaged for ComfyUI.
+    """Load a Wan text-to-video checkpoint; see `open_wan`."""
+    return open_wan(path).load(device=device, dtype=dtype)
 
-    Raises FileNotFoundError or ValueError, in one sentence, for anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"model file {path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            prefix = next(p for p in _PREFIXES if any(n.startswith(p + "blocks.") for n in names))
-            names = [n for n in names if n.startswith(prefix)]
-            shapes = {n[len(prefix) :]: tuple(file.get_slice(n).get_shape()) for n in names}
-            config = infer_config(shapes)
-            state = {n[len(prefix) :]: file.get_tensor(n).to(dtype) for n in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    except StopIteration:
-        raise ValueError(f"{path} holds no Wan model: no tensor named blocks.*") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+
+def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            # What is learned from a rounded teacher is its rounding, too.
+            raise ValueError(
+                f"{name} is stored as {tensor.dtype}, a quantised model; give the fp16, bf16 or "
+                "fp32 file of the same model"
+            )
+
+
+def _check_shapes(tensors: Mapping[str, StoredTensor], config: WanConfig) -> None:
     with torch.device("meta"):
         model = WanModel(config)
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if shapes != needed:
-        names = [n for n in {**needed, **shapes} if shapes.get(n) != needed.get(n)]
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    if given != needed:
+        names = [n for n in {**needed, **given} if given.get(n) != needed.get(n)]
         raise ValueError(
-            f"{path} does not fit a Wan model of width {config.dim}: missing, unexpected or of "
+            f"it does not fit a Wan model of width {config.dim}: missing, unexpected or of "
             f"another shape are {names[:3]}"
         )
-    model.load_state_dict(state, assign=True)
-    return model.to(device)
