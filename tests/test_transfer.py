@@ -203,7 +203,7 @@ BAD: dict[str, tuple[dict[str, object], list[str], str]] = {
     "a missing model": ({"model": "none.safetensors"}, [], "none.safetensors does not exist"),
     "no safetensors": ({"model": "text.safetensors"}, [], "text.safetensors"),
     "a model that is none": ({"model": "prompts.safetensors"}, [], "holds no Wan model"),
-    "a folder": ({"model": "."}, [], "does not exist"),
+    "a folder of several files": ({"model": "."}, [], "give one of these files"),
     "a target beyond the layers": ({"target": NUM_LAYERS + 1}, [], "--target 4 given"),
     "a layer beyond the model": ({"layers": "0,3"}, [], "--layers 0,3 given; the model has no"),
     "a list against the target": ({"layers": "1"}, [], "--target is 2; give --target 1"),
