@@ -110,7 +110,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-3,
         "layer_score_learning_rate": 0.03,
         "warmup_steps": 40,
-        "compile": True,
+        "cuda_graphs": True,
         "checkpoint_every": 100,
         "log_every": 20,
         "evaluate_samples": 250,

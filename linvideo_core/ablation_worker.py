@@ -31,7 +31,7 @@ from .trajectories import Trajectories, collect
 
 ROW_NAME, SAMPLES_NAME = "row.json", "samples.safetensors"
 
-# Steps over which a step's time is measured, after some that tune kernels and fill caches.
+# Steps over which a step's time is measured, after some that tune and capture kernels.
 _TIMED_STEPS, _UNTIMED_STEPS = 40, 10
 
 
@@ -153,21 +153,20 @@ class Worker:
         return row
 
     def _time_steps(self, run: Run) -> Row:
-        """Return seconds per step of a training, its phases in their shares, and its memory."""
+        """Return seconds per step of a training whose layers are chosen, and its memory."""
         folder = self.config.out / "timing"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         is_cuda = self.device.startswith("cuda")
-        for steps in (_UNTIMED_STEPS, _TIMED_STEPS):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            if is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            # Not compiled: so few steps would measure the compiler.
-            settings = {"steps": steps, "warm_start_steps": 0, "out": folder, "compile": False}
-            short = dataclasses.replace(run, config=override(run.config, settings))
-            clock = TrainingClock(self.device, folder / "seconds.json")
-            self._train(short, clock, None, Student(self.subject, short.config.student, seed=0))
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        steps = _UNTIMED_STEPS + _TIMED_STEPS
+        settings = {"steps": steps, "warm_start_steps": 0, "out": folder, "choice": "first"}
+        short = dataclasses.replace(run, config=override(run.config, settings))
+        clock = TrainingClock(self.device, folder / "seconds.json", num_untimed=_UNTIMED_STEPS)
+        self._train(short, clock, None, Student(self.subject, short.config.student, seed=0))
         shutil.rmtree(folder)
-        row = {"seconds_per_step": clock.seconds / _TIMED_STEPS}
+        row = {"seconds_per_step": clock.seconds / steps}
         if is_cuda:
             row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
         return row

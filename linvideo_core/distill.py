@@ -21,7 +21,7 @@ import torch
 
 from . import __version__, report
 from . import artifact as artifact_files
-from .adapters import compiled_blocks, shapes_of
+from .adapters import shapes_of
 from .artifact import Artifact
 from .comparison import EVALUATION_NAME, compare_few_step, read_evaluation, save_comparison
 from .config import option, parse, run_command, to_json
@@ -38,7 +38,7 @@ from .evidence import EvidenceConfig, compare_config, is_evaluated
 from .health import Health
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, open_run, read_metrics
-from .student import Student
+from .student import Student, accelerated
 from .subject import Subject, SubjectConfig, load_subject
 from .tables import show_table
 from .teacher_videos import measure_likeness
@@ -215,9 +215,8 @@ def distill(
         precision=precision,
         seed=config.seed,
     )
-    compiled = [student.model, subject.model, task.critic] if config.training.compile else []
     folder = config.out / "training"
-    with compiled_blocks(compiled, student.sites):
+    with accelerated([student.model, subject.model, task.critic], student, config.training):
         fit(task, config.training, folder, seed=config.seed, progress=progress, watch=Health())
     report.plot_losses(read_metrics(folder / "metrics.jsonl"), config.out / "losses.png")
     made = artifact_files.extract(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from . import __version__, artifact
-from .adapters import compiled_blocks
 from .config import option
 from .devices import device_option, precision_option
 from .evidence import EvidenceConfig
@@ -21,7 +20,7 @@ from .objectives import ObjectiveConfig
 from .progress import Progress
 from .selection import SelectionConfig, choose_layers
 from .sensitivity import RANKING_NAME, SensitivityConfig, measure, rank
-from .student import Student, StudentConfig, TransferTask
+from .student import Student, StudentConfig, TransferTask, accelerated
 from .subject import Subject, SubjectConfig
 from .training import TrainingConfig, fit
 from .trajectories import Trajectories, TrajectoryConfig, collect
@@ -123,8 +122,8 @@ def train(
         layers=choose_layers(config.selection, list(student.mixed), config.seed, ranking),
         ranking=ranking,
     )
-    compiled = [student.model, subject.model] if config.training.compile else []
-    with compiled_blocks(compiled, student.sites):
+    models = [student.model, subject.model, *([task.critic] if task.critic else [])]
+    with accelerated(models, student, config.training):
         fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
 
 

@@ -1,9 +1,10 @@
 """The student: the teacher's twin with mixed attention, and the task of training it."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from . import lora
 from .adapters import (
     AttentionSite,
     checkpoint_activations,
+    compiled_blocks,
     identify,
     install,
     shapes_of,
@@ -23,6 +25,7 @@ from .batches import draw_batch
 from .config import option, positive
 from .models.denoiser import bind, bind_guided
 from .objectives import ObjectiveConfig, Players, make_objective, needs_critic
+from .replay import replayed
 from .selection import Selection, SelectionConfig
 from .subject import Subject
 from .training import ParameterGroup, TrainingConfig
@@ -91,11 +94,28 @@ class Student:
             parameter.requires_grad_(True)
         return weights
 
+    def choices(self) -> tuple[str | None, ...]:
+        """Return what each layer computes: "linear", "softmax", or None while it mixes both."""
+        return tuple(module.choice for module in self.mixed.values())
+
 
 def twin(model: nn.Module) -> nn.Module:
     """Return a copy of a model's modules that hold the model's own parameters and buffers."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+@contextlib.contextmanager
+def accelerated(
+    models: Sequence[nn.Module], student: Student, config: TrainingConfig
+) -> Iterator[None]:
+    """Compile or replay a training's models, as its settings ask, while the context lasts."""
+    with contextlib.ExitStack() as stack:
+        if config.compile:
+            stack.enter_context(compiled_blocks(models, student.sites))
+        if config.cuda_graphs:
+            stack.enter_context(replayed(models, student.choices))
+        yield
 
 
 class TransferTask:

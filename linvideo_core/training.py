@@ -41,12 +41,18 @@ class TrainingConfig:
     checkpoint_every: int = option(50, "steps between checkpoints")
     log_every: int = option(5, "steps between rows of metrics.jsonl")
     compile: bool = option(False, "compile the blocks: a minute at the start, then much faster")
+    cuda_graphs: bool = option(False, "replay a small model's kernels without launching each")
     activation_checkpointing: bool = option(False, "recompute blocks backward to save memory")
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_size", "accumulation", "learning_rate", "map_learning_rate")
         positive(self, "clip_norm", "checkpoint_every", "log_every")
         fraction(self, "ema_decay")
+        if self.cuda_graphs and self.activation_checkpointing:
+            raise ValueError(
+                "--cuda-graphs and --activation-checkpointing given; graphs keep all activations: "
+                "leave one of them out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,13 @@ class TrainingClock:
     seconds: of the whole training; None before its end, or where its last step went unheard.
     """
 
-    def __init__(self, device: str, path: Path) -> None:
-        """path: a JSON file that keeps the seconds for a call that finds the training done."""
+    def __init__(self, device: str, path: Path, num_untimed: int = 0) -> None:
+        """path: a JSON file that keeps the seconds for a call that finds the training done.
+
+        num_untimed: first steps that are not heard, since what they do is done once.
+        """
         self.device = device
+        self.num_untimed = num_untimed
         self.path = path
         self.seconds: float | None = None
         self._first: int | None = None
@@ -29,7 +33,7 @@ class TrainingClock:
 
     def hear(self, stage: str, done: int, total: int) -> None:
         """Take the time at the first and the last report of the training."""
-        if stage != "training":
+        if stage != "training" or done < self.num_untimed:
             return
         if self._first is None:
             self._first, self._started = done, self._now()

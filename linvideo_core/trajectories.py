@@ -99,18 +99,22 @@ class Trajectories:
 
         They are numbered video by video; a video's states go through its noise levels in order.
         """
-        rows: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(States)}
-        for pick in picks:
-            index = int(torch.searchsorted(self._ends, pick, right=True))
+        where = torch.searchsorted(self._ends, picks, right=True)
+        parts: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(States)}
+        order = []
+        for index in where.unique().tolist():
             shard = self._shards[index]
-            num_kept = shard["step"].shape[1]
-            offset = int(pick) - (int(self._ends[index - 1]) if index else 0)
-            video, state = divmod(offset, num_kept)
-            rows["prompt"].append(shard["prompt"][video])
+            places = (where == index).nonzero().squeeze(1)
+            first = self._ends[index - 1] if index else 0
+            video = (picks[places] - first) // self.states_per_trajectory
+            state = (picks[places] - first) % self.states_per_trajectory
+            order.append(places)
+            parts["prompt"].append(shard["prompt"][video])
             for name in ("latents", "conditional", "unconditional", "step"):
-                rows[name].append(shard[name][video, state])
-        stacked = {name: torch.stack(values).to(device) for name, values in rows.items()}
-        return States(**{n: t.float() if t.is_floating_point() else t for n, t in stacked.items()})
+                parts[name].append(shard[name][video, state])
+        back = torch.cat(order).argsort()
+        drawn = {name: torch.cat(values)[back].to(device) for name, values in parts.items()}
+        return States(**{n: t.float() if t.is_floating_point() else t for n, t in drawn.items()})
 
 
 def collect(

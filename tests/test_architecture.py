@@ -31,6 +31,7 @@ ALLOWED = {
     "objectives": {"flow", "config", "dmd2"},
     "progress": set(),
     "recipe": {"few_step", "flow"},
+    "replay": set(),
     "run_folder": {"config", "storage"},
     "selection": {"attention", "config"},
     "sensitivity": {
