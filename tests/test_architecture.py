@@ -44,6 +44,7 @@ ALLOWED = {
         "trajectories",
     },
     "spectrum": set(),
+    "stages": {"artifact", "demo"},
     "storage": set(),
     "teacher_features": {"adapters", "attention", "flow", "models"},
     "training": {"config", "progress", "storage"},
