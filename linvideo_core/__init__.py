@@ -20,6 +20,7 @@ The flow, and the one noun that each stage hands on:
     motion, spectrum    what is seen of the videos alone;
     teacher_features    what the teacher sees in them    -> fidelity
     evaluation, bench   measures, on equal terms         -> comparison
+    stages              a linearized file, its distilled -> by what name they are compared
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     ablations, workers  declared runs, several at a time;
     ablation_worker     one of them on equal terms       -> a row

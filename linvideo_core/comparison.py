@@ -23,6 +23,7 @@ from .storage import write_json
 from .subject import Subject
 
 EVALUATION_NAME = "evaluation.json"
+STEPS_NAME = "steps.png"
 SWAPPED_SEED = 0
 
 _CAPTIONS = {"swapped": "before training", "student": "after training"}
@@ -142,28 +143,34 @@ def compare_few_step(
     *,
     seed: int,
     precision: str = "fp32",
+    plain_steps: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Comparison:
     """Compare steps against quality: the teacher and its student at all steps, then at few.
 
     distilled: name -> a file with sigmas. The model "linearized_N_plain" takes as many Euler steps
-        with guidance as the first of them without having been distilled.
+        with guidance as one of them without having been distilled.
+    plain_steps: numbers of Euler steps that teacher ("teacher_N_plain") and student also take,
+        without pictures.
     """
-    steps = len(next(iter(distilled.values())).header.sigmas) - 1
-    plain = f"linearized_{steps}_plain"
-    students = {
-        "linearized": artifact_files.transfer_into(subject.model, linearized),
-        plain: artifact_files.transfer_into(subject.model, linearized),
-    }
-    students |= {
-        name: artifact_files.transfer_into(subject.model, made) for name, made in distilled.items()
-    }
-    few = make_sigmas(steps, settings.shift)
-    recipes = {plain: Recipe(sigmas=few, guidance_scale=settings.guidance_scale)}
+    students = {"linearized": artifact_files.transfer_into(subject.model, linearized)}
+    recipes = {}
+    own_steps = {len(made.header.sigmas) - 1 for made in distilled.values()}
+    for steps in sorted(own_steps | set(plain_steps), reverse=True):
+        plain = {"linearized": artifact_files.transfer_into(subject.model, linearized)}
+        if steps in plain_steps:
+            plain["teacher"] = contextlib.nullcontext(subject.model)
+        sigmas = make_sigmas(steps, settings.shift)
+        for name, context in plain.items():
+            students[f"{name}_{steps}_plain"] = context
+            recipes[f"{name}_{steps}_plain"] = Recipe(
+                sigmas=sigmas, guidance_scale=settings.guidance_scale
+            )
     for name, made in distilled.items():
         sigmas = torch.tensor(made.header.sigmas)
+        students[name] = artifact_files.transfer_into(subject.model, made)
         recipes[name] = Recipe(sigmas=sigmas, guidance_scale=1.0, is_few_step=True)
-    return compare(
+    result = compare(
         subject,
         students,
         settings,
@@ -172,14 +179,21 @@ def compare_few_step(
         progress=progress,
         recipes=recipes,
     )
+    hidden = {f"teacher_{steps}_plain" for steps in plain_steps}
+    hidden |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
+    result.frames = {name: x for name, x in result.frames.items() if name not in hidden}
+    return result
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     """Write the pictures, then evaluation.json; return what that holds.
 
+    Models of several numbers of steps are drawn by them, in steps.png.
     `settings`, `rows` and `velocity_rows`, as in `Comparison`.
     """
     save_pictures(comparison, folder)
+    if len({row["steps"] for row in comparison.rows}) > 1:
+        report.plot_steps(comparison.rows, folder / STEPS_NAME)
     result = {
         "settings": dataclasses.asdict(comparison.settings),
         "rows": comparison.rows,

@@ -23,9 +23,14 @@ from . import __version__, report
 from . import artifact as artifact_files
 from .adapters import shapes_of
 from .artifact import Artifact
-from .comparison import EVALUATION_NAME, compare_few_step, read_evaluation, save_comparison
+from .comparison import (
+    EVALUATION_NAME,
+    STEPS_NAME,
+    compare_few_step,
+    read_evaluation,
+    save_comparison,
+)
 from .config import option, parse, run_command, to_json
-from .demo import weights_path
 from .devices import device_option, precision_option, resolve_device, resolve_precision
 from .distillation import (
     DistillationConfig,
@@ -38,6 +43,7 @@ from .evidence import EvidenceConfig, compare_config, is_evaluated
 from .health import Health
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, open_run, read_metrics
+from .stages import load_first_stage, name_of
 from .student import Student, accelerated
 from .subject import Subject, SubjectConfig, load_subject
 from .tables import show_table
@@ -57,6 +63,7 @@ _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
     "samples.gif": "the same videos by the teacher and the others, at all steps and at few",
     "samples.png": "their frames side by side",
+    STEPS_NAME: "quality by number of steps",
     "losses.png": "how training went",
     EVALUATION_NAME: "every measure",
 }
@@ -113,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic_learning_rate": 2e-4,
         "warmup_steps": 50,
         "ema_decay": 0.98,
-        "compile": True,
+        "cuda_graphs": True,
         "checkpoint_every": 500,
         "log_every": 25,
         "evaluate_samples": 1000,
@@ -159,27 +166,6 @@ def run(config: DistillConfig, progress: Progress = silent) -> Path:
         )
         save_comparison(comparison, config.out)
     return path
-
-
-def load_first_stage(path: Path | None) -> Artifact:
-    """Load the file that a distillation starts from.
-
-    Raises ArtifactError, in one sentence, for a damaged one or one that was distilled already.
-    """
-    path = path or weights_path("linearized.safetensors")
-    artifact = artifact_files.load(path)
-    if artifact.header.sigmas:
-        raise ValueError(
-            f"{path} is distilled already; give the file that `transfer` made, with any number of "
-            "steps"
-        )
-    return artifact
-
-
-def name_of(artifact: Artifact) -> str:
-    """Return how a comparison calls a distilled file: "distilled_4" or "single_stage_4"."""
-    is_single = artifact.header.provenance.get("stages") == 1
-    return f"{'single_stage' if is_single else 'distilled'}_{len(artifact.header.sigmas) - 1}"
 
 
 def distill(

@@ -6,7 +6,13 @@ layers merely swapped for untrained linear attention, and the student.
     python -m linvideo_core.evaluate --preset full --record           # a GPU; README's table
     python -m linvideo_core.evaluate --model wan.safetensors --prompts prompts.safetensors \
         --artifact linearized.safetensors
-The folder `--out` then holds evaluation.json, samples.png, samples.gif and velocity_error.png.
+With `--distilled` it compares steps against quality: the teacher and the linearized model by Euler
+at all steps and at few, the distilled ones at their own.
+    python -m linvideo_core.evaluate --distilled runs/distill/distilled.safetensors
+    python -m linvideo_core.evaluate --preset full --record \
+        --distilled distilled.safetensors,single_stage.safetensors
+The folder `--out` then holds evaluation.json, samples.png, samples.gif and velocity_error.png, with
+`--distilled` also steps.png.
 """
 
 import dataclasses
@@ -16,14 +22,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import artifact as artifact_files
 from .adapters import shapes_of
-from .comparison import CompareConfig, compare_artifact, save_comparison
+from .bench import CompareConfig
+from .comparison import (
+    Comparison,
+    compare_artifact,
+    compare_few_step,
+    save_comparison,
+)
 from .config import option, parse, run_command, to_flags, to_json
-from .demo import weights_path
 from .devices import device_option, precision_option, resolve_device, resolve_precision
 from .progress import Progress, TqdmProgress, silent
 from .records import RESULTS_FOLDER, write_record
+from .report import plot_steps
+from .stages import load_first_stage, load_second_stages
 from .storage import write_text
 from .subject import SubjectConfig, load_subject
 from .tables import show_table
@@ -32,6 +47,17 @@ logger = logging.getLogger(__name__)
 
 RECORD_PATH = RESULTS_FOLDER / "transfer_demo.json"
 RECORD_KEYS = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "seconds")
+FEW_STEP_RECORD_PATH = RESULTS_FOLDER / "few_step.json"
+FEW_STEP_KEYS = (
+    "model",
+    "steps",
+    "digit",
+    "motion",
+    "motion_energy",
+    "frechet",
+    "diversity",
+    "seconds_per_video",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +67,16 @@ class EvaluateConfig:
     subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
     comparison: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
+    distilled: str = option(
+        "", "files that were distilled from it, such as a.safetensors,b.safetensors; none: no few"
+    )
+    plain_steps: str = option(
+        "25,8,4", "with --distilled: Euler steps that teacher and linearized model take as well"
+    )
     out: Path = option(Path("runs/evaluate"), "folder for tables and pictures")
-    record: bool = option(False, "write results/transfer_demo.json, which README shows")
+    record: bool = option(
+        False, "write results/transfer_demo.json, with --distilled results/few_step.json"
+    )
     seed: int = option(0, "seed of noise and prompts")
     device: str = device_option()
     precision: str = precision_option()
@@ -55,6 +89,23 @@ class EvaluateConfig:
                 "--record was given with --model, --prompts or --artifact; the record is of "
                 "the embedded model and its own file alone"
             )
+        self.numbers_of_plain_steps()
+
+    def distilled_paths(self) -> list[Path]:
+        """Return the distilled files, none by default."""
+        return [Path(name.strip()) for name in self.distilled.split(",") if name.strip()]
+
+    def numbers_of_plain_steps(self) -> list[int]:
+        """Return the numbers of Euler steps that are compared with all steps.
+
+        Raises ValueError for anything but a list of numbers.
+        """
+        words = [word.strip() for word in self.plain_steps.split(",") if word.strip()]
+        if not all(word.isascii() and word.isdigit() for word in words):
+            raise ValueError(
+                f"--plain-steps {self.plain_steps} given; numbers such as 25,8,4 are needed"
+            )
+        return sorted({int(word) for word in words} - {0, self.comparison.steps}, reverse=True)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -71,24 +122,27 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    path = config.artifact or weights_path("linearized.safetensors")
-    artifact = artifact_files.load(path)
+    first = load_first_stage(config.artifact)
+    distilled = load_second_stages(config.distilled_paths(), first)
     subject = load_subject(config.subject).to(device)
-    artifact_files.check(artifact, shapes_of(subject.model))
+    for artifact in (first, *distilled.values()):
+        artifact_files.check(artifact, shapes_of(subject.model))
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "config.json", to_json(config))
-    logger.info("comparing %s with its student on %s in %s", subject.name, device, precision)
-    comparison = compare_artifact(
-        subject,
-        artifact,
-        config.comparison,
-        seed=config.seed,
-        precision=precision,
-        progress=progress,
-    )
+    logger.info("comparing %s with its students on %s in %s", subject.name, device, precision)
+    how = {"seed": config.seed, "precision": precision, "progress": progress}
+    if distilled:
+        steps = config.numbers_of_plain_steps()
+        comparison = compare_few_step(
+            subject, first, distilled, config.comparison, plain_steps=steps, **how
+        )
+    else:
+        comparison = compare_artifact(subject, first, config.comparison, **how)
     result = save_comparison(comparison, config.out)
-    if config.record:
-        count = f"{len(artifact.header.layers)} of {artifact.header.num_layers}"
+    if config.record and distilled:
+        record_few_step(FEW_STEP_RECORD_PATH, comparison, list(distilled), config, device)
+    elif config.record:
+        count = f"{len(first.header.layers)} of {first.header.num_layers}"
         write_record(
             RECORD_PATH,
             title=f"Embedded model, {count} layers linear, {config.comparison.num_samples} samples",
@@ -97,6 +151,39 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
             device=device,
         )
     return result
+
+
+def record_few_step(
+    path: Path,
+    comparison: Comparison,
+    distilled: Sequence[str],
+    config: EvaluateConfig,
+    device: torch.device,
+) -> None:
+    """Write the record of few steps and, beside it, its picture.
+
+    distilled: the names of the distilled models, the first of which the title speaks of.
+    All other steps are in the record's details.
+    """
+    measured = [{key: row.get(key) for key in FEW_STEP_KEYS} for row in comparison.rows]
+    by_name = {row["model"]: row for row in measured}
+    teacher, best = by_name["teacher"], by_name[distilled[0]]
+    own_steps = sorted({by_name[name]["steps"] for name in distilled}, reverse=True)
+    plain = [f"linearized_{steps}_plain" for steps in own_steps]
+    names = ["teacher", "linearized", *plain, *distilled]
+    saving = teacher["seconds_per_video"] / best["seconds_per_video"]
+    write_record(
+        path,
+        title=(
+            f"Embedded model, {config.comparison.num_samples} samples: {best['steps']} steps take "
+            f"1/{saving:.1f} of the time of {teacher['steps']} guided ones"
+        ),
+        command=describe_command(config),
+        rows=[by_name[name] for name in names],
+        device=device,
+        details={"all_steps": measured},
+    )
+    plot_steps(comparison.rows, path.with_suffix(".png"))
 
 
 def describe_command(config: EvaluateConfig) -> str:
@@ -114,7 +201,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with TqdmProgress() as progress:
         result = run(config, progress)
-    sys.stdout.write(f"\n{show_table(result['rows'])}\npictures and tables: {config.out}\n")
+    rows = result["rows"]
+    if config.distilled_paths():
+        rows = [{key: row[key] for key in FEW_STEP_KEYS if key in row} for row in rows]
+    sys.stdout.write(f"\n{show_table(rows)}\npictures and tables: {config.out}\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 A table stands between `<!-- record:NAME -->` and `<!-- /record -->`, NAME being results/NAME.json.
 `<!-- record:NAME model=teacher|student steps=4 -->` shows only the rows with one of these values.
+`<!-- record:NAME? -->` shows nothing as long as there is no such record.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ RESULTS_FOLDER = REPOSITORY / "results"
 KEYS = ("title", "command", "date", "device", "versions", "rows")
 
 _MARKED = re.compile(
-    r"(<!-- record:(\w+)((?: \w+=[\w.|]+)*) -->\n)(.*?)(<!-- /record -->)", re.DOTALL
+    r"(<!-- record:(\w+)(\??)((?: \w+=[\w.|]+)*) -->\n)(.*?)(<!-- /record -->)", re.DOTALL
 )
 _OPENING = re.compile(r"<!-- record:")
 
@@ -132,7 +133,9 @@ def render_page(text: str, results: Path) -> str:
         )
 
     def fill(match: re.Match) -> str:
-        opening, name, wanted, _, closing = match.groups()
+        opening, name, is_awaited, wanted, _, closing = match.groups()
+        if is_awaited and not (results / f"{name}.json").exists():
+            return f"{opening}{closing}"
         record = read_record(results / f"{name}.json")
         record["rows"] = _select(record["rows"], wanted.split())
         return f"{opening}{render_record(record)}{closing}"

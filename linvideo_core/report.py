@@ -138,6 +138,53 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_steps(rows: Sequence[Row], path: Path) -> None:
+    """Draw quality by number of sampling steps: a line for each model, a point where it has one.
+
+    rows: dicts with `model`, `steps` and measures; models whose names differ only in their steps
+        ("teacher", "teacher_8_plain") make one line. Measures that no row has are left out.
+    """
+    titles = {
+        "frechet": "Frechet distance to real clips",
+        "frechet_teacher_features": "Frechet distance on teacher features",
+        "motion": "Right motion (share of samples)",
+        "motion_energy": "Speed / the teacher's",
+    }
+    titles = {k: v for k, v in titles.items() if any(row.get(k) is not None for row in rows)}
+    if not titles:
+        raise ValueError("no measure by number of steps was taken, so there is nothing to plot")
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["model"].removesuffix("_plain").removesuffix(f"_{row['steps']}")
+        lines.setdefault(name, []).append(row)
+    figure = _figure(4.2 * len(titles), 4.0)
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        _style(axes, "sampling steps", "")
+        for i, (name, mine) in enumerate(lines.items()):
+            points = sorted((r["steps"], r[key]) for r in mine if r.get(key) is not None)
+            axes.plot(
+                [steps for steps, _ in points],
+                [value for _, value in points],
+                color=_COLOURS[i % len(_COLOURS)],
+                marker="osD^v"[i % 5],
+                markersize=6,
+                linewidth=1.8,
+                label=name.replace("_", " "),
+            )
+        steps = sorted({row["steps"] for row in rows})
+        axes.set_xscale("log")
+        axes.set_xticks(steps, [str(n) for n in steps])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if key.startswith("frechet") and all((row.get(key) or 0) > 0 for row in rows):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        _title(axes, title)
+    panels[0].legend(frameon=False, labelcolor=INK)
+    _save(figure, path)
+
+
 def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -> None:
     """Draw time and extra memory of one layer by number of tokens, both axes logarithmic.
 

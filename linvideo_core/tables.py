@@ -57,9 +57,11 @@ def show_table(rows: Sequence[Row]) -> str:
     names = [name for name in rows[0] if name != "model"]
     labels = {name: _LABELS.get(name, name.replace("_", " ")) for name in names}
     left = max(map(len, labels.values())) + 2
-    lines = [" " * left + "".join(f"{row['model']:>12}" for row in rows)]
+    widths = [max(12, len(row["model"]) + 2) for row in rows]
+    columns = list(zip(rows, widths, strict=True))
+    lines = [" " * left + "".join(f"{row['model']:>{width}}" for row, width in columns)]
     for name, label in labels.items():
-        values = "".join(f"{format_value(row.get(name)):>12}" for row in rows)
+        values = "".join(f"{format_value(row.get(name)):>{width}}" for row, width in columns)
         lines.append(f"{label:<{left}}{values}")
     return "\n".join(lines) + "\n"
 

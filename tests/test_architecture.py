@@ -45,6 +45,7 @@ ALLOWED = {
         "trajectories",
     },
     "spectrum": set(),
+    "stages": {"artifact", "demo"},
     "storage": set(),
     "teacher_features": {"adapters", "attention", "flow", "models"},
     "training": {"config", "progress", "storage"},

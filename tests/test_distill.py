@@ -22,6 +22,7 @@ from linvideo_core.flow import add_noise, make_sigmas, velocity_to_x0
 from linvideo_core.health import Health
 from linvideo_core.models.denoiser import bind
 from linvideo_core.progress import silent
+from linvideo_core.stages import load_first_stage
 from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject
 from linvideo_core.teacher_videos import Likeness
@@ -283,7 +284,7 @@ def test_a_distilled_file_is_not_distilled_again(
 ) -> None:
     run(subject, linearized, tmp_path)
     with pytest.raises(ValueError, match="is distilled already; give the file that `transfer`"):
-        distill.load_first_stage(tmp_path / distill.ARTIFACT_NAME)
+        load_first_stage(tmp_path / distill.ARTIFACT_NAME)
 
 
 def test_one_call_of_a_generator_predicts_the_video_itself() -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from linvideo_core import artifact, bench, comparison, evaluate, held_out
+from linvideo_core import artifact, bench, comparison, evaluate, held_out, records
 from linvideo_core.adapters import identify, install, shapes_of
 from linvideo_core.attention import LinearAttention
 from linvideo_core.comparison import CompareConfig, compare, swap
@@ -188,6 +188,7 @@ def test_pictures_are_written_for_any_subject(subject: Subject, tmp_path: Path) 
     [
         (["--num-samples", "1"], "2 or more"),
         (["--steps", "0"], "greater than 0"),
+        (["--plain-steps", "8;4"], "numbers such as"),
         (["--model", "wan.safetensors"], "--artifact"),
         (["--record", "true", "--artifact", "mine.safetensors"], "--record"),
     ],
@@ -236,6 +237,85 @@ def test_the_command_writes_tables_and_pictures_of_a_model_of_ones_own(
     assert [row["model"] for row in rows] == ["teacher", "swapped", "student"]
     shown = capsys.readouterr().out
     assert "distance to teacher" in shown and "student" in shown
+
+
+def distil(path: Path, out: Path, **changes: object) -> Path:
+    """Write a file as `distill` makes it from a linearized one, without any training."""
+    first = artifact.load(path)
+    changes = {"sigmas": (1.0, 0.6, 0.0), "provenance": {"stages": 2}} | changes
+    header = dataclasses.replace(first.header, **changes)
+    artifact.save(dataclasses.replace(first, header=header), out)
+    return out
+
+
+def few_step_config(own_files: dict[str, Path], *distilled: Path) -> EvaluateConfig:
+    return EvaluateConfig(
+        subject=SubjectConfig(
+            model=own_files["--model"],
+            prompts=own_files["--prompts"],
+            num_frames=13,
+            height=32,
+            width=48,
+        ),
+        comparison=CompareConfig(num_samples=4, steps=4, batch_size=4, seeds_per_prompt=2),
+        artifact=own_files["--artifact"],
+        distilled=",".join(map(str, distilled)),
+        plain_steps="3, 2",
+        out=own_files["--model"].parent / "out",
+        device="cpu",
+    )
+
+
+def test_steps_are_compared_with_quality_in_one_run_and_recorded(
+    own_files: dict[str, Path], subject: Subject, tmp_path: Path
+) -> None:
+    two = distil(own_files["--artifact"], tmp_path / "two.safetensors")
+    one = distil(own_files["--artifact"], tmp_path / "one.safetensors", provenance={"stages": 1})
+    config = few_step_config(own_files, two, one)
+    rows = evaluate.run(config)["rows"]
+    assert {row["model"]: row["steps"] for row in rows} == {
+        "teacher": 4,
+        "linearized": 4,
+        "linearized_3_plain": 3,
+        "teacher_3_plain": 3,
+        "linearized_2_plain": 2,
+        "teacher_2_plain": 2,
+        "distilled_2": 2,
+        "single_stage_2": 2,
+    }
+    assert (config.out / "steps.png").exists()
+    by_name = {row["model"]: row for row in rows}
+    # Same weights, same steps, yet another sampler: fresh noise instead of Euler's line.
+    assert by_name["distilled_2"]["distance_to_teacher"] > 1e-4
+    assert all(row["diversity"] > 0 and row["seconds_per_video"] > 0 for row in rows)
+    names = ["distilled_2", "single_stage_2"]
+    found = comparison.Comparison(
+        settings=config.comparison, rows=rows, velocity_rows=[], frames={}, prompts=[]
+    )
+    path = tmp_path / "results" / "few_step.json"
+    evaluate.record_few_step(path, found, names, config, torch.device("cpu"))
+    record = records.read_record(path)
+    assert [row["model"] for row in record["rows"]] == [
+        "teacher", "linearized", "linearized_2_plain", *names
+    ]  # fmt: skip
+    assert all(tuple(row) == evaluate.FEW_STEP_KEYS for row in record["rows"])
+    assert f"--distilled {two},{one}" in record["command"]
+    assert path.with_suffix(".png").exists()
+
+
+def test_files_of_the_wrong_stage_are_refused_in_one_sentence(
+    own_files: dict[str, Path], tmp_path: Path
+) -> None:
+    first = own_files["--artifact"]
+    two = distil(first, tmp_path / "two.safetensors")
+    for paths, reason in (
+        ([first], "is not distilled; give a file that `distill` made"),
+        ([two, two], "is a second distilled_2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            evaluate.run(few_step_config(own_files, *paths))
+    with pytest.raises(ValueError, match="is distilled already"):
+        evaluate.run(dataclasses.replace(few_step_config(own_files), artifact=two))
 
 
 def test_a_file_for_another_model_is_refused_before_sampling(

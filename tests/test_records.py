@@ -88,6 +88,15 @@ def test_a_marker_may_choose_among_the_rows(config: RecordsConfig) -> None:
     assert "No rows." in render_page(page.replace("=7", "=8"), config.results)
 
 
+def test_a_record_that_is_awaited_shows_nothing_until_it_is_there(config: RecordsConfig) -> None:
+    page = PAGE.replace("record:demo", "record:demo?")
+    shown = render_page(page, config.results)
+    assert "| teacher |" in shown and "old" not in shown
+    (config.results / "demo.json").unlink()
+    empty = render_page(shown, config.results)
+    assert empty == "# Title\n\n<!-- record:demo? -->\n<!-- /record -->\n\nafter\n"
+
+
 @pytest.mark.parametrize("text", ["<!-- record:demo -->\nopen", PAGE.replace("/record", "/rec")])
 def test_a_marker_that_does_not_close_is_refused(config: RecordsConfig, text: str) -> None:
     with pytest.raises(ValueError, match="marker"):

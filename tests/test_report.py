@@ -60,12 +60,25 @@ def test_velocity_error_is_drawn_for_several_models(tmp_path: Path) -> None:
     assert not is_blank(tmp_path / "error.png")
 
 
+def test_quality_by_steps_is_drawn_with_and_without_a_judge(tmp_path: Path) -> None:
+    rows = [
+        {"model": model, "steps": steps, "frechet_teacher_features": value, "motion_energy": value}
+        for model, steps, value in (
+            ("teacher", 50, 0.0), ("teacher_4_plain", 4, 3.0), ("distilled_4", 4, 0.5)
+        )
+    ]  # fmt: skip
+    for judged in ({}, {"frechet": 0.5, "motion": None}):
+        report.plot_steps([row | judged for row in rows], tmp_path / "steps.png")
+        assert not is_blank(tmp_path / "steps.png")
+
+
 @pytest.mark.parametrize(
     "plot",
     [
         lambda path: report.plot_layer_scores([{"step": 0, "loss": 1.0}], path, target=1),
         lambda path: report.plot_losses([], path),
         lambda path: report.plot_velocity_error([], path),
+        lambda path: report.plot_steps([], path),
     ],
 )
 def test_a_plot_of_nothing_is_refused(tmp_path: Path, plot) -> None:
