@@ -50,7 +50,7 @@ def summarize(table: str, name: str, runs: Sequence[Row]) -> Row:
     columns = dict.fromkeys(column for run in whole for column in run if column != "seed")
     for column in sorted(columns, key=lambda c: _LEADING.index(c) if c in _LEADING else math.inf):
         values = [run.get(column) for run in whole]
-        if not all(_is_number(value) for value in values):
+        if not all(is_number(value) for value in values):
             continue
         row[column] = statistics.fmean(values)
         if len(values) > 1:
@@ -99,5 +99,6 @@ def is_below_by_own_spread(lower: Sequence[float], value: float) -> bool:
     return max(lower) < value and value - statistics.fmean(lower) > statistics.stdev(lower)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Say whether a measure is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
