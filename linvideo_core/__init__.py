@@ -23,7 +23,8 @@ The flow, and the one noun that each stage hands on:
     stages              a linearized file, its distilled -> by what name they are compared
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     ablations, workers  declared runs, several at a time;
-    ablation_worker     one of them on equal terms       -> a row
+    ablation_worker,    one of them on equal terms;      -> a row
+    kept_frames         a few of its videos
     ablation_results    means and spread over seeds      -> ablation.json
     report, pictures    plots, videos side by side;
     datasheet, tables   a file's picture; rows of text   -> what a reader sees

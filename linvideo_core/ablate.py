@@ -24,6 +24,7 @@ from .ablation_results import Row, share_of_teacher, show_tables, summarize
 from .ablation_worker import (
     ROW_NAME,
     SAMPLES_NAME,
+    UNTRAINED_NAME,
     SampleTeacher,
     TimeSteps,
     Worker,
@@ -52,6 +53,7 @@ RECORD_PATH = RESULTS_FOLDER / "evidence.json"
 # What a repeated command may change: none of it decides a run's result.
 _FREE_FIELDS = ("out", "tables", "only", "seeds", "jobs", "max_minutes", "record")
 _FREE_OF_RECORD = ("out", "device", "jobs", "max_minutes")
+_DETAILS = ("teacher", "untrained", "members", "runs", "plan")
 _SAID = ("digit", "motion", "frechet", "frechet_teacher", "error")
 
 
@@ -65,11 +67,12 @@ class AblateConfig:
     seeds: int = option(3, "seeds of each row, counted up from --seed")
     jobs: int = option(2, "runs at a time, each in a process of its own")
     gap_samples: int = option(0, "videos for the gap that rounding opens; 0: it is not measured")
+    gap_points: int = option(1, "moments of a selection at which it is measured, the last included")
     max_minutes: float = option(0.0, "stop after so long, to be continued; 0: when all is done")
     record: bool = option(False, "write results/evidence.json")
 
     def __post_init__(self) -> None:
-        positive(self, "seeds", "jobs")
+        positive(self, "seeds", "jobs", "gap_points")
         if self.max_minutes < 0:
             raise ValueError(f"--max-minutes {self.max_minutes} given; 0 or more are needed")
         if self.gap_samples < 0 or self.gap_samples == 1:
@@ -102,6 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "out": Path("runs/ablate-gpu"),
         "jobs": 7,
         "gap_samples": 250,
+        "gap_points": 4,
         "num_trajectories": 384,
         "shard_size": 192,
         "warm_start_steps": 80,
@@ -112,7 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 40,
         "cuda_graphs": True,
         "checkpoint_every": 100,
-        "log_every": 20,
+        "log_every": 10,
         "evaluate_samples": 250,
         "evaluate_batch_size": 250,
     },
@@ -122,8 +126,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: AblateConfig, progress: Progress = silent) -> dict[str, Any]:
     """Do every run that `config.out` does not hold yet; return what ablation.json holds.
 
-    `settings`; `rows`, one a row of a table; `runs`, one a run; `teacher`, one a seed; `plan`, the
-    time of a step and the memory of each objective, where they are compared.
+    `settings`; `rows`, one a row of a table; `members`, the runs of each of them; `runs`, one a
+    run; `teacher` and `untrained`, one a seed; `plan`, the time of a step and the memory of each
+    objective, where they are compared.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
@@ -135,7 +140,8 @@ def run(config: AblateConfig, progress: Progress = silent) -> dict[str, Any]:
     rows = list_runs(tables, config.transfer, seeds, dict.fromkeys(OBJECTIVES, 1.0))
     open_run(out, config, ignore=_FREE_FIELDS)
     plan = _read(out / PLAN_NAME) or {}
-    with Workers(Worker, config.transfer, config.gap_samples, count=config.jobs) as workers:
+    arguments = (config.transfer, config.gap_samples, config.gap_points)
+    with Workers(Worker, *arguments, count=config.jobs) as workers:
         if "objective" in tables:
             timed = {r.config.objective.objective: r for (r, *_) in _table(rows, "objective")}
             if timed.keys() - plan.keys():
@@ -200,7 +206,9 @@ def save_tables(
     """Write ablation.json from the rows of the runs that are finished; return what it holds."""
     out = config.transfer.out
     seeds = sorted({run.config.seed for row in rows.values() for run in row})
-    teachers = {s: row for s in seeds if (row := _read(teacher_folder(out, s) / ROW_NAME))}
+    folders = {s: teacher_folder(out, s) for s in seeds}
+    teachers = {s: row for s, f in folders.items() if (row := _read(f / ROW_NAME))}
+    untrained = [_read(folders[s] / UNTRAINED_NAME / ROW_NAME) for s in teachers]
     whole = {
         folder: row | share_of_teacher(row, teachers[row["seed"]])
         for folder, row in finished.items()
@@ -216,8 +224,15 @@ def save_tables(
     result = {
         "settings": json.loads(to_json(config)),
         "rows": summaries,
+        "members": [
+            {"table": table, "name": name, "runs": [str(r.folder.relative_to(out)) for r in runs]}
+            for (table, name), runs in rows.items()
+        ],
         "runs": [{"run": str(f.relative_to(out)), **row} for f, row in whole.items()],
         "teacher": list(teachers.values()),
+        "untrained": [
+            row | share_of_teacher(row, teachers[row["seed"]]) for row in untrained if row
+        ],
         "plan": plan,
     }
     write_json(out / RESULT_NAME, result)
@@ -232,7 +247,7 @@ def _record(config: AblateConfig, result: Mapping[str, Any]) -> None:
         command=f"python -m linvideo_core.ablate {to_flags(config, without=_FREE_OF_RECORD)}",
         rows=result["rows"],
         device=resolve_device(config.transfer.device),
-        details={key: result[key] for key in ("teacher", "runs", "plan")},
+        details={key: result[key] for key in _DETAILS},
     )
 
 

@@ -2,10 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .tables import render_table
+from .tables import SPREAD, render_table, show_with_spread
 
 Row = dict[str, Any]
 
@@ -24,7 +24,6 @@ _SHOWN = (
     "bytes",
     "error",
 )
-SPREAD = "_spread"
 
 
 def share_of_teacher(row: Row, teacher: Row) -> Row:
@@ -51,7 +50,7 @@ def summarize(table: str, name: str, runs: Sequence[Row]) -> Row:
     columns = dict.fromkeys(column for run in whole for column in run if column != "seed")
     for column in sorted(columns, key=lambda c: _LEADING.index(c) if c in _LEADING else math.inf):
         values = [run.get(column) for run in whole]
-        if not all(_is_number(value) for value in values):
+        if not all(is_number(value) for value in values):
             continue
         row[column] = statistics.fmean(values)
         if len(values) > 1:
@@ -65,7 +64,7 @@ def show_tables(rows: Sequence[Row]) -> str:
     parts = []
     for table in tables:
         mine = [
-            {c: _with_spread(row, c) for c in _SHOWN if any(c in other for other in rows)}
+            {c: show_with_spread(row, c) for c in _SHOWN if any(c in other for other in rows)}
             for row in rows
             if row["table"] == table
         ]
@@ -73,12 +72,33 @@ def show_tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _with_spread(row: Mapping[str, Any], column: str) -> Any:
-    value, spread = row.get(column), row.get(column + SPREAD)
-    if not spread:
-        return value
-    return f"{value:.4g} ± {spread:.2g}"
+def is_outside_spread(lower: Sequence[float], higher: Sequence[float]) -> bool:
+    """Say whether one row lies below another by more than their seeds explain.
+
+    The means differ by more than the sum of both sample standard deviations, and no seed of one
+    lies among the other's. With three seeds each the first is a t of 2.4 or more (equal spreads: p
+    below 0.04, one-sided), and the second happens by chance once in twenty times.
+
+    Raises ValueError for fewer than two seeds of either, which have no spread.
+    """
+    if min(len(lower), len(higher)) < 2:
+        raise ValueError(f"{len(lower)} and {len(higher)} seeds given; a spread needs 2 of each")
+    spread = statistics.stdev(lower) + statistics.stdev(higher)
+    is_far = statistics.fmean(higher) - statistics.fmean(lower) > spread
+    return is_far and max(lower) < min(higher)
 
 
-def _is_number(value: Any) -> bool:
+def is_below_by_own_spread(lower: Sequence[float], value: float) -> bool:
+    """Say whether every seed, and the mean by more than their spread, lies below one value.
+
+    For a value that is no mean, as the median of random choices, whose own spread is not one of
+    seeds.
+    """
+    if len(lower) < 2:
+        raise ValueError(f"{len(lower)} seed given; a spread needs 2")
+    return max(lower) < value and value - statistics.fmean(lower) > statistics.stdev(lower)
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a measure is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

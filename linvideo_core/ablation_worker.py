@@ -5,7 +5,6 @@ same and is measured against the same.
 """
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -14,22 +13,27 @@ import torch
 from . import artifact
 from .ablation_results import Row
 from .ablations import Run
+from .adapters import identify, shapes_of
 from .bench import Bench
 from .config import override
 from .devices import resolve_device, resolve_precision
 from .evidence import compare_config
 from .hardening import HardeningGap, summarize_gap
 from .kept_teacher import Reference, read_teacher, sample_teacher
+from .layer_order import learned_scores
 from .linearization import ARTIFACT_NAME, TransferConfig, linearize
 from .progress import Progress
-from .run_folder import open_run
+from .run_folder import open_run, read_metrics
+from .selection import count_selection_steps
+from .sensitivity import RANKING_NAME, read_ranking
 from .storage import write_json
 from .student import Student
 from .subject import load_subject
 from .training_clock import TrainingClock
 from .trajectories import Trajectories, collect
 
-ROW_NAME, SAMPLES_NAME = "row.json", "samples.safetensors"
+ROW_NAME, SAMPLES_NAME, FRAMES_NAME = "row.json", "samples.safetensors", "frames.safetensors"
+UNTRAINED_NAME = "untrained"
 
 # Steps over which a step's time is measured, after some that tune and capture kernels.
 _TIMED_STEPS, _UNTIMED_STEPS = 40, 10
@@ -57,10 +61,15 @@ class TimeSteps:
 class Worker:
     """One process of an ablation: it has the subject on its device and does one job at a time."""
 
-    def __init__(self, config: TransferConfig, gap_samples: int, progress: Progress) -> None:
-        """config: what all runs share, its `out` the folder of all of them."""
+    def __init__(
+        self, config: TransferConfig, gap_samples: int, gap_points: int, progress: Progress
+    ) -> None:
+        """config: what all runs share, its `out` the folder of all of them.
+
+        gap_points: moments at which the gap is measured of a run whose selection is followed.
+        """
         self.config = config
-        self.gap_samples = gap_samples
+        self.gap_samples, self.gap_points = gap_samples, gap_points
         self.progress = progress
         self.device = resolve_device(self.config.device)
         self.precision = resolve_precision(self.config.precision, self.device)
@@ -97,8 +106,33 @@ class Worker:
         folder = teacher_folder(self.config.out, seed)
         self._trajectories(seed)
         row = _tidy(sample_teacher(self._bench(seed), folder / SAMPLES_NAME))
+        self._measure_untrained(seed)
         write_json(folder / ROW_NAME, {"seed": seed, **row})
         return row
+
+    def _measure_untrained(self, seed: int) -> None:
+        """Measure the teacher whose first layers are linear without training, where all begins."""
+        # What draws is loaded by those alone who need it, and this comes from the pictures' room.
+        from .comparison import swap
+
+        folder = teacher_folder(self.config.out, seed)
+        _, reference = self._share(seed)
+        if seed == self.config.seed:
+            reference.keep_frames(reference.teacher, folder / FRAMES_NAME)
+        _, sites = identify(shapes_of(self.subject.model))
+        layers = [site.layer for site in sites][: self.config.selection.target]
+        settings = self.config.student
+        feature_dim = settings.feature_ratio * sites[0].head_dim
+        with swap(self.subject.model, layers, feature_dim, settings.form) as model:
+            found = reference.measure(
+                UNTRAINED_NAME, model, frames=self._frames_of(folder / UNTRAINED_NAME, seed)
+            )
+        row = {"seed": seed, **_tidy(found), "layers": layers}
+        write_json(folder / UNTRAINED_NAME / ROW_NAME, row)
+
+    def _frames_of(self, folder: Path, seed: int) -> Path | None:
+        """Return where a run's first videos are kept: of one seed, which is enough to look at."""
+        return folder / FRAMES_NAME if seed == self.config.seed else None
 
     def _share(self, seed: int) -> tuple[Trajectories, Reference]:
         if seed not in self._shared:
@@ -115,7 +149,7 @@ class Worker:
             clock.hear(stage, done, total)
             if gap is not None and gap.is_due(stage, done):
                 with clock.held():
-                    gap.write()
+                    gap.write(done)
 
         shared, _ = self._share(run.config.seed)
         linearize(student, self.subject, run.config, self.precision, progress, shared)
@@ -129,7 +163,12 @@ class Worker:
         if self.gap_samples and config.selection.rule == "learned":
             measure = reference.first(self.gap_samples).measure
             gap = HardeningGap(
-                student, config.selection, config.training.steps, folder / "gap.json", measure
+                student,
+                config.selection,
+                config.training.steps,
+                folder / "gap.json",
+                measure,
+                num_points=self.gap_points if run.is_followed else 1,
             )
         clock = TrainingClock(self.device, folder / "seconds.json")
         self._train(run, clock, gap, student)
@@ -137,7 +176,8 @@ class Worker:
         path = folder / ARTIFACT_NAME
         made = artifact.load(path)
         with artifact.transfer_into(self.subject.model, made) as model:
-            row = _tidy(reference.measure("student", model))
+            frames = self._frames_of(folder, config.seed)
+            row = _tidy(reference.measure("student", model, frames=frames))
         row |= {
             "seed": config.seed,
             "steps": config.training.steps,
@@ -145,8 +185,12 @@ class Worker:
             "bytes": path.stat().st_size,
             "layers": list(made.header.layers),
         }
+        row |= _describe_choice(run)
         if gap is not None:
-            row |= summarize_gap(json.loads(gap.path.read_text(encoding="utf-8")))
+            points = gap.points()
+            row |= summarize_gap(points[-1])
+            if run.is_followed:
+                row["gap_course"] = [{"step": p["step"], **summarize_gap(p)} for p in points]
         write_json(folder / ROW_NAME, row)
         for stage in ("warm_start", "training"):
             (folder / stage / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -170,6 +214,32 @@ class Worker:
         if is_cuda:
             row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
         return row
+
+
+def _describe_choice(run: Run) -> Row:
+    """Return how layers came to be chosen: what a ranking measured, what layer scores learned.
+
+    `ranking_measure` and `layer_errors`; `last_scores` and `mean_scores` (see `learned_scores`);
+    where the selection is followed, `score_course` of `step` and `layer_scores`. Lists are in depth
+    order.
+    """
+    config, row = run.config, {}
+    if config.selection.needs_ranking and (found := read_ranking(config.out / RANKING_NAME)):
+        kind, errors = found
+        row |= {"ranking_measure": kind, "layer_errors": [errors[i] for i in sorted(errors)]}
+    if config.selection.rule == "learned":
+        metrics = read_metrics(config.out / "training" / "metrics.jsonl")
+        hardened_at = count_selection_steps(config.selection, config.training.steps)
+        layers = range(len(metrics[0]["layer_scores"]))
+        last, mean = learned_scores(metrics, layers, hardened_at)
+        row |= {"last_scores": list(last.values()), "mean_scores": list(mean.values())}
+        if run.is_followed:
+            row["score_course"] = [
+                {"step": m["step"], "layer_scores": [round(r, 4) for r in m["layer_scores"]]}
+                for m in metrics
+                if m["step"] < hardened_at
+            ]
+    return row
 
 
 def _tidy(row: Row) -> Row:

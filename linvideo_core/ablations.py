@@ -34,10 +34,13 @@ class Run:
     """One training of one variant: what a worker is given.
 
     key: its folder's name, made of what it changes; config: of the transfer, seed and folder too.
+    is_followed: whether the course of its selection is kept, as of every row that a table compares
+        by how layers are chosen.
     """
 
     key: str
     config: Any
+    is_followed: bool = False
 
     @property
     def folder(self) -> Path:
@@ -109,6 +112,8 @@ TABLES: dict[str, tuple[Variant, ...]] = {
     ),
 }
 """Table -> its rows, those that a claim rests on first: they are run in this order."""
+
+_FOLLOWED = "selection"
 
 
 def choose_tables(names: str, only: str | None = None) -> dict[str, tuple[Variant, ...]]:
@@ -182,6 +187,7 @@ def list_runs(
     run hold the same one.
     """
     settings = dict(flatten(dataclasses.asdict(config)))
+    followed = {key_of(resolve(v, settings, seconds_per_step)) for v in TABLES[_FOLLOWED]}
     rows: dict[tuple[str, str], list[Run]] = {}
     for table, variants in tables.items():
         for variant in variants:
@@ -194,6 +200,7 @@ def list_runs(
                     config=override(
                         config, {**changes, "seed": seed, "out": folder / f"seed-{seed}"}
                     ),
+                    is_followed=key in followed,
                 )
                 for seed in seeds
             ]

@@ -2,9 +2,11 @@
 
 Both are sampled with the same weights from the same noise, so nothing but the rounding of the
 layer scores lies between them. What trains on from there is the hardened model, and it is what a
-training ends with: at the end there is no mixed model left to differ from.
+training ends with: at the end there is no mixed model left to differ from. Earlier moments of the
+selection show how the gap closes.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,11 @@ Measure = Callable[[str, nn.Module], dict[str, Any]]
 
 
 class HardeningGap:
-    """Writes both models' measures down when the training's progress says that it is time."""
+    """Writes both models' measures down when the training's progress says that it is time.
+
+    The file holds `points`, one a moment: `step`, the `layers` that rounding would choose,
+    `layer_scores`, and the rows `mixed` and `rounded`.
+    """
 
     def __init__(
         self,
@@ -31,20 +37,34 @@ class HardeningGap:
         num_steps: int,
         path: Path,
         measure: Measure,
+        *,
+        num_points: int = 1,
     ) -> None:
-        """measure: name and model -> its row; path: of the JSON, which is written once."""
+        """measure: name and model -> its row; path: of the JSON, one moment written after another.
+
+        num_points: moments, evenly spread over the selection; the last is just before the choice.
+        """
         self.student = student
         self.target = selection.target
-        self.last_mixed = count_selection_steps(selection, num_steps) - 1
+        harden_at = count_selection_steps(selection, num_steps)
+        self.due = {max(0, round(i * harden_at / num_points) - 1) for i in range(1, num_points + 1)}
         self.path = path
         self.measure = measure
 
     def is_due(self, stage: str, done: int) -> bool:
-        """Say whether the next step makes the choice and nothing is written yet."""
-        return stage == "training" and done == self.last_mixed and not self.path.exists()
+        """Say whether this is one of the moments and nothing is written of it yet."""
+        if stage != "training" or done not in self.due:
+            return False
+        return all(point["step"] != done for point in self.points())
 
-    def write(self) -> None:
-        """Measure both models and leave the student as it was."""
+    def points(self) -> list[dict[str, Any]]:
+        """Return what was written, in the order of the training."""
+        if not self.path.exists():
+            return []
+        return json.loads(self.path.read_text(encoding="utf-8"))["points"]
+
+    def write(self, step: int) -> None:
+        """Measure both models after `step` steps and leave the student as it was."""
         mixed = self.student.mixed
         scores = {layer: module.layer_score.item() for layer, module in mixed.items()}
         row = self.measure("mixed", self.student.model)
@@ -59,15 +79,16 @@ class HardeningGap:
             for module in mixed.values():
                 module.choice = None
         found = {
-            "step": self.last_mixed,
+            "step": step,
             "layers": [layers[pick] for pick in picks],
             "layer_scores": scores,
         }
-        write_json(self.path, {**found, "mixed": row, "rounded": rounded})
+        points = [*self.points(), {**found, "mixed": row, "rounded": rounded}]
+        write_json(self.path, {"points": points})
 
 
 def summarize_gap(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of a table.
+    """Return the columns of a table for one moment.
 
     score_distance: how far a layer score was from 0 or 1, on average, when the choice was made.
     `mixed_*` and `rounded_*` measures; `gap_*`: rounded over mixed, less 1.

@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import nn
 
-from .bench import Bench, Row, Samples
+from .bench import NUM_SHOWN, Bench, Row, Samples
+from .kept_frames import write_frames
 from .storage import write_tensors
 
 _TENSORS = ("latents", "frames", "features", "digit_logits", "motion_logits")
@@ -40,11 +41,17 @@ class Reference:
         self.bench = bench
         self.teacher = teacher
 
-    def measure(self, name: str, model: nn.Module) -> Row:
-        """Sample a student and return its row."""
+    def measure(self, name: str, model: nn.Module, *, frames: Path | None = None) -> Row:
+        """Sample a student and return its row; `frames`: where to keep its first few videos."""
         samples = self.bench.sample(name, model)
+        if frames is not None:
+            self.keep_frames(samples, frames)
         velocity_rows = self.bench.compare_velocities(name, model) if self.bench.states else None
         return self.bench.measure(samples, self.teacher, velocity_rows)
+
+    def keep_frames(self, samples: Samples, path: Path) -> None:
+        """Write the first few videos of some samples, the teacher's or a student's."""
+        write_frames(path, samples.frames[:NUM_SHOWN], self.bench.prompts[:NUM_SHOWN])
 
     def first(self, count: int) -> "Reference":
         """Return the same over the first `count` samples, without velocities."""

@@ -4,7 +4,9 @@
     python -m linvideo_core.records --check       # only say whether README shows the records
 
 A table stands between `<!-- record:NAME -->` and `<!-- /record -->`, NAME being results/NAME.json.
-`<!-- record:NAME model=teacher|student steps=4 -->` shows only the rows with one of these values.
+`<!-- record:NAME model=teacher|student steps=4 -->` shows only the rows with one of these values,
+`columns=model|digit` only these columns, each with its spread over seeds where the record has one,
+and `show=table` the table without the record's title and source.
 `<!-- record:NAME? -->` shows nothing as long as there is no such record.
 """
 
@@ -23,7 +25,7 @@ import torch
 from . import __version__
 from .config import option, parse, run_command, to_json
 from .storage import write_json, write_text
-from .tables import render_table
+from .tables import render_table, show_with_spread
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS_FOLDER = REPOSITORY / "results"
@@ -111,8 +113,10 @@ def describe_device(device: torch.device | str) -> str:
     return f"{device.type.upper()}, {torch.get_num_threads()} threads"
 
 
-def render_record(record: Mapping[str, Any]) -> str:
+def render_record(record: Mapping[str, Any], *, is_table_only: bool = False) -> str:
     """Turn a record into Markdown: its title, its table, and where the numbers come from."""
+    if is_table_only:
+        return render_table(record["rows"])
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     source = f"{record['device']}, {record['date']}, {versions}"
     return (
@@ -137,18 +141,28 @@ def render_page(text: str, results: Path) -> str:
         if is_awaited and not (results / f"{name}.json").exists():
             return f"{opening}{closing}"
         record = read_record(results / f"{name}.json")
-        record["rows"] = _select(record["rows"], wanted.split())
-        return f"{opening}{render_record(record)}{closing}"
+        choices = _read_choices(wanted)
+        columns, show = (choices.pop(key, None) for key in ("columns", "show"))
+        record["rows"] = _select(record["rows"], choices, columns)
+        return f"{opening}{render_record(record, is_table_only=show == ['table'])}{closing}"
 
     return _MARKED.sub(fill, text)
 
 
-def _select(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
-    """Return the rows that have one of the values wanted ("key=value|value") under every key."""
-    choices = {
-        key: values.split("|") for key, _, values in (each.partition("=") for each in wanted)
-    }
-    return [row for row in rows if all(str(row.get(k)) in v for k, v in choices.items())]
+def _read_choices(wanted: str) -> dict[str, list[str]]:
+    """Return what a marker says, "key=value|value" with spaces between, by key."""
+    pairs = (each.partition("=") for each in wanted.split())
+    return {key: values.split("|") for key, _, values in pairs}
+
+
+def _select(
+    rows: Sequence[Row], choices: Mapping[str, Sequence[str]], columns: Sequence[str] | None
+) -> list[Row]:
+    """Return the rows that have one of the values wanted under every key; of them these columns."""
+    found = [row for row in rows if all(str(row.get(k)) in v for k, v in choices.items())]
+    if columns is None:
+        return found
+    return [{column: show_with_spread(row, column) for column in columns} for row in found]
 
 
 def run(config: RecordsConfig) -> bool:

@@ -51,6 +51,15 @@ def test_rows_that_come_to_the_same_training_share_its_run() -> None:
     assert len(others) == len(rows) - len(usual) - 1 and folders[0] not in others
 
 
+def test_the_selection_is_followed_of_its_table_alone_whichever_tables_are_run() -> None:
+    only = choose_tables("objective")
+    rows = list_runs(only, TransferConfig(), range(1), EVEN)
+    followed = {name for (_, name), [run] in rows.items() if run.is_followed}
+    assert followed == {"adm"}
+    rows = list_runs(TABLES, TransferConfig(), range(1), EVEN)
+    assert all(run.is_followed for (table, _), [run] in rows.items() if table == "selection")
+
+
 def test_equal_time_gives_the_cheaper_objective_more_steps() -> None:
     config = override(TransferConfig(), {"steps": 100})
     rows = list_runs(TABLES, config, range(1), {**EVEN, "adm": 0.5, "velocity": 0.2})
@@ -82,7 +91,7 @@ def test_a_row_is_the_mean_of_its_seeds_with_their_sample_deviation() -> None:
     assert row["frechet_spread"] == pytest.approx(statistics.stdev([2.0, 4.0, 3.0]))
     assert "gap" not in row and "layers" not in row
     shown = show_tables([row])
-    assert "0.9 ± 0.1" in shown and "the loss became nan" in shown
+    assert "0.90 ± 0.10" in shown and "the loss became nan" in shown
 
 
 def test_a_share_is_what_the_student_has_of_its_teacher() -> None:
@@ -161,6 +170,11 @@ def test_an_ablation_that_is_killed_continues_and_ends_as_an_unbroken_one(tmp_pa
         for r in results
     ]
     assert [name for name, *_ in measures[0]] == ["alternate", "random"]
+    assert [member["runs"] for member in results[0]["members"]] == [
+        [run["run"]] for run in results[0]["runs"]
+    ]
+    [untrained] = results[0]["untrained"]
+    assert untrained["layers"] == [0, 1, 2, 3, 4] and untrained["frechet_share"] > 0
     for unbroken, resumed in zip(*measures, strict=True):
         assert resumed == pytest.approx(unbroken)
     before = {path: path.stat().st_mtime_ns for path in broken.rglob("row.json")}

@@ -1,6 +1,5 @@
 """What rounding the layer scores costs, measured at the step before the choice is made."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from torch import nn
 
 from linvideo_core.bench import Bench, CompareConfig
 from linvideo_core.hardening import HardeningGap, summarize_gap
+from linvideo_core.kept_frames import read_frames
 from linvideo_core.kept_teacher import read_teacher, sample_teacher
 from linvideo_core.progress import silent
 from linvideo_core.selection import SelectionConfig
@@ -34,15 +34,34 @@ def test_mixed_and_rounded_are_measured_once_and_the_student_is_left_as_it_was(
     gap = HardeningGap(student, config, 10, tmp_path / "gap.json", measure)
     due = [done for done in range(11) if gap.is_due("training", done)]
     assert due == [4] and not gap.is_due("warm start", 4)
-    gap.write()
+    gap.write(4)
     assert seen == {"mixed": [None] * 3, "rounded": ["linear", "softmax", "linear"]}
     assert [module.choice for module in student.mixed.values()] == [None] * 3
     assert not gap.is_due("training", 4)
-    found = json.loads((tmp_path / "gap.json").read_text())
+    [found] = gap.points()
     assert found["layers"] == [0, 2]
     row = summarize_gap(found)
     assert row["score_distance"] == pytest.approx((0.4 + 0.1 + 0.1) / 3)
     assert row["gap_frechet"] == pytest.approx(0.5) and row["gap_motion"] == 0
+
+
+def test_the_gap_is_measured_at_moments_spread_over_the_selection(
+    subject: Subject, tmp_path: Path
+) -> None:
+    student = Student(subject, StudentConfig(parameters="feature_maps"), seed=0)
+    config, path = SelectionConfig(target=2, selection_share=0.5), tmp_path / "gap.json"
+
+    def make() -> HardeningGap:
+        return HardeningGap(student, config, 40, path, lambda *_: {"frechet": 1.0}, num_points=4)
+
+    gap = make()
+    due = [done for done in range(41) if gap.is_due("training", done)]
+    assert due == [4, 9, 14, 19]
+    for step in due[:2]:
+        gap.write(step)
+    # A training that resumes goes on from what is written.
+    assert [done for done in range(41) if make().is_due("training", done)] == [14, 19]
+    assert [point["step"] for point in make().points()] == [4, 9]
 
 
 def test_a_student_measured_against_kept_samples_has_the_row_of_one_bench(
@@ -58,12 +77,15 @@ def test_a_student_measured_against_kept_samples_has_the_row_of_one_bench(
     for module in other.mixed.values():
         module.harden("linear")
     reference = read_teacher(make_bench(), path)
-    found = reference.measure("student", other.model)
+    found = reference.measure("student", other.model, frames=tmp_path / "new" / "frames")
     bench = make_bench()
     teacher = bench.sample("teacher", subject.model, is_teacher=True)
     samples = bench.sample("student", other.model)
     expected = bench.measure(samples, teacher, bench.compare_velocities("student", other.model))
     assert found.keys() == expected.keys()
+    frames, prompts = read_frames(tmp_path / "new" / "frames")
+    assert prompts == bench.prompts[: len(frames)]
+    assert torch.allclose(frames, samples.frames[: len(frames)].clamp(0, 1), atol=1 / 255)
     for key in ("frechet_to_teacher", "distance_to_teacher", "velocity_error"):
         assert found[key] == pytest.approx(expected[key]) and found[key] > 0
     few = reference.first(2).measure("student", other.model)
