@@ -76,6 +76,7 @@ TABLES: dict[str, tuple[Variant, ...]] = {
             "learned_from_ranking": {"choice": "learned", "score_start": "ranking"},
             "first": {"choice": "first"},
             "last": {"choice": "last"},
+            "budget_as_loss": {"budget": "sum", "rounding_growth": 1.0},
             "without_rounding_loss": {"rounding_weight": 0.0},
             # As the paper does it: layers stay mixed up to the last step and are rounded there.
             "rounded_at_end": {"selection_share": 1.0},

@@ -5,6 +5,7 @@ every later one copies its inputs in and replays. The numbers are those of the s
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
@@ -103,7 +104,10 @@ def replayed(models: Iterable[nn.Module], state: Callable[[], Hashable]) -> Iter
     for model in models:
         model.forward = Replayed(model, state)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Graphs are captured on a stream of their own; gradients are added up on the usual one.
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+            yield
     finally:
         for model in models:
             del model.forward

@@ -6,6 +6,11 @@ of a sensitivity ranking; the objective then decides which layers give softmax u
 the sum, and the rounding loss drives each r to 0 or 1. The choice is hardened long before training
 ends, and the rest of training runs on it.
 
+The paper's budget is a loss. It leaves the sum a little off, and at the end, when the rounding loss
+holds every r at 0 or 1, a whole layer off: hardening then swaps a layer that nobody trained for it.
+So scores are projected onto the budget after each step instead, and the rounding loss grows: at the
+end its pull at 0 and 1 is as strong as it was at the start, and reaches further.
+
 Fixed, by a rule, a list or a ranking: the whole training runs on the hardened choice; no layer
 score moves and there are no selection losses.
 """
@@ -22,7 +27,7 @@ from .config import fraction, option, positive
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = ("sum", "rounded")
+BUDGETS = ("exact", "sum", "rounded")
 CHOICES = ("learned", "first", "last", "alternate", "random", "sensitivity")
 SCORE_STARTS = ("even", "ranking")
 
@@ -47,12 +52,16 @@ class SelectionConfig:
     layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
     selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
     rounding_weight: float = option(1.0, "weight of the rounding loss (L_reg) beside the budget's")
-    budget: str = option("sum", "count layers by the sum of 1 - r, or rounded", choices=BUDGETS)
+    rounding_growth: float = option(10.0, "how much heavier it is when the choice is made")
+    budget: str = option(
+        "exact", "hold the sum of 1 - r, or lose for it or its rounded count", choices=BUDGETS
+    )
     alpha_start: float = option(20.0, "exponent of the rounding loss at the start")
     alpha_end: float = option(2.0, "exponent of the rounding loss when the choice is made")
 
     def __post_init__(self) -> None:
         positive(self, "target", "layer_score_learning_rate", "alpha_start", "alpha_end")
+        positive(self, "rounding_growth")
         fraction(self, "selection_share")
         if not self.rounding_weight >= 0:
             raise ValueError(
@@ -114,12 +123,30 @@ def budget_loss(layer_scores: Tensor, target: int, budget: str) -> Tensor:
     """Return `(number of linear layers - target)^2` for layer scores [layers] (LinVideo eq. 6).
 
     "rounded" counts `round(1 - r)` with a straight-through gradient, as the paper does: its sign
-    flips whenever a layer crosses 0.5, which holds layers there. "sum" counts `1 - r` itself.
+    flips whenever a layer crosses 0.5, which holds layers there. "sum" counts `1 - r` itself, and
+    "exact" too: it is 0 where scores are projected.
     """
     linear = 1 - layer_scores
     if budget == "rounded":
         linear = _RoundStraightThrough.apply(linear)
     return (linear.sum() - target).square()
+
+
+def project(layer_scores: Tensor, target: int) -> Tensor:
+    """Return the nearest scores [layers] in [0, 1] whose sum of 1 - r is `target`, exactly.
+
+    The Euclidean projection onto the capped simplex: `clamp(r - shift, 0, 1)`. The sum falls
+    linearly between the shifts at which a score reaches 0 or 1, so it is solved between two.
+
+    target: from 0 to the number of layers.
+    """
+    wanted = len(layer_scores) - target
+    shifts = torch.cat([layer_scores, layer_scores - 1]).sort().values
+    sums = (layer_scores - shifts.unsqueeze(1)).clamp(0, 1).sum(dim=1)
+    right = (sums > wanted).sum(dim=0, keepdim=True).clamp(1, len(shifts) - 1)
+    (low, high), (more, less) = ((x[right - 1], x[right]) for x in (shifts, sums))
+    share = (more - wanted) / (more - less).clamp_min(1e-12)
+    return (layer_scores - torch.lerp(low, high, share.clamp(0, 1))).clamp(0, 1)
 
 
 def rounding_loss(layer_scores: Tensor, alpha: float) -> Tensor:
@@ -284,18 +311,22 @@ class Selection:
         scores = self.layer_scores()
         if self.layers is not None:
             return scores.new_zeros(())
-        alpha = alpha_at(self.config, min(1.0, step / self.harden_at))
+        share = min(1.0, step / self.harden_at)
         budget = budget_loss(scores, self.config.target, self.config.budget)
-        rounding = self.config.rounding_weight * rounding_loss(scores, alpha)
-        return self.config.selection_weight * (budget + rounding)
+        rounding = rounding_loss(scores, alpha_at(self.config, share))
+        weight = self.config.rounding_weight * self.config.rounding_growth**share
+        return self.config.selection_weight * (budget + weight * rounding)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Keep every r in [0, 1]; make the choice when `step` is the last of the selection."""
         if self.layers is not None:
             return
-        for module in self.mixed.values():
-            module.layer_score.clamp_(0, 1)
+        scores = self.layer_scores()
+        is_exact = self.config.budget == "exact"
+        kept = project(scores, self.config.target) if is_exact else scores.clamp(0, 1)
+        for module, score in zip(self.mixed.values(), kept, strict=True):
+            module.layer_score.copy_(score)
         if step + 1 >= self.harden_at:
             names = list(self.mixed)
             picks = choose(self.layer_scores(), self.config.target)

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from linvideo_core.attention import LinearAttention, MixedAttention
@@ -17,6 +19,7 @@ from linvideo_core.selection import (
     check_layers,
     choose,
     choose_layers,
+    project,
     rounding_loss,
     start_scores,
 )
@@ -127,7 +130,8 @@ def test_the_loss_is_the_weighted_sum_of_both_terms(budget: str) -> None:
     for step, share in ((0, 0.0), (5, 0.5), (10, 1.0)):
         r = scores()
         alpha = alpha_at(selection.config, share)
-        expected = 0.3 * (budget_loss(r, 2, budget) + rounding_loss(r, alpha))
+        weight = selection.config.rounding_growth**share
+        expected = 0.3 * (budget_loss(r, 2, budget) + weight * rounding_loss(r, alpha))
         torch.testing.assert_close(selection.loss(step), expected)
 
 
@@ -141,12 +145,50 @@ def test_the_loss_reaches_every_score_and_nothing_else() -> None:
 
 
 def test_scores_are_kept_within_zero_and_one() -> None:
-    selection = make_selection(selection_share=1.0)
+    selection = make_selection(selection_share=1.0, budget="sum")
     set_scores(selection, (-0.5, 0.0, 0.3, 1.0, 1.7))
     selection.after_step(0)
     torch.testing.assert_close(
         selection.layer_scores().detach(), torch.tensor([0.0, 0.0, 0.3, 1.0, 1.0])
     )
+
+
+@given(
+    st.lists(st.floats(-1, 2, width=32), min_size=1, max_size=12).flatmap(
+        lambda values: st.tuples(st.just(values), st.integers(0, len(values)))
+    ),
+    st.integers(0, 2**31),
+)
+def test_projection_is_the_nearest_point_that_meets_the_budget(
+    case: tuple[list[float], int], seed: int
+) -> None:
+    values, target = case
+    r = torch.tensor(values)
+    found = project(r, target)
+    assert (found >= 0).all() and (found <= 1).all()
+    assert (1 - found).sum().item() == pytest.approx(target, abs=1e-5)
+    # Against a point of the same set: a mixture of two choices of `target` layers.
+    generator = torch.Generator().manual_seed(seed)
+    other = torch.ones(2, len(values))
+    for row in other:
+        row[torch.randperm(len(values), generator=generator)[:target]] = 0
+    other = torch.lerp(*other, torch.rand((), generator=generator))
+    assert (r - found).norm() <= (r - other).norm() + 1e-5
+    torch.testing.assert_close(project(found, target), found, rtol=0, atol=1e-5)
+
+
+def test_selection_by_its_own_losses_ends_undecided_by_none_and_on_target() -> None:
+    selection = make_selection(7, num_steps=120, selection_share=1.0, target=3)
+    r = selection.trained_scores().values()
+    set_scores(selection, (0.5, 0.52, 0.55, 0.57, 0.6, 0.61, 0.65))
+    optimizer = torch.optim.Adam(r, lr=0.03)
+    for step in range(119):
+        optimizer.zero_grad()
+        selection.loss(step).backward()
+        optimizer.step()
+        selection.after_step(step)
+    ends = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(selection.layer_scores().detach(), ends, rtol=0, atol=1e-3)
 
 
 def test_the_choice_is_made_at_its_step_and_stays() -> None:
