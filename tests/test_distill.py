@@ -23,7 +23,7 @@ from linvideo_core.health import Health
 from linvideo_core.models.denoiser import bind
 from linvideo_core.progress import silent
 from linvideo_core.stages import load_first_stage
-from linvideo_core.student import Student, StudentConfig
+from linvideo_core.student import Student
 from linvideo_core.subject import Subject
 from linvideo_core.teacher_videos import Likeness
 from linvideo_core.training import ParameterGroup, TrainingConfig, fit
@@ -213,19 +213,6 @@ def stopper(at: int) -> Callable[..., None]:
             raise Stop
 
     return progress
-
-
-@pytest.fixture
-def linearized(subject: Subject) -> Artifact:
-    """A file of two linear layers with random low-rank changes, as a transfer leaves it."""
-    student = Student(subject, StudentConfig(lora_rank=2), seed=3)
-    for layer, module in student.mixed.items():
-        module.harden("linear" if layer in (0, 2) else "softmax")
-    for i, parameter in enumerate(student.weights.values()):
-        parameter.data += 0.02 * draw(*parameter.shape, seed=i)
-    return artifact.extract(
-        student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
-    )
 
 
 def make_task(student: Student, subject: Subject, **options: Any) -> DistillationTask:

@@ -13,7 +13,6 @@ from linvideo_core.bench import CompareConfig
 from linvideo_core.comparison import compare_few_step
 from linvideo_core.lineup import FewStepLora, line_up
 from linvideo_core.lora_file import load_lora, with_lora
-from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject
 
 RANK, ALPHA, STRENGTH = 3, 6.0, 0.7
@@ -57,19 +56,6 @@ def lora_path(subject: Subject, tmp_path: Path) -> Path:
         subject.model, tmp_path / "lora.safetensors", names,
         up="lora_up", down="lora_down", alpha=ALPHA,
     )  # fmt: skip
-
-
-@pytest.fixture
-def linearized(subject: Subject) -> Artifact:
-    """A file of two linear layers with random low-rank changes of every layer."""
-    student = Student(subject, StudentConfig(lora_rank=2), seed=3)
-    for layer, module in student.mixed.items():
-        module.harden("linear" if layer in (0, 2) else "softmax")
-    for i, parameter in enumerate(student.weights.values()):
-        parameter.data += 0.02 * draw(*parameter.shape, seed=i)
-    return artifact.extract(
-        student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
-    )
 
 
 @pytest.mark.parametrize(
