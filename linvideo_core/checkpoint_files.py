@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
@@ -10,6 +11,18 @@ from torch import Tensor
 from .storage import write_tensors
 
 _NAME, _EARLIER_NAME = "checkpoint.safetensors", "checkpoint_before_{}.safetensors"
+
+
+class Watch(Protocol):
+    """What looks at a training's metrics while it runs.
+
+    delay: rows within which a fault is found, its first row included.
+    """
+
+    delay: int
+
+    def __call__(self, row: Mapping[str, Any]) -> str | None:
+        """Take a row in plain numbers; return what is wrong with the training, or None."""
 
 
 class CheckpointFiles:

@@ -148,7 +148,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Compare teacher, swapped and student; write tables and pictures into `config.out`.
+    """Compare teacher, swapped and student, or steps against quality.
+
+    Tables and pictures go into `config.out`.
 
     Returns what evaluation.json holds: `settings`, `rows`, `velocity_rows` (see `Comparison`).
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .checkpoint_files import CheckpointFiles
+from .checkpoint_files import CheckpointFiles, Watch
 from .config import fraction, option, positive
 from .progress import Progress, silent
 
@@ -83,18 +83,6 @@ class Task(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned."""
-
-
-class Watch(Protocol):
-    """What looks at a training's metrics while it runs.
-
-    delay: rows within which a fault is found, its first row included.
-    """
-
-    delay: int
-
-    def __call__(self, row: Mapping[str, Any]) -> str | None:
-        """Take a row in plain numbers; return what is wrong with the training, or None."""
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
