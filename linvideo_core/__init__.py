@@ -12,6 +12,7 @@ The flow, and the one noun that each stage hands on:
     layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
+    checkpoint_files    the last one from before a fault -> what is kept
     linearization       these stages, one after another
     artifact            save, load, check, apply         -> LINVIDEO file
     distillation, dmd2  generator, real and fake score   -> LINVIDEO file with sigmas
@@ -21,6 +22,8 @@ The flow, and the one noun that each stage hands on:
     teacher_features    what the teacher sees in them    -> fidelity
     evaluation, bench   measures, on equal terms         -> comparison
     stages              a linearized file, its distilled -> by what name they are compared
+    lora_file           a LoRA of others                 -> added to a model's weights
+    lineup              all steps, few, distilled        -> who is compared
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     ablations, workers  declared runs, several at a time;
     ablation_worker,    one of them on equal terms;      -> a row

@@ -16,7 +16,7 @@ from .adapters import AttentionSite, identify, install, restore, shapes_of
 from .artifact.description import count_bytes
 from .attention import LinearAttention, LinearForm
 from .bench import NUM_SHOWN, Bench, CompareConfig, Row
-from .flow import make_sigmas
+from .lineup import Lineup
 from .progress import Progress, silent
 from .recipe import Recipe
 from .storage import write_json
@@ -137,51 +137,18 @@ def compare_artifact(
 
 def compare_few_step(
     subject: Subject,
-    linearized: artifact_files.Artifact,
-    distilled: Mapping[str, artifact_files.Artifact],
+    lineup: Lineup,
     settings: CompareConfig,
     *,
     seed: int,
     precision: str = "fp32",
-    plain_steps: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare steps against quality: the teacher and its student at all steps, then at few.
-
-    distilled: name -> a file with sigmas. The model "linearized_N_plain" takes as many Euler steps
-        with guidance as one of them without having been distilled.
-    plain_steps: numbers of Euler steps that teacher ("teacher_N_plain") and student also take,
-        without pictures.
-    """
-    students = {"linearized": artifact_files.transfer_into(subject.model, linearized)}
-    recipes = {}
-    own_steps = {len(made.header.sigmas) - 1 for made in distilled.values()}
-    for steps in sorted(own_steps | set(plain_steps), reverse=True):
-        plain = {"linearized": artifact_files.transfer_into(subject.model, linearized)}
-        if steps in plain_steps:
-            plain["teacher"] = contextlib.nullcontext(subject.model)
-        sigmas = make_sigmas(steps, settings.shift)
-        for name, context in plain.items():
-            students[f"{name}_{steps}_plain"] = context
-            recipes[f"{name}_{steps}_plain"] = Recipe(
-                sigmas=sigmas, guidance_scale=settings.guidance_scale
-            )
-    for name, made in distilled.items():
-        sigmas = torch.tensor(made.header.sigmas)
-        students[name] = artifact_files.transfer_into(subject.model, made)
-        recipes[name] = Recipe(sigmas=sigmas, guidance_scale=1.0, is_few_step=True)
-    result = compare(
-        subject,
-        students,
-        settings,
-        seed=seed,
-        precision=precision,
-        progress=progress,
-        recipes=recipes,
-    )
-    hidden = {f"teacher_{steps}_plain" for steps in plain_steps}
-    hidden |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
-    result.frames = {name: x for name, x in result.frames.items() if name not in hidden}
+    """Compare steps against quality, as `compare` does: the teacher at all steps and a line-up."""
+    how = {"seed": seed, "precision": precision, "progress": progress}
+    result = compare(subject, lineup.students, settings, recipes=lineup.recipes, **how)
+    for name in lineup.unseen:
+        del result.frames[name]
     return result
 
 

@@ -41,6 +41,7 @@ from .distillation import (
 )
 from .evidence import EvidenceConfig, compare_config, is_evaluated
 from .health import Health
+from .lineup import line_up
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, open_run, read_metrics
 from .stages import load_first_stage, name_of
@@ -155,11 +156,11 @@ def run(config: DistillConfig, progress: Progress = silent) -> Path:
     if not is_evaluated(config.evidence, config.out):
         logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         made = artifact_files.load(path)
+        settings = compare_config(config.evidence, config.trajectories)
         comparison = compare_few_step(
             subject,
-            first,
-            {name_of(made): made},
-            compare_config(config.evidence, config.trajectories),
+            line_up(subject.model, first, {name_of(made): made}, settings),
+            settings,
             seed=config.seed,
             precision=precision,
             progress=progress,

@@ -11,11 +11,15 @@ at all steps and at few, the distilled ones at their own.
     python -m linvideo_core.evaluate --distilled runs/distill/distilled.safetensors
     python -m linvideo_core.evaluate --preset full --record \
         --distilled distilled.safetensors,single_stage.safetensors
+A few-step LoRA of others is compared the same way, on the teacher and on the linearized model.
+    python -m linvideo_core.evaluate --model wan.safetensors --prompts prompts.safetensors \
+        --artifact linearized.safetensors --lora few_step_lora.safetensors --shift 5
 The folder `--out` then holds evaluation.json, samples.png, samples.gif and velocity_error.png, with
 `--distilled` also steps.png.
 """
 
 import dataclasses
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -23,18 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import artifact as artifact_files
 from .adapters import shapes_of
 from .bench import CompareConfig
-from .comparison import (
-    Comparison,
-    compare_artifact,
-    compare_few_step,
-    save_comparison,
-)
+from .comparison import Comparison, compare_artifact, compare_few_step, save_comparison
 from .config import option, parse, run_command, to_flags, to_json
 from .devices import device_option, precision_option, resolve_device, resolve_precision
+from .flow import make_sigmas
+from .lineup import FewStepLora, line_up
+from .lora_file import load_lora
 from .progress import Progress, TqdmProgress, silent
 from .records import RESULTS_FOLDER, write_record
 from .report import plot_steps
@@ -44,6 +47,8 @@ from .subject import SubjectConfig, load_subject
 from .tables import show_table
 
 logger = logging.getLogger(__name__)
+
+_LORA_STEPS = 4
 
 RECORD_PATH = RESULTS_FOLDER / "transfer_demo.json"
 RECORD_KEYS = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "seconds")
@@ -70,8 +75,15 @@ class EvaluateConfig:
     distilled: str = option(
         "", "files that were distilled from it, such as a.safetensors,b.safetensors; none: no few"
     )
+    lora: Path | None = option(
+        None, "few-step LoRA of others, to be added to the linearized model and to its teacher"
+    )
+    lora_strength: float = option(1.0, "share of the LoRA's change that is added")
+    lora_sigmas: str = option(
+        "", "noise levels to sample at with the LoRA, such as 1,0.9,0.7,0; none: 4 steps at --shift"
+    )
     plain_steps: str = option(
-        "25,8,4", "with --distilled: Euler steps that teacher and linearized model take as well"
+        "25,8,4", "with --distilled or --lora: Euler steps that teacher and linearized model take"
     )
     out: Path = option(Path("runs/evaluate"), "folder for tables and pictures")
     record: bool = option(
@@ -84,12 +96,14 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.subject.model is not None and self.artifact is None:
             raise ValueError("--model was given without --artifact; give the file made for it")
-        if self.record and (self.subject != SubjectConfig() or self.artifact is not None):
+        is_own = self.subject == SubjectConfig() and self.artifact is None and self.lora is None
+        if self.record and not is_own:
             raise ValueError(
-                "--record was given with --model, --prompts or --artifact; the record is of "
-                "the embedded model and its own file alone"
+                "--record was given with --model, --prompts, --artifact or --lora; the record is "
+                "of the embedded model and its own files alone"
             )
         self.numbers_of_plain_steps()
+        self.levels_of_lora()
 
     def distilled_paths(self) -> list[Path]:
         """Return the distilled files, none by default."""
@@ -107,6 +121,25 @@ class EvaluateConfig:
             )
         return sorted({int(word) for word in words} - {0, self.comparison.steps}, reverse=True)
 
+    def levels_of_lora(self) -> Tensor:
+        """Return the noise levels [steps + 1] to sample at with the LoRA.
+
+        Raises ValueError for anything but numbers that fall from at most 1 to 0.
+        """
+        if not self.lora_sigmas:
+            return make_sigmas(_LORA_STEPS, self.comparison.shift)
+        try:
+            levels = [float(word) for word in self.lora_sigmas.split(",")]
+        except ValueError:
+            levels = []
+        falls = all(high > low for high, low in itertools.pairwise(levels))
+        if len(levels) < 2 or not falls or levels[0] > 1 or levels[-1] != 0:
+            raise ValueError(
+                f"--lora-sigmas {self.lora_sigmas} given; numbers that fall from at most 1 to 0, "
+                "such as 1,0.9,0.7,0, are needed"
+            )
+        return torch.tensor(levels)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
@@ -115,7 +148,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Compare teacher, swapped and student; write tables and pictures into `config.out`.
+    """Compare teacher, swapped and student, or steps against quality.
+
+    Tables and pictures go into `config.out`.
 
     Returns what evaluation.json holds: `settings`, `rows`, `velocity_rows` (see `Comparison`).
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
@@ -124,6 +159,10 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     precision = resolve_precision(config.precision, device)
     first = load_first_stage(config.artifact)
     distilled = load_second_stages(config.distilled_paths(), first)
+    lora = None
+    if config.lora is not None:
+        file, sigmas = load_lora(config.lora), config.levels_of_lora()
+        lora = FewStepLora(file=file, strength=config.lora_strength, sigmas=sigmas)
     subject = load_subject(config.subject).to(device)
     for artifact in (first, *distilled.values()):
         artifact_files.check(artifact, shapes_of(subject.model))
@@ -131,11 +170,12 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     write_text(config.out / "config.json", to_json(config))
     logger.info("comparing %s with its students on %s in %s", subject.name, device, precision)
     how = {"seed": config.seed, "precision": precision, "progress": progress}
-    if distilled:
+    if distilled or lora:
         steps = config.numbers_of_plain_steps()
-        comparison = compare_few_step(
-            subject, first, distilled, config.comparison, plain_steps=steps, **how
+        lineup = line_up(
+            subject.model, first, distilled, config.comparison, plain_steps=steps, lora=lora
         )
+        comparison = compare_few_step(subject, lineup, config.comparison, **how)
     else:
         comparison = compare_artifact(subject, first, config.comparison, **how)
     result = save_comparison(comparison, config.out)
@@ -202,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with TqdmProgress() as progress:
         result = run(config, progress)
     rows = result["rows"]
-    if config.distilled_paths():
+    if config.distilled_paths() or config.lora:
         rows = [{key: row[key] for key in FEW_STEP_KEYS if key in row} for row in rows]
     sys.stdout.write(f"\n{show_table(rows)}\npictures and tables: {config.out}\n")
 

@@ -28,6 +28,8 @@ class Health:
     half of the largest such median so far, as far as that was no more than the teacher's.
     """
 
+    delay = _RECENT
+
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=_MEMORY)
         self._recent = {name: deque(maxlen=_RECENT) for name in ("critic_loss", *_WORDS)}

@@ -151,6 +151,8 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         "motion_energy": "Speed / the teacher's",
     }
     titles = {k: v for k, v in titles.items() if any(row.get(k) is not None for row in rows)}
+    if "frechet" in titles:
+        titles.pop("frechet_teacher_features", None)
     if not titles:
         raise ValueError("no measure by number of steps was taken, so there is nothing to plot")
     lines: dict[str, list[Row]] = {}
@@ -178,8 +180,11 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         if key.startswith("frechet") and all((row.get(key) or 0) > 0 for row in rows):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         _title(axes, title)
     panels[0].legend(frameon=False, labelcolor=INK)
     _save(figure, path)

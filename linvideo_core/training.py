@@ -10,17 +10,17 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .checkpoint_files import CheckpointFiles, Watch
 from .config import fraction, option, positive
 from .progress import Progress, silent
-from .storage import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,6 @@ class Task(Protocol):
         """Take back what `state` returned."""
 
 
-Watch = Callable[[Mapping[str, Any]], str | None]
-"""A row of metrics in plain numbers -> what is wrong with the training, or None."""
-
-
 def seed_step(seed: int, step: int) -> torch.Generator:
     """Return the generator of one training step, independent of all steps before it."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
@@ -126,8 +122,8 @@ def fit(
 
     watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
 
-    Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last good
-    checkpoint is kept.
+    Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last
+    checkpoint from before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(task, config, folder, watch)
@@ -162,7 +158,7 @@ class _Run:
         self.task = task
         self.config = config
         self.watch = watch
-        self.checkpoint_path = folder / "checkpoint.safetensors"
+        self.files = CheckpointFiles(folder, None if watch is None else watch.delay)
         self.metrics_path = folder / "metrics.jsonl"
         self.groups = groups = task.parameter_groups()
         self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
@@ -241,7 +237,9 @@ class _Run:
         plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
         if not math.isfinite(plain["loss"]):
             raise self._diverged(f"the loss became {plain['loss']} at step {step}")
+        self.files.see_row(step)
         if self.watch is not None and (fault := self.watch(plain)):
+            self.files.return_to_good()
             raise self._diverged(f"{fault} at step {step}")
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **plain}) + "\n")
@@ -257,37 +255,31 @@ class _Run:
             tensors[f"parameter/{name}"] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
-        state = json.dumps(self.task.state())
-        write_tensors(self.checkpoint_path, tensors, {"step": str(step), "state": state})
+        metadata = {"step": str(step), "state": json.dumps(self.task.state())}
+        self.files.write(step, tensors, metadata)
         self.num_saved = step
 
     def _diverged(self, what: str) -> _Diverged:
-        has_checkpoint = self.checkpoint_path.exists()
-        kept = f"the last good checkpoint is {self.checkpoint_path}" if has_checkpoint else ""
-        return _Diverged(
-            f"{what}; {kept or 'no checkpoint was written yet'}: start again in another --out with "
-            "a lower --learning-rate"
-        )
+        advice = "start again in another --out with a lower --learning-rate"
+        return _Diverged(f"{what}; {self.files.describe()}: {advice}")
 
     def resume(self) -> int:
         """Take the checkpoint's state, drop later metrics; return the number of finished steps."""
-        if not self.checkpoint_path.exists():
+        if not self.files.path.exists():
             self.metrics_path.unlink(missing_ok=True)
             return 0
         try:
-            with safe_open(self.checkpoint_path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors, metadata = self.files.read()
             step = int(metadata["step"])
             self._restore(tensors)
             self.task.load_state(json.loads(metadata["state"]))
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.checkpoint_path} cannot be continued from ({error}); delete it to start "
+                f"{self.files.path} cannot be continued from ({error}); delete it to start "
                 "this stage again"
             ) from error
         self._drop_metrics_from(step)
-        self.num_finished = self.num_saved = step
+        self.num_finished = self.num_saved = self.files.step = step
         if step < self.config.steps:
             logger.info("continuing from step %d of %d", step, self.config.steps)
         return step
@@ -310,11 +302,13 @@ class _Run:
             whole = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
             self.metrics_path.write_text("".join(whole), encoding="utf-8")
             if self.watch is not None:
-                for row in whole:
-                    self.watch(json.loads(row))
+                for row in map(json.loads, whole):
+                    self.files.see_row(row["step"])
+                    self.watch(row)
 
     @torch.no_grad()
     def keep_average(self) -> None:
         """Replace the parameters by their average."""
+        self.files.finish()
         for name, parameter in self.parameters.items():
             parameter.copy_(self.average[name])

@@ -11,7 +11,9 @@ if not torch.cuda.is_available():
 
 from torch import Tensor, nn
 
+from linvideo_core.artifact import Artifact, extract
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject
 
 LATENT_SHAPE = (4, 2, 6, 4)
@@ -77,4 +79,18 @@ def subject(wan: WanModel) -> Subject:
         latent_shape=LATENT_SHAPE,
         decode=lambda latents: latents.mean(dim=1),
         is_demo=False,
+    )
+
+
+@pytest.fixture
+def linearized(subject: Subject) -> Artifact:
+    """A file of two linear layers with random low-rank changes, as a transfer leaves it."""
+    student = Student(subject, StudentConfig(lora_rank=2), seed=3)
+    for layer, module in student.mixed.items():
+        module.harden("linear" if layer in (0, 2) else "softmax")
+    for i, parameter in enumerate(student.weights.values()):
+        generator = torch.Generator().manual_seed(i)
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return extract(
+        student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
     )

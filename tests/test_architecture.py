@@ -17,6 +17,7 @@ NODE_FILES = sorted((ROOT / "nodes").rglob("*.py"))
 ALLOWED = {
     "adapters": {"attention"},
     "attention": {"kernels", "config"},
+    "checkpoint_files": {"storage"},
     "config": set(),
     "dmd2": {"flow"},
     "few_step": {"flow"},
@@ -25,6 +26,7 @@ ALLOWED = {
     "kernels": set(),
     "layer_order": {"run_folder", "sensitivity", "storage"},
     "lora": set(),
+    "lora_file": {"artifact", "models"},
     "models": {"attention", "flow", "kernels"},
     "health": set(),
     "motion": set(),
@@ -48,7 +50,7 @@ ALLOWED = {
     "stages": {"artifact", "demo"},
     "storage": set(),
     "teacher_features": {"adapters", "attention", "flow", "models"},
-    "training": {"config", "progress", "storage"},
+    "training": {"checkpoint_files", "config", "progress"},
 }
 MAX_LINES = 320
 MAX_KERNEL_LINES = 500

@@ -1,6 +1,6 @@
 """Few steps: DMD2's losses, what a generator is trained on, and when training ends early."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from linvideo_core.health import Health
 from linvideo_core.models.denoiser import bind
 from linvideo_core.progress import silent
 from linvideo_core.stages import load_first_stage
-from linvideo_core.student import Student, StudentConfig
+from linvideo_core.student import Student
 from linvideo_core.subject import Subject
 from linvideo_core.teacher_videos import Likeness
 from linvideo_core.training import ParameterGroup, TrainingConfig, fit
@@ -160,22 +160,45 @@ def test_players_move_in_their_turns_and_are_clipped_apart(tmp_path: Path) -> No
     assert "critic_gradient_norm" in rows and "generator_gradient_norm" in rows
 
 
-def test_a_fault_ends_training_at_the_last_good_checkpoint(tmp_path: Path) -> None:
-    seen: list[Any] = []
+class Finder:
+    """Finds a fault in the row of step `at`, or nothing."""
 
-    def watch(row: Any) -> str | None:
-        seen.append(row)
-        return "the videos became alike" if len(seen) > 5 else None
+    def __init__(self, at: int, delay: int) -> None:
+        self.at = at
+        self.delay = delay
+        self.num_seen = 0
 
-    with pytest.raises(ValueError, match="the videos became alike at step 5"):
-        fit(Player(), settings(9), tmp_path, seed=0, watch=watch)
-    kept = load_file(tmp_path / "checkpoint.safetensors")
+    def __call__(self, row: Mapping[str, Any]) -> str | None:
+        self.num_seen += 1
+        return "the videos became alike" if self.num_seen == self.at + 1 else None
+
+
+@pytest.mark.parametrize(
+    ("at", "delay", "kept"), [(6, 1, 4), (6, 2, 4), (6, 3, 2), (7, 1, 6), (7, 2, 4), (7, 5, 2)]
+)
+def test_a_fault_ends_training_at_the_last_checkpoint_from_before_it(
+    at: int, delay: int, kept: int, tmp_path: Path
+) -> None:
+    """A checkpoint follows every second step; the fault began `delay - 1` rows earlier."""
+    with pytest.raises(ValueError, match=f"the videos became alike at step {at}; the last good"):
+        fit(Player(), settings(9), tmp_path, seed=0, watch=Finder(at, delay))
+    found = load_file(tmp_path / "checkpoint.safetensors")
     with pytest.raises(Stop):
-        fit(Player(), settings(9), tmp_path / "other", seed=0, progress=stopper(4))
+        fit(Player(), settings(9), tmp_path / "other", seed=0, progress=stopper(kept))
     stopped = load_file(tmp_path / "other" / "checkpoint.safetensors")
-    assert kept.keys() == stopped.keys()
-    for name in kept:
-        torch.testing.assert_close(kept[name], stopped[name], rtol=0, atol=0)
+    assert found.keys() == stopped.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], stopped[name], rtol=0, atol=0)
+
+
+def test_a_fault_from_the_start_leaves_no_checkpoint_and_a_whole_run_leaves_one(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match="no good checkpoint is there"):
+        fit(Player(), settings(9), tmp_path, seed=0, watch=Finder(5, 6))
+    assert not list(tmp_path.glob("*.safetensors"))
+    fit(Player(), settings(9), tmp_path, seed=0, watch=Finder(10, 2))
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["checkpoint.safetensors"]
 
 
 class Stop(BaseException):
@@ -190,19 +213,6 @@ def stopper(at: int) -> Callable[..., None]:
             raise Stop
 
     return progress
-
-
-@pytest.fixture
-def linearized(subject: Subject) -> Artifact:
-    """A file of two linear layers with random low-rank changes, as a transfer leaves it."""
-    student = Student(subject, StudentConfig(lora_rank=2), seed=3)
-    for layer, module in student.mixed.items():
-        module.harden("linear" if layer in (0, 2) else "softmax")
-    for i, parameter in enumerate(student.weights.values()):
-        parameter.data += 0.02 * draw(*parameter.shape, seed=i)
-    return artifact.extract(
-        student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
-    )
 
 
 def make_task(student: Student, subject: Subject, **options: Any) -> DistillationTask:

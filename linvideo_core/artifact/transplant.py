@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..attention import LinearAttention, MixedAttention
 from ..lora import LowRank
+from .additions import add_change
 from .contents import Artifact, ArtifactError, ArtifactHeader, version_for
 
 _log = logging.getLogger(__name__)
@@ -108,9 +109,9 @@ def apply(artifact: Artifact, model: nn.Module, *, strength: float = 1.0) -> App
     warn_of_other_weights(artifact, model, sites)
     with contextlib.ExitStack() as undo, torch.no_grad():
         for name, delta in artifact.deltas.items():
-            _add(undo, model, name, (delta,), strength)
+            add_change(undo, model, name, (delta,), strength)
         for name, (down, up) in artifact.low_rank.items():
-            _add(undo, model, f"{name}.weight", (up, down), strength)
+            add_change(undo, model, f"{name}.weight", (up, down), strength)
         for site in linear_sites:
             attention = _make_linear(model, site, artifact)
             originals = adapters.install(model, [site], lambda _, module=attention: module)
@@ -207,30 +208,6 @@ def _make_linear(
     state = {name: x.to(device, torch.float32, copy=True) for name, x in tensors.items()}
     attention.load_state_dict(state, assign=True)
     return attention
-
-
-def _add(
-    undo: contextlib.ExitStack,
-    model: nn.Module,
-    name: str,
-    factors: Sequence[Tensor],
-    strength: float,
-) -> None:
-    """Add `strength` times the product of the factors to a parameter, and note how to undo it."""
-    parameter = model.get_parameter(name)
-    undo.callback(_overwrite, parameter, parameter.detach().to("cpu", copy=True))
-    change, *right = (factor.to(parameter.device, torch.float32) for factor in factors)
-    for factor in right:
-        change = change @ factor
-    total = (parameter.float() + strength * change).to(parameter.dtype)
-    if not total.isfinite().all():
-        raise ArtifactError(f"the change of {name} overflows {parameter.dtype}: lower the strength")
-    parameter.copy_(total)
-
-
-@torch.no_grad()
-def _overwrite(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value)
 
 
 def _linear_at(model: nn.Module, site: adapters.AttentionSite) -> LinearAttention | None:

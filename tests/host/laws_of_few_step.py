@@ -5,7 +5,9 @@
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.sample
@@ -17,12 +19,16 @@ from comfy_extras import nodes_custom_sampler
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.few_step import sample_few_step
+from linvideo_pack.linvideo_core.lora_file import load_lora, with_lora
 from linvideo_pack.linvideo_core.models.denoiser import bind_guided
 from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
 from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
 from linvideo_pack.nodes.patching import linearize
+from safetensors.torch import save_file
+from stage import assert_close, lora
 from stage import demo as _demo
 from stage import shipped as _shipped
+from stage import with_lora as with_lora_by_comfyui
 from torch import Tensor
 
 _SEED = 7
@@ -99,6 +105,26 @@ def the_node_gives_the_latents_of_the_headless_core() -> None:
     difference = float((latents - expected).norm() / expected.norm())
     print(f"relative difference {difference:.1e}")
     assert difference <= 1e-5
+
+
+def a_few_step_lora_from_a_file_acts_as_in_the_headless_core() -> None:
+    """Before LinVideo Linearize or after it, at the simple schedule's levels, without guidance."""
+    path = Path(tempfile.mkdtemp()) / "lora.safetensors"
+    save_file(lora(), path)
+    model, positive = load_subject(SubjectConfig()).model, _demo()[1]
+    with with_lora(model, load_lora(path), strength=0.7):
+        artifact.apply(_shipped(), model)
+        velocity_fn = bind_guided(model, positive[0][0], positive[0][0], 1.0)
+        generator = torch.Generator().manual_seed(_SEED + 1)
+        sigmas = flow.make_sigmas(4, 3.0)
+        expected = sample_few_step(velocity_fn, _noise(), sigmas, generator=generator)
+    plain = _sample(linearize(_demo()[0], _shipped()), 4)
+    for patcher in (
+        linearize(with_lora_by_comfyui(_demo()[0]), _shipped()),
+        with_lora_by_comfyui(linearize(_demo()[0], _shipped())),
+    ):
+        assert_close(_sample(patcher, 4), expected)
+    assert not torch.allclose(plain, expected, atol=1e-2)
 
 
 def both_ways_give_the_same_latents() -> None:

@@ -1,0 +1,88 @@
+"""Who is compared where steps stand against quality: at all, at few by Euler, at few distilled."""
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import Artifact, transfer_into
+from .bench import CompareConfig
+from .flow import make_sigmas
+from .lora_file import LoraFile, with_lora
+from .recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewStepLora:
+    """A LoRA that makes the teacher sample in few steps, and how: at `sigmas` [steps + 1]."""
+
+    file: LoraFile
+    strength: float
+    sigmas: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """Who is compared beside the teacher at all its steps.
+
+    students: name -> a context that yields the model, to be entered once.
+    recipes: name -> how that one is sampled; the others as the teacher.
+    unseen: names of those without pictures.
+    """
+
+    students: Mapping[str, contextlib.AbstractContextManager[nn.Module]]
+    recipes: Mapping[str, Recipe]
+    unseen: Collection[str]
+
+
+def line_up(
+    model: nn.Module,
+    linearized: Artifact,
+    distilled: Mapping[str, Artifact],
+    settings: CompareConfig,
+    *,
+    plain_steps: Sequence[int] = (),
+    lora: FewStepLora | None = None,
+) -> Lineup:
+    """Line up the student of a teacher at all steps, then both at few, as `distilled` and `lora`.
+
+    model: the teacher.
+    distilled: name -> a file with sigmas. The model "linearized_N_plain" takes as many Euler steps
+        with guidance as one of them without having been distilled.
+    plain_steps: numbers of Euler steps that teacher ("teacher_N_plain") and student also take,
+        without pictures.
+    lora: added to the teacher ("teacher_lora_N") and to the linearized model, without guidance.
+    """
+    students = {"linearized": transfer_into(model, linearized)}
+    recipes = {}
+    own_steps = {len(made.header.sigmas) - 1 for made in distilled.values()}
+    for steps in sorted(own_steps | set(plain_steps), reverse=True):
+        sigmas = make_sigmas(steps, settings.shift)
+        plain = Recipe(sigmas=sigmas, guidance_scale=settings.guidance_scale)
+        recipes |= {f"{name}_{steps}_plain": plain for name in ("linearized", "teacher")}
+        students[f"linearized_{steps}_plain"] = transfer_into(model, linearized)
+        if steps in plain_steps:
+            students[f"teacher_{steps}_plain"] = contextlib.nullcontext(model)
+    for name, made in distilled.items():
+        students[name] = transfer_into(model, made)
+        recipes[name] = _few_step(torch.tensor(made.header.sigmas))
+    if lora is not None:
+        name = f"lora_{len(lora.sigmas) - 1}"
+        recipes |= {f"{of}_{name}": _few_step(lora.sigmas) for of in ("linearized", "teacher")}
+        students[f"teacher_{name}"] = with_lora(model, lora.file, strength=lora.strength)
+        students[f"linearized_{name}"] = _with_both(model, linearized, lora)
+    unseen = {f"teacher_{steps}_plain" for steps in plain_steps}
+    unseen |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
+    return Lineup(students=students, recipes=recipes, unseen=unseen)
+
+
+def _few_step(sigmas: Tensor) -> Recipe:
+    return Recipe(sigmas=sigmas, guidance_scale=1.0, is_few_step=True)
+
+
+@contextlib.contextmanager
+def _with_both(model: nn.Module, linearized: Artifact, lora: FewStepLora) -> Iterator[nn.Module]:
+    with transfer_into(model, linearized), with_lora(model, lora.file, strength=lora.strength):
+        yield model
