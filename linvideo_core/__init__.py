@@ -7,7 +7,7 @@ The flow, and the one noun that each stage hands on:
     trajectories        collect(teacher)                 -> trajectory shards
     attention, kernels  install(mixed attention)         -> student
     warm_start          fit each layer to its softmax    -> feature maps
-    selection           layer scores, budget, rounding;
+    selection, layer_scores  scores, budget, rounding;
     sensitivity         or a rule, a list, a ranking     -> which layers are linear
     layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level

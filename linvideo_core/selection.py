@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from .attention import MixedAttention
 from .config import fraction, option, positive
+from .layer_scores import BUDGETS, budget_loss, project, rounding_loss
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = ("exact", "sum", "rounded")
 CHOICES = ("learned", "first", "last", "alternate", "random", "sensitivity")
 SCORE_STARTS = ("even", "ranking")
 
@@ -105,53 +105,6 @@ class SelectionConfig:
                 f"--layers {text} names {len(words)} layers and --target is {self.target}; give "
                 f"--target {len(words)}, or another list"
             )
-
-
-class _RoundStraightThrough(torch.autograd.Function):
-    """Round forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def budget_loss(layer_scores: Tensor, target: int, budget: str) -> Tensor:
-    """Return `(number of linear layers - target)^2` for layer scores [layers] (LinVideo eq. 6).
-
-    "rounded" counts `round(1 - r)` with a straight-through gradient, as the paper does: its sign
-    flips whenever a layer crosses 0.5, which holds layers there. "sum" counts `1 - r` itself, and
-    "exact" too: it is 0 where scores are projected.
-    """
-    linear = 1 - layer_scores
-    if budget == "rounded":
-        linear = _RoundStraightThrough.apply(linear)
-    return (linear.sum() - target).square()
-
-
-def project(layer_scores: Tensor, target: int) -> Tensor:
-    """Return the nearest scores [layers] in [0, 1] whose sum of 1 - r is `target`, exactly.
-
-    The Euclidean projection onto the capped simplex: `clamp(r - shift, 0, 1)`. The sum falls
-    linearly between the shifts at which a score reaches 0 or 1, so it is solved between two.
-
-    target: from 0 to the number of layers.
-    """
-    wanted = len(layer_scores) - target
-    shifts = torch.cat([layer_scores, layer_scores - 1]).sort().values
-    sums = (layer_scores - shifts.unsqueeze(1)).clamp(0, 1).sum(dim=1)
-    right = (sums > wanted).sum(dim=0, keepdim=True).clamp(1, len(shifts) - 1)
-    (low, high), (more, less) = ((x[right - 1], x[right]) for x in (shifts, sums))
-    share = (more - wanted) / (more - less).clamp_min(1e-12)
-    return (layer_scores - torch.lerp(low, high, share.clamp(0, 1))).clamp(0, 1)
-
-
-def rounding_loss(layer_scores: Tensor, alpha: float) -> Tensor:
-    """Return `sum (1 - |2 r - 1|^alpha)`, zero only where every r is 0 or 1 (LinVideo eq. 7)."""
-    return (1 - (2 * layer_scores - 1).abs().pow(alpha)).sum()
 
 
 def alpha_at(config: SelectionConfig, share: float) -> float:

@@ -25,6 +25,7 @@ ALLOWED = {
     "flow": set(),
     "kernels": set(),
     "layer_order": {"run_folder", "sensitivity", "storage"},
+    "layer_scores": set(),
     "lora": set(),
     "lora_file": {"artifact", "models"},
     "models": {"attention", "flow", "kernels"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "recipe": {"few_step", "flow"},
     "replay": set(),
     "run_folder": {"config", "storage"},
-    "selection": {"attention", "config"},
+    "selection": {"attention", "config", "layer_scores"},
     "sensitivity": {
         "attention",
         "config",

@@ -10,17 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linvideo_core.attention import LinearAttention, MixedAttention
+from linvideo_core.layer_scores import BUDGETS, budget_loss, project, rounding_loss
 from linvideo_core.selection import (
-    BUDGETS,
     Selection,
     SelectionConfig,
     alpha_at,
-    budget_loss,
     check_layers,
     choose,
     choose_layers,
-    project,
-    rounding_loss,
     start_scores,
 )
 
