@@ -21,7 +21,7 @@ from .adapters import (
     trainable_weights,
 )
 from .attention import LinearAttention, LinearForm, MixedAttention
-from .batches import draw_batch
+from .batches import PromptedBatch, draw_batch
 from .config import option, positive
 from .models.denoiser import bind, bind_guided
 from .objectives import ObjectiveConfig, Players, make_objective, needs_critic
@@ -175,24 +175,28 @@ class TransferTask:
             self.objective_config.prompt_dropout,
             generator,
         )
-        branch = drawn.branch_embeds
-        players = Players(
-            student=bind(self.student.model, branch, precision=self.precision),
-            student_guided=bind_guided(
-                self.student.model,
-                drawn.prompt_embeds,
-                drawn.negative_embeds,
-                self.trajectories.guidance_scale,
-                precision=self.precision,
-            ),
-            teacher=bind(self.subject.model, branch, precision=self.precision),
-            critic=self.critic and bind(self.critic, branch, precision=self.precision),
-        )
+        players = self._players(drawn, slice(None))
         objective_loss, metrics = self.objective(drawn.batch, players, step, generator)
         metrics |= {"objective_loss": objective_loss.detach()}
         if self.selection.is_learned:
             metrics["layer_scores"] = self.selection.layer_scores().detach().clone()
         return objective_loss + self.selection.loss(step), metrics
+
+    def _players(self, drawn: PromptedBatch, part: slice) -> Players:
+        branch = drawn.branch_embeds[part]
+        return Players(
+            student=bind(self.student.model, branch, precision=self.precision),
+            student_guided=bind_guided(
+                self.student.model,
+                drawn.prompt_embeds[part],
+                drawn.negative_embeds[part],
+                self.trajectories.guidance_scale,
+                precision=self.precision,
+            ),
+            teacher=bind(self.subject.model, branch, precision=self.precision),
+            part=lambda part: self._players(drawn, part),
+            critic=self.critic and bind(self.critic, branch, precision=self.precision),
+        )
 
     def after_step(self, step: int) -> None:
         """Advance the selection."""

@@ -23,6 +23,7 @@ from linvideo_core.objectives import (
     needs_critic,
     surrogate_loss,
 )
+from linvideo_core.objectives.adm import draw_move, level_weights
 from linvideo_core.objectives.adm_literal import score_difference
 
 DATA_MEAN, DATA_STD = 0.6, 0.5
@@ -84,15 +85,17 @@ def make_batch(step: int, latents: Tensor | None = None) -> Batch:
 
 
 def make_players(student: Callable, **others: Callable) -> Players:
-    return Players(**{"student": student, "student_guided": student, "teacher": teacher, **others})
+    """Return players that know no prompts, so that they play for any part of a batch."""
+    named = {"student": student, "student_guided": student, "teacher": teacher, **others}
+    return Players(**named, part=lambda _: Players(**named, part=None))
 
 
-def seed_of_jump(step: int, length: int, *, max_jump: int, min_jump: int, size: int = 2) -> int:
+def seed_of_move(step: int, length: int, *, max_jump: int, size: int = 2) -> int:
     """Return a seed with which every sample of the batch moves by exactly `length` points."""
     for seed in range(10_000):
         generator = torch.Generator().manual_seed(seed)
         steps = torch.full((size,), step)
-        drawn = draw_jump(steps, max_jump, min_jump, NUM_STEPS, generator)
+        drawn = draw_move(steps, max_jump, NUM_STEPS, generator)
         if bool((drawn - step == length).all()):
             return seed
     raise AssertionError("no seed draws this jump")
@@ -186,8 +189,9 @@ def test_the_stable_form_is_the_weighted_fisher_divergence(departed: int, length
     def student_guided(x: Tensor, sigma: Tensor) -> Tensor:
         return -0.3 * x + 0.4
 
-    objective = make_objective(ObjectiveConfig(objective="adm", max_jump=4), SIGMAS)
-    seed = seed_of_jump(departed, length, max_jump=4, min_jump=0)
+    config = ObjectiveConfig(objective="adm", max_jump=4, anchor_share=0.0)
+    objective = make_objective(config, SIGMAS)
+    seed = seed_of_move(departed, length, max_jump=4)
     players = make_players(student, student_guided=student_guided)
     generator = torch.Generator().manual_seed(seed)
     loss, _ = objective(make_batch(departed), players, 0, generator)
@@ -195,7 +199,7 @@ def test_the_stable_form_is_the_weighted_fisher_divergence(departed: int, length
     slope = 1 / p[1] ** 2 - 1 / q[1] ** 2
     offset = q[0] / q[1] ** 2 - p[0] / p[1] ** 2
     fisher = (slope * q[0] + offset) ** 2 + slope**2 * q[1] ** 2
-    weight = (end / (1 - end)) ** 2
+    weight = (end / (1 - end)) ** 2 * level_weights(4, NUM_STEPS)[departed + length]
     torch.testing.assert_close(loss.double(), weight * fisher, rtol=1e-5, atol=1e-7)
 
 
@@ -226,10 +230,10 @@ def test_the_stable_forms_gradient_stops_at_the_jump() -> None:
     with torch.no_grad():
         reached = euler_step(nodes(), student(nodes(), start), start, end)
     expected_loss = (student(reached, end) - teacher(reached, end)).square().mean()
-    objective = make_objective(ObjectiveConfig(objective="adm", max_jump=4), SIGMAS)
-    generator = torch.Generator().manual_seed(
-        seed_of_jump(departed, length, max_jump=4, min_jump=0)
-    )
+    expected_loss = expected_loss * level_weights(4, NUM_STEPS)[departed + length]
+    config = ObjectiveConfig(objective="adm", max_jump=4, anchor_share=0.0)
+    objective = make_objective(config, SIGMAS)
+    generator = torch.Generator().manual_seed(seed_of_move(departed, length, max_jump=4))
     loss, _ = objective(make_batch(departed), make_players(student), 0, generator)
     torch.testing.assert_close(
         torch.autograd.grad(loss, theta),
@@ -245,26 +249,58 @@ def test_the_stable_form_moves_as_the_sampler_does() -> None:
     def note(name: str) -> Callable:
         return lambda x, sigma: (seen.append(name), teacher(x, sigma))[1]
 
-    players = Players(
-        student=note("student"), student_guided=note("guided"), teacher=note("teacher")
-    )
+    players = make_players(note("student"), student_guided=note("guided"), teacher=note("teacher"))
     objective = make_objective(ObjectiveConfig(objective="adm"), SIGMAS)
     objective(make_batch(1), players, 0, torch.Generator().manual_seed(0))
     assert seen == ["guided", "teacher", "student"]
 
 
-def test_no_jump_is_velocity_matching() -> None:
+def test_anchored_alone_it_is_velocity_matching() -> None:
     theta = parameters(-0.3, 0.4)
     student = lambda x, sigma: theta[0] * x + theta[1]  # noqa: E731
     batch = make_batch(2)
     gradients = []
     for name in ("adm", "velocity"):
-        seed = seed_of_jump(2, 0, max_jump=1, min_jump=0)
-        objective = make_objective(ObjectiveConfig(objective=name, max_jump=1), SIGMAS)
-        generator = torch.Generator().manual_seed(seed)
-        loss, _ = objective(batch, make_players(student), 0, generator)
+        objective = make_objective(ObjectiveConfig(objective=name, anchor_share=1.0), SIGMAS)
+        loss, _ = objective(batch, make_players(student), 0, torch.Generator())
         gradients.append((loss, *torch.autograd.grad(loss, theta)))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("anchor_share", [0.3, 0.5])
+def test_a_share_of_the_batch_stays_where_it_was_stored(anchor_share: float) -> None:
+    batch = make_batch(2, as_latents([0.1 * i for i in range(10)]))
+    seen = {}
+
+    def note(name: str) -> Callable:
+        return lambda x, sigma: (seen.__setitem__(name, (x, sigma)), teacher(x, sigma))[1]
+
+    players = make_players(note("student"), student_guided=note("guided"), teacher=note("teacher"))
+    config = ObjectiveConfig(objective="adm", anchor_share=anchor_share)
+    make_objective(config, SIGMAS)(batch, players, 0, torch.Generator().manual_seed(0))
+    stays = round(10 * anchor_share)
+    torch.testing.assert_close(seen["guided"][0], batch.latents[stays:])
+    torch.testing.assert_close(seen["student"][0][:stays], batch.latents[:stays])
+    torch.testing.assert_close(seen["student"][0][stays:], seen["teacher"][0])
+    assert bool((seen["student"][1][:stays] == SIGMAS[2]).all())
+    assert bool((seen["student"][1][stays:] < SIGMAS[2]).all())
+
+
+@pytest.mark.parametrize(("max_jump", "num_steps"), [(1, 2), (6, 50), (3, 7), (100, 20), (4, 1)])
+def test_every_noise_level_that_a_move_reaches_counts_alike(max_jump: int, num_steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = 4000
+    steps = torch.arange(num_steps).repeat(draws)
+    reached = draw_move(steps, max_jump, num_steps, generator)
+    moves = reached - steps
+    room = (num_steps - 1 - steps).clamp(max=max_jump)
+    assert bool((moves <= room).all()) and bool((moves >= room.clamp(max=1)).all())
+    weights = level_weights(max_jump, num_steps)
+    weight_at = torch.zeros(num_steps).index_add_(0, reached, weights[reached]) / len(reached)
+    is_reached = weights > 0
+    assert is_reached.tolist() == [num_steps == 1] + [True] * (num_steps - 1)
+    expected = is_reached / is_reached.sum()
+    torch.testing.assert_close(weight_at, expected, rtol=0.1, atol=0)
 
 
 def test_velocity_matching_is_the_mean_squared_error_to_the_stored_velocity() -> None:
@@ -406,6 +442,7 @@ def test_the_surrogates_gradient_is_the_push_over_the_batch() -> None:
     [
         {"max_jump": 0},
         {"prompt_dropout": 1.1},
+        {"anchor_share": -0.1},
         {"velocity_share": 2.0},
         {"critic_steps": 0},
         {"critic_learning_rate": 0.0},

@@ -198,7 +198,8 @@ def test_the_first_step_of_a_softmax_student_has_nothing_to_learn(
     for module in task.student.mixed.values():
         module.harden("softmax")
     _, metrics = task.loss(0, seed_step(0, 0))
-    assert float(metrics["objective_loss"]) < 1e-10
+    # Velocities are stored in half precision.
+    assert float(metrics["objective_loss"]) < 1e-6
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)

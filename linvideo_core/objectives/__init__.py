@@ -22,6 +22,7 @@ class ObjectiveConfig:
 
     objective: str = option("adm", "what the student is trained to match", choices=OBJECTIVES)
     max_jump: int = option(6, "grid points that the student moves at most before it is compared")
+    anchor_share: float = option(0.5, "share of a batch that adm compares where it was stored")
     velocity_share: float = option(0.0, "share of the steps that match velocities before all else")
     prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
     critic_learning_rate: float = option(1e-4, "learning rate of the critic (dmd)")
@@ -29,7 +30,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         positive(self, "max_jump", "critic_learning_rate", "critic_steps")
-        fraction(self, "prompt_dropout", "velocity_share")
+        fraction(self, "anchor_share", "prompt_dropout", "velocity_share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class Batch:
     velocity: Tensor
     step: Tensor
 
+    def part(self, part: slice) -> "Batch":
+        """Return some of the samples."""
+        return Batch(latents=self.latents[part], velocity=self.velocity[part], step=self.step[part])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Players:
@@ -51,12 +56,14 @@ class Players:
 
     student, teacher: the sample's own guidance branch.
     student_guided: both branches combined, as the sampler calls the student.
+    part: makes the players of some of the batch's samples.
     critic: velocity of the student's own samples (dmd), None otherwise.
     """
 
     student: VelocityFn
     student_guided: VelocityFn
     teacher: VelocityFn
+    part: Callable[[slice], "Players"]
     critic: VelocityFn | None = None
 
 

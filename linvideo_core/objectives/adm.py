@@ -10,34 +10,80 @@ velocities at the same states make the weighted Fisher divergence
     E_{x ~ q_t} w(t) |s_q(x) - s_p(x)|^2,    with w(t) = (t / (1 - t))^2, hence |u_q - u_p|^2,
 
 whose gradient is taken at (x^_t, t) through u_q alone: bounded below, zero only at the same fixed
-point, no critic. A jump of zero grid points is plain velocity matching at a stored state; it keeps
-the student anchored where the teacher's sampler really goes.
+point, no critic.
+
+A share of each batch stays at its stored state, where the teacher's velocity is known: plain
+velocity matching, which keeps the student anchored where the teacher's sampler really goes, and
+costs nothing more. Jumps lead away from high noise, where motion is decided: samples are weighted
+so that every level that can be reached counts alike.
 """
 
 import torch
 from torch import Tensor
 
 from ..flow import euler_step
-from . import Batch, ObjectiveConfig, Players, draw_jump, mean_square
+from . import Batch, ObjectiveConfig, Players, mean_square
+
+
+def draw_move(step: Tensor, max_jump: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """Draw the grid index [B] that each sample moves to: 1 to `max_jump` points on, evenly.
+
+    Where fewer points are left, among those; at the last index nothing moves.
+    """
+    room = (num_steps - 1 - step).clamp(max=max_jump)
+    share = torch.rand(step.shape, generator=generator).to(step.device)
+    return step + torch.minimum((share * room).long() + 1, room)
+
+
+def level_weights(max_jump: int, num_steps: int) -> Tensor:
+    """Return the weight [num_steps] fp32 of a sample that has moved to each grid index.
+
+    The inverse of how often `draw_move` leads there from evenly drawn steps; 1 on average over the
+    draws, 0 where none leads.
+    """
+    visits = torch.zeros(num_steps)
+    for step in range(num_steps):
+        room = min(max_jump, num_steps - 1 - step)
+        visits[step + 1 : step + room + 1] += 1 / max(1, room)
+        visits[step] += room == 0
+    is_reached = visits > 0
+    weights = num_steps / (is_reached.sum() * visits)
+    return torch.where(is_reached, weights, torch.zeros(()))
 
 
 class AnytimeDistributionMatching:
-    """Match the teacher's velocity at states that the student reaches by jumps of 0..max_jump."""
+    """Match the teacher's velocity at stored states and at those that the student moves on to."""
 
     def __init__(self, config: ObjectiveConfig, sigmas: Tensor) -> None:
-        self.max_jump = config.max_jump
+        self.config = config
         self.sigmas = sigmas
+        self.weights = level_weights(config.max_jump, len(sigmas) - 1)
 
     def __call__(
         self, batch: Batch, players: Players, step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; see `Objective`. The jump is guided, as in sampling; no gradient."""
         sigmas = self.sigmas.to(batch.latents.device)
-        num_steps = len(sigmas) - 1
-        reached = draw_jump(batch.step, self.max_jump, 0, num_steps, generator)
-        start, sigma = sigmas[batch.step], sigmas[reached]
-        with torch.no_grad():
-            jump = players.student_guided(batch.latents, start)
-            latents = euler_step(batch.latents, jump, start, sigma)
-            target = players.teacher(latents, sigma)
-        return mean_square(players.student(latents, sigma) - target).mean(), {}
+        num_anchored = round(self.config.anchor_share * len(batch.step))
+        anchored, moving = batch.part(slice(num_anchored)), batch.part(slice(num_anchored, None))
+        reached = draw_move(moving.step, self.config.max_jump, len(sigmas) - 1, generator)
+        latents, target = anchored.latents, anchored.velocity
+        if len(reached):
+            movers = players.part(slice(num_anchored, None))
+            moved, known = self._move(moving, reached, sigmas, movers)
+            latents, target = torch.cat([latents, moved]), torch.cat([target, known])
+        errors = mean_square(
+            players.student(latents, sigmas[torch.cat([anchored.step, reached])]) - target
+        )
+        weights = self.weights.to(errors)[reached]
+        weights = torch.cat([torch.ones_like(errors[:num_anchored]), weights])
+        return (weights * errors).mean(), {}
+
+    @torch.no_grad()
+    def _move(
+        self, moving: Batch, reached: Tensor, sigmas: Tensor, players: Players
+    ) -> tuple[Tensor, Tensor]:
+        start, end = sigmas[moving.step], sigmas[reached]
+        jump = players.student_guided(moving.latents, start)
+        latents = euler_step(moving.latents, jump, start, end)
+        return latents, players.teacher(latents, end)
