@@ -29,6 +29,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,6 +38,16 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LEAST_WEIGHT = tl.constexpr(2.0**-100)
 # The tensor cores' narrowest tile: sums over tokens are products with this many equal columns.
 _COLUMNS = tl.constexpr(16)
+# Parts of a sum that are loaded at once: one after another they would take their latency each.
+_PARTS = tl.constexpr(16)
+
+
+@triton.jit
+def _take_turn(IS_CHAINED: tl.constexpr):
+    """Wait until all that the kernel before wrote is there, and let the next start to wait."""
+    if IS_CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -114,12 +125,14 @@ def reduce_kernel(
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
+    IS_CHAINED: tl.constexpr, REVERSED: tl.constexpr = False,
 ):  # fmt: skip
     """Sum over the tokens of one split: keys b^T v and b; queries w^T do and w^T (do o).
 
     states: [B N, splits, M, D] fp32; sums: [B N, splits, M] fp32; rows, for queries: as
     `backward_query_kernel` wrote them.
     """
+    _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_x += i_b * x_b + i_n * x_n
@@ -135,7 +148,9 @@ def reduce_kernel(
     state_minus = tl.zeros((H, D), tl.float32)
     sum_plus = tl.zeros((H, _COLUMNS), tl.float32)
     sum_minus = tl.zeros((H, _COLUMNS), tl.float32)
-    for start in range(first, last, BLOCK):
+    end = first + (last - first - 1) // BLOCK * BLOCK
+    for begin in range(first, last, BLOCK):
+        start = first + end - begin if REVERSED else begin
         x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
         y = _load_tokens(p_y, y_l, start, last, BLOCK, D)
         projected = _product(x, feature_map, PRECISION)
@@ -168,30 +183,67 @@ def reduce_kernel(
 
 
 @triton.jit
+def _add_parts(p_parts, stride, num_parts, o_tile, TILE: tl.constexpr):
+    """Add up the tiles [TILE] of parts that lie `stride` apart."""
+    total = tl.zeros((TILE,), tl.float32)
+    for first in range(0, num_parts, _PARTS):
+        o_part = first + tl.arange(0, _PARTS)
+        p_tile = p_parts + o_part[:, None] * stride + o_tile[None, :]
+        total += tl.sum(tl.load(p_tile, mask=(o_part < num_parts)[:, None], other=0.0), 0)
+    return total
+
+
+@triton.jit
 def add_splits_kernel(
     p_states, p_sums, p_normaliser, p_out_states, p_out_sums, length, num_splits,
-    M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, IS_QUERY: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    IS_QUERY: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Add the splits up: [B N, splits, M, D] -> [B N, M, D], and divide by sum_j b_jm.
 
     For keys the sums themselves are sum_j b_jm and become the normaliser; for queries it is read,
     and the sums are divided as the states are.
     """
+    _take_turn(IS_CHAINED)
     i_rows, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_rows * ROWS + tl.arange(0, ROWS)
-    o_tile = o_m[:, None] * D + tl.arange(0, D)[None, :]
-    state = tl.zeros((ROWS, D), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for i_split in range(num_splits):
-        i_part = i_head * num_splits + i_split
-        state += tl.load(p_states + i_part * M * D + o_tile)
-        total += tl.load(p_sums + i_part * M + o_m)
+    o_tile = i_rows * ROWS * D + tl.arange(0, ROWS * D)
+    i_part = i_head * num_splits
+    state = _add_parts(p_states + i_part * M * D, M * D, num_splits, o_tile, ROWS * D)
+    total = _add_parts(p_sums + i_part * M, M, num_splits, o_m, ROWS)
     count = tl.load(p_normaliser + i_head * M + o_m) * length if IS_QUERY else total
     # A feature that no key has weighs nothing: its state may be anything finite.
     share = 1 / tl.maximum(count, _TINY)
-    state = (state * share[:, None]).to(p_out_states.dtype.element_ty)
+    state = tl.reshape(state, (ROWS, D)) * share[:, None]
+    state = tl.reshape(state, (ROWS * D,)).to(p_out_states.dtype.element_ty)
     tl.store(p_out_states + i_head * M * D + o_tile, state)
     tl.store(p_out_sums + i_head * M + o_m, total * share if IS_QUERY else total / length)
+
+
+@triton.jit
+def add_map_gradients_kernel(
+    p_query_parts, p_key_parts, p_dquery_map, p_dkey_map, num_videos, query_splits, key_splits,
+    SIZE: tl.constexpr, TILE: tl.constexpr, IS_CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Add up both sides' map gradients, [B, N, splits, D H] -> [N, D H]; SIZE is D H."""
+    _take_turn(IS_CHAINED)
+    if tl.program_id(2) == 0:
+        _add_map_gradient(p_query_parts, p_dquery_map, num_videos, query_splits, SIZE, TILE)
+    else:
+        _add_map_gradient(p_key_parts, p_dkey_map, num_videos, key_splits, SIZE, TILE)
+
+
+@triton.jit
+def _add_map_gradient(
+    p_parts, p_dmap, num_videos, num_splits, SIZE: tl.constexpr, TILE: tl.constexpr
+):
+    i_tile, i_n, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    o_tile = i_tile * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    for i_b in range(num_videos):
+        i_part = (i_b * num_heads + i_n).to(tl.int64) * num_splits
+        total += _add_parts(p_parts + i_part * SIZE, SIZE, num_splits, o_tile, TILE)
+    tl.store(p_dmap + i_n * SIZE + o_tile, total.to(p_dmap.dtype.element_ty))
 
 
 @triton.jit
@@ -200,9 +252,10 @@ def map_kernel(
     x_b, x_l, x_n, out_b, out_l, out_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
+    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write features times state for one split's tokens: queries o = w s, keys dv = b G."""
+    _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_x += i_b * x_b + i_n * x_n
@@ -234,13 +287,14 @@ def backward_query_kernel(
     query_b, query_l, query_n, upstream_b, upstream_l, upstream_n, dquery_b, dquery_l, dquery_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one split's queries and their rows; sum the map's gradient over them.
 
     rows: [B N, 3, L] fp32, do o and, of either half, what makes exp2(+-x log2(e) - row) n the
     weights w; dmap: [B N, splits, D, H] fp32.
     """
+    _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_query += i_b * query_b + i_n * query_n
@@ -301,12 +355,15 @@ def backward_key_kernel(
     key_b, key_l, key_n, value_b, value_l, value_n, dkey_b, dkey_l, dkey_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr, IS_CHAINED: tl.constexpr,
+    IS_EARLY: tl.constexpr = False, REVERSED: tl.constexpr = False,
 ):  # fmt: skip
     """Write dk of one split's keys; sum the map's gradient over them.
 
     states, sums: G and c; dmap: [B N, splits, D, H] fp32.
     """
+    if not IS_EARLY:
+        _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_key += i_b * key_b + i_n * key_n
@@ -320,7 +377,9 @@ def backward_key_kernel(
     state_minus = _load_matrix(p_states + H * D, H, D)
     p_sums += i_head * 2 * H + tl.arange(0, H)
     map_gradient = tl.zeros((D, H), tl.float32)
-    for start in range(first, last, BLOCK):
+    end = first + (last - first - 1) // BLOCK * BLOCK
+    for begin in range(first, last, BLOCK):
+        start = first + end - begin if REVERSED else begin
         key = _load_tokens(p_key, key_l, start, last, BLOCK, D).to(feature_map.dtype)
         value = _load_tokens(p_value, value_l, start, last, BLOCK, D).to(state_plus.dtype)
         plus, minus = _features(_product(key, feature_map, PRECISION))
@@ -339,3 +398,5 @@ def backward_key_kernel(
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
         _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
+    if IS_EARLY:
+        _take_turn(IS_CHAINED)
