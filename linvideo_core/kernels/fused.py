@@ -222,7 +222,7 @@ def _run_backward_query(
     *,
     needs_map_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, the queries' rows [B, N, 3, L] for `_run_reduce`, and the map's gradients.
+    """Return dq, the queries' rows [B, N, L, 4] for `_run_reduce`, and the map's gradients.
 
     They are fp32, [B, N, splits, D, H], and yet to be added up.
     """
@@ -231,7 +231,7 @@ def _run_backward_query(
         query, query_map, launch, wanted=needs_map_gradient
     )
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    rows = _fp32(query, B, N, 3, L)
+    rows = _fp32(query, B, N, L, 4)
     backward_query_kernel[splits, B * N](
         query, upstream, query_map, means, normaliser, dquery, rows, parts,
         *query.stride()[:3], *upstream.stride()[:3], *dquery.stride()[:3], L, split_length, N,

@@ -141,7 +141,7 @@ def reduce_kernel(
     last = tl.minimum(first + split_length, length)
     feature_map = _load_matrix(p_map + i_n * D * H, D, H)
     if IS_QUERY:
-        p_rows += i_head.to(tl.int64) * 3 * length
+        p_rows += i_head.to(tl.int64) * 4 * length
         p_normaliser += i_head * 2 * H + tl.arange(0, H)
         n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
     state_plus = tl.zeros((H, D), tl.float32)
@@ -156,10 +156,11 @@ def reduce_kernel(
         projected = _product(x, feature_map, PRECISION)
         o_l = start + tl.arange(0, BLOCK)
         if IS_QUERY:
-            column = tl.load(p_rows + o_l, mask=o_l < last, other=0.0)
+            p_row = p_rows + o_l * 4
+            column = tl.load(p_row, mask=o_l < last, other=0.0)
             # Beyond the end: exp2 of minus infinity, no weight.
-            high = tl.load(p_rows + length + o_l, mask=o_l < last, other=float("inf"))
-            low = tl.load(p_rows + 2 * length + o_l, mask=o_l < last, other=float("inf"))
+            high = tl.load(p_row + 2, mask=o_l < last, other=float("inf"))
+            low = tl.load(p_row + 3, mask=o_l < last, other=float("inf"))
             plus = tl.exp2(projected * _LOG2_E - high[:, None]) * n_plus[None, :]
             minus = tl.exp2(-projected * _LOG2_E - low[:, None]) * n_minus[None, :]
         else:
@@ -291,8 +292,8 @@ def backward_query_kernel(
 ):  # fmt: skip
     """Write dq of one split's queries and their rows; sum the map's gradient over them.
 
-    rows: [B N, 3, L] fp32, do o and, of either half, what makes exp2(+-x log2(e) - row) n the
-    weights w; dmap: [B N, splits, D, H] fp32.
+    rows: [B N, L, 4] fp32, do o twice and, of either half, what makes
+    exp2(+-x log2(e) - row) n the weights w; dmap: [B N, splits, D, H] fp32.
     """
     _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
@@ -300,7 +301,7 @@ def backward_query_kernel(
     p_query += i_b * query_b + i_n * query_n
     p_upstream += i_b * upstream_b + i_n * upstream_n
     p_dquery += i_b * dquery_b + i_n * dquery_n
-    p_rows += i_head.to(tl.int64) * 3 * length
+    p_rows += i_head.to(tl.int64) * 4 * length
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
     feature_map = _load_matrix(p_map + i_n * D * H, D, H)
@@ -330,17 +331,21 @@ def backward_query_kernel(
         # Softmax's gradient: a da less a times its sum over the half.
         drawn_plus = scale_plus * (along_plus - along * weight_plus)
         drawn_minus = scale_minus * (along_minus - along * weight_minus)
-        slope_plus = (slope_plus - along[:, None]) * scale_plus[:, None] * n_plus[None, :]
-        slope_minus = (slope_minus - along[:, None]) * scale_minus[:, None] * n_minus[None, :]
-        dz = plus * (slope_plus - drawn_plus[:, None])
-        dz -= minus * (slope_minus - drawn_minus[:, None])
+        # Each (slope - along) scale n - drawn as two multiply-adds.
+        slope_plus = slope_plus * scale_plus[:, None] - (along * scale_plus)[:, None]
+        slope_minus = slope_minus * scale_minus[:, None] - (along * scale_minus)[:, None]
+        dz = plus * (slope_plus * n_plus[None, :] - drawn_plus[:, None])
+        dz -= minus * (slope_minus * n_minus[None, :] - drawn_minus[:, None])
         dz = dz.to(feature_map.dtype)
         dquery = _product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dquery, dquery_l, start, last, dquery, BLOCK, D)
         o_l = start + tl.arange(0, BLOCK)
-        tl.store(p_rows + o_l, along, mask=o_l < last)
-        tl.store(p_rows + length + o_l, high - tl.log2(scale_plus), mask=o_l < last)
-        tl.store(p_rows + 2 * length + o_l, low - tl.log2(scale_minus), mask=o_l < last)
+        # Four numbers a token, one of them twice: written at once, as threads must trade places
+        # to write and each time all wait for one another.
+        high, low = high - tl.log2(scale_plus), low - tl.log2(scale_minus)
+        row = tl.reshape(tl.join(tl.join(along, high), tl.join(along, low)), (BLOCK, 4))
+        p_tile = p_rows + o_l[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(p_tile, row, mask=(o_l < last)[:, None])
         if MAP_GRADIENT:
             # Tokens beyond the end are zeros: their rows of dz meet nothing.
             map_gradient = _dot(tl.trans(query), dz, map_gradient, PRECISION)
@@ -382,14 +387,18 @@ def backward_key_kernel(
         start = first + end - begin if REVERSED else begin
         key = _load_tokens(p_key, key_l, start, last, BLOCK, D).to(feature_map.dtype)
         value = _load_tokens(p_value, value_l, start, last, BLOCK, D).to(state_plus.dtype)
-        plus, minus = _features(_product(key, feature_map, PRECISION))
+        projected = _product(key, feature_map, PRECISION)
+        plus, minus, total_plus, total_minus, _, _ = _exponentials(projected)
         sum_plus, sum_minus = tl.load(p_sums), tl.load(p_sums + H)
         slope_plus = _product(value, tl.trans(state_plus), PRECISION) - sum_plus[None, :]
         slope_minus = _product(value, tl.trans(state_minus), PRECISION) - sum_minus[None, :]
-        slope_plus, slope_minus = plus * slope_plus, minus * slope_minus
-        slope_plus -= plus * tl.sum(slope_plus, 1)[:, None]
-        slope_minus -= minus * tl.sum(slope_minus, 1)[:, None]
-        dz = (slope_plus - slope_minus).to(feature_map.dtype)
+        share_plus, share_minus = 1 / total_plus, 1 / total_minus
+        # Softmax's gradient, b db less b times its sum over the half, as multiply-adds.
+        drawn_plus = tl.sum(plus * slope_plus, 1) * share_plus * share_plus
+        drawn_minus = tl.sum(minus * slope_minus, 1) * share_minus * share_minus
+        dz = plus * (slope_plus * share_plus[:, None] - drawn_plus[:, None])
+        dz -= minus * (slope_minus * share_minus[:, None] - drawn_minus[:, None])
+        dz = dz.to(feature_map.dtype)
         dkey = _product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dkey, dkey_l, start, last, dkey, BLOCK, D)
         if MAP_GRADIENT:
