@@ -18,7 +18,8 @@ Backward needs two more states of the same shapes, both divided by sum_j b_jm:
 `backward_query_kernel` and `backward_key_kernel` write dq and dk and their maps' gradients. The
 queries' leaves three numbers a token, from which the sums over queries have each weight in one
 exponential. Tokens are split to fill the card; splits are added up in order and depend on the shape
-alone, so that results are the same bit for bit.
+alone, so that results are the same bit for bit. Backward's kernels are chained where the card can:
+each is launched while the one before still runs, takes the places that become free, and waits.
 
 Kernel locals: i_ program index, o_ offsets, p_ pointer. x is the side's query or key, y its output
 gradient or value, H = M/2 the width of either half of the features.
@@ -125,7 +126,7 @@ def reduce_kernel(
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
-    IS_CHAINED: tl.constexpr, REVERSED: tl.constexpr = False,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum over the tokens of one split: keys b^T v and b; queries w^T do and w^T (do o).
 
@@ -148,9 +149,7 @@ def reduce_kernel(
     state_minus = tl.zeros((H, D), tl.float32)
     sum_plus = tl.zeros((H, _COLUMNS), tl.float32)
     sum_minus = tl.zeros((H, _COLUMNS), tl.float32)
-    end = first + (last - first - 1) // BLOCK * BLOCK
-    for begin in range(first, last, BLOCK):
-        start = first + end - begin if REVERSED else begin
+    for start in range(first, last, BLOCK):
         x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
         y = _load_tokens(p_y, y_l, start, last, BLOCK, D)
         projected = _product(x, feature_map, PRECISION)
@@ -184,17 +183,6 @@ def reduce_kernel(
 
 
 @triton.jit
-def _add_parts(p_parts, stride, num_parts, o_tile, TILE: tl.constexpr):
-    """Add up the tiles [TILE] of parts that lie `stride` apart."""
-    total = tl.zeros((TILE,), tl.float32)
-    for first in range(0, num_parts, _PARTS):
-        o_part = first + tl.arange(0, _PARTS)
-        p_tile = p_parts + o_part[:, None] * stride + o_tile[None, :]
-        total += tl.sum(tl.load(p_tile, mask=(o_part < num_parts)[:, None], other=0.0), 0)
-    return total
-
-
-@triton.jit
 def add_splits_kernel(
     p_states, p_sums, p_normaliser, p_out_states, p_out_sums, length, num_splits,
     M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
@@ -208,15 +196,17 @@ def add_splits_kernel(
     _take_turn(IS_CHAINED)
     i_rows, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_rows * ROWS + tl.arange(0, ROWS)
-    o_tile = i_rows * ROWS * D + tl.arange(0, ROWS * D)
-    i_part = i_head * num_splits
-    state = _add_parts(p_states + i_part * M * D, M * D, num_splits, o_tile, ROWS * D)
-    total = _add_parts(p_sums + i_part * M, M, num_splits, o_m, ROWS)
+    o_tile = o_m[:, None] * D + tl.arange(0, D)[None, :]
+    state = tl.zeros((ROWS, D), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for i_split in range(num_splits):
+        i_part = i_head * num_splits + i_split
+        state += tl.load(p_states + i_part * M * D + o_tile)
+        total += tl.load(p_sums + i_part * M + o_m)
     count = tl.load(p_normaliser + i_head * M + o_m) * length if IS_QUERY else total
     # A feature that no key has weighs nothing: its state may be anything finite.
     share = 1 / tl.maximum(count, _TINY)
-    state = tl.reshape(state, (ROWS, D)) * share[:, None]
-    state = tl.reshape(state, (ROWS * D,)).to(p_out_states.dtype.element_ty)
+    state = (state * share[:, None]).to(p_out_states.dtype.element_ty)
     tl.store(p_out_states + i_head * M * D + o_tile, state)
     tl.store(p_out_sums + i_head * M + o_m, total * share if IS_QUERY else total / length)
 
@@ -242,8 +232,11 @@ def _add_map_gradient(
     o_tile = i_tile * TILE + tl.arange(0, TILE)
     total = tl.zeros((TILE,), tl.float32)
     for i_b in range(num_videos):
-        i_part = (i_b * num_heads + i_n).to(tl.int64) * num_splits
-        total += _add_parts(p_parts + i_part * SIZE, SIZE, num_splits, o_tile, TILE)
+        p_video = p_parts + (i_b * num_heads + i_n).to(tl.int64) * num_splits * SIZE
+        for first in range(0, num_splits, _PARTS):
+            o_part = first + tl.arange(0, _PARTS)
+            p_tile = p_video + o_part[:, None] * SIZE + o_tile[None, :]
+            total += tl.sum(tl.load(p_tile, mask=(o_part < num_splits)[:, None], other=0.0), 0)
     tl.store(p_dmap + i_n * SIZE + o_tile, total.to(p_dmap.dtype.element_ty))
 
 
@@ -361,14 +354,11 @@ def backward_key_kernel(
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr, IS_CHAINED: tl.constexpr,
-    IS_EARLY: tl.constexpr = False, REVERSED: tl.constexpr = False,
 ):  # fmt: skip
     """Write dk of one split's keys; sum the map's gradient over them.
 
     states, sums: G and c; dmap: [B N, splits, D, H] fp32.
     """
-    if not IS_EARLY:
-        _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_key += i_b * key_b + i_n * key_n
@@ -382,23 +372,17 @@ def backward_key_kernel(
     state_minus = _load_matrix(p_states + H * D, H, D)
     p_sums += i_head * 2 * H + tl.arange(0, H)
     map_gradient = tl.zeros((D, H), tl.float32)
-    end = first + (last - first - 1) // BLOCK * BLOCK
-    for begin in range(first, last, BLOCK):
-        start = first + end - begin if REVERSED else begin
+    for start in range(first, last, BLOCK):
         key = _load_tokens(p_key, key_l, start, last, BLOCK, D).to(feature_map.dtype)
         value = _load_tokens(p_value, value_l, start, last, BLOCK, D).to(state_plus.dtype)
-        projected = _product(key, feature_map, PRECISION)
-        plus, minus, total_plus, total_minus, _, _ = _exponentials(projected)
+        plus, minus = _features(_product(key, feature_map, PRECISION))
         sum_plus, sum_minus = tl.load(p_sums), tl.load(p_sums + H)
         slope_plus = _product(value, tl.trans(state_plus), PRECISION) - sum_plus[None, :]
         slope_minus = _product(value, tl.trans(state_minus), PRECISION) - sum_minus[None, :]
-        share_plus, share_minus = 1 / total_plus, 1 / total_minus
-        # Softmax's gradient, b db less b times its sum over the half, as multiply-adds.
-        drawn_plus = tl.sum(plus * slope_plus, 1) * share_plus * share_plus
-        drawn_minus = tl.sum(minus * slope_minus, 1) * share_minus * share_minus
-        dz = plus * (slope_plus * share_plus[:, None] - drawn_plus[:, None])
-        dz -= minus * (slope_minus * share_minus[:, None] - drawn_minus[:, None])
-        dz = dz.to(feature_map.dtype)
+        slope_plus, slope_minus = plus * slope_plus, minus * slope_minus
+        slope_plus -= plus * tl.sum(slope_plus, 1)[:, None]
+        slope_minus -= minus * tl.sum(slope_minus, 1)[:, None]
+        dz = (slope_plus - slope_minus).to(feature_map.dtype)
         dkey = _product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dkey, dkey_l, start, last, dkey, BLOCK, D)
         if MAP_GRADIENT:
@@ -407,5 +391,6 @@ def backward_key_kernel(
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
         _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
-    if IS_EARLY:
-        _take_turn(IS_CHAINED)
+    # Nothing here is of the kernel before, which writes dv: it is only waited for so that whoever
+    # waits for this one has waited for both.
+    _take_turn(IS_CHAINED)
