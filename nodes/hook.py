@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attention_call import answer
 from .bypass import change_layers, restore_weight
+from .families import host_family
 from .forwards import call_previous, part_of, replace_forward, restore_forward
 from .watch import start_watching, stop_watching
 from .weight_changes import check_merged
@@ -25,8 +26,10 @@ def inject(patcher: Any) -> None:
     eject(patcher)
     check_merged(patcher)
     maps, *changes = (part.model for part in patcher.get_additional_models_with_key(KEY))
+    family = host_family(maps.family_name)
     for name, layer_maps in zip(maps.site_names, maps.layers, strict=True):
         attention = patcher.model.diffusion_model.get_submodule(name)
+        layer_maps.run_fused = family.run_fused
         replace_forward(attention, _linear_forward, layer_maps)
     if changes:
         change_layers(patcher.model.diffusion_model, changes[0])
@@ -44,13 +47,19 @@ def eject(patcher: Any) -> None:
 def _linear_forward(
     self: nn.Module, x: Tensor, *args: Any, transformer_options: dict | None = None, **kwargs: Any
 ) -> Tensor:
-    """Run the class's own forward, its one attention call answered by the layer's maps."""
+    """Run the class's own forward, its one attention call answered by the layer's maps.
+
+    Where the family has a faster way to the same result, that is taken.
+    """
     options = dict(transformer_options or {})
     maps = part_of(self)
     if maps is not None:
         maps.num_runs += 1
     if maps is None or maps.is_resting:
         return call_previous(self, x, *args, transformer_options=options, **kwargs)
+    fused = maps.run_fused(self, maps, x, *args, transformer_options=options, **kwargs)
+    if fused is not None:
+        return fused
     num_calls = 0
 
     def attend(_: Any, *call_args: Any, **call_options: Any) -> Tensor:

@@ -77,6 +77,17 @@ def test_a_slice_of_one_projection_is_read_in_place(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_rotation_matrices_are_read_in_place(device: str) -> None:
+    x, weight, rotary = make_inputs(21, 2, dtype=torch.float32, device=device)
+    cos, sin = rotary
+    matrices = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+    column = matrices[..., 0].movedim(-1, 0)
+    found = norm_rotary(x, weight, column, 2, backend="triton")
+    expected = norm_rotary(x, weight, rotary, 2, backend="triton")
+    assert not column.is_contiguous() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_operator_keeps_pytorchs_contract(device: str) -> None:
     inputs = make_inputs(9, 2, dtype=torch.float32, device=device)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -70,7 +70,7 @@ def norm_rotary(
     """Normalise tokens over their whole width, split heads, rotate pairs: Wan's way to q and k.
 
     x: [B, L, N D], a projection's output. weight: [N D], of the RMS norm.
-    rotary: [2, L, D/2] fp32, cos and sin of every token's angles.
+    rotary: [2, L, D/2] fp32, cos and sin of every token's angles. Any strides; no copy is made.
 
     Returns [B, L, N, D] in x's dtype; the gradient reaches x and weight.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
@@ -79,6 +79,11 @@ def norm_rotary(
     if _choose(backend, x.device, _unknown_rotary(D, x.dtype)) == "reference":
         return rotary_operator.reference(x, weight, rotary, num_heads, eps)
     return rotary_operator.fused(x, weight, rotary, num_heads, eps)
+
+
+def is_norm_rotary_fused(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Return whether `norm_rotary` runs as one kernel there, left to choose."""
+    return _choose("auto", device, _unknown_rotary(head_dim, dtype)) == "triton"
 
 
 def _check_norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int) -> int:

@@ -18,7 +18,8 @@ Backward needs two more states of the same shapes, both divided by sum_j b_jm:
 `backward_query_kernel` and `backward_key_kernel` write dq and dk and their maps' gradients. The
 queries' leaves three numbers a token, from which the sums over queries have each weight in one
 exponential. Tokens are split to fill the card; splits are added up in order and depend on the shape
-alone, so that results are the same bit for bit.
+alone, so that results are the same bit for bit. Backward's kernels are chained where the card can:
+each is launched while the one before still runs, takes the places that become free, and waits.
 
 Kernel locals: i_ program index, o_ offsets, p_ pointer. x is the side's query or key, y its output
 gradient or value, H = M/2 the width of either half of the features.
@@ -29,6 +30,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,6 +39,16 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LEAST_WEIGHT = tl.constexpr(2.0**-100)
 # The tensor cores' narrowest tile: sums over tokens are products with this many equal columns.
 _COLUMNS = tl.constexpr(16)
+# Parts of a sum that are loaded at once: one after another they would take their latency each.
+_PARTS = tl.constexpr(16)
+
+
+@triton.jit
+def _take_turn(IS_CHAINED: tl.constexpr):
+    """Wait until all that the kernel before wrote is there, and let the next start to wait."""
+    if IS_CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -114,12 +126,14 @@ def reduce_kernel(
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum over the tokens of one split: keys b^T v and b; queries w^T do and w^T (do o).
 
     states: [B N, splits, M, D] fp32; sums: [B N, splits, M] fp32; rows, for queries: as
     `backward_query_kernel` wrote them.
     """
+    _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_x += i_b * x_b + i_n * x_n
@@ -128,7 +142,7 @@ def reduce_kernel(
     last = tl.minimum(first + split_length, length)
     feature_map = _load_matrix(p_map + i_n * D * H, D, H)
     if IS_QUERY:
-        p_rows += i_head.to(tl.int64) * 3 * length
+        p_rows += i_head.to(tl.int64) * 4 * length
         p_normaliser += i_head * 2 * H + tl.arange(0, H)
         n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
     state_plus = tl.zeros((H, D), tl.float32)
@@ -141,10 +155,11 @@ def reduce_kernel(
         projected = _product(x, feature_map, PRECISION)
         o_l = start + tl.arange(0, BLOCK)
         if IS_QUERY:
-            column = tl.load(p_rows + o_l, mask=o_l < last, other=0.0)
+            p_row = p_rows + o_l * 4
+            column = tl.load(p_row, mask=o_l < last, other=0.0)
             # Beyond the end: exp2 of minus infinity, no weight.
-            high = tl.load(p_rows + length + o_l, mask=o_l < last, other=float("inf"))
-            low = tl.load(p_rows + 2 * length + o_l, mask=o_l < last, other=float("inf"))
+            high = tl.load(p_row + 2, mask=o_l < last, other=float("inf"))
+            low = tl.load(p_row + 3, mask=o_l < last, other=float("inf"))
             plus = tl.exp2(projected * _LOG2_E - high[:, None]) * n_plus[None, :]
             minus = tl.exp2(-projected * _LOG2_E - low[:, None]) * n_minus[None, :]
         else:
@@ -170,13 +185,15 @@ def reduce_kernel(
 @triton.jit
 def add_splits_kernel(
     p_states, p_sums, p_normaliser, p_out_states, p_out_sums, length, num_splits,
-    M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, IS_QUERY: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    IS_QUERY: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Add the splits up: [B N, splits, M, D] -> [B N, M, D], and divide by sum_j b_jm.
 
     For keys the sums themselves are sum_j b_jm and become the normaliser; for queries it is read,
     and the sums are divided as the states are.
     """
+    _take_turn(IS_CHAINED)
     i_rows, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_rows * ROWS + tl.arange(0, ROWS)
     o_tile = o_m[:, None] * D + tl.arange(0, D)[None, :]
@@ -195,14 +212,44 @@ def add_splits_kernel(
 
 
 @triton.jit
+def add_map_gradients_kernel(
+    p_query_parts, p_key_parts, p_dquery_map, p_dkey_map, num_videos, query_splits, key_splits,
+    SIZE: tl.constexpr, TILE: tl.constexpr, IS_CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Add up both sides' map gradients, [B, N, splits, D H] -> [N, D H]; SIZE is D H."""
+    _take_turn(IS_CHAINED)
+    if tl.program_id(2) == 0:
+        _add_map_gradient(p_query_parts, p_dquery_map, num_videos, query_splits, SIZE, TILE)
+    else:
+        _add_map_gradient(p_key_parts, p_dkey_map, num_videos, key_splits, SIZE, TILE)
+
+
+@triton.jit
+def _add_map_gradient(
+    p_parts, p_dmap, num_videos, num_splits, SIZE: tl.constexpr, TILE: tl.constexpr
+):
+    i_tile, i_n, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    o_tile = i_tile * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    for i_b in range(num_videos):
+        p_video = p_parts + (i_b * num_heads + i_n).to(tl.int64) * num_splits * SIZE
+        for first in range(0, num_splits, _PARTS):
+            o_part = first + tl.arange(0, _PARTS)
+            p_tile = p_video + o_part[:, None] * SIZE + o_tile[None, :]
+            total += tl.sum(tl.load(p_tile, mask=(o_part < num_splits)[:, None], other=0.0), 0)
+    tl.store(p_dmap + i_n * SIZE + o_tile, total.to(p_dmap.dtype.element_ty))
+
+
+@triton.jit
 def map_kernel(
     p_x, p_map, p_states, p_normaliser, p_out,
     x_b, x_l, x_n, out_b, out_l, out_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr,
+    PRECISION: tl.constexpr, IS_QUERY: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write features times state for one split's tokens: queries o = w s, keys dv = b G."""
+    _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_x += i_b * x_b + i_n * x_n
@@ -234,19 +281,20 @@ def backward_query_kernel(
     query_b, query_l, query_n, upstream_b, upstream_l, upstream_n, dquery_b, dquery_l, dquery_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one split's queries and their rows; sum the map's gradient over them.
 
-    rows: [B N, 3, L] fp32, do o and, of either half, what makes exp2(+-x log2(e) - row) n the
-    weights w; dmap: [B N, splits, D, H] fp32.
+    rows: [B N, L, 4] fp32, do o twice and, of either half, what makes
+    exp2(+-x log2(e) - row) n the weights w; dmap: [B N, splits, D, H] fp32.
     """
+    _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_n = (i_head // num_heads).to(tl.int64), i_head % num_heads
     p_query += i_b * query_b + i_n * query_n
     p_upstream += i_b * upstream_b + i_n * upstream_n
     p_dquery += i_b * dquery_b + i_n * dquery_n
-    p_rows += i_head.to(tl.int64) * 3 * length
+    p_rows += i_head.to(tl.int64) * 4 * length
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
     feature_map = _load_matrix(p_map + i_n * D * H, D, H)
@@ -276,17 +324,21 @@ def backward_query_kernel(
         # Softmax's gradient: a da less a times its sum over the half.
         drawn_plus = scale_plus * (along_plus - along * weight_plus)
         drawn_minus = scale_minus * (along_minus - along * weight_minus)
-        slope_plus = (slope_plus - along[:, None]) * scale_plus[:, None] * n_plus[None, :]
-        slope_minus = (slope_minus - along[:, None]) * scale_minus[:, None] * n_minus[None, :]
-        dz = plus * (slope_plus - drawn_plus[:, None])
-        dz -= minus * (slope_minus - drawn_minus[:, None])
+        # Each (slope - along) scale n - drawn as two multiply-adds.
+        slope_plus = slope_plus * scale_plus[:, None] - (along * scale_plus)[:, None]
+        slope_minus = slope_minus * scale_minus[:, None] - (along * scale_minus)[:, None]
+        dz = plus * (slope_plus * n_plus[None, :] - drawn_plus[:, None])
+        dz -= minus * (slope_minus * n_minus[None, :] - drawn_minus[:, None])
         dz = dz.to(feature_map.dtype)
         dquery = _product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dquery, dquery_l, start, last, dquery, BLOCK, D)
         o_l = start + tl.arange(0, BLOCK)
-        tl.store(p_rows + o_l, along, mask=o_l < last)
-        tl.store(p_rows + length + o_l, high - tl.log2(scale_plus), mask=o_l < last)
-        tl.store(p_rows + 2 * length + o_l, low - tl.log2(scale_minus), mask=o_l < last)
+        # Four numbers a token, one of them twice: written at once, as threads must trade places
+        # to write and each time all wait for one another.
+        high, low = high - tl.log2(scale_plus), low - tl.log2(scale_minus)
+        row = tl.reshape(tl.join(tl.join(along, high), tl.join(along, low)), (BLOCK, 4))
+        p_tile = p_rows + o_l[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(p_tile, row, mask=(o_l < last)[:, None])
         if MAP_GRADIENT:
             # Tokens beyond the end are zeros: their rows of dz meet nothing.
             map_gradient = _dot(tl.trans(query), dz, map_gradient, PRECISION)
@@ -301,7 +353,7 @@ def backward_key_kernel(
     key_b, key_l, key_n, value_b, value_l, value_n, dkey_b, dkey_l, dkey_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write dk of one split's keys; sum the map's gradient over them.
 
@@ -339,3 +391,6 @@ def backward_key_kernel(
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
         _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
+    # Nothing here is of the kernel before, which writes dv: it is only waited for so that whoever
+    # waits for this one has waited for both.
+    _take_turn(IS_CHAINED)

@@ -38,7 +38,8 @@ def _turn(tile, cos, sin, HEADS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _forward(
-    p_x, p_weight, p_rotary, p_out, x_b, x_l, length, num_heads, eps,
+    p_x, p_weight, p_rotary, p_out, x_b, x_l, rotary_s, rotary_l, rotary_d,
+    length, num_heads, eps,
     HEADS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     i_l, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -49,8 +50,8 @@ def _forward(
         x = _load_heads(p_x, start, num_heads, D, HEADS, D)
         squares += x * x
     scale = 1 / tl.sqrt(tl.sum(tl.sum(squares, 1), 0) / (num_heads * D) + eps)
-    p_rotary += i_l * (D // 2) + tl.arange(0, D // 2)
-    cos, sin = tl.load(p_rotary), tl.load(p_rotary + length * (D // 2))
+    p_rotary += i_l * rotary_l + tl.arange(0, D // 2) * rotary_d
+    cos, sin = tl.load(p_rotary), tl.load(p_rotary + rotary_s)
     for start in range(0, num_heads, HEADS):
         x = _load_heads(p_x, start, num_heads, D, HEADS, D)
         weight = _load_heads(p_weight, start, num_heads, D, HEADS, D)
@@ -60,7 +61,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    p_do, p_x, p_weight, p_rotary, p_dx, do_b, do_l, do_n, x_b, x_l, length, num_heads, eps,
+    p_do, p_x, p_weight, p_rotary, p_dx, do_b, do_l, do_n, x_b, x_l,
+    rotary_s, rotary_l, rotary_d, length, num_heads, eps,
     HEADS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """With r = 1/rms and h = w R^T do: dx = r h - r^3 x mean(h x)."""
@@ -68,8 +70,8 @@ def _backward(
     p_x += i_b * x_b + i_l * x_l
     p_do += i_b * do_b + i_l * do_l
     p_dx += (i_b * length + i_l) * num_heads * D
-    p_rotary += i_l * (D // 2) + tl.arange(0, D // 2)
-    cos, sin = tl.load(p_rotary), -tl.load(p_rotary + length * (D // 2))
+    p_rotary += i_l * rotary_l + tl.arange(0, D // 2) * rotary_d
+    cos, sin = tl.load(p_rotary), -tl.load(p_rotary + rotary_s)
     squares = tl.zeros((HEADS, D), tl.float32)
     products = tl.zeros((HEADS, D), tl.float32)
     for start in range(0, num_heads, HEADS):
@@ -95,7 +97,7 @@ def forward(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: floa
     D = width // num_heads
     out = torch.empty(B, L, num_heads, D, dtype=x.dtype, device=x.device)
     _forward[L, B](
-        x, weight.contiguous(), rotary.contiguous(), out, *x.stride()[:2], L, num_heads, eps,
+        x, weight.contiguous(), rotary, out, *x.stride()[:2], *rotary.stride(), L, num_heads, eps,
         _heads_of_tile(num_heads, D), D, num_warps=4,
     )  # fmt: skip
     return out
@@ -106,8 +108,8 @@ def backward(upstream: Tensor, x: Tensor, weight: Tensor, rotary: Tensor, eps: f
     B, L, N, D = upstream.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _backward[L, B](
-        upstream, x, weight.contiguous(), rotary.contiguous(), dx,
-        *upstream.stride()[:3], *x.stride()[:2], L, N, eps,
+        upstream, x, weight.contiguous(), rotary, dx,
+        *upstream.stride()[:3], *x.stride()[:2], *rotary.stride(), L, N, eps,
         _heads_of_tile(N, D), D, num_warps=4,
     )  # fmt: skip
     return dx

@@ -3,10 +3,15 @@
 import dataclasses
 import importlib
 from collections.abc import Callable, Collection
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...linvideo_core.artifact import ArtifactError
+
+
+def _run_nothing(*_: Any, **__: Any) -> None:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +25,8 @@ class HostFamily:
         tokens join the video's in self-attention, which files are not made with.
     is_trainable: whether a transfer runs in ComfyUI: the model takes latents [B, C, F, H, W] and
         prompts alone make its context.
+    run_fused: (attention, attend, its forward's arguments) -> what its class's own forward gives,
+        computed with fewer passes; None where only that forward will do.
     """
 
     name: str
@@ -27,6 +34,7 @@ class HostFamily:
     attention_class: str
     find_joining_inputs: Callable[[nn.Module, Collection[str]], list[str]]
     is_trainable: bool
+    run_fused: Callable[..., Tensor | None] = _run_nothing
 
     def check(self, attention: nn.Module) -> None:
         """Raise ArtifactError when a layer is not of the class that the hook knows."""

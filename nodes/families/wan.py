@@ -5,6 +5,7 @@ from collections.abc import Collection
 from torch import nn
 
 from . import HostFamily
+from .wan_fused import run_fused
 
 # Any variant takes these; Phantom's subjects come as the first, other references as the second.
 _JOINING = ("time_dim_concat", "context_latents")
@@ -30,4 +31,5 @@ FAMILY = HostFamily(
     attention_class="WanSelfAttention",
     find_joining_inputs=find_joining_inputs,
     is_trainable=True,
+    run_fused=run_fused,
 )

@@ -1,0 +1,197 @@
+"""Laws of Wan's layers with norm and rotation in one pass: the same as ComfyUI's, or left alone.
+
+On a CPU ComfyUI's own forward would run: `_fused` takes the other way everywhere, and says how many
+of a layer's runs took it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.ldm.wan.model
+import comfy.model_management
+import comfy.ops
+import laws_of_linearize
+import laws_of_quantised
+import laws_of_stacking
+import laws_of_variants
+import laws_of_watch
+import torch
+from comfy.ldm.flux.layers import EmbedND
+from linvideo_pack.nodes.families import wan_fused
+from linvideo_pack.nodes.patching import linearize
+from stage import assert_close, demo, sample, shipped
+from torch import Tensor, nn
+
+_Attention = comfy.ldm.wan.model.WanSelfAttention
+
+
+@contextlib.contextmanager
+def _fused() -> Iterator[list[int]]:
+    """Run linear layers with `norm_rotary`; the list holds the tokens of each call of a norm."""
+    num_tokens: list[int] = []
+
+    def see(norm: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        num_tokens.append(inputs[0].shape[1])
+
+    layer = shipped().header.layers[0]
+    norm = demo()[0].model.diffusion_model.blocks[layer].self_attn.norm_q
+    handle = norm.register_forward_hook(see)
+    wan_fused.BACKEND = "reference"
+    try:
+        yield num_tokens
+    finally:
+        wan_fused.BACKEND = "auto"
+        handle.remove()
+
+
+def _hold_fused(*laws: Callable[[], None]) -> None:
+    wan_fused.BACKEND = "reference"
+    try:
+        for law in laws:
+            law()
+            print(f"also fused: {law.__name__}")
+    finally:
+        wan_fused.BACKEND = "auto"
+
+
+def _make_attention(**settings: Any) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a layer of two heads, its input and its freqs."""
+    torch.manual_seed(0)
+    operations = {"operations": comfy.ops.manual_cast, "device": "cpu", "dtype": torch.float32}
+    attention = _Attention(256, 2, operation_settings=operations, **settings)
+    for name, parameter in attention.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.06)
+    ids = torch.stack(torch.meshgrid(*map(torch.arange, (2, 3, 4)), indexing="ij"), dim=-1)
+    embed = EmbedND(dim=128, theta=10000.0, axes_dim=[44, 42, 42])
+    freqs = embed(ids.reshape(1, -1, 3).float()).movedim(1, 2)
+    return attention, torch.randn(1, 24, 256), freqs
+
+
+def norm_and_rotation_are_comfyuis() -> None:
+    attention, x, freqs = _make_attention()
+    queries = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries.append((query, key))
+        return value
+
+    wan_fused.BACKEND = "reference"
+    try:
+        found = wan_fused.run_fused(attention, attend, x, freqs, transformer_options={})
+    finally:
+        wan_fused.BACKEND = "auto"
+    options = {"optimized_attention_override": lambda _, q, k, v, *args, **kwargs: v}
+    expected = attention(x, freqs, transformer_options=options)
+    torch.testing.assert_close(found, expected)
+    for found, linear, norm in zip(
+        queries[0], (attention.q, attention.k), (attention.norm_q, attention.norm_k), strict=True
+    ):
+        normed = norm(linear(x)).unflatten(-1, (2, 128))
+        expected = comfy.ldm.wan.model.apply_rope1(normed, freqs)
+        assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+def a_norm_gives_its_weight_in_every_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        norm = _make_attention()[0].norm_q
+        weight = norm(torch.full((1, 1, 256), wan_fused._ONES, dtype=dtype)).flatten()
+        torch.testing.assert_close(weight, norm.weight.to(dtype), rtol=1e-7, atol=0)
+
+
+def both_ways_give_the_same_latents() -> None:
+    expected = sample(linearize(demo()[0], shipped()))
+    with _fused() as num_tokens:
+        assert_close(sample(linearize(demo()[0], shipped())), expected)
+        assert set(num_tokens) == {1}, num_tokens
+
+
+def only_where_a_kernel_runs_is_it_taken_unasked() -> None:
+    with _fused() as num_tokens:
+        wan_fused.BACKEND = "auto"
+        sample(linearize(demo()[0], shipped()), steps=1)
+        assert 1 not in num_tokens and num_tokens
+
+
+def a_patch_of_attention_is_given_comfyuis_queries_and_keys() -> None:
+    shapes = []
+
+    def patch(given: dict) -> Tensor:
+        shapes.append(given["q"].shape)
+        return 0.5 * given["x"]
+
+    def patched() -> Any:
+        model = linearize(demo()[0], shipped())
+        model.set_model_attn1_patch(patch)
+        return model
+
+    expected, num_calls = sample(patched()), len(shapes)
+    with _fused() as num_tokens:
+        assert torch.equal(sample(patched()), expected)
+        assert len(shapes) == 2 * num_calls > 0 and 1 not in num_tokens
+
+
+def what_is_not_known_is_left_to_comfyui() -> None:
+    attention, x, freqs = _make_attention()
+
+    def run(layer: nn.Module = attention, given: Tensor = freqs, **options: Any) -> Tensor | None:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return value
+
+        return wan_fused.run_fused(layer, attend, x, given, transformer_options=options)
+
+    class Changed(_Attention):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return 2 * super().forward(x, *args, **kwargs)
+
+    changed = _make_attention()[0]
+    changed.__class__ = Changed
+    wan_fused.BACKEND = "reference"
+    try:
+        assert run() is not None
+        assert run(given=freqs[:, :5]) is None and run(given=freqs.half()) is None
+        assert run(given=freqs.expand(2, *freqs.shape[1:])) is None
+        assert run(patches={"attn1_patch": [print]}) is None
+        assert run(layer=changed) is None
+        assert run(layer=_make_attention(qk_norm=False)[0]) is None
+        with torch.inference_mode(False), torch.enable_grad():
+            assert run() is None
+        comfy.model_management.in_training = True
+        assert run() is None
+    finally:
+        comfy.model_management.in_training = False
+        wan_fused.BACKEND = "auto"
+
+
+def models_that_are_compiled_or_streamed_stay_the_same() -> None:
+    _hold_fused(
+        laws_of_linearize.the_linearized_model_gives_the_latents_of_the_headless_core,
+        laws_of_linearize.weights_that_are_streamed_give_the_same_latents,
+        laws_of_linearize.compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once,
+        laws_of_linearize.a_forward_patched_by_another_pack_comes_back,
+        laws_of_watch.compiled_block_by_block_it_compiles_once,
+    )
+
+
+def other_packs_nodes_before_or_after_stay_the_same() -> None:
+    _hold_fused(
+        laws_of_stacking.a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights,
+        laws_of_stacking.context_windows_are_linear_each_by_itself,
+        laws_of_stacking.vace_with_a_lora_is_vace_of_merged_weights,
+    )
+
+
+def quantised_models_stay_the_same() -> None:
+    _hold_fused(
+        laws_of_quantised.a_users_lora_is_merged_beside_bypassed_changes,
+        laws_of_quantised.streamed_quantised_weights_give_the_same_latents,
+    )
+
+
+def variants_stay_the_same() -> None:
+    _hold_fused(
+        laws_of_variants.wan_21_and_22_a14b_text_to_video,
+        laws_of_variants.wan_22_5b,
+        laws_of_variants.wan_vace,
+        laws_of_variants.wan_22_speech_with_a_reference_warns,
+    )
