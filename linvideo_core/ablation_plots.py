@@ -3,9 +3,8 @@
 All is drawn from the record alone, so a picture can be made again wherever the record is.
 """
 
-import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .findings import Findings
@@ -19,40 +18,17 @@ from .report import (
     Axes,
     Figure,
     new_figure,
-    plot_layer_scores,
     save_figure,
     style_axes,
     title_axes,
 )
 from .tables import format_value
 
-logger = logging.getLogger(__name__)
-
 _DOTTED = (0, (1, 3))
 _SHARE = "Frechet to real clips over the teacher's own"
 _EQUAL_STEPS = ("adm", "velocity", "adm_literal", "dmd")
 _EQUAL_TIME = ("adm", "adm_after_velocity", "velocity_equal_time")
 _RANKINGS = {"replace-one": "replace_one", "restore-one": "restore_one"}
-
-
-def draw(found: Findings, folder: Path) -> list[Path]:
-    """Draw what was run as evidence_*.png; return the files, without those of what was not run."""
-    drawers: dict[str, Callable[[Findings, Path], bool]] = {
-        "target": plot_target,
-        "objective": plot_objective,
-        "selection": plot_selection,
-        "scores": plot_scores,
-        "order": plot_order,
-        "gap": plot_gap,
-    }
-    drawn = []
-    for name, drawer in drawers.items():
-        path = folder / f"evidence_{name}.png"
-        if drawer(found, path):
-            drawn.append(path)
-        else:
-            logger.info("%s is not drawn: its rows were not run", path.name)
-    return drawn
 
 
 def plot_target(found: Findings, path: Path) -> bool:
@@ -129,22 +105,6 @@ def plot_selection(found: Findings, path: Path) -> bool:
     return True
 
 
-def plot_scores(found: Findings, path: Path) -> bool:
-    """Draw the layer scores of one learned run, until the choice was made."""
-    runs = [run for run in found.runs_of("selection", "learned") if run.get("score_course")]
-    if not runs:
-        return False
-    run = runs[0]
-    rows = list(run["score_course"])
-    # What is trained on from the choice is 0 or 1: drawn as far again as makes it seen.
-    hardened_at = run["gap_course"][-1]["step"] + 1 if "gap_course" in run else rows[-1]["step"]
-    last = [0.0 if i in run["layers"] else 1.0 for i in range(len(rows[-1]["layer_scores"]))]
-    rows += [{"step": s, "layer_scores": last} for s in (hardened_at, round(1.2 * hardened_at))]
-    target = len(run["layers"])
-    plot_layer_scores(rows, path, target=target, layers=run["layers"], hardened_at=hardened_at)
-    return True
-
-
 def plot_order(found: Findings, path: Path) -> bool:
     """Draw how learned layer scores follow each ranking, and how the rankings follow each other."""
     errors = {
@@ -180,7 +140,7 @@ def plot_order(found: Findings, path: Path) -> bool:
         axes.axvline(0, color=INK, linewidth=1.0, linestyle=_DOTTED)
         _label_rows(axes, list(learned))
         axes.set_xlim(-1.08, 1.08)
-        title_axes(axes, f"Layer scores and the {kind} ranking")
+        title_axes(axes, f"Against {kind} ranking")
     _add_legend(figure, panels[0])
     save_figure(figure, path)
     return True
@@ -223,7 +183,7 @@ def plot_gap(found: Findings, path: Path) -> bool:
     ticks = [-10, -1, -0.5, -0.1, -0.05, 0, 0.05, 0.1, 0.5, 1, 5, 10, 50, 100, 1000]
     panels[0].set_yticks([tick for tick in ticks if low <= tick <= high])
     panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].set_ylim(low, high)
+    panels[0].set_ylim(low, 1.2 * high)
     panels[0].axhline(0.05, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)))
     _add_legend(figure, panels[0])
     save_figure(figure, path)
