@@ -73,12 +73,11 @@ def plot_objective(found: Findings, path: Path) -> bool:
     panels = figure.subplots(1, 2, sharex=True)
     for axes, names, title in zip(panels, sides, ("Equal steps", "Equal time"), strict=True):
         style_axes(axes, "Frechet to the teacher, lower is better", "")
-        axes.set_xscale("log")
         for place, name in enumerate(names):
             _draw_row(axes, found, (table, name), column, place)
         _label_rows(axes, names)
         title_axes(axes, title)
-    _plain_ticks(panels[0])
+    _scale_for_all(panels)
     save_figure(figure, path)
     return True
 
@@ -93,12 +92,11 @@ def plot_selection(found: Findings, path: Path) -> bool:
     figure = new_figure(9.0, 0.5 * len(names) + 1.6)
     axes, matrix = figure.subplots(1, 2, width_ratios=(1, 0.8), sharey=True)
     style_axes(axes, f"{_SHARE}, lower is better", "")
-    axes.set_xscale("log")
     axes.axvline(1, color=INK, linewidth=1.0, linestyle=_DOTTED)
     for place, name in enumerate(names):
         _draw_row(axes, found, (table, name), column, place)
     _label_rows(axes, names)
-    _plain_ticks(axes)
+    _scale_for_all([axes])
     title_axes(axes, "Quality, best first")
     _draw_choices(matrix, found, names)
     save_figure(figure, path)
@@ -258,14 +256,25 @@ def _label_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
 
 
-def _plain_ticks(axes: Axes) -> None:
-    """Write a logarithmic axis's numbers out, and leave room for those behind the last dot."""
-    low, high = axes.get_xlim()
-    ticks = [d * 10.0**e for e in range(-4, 7) for d in ((1, 2, 5) if high < 100 * low else (1,))]
+def _scale_for_all(panels: Sequence[Axes]) -> None:
+    """Make a shared axis logarithmic where rows lie far apart; leave room for their numbers.
+
+    Its numbers are written out: powers of ten are hard to compare.
+    """
+    axes = panels[0]
+    low, high = (f(p.dataLim.intervalx[i] for p in panels) for i, f in enumerate((min, max)))
+    if not 0 < 4 * low < high:
+        axes.margins(x=0.15)
+        return
+    axes.set_xscale("log")
+    digits = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [digit * 10.0**power for power in range(-4, 7) for digit in digits]
+    low, high = low * (low / high) ** 0.06, high * (high / low) ** 0.15
     axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelbottom=False)
-    axes.set_xlim(low, high * (high / low) ** 0.12)
+    axes.set_xlim(low, high)
+    for panel in panels:
+        panel.tick_params(axis="x", which="minor", labelbottom=False)
 
 
 def _words(name: str) -> str:

@@ -20,7 +20,7 @@ COMMAND = "python -m linvideo_core.evidence_report"
 _SHOWN = {
     "velocity": ("objective", "velocity_equal_time"),
     "ADM": ("objective", "adm"),
-    "ADM, all linear": ("target", "10"),
+    "all linear": ("target", "10"),
 }
 
 
@@ -83,7 +83,7 @@ def draw_samples(found: Findings, out: Path, stem: Path) -> list[Path]:
     Returns the files; none where the teacher's frames are not there.
     """
     shared = teacher_folder(out, found.teacher[0]["seed"]) if found.teacher else out
-    places = {"teacher": shared, "swapped, untrained": shared / UNTRAINED_NAME}
+    places = {"teacher": shared, "swapped": shared / UNTRAINED_NAME}
     for name, row in _SHOWN.items():
         if runs := found.runs_of(*row):
             places[name] = out / runs[0]["run"]
