@@ -251,7 +251,9 @@ def _summarize_reference(teachers: Mapping[int, Row], untrained: Sequence[Row]) 
     """Return the rows that all others lie between: the teacher, and its first layers swapped."""
     whole = [row | share_of_teacher(row, row) for row in teachers.values()]
     rows = {"teacher": whole, "swapped_untrained": untrained}
-    return [summarize("reference", name, mine) for name, mine in rows.items() if mine]
+    summaries = [summarize("reference", name, mine) for name, mine in rows.items() if mine]
+    # Of the sampler: in every other row they are of the training.
+    return [{k: v for k, v in row.items() if k != "steps"} for row in summaries]
 
 
 def _record(config: AblateConfig, result: Mapping[str, Any]) -> dict[str, Any]:
