@@ -26,15 +26,18 @@ The flow, and the one noun that each stage hands on:
     lineup              all steps, few, distilled        -> who is compared
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     ablations, workers  declared runs, several at a time;
-    ablation_worker,    one of them on equal terms;      -> a row
-    kept_frames         a few of its videos
+    ablation_worker,    one of them on equal terms,      -> a row
+    kept_frames         a few of its videos;
     ablation_results    means and spread over seeds      -> ablation.json
+    findings, claims    its rows asked; bars held to it  -> verdicts
+    ablation_plots,     every seed a dot, plots beside
+    ablation_report     verdicts and samples             -> the evidence
     report, pictures    plots, videos side by side;
     datasheet, tables   a file's picture; rows of text   -> what a reader sees
     preview             a training while it runs         -> what who waits sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`, `ablate`,
-`records`, `kernels.benchmark`, `demo.train`.
+`evidence_report`, `records`, `kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

@@ -5,8 +5,8 @@ several seeds, several of them side by side.
     python -m linvideo_core.ablate                                   # small, on a CPU
     python -m linvideo_core.ablate --preset gpu --tables objective,selection --record
 Repeating a command continues where it stopped. `--out` then holds ablation.json with all tables and
-runs, the teacher's samples, and a folder for each run. Every flag of a transfer changes what all
-runs share.
+runs, evidence_*.png and .gif, the teacher's samples, and a folder for each run. Every flag of a
+transfer changes what all runs share.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .ablation_report import draw, draw_samples, publish
 from .ablation_results import Row, share_of_teacher, show_tables, summarize
 from .ablation_worker import (
     ROW_NAME,
@@ -33,10 +34,11 @@ from .ablation_worker import (
 from .ablations import Run, choose_tables, list_runs
 from .config import option, parse, positive, run_command, to_flags, to_json
 from .devices import resolve_device
+from .findings import Findings
 from .linearization import TransferConfig
 from .objectives import OBJECTIVES
 from .progress import Progress, TqdmProgress, silent
-from .records import RESULTS_FOLDER, write_record
+from .records import REPOSITORY, RESULTS_FOLDER, write_record
 from .run_folder import check_run, open_run
 from .storage import write_json
 from .subject import SubjectConfig
@@ -156,8 +158,12 @@ def run(config: AblateConfig, progress: Progress = silent) -> dict[str, Any]:
         else:
             finished = {}
     result = save_tables(config, rows, finished, plan)
+    found = Findings(result)
+    draw(found, out)
+    draw_samples(found, out, out / "evidence_samples")
     if config.record:
-        _record(config, result)
+        publish(_record(config, result), RESULTS_FOLDER)
+        draw_samples(found, out, REPOSITORY / "docs" / "evidence_samples")
     return result
 
 
@@ -208,12 +214,16 @@ def save_tables(
     seeds = sorted({run.config.seed for row in rows.values() for run in row})
     folders = {s: teacher_folder(out, s) for s in seeds}
     teachers = {s: row for s, f in folders.items() if (row := _read(f / ROW_NAME))}
-    untrained = [_read(folders[s] / UNTRAINED_NAME / ROW_NAME) for s in teachers]
+    untrained = [
+        row | share_of_teacher(row, teachers[s])
+        for s in teachers
+        if (row := _read(folders[s] / UNTRAINED_NAME / ROW_NAME))
+    ]
     whole = {
         folder: row | share_of_teacher(row, teachers[row["seed"]])
         for folder, row in finished.items()
     }
-    summaries = []
+    summaries = _summarize_reference(teachers, untrained)
     for (table, name), runs in rows.items():
         mine = [whole[run.folder] for run in runs if run.folder in whole]
         if mine:
@@ -230,18 +240,25 @@ def save_tables(
         ],
         "runs": [{"run": str(f.relative_to(out)), **row} for f, row in whole.items()],
         "teacher": list(teachers.values()),
-        "untrained": [
-            row | share_of_teacher(row, teachers[row["seed"]]) for row in untrained if row
-        ],
+        "untrained": untrained,
         "plan": plan,
     }
     write_json(out / RESULT_NAME, result)
     return result
 
 
-def _record(config: AblateConfig, result: Mapping[str, Any]) -> None:
+def _summarize_reference(teachers: Mapping[int, Row], untrained: Sequence[Row]) -> list[Row]:
+    """Return the rows that all others lie between: the teacher, and its first layers swapped."""
+    whole = [row | share_of_teacher(row, row) for row in teachers.values()]
+    rows = {"teacher": whole, "swapped_untrained": untrained}
+    summaries = [summarize("reference", name, mine) for name, mine in rows.items() if mine]
+    # Of the sampler: in every other row they are of the training.
+    return [{k: v for k, v in row.items() if k != "steps"} for row in summaries]
+
+
+def _record(config: AblateConfig, result: Mapping[str, Any]) -> dict[str, Any]:
     count = config.transfer.evidence.evaluate_samples
-    write_record(
+    return write_record(
         RECORD_PATH,
         title=f"Embedded model, {count} samples a seed, means over seeds",
         command=f"python -m linvideo_core.ablate {to_flags(config, without=_FREE_OF_RECORD)}",

@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 INK, QUIET, PAPER = "#222222", "#767676", "#ffffff"
 BLUE, VERMILION = "#0072B2", "#D55E00"
-_COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DPI = 150
 
 
@@ -50,9 +50,9 @@ def plot_layer_scores(
     if layers is not None:
         is_linear = np.isin(np.arange(scores.shape[1]), list(layers))
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(is_linear)))
-    figure = _figure(9.0, 4.6)
+    figure = new_figure(9.0, 4.6)
     axes, legend = figure.subplots(1, 2, width_ratios=(1, 0.09))
-    _style(axes, "training step", "layer score r")
+    style_axes(axes, "training step", "layer score r")
     for layer, colour in enumerate(colours):
         width, alpha = (2.0, 1.0) if is_linear[layer] else (0.9, 0.55)
         axes.plot(steps, scores[:, layer], color=colour, linewidth=width, alpha=alpha)
@@ -60,11 +60,11 @@ def plot_layer_scores(
     axes.set_ylim(-0.04, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0  linear", "0.25", "0.5", "0.75", "1  softmax"])
     if hardened_at is not None:
-        _mark_step(axes, hardened_at, "hardened")
+        mark_step(axes, hardened_at, "hardened")
     count, total = int(is_linear.sum()), len(is_linear)
-    _title(axes, f"{count} of {total} layers are linear (target {target})")
+    title_axes(axes, f"{count} of {total} layers are linear (target {target})")
     _draw_layers(legend, is_linear, colours)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_losses(rows: Sequence[Row], path: Path) -> None:
@@ -78,14 +78,14 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
     if not rows:
         raise ValueError("no losses were recorded, so there is nothing to plot")
     names = [n for n in dict.fromkeys(k for r in rows for k in r) if n.endswith("_loss")]
-    figure = _figure(9.0, 4.6)
+    figure = new_figure(9.0, 4.6)
     axes = figure.subplots()
-    _style(axes, "training step", "loss")
+    style_axes(axes, "training step", "loss")
     smallest, largest = np.inf, -np.inf
     for i, name in enumerate(["loss", *names]):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         steps, values = np.array(points, dtype=float).T
-        colour, smooth = _COLOURS[i % len(_COLOURS)], _smooth(values)
+        colour, smooth = COLOURS[i % len(COLOURS)], _smooth(values)
         if name == "loss":
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
         axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name.replace("_", " "))
@@ -97,8 +97,8 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     if names:
         axes.legend(frameon=False, labelcolor=INK)
-    _title(axes, "Loss")
-    _save(figure, path)
+    title_axes(axes, "Loss")
+    save_figure(figure, path)
 
 
 def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
@@ -109,33 +109,33 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     if not rows:
         raise ValueError("no velocity errors were measured, so there is nothing to plot")
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = _figure(9.0, 4.0)
+    figure = new_figure(9.0, 4.0)
     panels = figure.subplots(1, 2)
     titles = {
         "velocity_error": r"Velocity error  $\|u - v\| \,/\, \|v\|$",
         "velocity_cosine": "Cosine to the teacher's velocity",
     }
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        _style(axes, r"noise level $\sigma$  (sampling runs to the right)", "")
+        style_axes(axes, r"noise level $\sigma$  (sampling runs to the right)", "")
         for i, model in enumerate(models):
             mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["sigma"])
             axes.plot(
                 [row["sigma"] for row in mine],
                 [row[key] for row in mine],
-                color=_COLOURS[i % len(_COLOURS)],
+                color=COLOURS[i % len(COLOURS)],
                 marker="osD^v"[i % 5],
                 markersize=4.5,
                 linewidth=1.8,
                 label=model,
             )
         axes.set_xlim(1.03, -0.03)
-        _title(axes, title)
+        title_axes(axes, title)
     panels[0].set_ylim(bottom=0)
     low, _ = panels[1].get_ylim()
     panels[1].set_ylim(min(low, 0.9), 1 + 0.04 * (1 - min(low, 0.9)))
     panels[1].axhline(1, color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
     panels[0].legend(frameon=False, labelcolor=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_steps(rows: Sequence[Row], path: Path) -> None:
@@ -159,16 +159,16 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         name = row["model"].removesuffix("_plain").removesuffix(f"_{row['steps']}")
         lines.setdefault(name, []).append(row)
-    figure = _figure(4.2 * len(titles), 4.0)
+    figure = new_figure(4.2 * len(titles), 4.0)
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        _style(axes, "sampling steps", "")
+        style_axes(axes, "sampling steps", "")
         for i, (name, mine) in enumerate(lines.items()):
             points = sorted((r["steps"], r[key]) for r in mine if r.get(key) is not None)
             axes.plot(
                 [steps for steps, _ in points],
                 [value for _, value in points],
-                color=_COLOURS[i % len(_COLOURS)],
+                color=COLOURS[i % len(COLOURS)],
                 marker="osD^v"[i % 5],
                 markersize=6,
                 linewidth=1.8,
@@ -185,9 +185,9 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-        _title(axes, title)
+        title_axes(axes, title)
     panels[0].legend(frameon=False, labelcolor=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -> None:
@@ -196,17 +196,17 @@ def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -
     rows: dicts with `layer`, `tokens`, `milliseconds` and `extra_mb`.
     slopes: layer -> exponent of its time, for the legend.
     """
-    figure = _figure(9.0, 4.0)
+    figure = new_figure(9.0, 4.0)
     titles = {"milliseconds": "Time of one layer (ms)", "extra_mb": "Extra memory at its peak (MB)"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        _style(axes, "tokens", "")
+        style_axes(axes, "tokens", "")
         for i, (layer, slope) in enumerate(slopes.items()):
             mine = sorted((r for r in rows if r["layer"] == layer), key=lambda r: r["tokens"])
             label = f"{layer}: tokens$^{{{slope:.2f}}}$" if key == "milliseconds" else layer
             axes.plot(
                 [row["tokens"] for row in mine],
                 [row[key] for row in mine],
-                color=_COLOURS[i % len(_COLOURS)],
+                color=COLOURS[i % len(COLOURS)],
                 marker="osD^v"[i % 5],
                 markersize=4.5,
                 linewidth=1.8,
@@ -220,8 +220,8 @@ def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
         axes.legend(frameon=False, labelcolor=INK)
-        _title(axes, title)
-    _save(figure, path)
+        title_axes(axes, title)
+    save_figure(figure, path)
 
 
 def find_font(*, bold: bool = False) -> Path:
@@ -230,13 +230,15 @@ def find_font(*, bold: bool = False) -> Path:
     return Path(matplotlib.get_data_path()) / "fonts/ttf" / name
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of so many inches, whose parts find their places themselves."""
     figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12)
     return figure
 
 
-def _style(axes: Axes, x_label: str, y_label: str) -> None:
+def style_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    """Give axes the house's looks and their labels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(QUIET)
     axes.tick_params(colors=INK, labelsize=10)
@@ -246,11 +248,13 @@ def _style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label, color=INK, fontsize=11)
 
 
-def _title(axes: Axes, text: str) -> None:
+def title_axes(axes: Axes, text: str) -> None:
+    """Write a panel's title, above its left edge."""
     axes.set_title(text, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
 
 
-def _mark_step(axes: Axes, step: int, text: str) -> None:
+def mark_step(axes: Axes, step: int, text: str) -> None:
+    """Draw a vertical line at a training step, and what happened there."""
     axes.axvline(step, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.annotate(
         text, (step, 0.5), xycoords=("data", "axes fraction"), xytext=(-5, 6),
@@ -286,7 +290,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smooth
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, into a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)

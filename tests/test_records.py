@@ -16,8 +16,9 @@ from linvideo_core.records import (
     run,
     write_record,
 )
-from linvideo_core.tables import format_value, render_table
+from linvideo_core.tables import format_spread, format_value, render_table
 
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGE = "# Title\n\n<!-- record:demo -->\nold\n<!-- /record -->\n\nafter\n"
 ROWS = [{"model": "teacher", "accuracy": 0.98}, {"model": "student", "accuracy": 0.9, "seconds": 7}]
 
@@ -97,6 +98,39 @@ def test_a_record_that_is_awaited_shows_nothing_until_it_is_there(config: Record
     assert empty == "# Title\n\n<!-- record:demo? -->\n<!-- /record -->\n\nafter\n"
 
 
+def test_a_marker_may_choose_columns_and_show_the_table_alone(tmp_path: Path) -> None:
+    rows = [
+        {"name": "a", "digit": 0.98533, "digit_spread": 0.0042, "bytes": 184320.0, "x": 1},
+        {"name": "b", "digit": 0.5, "bytes": 2.0, "bytes_spread": 0.0},
+    ]
+    write_record(tmp_path / "demo.json", title="Demo", command="make it", rows=rows, device="cpu")
+    marker = "record:demo columns=name|digit|bytes|frechet show=table"
+    text = render_page(PAGE.replace("record:demo", marker), tmp_path)
+    table = text.partition(" -->\n")[2].partition("<!-- /record")[0].splitlines()
+    assert table == [
+        "| name | digit | bytes | frechet |",
+        "| --- | ---: | ---: | ---: |",
+        "| a | 0.9853 ± 0.0042 | 184,320 | — |",
+        "| b | 0.500 | 2.00 | — |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "shown"),
+    [
+        (12.345, 0.56, "12.35 ± 0.56"),
+        (35.2, 12.3, "35 ± 12"),
+        (184320.4, 1234.0, "184,320 ± 1,234"),
+        (0.5, 0.0, "0.500"),
+        (0.5, 0.00001, "0.500"),
+    ],
+)
+def test_a_spread_has_two_figures_and_its_mean_as_many_decimals(
+    value: float, spread: float, shown: str
+) -> None:
+    assert format_spread(value, spread) == shown
+
+
 @pytest.mark.parametrize("text", ["<!-- record:demo -->\nopen", PAGE.replace("/record", "/rec")])
 def test_a_marker_that_does_not_close_is_refused(config: RecordsConfig, text: str) -> None:
     with pytest.raises(ValueError, match="marker"):
@@ -139,9 +173,13 @@ def test_columns_are_the_rows_keys_and_numbers_stand_right() -> None:
     assert lines[1] == "| --- | ---: | ---: |"
 
 
-@pytest.mark.skipif(not (REPOSITORY / "README.md").is_file(), reason="no README yet")
-def test_readme_shows_the_records() -> None:
-    assert run(RecordsConfig(check=True)), "run python -m linvideo_core.records"
+@pytest.mark.parametrize(
+    "page",
+    [path for path in PAGES if "<!-- /record -->" in path.read_text("utf-8")],
+    ids=lambda p: p.name,
+)
+def test_a_page_shows_the_records(page: Path) -> None:
+    assert run(RecordsConfig(check=True, page=page)), f"run ... records --page {page}"
 
 
 def test_stored_records_are_whole() -> None:
