@@ -138,14 +138,16 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -> None:
-    """Draw time and extra memory of one layer by number of tokens, both axes logarithmic.
+def plot_cost(
+    rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float], what: str = "one layer"
+) -> None:
+    """Draw time and extra memory of `what` by number of tokens, both axes logarithmic.
 
     rows: dicts with `layer`, `tokens`, `milliseconds` and `extra_mb`.
     slopes: layer -> exponent of its time, for the legend.
     """
     figure = _figure(9.0, 4.0)
-    titles = {"milliseconds": "Time of one layer (ms)", "extra_mb": "Extra memory at its peak (MB)"}
+    titles = {"milliseconds": f"Time of {what} (ms)", "extra_mb": "Extra memory at its peak (MB)"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         _style(axes, "tokens", "")
         for i, (layer, slope) in enumerate(slopes.items()):
