@@ -40,10 +40,18 @@ logger = logging.getLogger(__name__)
 COMMAND = "python -m linvideo_core.benchmark"
 
 _USUAL = {
-    "cpu": {"shapes": "tiny", "softmax": "default", "most_frames": 5},
+    "cpu": {
+        "shapes": "tiny",
+        "softmax": "default",
+        "seconds": 0.2,
+        "video_seconds": 10.0,
+        "most_frames": 4,
+    },
     "cuda": {
         "shapes": "1.3b-480p,14b-480p,14b-720p",
         "softmax": "fa2,cudnn,default,sage",
+        "seconds": 2.0,
+        "video_seconds": 60.0,
         "most_frames": 42,
     },
 }
@@ -69,19 +77,23 @@ class ScaleConfig:
     comfyui: Path | None = option(None, "a ComfyUI's folder, to measure inside it, too")
     comfyui_python: Path | None = option(None, "interpreter for --comfyui; none: this one")
     runs: int = option(5, "most runs behind a call's time, which is their median")
-    seconds: float = option(2.0, "time after which no further run of a call is started, but for 3")
-    video_seconds: float = option(
-        60.0, "longest whole video that is sampled, by the default backend; others are computed"
+    seconds: float | None = option(
+        None, "time after which no further run of a call is started; none: 0.2, cuda 2 but 3 runs"
+    )
+    video_seconds: float | None = option(
+        None,
+        "longest whole video that is sampled, by the default backend; others are computed from "
+        "their calls; none: 10, cuda 60",
     )
     most_frames: int | None = option(
-        None, "latent frames of the longest video over tokens; 0: none; none: 5, cuda 42"
+        None, "latent frames of the longest video over tokens; 0: none; none: 4, cuda 42"
     )
     seed: int = option(0, "seed of weights and inputs")
     out: Path = option(Path("runs/benchmark"), "folder of what was measured")
     record: bool = option(False, "write results/scale.json and scale.png, not those in --out")
 
     def __post_init__(self) -> None:
-        positive(self, "runs", "seconds")
+        positive(self, "runs", *(["seconds"] if self.seconds is not None else []))
         for flag, names, known in (
             ("shapes", self.shapes, SIZES),
             ("softmax", self.softmax, BASELINES),
@@ -125,8 +137,6 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
     is_cuda = config.device == "cuda"
     dtype = torch.bfloat16 if is_cuda else torch.float32
     setting = Setting(torch.device(config.device), dtype, config.seed)
-    if config.comfyui is not None:
-        host.check_host(config.comfyui)
     for size in config.sizes:
         measuring.check_memory(size, setting.device, dtype)
     open_run(config.out, config, ignore=_FREE)

@@ -24,7 +24,7 @@ from ..linvideo_core.artifact import Artifact, ArtifactHeader
 from ..linvideo_core.kernels.contenders import Contender
 from ..linvideo_core.models.wan import WanModel
 from ..linvideo_core.scale.agreement import check_kernels, check_subject, shrink
-from ..linvideo_core.scale.host import PROGRESS
+from ..linvideo_core.scale.host import PROGRESS, read_version
 from ..linvideo_core.scale.measuring import Patience, free_memory, measure_subject
 from ..linvideo_core.scale.random_wan import (
     count_bytes,
@@ -72,8 +72,7 @@ class HostSubject:
 
     def __init__(self, size: Size, softmax: Mapping[str, Contender], setting: Setting) -> None:
         self.size, self._softmax = size, softmax
-        self._version = _read_version()
-        self.where = f"ComfyUI {self._version}"
+        self.where = f"ComfyUI {read_version(Path.cwd())}"
         self._patcher = make_random_patcher(size, setting)
         self._artifact = make_random_artifact(self._patcher.model.diffusion_model, size, setting)
         self._latents, prompt, negative = draw_inputs(size, setting.device, setting.seed)
@@ -191,10 +190,3 @@ def make_random_artifact(model: Any, size: Size, setting: Setting) -> Artifact:
         steps=0,
     )
     return Artifact(header=header, feature_maps=maps)
-
-
-def _read_version() -> str:
-    """Return ComfyUI's version, as its checkout says."""
-    from comfyui_version import __version__
-
-    return __version__

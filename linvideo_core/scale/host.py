@@ -5,6 +5,7 @@ The core imports neither ComfyUI nor the nodes: it starts the nodes' script by i
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,16 +19,23 @@ PACK = Path(__file__).parents[2]
 SCRIPT = PACK / "nodes" / "scale_process.py"
 PROGRESS = "linvideo progress "
 
-_NEEDED = ("comfy/ldm/wan/model.py", "comfy/sample.py")
+_VERSION = "comfyui_version.py"
+_NEEDED = ("comfy/ldm/wan/model.py", "comfy/sample.py", _VERSION)
 _LOG_LINES = 3
 
 
-def check_host(root: Path) -> None:
-    """Raise ValueError, in one sentence, where a folder is no ComfyUI."""
+def read_version(root: Path) -> str:
+    """Return the version of the ComfyUI in a folder.
+
+    Raises ValueError, in one sentence, where there is none.
+    """
     if missing := [name for name in _NEEDED if not (root / name).is_file()]:
         raise ValueError(
             f"--comfyui {root} given, which holds no {missing[0]}; name the folder of a ComfyUI"
         )
+    text = (root / _VERSION).read_text(encoding="utf-8")
+    found = re.search(r"__version__ = [\"'](.+)[\"']", text)
+    return found[1] if found else "of an unknown version"
 
 
 def measure_in_host(

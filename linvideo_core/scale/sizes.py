@@ -61,7 +61,8 @@ def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:
 def _make_sizes() -> dict[str, Size]:
     small = WanConfig()
     large = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
-    tiny = WanConfig(dim=256, num_heads=2, num_layers=4, ffn_dim=512, text_dim=64, freq_dim=32)
+    # Whatever its width, ComfyUI takes prompts and times to be as wide as those of all Wan models.
+    tiny = WanConfig(dim=256, num_heads=2, num_layers=4, ffn_dim=512)
     layers = tuple(layer - 1 for layer in _PUBLISHED_1B)
     low = {"resolution": "480p", "num_frames": 81, "height": 480, "width": 832, "shift": 3.0}
     high = {"resolution": "720p", "num_frames": 81, "height": 720, "width": 1280, "shift": 5.0}
