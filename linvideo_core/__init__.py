@@ -24,12 +24,13 @@ The flow, and the one noun that each stage hands on:
     ablations, workers  declared runs, several at a time;
     ablation_worker     one of them on equal terms       -> a row
     ablation_results    means and spread over seeds      -> ablation.json
+    scale               whole models at real sizes       -> scale.json
     report, pictures    plots, videos side by side;
     datasheet, tables   a file's picture; rows of text   -> what a reader sees
     preview             a training while it runs         -> what who waits sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`, `ablate`,
-`records`, `kernels.benchmark`, `demo.train`.
+`benchmark`, `records`, `kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

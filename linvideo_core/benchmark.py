@@ -24,7 +24,7 @@ from .config import option, parse, positive, run_command, to_flags, to_json
 from .devices import resolve_device
 from .kernels import cost
 from .progress import Progress, TqdmProgress, silent
-from .records import RESULTS_FOLDER, write_part
+from .records import RESULTS_FOLDER, describe_device, describe_versions, write_part
 from .report import plot_cost
 from .run_folder import open_run
 from .scale import host, measuring, table
@@ -52,12 +52,14 @@ _USUAL = {
         "softmax": "fa2,cudnn,default,sage",
         "seconds": 2.0,
         "video_seconds": 60.0,
-        "most_frames": 42,
+        "most_frames": 32,
     },
 }
 # What may differ between two commands that fill one folder.
 _FREE = ("shapes", "comfyui", "comfyui_python", "record", "out")
 _LAYERS = ("softmax", "linearized")
+# The models, at their widths, that are measured over the number of tokens: the first one asked for.
+_OVER_TOKENS = ("1.3b-480p", "tiny")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class ScaleConfig:
         "their calls; none: 10, cuda 60",
     )
     most_frames: int | None = option(
-        None, "latent frames of the longest video over tokens; 0: none; none: 4, cuda 42"
+        None, "latent frames of the longest video over tokens; 0: none; none: 4, cuda 32"
     )
     seed: int = option(0, "seed of weights and inputs")
     out: Path = option(Path("runs/benchmark"), "folder of what was measured")
@@ -139,10 +141,11 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
     setting = Setting(torch.device(config.device), dtype, config.seed)
     for size in config.sizes:
         measuring.check_memory(size, setting.device, dtype)
-    open_run(config.out, config, ignore=_FREE)
     jobs = {"headless": lambda size, path: _measure_headless(config, setting, size, path, progress)}
     if config.comfyui is not None:
-        jobs["comfyui"] = lambda size, path: _measure_host(config, setting, size, path, progress)
+        name = f"comfyui-{host.read_version(config.comfyui)}"
+        jobs[name] = lambda size, path: _measure_host(config, setting, size, path, progress)
+    open_run(config.out, config, ignore=_FREE)
     found = [
         (size, _find_or_measure(config.out / f"{job}_{size.name}.json", setting, size, measure))
         for size in config.sizes
@@ -155,13 +158,18 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
 def _find_or_measure(
     path: Path, setting: Setting, size: Size, measure: Callable[[Size, Path], None]
 ) -> dict[str, Any]:
-    found = measuring.read_measured(path, setting.device)
+    found = measuring.read_measured(path, _facts(setting))
     if found is None:
         measure(size, path)
-        found = measuring.read_measured(path, setting.device)
+        found = measuring.read_measured(path, _facts(setting))
     else:
         logger.info("%s was measured before: kept", path)
     return found
+
+
+def _facts(setting: Setting) -> dict[str, Any]:
+    """Name what a number belongs to: numbers of another device or version are not kept."""
+    return {"device": describe_device(setting.device), "versions": describe_versions()}
 
 
 def _measure_headless(
@@ -178,7 +186,11 @@ def _measure_headless(
         setting.device,
         path,
         progress,
-        {"agreement": [*kernels, *models], "absent": [*absent, *left_out]},
+        {
+            **_facts(setting),
+            "agreement": [*kernels, *models],
+            "absent": [*absent, *left_out],
+        },
     )
     measuring.free_memory()
 
@@ -194,6 +206,7 @@ def _measure_host(
         "seed": setting.seed,
         "patience": dataclasses.asdict(config.patience),
         "results": str(path.absolute()),
+        "facts": _facts(setting),
     }
     progress(f"starting ComfyUI, {size.name}", 0, 1)
     host.measure_in_host(config.comfyui, config.comfyui_python, job, config.out, progress)
@@ -202,8 +215,10 @@ def _measure_host(
 def _measure_over_tokens(
     config: ScaleConfig, setting: Setting, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Return time and memory of a call over the number of tokens, at the smallest model's width."""
-    base = min(config.sizes, key=lambda size: size.config.dim)
+    """Return time and memory of a small model's call over the number of tokens."""
+    base = next((SIZES[name] for name in _OVER_TOKENS if SIZES[name] in config.sizes), None)
+    if base is None:
+        return []
     rows = []
     frames = 1
     while frames <= config.most_frames:
@@ -218,7 +233,7 @@ def _measure_over_tokens(
                     "tokens": size.tokens,
                     "layer": _LAYERS[row["num_linear"] > 0],
                     "milliseconds": 1000 * row["seconds"],
-                    "extra_mb": 1024 * row["peak_gb"],
+                    "extra_mb": 1024 * (row["peak_gb"] - row["weights_gb"]),
                 }
             )
         frames *= 2
@@ -232,7 +247,9 @@ def _measure_length(
     variants = [Variant(num_linear=n, kept="default") for n in (0, len(size.layers))]
     patience = dataclasses.replace(config.patience, video_seconds=0.0)
     subject = HeadlessSubject(size, softmax, setting)
-    measuring.measure_subject(subject, variants, patience, setting.device, path, progress, {})
+    measuring.measure_subject(
+        subject, variants, patience, setting.device, path, progress, _facts(setting)
+    )
 
 
 def _write(

@@ -164,10 +164,12 @@ def plot_cost(
             )
         tokens = sorted({row["tokens"] for row in rows})
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if key == "extra_mb" else (1,)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        # What a short video needs beyond its weights may be too little to be seen.
+        if any(row[key] > 0 for row in rows):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if key == "extra_mb" else (1,)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
         axes.legend(frameon=False, labelcolor=INK)
         _title(axes, title)

@@ -57,7 +57,11 @@ def run(job: Mapping[str, Any]) -> None:
             device,
             Path(job["results"]),
             _tell,
-            {"agreement": [*kernels, *models], "absent": [*absent, *left_out]},
+            {
+                **job["facts"],
+                "agreement": [*kernels, *models],
+                "absent": [*absent, *left_out],
+            },
         )
 
 
@@ -123,8 +127,8 @@ class HostSubject:
         return count_bytes([self._patcher.model, *(part.model for part in parts)])
 
     def describe(self) -> dict[str, Any]:
-        """Return what the host computes attention with by default."""
-        return {"host_attention": optimized_attention.__name__}
+        """Return what the host computes with: its default attention, and its PyTorch."""
+        return {"host_attention": optimized_attention.__name__, "host_torch": torch.__version__}
 
     def _arranged(self, variant: Variant) -> Any:
         model = self._patcher.clone()

@@ -3,11 +3,12 @@
 import dataclasses
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..kernels.instruments import (
     LONGEST_SPIN,
@@ -17,11 +18,10 @@ from ..kernels.instruments import (
     Instruments,
 )
 from ..progress import Progress
-from ..records import describe_device, describe_versions
 from ..storage import write_json
 from .arithmetic import count_flops
 from .sizes import VIDEO_STEPS, Size
-from .subject import Subject
+from .subject import Call, Subject
 from .variants import Variant
 
 SAMPLED, COMPUTED = "sampled", "computed"
@@ -53,7 +53,9 @@ class Patience:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one variant gave: seconds of a call and of a video, GB (2^30 bytes) at the peak.
+    """What one variant gave: seconds of a call and of a video, GB (2^30 bytes).
+
+    peak_gb: the weights and all that is allocated during a call at its peak.
 
     video: whether the video's seconds were "sampled", or "computed" as that many calls.
     """
@@ -63,6 +65,7 @@ class Measured:
     is_compiled: bool
     seconds: float
     peak_gb: float
+    weights_gb: float
     video_seconds: float
     video: str
 
@@ -70,21 +73,34 @@ class Measured:
 def measure(
     subject: Subject, variant: Variant, instruments: Instruments, video_seconds: float
 ) -> Measured:
-    """Measure one variant; its first call, which may compile, gives the memory and no time."""
+    """Measure one variant; its first call, which may compile, gives the memory and no time.
 
-    def use(call: Any) -> tuple[float, float]:
-        return instruments.extra_mb(call), instruments.milliseconds(call)
+    Raises RuntimeError where its output is not finite: such numbers are computed at another speed.
+    """
+    outputs: list[Tensor] = []
+
+    def use(call: Call) -> tuple[float, float]:
+        def keep_output() -> Tensor:
+            outputs[:] = [call()]
+            return outputs[0]
+
+        return instruments.extra_mb(keep_output), instruments.milliseconds(keep_output)
 
     extra_mb, milliseconds = subject.with_call(variant, use)
+    if not outputs.pop().isfinite().all():
+        raise RuntimeError(
+            f"{subject.where}, {subject.size.name}: {variant} gives no finite output"
+        )
     computed, how = _BRANCHES * VIDEO_STEPS * milliseconds / 1000, COMPUTED
     # One pair of videos shows whether calls add up to them: that of the default path.
     if variant.kept == "default" and not variant.is_compiled and computed <= video_seconds:
         computed, how = subject.with_video(variant, instruments.once) / 1000, SAMPLED
-    peak = subject.weight_bytes(variant) + extra_mb * _MEGABYTE
+    weights = subject.weight_bytes(variant)
     return Measured(
         **dataclasses.asdict(variant),
         seconds=milliseconds / 1000,
-        peak_gb=peak / _GIGABYTE,
+        peak_gb=(weights + extra_mb * _MEGABYTE) / _GIGABYTE,
+        weights_gb=weights / _GIGABYTE,
         video_seconds=computed,
         video=how,
     )
@@ -97,24 +113,25 @@ def measure_subject(
     device: torch.device,
     path: Path,
     progress: Progress,
-    details: dict[str, Any],
+    details: Mapping[str, Any],
 ) -> None:
     """Measure all variants and write them to `path`, after each, with how it was done.
 
-    details: kept beside the numbers.
+    details: kept beside the numbers; `read_measured` asks for some of it.
 
     A softmax backend that cannot run is left out and named; what the default cannot do is raised.
     """
     instruments = patience.make_instruments(device.type)
     work = [max(1, count_flops(subject.size, v.num_linear) // 10**12) for v in plan]
     measured, left_out = [], []
-    kept = {"method": METHOD if device.type == "cuda" else "median", **describe_run(device)}
+    kept = {"method": METHOD if device.type == "cuda" else "median of calls in a row"}
     kept |= {"where": subject.where, **details, **subject.describe()}
     for i, variant in enumerate(plan):
         progress(f"{subject.where}, {subject.size.name}", sum(work[:i]), sum(work))
         try:
             measured.append(measure(subject, variant, instruments, patience.video_seconds))
-        except RuntimeError as error:
+        except Exception as error:
+            # Whatever a rival cannot do, the others can still be measured.
             if variant.kept == "default" and not variant.is_compiled:
                 raise
             reason = (str(error) or repr(error)).splitlines()[0]
@@ -126,13 +143,8 @@ def measure_subject(
     progress(f"{subject.where}, {subject.size.name}", sum(work), sum(work))
 
 
-def describe_run(device: torch.device) -> dict[str, Any]:
-    """Name what a number belongs to: numbers of another device or version are not kept."""
-    return {"device": describe_device(device), "versions": describe_versions()}
-
-
-def read_measured(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """Return what a finished earlier run measured on this device with these versions, if any."""
+def read_measured(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a finished earlier run measured, if any, and if it was made with these facts."""
     if not path.is_file():
         return None
     try:
@@ -141,8 +153,7 @@ def read_measured(path: Path, device: torch.device) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} is damaged ({error}); delete it and repeat the command"
         ) from error
-    now = describe_run(device)
-    is_same = all(found.get(key) == value for key, value in now.items())
+    is_same = all(found.get(key) == value for key, value in facts.items())
     return found if is_same and found["is_complete"] else None
 
 
