@@ -50,7 +50,8 @@ class Size:
 
     def with_latent_frames(self, frames: int) -> "Size":
         """Return the size of a video with so many latent frames."""
-        return dataclasses.replace(self, num_frames=_FRAME_STRIDE * (frames - 1) + 1)
+        name = f"{self.name}, {frames} latent frames"
+        return dataclasses.replace(self, name=name, num_frames=_FRAME_STRIDE * (frames - 1) + 1)
 
 
 def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:
