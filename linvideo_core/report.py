@@ -165,9 +165,10 @@ def plot_cost(
         tokens = sorted({row["tokens"] for row in rows})
         axes.set_xscale("log", base=2)
         # What a short video needs beyond its weights may be too little to be seen.
-        if any(row[key] > 0 for row in rows):
+        if seen := [row[key] for row in rows if row[key] > 0]:
+            is_narrow = key == "extra_mb" or max(seen) < 100 * min(seen)
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if key == "extra_mb" else (1,)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
