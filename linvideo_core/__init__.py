@@ -32,12 +32,13 @@ The flow, and the one noun that each stage hands on:
     findings, claims    its rows asked; bars held to it  -> verdicts
     ablation_plots,     every seed a dot, plots beside
     ablation_report     verdicts and samples             -> the evidence
+    scale               whole models at real sizes       -> scale.json
     report, pictures    plots, videos side by side;
     datasheet, tables   a file's picture; rows of text   -> what a reader sees
     preview             a training while it runs         -> what who waits sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`, `ablate`,
-`evidence_report`, `records`, `kernels.benchmark`, `demo.train`.
+`evidence_report`, `benchmark`, `records`, `kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

@@ -190,14 +190,16 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -> None:
-    """Draw time and extra memory of one layer by number of tokens, both axes logarithmic.
+def plot_cost(
+    rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float], what: str = "one layer"
+) -> None:
+    """Draw time and extra memory of `what` by number of tokens, both axes logarithmic.
 
     rows: dicts with `layer`, `tokens`, `milliseconds` and `extra_mb`.
     slopes: layer -> exponent of its time, for the legend.
     """
     figure = new_figure(9.0, 4.0)
-    titles = {"milliseconds": "Time of one layer (ms)", "extra_mb": "Extra memory at its peak (MB)"}
+    titles = {"milliseconds": f"Time of {what} (ms)", "extra_mb": "Extra memory at its peak (MB)"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         style_axes(axes, "tokens", "")
         for i, (layer, slope) in enumerate(slopes.items()):
@@ -214,10 +216,13 @@ def plot_cost(rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float]) -
             )
         tokens = sorted({row["tokens"] for row in rows})
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if key == "extra_mb" else (1,)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        # What a short video needs beyond its weights may be too little to be seen.
+        if seen := [row[key] for row in rows if row[key] > 0]:
+            is_narrow = key == "extra_mb" or max(seen) < 100 * min(seen)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
         axes.legend(frameon=False, labelcolor=INK)
         title_axes(axes, title)

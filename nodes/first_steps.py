@@ -8,7 +8,6 @@ norm, that of linear layers with the changed weights by 0.04 to 0.11. So both re
 import dataclasses
 from typing import Any
 
-from comfy_api.latest import io
 from torch import Tensor
 
 from .forwards import Part
@@ -50,15 +49,3 @@ class KeepFirstSteps:
     def _is_early(self, sigma: Tensor, schedule: Tensor) -> bool:
         last = schedule[min(self.num_steps, len(schedule) - 1)]
         return bool(sigma.max() > last.to(sigma) * (1 + 1e-4))
-
-
-def keep_first_steps_input() -> io.Input:
-    """Return the input for it, the same in every mode."""
-    return io.Int.Input(
-        "keep_first_steps",
-        default=0,
-        min=0,
-        max=1000,
-        tooltip="So many first steps of each sampler run the model as it came in, without the "
-        "file: slower, and closer to the original model's video. Needs a file trained with LoRA.",
-    )

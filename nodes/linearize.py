@@ -7,7 +7,6 @@ from comfy_api.latest import io
 from ..linvideo_core import artifact
 from .datasheet import show_datasheet
 from .files import find_file, fingerprint, list_files
-from .first_steps import keep_first_steps_input
 from .patching import linearize
 from .schema import LinVideo, make_schema
 from .transfer_inputs import transfer_inputs
@@ -29,8 +28,20 @@ def _inputs(source: io.Input) -> list[io.Input]:
             tooltip="How strongly the file changes the model's weights. Leave it at 1: the fast "
             "layers were trained together with these changes.",
         ),
-        keep_first_steps_input(),
+        _keep_first_steps_input(),
     ]
+
+
+def _keep_first_steps_input() -> io.Input:
+    """Return the input that is the same in every mode."""
+    return io.Int.Input(
+        "keep_first_steps",
+        default=0,
+        min=0,
+        max=1000,
+        tooltip="So many first steps of each sampler run the model as it came in, without the "
+        "file: slower, and closer to the original model's video. Needs a file trained with LoRA.",
+    )
 
 
 def _options() -> list[io.DynamicCombo.Option]:
@@ -46,7 +57,7 @@ def _options() -> list[io.DynamicCombo.Option]:
     return [
         io.DynamicCombo.Option(APPLY, _inputs(file)),
         io.DynamicCombo.Option(APPLY_INPUT, _inputs(linvideo)),
-        io.DynamicCombo.Option(TRANSFER, [*transfer_inputs(), keep_first_steps_input()]),
+        io.DynamicCombo.Option(TRANSFER, [*transfer_inputs(), _keep_first_steps_input()]),
     ]
 
 

@@ -5,15 +5,9 @@ before anything is timed; every number is measured in a process of its own.
 """
 
 import concurrent.futures
-import contextlib
-import ctypes
 import math
 import multiprocessing
-import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import linear_attention
+from .instruments import CpuInstruments, free_at_once
 
 HEAD_DIM = 128
 LAYERS = ("linear", "softmax")
@@ -28,8 +23,6 @@ LAYERS = ("linear", "softmax")
 _CHECKED_TOKENS = 257
 _TOLERANCE = 1e-4
 _WARM_UP_TOKENS = 512
-_MEGABYTE = 2**20
-_M_MMAP_THRESHOLD = -3
 
 Row = dict[str, Any]
 
@@ -77,12 +70,8 @@ def check_agreement(seed: int = 0) -> dict[str, float]:
 def measure_milliseconds(layer: str, tokens: int, seed: int, *, runs: int, seconds: float) -> float:
     """Return the median time of a layer; the first run is left out where there are more."""
     attend, arguments = make_layer(layer, tokens, seed)
-    times: list[float] = []
-    while len(times) <= runs and sum(times) < seconds:
-        started = time.perf_counter()
-        attend(*arguments)
-        times.append(time.perf_counter() - started)
-    return 1000 * statistics.median(times[1:] or times)
+    instruments = CpuInstruments(runs=runs, seconds=seconds)
+    return instruments.milliseconds(lambda: attend(*arguments))
 
 
 @torch.inference_mode()
@@ -91,13 +80,11 @@ def measure_extra_mb(layer: str, tokens: int, seed: int) -> float:
 
     To be called once in a process: memory that an earlier call freed could be used again unseen.
     """
-    _free_at_once()
+    free_at_once()
     warm_attend, warm_arguments = make_layer(layer, min(_WARM_UP_TOKENS, tokens // 2), seed)
     warm_attend(*warm_arguments)
     attend, arguments = make_layer(layer, tokens, seed)
-    before = _reset_peak_memory()
-    attend(*arguments)
-    return (_peak_memory() - before) / _MEGABYTE
+    return CpuInstruments(runs=1, seconds=0).extra_mb(lambda: attend(*arguments))
 
 
 def fit_slope(rows: Sequence[Row], layer: str, key: str) -> float:
@@ -161,32 +148,3 @@ def _call_apart(measure: Callable[..., float], *arguments: Any, **settings: Any)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(measure, *arguments, **settings).result()
-
-
-def _free_at_once() -> None:
-    """Make glibc hand freed tensors back to the system, so that holes in its heap do not count."""
-    if sys.platform == "linux":
-        # Other C libraries have no mallopt.
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-
-
-def _reset_peak_memory() -> int:
-    """Return the peak of resident memory so far, on Linux lowered first to what is in use now."""
-    if sys.platform == "linux":
-        # A container may forbid it: the peak so far is then a little above what is in use.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    return _peak_memory()
-
-
-def _peak_memory() -> int:
-    """Return this process's peak of resident memory in bytes."""
-    if sys.platform == "linux":
-        # Unlike ru_maxrss, VmHWM follows a reset.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

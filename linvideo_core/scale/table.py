@@ -1,0 +1,54 @@
+"""What measured times mean: ratios to the softmax model of the same run, shares of the peak."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .arithmetic import count_flops, find_peak
+from .measuring import Measured
+from .sizes import Size
+
+Row = dict[str, Any]
+
+
+def assemble_rows(
+    size: Size, where: str, measured: Sequence[Measured], device_name: str, gpus: int = 1
+) -> list[Row]:
+    """Turn one run's measurements into the record's rows.
+
+    Each baseline, the softmax model by one backend, has a row of its own, one of the linearized
+    model whose kept layers it computes, and one where the fastest backend computes them. Compiled
+    models are compared with the baseline as it is, not compiled.
+    """
+    baselines = {m.kept: m for m in measured if not m.num_linear and not m.is_compiled}
+    linear = [m for m in measured if m.num_linear and not m.is_compiled]
+    best = min(linear, key=lambda m: m.seconds, default=None)
+    rows = []
+    for name, baseline in baselines.items():
+        compared = [baseline, *(m for m in linear if m.kept == name or m is best)]
+        compared += [m for m in measured if m.is_compiled and m.kept == name]
+        rows += [_make_row(size, where, m, baseline, device_name, gpus) for m in compared]
+    return rows
+
+
+def _make_row(
+    size: Size, where: str, found: Measured, baseline: Measured, device_name: str, gpus: int
+) -> Row:
+    peak = find_peak(device_name)
+    flops = count_flops(size, found.num_linear)
+    return {
+        "model": size.model,
+        "resolution": size.resolution,
+        "what": "denoise",
+        "where": where,
+        "linear_layers": found.num_linear,
+        "baseline": baseline.kept,
+        "kept_layers": found.kept,
+        "compiled": found.is_compiled,
+        "speedup": baseline.seconds / found.seconds,
+        "seconds": found.seconds,
+        "peak_gb": found.peak_gb,
+        "mfu": flops / found.seconds / (gpus * peak) if peak else None,
+        "video_seconds": found.video_seconds,
+        "video": found.video,
+        "gpus": gpus,
+    }
