@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import comfy.ldm.flux.math
 import comfy.model_management
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,10 @@ from ...linvideo_core.kernels import is_norm_rotary_fused, norm_rotary
 BACKEND = "auto"
 """`norm_rotary`'s backend: "auto" leaves all to the class's own forward where no kernel runs."""
 
-# Of the source of the class's forward, ComfyUI 0.3.60 to 0.33.0: one that does more is not ours.
+# Of the source of the forward in ComfyUI 0.11.0 and 0.33.0: one that does more is not ours.
 _KNOWN_FORWARDS = {"e57709825263ea246f18b461a9a6e79185fb9b3696e7fbbd6d4908779182efd4"}
-# Its square and the norm's epsilon add up to the square, so that a norm gives back its weight.
-_ONES = 1024.0
+# What a norm makes its bare weight of: beside its square an epsilon is nothing, even in fp32.
+_CONSTANT = 1024.0
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def run_fused(
     def project(linear: nn.Module, norm: nn.Module) -> Tensor:
         projected = linear(x)
         # Only through its forward: the host may keep the weight elsewhere, in another dtype.
-        weight = norm(projected.new_full((1, 1, projected.shape[2]), _ONES)).flatten()
+        weight = norm(projected.new_full((1, 1, projected.shape[2]), _CONSTANT)).flatten()
         return norm_rotary(projected, weight, rotary, N, eps=norm.eps, backend=BACKEND)
 
     query = project(attention.q, attention.norm_q)
@@ -82,17 +83,20 @@ def _is_known(attention: nn.Module) -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_known_forward(forward: Callable[..., Any]) -> bool:
-    return _is_known_source(forward)
+    rotate = getattr(forward, "__globals__", {}).get("apply_rope1")
+    return _is_known_code(forward, rotate)
 
 
 @functools.cache
-def _is_known_source(forward: Callable[..., Any]) -> bool:
+def _is_known_code(forward: Callable[..., Any], rotate: Any) -> bool:
     """Return whether a forward is what `run_fused` computes; say it once if it is not."""
     try:
-        source = inspect.getsource(forward)
-    except (OSError, TypeError):
+        # Of the code itself: asked for a function, Python looks through what another pack wraps.
+        source = inspect.getsource(forward.__code__)
+    except (AttributeError, OSError):
         source = ""
-    if hashlib.sha256(source.encode()).hexdigest() in _KNOWN_FORWARDS:
+    is_rotation = rotate is comfy.ldm.flux.math.apply_rope1
+    if is_rotation and hashlib.sha256(source.encode()).hexdigest() in _KNOWN_FORWARDS:
         return True
     logger.info(
         "LinVideo: this ComfyUI's Wan attention is not the one that LinVideo knows; its linear "

@@ -5,6 +5,7 @@ of a layer's runs took it.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,7 +96,7 @@ def norm_and_rotation_are_comfyuis() -> None:
 def a_norm_gives_its_weight_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         norm = _make_attention()[0].norm_q
-        weight = norm(torch.full((1, 1, 256), wan_fused._ONES, dtype=dtype)).flatten()
+        weight = norm(torch.full((1, 1, 256), wan_fused._CONSTANT, dtype=dtype)).flatten()
         torch.testing.assert_close(weight, norm.weight.to(dtype), rtol=1e-7, atol=0)
 
 
@@ -146,6 +147,14 @@ def what_is_not_known_is_left_to_comfyui() -> None:
 
     changed = _make_attention()[0]
     changed.__class__ = Changed
+    original = _Attention.forward
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        return 2 * original(*args, **kwargs)
+
+    code = comfy.ldm.wan.model
+    rotation = code.apply_rope1
     wan_fused.BACKEND = "reference"
     try:
         assert run() is not None
@@ -154,11 +163,19 @@ def what_is_not_known_is_left_to_comfyui() -> None:
         assert run(patches={"attn1_patch": [print]}) is None
         assert run(layer=changed) is None
         assert run(layer=_make_attention(qk_norm=False)[0]) is None
+        _Attention.forward = wrapped
+        assert run() is None
+        _Attention.forward = original
+        code.apply_rope1 = lambda x, freqs: x
+        assert run() is None
+        code.apply_rope1 = rotation
+        assert run() is not None
         with torch.inference_mode(False), torch.enable_grad():
             assert run() is None
         comfy.model_management.in_training = True
         assert run() is None
     finally:
+        _Attention.forward, code.apply_rope1 = original, rotation
         comfy.model_management.in_training = False
         wan_fused.BACKEND = "auto"
 
