@@ -38,7 +38,7 @@ from .progress import Progress, TqdmProgress, silent
 from .records import RESULTS_FOLDER, write_record
 from .run_folder import check_run, open_run
 from .storage import write_json
-from .subject import SubjectConfig
+from .subject import SubjectConfig, open_subject
 from .tables import format_value
 from .workers import Failure, Workers
 
@@ -134,6 +134,9 @@ def run(config: AblateConfig, progress: Progress = silent) -> dict[str, Any]:
     # A row that cannot be is refused before anything is made.
     rows = list_runs(tables, config.transfer, seeds, dict.fromkeys(OBJECTIVES, 1.0))
     open_run(out, config, ignore=_FREE_FIELDS)
+    if (draft := open_subject(config.transfer.subject)) is not None:
+        # Once, for all workers.
+        draft.source.read(out, device=resolve_device(config.transfer.device), progress=progress)
     plan = _read(out / PLAN_NAME) or {}
     with Workers(Worker, config.transfer, config.gap_samples, count=config.jobs) as workers:
         if "objective" in tables:

@@ -73,7 +73,7 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     precision = resolve_precision(config.precision, device)
     path = config.artifact or weights_path("linearized.safetensors")
     artifact = artifact_files.load(path)
-    subject = load_subject(config.subject).to(device)
+    subject = load_subject(config.subject, config.out, device, progress).to(device)
     artifact_files.check(artifact, shapes_of(subject.model))
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "config.json", to_json(config))

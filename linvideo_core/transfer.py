@@ -26,12 +26,13 @@ from .devices import resolve_device, resolve_precision
 from .evidence import compare_config, draw_training, is_evaluated
 from .layer_order import LAYER_ORDER_NAME
 from .linearization import ARTIFACT_NAME, TransferConfig, linearize
+from .preflight import check_transfer
 from .progress import Progress, TqdmProgress, silent
-from .run_folder import CONFIG_NAME, open_run
+from .run_folder import CONFIG_NAME, check_run, open_run
 from .selection import check_layers
 from .sensitivity import RANKING_NAME
 from .student import Student
-from .subject import load_subject
+from .subject import load_subject, open_subject
 from .tables import show_table
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,11 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
             return path
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    subject = load_subject(config.subject).to(device)
+    check_run(config.out, config, ignore=_FREE_FIELDS)
+    draft = open_subject(config.subject)
+    if draft is not None:
+        check_transfer(draft, config, device, precision)
+    subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     if not is_made:
         student = Student(subject, config.student, seed=config.seed)
         check_layers(config.selection, list(student.mixed))
