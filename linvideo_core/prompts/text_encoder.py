@@ -101,10 +101,13 @@ class Encode:
         self.tokenize = tokenize
         self.device = device
 
-    @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
         """Encode one prompt."""
-        tokens = cut(self.tokenize(clean(text)))
+        return self.embed(cut(self.tokenize(clean(text))))
+
+    @torch.no_grad()
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Return the embeddings [512, T] of at most 512 tokens."""
         ids = torch.tensor([tokens], device=self.device)
         embeds = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         return nn.functional.pad(embeds[0], (0, 0, 0, MAX_TOKENS - len(tokens)))
@@ -137,15 +140,22 @@ def cut(tokens: list[int]) -> list[int]:
 
 
 def open_encoder(path: Path, tokenizer: Path | None = None) -> TextEncoder:
+    """Read an encoder's headers, see `read_encoder`, where the optional extra is there to run it.
+
+    Raises ValueError, in one sentence, where it is missing.
+    """
+    check_extra()
+    return read_encoder(path, tokenizer)
+
+
+def read_encoder(path: Path, tokenizer: Path | None = None) -> TextEncoder:
     """Read the headers of an encoder's files, and find its tokenizer.
 
     path: a folder with safetensors, a pipeline's folder with text_encoder/ in it, or a file.
     tokenizer: a tokenizer.json, a spiece.model or a folder with one; none: beside or in `path`.
 
-    Raises FileNotFoundError or ValueError, in one sentence, for anything else, and where the
-    optional extra is missing.
+    Raises FileNotFoundError or ValueError, in one sentence, for anything else.
     """
-    check_extra()
     if not path.exists():
         raise FileNotFoundError(f"text encoder {path} does not exist; {_FORMS}")
     if path.suffix in (".pth", ".pt", ".bin"):
