@@ -79,6 +79,8 @@ class AblateConfig:
                 f"--evaluate-samples {self.transfer.evidence.evaluate_samples} given; 2 or more, "
                 "and no fewer than --gap-samples, are needed"
             )
+        if self.transfer.experts.low_noise_model is not None:
+            raise ValueError("--low-noise-model given; an ablation compares runs of one model")
         if self.record and self.transfer.subject != SubjectConfig():
             raise ValueError(
                 "--record was given with --model or --prompts; the record is of the embedded model"

@@ -26,7 +26,7 @@ ALLOWED = {
     "layer_order": {"run_folder", "sensitivity", "storage"},
     "lora": set(),
     "memory": set(),
-    "models": {"attention", "flow", "kernels"},
+    "models": {"attention", "config", "flow", "kernels"},
     "health": set(),
     "motion": set(),
     "objectives": {"flow", "config", "dmd2"},
