@@ -15,7 +15,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 FP32 = 4
 # A trained number, its gradient, the two averages of Adam, and the average that is kept.
 _TRAINED = 5 * FP32
-_WIDTHS_KEPT = 16
+# What autograd keeps of a Wan block with frozen weights, in widths: eight in fp32 (the residual
+# stream and its norms), four in the precision of the products. Trained weights keep more.
+_WIDE_KEPT, _NARROW_KEPT = 8, 4
 _LOWER_SAMPLING = "lower --shard-size and --evaluate-batch-size, or the video's size"
 _LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the video's size"
 _LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
@@ -137,11 +139,9 @@ def show_gb(num_bytes: int) -> str:
 def _kept_bytes(model: Transformer, size: int, is_checkpointed: bool) -> int:
     """Return what one video leaves behind for the backward pass.
 
-    A block keeps its norms' and projections' inputs, queries, keys and values of both attentions
-    with their outputs, about 16 widths in all, and its feed-forward layer twice; recomputed blocks
-    keep their input alone, all but the one at work.
+    Recomputed blocks keep their input alone, all but the one at work.
     """
-    block = size * (_WIDTHS_KEPT * model.dim + 2 * model.ffn_dim)
+    block = model.dim * (_WIDE_KEPT * FP32 + _NARROW_KEPT * size) + model.ffn_dim * size
     if is_checkpointed:
         return model.num_tokens * (FP32 * model.dim * model.num_layers + block)
     return model.num_tokens * model.num_layers * block

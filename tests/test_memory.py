@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linvideo_core import distill, transfer
+from linvideo_core.adapters import checkpoint_activations
 from linvideo_core.config import override
 from linvideo_core.linearization import TransferConfig
 from linvideo_core.memory import (
-    FP32,
     Need,
     Transformer,
     check_memory,
@@ -23,6 +23,7 @@ from linvideo_core.memory import (
     show_gb,
     training_needs,
 )
+from linvideo_core.models.denoiser import bind
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject
@@ -82,41 +83,37 @@ def needs_of(wan: WanConfig, tokens: int, **changes: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("parameters", ["feature_maps", "lora"])
 def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_one(
-    is_checkpointed: bool, subject: Subject
+    parameters: str, precision: str, is_checkpointed: bool, subject: Subject
 ) -> None:
-    settings = StudentConfig(parameters="feature_maps")
-    student = Student(subject, settings, seed=0)
+    student = Student(subject, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
+    for module in student.mixed.values():
+        module.harden("softmax")
     if is_checkpointed:
-        from linvideo_core.adapters import checkpoint_activations
-
         checkpoint_activations(student.model, student.sites)
-    latents = torch.randn(1, 4, 4, 24, 24)
-    wan = subject.model.config
-    tokens = 4 * 12 * 12
-    parameters = {p.data_ptr() for p in student.model.parameters()}
+    own = {parameter.data_ptr() for parameter in student.model.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters:
+        if tensor.data_ptr() not in own:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for module in student.mixed.values():
-        module.harden("softmax")
-    latents.requires_grad_()
+    latents = torch.randn(1, 4, 4, 24, 24).requires_grad_()
+    velocity_fn = bind(student.model, torch.randn(1, 5, TEXT_DIM), precision=precision)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student.model(latents, torch.tensor([500.0]), torch.randn(1, 5, TEXT_DIM))
-    (estimate,) = (
-        size
-        for what, size in needs_of(wan, tokens, is_checkpointed=is_checkpointed).items()
-        if "activations" in what
-    )
-    found = sum(kept.values())
+        velocity_fn(latents, torch.tensor([0.5]))
+    settings = {"precision": precision, "is_checkpointed": is_checkpointed}
+    wan = subject.model.config
+    estimate = needs_of(wan, 4 * 12 * 12, **settings)["a training step's activations"]
     if is_checkpointed:
         # The block at work is recomputed in the backward pass, which does not run here.
-        block = FP32 * tokens * (16 * wan.dim + 2 * wan.ffn_dim)
-        estimate -= block
+        one = dataclasses.replace(wan, num_layers=1)
+        one_block = needs_of(one, 4 * 12 * 12, precision=precision)
+        estimate -= one_block["a training step's activations"]
+    found = sum(kept.values())
     assert estimate <= found <= 2.5 * estimate, found / estimate
 
 
@@ -203,4 +200,3 @@ def test_a_distillation_that_cannot_fit_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match="lower --batch-size"):
         distill.run(config)
     assert not config.out.exists()
-    assert dataclasses.replace(config.training, batch_size=4).batch_size == 4
