@@ -20,6 +20,7 @@ from .comparison import (
     EVALUATION_NAME,
     Comparison,
     compare_artifact,
+    compare_experts,
     read_evaluation,
     save_comparison,
 )
@@ -37,13 +38,7 @@ from .sensitivity import RANKING_NAME
 from .student import Student
 from .subject import load_subject, open_subject
 from .tables import show_table
-from .two_experts import (
-    EXPERT_NAMES,
-    check_experts,
-    compare_experts,
-    linearize_experts,
-    load_experts,
-)
+from .two_experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +177,14 @@ def _run_experts(
     if is_evaluated(config.evidence, config.out):
         return None
     logger.info("comparing both experts with their students on %s in %s", device, precision)
-    return compare_experts(subject, config, precision, progress)
+    return compare_experts(
+        subject,
+        {side: artifact.load(config.out / name) for side, name in EXPERT_NAMES.items()},
+        compare_config(config.evidence, config.trajectories),
+        seed=config.seed,
+        precision=precision,
+        progress=progress,
+    )
 
 
 def summarize(config: TransferConfig) -> str:

@@ -8,19 +8,17 @@ latest. Beyond, the student's velocity is never sampled with and its teacher nev
 low-noise expert's jumps go down and stay its own as they are.
 """
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import artifact
 from .artifact import Artifact
-from .comparison import Comparison, compare, swap
 from .config import override
-from .evidence import compare_config, draw_training
+from .evidence import draw_training
 from .flow import make_sigmas
 from .linearization import ARTIFACT_NAME, TransferConfig, linearize
 from .memory import FP32, Need, check_memory, count
@@ -164,39 +162,6 @@ def linearize_experts(
         made = artifact.load(mine.out / ARTIFACT_NAME)
         draw_training(mine.out, made.header.layers, config.selection, config.training.steps)
         artifact.save(_with_range(made, side, config.experts.boundary), path)
-
-
-def compare_experts(
-    subject: Subject, config: TransferConfig, precision: str, progress: Progress
-) -> Comparison:
-    """Compare both experts with both students, each sampling one video together."""
-    made = {side: artifact.load(config.out / name) for side, name in EXPERT_NAMES.items()}
-    return compare(
-        subject,
-        {
-            "swapped": _both(subject, made, is_trained=False),
-            "student": _both(subject, made, is_trained=True),
-        },
-        compare_config(config.evidence, config.trajectories),
-        seed=config.seed,
-        precision=precision,
-        progress=progress,
-    )
-
-
-@contextlib.contextmanager
-def _both(
-    subject: Subject, made: Mapping[str, Artifact], *, is_trained: bool
-) -> Iterator[nn.Module]:
-    """Turn both experts into their students, or swap their layers, for a while."""
-    with contextlib.ExitStack() as stack:
-        for side, found in made.items():
-            expert, header = getattr(subject.model, side), found.header
-            if is_trained:
-                stack.enter_context(artifact.transfer_into(expert, found))
-            else:
-                stack.enter_context(swap(expert, header.layers, header.feature_dim, header.form))
-        yield subject.model
 
 
 def _with_range(made: Artifact, side: str, boundary: float) -> Artifact:
