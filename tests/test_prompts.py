@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts, read_prompts
 from linvideo_core.prompts.embeddings import encode_once, identity_of, read_embeds
+from linvideo_core.prompts.text_encoder import open_encoder
 
 # A few of the verbs of motion, by their stem.
 MOTIONS = {
@@ -171,3 +173,12 @@ def test_embeddings_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
     uneven = iter([torch.ones(4, 2), torch.ones(5, 2)])
     with pytest.raises(ValueError, match="shorten the prompt"):
         encode_once(path, ["a"], "b", lambda text: next(uneven), identity="x")
+
+
+def test_a_missing_package_is_one_sentence_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ValueError, match="pip install transformers sentencepiece ftfy") as caught:
+        open_encoder(tmp_path)
+    assert "ftfy, not installed here" in str(caught.value) and "\n" not in str(caught.value)
