@@ -5,7 +5,7 @@ boundary. Each expert's student learns at its own noise levels only. The high-no
 ends at the level that its last step leads to, where the other takes over: objectives compare at
 every level of a grid but its last, so a jump of theirs ends at the expert's last own level at the
 latest. Beyond, the student's velocity is never sampled with and its teacher never learned one. The
-low-noise expert's jumps go down and stay its own as they are.
+low-noise expert's grid begins at its own first level, and its jumps, which go down, stay its own.
 """
 
 import dataclasses
@@ -36,13 +36,17 @@ EXPERT_NAMES = {side: f"linearized_{side}.safetensors" for side in SIDES}
 
 
 class OwnStates(Trajectories):
-    """The states of trajectories that lie at one expert's noise levels, and its sampling grid."""
+    """The states of trajectories that lie at one expert's noise levels, on its own grid.
+
+    sigmas: from the expert's first level to where its last step leads; steps count from its first.
+    """
 
     def __init__(self, whole: Trajectories, side: str, boundary: float) -> None:
         """Open no file: `whole` keeps them."""
         self._whole = whole
         own = own_steps(whole.sigmas, side, boundary)
         self._picks = own[whole.steps()].nonzero().squeeze(1)
+        self._first = int(own.nonzero()[0])
         self.sigmas = own_sigmas(whole.sigmas, side, boundary)
         self.guidance_scale = whole.guidance_scale
         share = len(self._picks) / len(whole)
@@ -54,11 +58,12 @@ class OwnStates(Trajectories):
 
     def take(self, picks: Tensor, device: torch.device | str) -> States:
         """Bring the states `picks` [B] int64, in [0, len), to `device` in fp32."""
-        return self._whole.take(self._picks[picks], device)
+        states = self._whole.take(self._picks[picks], device)
+        return dataclasses.replace(states, step=states.step - self._first)
 
     def steps(self) -> Tensor:
-        """Return the index into the sampling grid of every state, [len] int64."""
-        return self._whole.steps()[self._picks]
+        """Return the index into `sigmas` of every state, [len] int64."""
+        return self._whole.steps()[self._picks] - self._first
 
 
 def own_steps(sigmas: Tensor, side: str, boundary: float) -> Tensor:
@@ -68,9 +73,9 @@ def own_steps(sigmas: Tensor, side: str, boundary: float) -> Tensor:
 
 
 def own_sigmas(sigmas: Tensor, side: str, boundary: float) -> Tensor:
-    """Return the grid up to where an expert's last step leads; indices are those of the whole."""
-    last = int(own_steps(sigmas, side, boundary).nonzero()[-1])
-    return sigmas[: last + 2]
+    """Return an expert's part of a grid [steps + 1]: its levels, and where its last step leads."""
+    own = own_steps(sigmas, side, boundary).nonzero().squeeze(1)
+    return sigmas[int(own[0]) : int(own[-1]) + 2]
 
 
 def check_experts(config: TransferConfig, device: str, precision: str) -> dict[str, Draft]:
