@@ -3,6 +3,8 @@
 The flow, and the one noun that each stage hands on:
 
     models, demo        a model                          -> teacher
+    prompts             words, encoded once              -> prompt embeddings
+    preflight, memory   headers and arithmetic           -> a sentence, or a run that fits
     adapters            find_sites(model)                -> attention sites
     trajectories        collect(teacher)                 -> trajectory shards
     attention, kernels  install(mixed attention)         -> student
@@ -14,6 +16,7 @@ The flow, and the one noun that each stage hands on:
     training            fit(): step, log, checkpoint     -> trained student
     checkpoint_files    the last one from before a fault -> what is kept
     linearization       these stages, one after another
+    two_experts         the same for each of Wan 2.2's   -> two students
     artifact            save, load, check, apply         -> LINVIDEO file
     distillation, dmd2  generator, real and fake score   -> LINVIDEO file with sigmas
     health              spikes and collapses of it       -> a sentence that ends it

@@ -41,7 +41,7 @@ from .progress import Progress, TqdmProgress, silent
 from .records import REPOSITORY, RESULTS_FOLDER, write_record
 from .run_folder import check_run, open_run
 from .storage import write_json
-from .subject import SubjectConfig
+from .subject import SubjectConfig, open_subject
 from .tables import format_value
 from .workers import Failure, Workers
 
@@ -84,6 +84,8 @@ class AblateConfig:
                 f"--evaluate-samples {self.transfer.evidence.evaluate_samples} given; 2 or more, "
                 "and no fewer than --gap-samples, are needed"
             )
+        if self.transfer.experts.low_noise_model is not None:
+            raise ValueError("--low-noise-model given; an ablation compares runs of one model")
         if self.record and self.transfer.subject != SubjectConfig():
             raise ValueError(
                 "--record was given with --model or --prompts; the record is of the embedded model"
@@ -141,6 +143,9 @@ def run(config: AblateConfig, progress: Progress = silent) -> dict[str, Any]:
     # A row that cannot be is refused before anything is made.
     rows = list_runs(tables, config.transfer, seeds, dict.fromkeys(OBJECTIVES, 1.0))
     open_run(out, config, ignore=_FREE_FIELDS)
+    if (draft := open_subject(config.transfer.subject)) is not None:
+        # Once, for all workers.
+        draft.source.read(out, device=resolve_device(config.transfer.device), progress=progress)
     plan = _read(out / PLAN_NAME) or {}
     arguments = (config.transfer, config.gap_samples, config.gap_points)
     with Workers(Worker, *arguments, count=config.jobs) as workers:

@@ -73,7 +73,8 @@ class Worker:
         self.progress = progress
         self.device = resolve_device(self.config.device)
         self.precision = resolve_precision(self.config.precision, self.device)
-        self.subject = load_subject(self.config.subject).to(self.device)
+        subject = load_subject(self.config.subject, self.config.out, self.device, progress)
+        self.subject = subject.to(self.device)
         self._shared: dict[int, tuple[Trajectories, Reference]] = {}
 
     def __call__(self, job: SampleTeacher | TimeSteps | Run) -> Row:

@@ -23,6 +23,7 @@ from .fidelity import VideoStatistics, compare_videos, ratio, summarize_videos
 from .flow import VelocityFn, make_sigmas
 from .held_out import draw_noise, draw_prompts, read_labels
 from .models.denoiser import bind_guided
+from .models.experts import parts_of
 from .progress import Progress
 from .recipe import Recipe
 from .subject import Subject
@@ -277,8 +278,11 @@ class Bench:
 
 def count_linear_layers(model: nn.Module) -> tuple[int, int]:
     """Return how many self-attention layers are linear, and how many there are."""
-    _, sites = identify(shapes_of(model))
-    kinds = [isinstance(attention_at(model, site), LinearAttention) for site in sites]
+    kinds = [
+        isinstance(attention_at(part, site), LinearAttention)
+        for part in parts_of(model)
+        for site in identify(shapes_of(part))[1]
+    ]
     return sum(kinds), len(kinds)
 
 

@@ -152,6 +152,36 @@ def compare_few_step(
     return result
 
 
+def compare_experts(
+    subject: Subject,
+    made: Mapping[str, artifact_files.Artifact],
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare two experts with their students, two models at work on each video.
+
+    subject: its model is `models.experts.Experts`; made: the file of each side.
+    """
+
+    @contextlib.contextmanager
+    def both(*, is_trained: bool) -> Iterator[nn.Module]:
+        with contextlib.ExitStack() as stack:
+            for side, found in made.items():
+                expert, header = subject.model.get_submodule(side), found.header
+                stack.enter_context(
+                    artifact_files.transfer_into(expert, found)
+                    if is_trained
+                    else swap(expert, header.layers, header.feature_dim, header.form)
+                )
+            yield subject.model
+
+    students = {"swapped": both(is_trained=False), "student": both(is_trained=True)}
+    return compare(subject, students, settings, seed=seed, precision=precision, progress=progress)
+
+
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     """Write the pictures, then evaluation.json; return what that holds.
 

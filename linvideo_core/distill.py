@@ -42,11 +42,12 @@ from .distillation import (
 from .evidence import EvidenceConfig, compare_config, is_evaluated
 from .health import Health
 from .lineup import line_up
+from .preflight import check_distillation
 from .progress import Progress, TqdmProgress, silent
-from .run_folder import CONFIG_NAME, open_run, read_metrics
+from .run_folder import CONFIG_NAME, check_run, open_run, read_metrics
 from .stages import load_first_stage, name_of
 from .student import Student, accelerated
-from .subject import Subject, SubjectConfig, load_subject
+from .subject import Subject, SubjectConfig, load_subject, open_subject
 from .tables import show_table
 from .teacher_videos import measure_likeness
 from .training import TrainingConfig, fit
@@ -146,7 +147,11 @@ def run(config: DistillConfig, progress: Progress = silent) -> Path:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     first = load_first_stage(config.artifact)
-    subject = load_subject(config.subject).to(device)
+    check_run(config.out, config, ignore=_FREE_FIELDS)
+    draft = open_subject(config.subject)
+    if draft is not None:
+        check_distillation(draft, config, first, config.distillation, device, precision)
+    subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     artifact_files.check(first, shapes_of(subject.model))
     if not is_made:
         student = make_student(subject, first, config.distillation, seed=config.seed)

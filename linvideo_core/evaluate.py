@@ -163,7 +163,7 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     if config.lora is not None:
         file, sigmas = load_lora(config.lora), config.levels_of_lora()
         lora = FewStepLora(file=file, strength=config.lora_strength, sigmas=sigmas)
-    subject = load_subject(config.subject).to(device)
+    subject = load_subject(config.subject, config.out, device, progress).to(device)
     for artifact in (first, *distilled.values()):
         artifact_files.check(artifact, shapes_of(subject.model))
     config.out.mkdir(parents=True, exist_ok=True)

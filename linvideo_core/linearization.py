@@ -16,6 +16,7 @@ from . import __version__, artifact
 from .config import option
 from .devices import device_option, precision_option
 from .evidence import EvidenceConfig
+from .models.experts import ExpertsConfig
 from .objectives import ObjectiveConfig
 from .progress import Progress
 from .selection import SelectionConfig, choose_layers
@@ -36,6 +37,7 @@ class TransferConfig:
     """Everything that decides the result of a transfer."""
 
     subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
+    experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
@@ -48,6 +50,12 @@ class TransferConfig:
     seed: int = option(0, "seed of everything random")
     device: str = device_option()
     precision: str = precision_option()
+
+    def __post_init__(self) -> None:
+        if self.experts.low_noise_model is not None and self.subject.model is None:
+            raise ValueError(
+                "--low-noise-model was given without --model; give --model the high-noise expert"
+            )
 
 
 def linearize(

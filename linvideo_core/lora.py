@@ -4,6 +4,8 @@ The change lives in a submodule `lora` of each layer, so the layer's own paramet
 they are in the checkpoint; a forward hook adds it to the layer's output.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,18 @@ class LowRank(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, down), up)
 
 
+def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) -> None:
+    """Raise ValueError when a rank is too large for a linear layer under `prefix`.
+
+    shapes: of parameters by name.
+    """
+    for name, shape in shapes.items():
+        is_linear = name.endswith(".weight") and len(shape) == 2
+        if name.startswith(prefix) and is_linear and rank > min(shape):
+            layer = name.removesuffix(".weight")
+            raise ValueError(f"--lora-rank {rank} exceeds {min(shape)}, the full rank of {layer}")
+
+
 def attach(model: nn.Module, prefix: str, rank: int, seed: int) -> dict[str, LowRank]:
     """Give every linear layer under `prefix` a low-rank change and freeze all else.
 
@@ -35,9 +49,7 @@ def attach(model: nn.Module, prefix: str, rank: int, seed: int) -> dict[str, Low
     changes = {}
     for name, module in list(model.named_modules()):
         if name.startswith(prefix) and isinstance(module, nn.Linear):
-            limit = min(module.in_features, module.out_features)
-            if rank > limit:
-                raise ValueError(f"--lora-rank {rank} exceeds {limit}, the full rank of {name}")
+            check_rank({f"{name}.weight": tuple(module.weight.shape)}, prefix, rank)
             module.lora = changes[name] = LowRank(module, rank, generator)
             module.register_forward_hook(_add_change)
     return changes

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import demo
 from .config import option, positive
 from .demo.codec import LATENT_SHAPE, decode_latents
 from .demo.prompts import all_prompts, encode_prompts
-from .models.checkpoint import load_wan
+from .models.checkpoint import Checkpoint, load_wan, open_wan
+from .progress import Progress, silent
+from .prompts import read_prompts
+from .prompts.sources import PromptConfig, PromptSource, find_source
 
 _TIME_COMPRESSION, _SPACE_COMPRESSION = 4, 8  # Wan's video autoencoder
 
@@ -23,8 +25,9 @@ class SubjectConfig:
 
     model: Path | None = option(None, "Wan text-to-video safetensors; none: the embedded model")
     prompts: Path | None = option(
-        None, "prompts, one a line (embedded model), or a safetensors file of prompt embeddings"
+        None, "prompts, one a line, or a safetensors file of embeddings; none: those of LinVideo"
     )
+    text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     num_frames: int = option(81, "video frames, for a --model of your own")
     height: int = option(480, "video height in pixels, for a --model of your own")
     width: int = option(832, "video width in pixels, for a --model of your own")
@@ -68,21 +71,95 @@ class Subject:
         )
 
 
-def load_subject(config: SubjectConfig) -> Subject:
-    """Load the embedded model or the one that `config` names, frozen, in fp32.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A subject of one's own whose files' headers were read and fit; `load` takes its time.
+
+    shapes: of the model's parameters, by name.
+    """
+
+    checkpoint: Checkpoint
+    source: PromptSource
+    latent_shape: tuple[int, int, int, int]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The model's parameter shapes, the form in which families recognise it."""
+        return {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
+
+    def load(self, folder: Path, device: str = "cpu", progress: Progress = silent) -> Subject:
+        """Return the subject on the CPU, frozen, in fp32.
+
+        Prompts that must be encoded are: on `device`, into `folder`, before the model is read.
+        """
+        embeds = self.source.read(folder, device=device, progress=progress)
+        subject = Subject(
+            name=self.checkpoint.path.stem,
+            model=self.checkpoint.load(),
+            prompts=embeds.prompts,
+            prompt_embeds=embeds.prompt_embeds,
+            negative_embeds=embeds.negative_embeds,
+            latent_shape=self.latent_shape,
+            decode=_preview,
+            is_demo=False,
+        )
+        subject.model.eval().requires_grad_(False)
+        return subject
+
+
+def open_subject(config: SubjectConfig) -> Draft | None:
+    """Read the headers of all that a --model of one's own needs; None for the embedded model.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
     """
-    subject = _load_demo(config.prompts) if config.model is None else _load_own(config)
-    subject.model.eval().requires_grad_(False)
-    return subject
+    if config.model is None:
+        if config.text != PromptConfig():
+            raise ValueError(
+                "--text-encoder, --tokenizer or --negative-prompt was given without --model; the "
+                "embedded model has its own words"
+            )
+        return None
+    source = find_source(config.prompts, config.text)
+    checkpoint = open_wan(config.model)
+    if source.width != checkpoint.config.text_dim:
+        raise ValueError(
+            f"{source.path} {source.verb} embeddings of width {source.width}; "
+            f"{config.model} takes {checkpoint.config.text_dim}"
+        )
+    return Draft(
+        checkpoint=checkpoint,
+        source=source,
+        latent_shape=(
+            checkpoint.config.in_channels,
+            (config.num_frames - 1) // _TIME_COMPRESSION + 1,
+            config.height // _SPACE_COMPRESSION,
+            config.width // _SPACE_COMPRESSION,
+        ),
+    )
+
+
+def load_subject(
+    config: SubjectConfig | Draft,
+    folder: Path = Path(),
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Subject:
+    """Load the embedded model or the one that `config` names, frozen, in fp32, on the CPU.
+
+    folder, device: where a text file's prompts are kept and encoded, see `Draft.load`.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
+    """
+    draft = config if isinstance(config, Draft) else open_subject(config)
+    return _load_demo(config.prompts) if draft is None else draft.load(folder, device, progress)
 
 
 def _load_demo(prompts_path: Path | None) -> Subject:
-    prompts = all_prompts() if prompts_path is None else _read_lines(prompts_path)
+    prompts = all_prompts() if prompts_path is None else read_prompts(prompts_path)
+    model = load_wan(demo.weights_path("model.safetensors"))
     return Subject(
         name="demo",
-        model=load_wan(demo.weights_path("model.safetensors")),
+        model=model.eval().requires_grad_(False),
         prompts=prompts,
         prompt_embeds=encode_prompts(prompts),
         negative_embeds=encode_prompts([""])[0],
@@ -90,68 +167,6 @@ def _load_demo(prompts_path: Path | None) -> Subject:
         decode=decode_latents,
         is_demo=True,
     )
-
-
-def _load_own(config: SubjectConfig) -> Subject:
-    if config.prompts is None:
-        raise ValueError(
-            "--model was given without --prompts; give a safetensors file with prompt_embeds "
-            "[P, S, T] and negative_embeds [S, T] from this model's text encoder"
-        )
-    prompt_embeds, negative_embeds = _read_embeds(config.prompts)
-    model = load_wan(config.model)
-    if prompt_embeds.shape[2] != model.config.text_dim:
-        raise ValueError(
-            f"{config.prompts} holds embeddings of width {prompt_embeds.shape[2]}; "
-            f"{config.model} takes {model.config.text_dim}"
-        )
-    return Subject(
-        name=config.model.stem,
-        model=model,
-        prompts=[f"prompt {i}" for i in range(len(prompt_embeds))],
-        prompt_embeds=prompt_embeds,
-        negative_embeds=negative_embeds,
-        latent_shape=(
-            model.config.in_channels,
-            (config.num_frames - 1) // _TIME_COMPRESSION + 1,
-            config.height // _SPACE_COMPRESSION,
-            config.width // _SPACE_COMPRESSION,
-        ),
-        decode=_preview,
-        is_demo=False,
-    )
-
-
-def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file; give prompts in UTF-8, one a line") from None
-    if not any(lines):
-        raise ValueError(f"{path} holds no prompts; write one a line")
-    return [line for line in lines if line]
-
-
-def _read_embeds(path: Path) -> tuple[Tensor, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            prompts, negative = (
-                file.get_tensor(name).float() for name in ("prompt_embeds", "negative_embeds")
-            )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safetensors file with prompt_embeds and negative_embeds: {error}"
-        ) from error
-    if prompts.ndim != 3 or not len(prompts) or negative.shape != prompts.shape[1:]:
-        raise ValueError(
-            f"{path}: prompt_embeds {list(prompts.shape)} and negative_embeds "
-            f"{list(negative.shape)} given; [P, S, T] with P >= 1 and [S, T] are needed"
-        )
-    return prompts, negative
 
 
 def _preview(latents: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from .adapters import attention_at, identify, shapes_of
 from .attention import LinearAttention, MixedAttention
 from .flow import add_noise
 from .models.denoiser import bind
+from .models.experts import expert_at
 
 # Enough noise for the model to be at home, little enough for it to see what is there.
 SIGMA = 0.25
@@ -33,8 +34,9 @@ def teacher_features(
     Returns [B, N D] fp32.
     Raises ValueError where the model has linear layers: it is no teacher then.
     """
-    _, sites = identify(shapes_of(teacher))
-    modules = [attention_at(teacher, site) for site in sites]
+    expert = expert_at(teacher, SIGMA)
+    _, sites = identify(shapes_of(expert))
+    modules = [attention_at(expert, site) for site in sites]
     if any(isinstance(module, LinearAttention | MixedAttention) for module in modules):
         raise ValueError("the model has linear layers; features are taken from the teacher alone")
     found: list[Tensor] = []

@@ -23,6 +23,7 @@ from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .flow import make_sigmas, sample_euler
 from .models.denoiser import bind_guided
+from .models.experts import parts_of
 from .progress import Progress, silent
 from .storage import write_tensors
 from .subject import Subject
@@ -86,6 +87,10 @@ class Trajectories:
     def __len__(self) -> int:
         """Return the number of stored states."""
         return int(self._ends[-1])
+
+    def steps(self) -> Tensor:
+        """Return the index into the sampling grid of every state, [len] int64."""
+        return torch.cat([shard["step"].flatten() for shard in self._shards])
 
     def draw(
         self, batch_size: int, generator: torch.Generator, device: torch.device | str
@@ -155,12 +160,13 @@ def collect(
 
 def _describe(subject: Subject) -> list[Any]:
     """Return what decides a sample besides seed and config: weights, prompts, size."""
-    _, sites = identify(shapes_of(subject.model))
     prompts = hashlib.blake2b(digest_size=8)
     for embeds in (subject.prompt_embeds, subject.negative_embeds):
         prompts.update(embeds.cpu().half().numpy().tobytes())
-    digest = weights_digest(subject.model, sites)
-    return [subject.name, digest, prompts.hexdigest(), subject.latent_shape]
+    digests = [
+        weights_digest(model, identify(shapes_of(model))[1]) for model in parts_of(subject.model)
+    ]
+    return [subject.name, "+".join(digests), prompts.hexdigest(), subject.latent_shape]
 
 
 def _is_whole(path: Path, identity: str) -> bool:
@@ -224,9 +230,14 @@ def _sample_shard(
     return {**stored, "step": kept_steps, "prompt": prompt}
 
 
+def spread_edges(num_kept: int, num_steps: int) -> Tensor:
+    """Return where the strata begin and end of which one step each is kept, [num_kept + 1]."""
+    return torch.linspace(0, num_steps, num_kept + 1).round().long()
+
+
 def _spread(size: int, num_kept: int, num_steps: int, generator: torch.Generator) -> Tensor:
     """Pick `num_kept` of `num_steps` for each video, one in each of as many equal strata."""
-    edges = torch.linspace(0, num_steps, num_kept + 1).round().long()
+    edges = spread_edges(num_kept, num_steps)
     widths = edges[1:] - edges[:-1]
     offsets = (torch.rand(size, num_kept, generator=generator) * widths).long()
     return edges[:-1] + offsets

@@ -2,10 +2,11 @@
 
 Without arguments the embedded model is linearized on whatever machine this is, in minutes.
     python -m linvideo_core.transfer --preset gpu
-    python -m linvideo_core.transfer --model wan.safetensors --prompts prompts.safetensors
-Repeating a command continues where it stopped. The run folder holds config.json, the sampled
-trajectories, metrics, checkpoints, the result, linearized.safetensors, and the evidence: pictures
-and evaluation.json, which compare what was saved with its teacher.
+    python -m linvideo_core.transfer --model wan.safetensors --text-encoder umt5_xxl.safetensors
+Wan 2.2's two experts are linearized together, the second being --low-noise-model. Repeating a
+command continues where it stopped. The run folder holds config.json, the sampled trajectories,
+metrics, checkpoints, the result, linearized.safetensors, and the evidence: pictures and
+evaluation.json, which compare what was saved with its teacher.
 """
 
 import logging
@@ -17,7 +18,9 @@ from typing import Any
 from . import artifact
 from .comparison import (
     EVALUATION_NAME,
+    Comparison,
     compare_artifact,
+    compare_experts,
     read_evaluation,
     save_comparison,
 )
@@ -26,13 +29,16 @@ from .devices import resolve_device, resolve_precision
 from .evidence import compare_config, draw_training, is_evaluated
 from .layer_order import LAYER_ORDER_NAME
 from .linearization import ARTIFACT_NAME, TransferConfig, linearize
+from .models.experts import HIGH, LOW
+from .preflight import check_transfer
 from .progress import Progress, TqdmProgress, silent
-from .run_folder import CONFIG_NAME, open_run
+from .run_folder import CONFIG_NAME, check_run, open_run
 from .selection import check_layers
 from .sensitivity import RANKING_NAME
 from .student import Student
-from .subject import load_subject
+from .subject import load_subject, open_subject
 from .tables import show_table
+from .two_experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +56,8 @@ _SHOWN = (
 )
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
+    EXPERT_NAMES[HIGH]: "the LINVIDEO file of the high-noise expert",
+    EXPERT_NAMES[LOW]: "the LINVIDEO file of the low-noise expert",
     "samples.gif": "the same videos by the teacher, before and after training",
     "samples.png": "their frames side by side",
     "layer_scores.png": "how training chose the layers",
@@ -98,18 +106,43 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: TransferConfig, progress: Progress = silent) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
 
+    Of two experts that is the high-noise one's; `list_artifacts` has both.
+
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
-    path = config.out / ARTIFACT_NAME
-    is_made = path.exists() and (config.out / CONFIG_NAME).exists()
+    paths = list_artifacts(config)
+    is_made = all(path.exists() for path in paths) and (config.out / CONFIG_NAME).exists()
     if is_made:
         open_run(config.out, config, ignore=_FREE_FIELDS)
         if is_evaluated(config.evidence, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
-            return path
+            return paths[0]
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    subject = load_subject(config.subject).to(device)
+    check_run(config.out, config, ignore=_FREE_FIELDS)
+    make = _run_experts if config.experts.low_noise_model is not None else _run_one
+    comparison = make(config, device, precision, progress, is_made)
+    if comparison is not None:
+        save_comparison(comparison, config.out)
+    return paths[0]
+
+
+def list_artifacts(config: TransferConfig) -> list[Path]:
+    """Return where a run's files are or will be: one, or one an expert."""
+    if config.experts.low_noise_model is None:
+        return [config.out / ARTIFACT_NAME]
+    return [config.out / name for name in EXPERT_NAMES.values()]
+
+
+def _run_one(
+    config: TransferConfig, device: str, precision: str, progress: Progress, is_made: bool
+) -> Comparison | None:
+    """Make the file unless it is made; return the comparison with its teacher, if still to do."""
+    path = config.out / ARTIFACT_NAME
+    draft = open_subject(config.subject)
+    if draft is not None:
+        check_transfer(draft, config, device, precision)
+    subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     if not is_made:
         student = Student(subject, config.student, seed=config.seed)
         check_layers(config.selection, list(student.mixed))
@@ -117,33 +150,63 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
         linearize(student, subject, config, precision, progress)
     made = artifact.load(path)
     draw_training(config.out, made.header.layers, config.selection, config.training.steps)
-    if not is_evaluated(config.evidence, config.out):
-        logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
-        # What ships is what is measured: the saved file, in a model that is not compiled.
-        comparison = compare_artifact(
-            subject,
-            made,
-            compare_config(config.evidence, config.trajectories),
-            seed=config.seed,
-            precision=precision,
-            progress=progress,
-        )
-        save_comparison(comparison, config.out)
-    return path
+    if is_evaluated(config.evidence, config.out):
+        return None
+    logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
+    # What ships is what is measured: the saved file, in a model that is not compiled.
+    return compare_artifact(
+        subject,
+        made,
+        compare_config(config.evidence, config.trajectories),
+        seed=config.seed,
+        precision=precision,
+        progress=progress,
+    )
+
+
+def _run_experts(
+    config: TransferConfig, device: str, precision: str, progress: Progress, is_made: bool
+) -> Comparison | None:
+    """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
+    drafts = check_experts(config, device, precision)
+    subject = load_experts(drafts, config, device, progress)
+    if not is_made:
+        open_run(config.out, config, ignore=_FREE_FIELDS)
+        names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
+        linearize_experts(subject, names, config, precision, progress)
+    if is_evaluated(config.evidence, config.out):
+        return None
+    logger.info("comparing both experts with their students on %s in %s", device, precision)
+    return compare_experts(
+        subject,
+        {side: artifact.load(config.out / name) for side, name in EXPERT_NAMES.items()},
+        compare_config(config.evidence, config.trajectories),
+        seed=config.seed,
+        precision=precision,
+        progress=progress,
+    )
 
 
 def summarize(config: TransferConfig) -> str:
     """Say for a reader what a finished run has made: the table, then the files."""
-    header = artifact.load(config.out / ARTIFACT_NAME).header
-    layers = ", ".join(map(str, header.layers))
-    lines = [f"{len(header.layers)} of {header.num_layers} layers are linear: {layers}", ""]
+    lines = []
+    for path in list_artifacts(config):
+        header = artifact.load(path).header
+        layers = ", ".join(map(str, header.layers))
+        whose = header.provenance.get("expert", "")
+        lines.append(
+            f"{len(header.layers)} of {header.num_layers} layers "
+            f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
+        )
+    lines.append("")
     if config.evidence.evaluate_samples and (found := read_evaluation(config.out)):
         rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
         lines += [show_table(rows), "swapped: the same layers linear, without any training", ""]
     lines.append(f"{config.out} holds")
+    width = 2 + max(len(name) for name in _FILES if (config.out / name).exists())
     for name, meaning in _FILES.items():
         if (config.out / name).exists():
-            lines.append(f"  {name:<24}{meaning}")
+            lines.append(f"  {name:<{max(24, width)}}{meaning}")
     return "\n".join(lines) + "\n"
 
 

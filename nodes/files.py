@@ -62,21 +62,34 @@ def choose_path(name: str, *, overwrite: bool) -> Path:
 
     Raises ArtifactError when the name leads out of the folder or cannot be a file's name.
     """
+    prefix, root = check_name(name), folder_paths.get_folder_paths(FOLDER)[0]
+    path = Path(root, prefix + _SUFFIX)
+    _make_folder(path.parent)
+    if path.exists() and not overwrite:
+        folder, stem, counter, *_ = folder_paths.get_save_image_path(prefix, root)
+        path = Path(folder, f"{stem}_{counter:05}_{_SUFFIX}")
+    return path
+
+
+def choose_prompts_path(name: str) -> Path:
+    """Return where in ComfyUI's output folder prompt embeddings of a name lie, or would lie.
+
+    Raises ArtifactError as `choose_path` does.
+    """
+    return Path(folder_paths.get_output_directory(), FOLDER, check_name(name) + _SUFFIX)
+
+
+def check_name(name: str) -> str:
+    """Return a filename that was typed as folder/name without its ending.
+
+    Raises ArtifactError when the name leads out of the folder or cannot be a file's name.
+    """
     parts = PurePosixPath(name.strip().replace("\\", "/").removesuffix(_SUFFIX)).parts
     if not parts or len(name) > _MAX_NAME or _FORBIDDEN.search(name):
         _refuse_name(name)
     if any(part == "/" or _BAD_PART.fullmatch(part) for part in parts):
         _refuse_name(name)
-    prefix, root = "/".join(parts), folder_paths.get_folder_paths(FOLDER)[0]
-    path = Path(root, prefix + _SUFFIX)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"the folder {path.parent} cannot be made ({error})") from error
-    if path.exists() and not overwrite:
-        folder, stem, counter, *_ = folder_paths.get_save_image_path(prefix, root)
-        path = Path(folder, f"{stem}_{counter:05}_{_SUFFIX}")
-    return path
+    return "/".join(parts)
 
 
 def shown_name(path: Path) -> str:
@@ -84,8 +97,15 @@ def shown_name(path: Path) -> str:
     return str(path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]))
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"the folder {folder} cannot be made ({error})") from error
+
+
 def _refuse_name(name: str) -> NoReturn:
     raise ArtifactError(
         f"the filename {name[:_MAX_NAME]!a} cannot be used: give a plain name such as my_model, or "
-        f"folder/my_model inside models/{FOLDER}"
+        "folder/my_model"
     )

@@ -28,11 +28,13 @@ ALLOWED = {
     "layer_scores": set(),
     "lora": set(),
     "lora_file": {"artifact", "models"},
-    "models": {"attention", "flow", "kernels"},
+    "memory": set(),
+    "models": {"attention", "config", "flow", "kernels"},
     "health": set(),
     "motion": set(),
     "objectives": {"flow", "config", "dmd2"},
     "progress": set(),
+    "prompts": {"config", "memory", "models", "progress", "storage"},
     "recipe": {"few_step", "flow"},
     "replay": set(),
     "run_folder": {"config", "storage"},
@@ -206,6 +208,12 @@ def test_torch_distributed_is_known_to_one_file() -> None:
     assert found <= {"linvideo_core/parallel.py"}
 
 
+def test_the_text_encoders_packages_are_known_to_one_file() -> None:
+    for package in ("transformers", "tokenizers", "sentencepiece", "ftfy"):
+        found = importers(package, [*CORE_FILES, *NODE_FILES])
+        assert found == {"linvideo_core/prompts/text_encoder.py"}
+
+
 def test_plots_are_drawn_in_one_room() -> None:
     assert importers("matplotlib", [*CORE_FILES, *NODE_FILES]) <= {"linvideo_core/report.py"}
 
@@ -216,7 +224,7 @@ def test_libraries_that_draw_nothing_load_neither_matplotlib_nor_sklearn() -> No
     names = [module_of(path) for path in LIBRARY_FILES if module_of(path) not in drawing]
     program = (
         f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
-        "print(sorted({'matplotlib', 'sklearn'} & set(sys.modules)))"
+        "print(sorted({'matplotlib', 'sklearn', 'transformers', 'ftfy'} & set(sys.modules)))"
     )
     finished = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from linvideo_core.config import parse, to_json
+from linvideo_core.memory import free_bytes
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.transfer import PRESETS, TransferConfig
 
@@ -54,6 +55,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_prompts(folder / "prompts.safetensors")
     write_prompts(folder / "wide.safetensors", width=TEXT_DIM + 1)
     save_file({"prompt_embeds": torch.zeros(3, 5, TEXT_DIM)}, folder / "half.safetensors")
+    rounded = {n: t.to(torch.float8_e4m3fn) for n, t in model.state_dict().items()}
+    save_file(rounded, folder / "fp8.safetensors")
+    save_file(model.state_dict(), folder / "wan-00001-of-00003.safetensors")
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "words.txt").write_text("a dog runs\n")
     (folder / "text.safetensors").write_text("a letter, not a model\n" * 20)
     return folder
 
@@ -215,6 +221,18 @@ BAD: dict[str, tuple[dict[str, object], list[str], str]] = {
     "prompts that are none": ({"prompts": "text.safetensors"}, [], "text.safetensors"),
     "half the prompts": ({"prompts": "half.safetensors"}, [], "negative_embeds"),
     "embeddings of another width": ({"prompts": "wide.safetensors"}, [], "width 65"),
+    "an empty prompt file": ({"prompts": "empty.txt"}, [], "holds no prompts; write one a line"),
+    "prompts without an encoder": ({"prompts": "words.txt"}, [], "give --text-encoder the UMT5"),
+    "embeddings and an encoder": ({"text_encoder": "umt5"}, [], "holds embeddings already"),
+    "an encoder without a model": (
+        {"model": None, "prompts": None, "text_encoder": "umt5"},
+        [],
+        "--text-encoder, --tokenizer or --negative-prompt was given without --model",
+    ),
+    "a shard without the others": ({"model": "wan-00001-of-00003.safetensors"}, [], "are missing"),
+    "a quantised model": ({"model": "fp8.safetensors"}, [], "F8_E4M3, a quantised model"),
+    "a boundary beyond all noise": ({"boundary": 2}, [], "--boundary 2.0 given"),
+    "too little memory": ({"batch_size": 10**9}, [], "lower --batch-size"),
     "an unknown flag": ({}, ["--speed", "9"], "--speed"),
     "a stray word": ({}, ["faster"], "faster"),
     "no steps": ({"steps": 0}, [], "--steps 0 given"),
@@ -233,6 +251,8 @@ BAD: dict[str, tuple[dict[str, object], list[str], str]] = {
     "an out folder of another config": ({"out": "taken"}, [], "was made with steps 7"),
     "an out that is a file": ({"out": "text.safetensors/run"}, [], "text.safetensors"),
 }
+if free_bytes("cpu") is None:
+    del BAD["too little memory"]
 if torch.cuda.is_available():
     del BAD["a device that is not there"]
 

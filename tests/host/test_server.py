@@ -47,6 +47,16 @@ NODES = {
         "inputs": {"linvideo": "LINVIDEO"},
         "outputs": {"IMAGE": "IMAGE", "text": "STRING"},
     },
+    "LinVideoExportPrompts": {
+        "inputs": {
+            "clip": "CLIP",
+            "prompts": "STRING",
+            "negative": "STRING",
+            "filename": "STRING",
+            "overwrite": "BOOLEAN",
+        },
+        "outputs": {"file": "STRING"},
+    },
     "LinVideoDemo": {
         "inputs": {"digit": "COMBO", "direction": "COMBO", "batch_size": "INT"},
         "outputs": {

@@ -1,0 +1,173 @@
+"""Whether a run fits into memory, by arithmetic on shapes, before anything long begins.
+
+Every count is a lower bound: what must be there at once, without an allocator's waste and without
+what kernels need between. A run that is refused cannot work; one that is not may still be short.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+FP32 = 4
+# A trained number, its gradient, the two averages of Adam, and the average that is kept.
+_TRAINED = 5 * FP32
+# What autograd keeps of a Wan block with frozen weights, in widths: eight in fp32 (the residual
+# stream and its norms), four in the precision of the products. Trained weights keep more.
+_WIDE_KEPT, _NARROW_KEPT = 8, 4
+_LOWER_SAMPLING = "lower --shard-size and --evaluate-batch-size, or the video's size"
+_LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the video's size"
+_LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """A part of what must be in memory: its name, its bytes, and what would lower it."""
+
+    what: str
+    num_bytes: int
+    lower: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """The sizes of a model at work, as far as they decide memory.
+
+    num_tokens: L of one video.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    num_tokens: int
+
+
+def check_memory(needs: Sequence[Need], device: torch.device | str, advice: str = "") -> None:
+    """Raise ValueError, in one sentence, when a device has less free than the needs add up to.
+
+    advice: what to do where no need says what would lower it.
+    """
+    needed, free = sum(need.num_bytes for need in needs), free_bytes(device)
+    if free is None or needed <= free:
+        return
+    parts = sorted(needs, key=lambda need: -need.num_bytes)
+    listed = ", ".join(f"{need.what} {show_gb(need.num_bytes)}" for need in parts)
+    lowered = next((need.lower for need in parts if need.lower), advice)
+    raise ValueError(
+        f"{torch.device(device)} has {show_gb(free)} of free memory and at least "
+        f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another --device'}"
+    )
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Return what a device can still give to this process; None where it cannot be told."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        found = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
+        return min(found, default=None)
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    mine = torch.cuda.memory_reserved(device)
+    capped = int(total * torch.cuda.get_per_process_memory_fraction(device)) - mine
+    # What PyTorch's allocator holds without using it is free to this process.
+    return min(free, capped) + mine - torch.cuda.memory_allocated(device)
+
+
+def count(shapes: Shapes, prefix: str = "") -> int:
+    """Return how many numbers the tensors under a prefix are."""
+    return sum(
+        torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith(prefix)
+    )
+
+
+def count_low_rank(shapes: Shapes, prefix: str, rank: int) -> int:
+    """Return how many numbers low-rank changes of all linear layers under a prefix are."""
+    return sum(
+        rank * sum(shape)
+        for name, shape in shapes.items()
+        if name.startswith(prefix) and name.endswith(".weight") and len(shape) == 2
+    )
+
+
+def training_needs(
+    model: Transformer,
+    *,
+    num_parameters: int,
+    num_copies: int,
+    num_trained: int,
+    num_graphs: int,
+    batch_size: int,
+    sampled_together: int,
+    is_checkpointed: bool,
+    precision: str,
+) -> list[Need]:
+    """Return what must be on the device at once in a run that samples a teacher, then trains.
+
+    num_parameters: of the model; num_copies: of all its weights, in fp32.
+    num_trained: numbers that are trained, over all models.
+    num_graphs: forward passes that wait for their backward pass at the same time.
+    sampled_together: videos, each in both guidance branches.
+    """
+    size = FP32 if precision == "fp32" else 2
+    weights = Need("the weights", FP32 * num_copies * num_parameters, "")
+    trained = Need("what is trained, with its optimiser", _TRAINED * num_trained, _LOWER_TRAINED)
+    step = Need(
+        "a training step's activations",
+        num_graphs * batch_size * _kept_bytes(model, size, is_checkpointed),
+        _LOWER_STEP,
+    )
+    sampling = Need(
+        "the sampling of the teacher",
+        2 * sampled_together * _passing_bytes(model, size),
+        _LOWER_SAMPLING,
+    )
+    training = [trained, step]
+    is_sampling_larger = sampling.num_bytes > sum(need.num_bytes for need in training)
+    return [weights, *([sampling] if is_sampling_larger else training)]
+
+
+def show_gb(num_bytes: int) -> str:
+    """Return bytes in GB of 10^9, for a sentence."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 5e7 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _kept_bytes(model: Transformer, size: int, is_checkpointed: bool) -> int:
+    """Return what one video leaves behind for the backward pass.
+
+    Recomputed blocks keep their input alone, all but the one at work.
+    """
+    block = model.dim * (_WIDE_KEPT * FP32 + _NARROW_KEPT * size) + model.ffn_dim * size
+    if is_checkpointed:
+        return model.num_tokens * (FP32 * model.dim * model.num_layers + block)
+    return model.num_tokens * model.num_layers * block
+
+
+def _passing_bytes(model: Transformer, size: int) -> int:
+    """Return what one video needs in a forward pass: its stream and one feed-forward layer."""
+    return model.num_tokens * (FP32 * model.dim + 2 * size * model.ffn_dim)
+
+
+def _free_of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
+
+
+def _free_of_container() -> int | None:
+    """Return what a container's own limit leaves; its file cache can be given up."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        stat = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    cached = sum(int(line.split()[1]) for line in stat if line.startswith("file "))
+    return None if limit == "max" else int(limit) - used + cached

@@ -1,0 +1,44 @@
+"""Prompts: those written for this project, those of a text file, and their embeddings.
+
+embeddings: encoded once into a safetensors file, read back as a model takes them; text_encoder:
+the UMT5 encoder of Wan, headless.
+"""
+
+from pathlib import Path
+
+DEFAULT_PATH = Path(__file__).with_name("prompts.txt")
+
+NEGATIVE_PROMPT = (
+    "washed-out or garish colours, overexposed, a frozen picture in which nothing moves, smeared "
+    "and blurry details, captions, watermark, logo, flat grey look, compression blocks, low "
+    "quality, crude drawing, still image, warped face, misshapen hands, melted or extra fingers, "
+    "extra or missing limbs, tangled bodies, cluttered background, flicker, people walking "
+    "backwards"
+)
+"""What the unconditional branch is asked for: Wan's customary negative prompt in other words."""
+
+
+def default_prompts() -> list[str]:
+    """Return the prompts that come with LinVideo: varied, and full of motion."""
+    return read_prompts(DEFAULT_PATH)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file, one a line; empty lines do not count.
+
+    Raises FileNotFoundError or ValueError, in one sentence, where there are none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt file {path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file; give prompts in UTF-8, one a line") from None
+    if not (prompts := split_prompts(text)):
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return prompts
+
+
+def split_prompts(text: str) -> list[str]:
+    """Return the prompts of a text, one a line."""
+    return [line for line in map(str.strip, text.splitlines()) if line]

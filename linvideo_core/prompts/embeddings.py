@@ -1,0 +1,198 @@
+"""Prompt embeddings in a safetensors file: encoded once, in whatever process, and read back.
+
+Wan pads every prompt to one length with zeros. A file holds the rows up to its longest prompt, and
+`padded_to` in its header says how long the model wants them.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..progress import Progress, silent
+from ..storage import write_tensors
+
+STAGE = "encoding prompts"
+_KEPT_EVERY = 32
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEmbeds:
+    """Prompts as a model takes them.
+
+    prompt_embeds: [P, S, T]; negative_embeds: [S, T]; both fp16, bf16 or fp32.
+    """
+
+    prompts: list[str]
+    prompt_embeds: Tensor
+    negative_embeds: Tensor
+
+
+def identity_of(prompts: Sequence[str], negative: str, encoder: str) -> str:
+    """Return 16 hex digits that tell what a file was encoded from.
+
+    encoder: whatever tells one encoder from another.
+    """
+    text = json.dumps([list(prompts), negative, encoder])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def find_identity(path: Path) -> str | None:
+    """Return the identity of a file made by `encode_once`; None for any other, or for none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("identity")
+    except (OSError, SafetensorError):
+        return None
+
+
+def encode_once(
+    path: Path,
+    prompts: Sequence[str],
+    negative: str,
+    encode: Callable[[str], Tensor],
+    *,
+    identity: str,
+    progress: Progress = silent,
+) -> bool:
+    """Encode prompts into `path`, unless it holds just these already; say if anything was encoded.
+
+    encode: a prompt -> [S, T], of one length for all; zeros at its end are padding.
+    identity: from `identity_of`.
+
+    Whatever stops it between keeps what was encoded until then, for the next call, in a file beside
+    `path`.
+    """
+    if find_identity(path) == identity:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _kept(path.with_name(f"{path.stem}.unfinished.safetensors"), identity) as rows:
+        total = len(prompts) + 1
+        progress(STAGE, len(rows), total)
+        for text in [negative, *prompts][len(rows) :]:
+            rows.append(encode(text).detach().cpu())
+            _check_row(text, rows)
+            progress(STAGE, len(rows), total)
+            if len(rows) % _KEPT_EVERY == 0:
+                rows.save()
+        negative_embeds, *prompt_embeds = rows.trimmed()
+        tensors = {"negative_embeds": negative_embeds, "prompt_embeds": torch.stack(prompt_embeds)}
+        metadata = {"identity": identity, "padded_to": str(len(rows[0]))}
+        texts = {"prompts": json.dumps(list(prompts)), "negative_prompt": negative}
+        write_tensors(path, tensors, metadata | texts)
+    return True
+
+
+def read_embeds(path: Path) -> PromptEmbeds:
+    """Read a file of embeddings: one of `encode_once`, or any with the two tensors.
+
+    fp16 and bf16 stay what they are, which halves what a device holds; all else becomes fp32.
+
+    Raises FileNotFoundError or ValueError, in one sentence.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt file {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = [file.get_tensor(name) for name in ("prompt_embeds", "negative_embeds")]
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file with prompt_embeds and negative_embeds: {error}"
+        ) from error
+    shapes = [list(tensor.shape) for tensor in found]
+    if len(shapes[0]) != 3 or 0 in shapes[0] or shapes[1] != shapes[0][1:]:
+        raise ValueError(
+            f"{path}: prompt_embeds {shapes[0]} and negative_embeds {shapes[1]} given; [P, S, T] "
+            "with P >= 1 and [S, T] are needed"
+        )
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in found):
+        raise ValueError(f"{path}: the embeddings are no finite fp16, bf16 or fp32 numbers")
+    length = _read_length(path, metadata, shapes[0][1])
+    is_half = found[0].dtype == found[1].dtype and found[0].dtype in _HALVES
+    embeds = [_pad(tensor if is_half else tensor.float(), length) for tensor in found]
+    return PromptEmbeds(_read_texts(metadata, shapes[0][0]), *embeds)
+
+
+class _Rows(list):
+    """Encoded prompts [S, T] in order, kept in a file while there are more to come."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        super().__init__()
+        self.path = path
+        self.metadata = {"identity": identity}
+        if find_identity(path) == identity:
+            with safe_open(path, framework="pt") as file:
+                length = int(file.metadata()["padded_to"])
+                self.extend(_pad(row, length) for row in file.get_tensor("rows"))
+
+    def trimmed(self) -> list[Tensor]:
+        """Return the rows without the padding that all of them end with."""
+        longest = max(_count_tokens(row) for row in self)
+        return [row[:longest].clone() for row in self]
+
+    def save(self) -> None:
+        """Write down what is there."""
+        metadata = {**self.metadata, "padded_to": str(len(self[0]))}
+        write_tensors(self.path, {"rows": torch.stack(self.trimmed())}, metadata)
+
+
+@contextlib.contextmanager
+def _kept(path: Path, identity: str) -> Iterator[_Rows]:
+    rows = _Rows(path, identity)
+    try:
+        yield rows
+    # An interruption, also a host's own, is no Exception.
+    except BaseException:
+        if rows:
+            rows.save()
+        raise
+    path.unlink(missing_ok=True)
+
+
+def _check_row(text: str, rows: _Rows) -> None:
+    row = rows[-1]
+    if row.ndim != 2 or row.shape != rows[0].shape or not row.isfinite().all():
+        rows.pop()
+        raise ValueError(
+            f"the prompt {text[:60]!r} became embeddings of shape {list(row.shape)}; finite ones "
+            f"of {list(rows[0].shape) if rows else '[S, T]'} are needed: shorten the prompt, or "
+            "use another text encoder"
+        )
+
+
+def _count_tokens(row: Tensor) -> int:
+    """Return how many rows of [S, T] there are up to the last that is not zero, at least 1."""
+    used = row.ne(0).any(dim=1).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1
+
+
+def _pad(embeds: Tensor, length: int) -> Tensor:
+    """Return embeds [..., S, T] with zeros up to `length`."""
+    return torch.nn.functional.pad(embeds, (0, 0, 0, length - embeds.shape[-2]))
+
+
+def _read_length(path: Path, metadata: Mapping[str, str], stored: int) -> int:
+    text = metadata.get("padded_to", str(stored))
+    if not text.isdecimal() or not stored <= int(text) <= max(stored, 2**16):
+        raise ValueError(f"{path}: padded_to is {text[:20]!r}; a length from {stored} is needed")
+    return int(text)
+
+
+def _read_texts(metadata: Mapping[str, str], count: int) -> list[str]:
+    """Return the prompts that a file names, or numbers in their place."""
+    try:
+        texts = json.loads(metadata.get("prompts", "[]"))
+    except ValueError:
+        texts = []
+    is_whole = isinstance(texts, list) and len(texts) == count
+    if is_whole and all(isinstance(text, str) for text in texts):
+        return texts
+    return [f"prompt {i}" for i in range(count)]

@@ -1,0 +1,279 @@
+"""Wan's text encoder, UMT5, from files that people have, run once through `transformers`.
+
+A prompt becomes what Wan's own pipeline hands to its transformer: the text cleaned, at most 512
+tokens with the end of the text among them, the encoder's output of the real tokens, zeros after.
+Weights come as diffusers' `text_encoder` and `tokenizer` folders or ComfyUI's one file, in which
+the tokenizer lies too; headers alone decide whether they fit. `transformers`, `sentencepiece` and
+`ftfy` are an optional extra.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import html
+import importlib.util
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..models.stored import StoredTensor, find_tensors
+
+MAX_TOKENS = 512
+EXTRA = ("transformers", "sentencepiece", "ftfy")
+
+_END = 1  # UMT5's </s>
+_SHARED, _EMBEDDED = "shared.weight", "encoder.embed_tokens.weight"
+_SENTENCEPIECE = "spiece_model"
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_FORMS = (
+    "give diffusers' text_encoder folder of Wan (with tokenizer beside it) or ComfyUI's "
+    "umt5_xxl_fp16.safetensors"
+)
+_DTYPES = ("F16", "BF16", "F32")
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A UMT5 encoder whose headers were read and fit; `load` reads the weights.
+
+    tensors: parameter name in `transformers` -> where it lies.
+    tokenizer: a tokenizer.json, a spiece.model, or the ComfyUI file that holds one.
+    settings: of `transformers.UMT5Config`, read off the tensors' shapes.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    tokenizer: Path
+    settings: Mapping[str, int]
+
+    @property
+    def width(self) -> int:
+        """The width T of the embeddings."""
+        return self.settings["d_model"]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
+
+    def identity(self) -> str:
+        """Return what tells this encoder and tokenizer from others."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            if "norm" in name or "relative_attention_bias" in name:
+                with safe_open(tensor.path, framework="pt") as file:
+                    digest.update(file.get_tensor(tensor.name).float().numpy().tobytes())
+        digest.update(_read_tokenizer(self.tokenizer))
+        return digest.hexdigest()
+
+    def load(self, device: torch.device | str) -> "Encode":
+        """Return the encoder at work, see `computed_in`."""
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        with torch.device("meta"):
+            model = UMT5EncoderModel(UMT5Config(**self.settings))
+        dtype = computed_in(device)
+        state = {}
+        stored = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[0]))
+        for path, group in itertools.groupby(stored, key=lambda item: item[1].path):
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                state |= {name: file.get_tensor(t.name).to(dtype) for name, t in group}
+        state[_EMBEDDED] = state[_SHARED]
+        names = model.state_dict().keys()
+        model.load_state_dict({name: state[name] for name in names}, assign=True)
+        model.eval().requires_grad_(False)
+        return Encode(model, open_tokenizer(self.tokenizer), device)
+
+
+class Encode:
+    """A text -> its embeddings [512, T], zeros after its last token."""
+
+    def __init__(self, model: nn.Module, tokenize: Tokenize, device: torch.device | str) -> None:
+        self.model: nn.Module | None = model
+        self.tokenize = tokenize
+        self.device = device
+
+    def __call__(self, text: str) -> Tensor:
+        """Encode one prompt."""
+        return self.embed(cut(self.tokenize(clean(text))))
+
+    @torch.no_grad()
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Return the embeddings [512, T] of at most 512 tokens."""
+        ids = torch.tensor([tokens], device=self.device)
+        embeds = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return nn.functional.pad(embeds[0], (0, 0, 0, MAX_TOKENS - len(tokens)))
+
+    def free(self) -> None:
+        """Give the memory of the weights back."""
+        self.model = None
+        gc.collect()
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def computed_in(device: torch.device | str) -> torch.dtype:
+    """Return the encoder's dtype on a device: bf16, as Wan runs it, and fp32 on a CPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def clean(text: str) -> str:
+    """Return a prompt as Wan's pipeline reads it: mended, unescaped, single spaces."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def cut(tokens: list[int]) -> list[int]:
+    """Return at most 512 tokens, the last of which ends the text."""
+    body = tokens[:-1] if tokens and tokens[-1] == _END else tokens
+    return [*body[: MAX_TOKENS - 1], _END]
+
+
+def open_encoder(path: Path, tokenizer: Path | None = None) -> TextEncoder:
+    """Read an encoder's headers, see `read_encoder`, where the optional extra is there to run it.
+
+    Raises ValueError, in one sentence, where it is missing.
+    """
+    check_extra()
+    return read_encoder(path, tokenizer)
+
+
+def read_encoder(path: Path, tokenizer: Path | None = None) -> TextEncoder:
+    """Read the headers of an encoder's files, and find its tokenizer.
+
+    path: a folder with safetensors, a pipeline's folder with text_encoder/ in it, or a file.
+    tokenizer: a tokenizer.json, a spiece.model or a folder with one; none: beside or in `path`.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for anything else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"text encoder {path} does not exist; {_FORMS}")
+    if path.suffix in (".pth", ".pt", ".bin"):
+        raise ValueError(f"{path} is a pickle, which can run code; {_FORMS}")
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path} is quantised (GGUF); {_FORMS}")
+    root = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    stored = find_tensors(root)
+    try:
+        tensors = _own_tensors(stored)
+        settings = _read_settings({name: tensor.shape for name, tensor in tensors.items()})
+        _check(tensors, settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_FORMS}") from error
+    found = tokenizer or _find_tokenizer(path, root, stored)
+    if found.is_dir():
+        found = _find_file([found / "tokenizer", found], found)
+    if not found.is_file():
+        raise FileNotFoundError(f"tokenizer {found} does not exist; give tokenizer.json")
+    return TextEncoder(path=path, tensors=tensors, tokenizer=found, settings=settings)
+
+
+def check_extra() -> None:
+    """Raise ValueError where one of the optional packages is missing."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"encoding prompts needs {', '.join(missing)}, not installed here; pip install "
+            f"{' '.join(EXTRA)}, or give --prompts a safetensors file of embeddings"
+        )
+
+
+def open_tokenizer(path: Path) -> Tokenize:
+    """Return what makes tokens of a text, from a file that `TextEncoder` names."""
+    data = _read_tokenizer(path)
+    if path.suffix == ".json":
+        from tokenizers import Tokenizer
+
+        fast = Tokenizer.from_str(data.decode("utf-8"))
+        fast.no_padding()
+        fast.no_truncation()
+        return lambda text: fast.encode(text).ids
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_proto=data)
+    return lambda text: pieces.encode(text)
+
+
+def _read_tokenizer(path: Path) -> bytes:
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(_SENTENCEPIECE).numpy().tobytes()
+
+
+def _find_tokenizer(path: Path, root: Path, stored: Mapping[str, StoredTensor]) -> Path:
+    if _SENTENCEPIECE in stored:
+        return stored[_SENTENCEPIECE].path
+    folder = root if root.is_dir() else root.parent
+    return _find_file([folder, folder / "tokenizer", folder.parent / "tokenizer"], path)
+
+
+def _find_file(folders: Iterable[Path], path: Path) -> Path:
+    for folder in folders:
+        for name in _TOKENIZER_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    raise FileNotFoundError(
+        f"no {' or '.join(_TOKENIZER_FILES)} was found for {path}; give --tokenizer PATH, such as "
+        "the tokenizer folder of a diffusers Wan model"
+    )
+
+
+def _own_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the encoder's tensors: names are the same in diffusers' and ComfyUI's files."""
+    tensors = {n: t for n, t in stored.items() if n.startswith("encoder.block.")}
+    for name in (_SHARED, "encoder.final_layer_norm.weight"):
+        if found := stored.get(name) or stored.get(_EMBEDDED if name == _SHARED else name):
+            tensors[name] = found
+    if not any(name.startswith("encoder.block.") for name in tensors):
+        shown = ", ".join(repr(name[:60]) for name in sorted(stored)[:2])
+        raise ValueError(f"it is not a UMT5 encoder, as its tensors are called {shown}")
+    return tensors
+
+
+def _read_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    layer = "encoder.block.0.layer"
+    try:
+        vocab_size, width = shapes[_SHARED]
+        num_buckets, num_heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"]
+        inner = shapes[f"{layer}.0.SelfAttention.q.weight"][0]
+        return {
+            "vocab_size": vocab_size,
+            "d_model": width,
+            "d_kv": inner // num_heads,
+            "d_ff": shapes[f"{layer}.1.DenseReluDense.wi_0.weight"][0],
+            "num_layers": 1 + max(int(n.split(".")[2]) for n in shapes if ".block." in n),
+            "num_heads": num_heads,
+            "relative_attention_num_buckets": num_buckets,
+        }
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"it is not a whole UMT5 encoder ({error!r})") from error
+
+
+def _check(tensors: Mapping[str, StoredTensor], settings: Mapping[str, int]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} is stored as {tensor.dtype}, a quantised encoder")
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config(**settings))
+    needed = {n: tuple(t.shape) for n, t in model.state_dict().items() if n != _EMBEDDED}
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    if needed != given:
+        names = [n for n in {**needed, **given} if given.get(n) != needed.get(n)]
+        # T5 has its relative positions in the first block alone, UMT5 in each.
+        raise ValueError(
+            "it does not fit UMT5 (T5 is another encoder): missing, unexpected or of another "
+            f"shape are {names[:2]}"
+        )
