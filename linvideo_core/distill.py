@@ -40,6 +40,7 @@ from .distillation import (
     start_from,
 )
 from .evidence import EvidenceConfig, compare_config, is_evaluated
+from .flow import make_sigmas
 from .health import Health
 from .lineup import line_up
 from .preflight import check_distillation
@@ -49,7 +50,7 @@ from .stages import load_first_stage, name_of
 from .student import Student, accelerated
 from .subject import Subject, SubjectConfig, load_subject, open_subject
 from .tables import show_table
-from .teacher_videos import measure_likeness
+from .teacher_videos import Endings, measure_likeness
 from .training import TrainingConfig, fit
 from .trajectories import Trajectories, TrajectoryConfig, collect
 from .warm_start import WarmStart, WarmStartConfig
@@ -115,16 +116,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_trajectories": 256,
         "shard_size": 256,
         "warm_start_steps": 300,
-        "steps": 4000,
-        "batch_size": 128,
-        "learning_rate": 1e-4,
-        "map_learning_rate": 1e-4,
-        "critic_learning_rate": 2e-4,
+        "steps": 1000,
+        "batch_size": 64,
+        "learning_rate": 5e-4,
+        "map_learning_rate": 5e-4,
+        "critic_learning_rate": 1e-3,
+        "critic_steps": 3,
         "warmup_steps": 50,
         "ema_decay": 0.98,
         "cuda_graphs": True,
-        "checkpoint_every": 500,
-        "log_every": 25,
+        "checkpoint_every": 250,
+        "log_every": 10,
         "evaluate_samples": 1000,
         "evaluate_batch_size": 250,
     },
@@ -206,6 +208,7 @@ def distill(
         shift=config.trajectories.shift,
         precision=precision,
         seed=config.seed,
+        endings=endings_of(trajectories, config),
     )
     folder = config.out / "training"
     with accelerated([student.model, subject.model, task.critic], student, config.training):
@@ -221,6 +224,14 @@ def distill(
         sigmas=task.sigmas.tolist(),
     )
     artifact_files.save(made, config.out / ARTIFACT_NAME)
+
+
+def endings_of(trajectories: Trajectories, config: DistillConfig) -> Endings | None:
+    """Return where the teacher's trajectories lead from the noise levels of few steps, if asked."""
+    if not config.distillation.regression_weight:
+        return None
+    *_, last, _ = make_sigmas(config.distillation.num_steps, config.trajectories.shift)
+    return Endings(trajectories, float(last))
 
 
 def warm_start(

@@ -23,7 +23,7 @@ from .flow import add_noise, make_sigmas, velocity_to_x0
 from .models.denoiser import bind, bind_guided
 from .student import Student, StudentConfig, twin
 from .subject import Subject
-from .teacher_videos import Likeness
+from .teacher_videos import Endings, Likeness
 from .training import ParameterGroup, TrainingConfig
 from .warm_start import feature_maps
 
@@ -43,13 +43,18 @@ class DistillationConfig:
         DEMO_GUIDANCE_SCALE, "guidance baked in: of the real score, u + scale (c - u)"
     )
     motion_weight: float = option(0.0, "weight of a loss that holds motion at the teacher's")
+    regression_weight: float = option(
+        0.0, "weight of a loss that leads stored states to the teacher's own videos"
+    )
 
     def __post_init__(self) -> None:
         positive(self, "num_steps", "rank", "critic_steps", "critic_learning_rate")
-        if not self.motion_weight >= 0:
-            raise ValueError(
-                f"--motion-weight {self.motion_weight} given; a number from 0 upwards is needed"
-            )
+        for name in ("motion_weight", "regression_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} given; a number from 0 "
+                    "upwards is needed"
+                )
 
 
 def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
@@ -126,11 +131,16 @@ class DistillationTask:
         shift: float,
         precision: str,
         seed: int,
+        endings: Endings | None = None,
     ) -> None:
-        """likeness: how the teacher's videos are, to log what the student's have of it."""
+        """likeness: how the teacher's videos are, to log what the student's have of it.
+
+        endings: where its trajectories lead, for the regression loss.
+        """
         self.student = student
         self.subject = subject
         self.likeness = likeness
+        self.endings = endings
         self.config = config
         self.training = training
         self.shift = shift
@@ -172,7 +182,13 @@ class DistillationTask:
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Return the critic's loss, plus the student's at every `critic_steps`-th step."""
         is_generator_turn = step % self.config.critic_steps == 0
-        x0, prompt_embeds, exits, on_device = self._generate(generator, is_generator_turn)
+        latents, prompt_embeds, exits, on_device = self._arrive(generator)
+        sigma = self.sigmas[exits].to(latents.device)
+        if is_generator_turn:
+            x0, losses = self._learn(latents, sigma, prompt_embeds, generator)
+        else:
+            with torch.no_grad():
+                x0 = self._predict(latents, sigma, prompt_embeds)
         sigma = dmd2.draw_score_sigma(len(x0), self.shift, on_device)
         noise = torch.randn(x0.shape, generator=on_device, device=x0.device)
         noisy = add_noise(x0.detach(), noise, sigma)
@@ -184,20 +200,16 @@ class DistillationTask:
         with torch.no_grad():
             real_velocity = self._guided(prompt_embeds)(noisy, sigma)
         push = dmd2.distribution_push(x0, noisy, sigma, real_velocity, fake_velocity)
-        generator_loss = dmd2.generator_loss(x0, push)
-        metrics["generator_loss"] = generator_loss.detach()
-        if self.config.motion_weight:
-            motion_loss = self.likeness.motion_ratio(x0).log().square()
-            metrics["motion_loss"] = motion_loss.detach()
-            generator_loss = generator_loss + self.config.motion_weight * motion_loss
-        return critic_loss + generator_loss, metrics
+        losses["generator"] = dmd2.generator_loss(x0, push)
+        metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
+        weights = {"generator": 1.0, "motion": self.config.motion_weight}
+        weights["regression"] = self.config.regression_weight
+        return critic_loss + sum(weights[name] * loss for name, loss in losses.items()), metrics
 
-    def _generate(
-        self, generator: torch.Generator, has_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
-        """Make x0 [B, C, F, H, W] of random prompts, each sample's at the step of its exit.
+    def _arrive(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+        """Take random prompts to where the student is called last, each at its own exit.
 
-        Returns x0, its prompts [B, S, T], the exits, and the generator on x0's device.
+        Returns latents [B, C, F, H, W], prompts [B, S, T], exits [B], a generator on the device.
         """
         device = self.subject.prompt_embeds.device
         B = self.training.batch_size
@@ -208,18 +220,38 @@ class DistillationTask:
         # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
         on_device = torch.Generator(device).manual_seed(seed)
         noise = torch.randn(B, *self.subject.latent_shape, generator=on_device, device=device)
-        student = self.student.model
         latents = simulate_backward(
-            lambda count: self._bind(student, prompt_embeds[:count]),
+            lambda count: self._bind(self.student.model, prompt_embeds[:count]),
             noise,
             self.sigmas,
             exits,
             generator=on_device,
         )
-        sigma = self.sigmas[exits].to(device)
-        with torch.set_grad_enabled(has_gradient):
-            velocity = self._bind(student, prompt_embeds)(latents, sigma)
-            return velocity_to_x0(latents, velocity, sigma), prompt_embeds, exits, on_device
+        return latents, prompt_embeds, exits, on_device
+
+    def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+        velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
+        return velocity_to_x0(latents, velocity, sigma)
+
+    def _learn(
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return x0 with a gradient, and the losses that ask no score.
+
+        States that are regressed to their endings join the same call of the student.
+        """
+        B, losses = len(latents), {}
+        if self.endings is not None:
+            states, levels, wanted = self.endings.draw(B, generator, latents.device)
+            latents, sigma = torch.cat([latents, states.latents]), torch.cat([sigma, levels])
+            prompt_embeds = torch.cat([prompt_embeds, self.subject.prompt_embeds[states.prompt]])
+        predicted = self._predict(latents, sigma, prompt_embeds)
+        x0 = predicted[:B]
+        if self.endings is not None:
+            losses["regression"] = dmd2.regression_loss(predicted[B:], wanted)
+        if self.config.motion_weight:
+            losses["motion"] = self.likeness.motion_ratio(x0).log().square()
+        return x0, losses
 
     def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
         """Return what of the teacher's variety all x0 have, and of its motion the last step's."""

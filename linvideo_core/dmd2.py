@@ -61,6 +61,15 @@ def generator_loss(x0: Tensor, push: Tensor) -> Tensor:
     return 0.5 * (x0.float() - target).square().mean()
 
 
+def regression_loss(x0: Tensor, ending: Tensor) -> Tensor:
+    """Return `mean |x0 - ending|`, to the video [B, ...] that the teacher makes of the same state.
+
+    It keeps what the push alone forgets: that every noise has a video of its own (DMD eq. 9, with
+    the distance in latents).
+    """
+    return (x0.float() - ending.float()).abs().mean()
+
+
 def critic_loss(fake_velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """Return the flow-matching loss `|u_fake - (noise - x0)|^2` on the generator's own videos.
 

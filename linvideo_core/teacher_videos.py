@@ -29,6 +29,37 @@ class Likeness:
         return _motion(x0) / self.motion if self.motion else torch.ones((), device=x0.device)
 
 
+class Endings:
+    """States of the teacher's trajectories with the videos that they end in.
+
+    The ways of few large steps: what a few-step model is to make of the state in one call.
+    """
+
+    def __init__(self, trajectories: Trajectories, min_sigma: float) -> None:
+        """min_sigma: states below this noise level are left out.
+
+        Raises ValueError where no state is left.
+        """
+        self.trajectories = trajectories
+        sigma = trajectories.sigmas[trajectories.steps()]
+        self.picks = (sigma >= min_sigma).nonzero().squeeze(1)
+        if not len(self.picks):
+            raise ValueError(
+                f"no state was stored at noise levels from {min_sigma:.3g} up; give more "
+                "--states-per-trajectory or --num-trajectories, or --regression-weight 0"
+            )
+
+    def draw(
+        self, num_samples: int, generator: torch.Generator, device: torch.device | str
+    ) -> tuple[States, Tensor, Tensor]:
+        """Return states, their noise levels [B], and the videos x0 [B, C, F, H, W]."""
+        drawn = torch.randint(len(self.picks), (num_samples,), generator=generator)
+        picks = self.picks[drawn]
+        states = self.trajectories.take(picks, device)
+        sigma = self.trajectories.sigmas.to(device)[states.step]
+        return states, sigma, end_of(self.trajectories, picks, device)
+
+
 def measure_likeness(trajectories: Trajectories) -> Likeness:
     """Measure the videos at the ends of all stored trajectories."""
     picks = torch.arange(0, len(trajectories), trajectories.states_per_trajectory)

@@ -25,9 +25,9 @@ from linvideo_core.progress import silent
 from linvideo_core.stages import load_first_stage
 from linvideo_core.student import Student
 from linvideo_core.subject import Subject
-from linvideo_core.teacher_videos import Likeness
+from linvideo_core.teacher_videos import Endings, Likeness
 from linvideo_core.training import ParameterGroup, TrainingConfig, fit
-from linvideo_core.trajectories import TrajectoryConfig
+from linvideo_core.trajectories import TrajectoryConfig, collect
 
 LIKENESS = Likeness(spread=1.0, motion=1.0)
 
@@ -215,10 +215,13 @@ def stopper(at: int) -> Callable[..., None]:
     return progress
 
 
-def make_task(student: Student, subject: Subject, **options: Any) -> DistillationTask:
+def make_task(
+    student: Student, subject: Subject, *, endings: Endings | None = None, **options: Any
+) -> DistillationTask:
     return DistillationTask(
         student, subject, LIKENESS, DistillationConfig(rank=4, num_steps=2, **options),
         training=TrainingConfig(batch_size=4), shift=3.0, precision="fp32", seed=0,
+        endings=endings,
     )  # fmt: skip
 
 
@@ -253,13 +256,35 @@ def test_three_roles_stand_on_one_copy_of_the_weights(
     assert any(p.grad is not None and p.grad.any() for p in task.critic_weights.values())
 
 
+def test_regression_joins_the_students_turn_and_no_other(
+    subject: Subject, linearized: Artifact, tmp_path: Path
+) -> None:
+    settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
+    endings = Endings(collect(subject, settings, tmp_path, seed=0), 0.4)
+    student = make_student(subject, linearized, DistillationConfig(rank=4), seed=0)
+    options = {"critic_steps": 2, "regression_weight": 0.5}
+    losses = {}
+    for kind in (None, endings):
+        task = make_task(student, subject, endings=kind, **options)
+        for step in (0, 1):
+            losses[kind, step] = task.loss(step, torch.Generator().manual_seed(step))
+    (loss, metrics), (plain, _) = losses[endings, 0], losses[None, 0]
+    torch.testing.assert_close(loss, plain + 0.5 * metrics["regression_loss"])
+    assert "regression_loss" not in losses[endings, 1][1]
+    torch.testing.assert_close(losses[endings, 1][0], losses[None, 1][0], rtol=0, atol=0)
+    gradients = torch.autograd.grad(
+        loss, list(student.weights.values()), allow_unused=True, retain_graph=True
+    )
+    assert any(g is not None and bool(g.any()) for g in gradients)
+
+
 def config_of(out: Path) -> distill.DistillConfig:
     return distill.DistillConfig(
         out=out,
         trajectories=TrajectoryConfig(
             num_trajectories=3, states_per_trajectory=2, sampler_steps=4, shard_size=3
         ),
-        distillation=DistillationConfig(num_steps=2, rank=4, critic_steps=2),
+        distillation=DistillationConfig(num_steps=2, rank=4, critic_steps=2, regression_weight=0.5),
         training=TrainingConfig(steps=6, batch_size=4, checkpoint_every=2, log_every=1),
     )
 
