@@ -29,6 +29,7 @@ The flow, and the one noun that each stage hands on:
     lineup              all steps, few, distilled        -> who is compared
     comparison, evidence  teacher, swapped, student      -> evaluation.json
     ablations, workers  declared runs, several at a time;
+    shared_warm_start   fitted once for many of them     -> their first feature maps
     ablation_worker,    one of them on equal terms,      -> a row
     kept_frames         a few of its videos;
     ablation_results    means and spread over seeds      -> ablation.json

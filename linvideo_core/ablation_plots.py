@@ -27,7 +27,13 @@ from .tables import format_value
 _DOTTED = (0, (1, 3))
 _SHARE = "Frechet to real clips over the teacher's own"
 _EQUAL_STEPS = ("adm", "velocity", "adm_literal", "dmd")
-_EQUAL_TIME = ("adm", "adm_after_velocity", "velocity_equal_time")
+_EQUAL_TIME = (
+    "adm",
+    "adm_after_velocity",
+    "velocity_equal_time",
+    "adm_all_layers",
+    "velocity_all_layers",
+)
 _RANKINGS = {"replace-one": "replace_one", "restore-one": "restore_one"}
 
 

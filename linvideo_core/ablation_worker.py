@@ -15,17 +15,19 @@ from .ablation_results import Row
 from .ablations import Run
 from .adapters import identify, shapes_of
 from .bench import Bench
+from .checkpoint_files import CHECKPOINT_NAME
 from .config import override
 from .devices import resolve_device, resolve_precision
 from .evidence import compare_config
 from .hardening import HardeningGap, summarize_gap
 from .kept_teacher import Reference, read_teacher, sample_teacher
 from .layer_order import learned_scores
-from .linearization import ARTIFACT_NAME, TransferConfig, linearize
+from .linearization import ARTIFACT_NAME, WARM_START_NAME, TransferConfig, linearize
 from .progress import Progress
 from .run_folder import open_run, read_metrics
 from .selection import count_selection_steps
 from .sensitivity import RANKING_NAME, read_ranking
+from .shared_warm_start import sharing
 from .storage import write_json
 from .student import Student
 from .subject import load_subject
@@ -172,7 +174,8 @@ class Worker:
                 num_points=self.gap_points if run.is_followed else 1,
             )
         clock = TrainingClock(self.device, folder / "seconds.json")
-        self._train(run, clock, gap, student)
+        with sharing(self.config.out / WARM_START_NAME, config):
+            self._train(run, clock, gap, student)
         del student
         path = folder / ARTIFACT_NAME
         made = artifact.load(path)
@@ -193,8 +196,8 @@ class Worker:
             if run.is_followed:
                 row["gap_course"] = [{"step": p["step"], **summarize_gap(p)} for p in points]
         write_json(folder / ROW_NAME, row)
-        for stage in ("warm_start", "training"):
-            (folder / stage / "checkpoint.safetensors").unlink(missing_ok=True)
+        for stage in (WARM_START_NAME, "training"):
+            (folder / stage / CHECKPOINT_NAME).unlink(missing_ok=True)
         return row
 
     def _time_steps(self, run: Run) -> Row:

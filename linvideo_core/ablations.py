@@ -63,6 +63,13 @@ TABLES: dict[str, tuple[Variant, ...]] = {
             changes={"objective": "adm", "velocity_share": 0.5},
             steps_factor=1.25,
         ),
+        # Every layer linear: where the student's own states lie furthest from the stored ones.
+        Variant(name="adm_all_layers", changes={"objective": "adm", "target": 10}),
+        Variant(
+            name="velocity_all_layers",
+            changes={"objective": "velocity", "target": 10},
+            time_of="adm",
+        ),
         Variant(name="adm_literal", changes={"objective": "adm_literal"}),
         Variant(name="dmd", changes={"objective": "dmd"}),
     ),
@@ -108,8 +115,8 @@ TABLES: dict[str, tuple[Variant, ...]] = {
         }
     ),
     "best": (
+        Variant(name="steps_x2", steps_factor=2.0),
         Variant(name="steps_x4", steps_factor=4.0),
-        Variant(name="steps_x8", steps_factor=8.0),
     ),
 }
 """Table -> its rows, those that a claim rests on first: they are run in this order."""

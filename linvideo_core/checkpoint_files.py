@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .storage import write_tensors
 
-_NAME, _EARLIER_NAME = "checkpoint.safetensors", "checkpoint_before_{}.safetensors"
+CHECKPOINT_NAME = "checkpoint.safetensors"
+_EARLIER_NAME = "checkpoint_before_{}.safetensors"
 
 
 class Watch(Protocol):
@@ -36,7 +37,7 @@ class CheckpointFiles:
 
         None: no fault is looked for, and one file is enough.
         """
-        self.path = folder / _NAME
+        self.path = folder / CHECKPOINT_NAME
         self.step = 0
         self._delay = delay
         # One row more than the delay: a checkpoint's first row is of its own weights.

@@ -19,7 +19,11 @@ REACHED, MOONSHOT, MISSED = "reached", "moonshot reached", "missed"
 NOT_RUN, FEW_SEEDS, NOT_MEASURED = "not run", "too few seeds", "not measured"
 
 _DEFAULT = ("target", "5")
-_RIVAL = ("objective", "velocity_equal_time")
+_OBJECTIVES = {
+    "adm": "velocity_equal_time",
+    "adm_after_velocity": "velocity_equal_time",
+    "adm_all_layers": "velocity_all_layers",
+}
 _TO_TEACHER = "frechet_teacher"
 
 _Place = tuple[str, str]
@@ -75,8 +79,8 @@ def judge(found: Findings) -> list[Row]:
     """Return the claims about an ablation: what is asked, of which row, the bar, the verdict."""
     halves = [_DEFAULT, *(("best", name) for name in found.names("best"))]
     claims = [bar.judge(found, place) for place in halves for bar in _HALF]
-    for name in ("adm", "adm_after_velocity"):
-        claims.append(_judge_objective(found, ("objective", name)))
+    for name, rival in _OBJECTIVES.items():
+        claims.append(_judge_objective(found, ("objective", name), ("objective", rival)))
     for name in ("learned", "learned_from_ranking"):
         place = ("selection", name)
         claims.append(_judge_below(found, place, ("selection", "alternate")))
@@ -89,8 +93,8 @@ def judge(found: Findings) -> list[Row]:
     return claims
 
 
-def _judge_objective(found: Findings, place: _Place) -> Row:
-    mine, other = (found.values(*p, _TO_TEACHER) for p in (place, _RIVAL))
+def _judge_objective(found: Findings, place: _Place, rival: _Place) -> Row:
+    mine, other = (found.values(*p, _TO_TEACHER) for p in (place, rival))
     verdict = _verdict(
         found,
         place,
@@ -99,7 +103,7 @@ def _judge_objective(found: Findings, place: _Place) -> Row:
         lambda: statistics.fmean(mine) <= statistics.fmean(other) / 2,
         others=other,
     )
-    bar, question = "outside the spread", f"lower Frechet to the teacher than {_RIVAL[1]}"
+    bar, question = "outside the spread", f"lower Frechet to the teacher than {rival[1]}"
     return _claim(question, place, bar, "half of it", _show(mine, other), verdict)
 
 

@@ -30,6 +30,7 @@ from .warm_start import WarmStart, WarmStartConfig
 logger = logging.getLogger(__name__)
 
 ARTIFACT_NAME = "linearized.safetensors"
+WARM_START_NAME = "warm_start"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def train(
         settings = dataclasses.replace(
             config.training, steps=config.warm_start.warm_start_steps, accumulation=1
         )
-        folder = config.out / "warm_start"
+        folder = config.out / WARM_START_NAME
         fit(warm_start, settings, folder, seed=config.seed, stage="warm start", progress=progress)
     ranking = rank_layers(student, subject, trajectories, config, precision, progress)
     task = TransferTask(
