@@ -16,7 +16,8 @@ import pytest
 
 PACK = Path(__file__).parents[2]
 SHIPPED = PACK / "linvideo_core" / "demo" / "weights" / "linearized.safetensors"
-START_SECONDS, WORKFLOW_SECONDS = 120, 60
+START_SECONDS, WORKFLOW_SECONDS = 600, 300
+"""Only what hangs may reach these: a test that is slow on a busy machine has not failed."""
 
 
 class Server:
@@ -33,7 +34,7 @@ class Server:
         request = urllib.request.Request(
             self.address + path, data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             return response.read()
 
     @property
@@ -106,7 +107,7 @@ def run_server(host: Any, folder: Path) -> Iterator[Server]:
         yield server
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def test_a_file_that_goes_while_its_graph_waits_is_one_sentence(server: Server) 
     waiting = make_workflow(path.name)
     prompts = [server.ask("/prompt", {"prompt": graph}) for graph in (first, waiting)]
     path.unlink()
-    answer = server.wait(prompts[1]["prompt_id"], 2 * WORKFLOW_SECONDS)
+    answer = server.wait(prompts[1]["prompt_id"], WORKFLOW_SECONDS)
     (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
     message = error["exception_message"].strip()
     assert error["node_id"] == "linear"
