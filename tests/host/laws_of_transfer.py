@@ -195,6 +195,27 @@ def an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
         assert torch.equal(tensor, expected)
 
 
+def an_interrupt_within_a_step_is_noticed_before_the_next_layer() -> None:
+    with _folders(), _seen() as told:
+        attention_calls = []
+
+        def press(module: torch.nn.Module, *_: Any) -> None:
+            is_training = bool(told) and told[-1][0] > 30
+            if is_training and type(module).__name__ == "WanSelfAttention":
+                attention_calls.append(1)
+                comfy.model_management.interrupt_current_processing()
+
+        _need_training()
+        hook = torch.nn.modules.module.register_module_forward_hook(press)
+        try:
+            _run()
+        except comfy.model_management.InterruptProcessingException:
+            pass
+        finally:
+            hook.remove()
+        assert len(attention_calls) == 1
+
+
 def a_finished_transfer_is_not_run_again() -> None:
     with _folders() as folder:
         made = _run()
