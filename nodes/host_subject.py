@@ -25,6 +25,7 @@ from .demo import DemoLatents
 from .families import host_family
 from .host_model import HostModel
 from .patching import untouched
+from .prompt_list import encode_for_demo, encode_prompt_list, read_prompt_list
 
 TRAINABLE_SINCE = "0.25"
 """The first ComfyUI whose clones can hold weights that can be trained."""
@@ -39,7 +40,7 @@ class HostSubject:
     """
 
     def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
-        """inputs: `positive`, `negative`, `latent`, `width`, `height`, `frames`, see the node."""
+        """inputs: by name, see `transfer_inputs`: prompts and size are read here."""
         diffusion_model = untouched(model)
         if "force_deepcopy" not in inspect.signature(model.clone).parameters:
             raise ValueError(
@@ -126,6 +127,13 @@ class HostSubject:
 
     def _find_conditions(self, inputs: dict[str, Any]) -> Conditions:
         branches = {name: inputs.get(name) for name in ("positive", "negative")}
+        if prompts := read_prompt_list(inputs.get("prompts") or ""):
+            if branches["positive"] is not None:
+                raise ValueError(
+                    "prompts are listed and positive is connected, but one of the two is needed: "
+                    "empty the list or disconnect positive"
+                )
+            branches["positive"] = self._encode(prompts, inputs.get("clip"), branches["negative"])
         if self.is_demo:
             texts = {"positive": all_prompts(), "negative": [""]}
             for name, found in branches.items():
@@ -134,10 +142,17 @@ class HostSubject:
         for name, found in branches.items():
             if found is None:
                 raise ValueError(
-                    f"{name} is not connected: connect a text encoder's CONDITIONING, with several "
-                    "prompts combined for positive"
+                    f"{name} is not connected: connect a text encoder's CONDITIONING; several "
+                    "positive prompts are combined, or listed in prompts"
                 )
         return read_conditions(self.model.model, *branches.values(), self.latent_shape)
+
+    def _encode(self, prompts: list[str], clip: Any, negative: list[Any] | None) -> list[Any]:
+        if self.is_demo:
+            return encode_for_demo(prompts)
+        others = dict(negative[0][1]) if negative else {}
+        encoded = encode_prompt_list(prompts, clip)
+        return [[embeds, {**others, **options}] for embeds, options in encoded]
 
 
 def _find_shift(model_sampling: Any) -> float:

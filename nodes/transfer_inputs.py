@@ -9,7 +9,7 @@ from .schema import make_input
 
 def transfer_inputs() -> list[io.Input]:
     """Return the inputs, the essential ones first; the defaults suit LinVideo Demo on a CPU."""
-    return [*_essentials(), *_sockets(), *_training(), *_teacher(), *_size()]
+    return [*_essentials(), *_sockets(), *_training(), *_teacher(), *_size(), *_prompts()]
 
 
 def _essentials() -> list[io.Input]:
@@ -73,8 +73,9 @@ def _sockets() -> list[io.Input]:
             io.Conditioning,
             "positive",
             optional=True,
-            tooltip="The prompts to learn with: combine several, the more different the better. "
-            "Leave it open for LinVideo Demo's model, which then learns with all of its prompts.",
+            tooltip="The prompts to learn with: combine several, the more different the better, or "
+            "list them in 'prompts' below. Leave both empty for LinVideo Demo's model, which then "
+            "learns with all of its prompts.",
         ),
         make_input(
             io.Conditioning,
@@ -186,4 +187,26 @@ def _size() -> list[io.Input]:
             "out. LinVideo Demo's model has its own.",
         )
         for name, (default, low, step) in sizes.items()
+    ]
+
+
+def _prompts() -> list[io.Input]:
+    return [
+        make_input(
+            io.Clip,
+            "clip",
+            optional=True,
+            tooltip="The text encoder for the list of prompts. LinVideo Demo's model needs none.",
+        ),
+        # Optional, which comes last: workflows that were saved without it keep their values.
+        make_input(
+            io.String,
+            "prompts",
+            default="",
+            multiline=True,
+            optional=True,
+            placeholder="prompts to learn with, one a line, instead of positive",
+            tooltip="The prompts to learn with, one a line, in place of positive. What negative "
+            "brings beside its prompt, such as a start image, then goes with each of them.",
+        ),
     ]

@@ -15,7 +15,7 @@ from tests.host.server import server
 __all__ = ["pytest_addoption", "pytest_configure", "server"]
 
 FLAGS = ("--cpu", "--use-pytorch-cross-attention")
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 1800
 TESTS_OWN = ("PYTHONPATH", "TRITON_INTERPRET")
 """Environment variables that the host must not inherit from the tests."""
 PATIENT = {"OMP_WAIT_POLICY": "passive"}

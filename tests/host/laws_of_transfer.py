@@ -195,6 +195,27 @@ def an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
         assert torch.equal(tensor, expected)
 
 
+def an_interrupt_within_a_step_is_noticed_before_the_next_layer() -> None:
+    with _folders(), _seen() as told:
+        attention_calls = []
+
+        def press(module: torch.nn.Module, *_: Any) -> None:
+            is_training = bool(told) and told[-1][0] > 30
+            if is_training and type(module).__name__ == "WanSelfAttention":
+                attention_calls.append(1)
+                comfy.model_management.interrupt_current_processing()
+
+        _need_training()
+        hook = torch.nn.modules.module.register_module_forward_hook(press)
+        try:
+            _run()
+        except comfy.model_management.InterruptProcessingException:
+            pass
+        finally:
+            hook.remove()
+        assert len(attention_calls) == 1
+
+
 def a_finished_transfer_is_not_run_again() -> None:
     with _folders() as folder:
         made = _run()
@@ -364,13 +385,18 @@ def a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_fo
         assert linearize(model, made)
 
 
+def _start_image() -> dict[str, Tensor]:
+    """Return what an image-to-video node adds to each prompt."""
+    return {
+        "concat_latent_image": torch.randn(1, 16, 3, 8, 8),
+        "concat_mask": torch.ones(1, 1, 3, 8, 8),
+    }
+
+
 def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
     with _folders() as folder:
         model = _make_wan(folder, torch.float32, model_type="i2v", in_dim=36)
-        image = {
-            "concat_latent_image": torch.randn(1, 16, 3, 8, 8),
-            "concat_mask": torch.ones(1, 1, 3, 8, 8),
-        }
+        image = _start_image()
         inputs = _wan_inputs()
         for branch in ("positive", "negative"):
             inputs[branch] = [[prompt, dict(image)] for prompt, _ in inputs[branch]]
@@ -385,6 +411,53 @@ def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
         assert run(model, inputs).is_file()
         inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]
         assert "same image" in _complaint(HostSubject, model, inputs)
+
+
+class _WordEncoder:
+    """A text encoder of the demo's words, asked as ComfyUI's text encoder node asks a CLIP."""
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list[Any]:
+        return [[encode_prompts([tokens]), {"pooled_output": None}]]
+
+
+_PROMPTS = ("a handwritten one moving up", "a handwritten two moving down")
+_LIST = f"\n {_PROMPTS[0]} \n\n{_PROMPTS[1]}"
+
+
+def listed_prompts_are_those_of_combined_text_encoder_nodes() -> None:
+    with _folders() as folder:
+        negative = [[encode_prompts(["seven"]), {}]]
+        for model_type, extra in (("t2v", {}), ("i2v", _start_image())):
+            model = _make_wan(
+                folder, torch.float32, model_type=model_type, in_dim=16 + 20 * bool(extra)
+            )
+            usual = _wan_inputs(negative=[[prompt, dict(extra)] for prompt, _ in negative])
+            listed = {"positive": None, "clip": _WordEncoder(), "prompts": _LIST}
+            connected = [[encode_prompts([prompt]), dict(extra)] for prompt in _PROMPTS]
+            hosts = [HostSubject(model, {**usual, **x}) for x in (listed, {"positive": connected})]
+            assert len({host.conditions.digest() for host in hosts}) == 1
+            assert hosts[0].conditions.prompt_embeds.shape == (2, 8, 4096)
+        assert run(model, {**usual, **listed}).is_file()
+
+
+def the_demo_reads_listed_prompts_itself() -> None:
+    listed = HostSubject(_demo()[0], _inputs(positive=None, prompts=_LIST))
+    connected = HostSubject(_demo()[0], _inputs(positive=[[encode_prompts(list(_PROMPTS)), {}]]))
+    assert listed.conditions.digest() == connected.conditions.digest()
+
+
+def a_list_of_prompts_that_cannot_be_used_is_refused() -> None:
+    with _folders() as folder:
+        assert "disconnect positive" in _complaint(_run, prompts=_LIST)
+        message = _complaint(_run, positive=None, prompts="a blue whale moving up")
+        assert "does not know the word 'blue'" in message
+        wan = _make_wan(folder, torch.float32)
+        assert "clip" in _complaint(run, wan, _wan_inputs(positive=None, prompts=_LIST))
+        message = _complaint(run, wan, _wan_inputs(positive=None, prompts=" \n", clip=object()))
+        assert "positive is not connected" in message
 
 
 def the_shift_comes_from_the_models_sampling() -> None:

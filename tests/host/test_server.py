@@ -1,18 +1,22 @@
 """The pack in a fresh ComfyUI server: its nodes, asked and queued over HTTP."""
 
+import dataclasses
 import json
 import time
 import urllib.error
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.host.server import SHIPPED, Server
+from linvideo_core import artifact
+from linvideo_core.artifact import Artifact
+from tests.host.server import SHIPPED, WORKFLOW_SECONDS, Server
 
 pytestmark = pytest.mark.host
 
-TRANSFER_SECONDS = 240
+TRANSFER_SECONDS = 900
 TRAINS_SINCE = (0, 25)
 FILE = "demo (comes with LinVideo)"
 
@@ -99,6 +103,8 @@ MODES = {
         "height": "INT",
         "frames": "INT",
         "keep_first_steps": "INT",
+        "clip": "CLIP",
+        "prompts": "STRING",
     },
 }
 
@@ -205,6 +211,8 @@ def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:
     described = server.ask("/object_info/LinVideoLinearize")["LinVideoLinearize"]
     options = described["input"]["required"]["mode"][1]["options"]
     assert {option["key"]: types_of(option["inputs"]) for option in options} == MODES
+    for group in (entries for option in options for entries in option["inputs"].values()):
+        assert all(settings["tooltip"] for _, settings in group.values())
     file = options[0]["inputs"]["required"]["file"]
     assert (file[0] if file[0] != "COMBO" else file[1]["options"]) == [FILE, "cut.safetensors"]
 
@@ -314,13 +322,28 @@ def test_a_connection_of_the_wrong_type_is_refused_before_anything_runs(
     assert [error["type"] for error in errors] == ["return_type_mismatch"]
 
 
+def save_other_file(path: Path) -> None:
+    """Save one of the shipped file's maps in other layers, without weight changes."""
+    shipped = artifact.load(SHIPPED)
+    layers = (0, 7)
+    header = dataclasses.replace(
+        shipped.header,
+        layers=layers,
+        site_names=tuple(f"blocks.{layer}.self_attn" for layer in layers),
+        parameters="feature_maps",
+        lora_rank=0,
+    )
+    maps = shipped.feature_maps[shipped.header.layers[0]]
+    artifact.save(Artifact(header=header, feature_maps=dict.fromkeys(layers, maps)), path)
+
+
 def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -> None:
     path = server.folder / "models" / "linvideo" / "other.safetensors"
-    path.write_bytes(SHIPPED.read_bytes())
-    frames: list[list[bytes]] = []
+    save_other_file(path)
+    queued = []
     try:
-        for turn, (file, strength) in enumerate(2 * [(FILE, 1.0), (path.name, 0.5)]):
-            graph = make_workflow(file, strength=strength)
+        for turn, file in enumerate(2 * [FILE, path.name]):
+            graph = make_workflow(file)
             graph["save"]["inputs"]["filename_prefix"] = f"turn{turn}"
             # Otherwise the second round would come from the server's cache.
             graph["demo"]["inputs"]["batch_size"] = 1 + turn // 2
@@ -329,28 +352,21 @@ def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -
                 "class_type": "LatentFromBatch",
                 "inputs": {"samples": ["demo", 3], "batch_index": 0, "length": 1},
             }
-            frames.append(read_frames(server, server.queue(graph)))
+            queued.append(server.ask("/prompt", {"prompt": graph})["prompt_id"])
+        answers = [server.wait(prompt_id, WORKFLOW_SECONDS) for prompt_id in queued]
+        frames = [read_frames(server, answer) for answer in answers]
     finally:
         path.unlink()
     assert frames[0] == frames[2] != frames[1] == frames[3]
-
-
-def test_a_damaged_file_is_one_sentence_and_the_server_lives_on(server: Server) -> None:
-    answer = server.queue(make_workflow("cut.safetensors"))
-    assert answer["status"]["status_str"] == "error"
-    (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
-    message = error["exception_message"].strip()
-    assert error["node_id"] == "linear"
-    assert "damaged" in message and "\n" not in message
-    again = server.queue(make_workflow(strength=0.9))
-    assert again["status"]["status_str"] == "success"
 
 
 def test_a_transfer_stops_on_interrupt_and_continues_when_it_is_queued_again(
     server: Server,
 ) -> None:
     server.need(*TRAINS_SINCE)
-    prompt_id = server.ask("/prompt", {"prompt": make_transfer()})["prompt_id"]
+    listed = "a handwritten three moving left\na handwritten four moving up"
+    transfer = make_transfer(prompts=listed)
+    prompt_id = server.ask("/prompt", {"prompt": transfer})["prompt_id"]
     training = server.folder / "output" / "linvideo" / "short" / "training"
     deadline = time.monotonic() + TRANSFER_SECONDS
     while not (training / "metrics.jsonl").exists():
@@ -365,7 +381,7 @@ def test_a_transfer_stops_on_interrupt_and_continues_when_it_is_queued_again(
     made = server.folder / "models" / "linvideo" / "short.safetensors"
     assert not made.exists()
 
-    again = server.queue(make_transfer(), seconds=TRANSFER_SECONDS)
+    again = server.queue(transfer, seconds=TRANSFER_SECONDS)
     assert again["status"]["status_str"] == "success", again["status"]
     assert len(again["outputs"]["save"]["images"]) == 28
     try:
@@ -373,19 +389,3 @@ def test_a_transfer_stops_on_interrupt_and_continues_when_it_is_queued_again(
         assert applied["status"]["status_str"] == "success"
     finally:
         made.unlink()
-
-
-def test_a_refused_transfer_is_one_sentence_and_the_server_lives_on(server: Server) -> None:
-    server.need(*TRAINS_SINCE)
-    answer = server.queue(make_transfer(name="refused", target=11))
-    (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
-    message = error["exception_message"].strip()
-    assert "target 11" in message and "10" in message and "\n" not in message
-    assert server.queue(make_workflow(strength=0.8))["status"]["status_str"] == "success"
-
-
-def test_the_pack_loaded_without_a_complaint(server: Server) -> None:
-    log = (server.folder / "log.txt").read_text()
-    print(*(line for line in log.splitlines() if line.endswith("custom_nodes/LinVideo")))
-    assert "LinVideo: the nodes" not in log
-    assert "IMPORT FAILED" not in log

@@ -1,0 +1,144 @@
+"""What cannot work, queued over HTTP: one sentence at its node, and the server lives on."""
+
+import itertools
+import json
+import urllib.error
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from linvideo_core import artifact
+from linvideo_core.demo import weights_path
+from linvideo_core.models.wan import WanModel
+from tests.host.server import WORKFLOW_SECONDS, Server
+from tests.host.test_server import TRAINS_SINCE, make_transfer, make_workflow
+from tests.host.test_workflows import TINY, make_linvideo_file
+
+pytestmark = pytest.mark.host
+
+_seeds = itertools.count(1000)
+
+
+@pytest.fixture(scope="module")
+def models(server: Server) -> Iterator[None]:
+    """A file for a smaller model, and the demo's weights as a Wan of which nothing is known."""
+    folder = server.folder / "models"
+    foreign = folder / "linvideo" / "foreign.safetensors"
+    artifact.save(make_linvideo_file(WanModel(TINY)), foreign)
+    wan = folder / "diffusion_models" / "wan.safetensors"
+    wan.parent.mkdir(exist_ok=True)
+    wan.write_bytes(weights_path("model.safetensors").read_bytes())
+    yield
+    foreign.unlink()
+    wan.unlink()
+
+
+def make_still(workflow: dict[str, Any], node: str, name: str) -> dict[str, Any]:
+    """Connect the empty latent of a still picture, of 4 channels, to an input."""
+    settings = {"width": 64, "height": 64, "batch_size": 1}
+    workflow["still"] = {"class_type": "EmptyLatentImage", "inputs": settings}
+    workflow[node]["inputs"][name] = ["still", 0]
+    return workflow
+
+
+def make_transfer_of_wan(**changes: Any) -> dict[str, Any]:
+    """Train a model that brings no prompts of its own."""
+    workflow = make_transfer(name="refused", **changes)
+    settings = {"unet_name": "wan.safetensors", "weight_dtype": "default"}
+    workflow["wan"] = {"class_type": "UNETLoader", "inputs": settings}
+    workflow["linear"]["inputs"]["model"] = ["wan", 0]
+    return workflow
+
+
+APPLIED = {
+    "a damaged file": (lambda: make_workflow("cut.safetensors"), "linear", "damaged"),
+    "a file for another model": (
+        lambda: make_workflow("foreign.safetensors"),
+        "linear",
+        "2 layers",
+    ),
+    "latents of another channel count": (
+        lambda: make_still(make_workflow(), "decode", "samples"),
+        "decode",
+        "[1, 4, 8, 8]",
+    ),
+}
+TRAINED = {
+    "a target larger than the layers": (
+        lambda: make_transfer(name="refused", target=11),
+        "linear",
+        "target 11",
+    ),
+    "no prompts": (make_transfer_of_wan, "linear", "positive is not connected"),
+    "an empty list of prompts": (
+        lambda: make_transfer_of_wan(prompts=" \n "),
+        "linear",
+        "positive is not connected",
+    ),
+    "a word that the demo does not know": (
+        lambda: make_transfer(name="refused", prompts="a handwritten cat"),
+        "linear",
+        "'cat'",
+    ),
+    "latents of another channel count to train on": (
+        lambda: make_still(make_transfer(name="refused"), "linear", "mode.latent"),
+        "linear",
+        "[1, 4, 8, 8]",
+    ),
+}
+
+
+def assert_lives_on(server: Server) -> None:
+    good = make_workflow()
+    good["sampler"]["inputs"] |= {"seed": next(_seeds), "steps": 1}
+    answer = server.queue(good)
+    assert answer["status"]["status_str"] == "success", answer["status"]
+
+
+@pytest.mark.parametrize("case", [*APPLIED, *TRAINED])
+def test_bad_input_is_one_sentence_and_the_server_lives_on(
+    case: str, server: Server, models: None
+) -> None:
+    if case in TRAINED:
+        server.need(*TRAINS_SINCE)
+    make, node, words = (APPLIED | TRAINED)[case]
+    answer = server.queue(make())
+    assert answer["status"]["status_str"] == "error"
+    (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
+    message = error["exception_message"].strip()
+    assert error["node_id"] == node
+    assert words in message and "\n" not in message and len(message) < 400, message
+    assert_lives_on(server)
+
+
+@pytest.mark.parametrize("node", ["LinVideoLinearize", "LinVideoLoad"])
+def test_a_file_that_is_not_there_is_refused_before_anything_runs(
+    node: str, server: Server
+) -> None:
+    workflow = make_workflow("gone.safetensors")
+    if node == "LinVideoLoad":
+        show = {"class_type": "LinVideoShowFile", "inputs": {"linvideo": ["linear", 0]}}
+        load = {"class_type": node, "inputs": {"file": "gone.safetensors"}}
+        workflow = {"linear": load, "show": show}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.ask("/prompt", {"prompt": workflow})
+    (error,) = json.load(refused.value)["node_errors"]["linear"]["errors"]
+    assert error["type"] == "value_not_in_list" and "gone.safetensors" in error["details"]
+    assert_lives_on(server)
+
+
+def test_a_file_that_goes_while_its_graph_waits_is_one_sentence(server: Server) -> None:
+    path = server.folder / "models" / "linvideo" / "going.safetensors"
+    path.write_bytes(weights_path("linearized.safetensors").read_bytes())
+    first = make_workflow()
+    first["sampler"]["inputs"] |= {"seed": next(_seeds), "steps": 20}
+    waiting = make_workflow(path.name)
+    prompts = [server.ask("/prompt", {"prompt": graph}) for graph in (first, waiting)]
+    path.unlink()
+    answer = server.wait(prompts[1]["prompt_id"], WORKFLOW_SECONDS)
+    (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
+    message = error["exception_message"].strip()
+    assert error["node_id"] == "linear"
+    assert "going.safetensors is not in models/linvideo" in message and "\n" not in message
+    assert_lives_on(server)

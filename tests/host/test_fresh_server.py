@@ -1,0 +1,45 @@
+"""What a user meets first: the pack loads, and its demo is the first thing that is queued."""
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.host.server import WORKFLOW_SECONDS, Server, run_server
+from tests.host.test_workflows import make_prompt, read
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def fresh(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that nothing was queued on."""
+    with run_server(host, tmp_path_factory.mktemp("fresh")) as server:
+        yield server
+
+
+def test_the_pack_loads_without_a_complaint(fresh: Server, record_property: Any) -> None:
+    log = fresh.log.read_text()
+    assert "LinVideo: the nodes" not in log
+    assert "IMPORT FAILED" not in log
+    (seconds,) = re.findall(r"([\d.]+) seconds: \S*custom_nodes/LinVideo\s", log)
+    record_property("workflow", "pack_start")
+    record_property("seconds", float(seconds))
+    record_property("comfyui", fresh.version)
+
+
+def test_the_first_queue_of_the_demo_gives_two_videos(fresh: Server, record_property: Any) -> None:
+    prompt = make_prompt(read("demo"), fresh.ask("/object_info"))
+    start = time.monotonic()
+    answer = fresh.queue(prompt, seconds=WORKFLOW_SECONDS)
+    record_property("workflow", "demo_first_queue")
+    record_property("seconds", round(time.monotonic() - start, 1))
+    record_property("comfyui", fresh.version)
+    assert answer["status"]["status_str"] == "success", answer["status"]
+    savers = [key for key, node in prompt.items() if node["class_type"] == "SaveAnimatedWEBP"]
+    names = [image["filename"] for key in savers for image in answer["outputs"][key]["images"]]
+    assert len(names) == 2
+    for name in names:
+        assert (fresh.folder / "output" / "linvideo" / name).stat().st_size > 500
