@@ -1,7 +1,8 @@
 """fit(): accumulate, clip, step, average, log, checkpoint, resume. Knows nothing of attention.
 
 Every random draw of a step comes from a generator seeded by (seed, step), so an interrupted run
-that is started again ends in the same weights as an unbroken one.
+that is started again ends in the same weights as an unbroken one. Of what is drawn for the whole
+batch each process of a team takes its share; gradients and metrics are means over all of them.
 """
 
 import contextlib
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .checkpoints import Checkpoint, find_checkpoint, read_checkpoint, write_checkpoint
 from .config import fraction, option, positive
 from .progress import Progress, silent
-from .storage import write_tensors
+from .run_folder import read_whole_rows
+from .team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class TrainingConfig:
     """The optimiser's settings, and how often progress is written down."""
 
     steps: int = option(300, "optimiser steps")
-    batch_size: int = option(4, "samples of one forward pass")
+    batch_size: int = option(4, "samples of one forward pass, over all GPUs together")
     accumulation: int = option(1, "forward passes for one optimiser step")
     learning_rate: float = option(5e-4, "peak learning rate of the weights")
     map_learning_rate: float = option(2e-3, "peak learning rate of the feature maps")
@@ -111,22 +114,24 @@ def fit(
     stage: str = "training",
     progress: Progress = silent,
     watch: Watch | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
 
-    Leaves `metrics.jsonl` and `checkpoint.safetensors` in `folder`, and the averaged weights in
-    the task's parameters. Whatever stops it between, such as a `progress` that raises, finds the
-    steps finished until then in the checkpoint.
+    Leaves `metrics.jsonl` and a checkpoint in `folder`, and the averaged weights in the task's
+    parameters. Whatever stops it between, such as a `progress` that raises, finds the steps
+    finished until then in the checkpoint; of a team, where all stop after the same step.
 
     watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
+    team: the processes that train together; the task draws for all and computes this one's share.
 
     Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last good
     checkpoint is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(task, config, folder, watch)
+    run = _Run(task, config, folder, watch, team)
     first = run.resume()
-    with run.kept_when_stopped():
+    with team.heeding_stops(), run.kept_when_stopped():
         progress(stage, first, config.steps)
         for step in range(first, config.steps):
             row = run.take_step(step, seed_step(seed, step))
@@ -136,6 +141,7 @@ def fit(
             progress(stage, step + 1, config.steps, **run.shown)
             if (step + 1) % config.checkpoint_every == 0 or is_last:
                 run.save()
+            team.stop_together()
     run.keep_average()
 
 
@@ -151,12 +157,13 @@ class _Run:
     """
 
     def __init__(
-        self, task: Task, config: TrainingConfig, folder: Path, watch: Watch | None
+        self, task: Task, config: TrainingConfig, folder: Path, watch: Watch | None, team: Team
     ) -> None:
         self.task = task
         self.config = config
         self.watch = watch
-        self.checkpoint_path = folder / "checkpoint.safetensors"
+        self.team = team
+        self.folder = folder
         self.metrics_path = folder / "metrics.jsonl"
         self.groups = groups = task.parameter_groups()
         self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
@@ -164,6 +171,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters.values()), "betas": g.betas} for g in groups],
             weight_decay=config.weight_decay,
+            foreach=team.size > 1 or None,  # One by one, sharded parameters take long to ask.
         )
         self.num_finished: int | None = 0
         self.num_saved = 0
@@ -181,8 +189,9 @@ class _Run:
         except _Diverged:
             raise
         # KeyboardInterrupt and a host's own interruption are no Exception.
-        except BaseException:
-            if self.num_finished is not None and self.num_finished > self.num_saved:
+        except BaseException as error:
+            has_more = self.num_finished is not None and self.num_finished > self.num_saved
+            if has_more and self.team.is_agreed(error):
                 try:
                     self.save()
                 except (OSError, ValueError) as error:
@@ -200,6 +209,7 @@ class _Run:
             loss, metrics = self.task.loss(step, generator)
             (loss / self.config.accumulation).backward()
             total = total.to(loss.device) + loss.detach() / self.config.accumulation
+        self.team.average_gradients(self.parameters.values())
         norms = self._clip()
         self.num_finished = None
         self.optimizer.step()
@@ -216,7 +226,7 @@ class _Run:
             mine = (g.parameters.values() for g in self.groups if g.player == player)
             name = f"{player}_gradient_norm" if player else "gradient_norm"
             parameters = itertools.chain.from_iterable(mine)
-            norms[name] = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+            norms[name] = self.team.clip_gradients(parameters, self.config.clip_norm)
         return norms
 
     @torch.no_grad()
@@ -232,54 +242,53 @@ class _Run:
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl in plain numbers."""
+        row = self.team.mean_row(row)
         plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
         if not math.isfinite(plain["loss"]):
             raise self._diverged(f"the loss became {plain['loss']} at step {step}")
         if self.watch is not None and (fault := self.watch(plain)):
             raise self._diverged(f"{fault} at step {step}")
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **plain}) + "\n")
+        if self.team.is_first:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **plain}) + "\n")
         self.shown = {"loss": plain["loss"]}
 
     def save(self) -> None:
         """Write the checkpoint of the finished steps."""
         step = self.num_finished
+        if name := self.team.find_not_finite(self.parameters):
+            raise self._diverged(f"{name} is no longer finite after step {step}")
         tensors = {f"average/{n}": t for n, t in self.average.items()}
+        tensors |= {f"parameter/{n}": t for n, t in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            if not torch.isfinite(parameter).all():
-                raise self._diverged(f"{name} is no longer finite after step {step}")
-            tensors[f"parameter/{name}"] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
-        state = json.dumps(self.task.state())
-        write_tensors(self.checkpoint_path, tensors, {"step": str(step), "state": state})
+        checkpoint = Checkpoint(step=step, tensors=tensors, state=self.task.state())
+        write_checkpoint(self.folder, checkpoint, self.team)
         self.num_saved = step
 
     def _diverged(self, what: str) -> _Diverged:
-        has_checkpoint = self.checkpoint_path.exists()
-        kept = f"the last good checkpoint is {self.checkpoint_path}" if has_checkpoint else ""
-        return _Diverged(
-            f"{what}; {kept or 'no checkpoint was written yet'}: start again in another --out with "
-            "a lower --learning-rate"
-        )
+        path = find_checkpoint(self.folder)
+        kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
+        advice = "start again in another --out with a lower --learning-rate"
+        return _Diverged(f"{what}; {kept}: {advice}")
 
     def resume(self) -> int:
         """Take the checkpoint's state, drop later metrics; return the number of finished steps."""
-        if not self.checkpoint_path.exists():
-            self.metrics_path.unlink(missing_ok=True)
+        path = find_checkpoint(self.folder)
+        if path is None:
+            if self.team.is_first:
+                self.metrics_path.unlink(missing_ok=True)
             return 0
         try:
-            with safe_open(self.checkpoint_path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            step = int(metadata["step"])
-            self._restore(tensors)
-            self.task.load_state(json.loads(metadata["state"]))
+            checkpoint = read_checkpoint(path, self.parameters, self.team)
+            self._restore(checkpoint.tensors)
+            self.task.load_state(checkpoint.state)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.checkpoint_path} cannot be continued from ({error}); delete it to start "
-                "this stage again"
+                f"{path} cannot be continued from ({error}); delete it to start this stage again"
             ) from error
+        step = checkpoint.step
         self._drop_metrics_from(step)
         self.num_finished = self.num_saved = step
         if step < self.config.steps:
@@ -287,25 +296,25 @@ class _Run:
         return step
 
     @torch.no_grad()
-    def _restore(self, tensors: dict[str, Tensor]) -> None:
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             self.average[name].copy_(tensors[f"average/{name}"])
             if f"adam/step/{name}" in tensors:
                 self.optimizer.state[parameter] = {
-                    "step": tensors[f"adam/step/{name}"],
+                    "step": tensors[f"adam/step/{name}"].cpu(),
                     "exp_avg": tensors[f"adam/exp_avg/{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"adam/exp_avg_sq/{name}"].to(parameter.device),
                 }
 
     def _drop_metrics_from(self, step: int) -> None:
-        if self.metrics_path.exists():
-            rows = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
-            self.metrics_path.write_text("".join(whole), encoding="utf-8")
-            if self.watch is not None:
-                for row in whole:
-                    self.watch(json.loads(row))
+        rows = read_whole_rows(self.metrics_path, before=step)
+        # All have read before one writes.
+        self.team.wait()
+        if self.team.is_first and self.metrics_path.exists():
+            self.metrics_path.write_text("".join(rows), encoding="utf-8")
+        for row in rows if self.watch else ():
+            self.watch(json.loads(row))
 
     @torch.no_grad()
     def keep_average(self) -> None:
