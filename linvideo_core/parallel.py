@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .team import ALONE, Team
+from .team import ALONE, Team, is_sharded
 from .units import Owners, Unit, find_owners, forwards_kept, group_sharing
 
 _STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -118,61 +118,18 @@ class _Ranks(Team):
         self.device_type = device.partition(":")[0]
         return device
 
-    def check_batch(self, batch_size: int) -> None:
-        if batch_size % self.size:
-            raise ValueError(
-                f"--batch-size {batch_size} given to {self.size} processes, which share it; a "
-                f"multiple of {self.size} is needed"
-            )
-
-    def share(self, whole: Tensor) -> Tensor:
-        return whole[self.rank :: self.size]
-
-    def draw(self, count: int, make: Callable[[int], Tensor]) -> Tensor:
-        return self.share(make(count * self.size))
-
     def mean(self, value: Tensor, weight: float = 1.0) -> Tensor:
-        own = (
-            value.detach().float().flatten() * weight if weight else value.new_zeros(value.numel())
-        )
-        total = torch.cat([own, own.new_tensor([weight])])
+        own = value.detach().float().flatten() * weight
+        # What has no weight may be the mean of nothing, which is NaN.
+        total = torch.cat([own if weight else torch.zeros_like(own), own.new_tensor([weight])])
         self.dist.all_reduce(total)
         mean = (total[:-1] / total[-1]).view_as(value).to(value.dtype)
         return value + (mean - value).detach() if value.requires_grad else mean
 
-    def std(self, x: Tensor) -> Tensor:
-        num_rows = len(x) * self.size
-        deviation = x - self.mean(x.mean(dim=0))
-        return (self.mean(deviation.square().mean(dim=0)) * num_rows / (num_rows - 1)).sqrt()
-
-    def mean_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        numbers = {
-            name: value
-            for name, value in row.items()
-            if isinstance(value, Tensor) and value.is_floating_point()
-        }
-        mean = self.mean(
-            torch.cat([value.detach().flatten().float() for value in numbers.values()])
-        )
-        parts = mean.split([value.numel() for value in numbers.values()])
-        means = {
-            name: part.view_as(value)
-            for (name, value), part in zip(numbers.items(), parts, strict=True)
-        }
-        return {**row, **means}
-
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        whole = [gradient for gradient in gradients if not _is_sharded(gradient)]
-        if whole:
-            mean = self.mean(torch.cat([gradient.flatten().float() for gradient in whole]))
-            for gradient, part in zip(whole, mean.split([g.numel() for g in whole]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
     def clip_gradients(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        parts = [_own_part(gradient) for gradient in gradients if _is_sharded(gradient)]
-        whole = [gradient for gradient in gradients if not _is_sharded(gradient)]
+        parts = [_own_part(gradient) for gradient in gradients if is_sharded(gradient)]
+        whole = [gradient for gradient in gradients if not is_sharded(gradient)]
         square = nn.utils.get_total_norm(parts).square() if parts else torch.zeros(())
         square = square.to(self.device_type)
         self.dist.all_reduce(square)
@@ -310,18 +267,14 @@ def _gather(owners: Iterable[Owners]) -> None:
     for places in owners:
         module, name = places[0]
         parameter = getattr(module, name)
-        if _is_sharded(parameter):
+        if is_sharded(parameter):
             whole = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
             for module, name in places:
                 setattr(module, name, whole)
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")
-
-
 def _own_part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _say(error: Any, what: str) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .flow import guide, velocity_to_x0
+from .team import ALONE, Team
 from .trajectories import States, Trajectories
 
 
@@ -20,13 +21,21 @@ class Likeness:
     spread: float
     motion: float
 
-    def spread_ratio(self, x0: Tensor) -> Tensor:
-        """Return the variety of x0 [B, C, F, H, W], B > 1, as a share of the teacher's."""
-        return _spread(x0) / self.spread
+    def spread_ratio(self, x0: Tensor, team: Team = ALONE) -> Tensor:
+        """Return the variety of the team's x0 [B, C, F, H, W], B > 1, as a share of the teacher's.
 
-    def motion_ratio(self, x0: Tensor) -> Tensor:
-        """Return the motion of x0 [B, C, F, H, W] as a share of the teacher's; 1 for stills."""
-        return _motion(x0) / self.motion if self.motion else torch.ones((), device=x0.device)
+        No gradient is right where the team is of many.
+        """
+        return _spread(x0, team) / self.spread
+
+    def motion_ratio(self, x0: Tensor, team: Team = ALONE) -> Tensor:
+        """Return the motion of the team's x0 [B, C, F, H, W] as a share of the teacher's.
+
+        1 for stills. A process of many may have none: B = 0.
+        """
+        if not self.motion:
+            return torch.ones((), device=x0.device)
+        return team.mean(_motion(x0), weight=len(x0)) / self.motion
 
 
 def measure_likeness(trajectories: Trajectories) -> Likeness:
@@ -53,8 +62,8 @@ def guided_x0(trajectories: Trajectories, states: States) -> Tensor:
     return velocity_to_x0(states.latents, velocity, sigma)
 
 
-def _spread(x: Tensor) -> Tensor:
-    return x.float().std(dim=0).mean()
+def _spread(x: Tensor, team: Team = ALONE) -> Tensor:
+    return team.std(x.float()).mean()
 
 
 def _motion(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The processes that compute one run together, as the rest of the core sees them: here, one alone.
+"""The processes that compute one run together; a process alone is a team too.
 
 What each step draws is drawn for the whole batch by every process, which then keeps its share:
 the same global batch is computed by 1 process and by many. `parallel` makes teams of many.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Team:
-    """A run's processes, numbered by rank; this one is alone and nothing it is asked costs a thing.
+    """A run's processes, numbered by rank: here one alone, whom nothing that it is asked costs.
 
     Every process of a team calls the same methods in the same order.
 
@@ -38,14 +38,19 @@ class Team:
 
     def check_batch(self, batch_size: int) -> None:
         """Raise ValueError for a batch that the processes cannot share evenly."""
+        if batch_size % self.size:
+            raise ValueError(
+                f"--batch-size {batch_size} given to {self.size} processes, which share it; a "
+                f"multiple of {self.size} is needed"
+            )
 
     def share(self, whole: Tensor) -> Tensor:
         """Return this process's rows of a batch [B, ...]: every `size`-th, from its rank on."""
-        return whole
+        return whole[self.rank :: self.size]
 
     def draw(self, count: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return this process's `count` rows of a batch that `make(rows)` draws whole."""
-        return make(count)
+        return self.share(make(count * self.size))
 
     def mean(self, value: Tensor, weight: float = 1.0) -> Tensor:
         """Return the mean of every process's value, as heavy as its weight.
@@ -56,14 +61,39 @@ class Team:
 
     def std(self, x: Tensor) -> Tensor:
         """Return the standard deviation [...] over the whole batch of which x [B, ...] is part."""
-        return x.std(dim=0)
+        if self.size == 1:
+            return x.std(dim=0)
+        num_rows = len(x) * self.size
+        deviation = x - self.mean(x.mean(dim=0))
+        return (self.mean(deviation.square().mean(dim=0)) * num_rows / (num_rows - 1)).sqrt()
 
     def mean_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a row of metrics whose numbers are means over all processes."""
-        return row
+        if self.size == 1:
+            return row
+        numbers = {
+            name: value.detach()
+            for name, value in row.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        return {**row, **dict(zip(numbers, self._mean_all([*numbers.values()]), strict=True))}
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of those parameters that every process holds whole."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
+        for gradient, mean in zip(gradients, self._mean_all(gradients), strict=True):
+            gradient.copy_(mean)
+
+    def _mean_all(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean of each value over all processes, asked for in one message."""
+        if not values:
+            return []
+        device = next((value.device for value in values if value.device.type != "cpu"), "cpu")
+        mean = self.mean(torch.cat([value.to(device).float().flatten() for value in values]))
+        parts = mean.split([value.numel() for value in values])
+        return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
         """Scale gradients down to a norm over all of them; return what it was before."""
@@ -133,3 +163,8 @@ class Team:
 
 
 ALONE = Team()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a process holds only its part of a tensor."""
+    return hasattr(tensor, "to_local")

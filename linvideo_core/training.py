@@ -7,7 +7,6 @@ batch each process of a team takes its share; gradients and metrics are means ov
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import math
@@ -70,7 +69,7 @@ class ParameterGroup:
 
 
 class Task(Protocol):
-    """What is trained: parameters, a loss, and whatever must survive a restart besides them."""
+    """What is trained: parameters, a loss, and what else must survive a restart."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the trainable parameters; names are unique over all groups."""
@@ -181,8 +180,8 @@ class _Run:
     def kept_when_stopped(self) -> Iterator[None]:
         """Write the finished steps down before an error or an interruption goes on its way.
 
-        A step that was stopped while it changed the parameters is dropped, with all since the
-        last checkpoint.
+        A step that was stopped while it changed the parameters is dropped, and all since the last
+        checkpoint.
         """
         try:
             yield
@@ -194,8 +193,8 @@ class _Run:
             if has_more and self.team.is_agreed(error):
                 try:
                     self.save()
-                except (OSError, ValueError) as error:
-                    logger.warning("the last steps are not kept: %s", error)
+                except (OSError, ValueError) as reason:
+                    logger.warning("the last steps are not kept: %s", reason)
             raise
 
     def take_step(self, step: int, generator: torch.Generator) -> dict[str, Any]:
@@ -223,9 +222,9 @@ class _Run:
         """Scale the gradients of each player down; return their norms before, to be logged."""
         norms = {}
         for player in dict.fromkeys(group.player for group in self.groups):
-            mine = (g.parameters.values() for g in self.groups if g.player == player)
+            mine = [g.parameters for g in self.groups if g.player == player]
+            parameters = [p for parameters in mine for p in parameters.values()]
             name = f"{player}_gradient_norm" if player else "gradient_norm"
-            parameters = itertools.chain.from_iterable(mine)
             norms[name] = self.team.clip_gradients(parameters, self.config.clip_norm)
         return norms
 
@@ -259,10 +258,10 @@ class _Run:
         if name := self.team.find_not_finite(self.parameters):
             raise self._diverged(f"{name} is no longer finite after step {step}")
         tensors = {f"average/{n}": t for n, t in self.average.items()}
-        tensors |= {f"parameter/{n}": t for n, t in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam/{key}/{name}"] = value
+            tensors[f"parameter/{name}"] = parameter
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam/{key}/{name}": value for key, value in state.items()}
         checkpoint = Checkpoint(step=step, tensors=tensors, state=self.task.state())
         write_checkpoint(self.folder, checkpoint, self.team)
         self.num_saved = step
@@ -275,8 +274,7 @@ class _Run:
 
     def resume(self) -> int:
         """Take the checkpoint's state, drop later metrics; return the number of finished steps."""
-        path = find_checkpoint(self.folder)
-        if path is None:
+        if (path := find_checkpoint(self.folder)) is None:
             if self.team.is_first:
                 self.metrics_path.unlink(missing_ok=True)
             return 0

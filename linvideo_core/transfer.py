@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import artifact
+from . import artifact, parallel
 from .comparison import (
     EVALUATION_NAME,
     compare_artifact,
@@ -33,6 +33,7 @@ from .sensitivity import RANKING_NAME
 from .student import Student
 from .subject import load_subject
 from .tables import show_table
+from .team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: TransferConfig, progress: Progress = silent) -> Path:
+def run(config: TransferConfig, progress: Progress = silent, team: Team = ALONE) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
+
+    team: the processes that train together; what follows on training is the first one's alone.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
@@ -107,14 +110,18 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
         if is_evaluated(config.evidence, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return path
-    device = resolve_device(config.device)
+    team.check_batch(config.training.batch_size)
+    device = team.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     subject = load_subject(config.subject).to(device)
     if not is_made:
         student = Student(subject, config.student, seed=config.seed)
         check_layers(config.selection, list(student.mixed))
-        open_run(config.out, config, ignore=_FREE_FIELDS)
-        linearize(student, subject, config, precision, progress)
+        with team.in_turn():
+            open_run(config.out, config, ignore=_FREE_FIELDS)
+        linearize(student, subject, config, precision, progress, team=team)
+    if not team.disband():
+        return path
     made = artifact.load(path)
     draw_training(config.out, made.header.layers, config.selection, config.training.steps)
     if not is_evaluated(config.evidence, config.out):
@@ -149,20 +156,24 @@ def summarize(config: TransferConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, run the transfer with progress bars, say what was made."""
-    config, is_dry_run = parse(
-        TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
-    )
+    team = parallel.assemble()
+    with team.in_turn():
+        config, is_dry_run = parse(
+            TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
+        )
     if is_dry_run:
-        sys.stdout.write(to_json(config))
+        sys.stdout.write(to_json(config) if team.is_first else "")
         return
     try:
-        with TqdmProgress() as progress:
-            run(config, progress)
+        with TqdmProgress(is_shown=team.is_first) as progress:
+            run(config, progress, team)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        if team.is_first:
+            sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
         sys.exit(130)
-    sys.stdout.write(f"\n{summarize(config)}")
+    if team.is_first:
+        sys.stdout.write(f"\n{summarize(config)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(parallel.together(main))

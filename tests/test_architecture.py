@@ -17,9 +17,10 @@ NODE_FILES = sorted((ROOT / "nodes").rglob("*.py"))
 ALLOWED = {
     "adapters": {"attention"},
     "attention": {"kernels", "config"},
+    "checkpoints": {"storage", "team"},
     "config": set(),
     "dmd2": {"flow"},
-    "few_step": {"flow"},
+    "few_step": {"flow", "team"},
     "fidelity": {"evaluation", "motion", "spectrum"},
     "flow": set(),
     "kernels": set(),
@@ -28,7 +29,8 @@ ALLOWED = {
     "models": {"attention", "flow", "kernels"},
     "health": set(),
     "motion": set(),
-    "objectives": {"flow", "config", "dmd2"},
+    "objectives": {"flow", "config", "dmd2", "team"},
+    "parallel": {"team", "units"},
     "progress": set(),
     "recipe": {"few_step", "flow"},
     "run_folder": {"config", "storage"},
@@ -41,12 +43,15 @@ ALLOWED = {
         "progress",
         "storage",
         "subject",
+        "team",
         "trajectories",
     },
     "spectrum": set(),
     "storage": set(),
+    "team": {"parallel"},
     "teacher_features": {"adapters", "attention", "flow", "models"},
-    "training": {"config", "progress", "storage"},
+    "training": {"checkpoints", "config", "progress", "run_folder", "team"},
+    "units": set(),
 }
 MAX_LINES = 320
 MAX_KERNEL_LINES = 500

@@ -34,7 +34,7 @@ class AnytimeDistributionMatching:
         """Return the loss; see `Objective`. The jump is guided, as in sampling; no gradient."""
         sigmas = self.sigmas.to(batch.latents.device)
         num_steps = len(sigmas) - 1
-        reached = draw_jump(batch.step, self.max_jump, 0, num_steps, generator)
+        reached = draw_jump(batch.step, self.max_jump, 0, num_steps, generator, batch.team)
         start, sigma = sigmas[batch.step], sigmas[reached]
         with torch.no_grad():
             jump = players.student_guided(batch.latents, start)
