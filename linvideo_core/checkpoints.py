@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from .parallel import load_shards, save_shards
 from .storage import write_json, write_tensors
 from .team import Team
 
@@ -55,10 +56,12 @@ def read_checkpoint(path: Path, like: Mapping[str, Tensor], team: Team) -> Check
         sizes = {name: (path / name).stat().st_size for name in _shards_in(path)}
         if found["shards"] != sizes:
             raise ValueError(f"it holds the shards {sizes} and was left with {found['shards']}")
-        return Checkpoint(step=found["step"], tensors=team.load(path, like), state=found["state"])
+        tensors = load_shards(path, like, is_alone=team.size == 1)
+        return Checkpoint(step=found["step"], tensors=tensors, state=found["state"])
     step, state = _read_file(path)
     if team.size > 1:
-        return Checkpoint(step=step, tensors=team.load(path.parent, like), state=state)
+        tensors = load_shards(path.parent, like, is_alone=False)
+        return Checkpoint(step=step, tensors=tensors, state=state)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     return Checkpoint(step=step, tensors=tensors, state=state)
@@ -80,7 +83,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, team: Team) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
     team.wait()
-    team.save(part, checkpoint.tensors)
+    save_shards(part, checkpoint.tensors)
     if team.is_first:
         shards = {name: (part / name).stat().st_size for name in _shards_in(part)}
         state = {"step": checkpoint.step, "state": checkpoint.state, "shards": shards}

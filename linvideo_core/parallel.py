@@ -192,19 +192,6 @@ class _Ranks(Team):
     def is_agreed(self, error: BaseException) -> bool:
         return isinstance(error, StoppedTogetherError)
 
-    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        # Each process's shards in a safetensors file: the usual form pickles its index.
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        try:
-            dcp.save({n: t.detach() for n, t in tensors.items()}, storage_writer=writer)
-        except dcp.CheckpointException as error:
-            raise OSError(_say(error, f"could not write {folder}")) from error
-
-    def load(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return load_shards(folder, like, is_alone=False)
-
     def disband(self) -> bool:
         self.wait()
         self.dist.destroy_process_group()
@@ -220,10 +207,32 @@ class _Ranks(Team):
             return False
 
 
-def load_shards(folder: Path, like: Mapping[str, Tensor], *, is_alone: bool) -> dict[str, Tensor]:
-    """Read a folder of safetensors shards; see `Team.load`. A process alone needs no team for it.
+def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into a folder, each process of the team its part, in a safetensors file.
 
-    Only safetensors and JSON are read: nothing that is unpickled.
+    DCP's usual form pickles its index; this one has none.
+
+    Raises OSError, in all processes, where one of them could not.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save({n: t.detach() for n, t in tensors.items()}, storage_writer=writer)
+    except dcp.CheckpointException as error:
+        raise OSError(_say(error, f"could not write {folder}")) from error
+
+
+def load_shards(folder: Path, like: Mapping[str, Tensor], *, is_alone: bool) -> dict[str, Tensor]:
+    """Read the safetensors files of a folder, which a team of any size or a process alone wrote.
+
+    like: tensors by the last part of a name, after its last slash; what is read becomes sharded as
+        they are, and is whole without one.
+    is_alone: no team is asked.
+
+    Nothing is unpickled.
+
+    Raises ValueError for shards that do not fit.
     """
     import torch.distributed.checkpoint as dcp
 

@@ -6,7 +6,6 @@ the same global batch is computed by 1 process and by many. `parallel` makes tea
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,24 +137,6 @@ class Team:
     def is_agreed(self, error: BaseException) -> bool:
         """Say whether all processes end by this error at the same place, and can still act."""
         return True
-
-    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors into a new folder, each process its part, without a name twice.
-
-        Raises OSError where one of them could not.
-        """
-        raise AssertionError("a process alone writes one file")
-
-    def load(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Read what a team of any size saved, into this one's parts.
-
-        like: tensors by the last part of a name, after its last slash, whose parts they have.
-
-        Raises ValueError for a folder that lacks something or does not fit.
-        """
-        from .parallel import load_shards
-
-        return load_shards(folder, like, is_alone=True)
 
     def disband(self) -> bool:
         """End the team once all its work is done; say whether this process is to go on alone."""

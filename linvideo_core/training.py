@@ -118,8 +118,8 @@ def fit(
     """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
 
     Leaves `metrics.jsonl` and a checkpoint in `folder`, and the averaged weights in the task's
-    parameters. Whatever stops it between, such as a `progress` that raises, finds the steps
-    finished until then in the checkpoint; of a team, where all stop after the same step.
+    parameters. Whatever stops it between, such as a `progress` that raises, finds the finished
+    steps in the checkpoint; of a team, where all stop after the same step.
 
     watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
     team: the processes that train together; the task draws for all and computes this one's share.
@@ -286,9 +286,8 @@ class _Run:
             raise ValueError(
                 f"{path} cannot be continued from ({error}); delete it to start this stage again"
             ) from error
-        step = checkpoint.step
+        step = self.num_finished = self.num_saved = checkpoint.step
         self._drop_metrics_from(step)
-        self.num_finished = self.num_saved = step
         if step < self.config.steps:
             logger.info("continuing from step %d of %d", step, self.config.steps)
         return step

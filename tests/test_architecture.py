@@ -17,7 +17,7 @@ NODE_FILES = sorted((ROOT / "nodes").rglob("*.py"))
 ALLOWED = {
     "adapters": {"attention"},
     "attention": {"kernels", "config"},
-    "checkpoints": {"storage", "team"},
+    "checkpoints": {"parallel", "storage", "team"},
     "config": set(),
     "dmd2": {"flow"},
     "few_step": {"flow", "team"},
@@ -48,7 +48,7 @@ ALLOWED = {
     },
     "spectrum": set(),
     "storage": set(),
-    "team": {"parallel"},
+    "team": set(),
     "teacher_features": {"adapters", "attention", "flow", "models"},
     "training": {"checkpoints", "config", "progress", "run_folder", "team"},
     "units": set(),
