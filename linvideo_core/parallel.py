@@ -53,6 +53,11 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
+        except SystemExit as error:
+            # A command line that was refused: what for is said already.
+            if error.code and _Ranks.present is not None:
+                _Ranks.present.fails_first()
+            raise
         except Exception as error:
             team = _Ranks.present
             if team is None:
@@ -176,6 +181,7 @@ class _Ranks(Team):
         def ask(number: int, frame: Any) -> None:
             self._is_asked_to_stop = True
 
+        self._is_asked_to_stop = False
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
