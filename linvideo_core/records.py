@@ -76,6 +76,55 @@ def write_record(
     return record
 
 
+def write_part(
+    path: Path,
+    part: str,
+    *,
+    title: str,
+    command: str,
+    rows: Sequence[Row],
+    device: torch.device | str,
+    details: Row | None = None,
+) -> dict[str, Any]:
+    """Write one command's rows of a record that several commands fill; the others' rows stay.
+
+    part: the value of `what` that all these rows have, and no row of another command.
+
+    `details` says of every part with which command, when and where it was measured, and holds its
+    `details`; the record's own command is all of them, one after another.
+
+    Returns the record.
+    Raises ValueError where the others were measured on another device: one table would mix them.
+    """
+    parts, others = {}, []
+    if path.is_file():
+        earlier = read_record(path)
+        parts = {k: v for k, v in earlier.get("details", {}).get("parts", {}).items() if k != part}
+        others = [row for row in earlier["rows"] if row.get("what") in parts]
+    device_name = describe_device(device)
+    for name, told in parts.items():
+        if told["device"] != device_name:
+            raise ValueError(
+                f"{path} has rows of {name} measured on {told['device']}, and this is "
+                f"{device_name}; write to another folder, or delete it and measure both here"
+            )
+    parts[part] = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name,
+        "versions": describe_versions(),
+        **(details or {}),
+    }
+    return write_record(
+        path,
+        title=title,
+        command=" && ".join(told["command"] for told in parts.values()),
+        rows=[*others, *rows],
+        device=device,
+        details={"parts": parts},
+    )
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record.
 

@@ -76,7 +76,7 @@ def transfer(
 def transfer_long(folder: Path, team: Team) -> None:
     """Transfer in many steps, with many checkpoints."""
     training = dataclasses.replace(
-        TRANSFER.training, steps=24, checkpoint_every=2, learning_rate=1e-4, map_learning_rate=1e-4
+        TRANSFER.training, steps=16, checkpoint_every=4, learning_rate=1e-4, map_learning_rate=1e-4
     )
     transfer(folder, team, config=dataclasses.replace(TRANSFER, training=training))
 
