@@ -12,6 +12,8 @@ The flow, and the one noun that each stage hands on:
     layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
+    team, parallel,     many processes, one run:
+    units, checkpoints  shares, shards, state on disk    -> the same student, sooner
     linearization       these stages, one after another
     artifact            save, load, check, apply         -> LINVIDEO file
     distillation, dmd2  generator, real and fake score   -> LINVIDEO file with sigmas
@@ -29,7 +31,7 @@ The flow, and the one noun that each stage hands on:
     preview             a training while it runs         -> what who waits sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`, `ablate`,
-`records`, `kernels.benchmark`, `demo.train`.
+`records`, `kernels.benchmark`, `scale.training`, `demo.train`.
 """
 
 __version__ = "0.1.0"

@@ -187,7 +187,7 @@ def test_torch_distributed_is_known_to_one_file() -> None:
     for path in [*CORE_FILES, *NODE_FILES]:
         if "torch.distributed" in path.read_text(encoding="utf-8"):
             found.add(str(path.relative_to(ROOT)))
-    assert found <= {"linvideo_core/parallel.py"}
+    assert found == {"linvideo_core/parallel.py"}
 
 
 def test_plots_are_drawn_in_one_room() -> None:
