@@ -5,10 +5,10 @@ a team. Models are written for one device; here their parameters are sharded fro
 PyTorch's FSDP2 (`fully_shard`), block by block, and checkpoints are PyTorch's DCP.
 
 The same global batch gives the same results on any number of processes up to the order of sums. In
-fp32, on the small models of the tests, metrics agree within 1e-4 and what training did to each tensor
-within 2e-3 of its norm (tests/test_parallel.py holds these numbers; measured: 3e-6 and 1e-3). Single
-elements can lie further apart: AdamW divides a gradient by its own size, so where a gradient is all
-rounding so is its step.
+fp32, on the small models of the tests, metrics agree within 1e-4 and what training did to each
+tensor within 2e-3 of its norm (tests/test_parallel.py holds these numbers). Single elements can lie
+further apart: AdamW divides a gradient by its own size, so where a gradient is all rounding so is
+its step.
 
 Teacher, student and critic may be twins around one copy of the frozen weights. FSDP2 gathers a
 parameter that several modules share once, if one unit owns them all: the blocks of one depth that
@@ -55,9 +55,10 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except SystemExit as error:
-            # A command line that was refused: what for is said already.
+            # A command line that was refused, or an interruption: what for is said already.
             if error.code and _Ranks.present is not None:
                 _Ranks.present.fails_first()
+            _leave(error.code or 0)
             raise
         except Exception as error:
             team = _Ranks.present
@@ -65,15 +66,29 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
                 raise
             if not team.fails_first():
                 # What others say of a failed process is its echo.
-                os._exit(1)
+                _leave(1)
             if _is_lost_process(error) and not sys.flags.dev_mode:
                 raise ValueError(
                     "another process of this run ended without a word; the same command continues "
                     "from the last checkpoint"
                 ) from error
             raise
+        _leave(0)
 
     return run
+
+
+def _leave(code: int) -> None:
+    """End a process that was in a team at once; return in one that was always alone.
+
+    Python's own end takes groups and meshes down in no order, and their threads may abort the
+    process, now and then; torchrun would then end the first one in the middle of its evaluation.
+    """
+    if _Ranks.has_assembled:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class StoppedTogetherError(KeyboardInterrupt):
@@ -84,6 +99,7 @@ class _Ranks(Team):
     """Processes that torchrun started, each with a device of its own."""
 
     present: "_Ranks | None" = None
+    has_assembled = False
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -101,7 +117,7 @@ class _Ranks(Team):
             world_size=self.size,
             timeout=_TIMEOUT,
         )
-        _Ranks.present = self
+        _Ranks.present, _Ranks.has_assembled = self, True
         self.device_type = "cpu"
         self._is_asked_to_stop = False
         if not self.is_first:
