@@ -316,6 +316,5 @@ def _say(error: Any, what: str) -> str:
 
 
 def _is_lost_process(error: Exception) -> bool:
-    text = str(error)
     words = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL")
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
