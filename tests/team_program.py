@@ -4,9 +4,11 @@ torchrun --nproc-per-node 2 tests/team_program.py FOLDER NAME,NAME,...
 """
 
 import dataclasses
+import json
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +18,10 @@ if __name__ == "__main__":
 import torch
 from conftest import LATENT_SHAPE, TEXT_DIM, make_wan
 from safetensors.torch import save_file
+from torch import nn
 
 from linvideo_core import artifact, distill, parallel
+from linvideo_core.adapters import blocks
 from linvideo_core.config import run_command
 from linvideo_core.distillation import DistillationConfig, make_student
 from linvideo_core.linearization import TransferConfig, linearize
@@ -25,7 +29,7 @@ from linvideo_core.objectives import ObjectiveConfig
 from linvideo_core.progress import Progress, silent
 from linvideo_core.selection import SelectionConfig
 from linvideo_core.sensitivity import SensitivityConfig
-from linvideo_core.student import Student, StudentConfig
+from linvideo_core.student import Student, StudentConfig, twin
 from linvideo_core.subject import Subject
 from linvideo_core.team import Team
 from linvideo_core.training import TrainingConfig
@@ -122,6 +126,32 @@ def distil_one_video_each(folder: Path, team: Team) -> None:
     distil(folder, team, batch_size=2)
 
 
+def share_one_copy(folder: Path, team: Team) -> None:
+    """Shard teacher, student and critic, and look at what a process holds of them."""
+    subject = make_subject()
+    student = Student(subject, StudentConfig(lora_rank=2), seed=0)
+    models = [subject.model, student.model, twin(subject.model)]
+    whole = count_values(models)
+    original = weakref.ref(subject.model.blocks[0].ffn[0].weight)
+    with team.sharded(models, [blocks(model, student.sites) for model in models]):
+        frozen = [model.blocks[0].ffn[0].weight for model in models]
+        assert frozen[0] is frozen[1] and frozen[0] is frozen[2]
+        assert original() is None
+        held = count_values(models)
+    again = [model.blocks[0].ffn[0].weight for model in models]
+    assert again[0] is again[1] and again[0] is again[2] and again[0].shape == (96, 128)
+    assert count_values(models) == whole
+    if team.is_first:
+        folder.mkdir()
+        (folder / "shares.json").write_text(json.dumps([whole, held]))
+
+
+def count_values(models: list[nn.Module]) -> int:
+    """Return how many values of the models' parameters this process holds, each counted once."""
+    parameters = {id(p): p for model in models for p in model.parameters()}
+    return sum(getattr(p, "_local_tensor", p).numel() for p in parameters.values())
+
+
 def make_file(subject: Subject) -> artifact.Artifact:
     student = Student(subject, StudentConfig(lora_rank=2), seed=3)
     for layer, module in student.mixed.items():
@@ -156,7 +186,7 @@ def stop_transfer(folder: Path, team: Team) -> None:
 SCENARIOS: dict[str, Callable[[Path, Team], None]] = {
     name: scenario
     for name, scenario in globals().items()
-    if name.startswith(("transfer", "distil_", "stop_transfer")) or name == "distil"
+    if name.startswith(("transfer", "distil_", "stop_transfer", "share_")) or name == "distil"
 }
 
 

@@ -73,7 +73,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teams")
     one, two = folder / "one", folder / "two"
     program.stop_transfer(two / "one_to_two", ALONE)
-    jobs = [*SCENARIOS, f"stop_transfer={one / 'two_to_one'}", "transfer=one_to_two"]
+    jobs = [
+        *SCENARIOS,
+        "share_one_copy",
+        f"stop_transfer={one / 'two_to_one'}",
+        "transfer=one_to_two",
+    ]
     finished = torchrun("tests/team_program.py", str(two), ",".join(jobs))
     assert finished.returncode == 0, finished.stderr
     for name in SCENARIOS:
@@ -140,6 +145,13 @@ def test_two_processes_sample_the_same_trajectories_bit_for_bit(folder: Path) ->
         one, two = (load_file(folder / team / name) for team in ("one", "two"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_roles_share_one_copy_of_the_frozen_weights_and_each_process_holds_its_part(
+    folder: Path,
+) -> None:
+    whole, held = json.loads((folder / "two" / "share_one_copy" / "shares.json").read_text())
+    assert 0.5 <= held / whole < 0.51
 
 
 def test_the_teacher_comes_out_of_the_shards_as_it_went_in(folder: Path) -> None:
