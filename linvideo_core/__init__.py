@@ -15,6 +15,8 @@ The flow, and the one noun that each stage hands on:
     objectives          velocity, adm, dmd               -> the loss at any noise level
     training            fit(): step, log, checkpoint     -> trained student
     checkpoint_files    the last one from before a fault -> what is kept
+    team, parallel,     many processes, one run:
+    units, checkpoints  shares, shards, state on disk    -> the same student, sooner
     linearization       these stages, one after another
     two_experts         the same for each of Wan 2.2's   -> two students
     artifact            save, load, check, apply         -> LINVIDEO file
@@ -42,7 +44,7 @@ The flow, and the one noun that each stage hands on:
     preview             a training while it runs         -> what who waits sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`, `ablate`,
-`evidence_report`, `benchmark`, `records`, `kernels.benchmark`, `demo.train`.
+`evidence_report`, `benchmark`, `scale.training`, `records`, `kernels.benchmark`, `demo.train`.
 """
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from .ablation_results import Row
 from .ablations import Run
 from .adapters import identify, shapes_of
 from .bench import Bench
-from .checkpoint_files import CHECKPOINT_NAME
+from .checkpoints import CHECKPOINT_NAME
 from .config import override
 from .devices import resolve_device, resolve_precision
 from .evidence import compare_config

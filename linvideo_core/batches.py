@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .objectives import Batch
 from .subject import Subject
+from .team import ALONE, Team
 from .trajectories import Trajectories
 
 
@@ -30,21 +31,24 @@ def draw_batch(
     batch_size: int,
     prompt_dropout: float,
     generator: torch.Generator,
+    team: Team = ALONE,
 ) -> PromptedBatch:
     """Draw stored states and assign a share `prompt_dropout` of them to the unconditional branch.
+
+    batch_size: of the whole team, whose every process draws all and keeps its share.
 
     Sampling calls both branches, so both are trained: guidance multiplies the error of either.
     """
     device = subject.prompt_embeds.device
-    states = trajectories.draw(batch_size, generator, device)
-    is_dropped = (torch.rand(batch_size, generator=generator) < prompt_dropout).to(device)
+    states = trajectories.draw(batch_size, generator, device, team)
+    is_dropped = team.share(torch.rand(batch_size, generator=generator) < prompt_dropout).to(device)
     prompt_embeds = subject.prompt_embeds[states.prompt]
     negative_embeds = subject.negative_embeds.expand_as(prompt_embeds)
     velocity = torch.where(
         is_dropped.view(-1, 1, 1, 1, 1), states.unconditional, states.conditional
     )
     return PromptedBatch(
-        batch=Batch(latents=states.latents, velocity=velocity, step=states.step),
+        batch=Batch(latents=states.latents, velocity=velocity, step=states.step, team=team),
         branch_embeds=torch.where(is_dropped.view(-1, 1, 1), negative_embeds, prompt_embeds),
         prompt_embeds=prompt_embeds,
         negative_embeds=negative_embeds,

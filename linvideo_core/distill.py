@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from . import __version__, report
+from . import __version__, parallel, report
 from . import artifact as artifact_files
-from .adapters import shapes_of
+from .adapters import blocks, shapes_of
 from .artifact import Artifact
 from .comparison import (
     EVALUATION_NAME,
@@ -51,9 +51,10 @@ from .student import Student, accelerated
 from .subject import Subject, SubjectConfig, load_subject, open_subject
 from .tables import show_table
 from .teacher_videos import Endings, measure_likeness
+from .team import ALONE, Team
 from .training import TrainingConfig, fit
 from .trajectories import Trajectories, TrajectoryConfig, collect
-from .warm_start import WarmStart, WarmStartConfig
+from .warm_start import WarmStartConfig, fit_feature_maps
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: DistillConfig, progress: Progress = silent) -> Path:
+def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
+
+    team: the processes that train together; what follows on training is the first one's alone.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input, or when training goes
     wrong; its last good checkpoint is kept.
@@ -146,21 +149,24 @@ def run(config: DistillConfig, progress: Progress = silent) -> Path:
         if is_evaluated(config.evidence, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return path
-    device = resolve_device(config.device)
+    team.check_batch(config.training.batch_size)
+    device = team.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     first = load_first_stage(config.artifact)
     check_run(config.out, config, ignore=_FREE_FIELDS)
     draft = open_subject(config.subject)
     if draft is not None:
         check_distillation(draft, config, first, config.distillation, device, precision)
-    subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
+    with team.in_turn():
+        subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     artifact_files.check(first, shapes_of(subject.model))
     if not is_made:
         student = make_student(subject, first, config.distillation, seed=config.seed)
-        open_run(config.out, config, ignore=_FREE_FIELDS)
+        with team.in_turn():
+            open_run(config.out, config, ignore=_FREE_FIELDS)
         artifact_files.warn_of_other_weights(first, subject.model, student.sites)
-        distill(student, subject, first, config, precision, progress)
-    if not is_evaluated(config.evidence, config.out):
+        distill(student, subject, first, config, precision, progress, team)
+    if team.disband() and not is_evaluated(config.evidence, config.out):
         logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         made = artifact_files.load(path)
         settings = compare_config(config.evidence, config.trajectories)
@@ -183,6 +189,7 @@ def distill(
     config: DistillConfig,
     precision: str,
     progress: Progress,
+    team: Team = ALONE,
 ) -> None:
     """Sample the teacher, train the student for few steps, save the artifact in `config.out`."""
     device = subject.prompt_embeds.device
@@ -194,9 +201,23 @@ def distill(
         seed=config.seed,
         precision=precision,
         progress=progress,
+        team=team,
     )
     if config.single_stage:
-        warm_start(student, subject, trajectories, config, precision, progress)
+        fit_feature_maps(
+            student.model,
+            student.mixed,
+            subject,
+            trajectories,
+            config.warm_start,
+            config.training,
+            config.out / "warm_start",
+            prompt_dropout=0.0,
+            precision=precision,
+            seed=config.seed,
+            progress=progress,
+            team=team,
+        )
     else:
         start_from(student, first)
     task = DistillationTask(
@@ -209,10 +230,18 @@ def distill(
         precision=precision,
         seed=config.seed,
         endings=endings_of(trajectories, config),
+        team=team,
     )
     folder = config.out / "training"
-    with accelerated([student.model, subject.model, task.critic], student, config.training):
-        fit(task, config.training, folder, seed=config.seed, progress=progress, watch=Health())
+    depths = [blocks(model, student.sites) for model in task.models]
+    told = {"progress": progress, "watch": Health()}
+    with (
+        accelerated(task.models, student, config.training, team),
+        team.sharded(task.models, depths),
+    ):
+        fit(task, config.training, folder, seed=config.seed, team=team, **told)
+    if not team.is_first:
+        return
     report.plot_losses(read_metrics(folder / "metrics.jsonl"), config.out / "losses.png")
     made = artifact_files.extract(
         student.model,
@@ -232,33 +261,6 @@ def endings_of(trajectories: Trajectories, config: DistillConfig) -> Endings | N
         return None
     *_, last, _ = make_sigmas(config.distillation.num_steps, config.trajectories.shift)
     return Endings(trajectories, float(last))
-
-
-def warm_start(
-    student: Student,
-    subject: Subject,
-    trajectories: Trajectories,
-    config: DistillConfig,
-    precision: str,
-    progress: Progress,
-) -> None:
-    """Fit the feature maps to the teacher's softmax: all that a single stage starts from."""
-    settings = config.warm_start
-    if not settings.warm_start_steps:
-        return
-    task = WarmStart(
-        student.model,
-        student.mixed,
-        subject,
-        trajectories,
-        batch_size=config.training.batch_size,
-        prompt_dropout=0.0,
-        learning_rate=settings.warm_start_learning_rate,
-        precision=precision,
-    )
-    training = dataclasses.replace(config.training, steps=settings.warm_start_steps, accumulation=1)
-    folder = config.out / "warm_start"
-    fit(task, training, folder, seed=config.seed, stage="warm start", progress=progress)
 
 
 def provenance(config: DistillConfig, subject: Subject, first: Artifact) -> dict[str, Any]:
@@ -296,20 +298,24 @@ def summarize(config: DistillConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, distil with progress bars, say what was made."""
-    config, is_dry_run = parse(
-        DistillConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
-    )
+    team = parallel.assemble()
+    with team.in_turn():
+        config, is_dry_run = parse(
+            DistillConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
+        )
     if is_dry_run:
-        sys.stdout.write(to_json(config))
+        sys.stdout.write(to_json(config) if team.is_first else "")
         return
     try:
-        with TqdmProgress() as progress:
-            run(config, progress)
+        with TqdmProgress(is_shown=team.is_first) as progress:
+            run(config, progress, team)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        if team.is_first:
+            sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
         sys.exit(130)
-    sys.stdout.write(f"\n{summarize(config)}")
+    if team.is_first:
+        sys.stdout.write(f"\n{summarize(config)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(parallel.together(main))

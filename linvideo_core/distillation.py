@@ -24,6 +24,7 @@ from .models.denoiser import bind, bind_guided
 from .student import Student, StudentConfig, twin
 from .subject import Subject
 from .teacher_videos import Endings, Likeness
+from .team import ALONE, Team
 from .training import ParameterGroup, TrainingConfig
 from .warm_start import feature_maps
 
@@ -132,6 +133,7 @@ class DistillationTask:
         precision: str,
         seed: int,
         endings: Endings | None = None,
+        team: Team = ALONE,
     ) -> None:
         """likeness: how the teacher's videos are, to log what the student's have of it.
 
@@ -145,24 +147,31 @@ class DistillationTask:
         self.training = training
         self.shift = shift
         self.precision = precision
+        self.team = team
         self.sigmas = make_sigmas(config.num_steps, shift)
-        self.critic, self.critic_weights = self._make_critic(seed)
+        self.critic, self._critic_names = self._make_critic(seed)
         if training.activation_checkpointing:
             for model in (student.model, self.critic):
                 checkpoint_activations(model, student.sites)
 
-    def _make_critic(self, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    def _make_critic(self, seed: int) -> tuple[nn.Module, list[str]]:
         if self.config.train == "full":
             critic = copy.deepcopy(self.subject.model).float().requires_grad_(True)
-            return critic, {f"critic.{name}": p for name, p in critic.named_parameters()}
+            return critic, [name for name, _ in critic.named_parameters()]
         critic = twin(self.subject.model)
         prefix, rank = self.student.family.trainable_prefix, self.student.config.lora_rank
         changes = lora.attach(critic, prefix, rank, seed + 1)
-        return critic, {
-            f"critic.{name}.lora.{side}": parameter
-            for name, change in changes.items()
-            for side, parameter in change.named_parameters()
-        }
+        return critic, [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
+
+    @property
+    def critic_weights(self) -> dict[str, nn.Parameter]:
+        """The critic's trainable weights by name, as they are now; see `Student.weights`."""
+        return {f"critic.{name}": self.critic.get_parameter(name) for name in self._critic_names}
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """All models that a step calls."""
+        return [self.subject.model, self.student.model, self.critic]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the student's weights and feature maps, then the critic's weights."""
@@ -189,8 +198,11 @@ class DistillationTask:
         else:
             with torch.no_grad():
                 x0 = self._predict(latents, sigma, prompt_embeds)
-        sigma = dmd2.draw_score_sigma(len(x0), self.shift, on_device)
-        noise = torch.randn(x0.shape, generator=on_device, device=x0.device)
+        draw, shape = self.team.draw, x0.shape[1:]
+        sigma = draw(len(x0), lambda n: dmd2.draw_score_sigma(n, self.shift, on_device))
+        noise = draw(
+            len(x0), lambda n: torch.randn(n, *shape, generator=on_device, device=x0.device)
+        )
         noisy = add_noise(x0.detach(), noise, sigma)
         fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, sigma)
         critic_loss = dmd2.critic_loss(fake_velocity, x0, noise)
@@ -209,12 +221,13 @@ class DistillationTask:
     def _arrive(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
         """Take random prompts to where the student is called last, each at its own exit.
 
-        Returns latents [B, C, F, H, W], prompts [B, S, T], exits [B], a generator on the device.
+        Returns latents [B, C, F, H, W], prompts [B, S, T], exits [B], a generator on the device: of
+        a team, this process's share of them.
         """
         device = self.subject.prompt_embeds.device
         B = self.training.batch_size
         prompt = torch.randint(len(self.subject.prompts), (B,), generator=generator)
-        prompt_embeds = self.subject.prompt_embeds[prompt.to(device)]
+        prompt_embeds = self.subject.prompt_embeds[self.team.share(prompt).to(device)]
         exits = draw_exits(B, self.config.num_steps, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
@@ -222,12 +235,13 @@ class DistillationTask:
         noise = torch.randn(B, *self.subject.latent_shape, generator=on_device, device=device)
         latents = simulate_backward(
             lambda count: self._bind(self.student.model, prompt_embeds[:count]),
-            noise,
+            self.team.share(noise),
             self.sigmas,
             exits,
             generator=on_device,
+            team=self.team,
         )
-        return latents, prompt_embeds, exits, on_device
+        return latents, prompt_embeds, self.team.share(exits), on_device
 
     def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
@@ -242,7 +256,7 @@ class DistillationTask:
         """
         B, losses = len(latents), {}
         if self.endings is not None:
-            states, levels, wanted = self.endings.draw(B, generator, latents.device)
+            states, levels, wanted = self.endings.draw(B, generator, latents.device, self.team)
             latents, sigma = torch.cat([latents, states.latents]), torch.cat([sigma, levels])
             prompt_embeds = torch.cat([prompt_embeds, self.subject.prompt_embeds[states.prompt]])
         predicted = self._predict(latents, sigma, prompt_embeds)
@@ -250,15 +264,15 @@ class DistillationTask:
         if self.endings is not None:
             losses["regression"] = dmd2.regression_loss(predicted[B:], wanted)
         if self.config.motion_weight:
-            losses["motion"] = self.likeness.motion_ratio(x0).log().square()
+            losses["motion"] = self.likeness.motion_ratio(x0, self.team).log().square()
         return x0, losses
 
     def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
         """Return what of the teacher's variety all x0 have, and of its motion the last step's."""
         count = int((exits == self.config.num_steps - 1).sum())
         return {
-            "spread_ratio": self.likeness.spread_ratio(x0),
-            "motion_ratio": self.likeness.motion_ratio(x0[:count]),
+            "spread_ratio": self.likeness.spread_ratio(x0, self.team),
+            "motion_ratio": self.likeness.motion_ratio(x0[:count], self.team),
         }
 
     def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> Any:

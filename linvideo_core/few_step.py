@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .flow import VelocityFn, add_noise, velocity_to_x0
+from .team import ALONE, Team
 
 
 @torch.no_grad()
@@ -57,6 +58,7 @@ def draw_exits(num_samples: int, num_steps: int, generator: torch.Generator) -> 
     return exits.sort(descending=True).values
 
 
+@torch.no_grad()
 def simulate_backward(
     velocity_of: Callable[[int], VelocityFn],
     noise: Tensor,
@@ -64,21 +66,31 @@ def simulate_backward(
     exits: Tensor,
     *,
     generator: torch.Generator,
+    team: Team = ALONE,
 ) -> Tensor:
     """Take each sample to where `sample_few_step` calls the model for the step of its exit.
 
     What a generator is trained on is then what it meets in sampling (DMD2's backward simulation).
 
     velocity_of: number n -> the velocity function of the first n samples.
-    noise: [B, C, F, H, W]; exits: [B] int64 on the CPU, falling.
+    noise: [B, C, F, H, W], this process's share.
+    exits: of the whole batch, [B] int64 on the CPU, falling.
     generator: as in `sample_few_step`.
 
     Returns latents [B, C, F, H, W] at `sigmas[exits]`; without a gradient.
     """
     latents = noise.clone()
     for i in range(int(exits[0])):
-        count = int((exits > i).sum())
-        latents[:count] = sample_few_step(
-            velocity_of(count), latents[:count], sigmas[i : i + 2], generator=generator
+        is_left = exits > i
+        count, num_left = int(team.share(is_left).sum()), int(is_left.sum())
+        # Sharded models are called by all processes alike: one with no sample left calls along.
+        calling = max(count, 1)
+        sigma, sigma_next = (s.to(noise.device).expand(calling) for s in sigmas[i : i + 2])
+        velocity = velocity_of(calling)(latents[:calling], sigma)
+        x0 = velocity_to_x0(latents[:calling], velocity, sigma)
+        fresh = torch.randn(
+            (num_left, *x0.shape[1:]), generator=generator, device=generator.device, dtype=x0.dtype
         )
+        fresh = team.share(fresh).to(x0.device)
+        latents[:count] = add_noise(x0[:count], fresh, sigma_next[:count])
     return latents

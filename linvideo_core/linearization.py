@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__, artifact
+from .adapters import blocks
 from .config import option
 from .devices import device_option, precision_option
 from .evidence import EvidenceConfig
@@ -23,9 +24,10 @@ from .selection import SelectionConfig, choose_layers
 from .sensitivity import RANKING_NAME, SensitivityConfig, measure, rank
 from .student import Student, StudentConfig, TransferTask, accelerated
 from .subject import Subject, SubjectConfig
+from .team import ALONE, Team
 from .training import TrainingConfig, fit
 from .trajectories import Trajectories, TrajectoryConfig, collect
-from .warm_start import WarmStart, WarmStartConfig
+from .warm_start import WarmStartConfig, fit_feature_maps
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +68,12 @@ def linearize(
     precision: str,
     progress: Progress,
     trajectories: Trajectories | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Sample the teacher, train its student, save the artifact in `config.out`.
 
     trajectories: the teacher's, where several runs share them; none: sampled into `config.out`.
+    team: the processes that do it together, each with a subject and a student of its own.
     """
     device = subject.prompt_embeds.device
     logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
@@ -81,8 +85,11 @@ def linearize(
             seed=config.seed,
             precision=precision,
             progress=progress,
+            team=team,
         )
-    train(student, subject, trajectories, config, precision, progress)
+    train(student, subject, trajectories, config, precision, progress, team)
+    if not team.is_first:
+        return
     made = artifact.extract(
         student.model,
         subject.model,
@@ -101,25 +108,24 @@ def train(
     config: TransferConfig,
     precision: str,
     progress: Progress,
+    team: Team = ALONE,
 ) -> None:
     """Warm-start the feature maps, then select layers, before or while the student trains."""
-    if config.warm_start.warm_start_steps:
-        warm_start = WarmStart(
-            student.model,
-            student.mixed,
-            subject,
-            trajectories,
-            batch_size=config.training.batch_size,
-            prompt_dropout=config.objective.prompt_dropout,
-            learning_rate=config.warm_start.warm_start_learning_rate,
-            precision=precision,
-        )
-        settings = dataclasses.replace(
-            config.training, steps=config.warm_start.warm_start_steps, accumulation=1
-        )
-        folder = config.out / WARM_START_NAME
-        fit(warm_start, settings, folder, seed=config.seed, stage="warm start", progress=progress)
-    ranking = rank_layers(student, subject, trajectories, config, precision, progress)
+    fit_feature_maps(
+        student.model,
+        student.mixed,
+        subject,
+        trajectories,
+        config.warm_start,
+        config.training,
+        config.out / WARM_START_NAME,
+        prompt_dropout=config.objective.prompt_dropout,
+        precision=precision,
+        seed=config.seed,
+        progress=progress,
+        team=team,
+    )
+    ranking = rank_layers(student, subject, trajectories, config, precision, progress, team)
     task = TransferTask(
         student,
         subject,
@@ -130,10 +136,15 @@ def train(
         precision=precision,
         layers=choose_layers(config.selection, list(student.mixed), config.seed, ranking),
         ranking=ranking,
+        team=team,
     )
-    models = [student.model, subject.model, *([task.critic] if task.critic else [])]
-    with accelerated(models, student, config.training):
-        fit(task, config.training, config.out / "training", seed=config.seed, progress=progress)
+    folder = config.out / "training"
+    depths = [blocks(model, student.sites) for model in task.models]
+    with (
+        accelerated(task.models, student, config.training, team),
+        team.sharded(task.models, depths),
+    ):
+        fit(task, config.training, folder, seed=config.seed, progress=progress, team=team)
 
 
 def rank_layers(
@@ -143,6 +154,7 @@ def rank_layers(
     config: TransferConfig,
     precision: str,
     progress: Progress,
+    team: Team = ALONE,
 ) -> list[int] | None:
     """Return the layers from the least to the most sensitive; None where nothing asks for it.
 
@@ -160,6 +172,7 @@ def rank_layers(
         batch_size=config.training.batch_size,
         precision=precision,
         progress=progress,
+        team=team,
     )
     return rank(errors, config.sensitivity)
 

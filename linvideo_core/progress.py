@@ -20,7 +20,9 @@ def silent(stage: str, done: int, total: int, **metrics: float) -> None:
 class TqdmProgress(contextlib.AbstractContextManager):
     """A terminal bar for each stage, with rate, time left and metrics; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_shown: bool = True) -> None:
+        """is_shown: False draws nothing, as one of many processes that do the same should."""
+        self._is_shown = is_shown
         self._bar: tqdm | None = None
         self._stage = ""
 
@@ -29,6 +31,8 @@ class TqdmProgress(contextlib.AbstractContextManager):
 
         Saying more than once that a stage is done draws it once.
         """
+        if not self._is_shown:
+            return
         is_closed = self._bar is None and stage == self._stage
         if is_closed and done >= total:
             return

@@ -60,6 +60,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def read_whole_rows(path: Path, *, before: int) -> list[str]:
+    """Return the lines of a metrics.jsonl, if there is one, up to a step; none cut short."""
+    if not path.exists():
+        return []
+    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < before]
+
+
 def _defaults(config: Any) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

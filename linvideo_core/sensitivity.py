@@ -26,6 +26,7 @@ from .models.denoiser import bind
 from .progress import Progress, silent
 from .storage import write_json
 from .subject import Subject
+from .team import ALONE, Team
 from .trajectories import Trajectories
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def measure(
     batch_size: int,
     precision: str,
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> dict[int, float]:
     """Return the velocity error of every layer, written to `path` one by one.
 
@@ -68,8 +70,9 @@ def measure(
     Raises ValueError where a velocity is not finite.
     """
     num_states = config.sensitivity_videos * trajectories.states_per_trajectory
-    batches = torch.arange(min(num_states, len(trajectories))).split(batch_size)
-    measured = {"measure": config.sensitivity, "states": sum(map(len, batches))}
+    picks = torch.arange(min(num_states, len(trajectories)))
+    measured = {"measure": config.sensitivity, "states": len(picks)}
+    batches = team.share(picks).split(batch_size // team.size)
     errors = {layer: error for layer, error in _read(path, measured).items() if layer in mixed}
     alone, rest = ("linear", "softmax")[:: 1 if config.sensitivity == "replace-one" else -1]
     with _choices_kept(mixed):
@@ -79,7 +82,9 @@ def measure(
                 continue
             for other, module in mixed.items():
                 module.harden(alone if other == layer else rest)
-            error = mean_velocity_error(model, subject, trajectories, batches, precision=precision)
+            error = mean_velocity_error(
+                model, subject, trajectories, batches, precision=precision, team=team
+            )
             if not math.isfinite(error):
                 raise ValueError(
                     f"the velocity error of layer {layer} alone is {error}; choose the layers by "
@@ -88,7 +93,8 @@ def measure(
             errors[layer] = error
             is_done = len(errors) == len(mixed)
             ranking = rank(errors, config) if is_done else None
-            write_json(path, {**measured, "ranking": ranking, "errors": errors})
+            if team.is_first:
+                write_json(path, {**measured, "ranking": ranking, "errors": errors})
             progress(STAGE, len(errors), len(mixed))
     return errors
 
@@ -130,13 +136,15 @@ def mean_velocity_error(
     batches: Sequence[Tensor],
     *,
     precision: str,
+    team: Team = ALONE,
 ) -> float:
     """Return the mean of |u - v| / |v| over states and both guidance branches.
 
-    batches: numbers of stored states, as `Trajectories.take` takes them.
+    batches: numbers of stored states, as `Trajectories.take` takes them; of a team, those of this
+        process, and the mean is over all.
     """
     device = subject.prompt_embeds.device
-    errors: list[Tensor] = []
+    errors: list[Tensor] = [torch.empty(0, dtype=torch.float64, device=device)]
     for picks in batches:
         states = trajectories.take(picks, device)
         sigma = trajectories.sigmas.to(device)[states.step]
@@ -148,7 +156,8 @@ def mean_velocity_error(
         ):
             velocity = bind(model, embeds, precision=precision)(states.latents, sigma)
             errors.append(velocity_error(velocity, reference)[0].double())
-    return torch.cat(errors).mean().item()
+    found = torch.cat(errors)
+    return team.mean(found.mean(), weight=len(found)).item()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .checkpoint_files import CHECKPOINT_NAME
+from .checkpoints import CHECKPOINT_NAME
 from .linearization import WARM_START_NAME, TransferConfig
 from .storage import replacing
 

@@ -28,6 +28,7 @@ from .objectives import ObjectiveConfig, Players, make_objective, needs_critic
 from .replay import replayed
 from .selection import Selection, SelectionConfig
 from .subject import Subject
+from .team import ALONE, Team
 from .training import ParameterGroup, TrainingConfig
 from .trajectories import Trajectories
 from .warm_start import feature_maps
@@ -53,7 +54,7 @@ class Student:
 
     model: modules of its own around the teacher's frozen tensors, of which only one copy is in
         memory; all weights are copies, in fp32, where `full` trains them.
-    mixed: layer -> its mixed attention; weights: the trainable weights by name.
+    mixed: layer -> its mixed attention.
     """
 
     def __init__(self, subject: Subject, config: StudentConfig, *, seed: int) -> None:
@@ -71,28 +72,29 @@ class Student:
             linear.init_weights(generator)
             return MixedAttention(linear, 1.0).to(device)
 
-        self.weights = self._free_weights(seed)
+        self._weight_names = self._free_weights(seed)
         install(self.model, self.sites, mix)
         self.mixed: dict[int, MixedAttention] = {
             site.layer: self.model.get_submodule(site.name).attention for site in self.sites
         }
 
-    def _free_weights(self, seed: int) -> dict[str, nn.Parameter]:
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The trainable weights by name, as they are now: sharding puts others in their place."""
+        return {name: self.model.get_parameter(name) for name in self._weight_names}
+
+    def _free_weights(self, seed: int) -> list[str]:
         self.model.requires_grad_(False)
         if self.config.parameters == "feature_maps":
-            return {}
+            return []
         if self.config.parameters == "lora":
             prefix = self.family.trainable_prefix
             changes = lora.attach(self.model, prefix, self.config.lora_rank, seed)
-            return {
-                f"{name}.lora.{side}": getattr(change, side)
-                for name, change in changes.items()
-                for side in ("down", "up")
-            }
+            return [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
         weights = trainable_weights(self.model, self.family, self.sites)
         for parameter in weights.values():
             parameter.requires_grad_(True)
-        return weights
+        return list(weights)
 
     def choices(self) -> tuple[str | None, ...]:
         """Return what each layer computes: "linear", "softmax", or None while it mixes both."""
@@ -107,9 +109,17 @@ def twin(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def accelerated(
-    models: Sequence[nn.Module], student: Student, config: TrainingConfig
+    models: Sequence[nn.Module], student: Student, config: TrainingConfig, team: Team = ALONE
 ) -> Iterator[None]:
-    """Compile or replay a training's models, as its settings ask, while the context lasts."""
+    """Compile or replay a training's models, as its settings ask, while the context lasts.
+
+    Raises ValueError for a team's models that are to be replayed.
+    """
+    if config.cuda_graphs and team.size > 1:
+        raise ValueError(
+            f"--cuda-graphs was given to {team.size} processes; graphs hold no messages between "
+            "them: leave it out"
+        )
     with contextlib.ExitStack() as stack:
         if config.compile:
             stack.enter_context(compiled_blocks(models, student.sites))
@@ -137,6 +147,7 @@ class TransferTask:
         precision: str,
         layers: Sequence[int] | None = None,
         ranking: Sequence[int] | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.student = student
         self.subject = subject
@@ -146,12 +157,19 @@ class TransferTask:
         self.objective_config = objective
         self.training = training
         self.precision = precision
+        self.team = team
         self.objective = make_objective(objective, trajectories.sigmas, training.steps)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
             self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)
         if training.activation_checkpointing:
             checkpoint_activations(student.model, student.sites)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """All models that a step calls."""
+        critic = [self.critic] if self.critic is not None else []
+        return [self.subject.model, self.student.model, *critic]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return weights, feature maps, layer scores if learned, and the critic if there is one."""
@@ -174,6 +192,7 @@ class TransferTask:
             self.training.batch_size,
             self.objective_config.prompt_dropout,
             generator,
+            self.team,
         )
         players = self._players(drawn, slice(None))
         objective_loss, metrics = self.objective(drawn.batch, players, step, generator)

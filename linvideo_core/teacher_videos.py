@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .flow import guide, velocity_to_x0
+from .team import ALONE, Team
 from .trajectories import States, Trajectories
 
 
@@ -20,13 +21,21 @@ class Likeness:
     spread: float
     motion: float
 
-    def spread_ratio(self, x0: Tensor) -> Tensor:
-        """Return the variety of x0 [B, C, F, H, W], B > 1, as a share of the teacher's."""
-        return _spread(x0) / self.spread
+    def spread_ratio(self, x0: Tensor, team: Team = ALONE) -> Tensor:
+        """Return the variety of the team's x0 [B, C, F, H, W], B > 1, as a share of the teacher's.
 
-    def motion_ratio(self, x0: Tensor) -> Tensor:
-        """Return the motion of x0 [B, C, F, H, W] as a share of the teacher's; 1 for stills."""
-        return _motion(x0) / self.motion if self.motion else torch.ones((), device=x0.device)
+        No gradient is right where the team is of many.
+        """
+        return _spread(x0, team) / self.spread
+
+    def motion_ratio(self, x0: Tensor, team: Team = ALONE) -> Tensor:
+        """Return the motion of the team's x0 [B, C, F, H, W] as a share of the teacher's.
+
+        1 for stills. A process of many may have none: B = 0.
+        """
+        if not self.motion:
+            return torch.ones((), device=x0.device)
+        return team.mean(_motion(x0), weight=len(x0)) / self.motion
 
 
 class Endings:
@@ -50,11 +59,20 @@ class Endings:
             )
 
     def draw(
-        self, num_samples: int, generator: torch.Generator, device: torch.device | str
+        self,
+        num_samples: int,
+        generator: torch.Generator,
+        device: torch.device | str,
+        team: Team = ALONE,
     ) -> tuple[States, Tensor, Tensor]:
-        """Return states, their noise levels [B], and the videos x0 [B, C, F, H, W]."""
-        drawn = torch.randint(len(self.picks), (num_samples,), generator=generator)
-        picks = self.picks[drawn]
+        """Return states, their noise levels [B], and the videos x0 [B, C, F, H, W].
+
+        team: of whose draw this process keeps `num_samples`.
+        """
+        picks = team.draw(
+            num_samples,
+            lambda n: self.picks[torch.randint(len(self.picks), (n,), generator=generator)],
+        )
         states = self.trajectories.take(picks, device)
         sigma = self.trajectories.sigmas.to(device)[states.step]
         return states, sigma, end_of(self.trajectories, picks, device)
@@ -84,8 +102,8 @@ def guided_x0(trajectories: Trajectories, states: States) -> Tensor:
     return velocity_to_x0(states.latents, velocity, sigma)
 
 
-def _spread(x: Tensor) -> Tensor:
-    return x.float().std(dim=0).mean()
+def _spread(x: Tensor, team: Team = ALONE) -> Tensor:
+    return team.std(x.float()).mean()
 
 
 def _motion(x: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """fit(): accumulate, clip, step, average, log, checkpoint, resume. Knows nothing of attention.
 
 Every random draw of a step comes from a generator seeded by (seed, step), so an interrupted run
-that is started again ends in the same weights as an unbroken one.
+that is started again ends in the same weights as an unbroken one. Of what is drawn for the whole
+batch each process of a team takes its share; gradients and metrics are means over all of them.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import math
@@ -19,8 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .checkpoint_files import CheckpointFiles, Watch
+from .checkpoints import Checkpoint
 from .config import fraction, option, positive
 from .progress import Progress, silent
+from .run_folder import read_whole_rows
+from .team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class TrainingConfig:
     """The optimiser's settings, and how often progress is written down."""
 
     steps: int = option(300, "optimiser steps")
-    batch_size: int = option(4, "samples of one forward pass")
+    batch_size: int = option(4, "samples of one forward pass, over all GPUs together")
     accumulation: int = option(1, "forward passes for one optimiser step")
     learning_rate: float = option(5e-4, "peak learning rate of the weights")
     map_learning_rate: float = option(2e-3, "peak learning rate of the feature maps")
@@ -73,7 +76,7 @@ class ParameterGroup:
 
 
 class Task(Protocol):
-    """What is trained: parameters, a loss, and whatever must survive a restart besides them."""
+    """What is trained: parameters, a loss, and what else must survive a restart."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the trainable parameters; names are unique over all groups."""
@@ -113,22 +116,24 @@ def fit(
     stage: str = "training",
     progress: Progress = silent,
     watch: Watch | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
 
-    Leaves `metrics.jsonl` and `checkpoint.safetensors` in `folder`, and the averaged weights in
-    the task's parameters. Whatever stops it between, such as a `progress` that raises, finds the
-    steps finished until then in the checkpoint.
+    Leaves `metrics.jsonl` and a checkpoint in `folder`, and the averaged weights in the task's
+    parameters. Whatever stops it between, such as a `progress` that raises, finds the finished
+    steps in the checkpoint; of a team, where all stop after the same step.
 
     watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
+    team: the processes that train together; the task draws for all and computes this one's share.
 
     Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last
     checkpoint from before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(task, config, folder, watch)
+    run = _Run(task, config, folder, watch, team)
     first = run.resume()
-    with run.kept_when_stopped():
+    with team.heeding_stops(), run.kept_when_stopped():
         progress(stage, first, config.steps)
         for step in range(first, config.steps):
             row = run.take_step(step, seed_step(seed, step))
@@ -138,6 +143,7 @@ def fit(
             progress(stage, step + 1, config.steps, **run.shown)
             if (step + 1) % config.checkpoint_every == 0 or is_last:
                 run.save()
+            team.stop_together()
     run.keep_average()
 
 
@@ -153,12 +159,13 @@ class _Run:
     """
 
     def __init__(
-        self, task: Task, config: TrainingConfig, folder: Path, watch: Watch | None
+        self, task: Task, config: TrainingConfig, folder: Path, watch: Watch | None, team: Team
     ) -> None:
         self.task = task
         self.config = config
         self.watch = watch
-        self.files = CheckpointFiles(folder, None if watch is None else watch.delay)
+        self.team = team
+        self.files = CheckpointFiles(folder, None if watch is None else watch.delay, team)
         self.metrics_path = folder / "metrics.jsonl"
         self.groups = groups = task.parameter_groups()
         self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
@@ -166,6 +173,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters.values()), "betas": g.betas} for g in groups],
             weight_decay=config.weight_decay,
+            foreach=team.size > 1 or None,  # One by one, sharded parameters take long to ask.
         )
         self.num_finished: int | None = 0
         self.num_saved = 0
@@ -175,20 +183,21 @@ class _Run:
     def kept_when_stopped(self) -> Iterator[None]:
         """Write the finished steps down before an error or an interruption goes on its way.
 
-        A step that was stopped while it changed the parameters is dropped, with all since the
-        last checkpoint.
+        A step that was stopped while it changed the parameters is dropped, and all since the last
+        checkpoint.
         """
         try:
             yield
         except _Diverged:
             raise
         # KeyboardInterrupt and a host's own interruption are no Exception.
-        except BaseException:
-            if self.num_finished is not None and self.num_finished > self.num_saved:
+        except BaseException as error:
+            has_more = self.num_finished is not None and self.num_finished > self.num_saved
+            if has_more and self.team.is_agreed(error):
                 try:
                     self.save()
-                except (OSError, ValueError) as error:
-                    logger.warning("the last steps are not kept: %s", error)
+                except (OSError, ValueError) as reason:
+                    logger.warning("the last steps are not kept: %s", reason)
             raise
 
     def take_step(self, step: int, generator: torch.Generator) -> dict[str, Any]:
@@ -202,6 +211,7 @@ class _Run:
             loss, metrics = self.task.loss(step, generator)
             (loss / self.config.accumulation).backward()
             total = total.to(loss.device) + loss.detach() / self.config.accumulation
+        self.team.average_gradients(self.parameters.values())
         norms = self._clip()
         self.num_finished = None
         self.optimizer.step()
@@ -215,10 +225,10 @@ class _Run:
         """Scale the gradients of each player down; return their norms before, to be logged."""
         norms = {}
         for player in dict.fromkeys(group.player for group in self.groups):
-            mine = (g.parameters.values() for g in self.groups if g.player == player)
+            mine = [g.parameters for g in self.groups if g.player == player]
+            parameters = [p for parameters in mine for p in parameters.values()]
             name = f"{player}_gradient_norm" if player else "gradient_norm"
-            parameters = itertools.chain.from_iterable(mine)
-            norms[name] = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+            norms[name] = self.team.clip_gradients(parameters, self.config.clip_norm)
         return norms
 
     @torch.no_grad()
@@ -234,6 +244,7 @@ class _Run:
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl in plain numbers."""
+        row = self.team.mean_row(row)
         plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
         if not math.isfinite(plain["loss"]):
             raise self._diverged(f"the loss became {plain['loss']} at step {step}")
@@ -241,22 +252,22 @@ class _Run:
         if self.watch is not None and (fault := self.watch(plain)):
             self.files.return_to_good()
             raise self._diverged(f"{fault} at step {step}")
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **plain}) + "\n")
+        if self.team.is_first:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **plain}) + "\n")
         self.shown = {"loss": plain["loss"]}
 
     def save(self) -> None:
         """Write the checkpoint of the finished steps."""
         step = self.num_finished
+        if name := self.team.find_not_finite(self.parameters):
+            raise self._diverged(f"{name} is no longer finite after step {step}")
         tensors = {f"average/{n}": t for n, t in self.average.items()}
         for name, parameter in self.parameters.items():
-            if not torch.isfinite(parameter).all():
-                raise self._diverged(f"{name} is no longer finite after step {step}")
             tensors[f"parameter/{name}"] = parameter
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam/{key}/{name}"] = value
-        metadata = {"step": str(step), "state": json.dumps(self.task.state())}
-        self.files.write(step, tensors, metadata)
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam/{key}/{name}": value for key, value in state.items()}
+        self.files.write(Checkpoint(step=step, tensors=tensors, state=self.task.state()))
         self.num_saved = step
 
     def _diverged(self, what: str) -> _Diverged:
@@ -265,46 +276,45 @@ class _Run:
 
     def resume(self) -> int:
         """Take the checkpoint's state, drop later metrics; return the number of finished steps."""
-        if not self.files.path.exists():
-            self.metrics_path.unlink(missing_ok=True)
+        if (path := self.files.path) is None:
+            if self.team.is_first:
+                self.metrics_path.unlink(missing_ok=True)
             return 0
         try:
-            tensors, metadata = self.files.read()
-            step = int(metadata["step"])
-            self._restore(tensors)
-            self.task.load_state(json.loads(metadata["state"]))
+            checkpoint = self.files.read(self.parameters)
+            self._restore(checkpoint.tensors)
+            self.task.load_state(checkpoint.state)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.files.path} cannot be continued from ({error}); delete it to start "
-                "this stage again"
+                f"{path} cannot be continued from ({error}); delete it to start this stage again"
             ) from error
+        step = self.num_finished = self.num_saved = checkpoint.step
         self._drop_metrics_from(step)
-        self.num_finished = self.num_saved = self.files.step = step
         if step < self.config.steps:
             logger.info("continuing from step %d of %d", step, self.config.steps)
         return step
 
     @torch.no_grad()
-    def _restore(self, tensors: dict[str, Tensor]) -> None:
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             self.average[name].copy_(tensors[f"average/{name}"])
             if f"adam/step/{name}" in tensors:
                 self.optimizer.state[parameter] = {
-                    "step": tensors[f"adam/step/{name}"],
+                    "step": tensors[f"adam/step/{name}"].cpu(),
                     "exp_avg": tensors[f"adam/exp_avg/{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"adam/exp_avg_sq/{name}"].to(parameter.device),
                 }
 
     def _drop_metrics_from(self, step: int) -> None:
-        if self.metrics_path.exists():
-            rows = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < step]
-            self.metrics_path.write_text("".join(whole), encoding="utf-8")
-            if self.watch is not None:
-                for row in map(json.loads, whole):
-                    self.files.see_row(row["step"])
-                    self.watch(row)
+        rows = read_whole_rows(self.metrics_path, before=step)
+        # All have read before one writes.
+        self.team.wait()
+        if self.team.is_first and self.metrics_path.exists():
+            self.metrics_path.write_text("".join(rows), encoding="utf-8")
+        for row in map(json.loads, rows if self.watch else ()):
+            self.files.see_row(row["step"])
+            self.watch(row)
 
     @torch.no_grad()
     def keep_average(self) -> None:

@@ -27,6 +27,7 @@ from .models.experts import parts_of
 from .progress import Progress, silent
 from .storage import write_tensors
 from .subject import Subject
+from .team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +94,18 @@ class Trajectories:
         return torch.cat([shard["step"].flatten() for shard in self._shards])
 
     def draw(
-        self, batch_size: int, generator: torch.Generator, device: torch.device | str
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        device: torch.device | str,
+        team: Team = ALONE,
     ) -> States:
-        """Pick `batch_size` states, each equally likely, and bring them to `device` in fp32."""
+        """Pick `batch_size` states, each equally likely, and bring them to `device` in fp32.
+
+        Of a team's batch, the states of this process's share.
+        """
         picks = torch.randint(len(self), (batch_size,), generator=generator)
-        return self.take(picks, device)
+        return self.take(team.share(picks), device)
 
     def take(self, picks: Tensor, device: torch.device | str) -> States:
         """Bring the states `picks` [B] int64, in [0, len), to `device` in fp32.
@@ -130,9 +138,11 @@ def collect(
     seed: int,
     precision: str = "fp32",
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> Trajectories:
     """Sample the teacher until `folder` holds all shards, and open them.
 
+    The processes of a team share the missing shards, which are the same whoever samples them.
     Progress is said at each of the sampler's steps; one that raises costs the shard in the making.
 
     Raises ValueError when the folder holds shards of another teacher, config or seed.
@@ -141,10 +151,14 @@ def collect(
     identity = json.dumps([*_describe(subject), seed, precision, dataclasses.asdict(config)])
     num_shards = -(-config.num_trajectories // config.shard_size)
     paths = [folder / f"shard-{i:05d}.safetensors" for i in range(num_shards)]
+    missing = torch.tensor([i for i, path in enumerate(paths) if not _is_whole(path, identity)])
+    # All have looked before one writes.
+    team.wait()
+    mine = set(team.share(missing).tolist())
     for i, path in enumerate(paths):
         first = i * config.shard_size
         progress("sampling the teacher", first, config.num_trajectories)
-        if not _is_whole(path, identity):
+        if i in mine:
             size = min(config.shard_size, config.num_trajectories - first)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
 
@@ -154,6 +168,7 @@ def collect(
 
             tensors = _sample_shard(subject, config, size, generator, precision, say_step)
             write_tensors(path, tensors, {"identity": identity})
+    team.wait()
     progress("sampling the teacher", config.num_trajectories, config.num_trajectories)
     return Trajectories(paths, config)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import artifact
+from . import artifact, parallel
 from .comparison import (
     EVALUATION_NAME,
     Comparison,
@@ -38,6 +38,7 @@ from .sensitivity import RANKING_NAME
 from .student import Student
 from .subject import load_subject, open_subject
 from .tables import show_table
+from .team import ALONE, Team
 from .two_experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
 
 logger = logging.getLogger(__name__)
@@ -103,10 +104,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: TransferConfig, progress: Progress = silent) -> Path:
+def run(config: TransferConfig, progress: Progress = silent, team: Team = ALONE) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
 
     Of two experts that is the high-noise one's; `list_artifacts` has both.
+
+    team: the processes that train together; what follows on training is the first one's alone.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
@@ -117,11 +120,12 @@ def run(config: TransferConfig, progress: Progress = silent) -> Path:
         if is_evaluated(config.evidence, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return paths[0]
-    device = resolve_device(config.device)
+    team.check_batch(config.training.batch_size)
+    device = team.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     check_run(config.out, config, ignore=_FREE_FIELDS)
     make = _run_experts if config.experts.low_noise_model is not None else _run_one
-    comparison = make(config, device, precision, progress, is_made)
+    comparison = make(config, device, precision, progress, is_made, team)
     if comparison is not None:
         save_comparison(comparison, config.out)
     return paths[0]
@@ -135,19 +139,28 @@ def list_artifacts(config: TransferConfig) -> list[Path]:
 
 
 def _run_one(
-    config: TransferConfig, device: str, precision: str, progress: Progress, is_made: bool
+    config: TransferConfig,
+    device: str,
+    precision: str,
+    progress: Progress,
+    is_made: bool,
+    team: Team,
 ) -> Comparison | None:
     """Make the file unless it is made; return the comparison with its teacher, if still to do."""
     path = config.out / ARTIFACT_NAME
     draft = open_subject(config.subject)
     if draft is not None:
         check_transfer(draft, config, device, precision)
-    subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
+    with team.in_turn():
+        subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     if not is_made:
         student = Student(subject, config.student, seed=config.seed)
         check_layers(config.selection, list(student.mixed))
-        open_run(config.out, config, ignore=_FREE_FIELDS)
-        linearize(student, subject, config, precision, progress)
+        with team.in_turn():
+            open_run(config.out, config, ignore=_FREE_FIELDS)
+        linearize(student, subject, config, precision, progress, team=team)
+    if not team.disband():
+        return None
     made = artifact.load(path)
     draw_training(config.out, made.header.layers, config.selection, config.training.steps)
     if is_evaluated(config.evidence, config.out):
@@ -165,16 +178,23 @@ def _run_one(
 
 
 def _run_experts(
-    config: TransferConfig, device: str, precision: str, progress: Progress, is_made: bool
+    config: TransferConfig,
+    device: str,
+    precision: str,
+    progress: Progress,
+    is_made: bool,
+    team: Team,
 ) -> Comparison | None:
     """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
     drafts = check_experts(config, device, precision)
-    subject = load_experts(drafts, config, device, progress)
+    with team.in_turn():
+        subject = load_experts(drafts, config, device, progress)
     if not is_made:
-        open_run(config.out, config, ignore=_FREE_FIELDS)
+        with team.in_turn():
+            open_run(config.out, config, ignore=_FREE_FIELDS)
         names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
-        linearize_experts(subject, names, config, precision, progress)
-    if is_evaluated(config.evidence, config.out):
+        linearize_experts(subject, names, config, precision, progress, team)
+    if not team.disband() or is_evaluated(config.evidence, config.out):
         return None
     logger.info("comparing both experts with their students on %s in %s", device, precision)
     return compare_experts(
@@ -212,20 +232,24 @@ def summarize(config: TransferConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, run the transfer with progress bars, say what was made."""
-    config, is_dry_run = parse(
-        TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
-    )
+    team = parallel.assemble()
+    with team.in_turn():
+        config, is_dry_run = parse(
+            TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
+        )
     if is_dry_run:
-        sys.stdout.write(to_json(config))
+        sys.stdout.write(to_json(config) if team.is_first else "")
         return
     try:
-        with TqdmProgress() as progress:
-            run(config, progress)
+        with TqdmProgress(is_shown=team.is_first) as progress:
+            run(config, progress, team)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        if team.is_first:
+            sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
         sys.exit(130)
-    sys.stdout.write(f"\n{summarize(config)}")
+    if team.is_first:
+        sys.stdout.write(f"\n{summarize(config)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(parallel.together(main))

@@ -28,6 +28,7 @@ from .preflight import check_transfer
 from .progress import Progress
 from .student import Student
 from .subject import Draft, Subject, open_subject
+from .team import ALONE, Team
 from .trajectories import States, Trajectories, collect, spread_edges
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ def linearize_experts(
     config: TransferConfig,
     precision: str,
     progress: Progress,
+    team: Team = ALONE,
 ) -> None:
     """Sample with both experts, then train each one's student and save its file in `config.out`.
 
@@ -149,6 +151,7 @@ def linearize_experts(
         seed=config.seed,
         precision=precision,
         progress=progress,
+        team=team,
     )
     for side in SIDES:
         path = config.out / EXPERT_NAMES[side]
@@ -163,7 +166,9 @@ def linearize_experts(
         mine = override(config, {"out": config.out / side})
         student = Student(expert, config.student, seed=config.seed)
         told = _name_stages(side, progress)
-        linearize(student, expert, mine, precision, told, trajectories=own)
+        linearize(student, expert, mine, precision, told, trajectories=own, team=team)
+        if not team.is_first:
+            continue
         made = artifact.load(mine.out / ARTIFACT_NAME)
         draw_training(mine.out, made.header.layers, config.selection, config.training.steps)
         artifact.save(_with_range(made, side, config.experts.boundary), path)

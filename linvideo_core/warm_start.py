@@ -6,6 +6,7 @@ layers are fitted at once from one teacher forward pass, without a backward pass
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from .attention import MixedAttention
 from .batches import draw_batch
 from .config import option
 from .models.denoiser import bind
+from .progress import Progress
 from .subject import Subject
-from .training import ParameterGroup
+from .team import ALONE, Team
+from .training import ParameterGroup, TrainingConfig, fit
 from .trajectories import Trajectories
 
 
@@ -49,6 +52,7 @@ class WarmStart:
         prompt_dropout: float,
         learning_rate: float,
         precision: str,
+        team: Team = ALONE,
     ) -> None:
         self.student = student
         self.mixed = mixed
@@ -58,6 +62,7 @@ class WarmStart:
         self.prompt_dropout = prompt_dropout
         self.learning_rate = learning_rate
         self.precision = precision
+        self.team = team
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the feature maps of every layer."""
@@ -66,15 +71,22 @@ class WarmStart:
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Return the mean over layers of `|linear - softmax|^2 / |softmax|^2`."""
         drawn = draw_batch(
-            self.subject, self.trajectories, self.batch_size, self.prompt_dropout, generator
+            self.subject,
+            self.trajectories,
+            self.batch_size,
+            self.prompt_dropout,
+            generator,
+            self.team,
         )
         errors: list[Tensor] = []
+        sizes: list[Tensor] = []
 
         def compare(module: MixedAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
             with torch.enable_grad():
                 linear = module.linear(*(x.detach() for x in args)).float()
                 target = output.detach().float()
-                errors.append((linear - target).square().mean() / target.square().mean())
+                errors.append((linear - target).square().mean())
+                sizes.append(target.square().mean())
 
         hooks = [module.register_forward_hook(compare) for module in self.mixed.values()]
         choices = [module.choice for module in self.mixed.values()]
@@ -91,7 +103,7 @@ class WarmStart:
                 hook.remove()
             for module, choice in zip(self.mixed.values(), choices, strict=True):
                 module.choice = choice
-        layer_errors = torch.stack(errors)
+        layer_errors = torch.stack(errors) / self.team.mean(torch.stack(sizes))
         return layer_errors.mean(), {"layer_errors": layer_errors.detach()}
 
     def after_step(self, step: int) -> None:
@@ -103,6 +115,42 @@ class WarmStart:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Nothing to take back."""
+
+
+def fit_feature_maps(
+    student: nn.Module,
+    mixed: Mapping[int, MixedAttention],
+    subject: Subject,
+    trajectories: Trajectories,
+    config: WarmStartConfig,
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    prompt_dropout: float,
+    precision: str,
+    seed: int,
+    progress: Progress,
+    team: Team = ALONE,
+) -> None:
+    """Train the feature maps for as many steps as `config` says.
+
+    Every process of a team holds its models whole: they are frozen, and the maps are small.
+    """
+    if not config.warm_start_steps:
+        return
+    task = WarmStart(
+        student,
+        mixed,
+        subject,
+        trajectories,
+        batch_size=training.batch_size,
+        prompt_dropout=prompt_dropout,
+        learning_rate=config.warm_start_learning_rate,
+        precision=precision,
+        team=team,
+    )
+    settings = dataclasses.replace(training, steps=config.warm_start_steps, accumulation=1)
+    fit(task, settings, folder, seed=seed, stage="warm start", progress=progress, team=team)
 
 
 def feature_maps(mixed: Mapping[int, MixedAttention]) -> dict[str, nn.Parameter]:

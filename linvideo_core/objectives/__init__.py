@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import fraction, option, positive
 from ..flow import VelocityFn
+from ..team import ALONE, Team
 
 OBJECTIVES = ("adm", "adm_literal", "velocity", "dmd")
 
@@ -39,15 +40,19 @@ class Batch:
 
     latents, velocity: [B, C, F, H, W]; velocity is the teacher's, in the sample's branch.
     step: [B] int64, index into the sampling grid.
+    team: of whose batch this is one process's share; what is drawn for it is drawn for the whole.
     """
 
     latents: Tensor
     velocity: Tensor
     step: Tensor
+    team: Team = ALONE
 
     def part(self, part: slice) -> "Batch":
         """Return some of the samples."""
-        return Batch(latents=self.latents[part], velocity=self.velocity[part], step=self.step[part])
+        return dataclasses.replace(
+            self, latents=self.latents[part], velocity=self.velocity[part], step=self.step[part]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,14 +108,21 @@ def needs_critic(config: ObjectiveConfig) -> bool:
 
 
 def draw_jump(
-    step: Tensor, max_jump: int, min_jump: int, num_steps: int, generator: torch.Generator
+    step: Tensor,
+    max_jump: int,
+    min_jump: int,
+    num_steps: int,
+    generator: torch.Generator,
+    team: Team = ALONE,
 ) -> Tensor:
     """Draw the grid index [B] that each sample moves to: `min_jump` to `max_jump` points on.
 
     The last index is `num_steps - 1`: at sigma 0 there is no score to match.
     """
-    jump = torch.randint(min_jump, max_jump + 1, step.shape, generator=generator).to(step.device)
-    return (step + jump).clamp(max=num_steps - 1)
+    jump = team.draw(
+        len(step), lambda n: torch.randint(min_jump, max_jump + 1, (n,), generator=generator)
+    )
+    return (step + jump.to(step.device)).clamp(max=num_steps - 1)
 
 
 def mean_square(x: Tensor) -> Tensor:

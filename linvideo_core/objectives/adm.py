@@ -22,16 +22,23 @@ import torch
 from torch import Tensor
 
 from ..flow import euler_step
+from ..team import ALONE, Team
 from . import Batch, ObjectiveConfig, Players, mean_square
 
 
-def draw_move(step: Tensor, max_jump: int, num_steps: int, generator: torch.Generator) -> Tensor:
+def draw_move(
+    step: Tensor,
+    max_jump: int,
+    num_steps: int,
+    generator: torch.Generator,
+    team: Team = ALONE,
+) -> Tensor:
     """Draw the grid index [B] that each sample moves to: 1 to `max_jump` points on, evenly.
 
     Where fewer points are left, among those; at the last index nothing moves.
     """
     room = (num_steps - 1 - step).clamp(max=max_jump)
-    share = torch.rand(step.shape, generator=generator).to(step.device)
+    share = team.draw(len(step), lambda n: torch.rand(n, generator=generator)).to(step.device)
     return step + torch.minimum((share * room).long() + 1, room)
 
 
@@ -64,14 +71,18 @@ class AnytimeDistributionMatching:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; see `Objective`. The jump is guided, as in sampling; no gradient."""
         sigmas = self.sigmas.to(batch.latents.device)
-        num_anchored = round(self.config.anchor_share * len(batch.step))
-        anchored, moving = batch.part(slice(num_anchored)), batch.part(slice(num_anchored, None))
-        reached = draw_move(moving.step, self.config.max_jump, len(sigmas) - 1, generator)
+        num_anchored = round(self.config.anchor_share * len(batch.step) * batch.team.size)
+        # This process's rows are every `size`-th of the batch.
+        num_anchored = len(range(batch.team.rank, num_anchored, batch.team.size))
+        reached = draw_move(
+            batch.step, self.config.max_jump, len(sigmas) - 1, generator, batch.team
+        )
+        anchored = batch.part(slice(num_anchored))
         latents, target = anchored.latents, anchored.velocity
-        if len(reached):
-            movers = players.part(slice(num_anchored, None))
-            moved, known = self._move(moving, reached, sigmas, movers)
+        if self.config.anchor_share < 1:
+            moved, known = self._move(batch, reached, sigmas, players, num_anchored)
             latents, target = torch.cat([latents, moved]), torch.cat([target, known])
+        reached = reached[num_anchored:]
         errors = mean_square(
             players.student(latents, sigmas[torch.cat([anchored.step, reached])]) - target
         )
@@ -81,9 +92,15 @@ class AnytimeDistributionMatching:
 
     @torch.no_grad()
     def _move(
-        self, moving: Batch, reached: Tensor, sigmas: Tensor, players: Players
+        self, batch: Batch, reached: Tensor, sigmas: Tensor, players: Players, num_anchored: int
     ) -> tuple[Tensor, Tensor]:
-        start, end = sigmas[moving.step], sigmas[reached]
+        """Return where the samples that are not anchored get, and the teacher's velocity there."""
+        # Sharded models are called by all processes alike: one whose samples all stay calls along.
+        first = min(num_anchored, len(batch.step) - 1)
+        part = slice(first, None)
+        moving, players = batch.part(part), players.part(part)
+        start, end = sigmas[moving.step], sigmas[reached[part]]
         jump = players.student_guided(moving.latents, start)
         latents = euler_step(moving.latents, jump, start, end)
-        return latents, players.teacher(latents, end)
+        velocity = players.teacher(latents, end)
+        return latents[num_anchored - first :], velocity[num_anchored - first :]

@@ -29,8 +29,9 @@ class DistributionMatchingDistillation:
         start = self.sigmas.to(device)[batch.step]
         with torch.set_grad_enabled(is_generator_turn):
             x0 = velocity_to_x0(batch.latents, players.student(batch.latents, start), start)
-        sigma = dmd2.draw_score_sigma(len(x0), 1.0, generator).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        draw, shape = batch.team.draw, x0.shape[1:]
+        sigma = draw(len(x0), lambda n: dmd2.draw_score_sigma(n, 1.0, generator)).to(device)
+        noise = draw(len(x0), lambda n: torch.randn(n, *shape, generator=generator)).to(device)
         noisy = add_noise(x0.detach(), noise, sigma)
         critic_velocity = players.critic(noisy, sigma)
         critic_loss = dmd2.critic_loss(critic_velocity, x0, noise)

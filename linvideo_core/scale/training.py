@@ -1,0 +1,289 @@
+"""Measure training steps at real sizes: `python -m linvideo_core.scale.training`.
+
+The steps are `transfer`'s own, of a model with random weights in the published shapes on random
+states: time and memory do not depend on what a model has learned. With torchrun the processes share
+the work as `transfer` does, a batch for each, and the speed-up is in videos a second over one GPU.
+    python -m linvideo_core.scale.training --size 1.3b-480p
+    torchrun --nproc-per-node 2 -m linvideo_core.scale.training --size 1.3b-480p
+    python -m linvideo_core.scale.training --size tiny --device cpu
+Rows of one size, way to train and number of GPUs replace earlier ones in --out or results.
+"""
+
+import dataclasses
+import gc
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import parallel
+from ..adapters import blocks, compiled_blocks
+from ..config import option, parse, positive, run_command, to_flags, to_json
+from ..devices import device_option, precision_option, resolve_device, resolve_precision
+from ..objectives import ObjectiveConfig
+from ..progress import Progress, TqdmProgress, silent
+from ..records import RESULTS_FOLDER, describe_device, read_record, write_part
+from ..selection import SelectionConfig
+from ..student import Student, StudentConfig, TransferTask
+from ..subject import Subject
+from ..tables import render_table
+from ..team import ALONE, Team
+from ..training import TrainingConfig, fit
+from .arithmetic import count_flops, find_peak, linear_flops, softmax_flops
+from .random_subject import draw_states, make_random_subject
+from .sizes import SIZES, Size
+
+COMMAND = "python -m linvideo_core.scale.training"
+PHASES = ("selecting", "hardened")
+RECORD_NAME = "scale.json"
+
+# The paper's length of a transfer, and of it the share that `transfer` spends choosing layers.
+PUBLISHED_STEPS = 3000
+_SELECTION_SHARE = SelectionConfig().selection_share
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_KEY = ("model", "resolution", "gpus", "phase", "trained", "frozen", "recomputed", "compiled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsConfig:
+    """Which steps of a transfer are measured, and how many."""
+
+    size: str = option("1.3b-480p", "model and video", choices=tuple(SIZES))
+    phase: str = option(
+        "both", "every layer both ways, or after the choice", choices=("both", *PHASES)
+    )
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+    batch_per_gpu: int = option(1, "videos of a step on each GPU")
+    frozen: str = option("fp32", "dtype of the frozen weights", choices=tuple(_DTYPES))
+    recomputed: bool = option(True, "recompute blocks backward to save memory")
+    compile: bool = option(False, "compile the blocks")
+    untimed_steps: int = option(2, "steps before the first one that is timed")
+    timed_steps: int = option(5, "steps behind a time, which is their median")
+    seed: int = option(0, "seed of weights and states")
+    device: str = device_option()
+    precision: str = precision_option()
+    out: Path = option(Path("runs/scale-training"), "folder of what was measured")
+    record: bool = option(False, "write results/scale.json, not the one in --out")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_per_gpu", "untimed_steps", "timed_steps")
+
+
+class _Clock:
+    """Hears of a training's steps; keeps their seconds and the memory at their peak.
+
+    step_seconds: of each step after the untimed ones; peak_gb: None without a GPU.
+    """
+
+    def __init__(self, device: str, untimed_steps: int, progress: Progress) -> None:
+        self.device = device
+        self.untimed_steps = untimed_steps
+        self.progress = progress
+        self.step_seconds: list[float] = []
+        self.peak_gb: float | None = None
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
+        is_cuda = self.device.startswith("cuda")
+        if is_cuda:
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if done > self.untimed_steps:
+            self.step_seconds.append(now - self._last)
+        elif is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if done == total and is_cuda:
+            self.peak_gb = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.progress(stage, done, total, **metrics)
+        self._last = time.perf_counter()
+
+
+def count_step_flops(size: Size, *, phase: str, parameters: str) -> int:
+    """Return the operations of an `adm` step for one video.
+
+    The student jumps by both guidance branches, then teacher and student are asked; the student's
+    call is also taken backward. Matrix products alone, as in `arithmetic`; nothing computed again
+    is counted twice. Backward takes as much as forward for a frozen projection, whose weight needs
+    no gradient, and twice as much for one that learns and for attention.
+    """
+    num_layers, L, dim = size.config.num_layers, size.tokens, size.config.dim
+    num_linear = len(size.layers)
+    per_linear = linear_flops(L, dim, dim // size.config.num_heads)
+    teacher = count_flops(size, 0)
+    if phase == "selecting":
+        student = teacher + num_layers * per_linear
+        attention = num_layers * (softmax_flops(L, dim) + per_linear)
+    else:
+        student = count_flops(size, num_linear)
+        attention = num_linear * per_linear + (num_layers - num_linear) * softmax_flops(L, dim)
+    learned = 2 if parameters == "full" else 1
+    backward = learned * (student - attention) + 2 * attention
+    return 3 * student + teacher + backward
+
+
+def measure_steps(
+    subject: Subject,
+    size: Size,
+    phase: str,
+    config: StepsConfig,
+    *,
+    device: str,
+    precision: str,
+    progress: Progress,
+    team: Team,
+) -> dict[str, Any]:
+    """Train for a few steps as `transfer` does; return a row of the table without its speed-up."""
+    folder = config.out / "steps"
+    if team.is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    team.wait()
+    num_steps = config.untimed_steps + config.timed_steps
+    is_hardened = phase == "hardened"
+    training = TrainingConfig(
+        steps=num_steps,
+        batch_size=config.batch_per_gpu * team.size,
+        checkpoint_every=num_steps,
+        log_every=num_steps,
+        warmup_steps=1,
+        activation_checkpointing=config.recomputed,
+        compile=config.compile,
+    )
+    layers = list(size.layers) if is_hardened else None
+    listed = ",".join(map(str, size.layers)) if is_hardened else None
+    student = Student(subject, config.student, seed=config.seed)
+    task = TransferTask(
+        student,
+        subject,
+        draw_states(size, folder / f"states-{team.rank}.safetensors", config.seed),
+        selection=SelectionConfig(target=len(size.layers), layers=listed, selection_share=1.0),
+        objective=ObjectiveConfig(),
+        training=training,
+        precision=precision,
+        layers=layers,
+        team=team,
+    )
+    clock = _Clock(device, config.untimed_steps, progress)
+    compiled = [student.model, subject.model] if config.compile else []
+    depths = [blocks(model, student.sites) for model in task.models]
+    with compiled_blocks(compiled, student.sites), team.sharded(task.models, depths):
+        fit(task, training, folder / "fit", seed=config.seed, progress=clock, team=team)
+    seconds = statistics.median(clock.step_seconds)
+    flops = config.batch_per_gpu * count_step_flops(
+        size, phase=phase, parameters=config.student.parameters
+    )
+    peak = find_peak(describe_device(device))
+    return {
+        "model": size.model,
+        "resolution": size.resolution,
+        "what": "train",
+        "linear_layers": len(size.layers),
+        "baseline": "1 gpu",
+        "speedup": None,
+        "seconds": seconds,
+        "peak_gb": clock.peak_gb,
+        "mfu": flops / seconds / peak if peak else None,
+        "gpus": team.size,
+        "phase": phase,
+        "trained": config.student.parameters,
+        "frozen": config.frozen,
+        "recomputed": config.recomputed,
+        "compiled": config.compile,
+        "batch_per_gpu": config.batch_per_gpu,
+    }
+
+
+def run(
+    config: StepsConfig, progress: Progress = silent, team: Team = ALONE
+) -> dict[str, Any] | None:
+    """Measure, and write the record; return it, None on all processes but the first."""
+    device = team.place(resolve_device(config.device))
+    precision = resolve_precision(config.precision, device)
+    size = SIZES[config.size]
+    rows = []
+    for phase in PHASES if config.phase == "both" else (config.phase,):
+        subject = make_random_subject(size, device, _DTYPES[config.frozen], config.seed)
+        settings = {"device": device, "precision": precision, "progress": progress, "team": team}
+        rows.append(measure_steps(subject, size, phase, config, **settings))
+        del subject
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    if not team.disband():
+        return None
+    shutil.rmtree(config.out / "steps", ignore_errors=True)
+    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
+    rows = compare_rows([*_read_rows(path), *rows])
+    flags = to_flags(config, without=["out", "record", "size"])
+    launch = f"torchrun --nproc-per-node {team.size} -m" if team.size > 1 else "python -m"
+    command = f"{launch} {COMMAND.removeprefix('python -m ')} --size {config.size} {flags}"
+    return write_part(
+        path,
+        "train",
+        title="Whole models with random weights: training steps",
+        command=command.strip(),
+        rows=rows,
+        device=device,
+        details={"gpu_hours": count_hours(rows), "published_steps": PUBLISHED_STEPS},
+    )
+
+
+def compare_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last row of each kind, with its speed-up over one GPU: in videos a second."""
+    last = {tuple(row[name] for name in _KEY): row for row in rows}
+    compared = []
+    for row in last.values():
+        alone = last.get(tuple(1 if name == "gpus" else row[name] for name in _KEY))
+        speedup = None
+        if alone is not None:
+            pace, pace_alone = (r["gpus"] * r["batch_per_gpu"] / r["seconds"] for r in (row, alone))
+            speedup = pace / pace_alone
+        compared.append({**row, "speedup": speedup})
+    return compared
+
+
+def count_hours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the GPU hours of the paper's steps for every way to train with both phases."""
+    names = [name for name in _KEY if name != "phase"]
+    kinds: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row[n] for n in names), {})[row["phase"]] = row["seconds"]
+    found = []
+    for key, seconds in kinds.items():
+        if len(seconds) == len(PHASES):
+            kind = dict(zip(names, key, strict=True))
+            share = _SELECTION_SHARE
+            step = share * seconds["selecting"] + (1 - share) * seconds["hardened"]
+            found.append({**kind, "gpu_hours": kind["gpus"] * PUBLISHED_STEPS * step / 3600})
+    return found
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = read_record(path)["rows"] if path.is_file() else []
+    return [row for row in rows if row["what"] == "train"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, measure with a progress bar, show the table."""
+    team = parallel.assemble()
+    with team.in_turn():
+        config, is_dry_run = parse(StepsConfig, argv, description=__doc__.splitlines()[0])
+    if is_dry_run:
+        sys.stdout.write(to_json(config) if team.is_first else "")
+        return
+    with TqdmProgress(is_shown=team.is_first) as progress:
+        record = run(config, progress, team)
+    if record is not None:
+        rows = [row for row in record["rows"] if row["what"] == "train"]
+        hours = record["details"]["parts"]["train"]["gpu_hours"]
+        sys.stdout.write(f"\n{render_table(rows)}\n{render_table(hours) if hours else ''}\n")
+
+
+if __name__ == "__main__":
+    run_command(parallel.together(main))

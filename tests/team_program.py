@@ -1,0 +1,204 @@
+"""What every process of tests/test_parallel.py runs: small trainings, alone or as a team.
+
+torchrun --nproc-per-node 2 tests/team_program.py FOLDER NAME,NAME,...
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1])]
+
+import torch
+from conftest import LATENT_SHAPE, TEXT_DIM, make_wan
+from safetensors.torch import save_file
+from torch import nn
+
+from linvideo_core import artifact, distill, parallel
+from linvideo_core.adapters import blocks
+from linvideo_core.config import run_command
+from linvideo_core.distillation import DistillationConfig, make_student
+from linvideo_core.linearization import TransferConfig, linearize
+from linvideo_core.objectives import ObjectiveConfig
+from linvideo_core.progress import Progress, silent
+from linvideo_core.selection import SelectionConfig
+from linvideo_core.sensitivity import SensitivityConfig
+from linvideo_core.student import Student, StudentConfig, twin
+from linvideo_core.subject import Subject
+from linvideo_core.team import Team
+from linvideo_core.training import TrainingConfig
+from linvideo_core.trajectories import TrajectoryConfig
+from linvideo_core.warm_start import WarmStartConfig
+
+STOP_AT = 2
+TRANSFER = TransferConfig(
+    trajectories=TrajectoryConfig(
+        num_trajectories=5, states_per_trajectory=2, sampler_steps=8, shard_size=2
+    ),
+    student=StudentConfig(lora_rank=2),
+    warm_start=WarmStartConfig(warm_start_steps=3),
+    selection=SelectionConfig(target=1, selection_share=0.6),
+    training=TrainingConfig(
+        steps=6, batch_size=4, warmup_steps=2, checkpoint_every=100, log_every=1, ema_decay=0.9
+    ),
+)
+
+
+def make_subject() -> Subject:
+    generator = torch.Generator().manual_seed(6)
+    return Subject(
+        name="tiny",
+        model=make_wan(num_layers=2).eval().requires_grad_(False),
+        prompts=["one", "two", "three"],
+        prompt_embeds=torch.randn(3, 5, TEXT_DIM, generator=generator),
+        negative_embeds=torch.randn(5, TEXT_DIM, generator=generator),
+        latent_shape=LATENT_SHAPE,
+        decode=lambda latents: latents.mean(dim=1),
+        is_demo=False,
+    )
+
+
+def transfer(
+    folder: Path, team: Team, progress: Progress = silent, config: TransferConfig = TRANSFER
+) -> None:
+    """Linearize, and leave the student's whole weights beside the artifact."""
+    subject = make_subject()
+    student = Student(subject, config.student, seed=0)
+    config = dataclasses.replace(config, out=folder)
+    linearize(student, subject, config, "fp32", progress, team=team)
+    if team.is_first:
+        save_file(dict(student.model.state_dict()), folder / "student.safetensors")
+        save_file(dict(subject.model.state_dict()), folder / "teacher.safetensors")
+
+
+def transfer_long(folder: Path, team: Team) -> None:
+    """Transfer in many steps, with many checkpoints."""
+    training = dataclasses.replace(
+        TRANSFER.training, steps=16, checkpoint_every=4, learning_rate=1e-4, map_learning_rate=1e-4
+    )
+    transfer(folder, team, config=dataclasses.replace(TRANSFER, training=training))
+
+
+def transfer_all_weights(folder: Path, team: Team) -> None:
+    """Train whole weights beside a critic of whole weights, recomputing activations."""
+    config = dataclasses.replace(
+        TRANSFER,
+        student=StudentConfig(parameters="full"),
+        objective=ObjectiveConfig(objective="dmd", critic_steps=2),
+        training=dataclasses.replace(TRANSFER.training, steps=4, activation_checkpointing=True),
+    )
+    transfer(folder, team, config=config)
+
+
+def transfer_by_ranking(folder: Path, team: Team) -> None:
+    """Choose the layers by their sensitivity, in several passes and with accumulation."""
+    config = dataclasses.replace(
+        TRANSFER,
+        selection=SelectionConfig(target=1, choice="sensitivity"),
+        sensitivity=SensitivityConfig(sensitivity_videos=4),
+        training=dataclasses.replace(TRANSFER.training, steps=2, accumulation=2),
+    )
+    transfer(folder, team, config=config)
+
+
+def distil(folder: Path, team: Team, batch_size: int = 4) -> None:
+    """Distil to two steps, with motion held."""
+    subject = make_subject()
+    config = distill.DistillConfig(
+        out=folder,
+        trajectories=TRANSFER.trajectories,
+        distillation=DistillationConfig(num_steps=2, rank=2, critic_steps=2, motion_weight=0.1),
+        training=dataclasses.replace(TRANSFER.training, steps=4, batch_size=batch_size),
+    )
+    first = make_file(subject)
+    student = make_student(subject, first, config.distillation, seed=0)
+    distill.distill(student, subject, first, config, "fp32", silent, team)
+
+
+def distil_one_video_each(folder: Path, team: Team) -> None:
+    """Distil with one video a process of two, where one leaves the sampler before the other."""
+    distil(folder, team, batch_size=2)
+
+
+def share_one_copy(folder: Path, team: Team) -> None:
+    """Shard teacher, student and critic, and look at what a process holds of them."""
+    subject = make_subject()
+    student = Student(subject, StudentConfig(lora_rank=2), seed=0)
+    models = [subject.model, student.model, twin(subject.model)]
+    whole = count_values(models)
+    original = weakref.ref(subject.model.blocks[0].ffn[0].weight)
+    with team.sharded(models, [blocks(model, student.sites) for model in models]):
+        frozen = [model.blocks[0].ffn[0].weight for model in models]
+        assert frozen[0] is frozen[1] and frozen[0] is frozen[2]
+        assert original() is None
+        held = count_values(models)
+    again = [model.blocks[0].ffn[0].weight for model in models]
+    assert again[0] is again[1] and again[0] is again[2] and again[0].shape == (96, 128)
+    assert count_values(models) == whole
+    if team.is_first:
+        folder.mkdir()
+        (folder / "shares.json").write_text(json.dumps([whole, held]))
+
+
+def count_values(models: list[nn.Module]) -> int:
+    """Return how many values of the models' parameters this process holds, each counted once."""
+    parameters = {id(p): p for model in models for p in model.parameters()}
+    return sum(getattr(p, "_local_tensor", p).numel() for p in parameters.values())
+
+
+def make_file(subject: Subject) -> artifact.Artifact:
+    student = Student(subject, StudentConfig(lora_rank=2), seed=3)
+    for layer, module in student.mixed.items():
+        module.harden("linear" if layer == 1 else "softmax")
+    return artifact.extract(
+        student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
+    )
+
+
+def stop_one(rank: int) -> Progress:
+    """Return a progress that asks this process to stop after some steps of training."""
+
+    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+        if stage == "training" and done == STOP_AT:
+            if rank == 0:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+def stop_transfer(folder: Path, team: Team) -> None:
+    """Begin a transfer that its last process is asked to stop."""
+    progress = stop_one(team.rank) if team.rank == team.size - 1 else silent
+    try:
+        transfer(folder, team, progress)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the transfer was not stopped")
+
+
+SCENARIOS: dict[str, Callable[[Path, Team], None]] = {
+    name: scenario
+    for name, scenario in globals().items()
+    if name.startswith(("transfer", "distil_", "stop_transfer", "share_")) or name == "distil"
+}
+
+
+def main() -> None:
+    """Run the scenarios that are named, each in a folder of its name or of another, `NAME=TO`."""
+    torch.set_num_threads(1)
+    team = parallel.assemble()
+    for job in sys.argv[2].split(","):
+        name, _, to = job.partition("=")
+        SCENARIOS[name](Path(sys.argv[1]) / (to or name), team)
+    team.disband()
+
+
+if __name__ == "__main__":
+    run_command(parallel.together(main))

@@ -1,0 +1,104 @@
+"""Measuring training steps: what is counted, and what a repeated command leaves."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from linvideo_core.models.denoiser import bind
+from linvideo_core.progress import silent
+from linvideo_core.scale.arithmetic import count_flops
+from linvideo_core.scale.random_subject import make_random_subject
+from linvideo_core.scale.sizes import SIZES
+from linvideo_core.scale.training import (
+    StepsConfig,
+    compare_rows,
+    count_hours,
+    count_step_flops,
+    run,
+)
+from linvideo_core.student import Student, StudentConfig
+
+
+def make_row(gpus: int, seconds: float, phase: str = "hardened", **more: Any) -> dict[str, Any]:
+    return {
+        "model": "Wan 1.3B", "resolution": "480p", "gpus": gpus, "phase": phase, "trained": "lora",
+        "frozen": "fp32", "recomputed": True, "compiled": False, "batch_per_gpu": 1,
+        "seconds": seconds, **more,
+    }  # fmt: skip
+
+
+def test_the_speedup_is_in_videos_a_second_over_one_gpu() -> None:
+    rows = compare_rows([make_row(1, 2.0), make_row(2, 2.5), make_row(4, 2.5, phase="selecting")])
+    assert [row["speedup"] for row in rows] == [1.0, pytest.approx(1.6), None]
+    # More videos on each GPU are more work.
+    rows = compare_rows([make_row(1, 2.0), make_row(2, 4.0, batch_per_gpu=2)])
+    assert rows[1]["speedup"] == pytest.approx(2.0)
+
+
+def test_a_later_row_takes_the_place_of_its_own_kind_alone() -> None:
+    rows = compare_rows([make_row(1, 2.0), make_row(2, 3.0), make_row(1, 1.0)])
+    assert [(row["gpus"], row["seconds"]) for row in rows] == [(1, 1.0), (2, 3.0)]
+
+
+def test_gpu_hours_weigh_both_phases_by_their_share_of_the_steps() -> None:
+    rows = [make_row(2, 6.0, "selecting"), make_row(2, 3.0), make_row(1, 9.0)]
+    (found,) = count_hours(rows)
+    assert found["gpus"] == 2
+    assert found["gpu_hours"] == pytest.approx(2 * 3000 * (0.3 * 6 + 0.7 * 3) / 3600)
+
+
+def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts() -> None:
+    size = dataclasses.replace(SIZES["tiny"], layers=())
+    subject = make_random_subject(size, "cpu", torch.float32, 0)
+    student = Student(subject, StudentConfig(lora_rank=1), seed=0)
+    for module in student.mixed.values():
+        module.harden("softmax")
+    latents, sigma = torch.randn(1, *size.latent_shape), torch.tensor([0.5])
+    forward = count_flops(size, 0)
+    backward = count_step_flops(size, phase="hardened", parameters="lora") - 4 * forward
+    # The fused softmax of a CPU is work that torch does not count.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            out = bind(student.model, subject.prompt_embeds[:1])(latents, sigma)
+        assert counter.get_total_flops() == pytest.approx(forward, rel=0.03)
+        with FlopCounterMode(display=False) as counter:
+            # The first block needs no gradient of what goes into it.
+            out.sum().backward()
+        assert counter.get_total_flops() == pytest.approx(backward, rel=0.1)
+
+
+def test_whole_weights_cost_more_on_the_way_back_and_a_choice_more_than_none() -> None:
+    size = SIZES["1.3b-480p"]
+    counts = {
+        (phase, parameters): count_step_flops(size, phase=phase, parameters=parameters)
+        for phase in ("selecting", "hardened")
+        for parameters in ("lora", "full")
+    }
+    assert counts["hardened", "full"] > counts["hardened", "lora"]
+    assert counts["selecting", "lora"] > counts["hardened", "lora"] > 4 * count_flops(size, 16)
+
+
+def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
+    tmp_path: Path,
+) -> None:
+    config = StepsConfig(
+        size="tiny",
+        phase="hardened",
+        student=StudentConfig(lora_rank=1),
+        untimed_steps=1,
+        timed_steps=1,
+        device="cpu",
+        out=tmp_path,
+    )
+    for _ in range(2):
+        run(config, silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
+    (row,) = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    assert row["what"] == "train" and row["seconds"] > 0 and row["speedup"] == 1
+    assert row["mfu"] is None and row["peak_gb"] is None
