@@ -13,7 +13,7 @@ The flow, and the one noun that each stage hands on:
     sensitivity         or a rule, a list, a ranking     -> which layers are linear
     layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level
-    training            fit(): step, log, checkpoint     -> trained student
+    task, training      fit(): step, log, checkpoint     -> trained student
     checkpoint_files    the last one from before a fault -> what is kept
     team, parallel,     many processes, one run:
     units, checkpoints  shares, shards, state on disk    -> the same student, sooner

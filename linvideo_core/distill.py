@@ -53,7 +53,7 @@ from .tables import show_table
 from .teacher_videos import Endings, measure_likeness
 from .team import ALONE, Team
 from .training import TrainingConfig, fit
-from .trajectories import Trajectories, TrajectoryConfig, collect
+from .trajectories import TrajectoryConfig, collect
 from .warm_start import WarmStartConfig, fit_feature_maps
 
 logger = logging.getLogger(__name__)
@@ -220,6 +220,10 @@ def distill(
         )
     else:
         start_from(student, first)
+    endings = None
+    if config.distillation.regression_weight:
+        sigmas = make_sigmas(config.distillation.num_steps, config.trajectories.shift)
+        endings = Endings(trajectories, float(sigmas[-2]))
     task = DistillationTask(
         student,
         subject,
@@ -229,7 +233,7 @@ def distill(
         shift=config.trajectories.shift,
         precision=precision,
         seed=config.seed,
-        endings=endings_of(trajectories, config),
+        endings=endings,
         team=team,
     )
     folder = config.out / "training"
@@ -253,14 +257,6 @@ def distill(
         sigmas=task.sigmas.tolist(),
     )
     artifact_files.save(made, config.out / ARTIFACT_NAME)
-
-
-def endings_of(trajectories: Trajectories, config: DistillConfig) -> Endings | None:
-    """Return where the teacher's trajectories lead from the noise levels of few steps, if asked."""
-    if not config.distillation.regression_weight:
-        return None
-    *_, last, _ = make_sigmas(config.distillation.num_steps, config.trajectories.shift)
-    return Endings(trajectories, float(last))
 
 
 def provenance(config: DistillConfig, subject: Subject, first: Artifact) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from .flow import add_noise, make_sigmas, velocity_to_x0
 from .models.denoiser import bind, bind_guided
 from .student import Student, StudentConfig, twin
 from .subject import Subject
+from .task import ParameterGroup
 from .teacher_videos import Endings, Likeness
 from .team import ALONE, Team
-from .training import ParameterGroup, TrainingConfig
+from .training import TrainingConfig
 from .warm_start import feature_maps
 
 _BETAS = (0.0, 0.999)

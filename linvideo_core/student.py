@@ -28,8 +28,9 @@ from .objectives import ObjectiveConfig, Players, make_objective, needs_critic
 from .replay import replayed
 from .selection import Selection, SelectionConfig
 from .subject import Subject
+from .task import ParameterGroup
 from .team import ALONE, Team
-from .training import ParameterGroup, TrainingConfig
+from .training import TrainingConfig
 from .trajectories import Trajectories
 from .warm_start import feature_maps
 

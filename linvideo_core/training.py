@@ -12,17 +12,18 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint_files import CheckpointFiles, Watch
 from .checkpoints import Checkpoint
 from .config import fraction, option, positive
 from .progress import Progress, silent
 from .run_folder import read_whole_rows
+from .task import Task
 from .team import ALONE, Team
 
 logger = logging.getLogger(__name__)
@@ -56,42 +57,6 @@ class TrainingConfig:
                 "--cuda-graphs and --activation-checkpointing given; graphs keep all activations: "
                 "leave one of them out"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters by name that share a peak learning rate.
-
-    every: steps between two of their updates, where players train in turns: the loss reaches them
-        at its multiples alone, and their average counts those.
-    betas: AdamW's, of the gradient's average and of its square's.
-    player: groups of one player have their gradients clipped together.
-    """
-
-    parameters: Mapping[str, nn.Parameter]
-    learning_rate: float
-    every: int = 1
-    betas: tuple[float, float] = (0.9, 0.99)
-    player: str = ""
-
-
-class Task(Protocol):
-    """What is trained: parameters, a loss, and what else must survive a restart."""
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Return the trainable parameters; names are unique over all groups."""
-
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        """Return the loss of one forward pass and figures to log."""
-
-    def after_step(self, step: int) -> None:
-        """React to a finished optimiser step."""
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides parameters, as JSON."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:

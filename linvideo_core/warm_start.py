@@ -18,8 +18,9 @@ from .config import option
 from .models.denoiser import bind
 from .progress import Progress
 from .subject import Subject
+from .task import ParameterGroup
 from .team import ALONE, Team
-from .training import ParameterGroup, TrainingConfig, fit
+from .training import TrainingConfig, fit
 from .trajectories import Trajectories
 
 

@@ -17,7 +17,7 @@ NODE_FILES = sorted((ROOT / "nodes").rglob("*.py"))
 ALLOWED = {
     "adapters": {"attention"},
     "attention": {"kernels", "config"},
-    "checkpoint_files": {"checkpoints", "team"},
+    "checkpoint_files": {"checkpoints", "storage", "team"},
     "checkpoints": {"parallel", "storage", "team"},
     "config": set(),
     "dmd2": {"flow"},
@@ -50,6 +50,8 @@ ALLOWED = {
         "progress",
         "records",
         "storage",
+        "subject",
+        "trajectories",
     },
     "sensitivity": {
         "attention",
@@ -65,9 +67,18 @@ ALLOWED = {
     "spectrum": set(),
     "stages": {"artifact", "demo"},
     "storage": set(),
+    "task": set(),
     "team": set(),
     "teacher_features": {"adapters", "attention", "flow", "models"},
-    "training": {"checkpoint_files", "checkpoints", "config", "progress", "run_folder", "team"},
+    "training": {
+        "checkpoint_files",
+        "checkpoints",
+        "config",
+        "progress",
+        "run_folder",
+        "task",
+        "team",
+    },
     "units": set(),
 }
 MAX_LINES = 320

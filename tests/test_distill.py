@@ -25,8 +25,9 @@ from linvideo_core.progress import silent
 from linvideo_core.stages import load_first_stage
 from linvideo_core.student import Student
 from linvideo_core.subject import Subject
+from linvideo_core.task import ParameterGroup
 from linvideo_core.teacher_videos import Endings, Likeness
-from linvideo_core.training import ParameterGroup, TrainingConfig, fit
+from linvideo_core.training import TrainingConfig, fit
 from linvideo_core.trajectories import TrajectoryConfig, collect
 
 LIKENESS = Likeness(spread=1.0, motion=1.0)

@@ -16,13 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from linvideo_core.training import (
-    ParameterGroup,
-    TrainingConfig,
-    fit,
-    learning_rate_share,
-    seed_step,
-)
+from linvideo_core.task import ParameterGroup
+from linvideo_core.training import TrainingConfig, fit, learning_rate_share, seed_step
 
 ROOT = Path(__file__).parents[1]
 SIZE = 7
