@@ -6,8 +6,9 @@ from torch import Tensor
 
 from linvideo_core.models.denoiser import bind
 from linvideo_core.replay import replayed
-from linvideo_core.student import Student, StudentConfig
+from linvideo_core.student import Student, StudentConfig, accelerated
 from linvideo_core.subject import Subject
+from linvideo_core.training import TrainingConfig
 from tests.conftest import LATENT_SHAPE
 
 
@@ -52,6 +53,21 @@ def test_replay_gives_the_values_and_gradients_of_the_same_kernels(
         for mine, right in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-5)
     assert rest
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_are_replayed_with_the_same_values_and_gradients(subject: Subject) -> None:
+    subject = subject.to("cuda")
+    student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+    for module in student.mixed.values():
+        module.harden("linear")
+    call = draw(2, subject, 0)
+    expected = differentiate(student, call, "bf16")
+    settings = TrainingConfig(compile=True, cuda_graphs=True)
+    with accelerated([student.model], student, settings):
+        found = [differentiate(student, call, "bf16") for _ in range(2)]
+    for mine in found:
+        torch.testing.assert_close(mine, expected, rtol=0.05, atol=2e-3)
 
 
 @pytest.mark.gpu

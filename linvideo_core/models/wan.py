@@ -64,6 +64,12 @@ def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.de
     return torch.stack([joined.cos(), joined.sin()]).float()
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """Return x in autocast's precision where that is on: each product would cast it for itself."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the whole width, before the heads are split."""
 
@@ -143,10 +149,11 @@ class WanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (self.modulation + modulation).to(x.dtype).split(1, dim=1)
         )
-        attended = self.self_attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotary)
-        x = torch.addcmul(x, attended, gate1)
-        x = x + self.cross_attn(self.norm3(x), context)
-        return torch.addcmul(x, self.ffn(torch.addcmul(shift2, self.norm2(x), 1 + scale2)), gate2)
+        normed = cast_once(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
+        x = torch.addcmul(x, self.self_attn(normed, rotary), gate1)
+        x = x + self.cross_attn(cast_once(self.norm3(x)), context)
+        normed = cast_once(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        return torch.addcmul(x, self.ffn(normed), gate2)
 
 
 class WanHead(nn.Module):
@@ -217,7 +224,7 @@ class WanModel(nn.Module):
         x = self.patch_embedding(padded.to(dtype)).to(dtype)
         grid = tuple(x.shape[2:])
         x = rearrange(x, "b d f h w -> b (f h w) d")
-        context = self.text_embedding(prompt_embeds.to(dtype))
+        context = cast_once(self.text_embedding(prompt_embeds.to(dtype)))
         with torch.autocast(x.device.type, enabled=False):
             time = self.time_embedding(
                 timestep_embedding(timesteps, self.config.freq_dim).to(dtype)
