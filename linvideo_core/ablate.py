@@ -67,7 +67,7 @@ class AblateConfig:
     tables: str = option("all", "tables to make, such as objective,selection; all: every one")
     only: str | None = option(None, "rows to run, such as adm,velocity; none: all of the tables")
     seeds: int = option(3, "seeds of each row, counted up from --seed")
-    jobs: int = option(2, "runs at a time, each in a process of its own")
+    jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
     gap_samples: int = option(0, "videos for the gap that rounding opens; 0: it is not measured")
     gap_points: int = option(1, "moments of a selection at which it is measured, the last included")
     max_minutes: float = option(0.0, "stop after so long, to be continued; 0: when all is done")

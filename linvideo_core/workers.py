@@ -1,7 +1,7 @@
-"""Worker processes that share a device: each prepares once, then does one job after another.
+"""Worker processes that share the devices: each prepares once, then does one job after another.
 
 A model of a few million parameters keeps a GPU waiting for its launches, so several processes
-train side by side. A job that fails, or a process that dies, costs that job alone.
+train side by side, spread over the GPUs that are there. A job that fails, or a process that dies, costs that job alone.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ class Failure:
 
 @dataclasses.dataclass(eq=False)
 class _Worker:
+    number: int
     process: multiprocessing.process.BaseProcess
     connection: Connection
     is_ready: bool = False
@@ -94,12 +95,13 @@ class Workers(contextlib.AbstractContextManager):
         ours, theirs = self._context.Pipe()
         # One thread each: the processes are the parallelism.
         os.environ["OMP_NUM_THREADS"] = "1"
-        process = self._context.Process(
-            target=_serve, args=(theirs, self._stop, self._prepare, self._arguments), daemon=True
-        )
+        # One that takes a dead one's place takes its GPU too.
+        number = min(set(range(self._count)) - {worker.number for worker in self._workers})
+        arguments = (number, theirs, self._stop, self._prepare, self._arguments)
+        process = self._context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        self._workers.append(_Worker(process, ours))
+        self._workers.append(_Worker(number, process, ours))
 
     def _hear(self, worker: _Worker) -> Iterator[tuple[Any, Any | Failure]]:
         try:
@@ -131,12 +133,19 @@ class Workers(contextlib.AbstractContextManager):
 
 
 def _serve(
-    connection: Connection, stop: Event, prepare: _Prepare, arguments: tuple[Any, ...]
+    number: int,
+    connection: Connection,
+    stop: Event,
+    prepare: _Prepare,
+    arguments: tuple[Any, ...],
 ) -> None:
     """Be a worker process: prepare, then answer jobs until the other side is gone."""
     # Ctrl-C reaches the whole group; the parent hears it and says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        # What "cuda" means in this process.
+        torch.cuda.set_device(number % torch.cuda.device_count())
     with contextlib.suppress(EOFError, OSError, Stopped):
         try:
             work = prepare(*arguments, _stoppable(stop))
