@@ -1,7 +1,8 @@
 """Worker processes that share the devices: each prepares once, then does one job after another.
 
 A model of a few million parameters keeps a GPU waiting for its launches, so several processes
-train side by side, spread over the GPUs that are there. A job that fails, or a process that dies, costs that job alone.
+train side by side, spread over the GPUs that are there. A job that fails, or a process that dies,
+costs that job alone.
 """
 
 import contextlib
