@@ -8,6 +8,7 @@ from .adapters import AttentionSite, ModelFamily, identify
 from .artifact import Artifact, check
 from .distillation import DistillationConfig
 from .evidence import EvidenceConfig
+from .held import check_held_alone
 from .linearization import TransferConfig
 from .memory import (
     FP32,
@@ -40,8 +41,19 @@ class RunConfig(Protocol):
         """What is sampled in the end."""
 
 
-def check_transfer(draft: Draft, config: TransferConfig, device: str, precision: str) -> None:
+class FewStepConfig(RunConfig, Protocol):
+    """What the config of a distillation has besides."""
+
+    @property
+    def distillation(self) -> DistillationConfig:
+        """How few the steps are."""
+
+
+def check_transfer(
+    draft: Draft, config: TransferConfig, device: str, precision: str, num_processes: int = 1
+) -> None:
     """Raise ValueError, in one sentence, when a transfer of a subject cannot work."""
+    check_held_alone(draft.held, num_processes)
     family, sites = identify(draft.shapes)
     check_layers(config.selection, [site.layer for site in sites])
     student = config.student
@@ -52,13 +64,15 @@ def check_transfer(draft: Draft, config: TransferConfig, device: str, precision:
 
 def check_distillation(
     draft: Draft,
-    config: RunConfig,
+    config: FewStepConfig,
     artifact: Artifact,
-    distillation: DistillationConfig,
     device: str,
     precision: str,
+    num_processes: int = 1,
 ) -> None:
     """Raise ValueError, in one sentence, when a distillation of a file cannot work."""
+    check_held_alone(draft.held, num_processes)
+    distillation = config.distillation
     linear = check(artifact, draft.shapes)
     family, _ = identify(draft.shapes)
     rank = max(distillation.rank, artifact.header.lora_rank)

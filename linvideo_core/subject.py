@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import demo
+from .adapters import identify, keep_digest, weights_digest
 from .config import option, positive
 from .demo.codec import LATENT_SHAPE, decode_latents
 from .demo.prompts import all_prompts, encode_prompts
 from .models.checkpoint import Checkpoint, load_wan, open_wan
+from .models.rounded import FrozenConfig
 from .progress import Progress, silent
 from .prompts import read_prompts
 from .prompts.sources import PromptConfig, PromptSource, find_source
@@ -28,6 +30,7 @@ class SubjectConfig:
         None, "prompts, one a line, or a safetensors file of embeddings; none: those of LinVideo"
     )
     text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     num_frames: int = option(81, "video frames, for a --model of your own")
     height: int = option(480, "video height in pixels, for a --model of your own")
     width: int = option(832, "video width in pixels, for a --model of your own")
@@ -41,6 +44,11 @@ class SubjectConfig:
                 raise ValueError(
                     f"--{name} {getattr(self, name)} given; a multiple of 16 is needed"
                 )
+        if self.model is None and self.held.given:
+            raise ValueError(
+                f"{self.held.given} was given without --model; the embedded model is small: leave "
+                "it out"
+            )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -76,11 +84,13 @@ class Draft:
     """A subject of one's own whose files' headers were read and fit; `load` takes its time.
 
     shapes: of the model's parameters, by name.
+    held: how its frozen weights are.
     """
 
     checkpoint: Checkpoint
     source: PromptSource
     latent_shape: tuple[int, int, int, int]
+    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,14 +98,14 @@ class Draft:
         return {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
 
     def load(self, folder: Path, device: str = "cpu", progress: Progress = silent) -> Subject:
-        """Return the subject on the CPU, frozen, in fp32.
+        """Return the subject on the CPU, frozen, its weights held as the config says.
 
         Prompts that must be encoded are: on `device`, into `folder`, before the model is read.
         """
         embeds = self.source.read(folder, device=device, progress=progress)
         subject = Subject(
             name=self.checkpoint.path.stem,
-            model=self.checkpoint.load(),
+            model=self.load_model(),
             prompts=embeds.prompts,
             prompt_embeds=embeds.prompt_embeds,
             negative_embeds=embeds.negative_embeds,
@@ -103,8 +113,16 @@ class Draft:
             decode=_preview,
             is_demo=False,
         )
-        subject.model.eval().requires_grad_(False)
         return subject
+
+    def load_model(self) -> nn.Module:
+        """Return the model alone, on the CPU, frozen; it goes by its checkpoint's digest."""
+        model = self.checkpoint.load(frozen=self.held.frozen).eval().requires_grad_(False)
+        if self.held.frozen != "fp32":
+            _, sites = identify(self.shapes)
+            ends = [f"{site.name}." for site in (sites[0], sites[-1])]
+            keep_digest(model, weights_digest(self.checkpoint.load(under=ends), sites))
+        return model
 
 
 def open_subject(config: SubjectConfig) -> Draft | None:
@@ -135,6 +153,7 @@ def open_subject(config: SubjectConfig) -> Draft | None:
             config.height // _SPACE_COMPRESSION,
             config.width // _SPACE_COMPRESSION,
         ),
+        held=config.held,
     )
 
 
@@ -144,7 +163,7 @@ def load_subject(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Subject:
-    """Load the embedded model or the one that `config` names, frozen, in fp32, on the CPU.
+    """Load the embedded model or the one that `config` names, frozen, on the CPU.
 
     folder, device: where a text file's prompts are kept and encoded, see `Draft.load`.
 

@@ -44,7 +44,7 @@ from .two_experts import EXPERT_NAMES, check_experts, linearize_experts, load_ex
 logger = logging.getLogger(__name__)
 
 # What a repeated command may change: none of it decides the artifact.
-_FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
+_FREE_FIELDS = ("out", "offload_blocks", "evaluate_samples", "evaluate_batch_size")
 _SHOWN = (
     "model",
     "linear_layers",
@@ -150,7 +150,7 @@ def _run_one(
     path = config.out / ARTIFACT_NAME
     draft = open_subject(config.subject)
     if draft is not None:
-        check_transfer(draft, config, device, precision)
+        check_transfer(draft, config, device, precision, team.size)
     with team.in_turn():
         subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     if not is_made:

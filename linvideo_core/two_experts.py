@@ -121,7 +121,7 @@ def load_experts(
 ) -> Subject:
     """Return both experts as one subject; its prompts are on `device`, its weights on the CPU."""
     high = drafts[HIGH].load(config.out, device, progress)
-    low = drafts[LOW].checkpoint.load().eval().requires_grad_(False)
+    low = drafts[LOW].load_model()
     boundary = config.experts.boundary
     return dataclasses.replace(
         high,
