@@ -97,8 +97,8 @@ class DistillConfig:
         check_batch(self.distillation, self.training)
         if self.subject.model is not None and self.artifact is None:
             raise ValueError("--model was given without --artifact; give the file made for it")
-        is_full = self.distillation.train == "full"
-        check_held(self.subject.held, self.training, "--train full" if is_full else "")
+        by = "--train full" if self.distillation.train == "full" else ""
+        check_held(self.subject.held, self.training, by)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -173,14 +173,9 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
         logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         made = artifact_files.load(path)
         settings = compare_config(config.evidence, config.trajectories)
-        comparison = compare_few_step(
-            subject,
-            line_up(subject.model, first, {name_of(made): made}, settings),
-            settings,
-            seed=config.seed,
-            precision=precision,
-            progress=progress,
-        )
+        lineup = line_up(subject.model, first, {name_of(made): made}, settings)
+        how = {"seed": config.seed, "precision": precision, "progress": progress}
+        comparison = compare_few_step(subject, lineup, settings, **how)
         save_comparison(comparison, config.out)
     return path
 

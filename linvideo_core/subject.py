@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from . import demo
-from .adapters import identify, keep_digest, weights_digest
+from .adapters import blocks, identify, keep_digest, shapes_of, weights_digest
 from .config import option, positive
 from .demo.codec import LATENT_SHAPE, decode_latents
 from .demo.prompts import all_prompts, encode_prompts
 from .models.checkpoint import Checkpoint, load_wan, open_wan
 from .models.rounded import FrozenConfig
+from .offload import offload
 from .progress import Progress, silent
 from .prompts import read_prompts
 from .prompts.sources import PromptConfig, PromptSource, find_source
@@ -58,6 +59,7 @@ class Subject:
     prompt_embeds: [P, S, T]; negative_embeds: [S, T], the unconditional branch's prompt.
     latent_shape: (C, F, H, W).
     decode: latents [B, C, F, H, W] -> grey frames [B, F, h, w] in [0, 1].
+    offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
     """
 
     name: str
@@ -68,12 +70,17 @@ class Subject:
     latent_shape: tuple[int, int, int, int]
     decode: Callable[[Tensor], Tensor]
     is_demo: bool
+    offload_blocks: int = 0
 
     def to(self, device: torch.device | str) -> "Subject":
-        """Move the teacher and its prompts."""
+        """Move the teacher and its prompts; once, where blocks are offloaded."""
+        if self.offload_blocks:
+            _, sites = identify(shapes_of(self.model))
+            offload(self.model, blocks(self.model, sites)[: self.offload_blocks], device)
+        else:
+            self.model.to(device)
         return dataclasses.replace(
             self,
-            model=self.model.to(device),
             prompt_embeds=self.prompt_embeds.to(device),
             negative_embeds=self.negative_embeds.to(device),
         )
@@ -103,7 +110,7 @@ class Draft:
         Prompts that must be encoded are: on `device`, into `folder`, before the model is read.
         """
         embeds = self.source.read(folder, device=device, progress=progress)
-        subject = Subject(
+        return Subject(
             name=self.checkpoint.path.stem,
             model=self.load_model(),
             prompts=embeds.prompts,
@@ -112,8 +119,8 @@ class Draft:
             latent_shape=self.latent_shape,
             decode=_preview,
             is_demo=False,
+            offload_blocks=self.held.offload_blocks,
         )
-        return subject
 
     def load_model(self) -> nn.Module:
         """Return the model alone, on the CPU, frozen; it goes by its checkpoint's digest."""
@@ -143,6 +150,11 @@ def open_subject(config: SubjectConfig) -> Draft | None:
         raise ValueError(
             f"{source.path} {source.verb} embeddings of width {source.width}; "
             f"{config.model} takes {checkpoint.config.text_dim}"
+        )
+    if config.held.offload_blocks > checkpoint.config.num_layers:
+        raise ValueError(
+            f"--offload-blocks {config.held.offload_blocks} given; {config.model} has "
+            f"{checkpoint.config.num_layers} blocks"
         )
     return Draft(
         checkpoint=checkpoint,

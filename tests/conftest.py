@@ -69,6 +69,11 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def subject(wan: WanModel) -> Subject:
     """The frozen `wan` as a teacher with three prompts."""
+    return make_subject(wan)
+
+
+def make_subject(wan: WanModel) -> Subject:
+    """Return a model, frozen, as a teacher with three prompts."""
     generator = torch.Generator().manual_seed(6)
     return Subject(
         name="tiny",

@@ -47,7 +47,7 @@ class FrozenConfig:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Return what a file says of the teacher that it was trained beside, unless that was fp32."""
+        """Return what a file says of its teacher, unless that was held in fp32."""
         return {"frozen": self.frozen} if self.frozen != "fp32" else {}
 
 
