@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from linvideo_core import distill, transfer
 from linvideo_core.adapters import checkpoint_activations
@@ -24,6 +24,7 @@ from linvideo_core.memory import (
     training_needs,
 )
 from linvideo_core.models.denoiser import bind
+from linvideo_core.models.rounded import FROZEN, place
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject
@@ -64,10 +65,9 @@ def test_bytes_are_said_in_units_that_can_be_read() -> None:
     assert [show_gb(n) for n in (2e9, 3e6)] == ["2.0 GB", "3.0 MB"]
 
 
-def needs_of(wan: WanConfig, tokens: int, **changes: Any) -> dict[str, int]:
+def needs_of(wan: WanConfig, tokens: int, stream_bytes: int = 4, **changes: Any) -> dict[str, int]:
     settings = {
-        "num_parameters": 0,
-        "num_copies": 1,
+        "weight_bytes": 0,
         "num_trained": 0,
         "num_graphs": 1,
         "batch_size": 1,
@@ -77,17 +77,29 @@ def needs_of(wan: WanConfig, tokens: int, **changes: Any) -> dict[str, int]:
         **changes,
     }
     model = Transformer(
-        dim=wan.dim, ffn_dim=wan.ffn_dim, num_layers=wan.num_layers, num_tokens=tokens
+        dim=wan.dim,
+        ffn_dim=wan.ffn_dim,
+        num_layers=wan.num_layers,
+        num_tokens=tokens,
+        stream_bytes=stream_bytes,
     )
     return {need.what: need.num_bytes for need in training_needs(model, **settings)}
+
+
+def round_weights(model: nn.Module, frozen: str) -> None:
+    for name, parameter in list(model.named_parameters()):
+        place(model, name, parameter.detach(), frozen)
+    model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("parameters", ["feature_maps", "lora"])
+@pytest.mark.parametrize("frozen", FROZEN)
 def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_one(
-    parameters: str, precision: str, is_checkpointed: bool, subject: Subject
+    frozen: str, parameters: str, precision: str, is_checkpointed: bool, subject: Subject
 ) -> None:
+    round_weights(subject.model, frozen)
     student = Student(subject, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
     for module in student.mixed.values():
         module.harden("softmax")
@@ -105,13 +117,15 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_on
     velocity_fn = bind(student.model, torch.randn(1, 5, TEXT_DIM), precision=precision)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         velocity_fn(latents, torch.tensor([0.5]))
+    stream_bytes = 4 if frozen == "fp32" else 2
     settings = {"precision": precision, "is_checkpointed": is_checkpointed}
+    settings |= {"stream_bytes": stream_bytes}
     wan = subject.model.config
     estimate = needs_of(wan, 4 * 12 * 12, **settings)["a training step's activations"]
     if is_checkpointed:
         # The block at work is recomputed in the backward pass, which does not run here.
         one = dataclasses.replace(wan, num_layers=1)
-        one_block = needs_of(one, 4 * 12 * 12, precision=precision)
+        one_block = needs_of(one, 4 * 12 * 12, precision=precision, stream_bytes=stream_bytes)
         estimate -= one_block["a training step's activations"]
     found = sum(kept.values())
     assert estimate <= found <= 2.5 * estimate, found / estimate
@@ -135,7 +149,7 @@ def test_sampling_and_training_do_not_add_up() -> None:
 
 def test_wan_14b_at_480p_needs_more_than_a_home_card_and_less_than_a_node() -> None:
     wan = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
-    sizes = {"num_parameters": 14_288_491_584, "num_trained": 10**8, "precision": "bf16"}
+    sizes = {"weight_bytes": 4 * 14_288_491_584, "num_trained": 10**8, "precision": "bf16"}
     needs = needs_of(wan, 32760, is_checkpointed=True, **sizes)
     assert 48e9 < sum(needs.values()) < 140e9
 
