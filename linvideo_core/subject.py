@@ -47,8 +47,8 @@ class SubjectConfig:
                 )
         if self.model is None and self.held.given:
             raise ValueError(
-                f"{self.held.given} was given without --model; the embedded model is small: leave "
-                "it out"
+                f"{self.held.given} is for a --model of one's own, and none was given: give "
+                "--model, or leave it out"
             )
 
 

@@ -70,6 +70,17 @@ _FILES = {
 }
 
 
+_HOME = {
+    "out": Path("runs/home"),
+    "frozen": "bf16",
+    "activation_checkpointing": True,
+    "guidance_scale": 5.0,
+    "shard_size": 1,
+    "steps": 3000,
+    "evaluate_samples": 2,
+    "evaluate_batch_size": 1,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "num_trajectories": 24,
@@ -101,6 +112,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "evaluate_samples": 1000,
         "evaluate_batch_size": 250,
     },
+    # Wan 1.3B and 14B at 480p on one card of a home, see docs/home.md.
+    "home-24gb": {**_HOME, "target": 16, "batch_size": 2, "accumulation": 2},
+    "home-48gb": {**_HOME, "target": 22, "batch_size": 1, "accumulation": 4, "offload_blocks": 32},
 }
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from linvideo_core import distill, transfer
-from linvideo_core.adapters import checkpoint_activations
+from linvideo_core import distill, memory, transfer
+from linvideo_core.adapters import checkpoint_activations, shapes_of
 from linvideo_core.config import override
 from linvideo_core.linearization import TransferConfig
 from linvideo_core.memory import (
@@ -24,10 +24,12 @@ from linvideo_core.memory import (
     training_needs,
 )
 from linvideo_core.models.denoiser import bind
-from linvideo_core.models.rounded import FROZEN, place
+from linvideo_core.models.rounded import FROZEN, FrozenConfig, place
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.preflight import Plan, check_transfer
+from linvideo_core.scale.sizes import SIZES
 from linvideo_core.student import Student, StudentConfig
-from linvideo_core.subject import Subject
+from linvideo_core.subject import Subject, open_subject
 from tests.conftest import TEXT_DIM
 
 HUGE = 10**18
@@ -214,3 +216,91 @@ def test_a_distillation_that_cannot_fit_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match="lower --batch-size"):
         distill.run(config)
     assert not config.out.exists()
+
+
+def plan_of(name: str, batch_size: int) -> Plan:
+    """Return the plan of a transfer at a real size, LoRA of rank 32."""
+    size = SIZES[name]
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(size.config))
+    maps = size.config.num_layers * size.config.dim * 128
+    return Plan(
+        config=size.config,
+        shapes=shapes,
+        num_tokens=size.tokens,
+        num_trained=count_low_rank(shapes, "blocks.", 32) + maps,
+        num_graphs=1,
+        batch_size=batch_size,
+        sampled_together=1,
+        precision="bf16",
+    )
+
+
+# What the peak of a step's activations was of the least, on the CPU's allocator (docs/home.md).
+@pytest.mark.parametrize(
+    ("preset", "name", "card_gb", "activations"),
+    [("home-24gb", "1.3b-480p", 24, 1.5), ("home-48gb", "14b-480p", 48, 1.3)],
+)
+def test_the_presets_for_homes_leave_their_card_a_tenth(
+    preset: str, name: str, card_gb: int, activations: float
+) -> None:
+    config = override(
+        TransferConfig(), {"model": Path("wan"), "device": "cpu", **transfer.PRESETS[preset]}
+    )
+    plan = plan_of(name, config.training.batch_size)
+    needs = plan.needs(config.subject.held, config.training.activation_checkpointing)
+    total = sum(
+        need.num_bytes * (activations if "activations" in need.what else 1) for need in needs
+    )
+    assert total < 0.9 * card_gb * 2**30
+    assert config.selection.target == len(SIZES[name].layers)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "flags"),
+    [
+        (100, "--activation-checkpointing"),
+        (60, "--activation-checkpointing --frozen bf16"),
+        (48, "--activation-checkpointing --frozen bf16 --offload-blocks 8"),
+        (20, ""),
+    ],
+)
+def test_a_plan_finds_the_flags_that_cost_least_of_those_that_fit(
+    free_gb: float, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cpu": 10**12, "cuda": int(free_gb * 1e9)}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
+    plan = plan_of("14b-480p", 1)
+    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True) == flags
+
+
+def test_weights_that_the_computers_own_memory_cannot_hold_are_not_proposed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = {"cpu": int(20e9), "cuda": int(40e9)}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
+    plan = plan_of("14b-480p", 1)
+    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
+    assert found == "--activation-checkpointing --frozen fp8"
+    free["cuda"] = int(30e9)
+    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
+    assert found.startswith("--activation-checkpointing --frozen fp8 --offload-blocks")
+    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=False) == ""
+
+
+def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(TransferConfig(), {**files, "evaluate_samples": 0, "num_trajectories": 1})
+    draft = open_subject(config.subject)
+    told = []
+
+    def free_bytes(device: object) -> int:
+        return 10**12 if not told else told[0]
+
+    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+    check_transfer(draft, config, "cpu", "fp32")
+    told.append(1_500_000_000)
+    with pytest.raises(ValueError, match="it would fit with --activation-checkpointing") as caught:
+        check_transfer(draft, config, "cpu", "fp32")
+    assert "\n" not in str(caught.value)
