@@ -164,18 +164,27 @@ class Plan:
         What keeps the weights most precise comes first: bf16, offloading, fp8, both.
         """
         for frozen in FROZEN[FROZEN.index(held.frozen) :]:
-            if not fits([_reading(self.shapes, frozen)], "cpu"):
-                continue
             most = self.config.num_layers if may_offload and frozen != "fp32" else 0
             for num_blocks in range(held.offload_blocks, max(most, held.offload_blocks) + 1):
                 found = FrozenConfig(frozen=frozen, offload_blocks=num_blocks)
+                if not fits([_on_host(self.shapes, found, device)], "cpu"):
+                    break
                 if fits([*self.needs(found, True), *others], device):
                     return f"--activation-checkpointing {found.given}".rstrip()
         return ""
 
 
-def _reading(shapes: Shapes, frozen: str) -> Need:
-    return Need("the model while it is read", count_frozen_bytes(shapes, frozen))
+def _on_host(shapes: Shapes, held: FrozenConfig, device: str) -> Need:
+    """Return what is in CPU memory: the whole model first, then the blocks that stay there."""
+    reading = count_frozen_bytes(shapes, held.frozen)
+    block = count_frozen_bytes(shapes, held.frozen, "blocks.0.")
+    if device.startswith("cuda"):
+        # PyTorch gives out page-locked memory in powers of two.
+        block = 2 ** math.ceil(math.log2(block))
+    waiting = block * held.offload_blocks
+    if waiting > reading:
+        return Need("the offloaded blocks, page-locked", waiting, "lower --offload-blocks")
+    return Need("the model while it is read", reading)
 
 
 def count_device_bytes(shapes: Shapes, held: FrozenConfig) -> int:
@@ -201,7 +210,7 @@ def _check_memory(
     advice = "choose a smaller model or a machine with more memory"
     if not all_trained and draft.held.frozen != FROZEN[-1]:
         advice = f"give --frozen {FROZEN[-1]}, or {advice}"
-    check_memory([_reading(draft.shapes, draft.held.frozen)], "cpu", advice)
+    check_memory([_on_host(draft.shapes, draft.held, device)], "cpu", advice)
     model = draft.checkpoint.config
     patches = zip(draft.latent_shape[1:], model.patch_size, strict=True)
     plan = Plan(

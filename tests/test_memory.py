@@ -24,7 +24,7 @@ from linvideo_core.memory import (
     training_needs,
 )
 from linvideo_core.models.denoiser import bind
-from linvideo_core.models.rounded import FROZEN, FrozenConfig, place
+from linvideo_core.models.rounded import FROZEN, FrozenConfig, count_frozen_bytes, place
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.preflight import Plan, check_transfer
 from linvideo_core.scale.sizes import SIZES
@@ -286,6 +286,19 @@ def test_weights_that_the_computers_own_memory_cannot_hold_are_not_proposed(
     found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
     assert found.startswith("--activation-checkpointing --frozen fp8 --offload-blocks")
     assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=False) == ""
+
+
+def test_page_locked_blocks_count_as_what_they_really_take(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"frozen": "bf16", "offload_blocks": 3, "activation_checkpointing": True}
+    config = override(TransferConfig(), {**files, **values, "evaluate_samples": 0})
+    draft = open_subject(config.subject)
+    block = count_frozen_bytes(draft.shapes, "bf16", "blocks.0.")
+    assert count_frozen_bytes(draft.shapes, "bf16") < 3 * 2**19 and block < 2**19
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**19 - 1)
+    with pytest.raises(ValueError, match=r"page-locked 1\.6 MB.*lower --offload-blocks"):
+        check_transfer(draft, config, "cuda", "bf16")
 
 
 def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
