@@ -11,7 +11,7 @@ memory, too; here all stages see the same model, and what is trained stays on th
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,52 +19,60 @@ from torch import Tensor, nn
 _ALIGNMENT = 256  # Bytes: of what kernels may read at once, with room.
 
 
+class _Place(NamedTuple):
+    """Where a tensor stands in a block, and where in a row of bytes."""
+
+    module: str
+    name: str
+    is_buffer: bool
+    like: Tensor  # On the meta device.
+    start: int
+
+    def holder(self, block: nn.Module) -> dict[str, Any]:
+        """Return what of a block's module holds the tensor by its name."""
+        module = block.get_submodule(self.module)
+        return module._buffers if self.is_buffer else module._parameters
+
+    def view(self, row: Tensor) -> Tensor:
+        """Return the tensor that lies in a row."""
+        part = row[self.start : self.start + self.like.nbytes]
+        return part.view(self.like.dtype).view(self.like.shape)
+
+
 class _Slab:
     """The frozen tensors of one block, one after another in a row of bytes in CPU memory."""
 
     def __init__(self, block: nn.Module, is_pinned: bool) -> None:
         """Move the tensors of `block` here; what stands in it afterwards are views of the slab."""
-        self.places = [
-            (name, leaf, is_buffer, tensor)
-            for name, module in block.named_modules()
-            for is_buffer, tensors in ((False, module._parameters), (True, module._buffers))
-            for leaf, tensor in tensors.items()
-            if tensor is not None and not tensor.requires_grad
-        ]
-        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for *_, tensor in self.places]
-        self.bytes = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=is_pinned)
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        for view, (name, leaf, is_buffer, tensor) in zip(
-            self.views(self.bytes), self.places, strict=True
-        ):
-            view.copy_(tensor)
-            owner = block.get_submodule(name)
-            if is_buffer:
-                owner._buffers[leaf] = view
-            else:
-                owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
-        # Only what they are like matters from here on.
-        self.places = [(n, leaf, is_b, tensor.to("meta")) for n, leaf, is_b, tensor in self.places]
-
-    def views(self, row: Tensor) -> Iterator[Tensor]:
-        """Yield the tensors that lie in a row of bytes of this slab's length, in order."""
-        for start, (*_, like) in zip(self.starts, self.places, strict=True):
-            yield row[start : start + like.nbytes].view(like.dtype).view(like.shape)
+        self.places: list[_Place] = []
+        length = 0
+        for path, module in block.named_modules():
+            for is_buffer, tensors in ((False, module._parameters), (True, module._buffers)):
+                for name, tensor in tensors.items():
+                    if tensor is None or tensor.requires_grad:
+                        continue
+                    like = tensor.detach().to("meta")
+                    self.places.append(_Place(path, name, is_buffer, like, length))
+                    length += -(-like.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.bytes = torch.empty(length, dtype=torch.uint8, pin_memory=is_pinned)
+        for place in self.places:
+            view, holder = place.view(self.bytes), place.holder(block)
+            view.copy_(holder[place.name])
+            is_buffer = place.is_buffer
+            holder[place.name] = view if is_buffer else nn.Parameter(view, requires_grad=False)
 
     @contextlib.contextmanager
     def lent(self, block: nn.Module, row: Tensor) -> Iterator[None]:
         """Let a block, or a twin of it, have the tensors of a row for a while."""
-        found = []
-        for tensor, (name, leaf, is_buffer, _) in zip(self.views(row), self.places, strict=True):
-            module = block.get_submodule(name)
-            tensors = module._buffers if is_buffer else module._parameters
-            found.append((tensors, leaf, tensors[leaf]))
-            tensors[leaf] = tensor
+        own = [(place.holder(block), place.name) for place in self.places]
+        before = [holder[name] for holder, name in own]
+        for place, (holder, name) in zip(self.places, own, strict=True):
+            holder[name] = place.view(row)
         try:
             yield
         finally:
-            for tensors, leaf, tensor in found:
-                tensors[leaf] = tensor
+            for (holder, name), tensor in zip(own, before, strict=True):
+                holder[name] = tensor
 
 
 class Depot:
@@ -131,10 +139,9 @@ def offload(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device 
     for module in model.modules():
         if id(module) in inside:
             continue
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                moved = tensor.detach().to(device)
-                is_parameter = tensors is module._parameters
-                tensors[name] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                moved = parameter.detach().to(device)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)

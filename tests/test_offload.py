@@ -17,7 +17,7 @@ from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.student import Student, StudentConfig, twin
 from linvideo_core.subject import Subject
 from tests.allocations import peak_bytes
-from tests.conftest import LATENT_SHAPE, TEXT_DIM, make_subject, make_wan
+from tests.conftest import LATENT_SHAPE, TEXT_DIM, make_subject, make_wan, small_transfer
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -127,31 +127,8 @@ def test_a_change_in_place_is_seen_by_the_next_call(
 @pytest.fixture
 def config(tmp_path: Path) -> TransferConfig:
     save_file(make_wan().state_dict(), tmp_path / "wan.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(4, 5, TEXT_DIM, generator=generator)
-    prompts = {"prompt_embeds": embeds[:3], "negative_embeds": embeds[3].clone()}
-    save_file(prompts, tmp_path / "prompts.safetensors")
-    values = {
-        "model": tmp_path / "wan.safetensors",
-        "prompts": tmp_path / "prompts.safetensors",
-        "num_frames": 5,
-        "height": 32,
-        "width": 32,
-        "num_trajectories": 2,
-        "states_per_trajectory": 2,
-        "sampler_steps": 4,
-        "warm_start_steps": 2,
-        "steps": 4,
-        "batch_size": 2,
-        "target": 1,
-        "lora_rank": 2,
-        "evaluate_samples": 2,
-        "checkpoint_every": 2,
-        "activation_checkpointing": True,
-        "device": "cpu",
-        "precision": "fp32",
-    }
-    return override(TransferConfig(), values)
+    values = {"steps": 4, "checkpoint_every": 2, "activation_checkpointing": True}
+    return small_transfer(tmp_path / "wan.safetensors", **values)
 
 
 class StopError(Exception):

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from linvideo_core import artifact, transfer
 from linvideo_core.adapters import identify, shapes_of, weights_digest
 from linvideo_core.config import override
-from linvideo_core.linearization import TransferConfig
 from linvideo_core.models.checkpoint import load_wan, open_wan
 from linvideo_core.models.denoiser import bind
 from linvideo_core.models.rounded import FROZEN, Float8Linear, count_frozen_bytes
 from linvideo_core.models.wan import WanModel
 from linvideo_core.student import Student, StudentConfig, twin
 from linvideo_core.subject import Subject, SubjectConfig, load_subject
-from tests.conftest import TEXT_DIM
+from tests.conftest import TEXT_DIM, small_transfer
 
 # Of the velocity, in its norm, against fp32: bf16 has 8 bits, e4m3 4.
 TOLERANCE = {"fp32": 0.0, "bf16": 0.02, "fp8": 0.1}
@@ -128,42 +127,13 @@ def test_a_file_changes_a_rounded_model_as_a_whole_one_and_is_taken_out_bit_for_
     assert torch.equal(model(*inputs), before)
 
 
-def arguments(path: Path, **changes: Any) -> TransferConfig:
-    generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(4, 5, TEXT_DIM, generator=generator)
-    prompts = path.parent / "prompts.safetensors"
-    save_file({"prompt_embeds": embeds[:3], "negative_embeds": embeds[3].clone()}, prompts)
-    values = {
-        "model": path,
-        "prompts": prompts,
-        "num_frames": 5,
-        "height": 32,
-        "width": 32,
-        "num_trajectories": 2,
-        "states_per_trajectory": 2,
-        "sampler_steps": 4,
-        "warm_start_steps": 2,
-        "steps": 3,
-        "batch_size": 2,
-        "target": 1,
-        "lora_rank": 2,
-        "evaluate_samples": 2,
-        "checkpoint_every": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "out": path.parent / "run",
-        **changes,
-    }
-    return override(TransferConfig(), values)
-
-
 @pytest.mark.parametrize("frozen", ROUNDED)
 @pytest.mark.parametrize("parameters", ["lora", "feature_maps"])
 def test_a_transfer_of_a_rounded_model_makes_a_file_for_the_whole_one(
     frozen: str, parameters: str, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = artifact.load(
-        transfer.run(arguments(path, frozen=frozen, parameters=parameters, evaluate_samples=0))
+        transfer.run(small_transfer(path, frozen=frozen, parameters=parameters, evaluate_samples=0))
     )
     assert made.header.provenance["frozen"] == frozen
     model = load_wan(path)
@@ -173,14 +143,14 @@ def test_a_transfer_of_a_rounded_model_makes_a_file_for_the_whole_one(
 
 
 def test_a_whole_transfer_says_nothing_of_rounding(path: Path) -> None:
-    made = artifact.load(transfer.run(arguments(path, evaluate_samples=0)))
+    made = artifact.load(transfer.run(small_transfer(path, evaluate_samples=0)))
     assert "frozen" not in made.header.provenance
 
 
 def test_a_rounded_transfer_is_compared_with_its_rounded_teacher(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = arguments(path, frozen="fp8")
+    config = small_transfer(path, frozen="fp8")
     transfer.run(config)
     assert (config.out / "evaluation.json").exists() and "other weights" not in caplog.text
     with pytest.raises(ValueError, match="was made with frozen fp8 and bf16 was given"):
@@ -207,7 +177,7 @@ def test_what_does_not_go_together_is_refused(
     changes: dict[str, Any], words: str, path: Path
 ) -> None:
     with pytest.raises(ValueError, match=words) as caught:
-        arguments(path, **changes)
+        small_transfer(path, **changes)
     assert "\n" not in str(caught.value)
 
 
