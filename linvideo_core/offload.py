@@ -75,17 +75,25 @@ class _Slab:
                 holder[name] = tensor
 
 
+class _Ahead(NamedTuple):
+    """A copy of a slab that is being made, of how it was at a version."""
+
+    index: int
+    version: int
+    row: Tensor
+    done: torch.cuda.Event | None
+
+
 class Depot:
     """Where the frozen weights of a model's first blocks wait; its twins share it."""
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         """Take the frozen weights of `blocks`, in the order in which they run, into CPU memory."""
         self.device = device
-        self.is_cuda = device.type == "cuda"
-        self._slabs = [_Slab(block, self.is_cuda) for block in blocks]
-        self._stream = torch.cuda.Stream(device) if self.is_cuda else None
-        self._last = -1
-        self._ahead: tuple[int, int, Tensor, Any] | None = None
+        is_cuda = device.type == "cuda"
+        self._slabs = [_Slab(block, is_cuda) for block in blocks]
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
+        self._ahead: _Ahead | None = None
         for index, block in enumerate(blocks):
             block.forward = functools.partial(self._run, index, block, block.forward)
 
@@ -97,36 +105,38 @@ class Depot:
         self, index: int, block: nn.Module, forward: Callable[..., Tensor], *args: Any
     ) -> Tensor:
         row = self._take(index)
-        # On the way back each block follows the one after it, the last one follows itself.
-        is_backward = index <= self._last <= index + 1
-        self._last = index
+        # What is computed again on the way back is called by autograd, from the last block on.
+        is_backward = torch._C._current_graph_task_id() != -1
         self._look_ahead(index - 1 if is_backward else index + 1)
         with self._slabs[index].lent(block, row):
             return forward(*args)
 
     def _take(self, index: int) -> Tensor:
         """Return a copy of a slab, on the device, that the current stream may read."""
-        version = self._slabs[index].bytes._version
+        slab = self._slabs[index].bytes
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and self.is_cuda:
+        if ahead is not None and ahead.done is not None:
             # Also one that is not wanted: its memory must not be given away while it is written.
-            torch.cuda.current_stream(self.device).wait_event(ahead[3])
-        if ahead is not None and ahead[:2] == (index, version):
-            return ahead[2]
-        row = torch.empty_like(self._slabs[index].bytes, device=self.device)
-        return row.copy_(self._slabs[index].bytes, non_blocking=True)
+            torch.cuda.current_stream(self.device).wait_event(ahead.done)
+        if ahead is not None and (ahead.index, ahead.version) == (index, slab._version):
+            return ahead.row
+        return torch.empty_like(slab, device=self.device).copy_(slab, non_blocking=True)
 
     def _look_ahead(self, index: int) -> None:
         """Begin to copy a slab, if there is one, beside what is computed."""
-        if not self.is_cuda or not 0 <= index < len(self._slabs):
+        if not 0 <= index < len(self._slabs):
             return
         slab = self._slabs[index].bytes
         # Memory of the current stream, which may still be at work in it for an earlier block.
-        row = torch.empty_like(slab, device=self.device)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            row.copy_(slab, non_blocking=True)
-        self._ahead = (index, slab._version, row, self._stream.record_event())
+        row, done = torch.empty_like(slab, device=self.device), None
+        if self._stream is None:
+            row.copy_(slab)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                row.copy_(slab, non_blocking=True)
+            done = self._stream.record_event()
+        self._ahead = _Ahead(index, slab._version, row, done)
 
 
 def offload(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device | str) -> None:

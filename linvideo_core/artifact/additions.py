@@ -43,11 +43,14 @@ def add_change(
     if not total.isfinite().all():
         raise ArtifactError(f"the change of {name} overflows {parameter.dtype}: lower the strength")
     undo.callback(_overwrite, parameter, parameter.detach().to("cpu", copy=True))
-    parameter.copy_(total)
+    _overwrite(parameter, total)
 
 
 @torch.no_grad()
 def _overwrite(parameter: Tensor, value: Tensor) -> None:
+    if parameter.is_cpu and torch.cuda.is_initialized():
+        # An offloaded weight may be on its way to the device.
+        torch.cuda.synchronize()
     parameter.copy_(value)
 
 
