@@ -4,6 +4,7 @@ The flow, and the one noun that each stage hands on:
 
     models, demo        a model                          -> teacher
     prompts             words, encoded once              -> prompt embeddings
+    held, offload       bf16, fp8, blocks in CPU memory  -> a teacher that fits
     preflight, memory   headers and arithmetic           -> a sentence, or a run that fits
     adapters            find_sites(model)                -> attention sites
     trajectories        collect(teacher)                 -> trajectory shards

@@ -42,6 +42,7 @@ from .distillation import (
 from .evidence import EvidenceConfig, compare_config, is_evaluated
 from .flow import make_sigmas
 from .health import Health
+from .held import check_held
 from .lineup import line_up
 from .preflight import check_distillation
 from .progress import Progress, TqdmProgress, silent
@@ -61,7 +62,7 @@ logger = logging.getLogger(__name__)
 ARTIFACT_NAME = "distilled.safetensors"
 
 # What a repeated command may change: none of it decides the artifact.
-_FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
+_FREE_FIELDS = ("out", "offload_blocks", "evaluate_samples", "evaluate_batch_size")
 _SHOWN = ("model", "steps", "digit", "motion", "motion_energy", "frechet", "seconds_per_video")
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
@@ -96,6 +97,8 @@ class DistillConfig:
         check_batch(self.distillation, self.training)
         if self.subject.model is not None and self.artifact is None:
             raise ValueError("--model was given without --artifact; give the file made for it")
+        by = "--train full" if self.distillation.train == "full" else ""
+        check_held(self.subject.held, self.training, by)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -156,7 +159,7 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
     check_run(config.out, config, ignore=_FREE_FIELDS)
     draft = open_subject(config.subject)
     if draft is not None:
-        check_distillation(draft, config, first, config.distillation, device, precision)
+        check_distillation(draft, config, first, device, precision, team.size)
     with team.in_turn():
         subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     artifact_files.check(first, shapes_of(subject.model))
@@ -170,14 +173,9 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
         logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         made = artifact_files.load(path)
         settings = compare_config(config.evidence, config.trajectories)
-        comparison = compare_few_step(
-            subject,
-            line_up(subject.model, first, {name_of(made): made}, settings),
-            settings,
-            seed=config.seed,
-            precision=precision,
-            progress=progress,
-        )
+        lineup = line_up(subject.model, first, {name_of(made): made}, settings)
+        how = {"seed": config.seed, "precision": precision, "progress": progress}
+        comparison = compare_few_step(subject, lineup, settings, **how)
         save_comparison(comparison, config.out)
     return path
 
@@ -270,6 +268,7 @@ def provenance(config: DistillConfig, subject: Subject, first: Artifact) -> dict
         "guidance_scale": config.distillation.real_guidance_scale,
         "shift": config.trajectories.shift,
         "seed": config.seed,
+        **config.subject.held.provenance,
     }
     before = {
         **first.header.provenance,

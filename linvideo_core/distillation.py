@@ -161,7 +161,8 @@ class DistillationTask:
             return critic, [name for name, _ in critic.named_parameters()]
         critic = twin(self.subject.model)
         prefix, rank = self.student.family.trainable_prefix, self.student.config.lora_rank
-        changes = lora.attach(critic, prefix, rank, seed + 1)
+        device = self.subject.prompt_embeds.device
+        changes = lora.attach(critic, prefix, rank, seed + 1, device)
         return critic, [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
 
     @property

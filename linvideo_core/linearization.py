@@ -17,8 +17,9 @@ from .adapters import blocks
 from .config import option
 from .devices import device_option, precision_option
 from .evidence import EvidenceConfig
+from .held import check_held
 from .models.experts import ExpertsConfig
-from .objectives import ObjectiveConfig
+from .objectives import ObjectiveConfig, needs_critic
 from .progress import Progress
 from .selection import SelectionConfig, choose_layers
 from .sensitivity import RANKING_NAME, SensitivityConfig, measure, rank
@@ -59,6 +60,17 @@ class TransferConfig:
             raise ValueError(
                 "--low-noise-model was given without --model; give --model the high-noise expert"
             )
+        held = self.subject.held
+        if held.offload_blocks and self.experts.low_noise_model is not None:
+            raise ValueError(
+                f"--offload-blocks {held.offload_blocks} was given with --low-noise-model; one of "
+                "two experts waits in CPU memory as a whole: leave it out"
+            )
+        is_full = self.student.parameters == "full"
+        by = "--parameters full" if is_full else ""
+        if needs_critic(self.objective):
+            by = f"--objective {self.objective.objective}"
+        check_held(held, self.training, by)
 
 
 def linearize(
@@ -192,4 +204,5 @@ def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
         "shift": config.trajectories.shift,
         "choice": choice,
         "seed": config.seed,
+        **config.subject.held.provenance,
     }

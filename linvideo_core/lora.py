@@ -13,9 +13,16 @@ from torch import Tensor, nn
 class LowRank(nn.Module):
     """The product `up down` of rank R, in fp32; starts at zero because `up` does."""
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        generator: torch.Generator,
+        device: torch.device | None = None,
+    ) -> None:
+        """device: where it works; none: where the layer's weight is."""
         super().__init__()
-        device = linear.weight.device
+        device = device or linear.weight.device
         down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
         # The optimiser's small steps would be lost in a layer's own bf16.
         self.down = nn.Parameter(down.to(device))
@@ -39,8 +46,12 @@ def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) ->
             raise ValueError(f"--lora-rank {rank} exceeds {min(shape)}, the full rank of {layer}")
 
 
-def attach(model: nn.Module, prefix: str, rank: int, seed: int) -> dict[str, LowRank]:
+def attach(
+    model: nn.Module, prefix: str, rank: int, seed: int, device: torch.device | None = None
+) -> dict[str, LowRank]:
     """Give every linear layer under `prefix` a low-rank change and freeze all else.
+
+    device: where the changes work; none: each where its layer's weight is.
 
     Returns the changes by the layer's name.
     """
@@ -50,7 +61,7 @@ def attach(model: nn.Module, prefix: str, rank: int, seed: int) -> dict[str, Low
     for name, module in list(model.named_modules()):
         if name.startswith(prefix) and isinstance(module, nn.Linear):
             check_rank({f"{name}.weight": tuple(module.weight.shape)}, prefix, rank)
-            module.lora = changes[name] = LowRank(module, rank, generator)
+            module.lora = changes[name] = LowRank(module, rank, generator, device)
             module.register_forward_hook(_add_change)
     return changes
 

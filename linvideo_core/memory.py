@@ -15,9 +15,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 FP32 = 4
 # A trained number, its gradient, the two averages of Adam, and the average that is kept.
 _TRAINED = 5 * FP32
-# What autograd keeps of a Wan block with frozen weights, in widths: eight in fp32 (the residual
-# stream and its norms), four in the precision of the products. Trained weights keep more.
-_WIDE_KEPT, _NARROW_KEPT = 8, 4
+# What autograd keeps of a Wan block with frozen weights, in widths: five of the residual stream, in
+# its own dtype, three of norms, four in the precision of the products. Trained weights keep more.
+_STREAM_KEPT, _NORMS_KEPT, _NARROW_KEPT = 5, 3, 4
 _LOWER_SAMPLING = "lower --shard-size and --evaluate-batch-size, or the video's size"
 _LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the video's size"
 _LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
@@ -38,28 +38,40 @@ class Transformer:
     """The sizes of a model at work, as far as they decide memory.
 
     num_tokens: L of one video.
+    stream_bytes: of a number of the residual stream, which has the dtype of most frozen weights.
     """
 
     dim: int
     ffn_dim: int
     num_layers: int
     num_tokens: int
+    stream_bytes: int = FP32
 
 
-def check_memory(needs: Sequence[Need], device: torch.device | str, advice: str = "") -> None:
+def fits(needs: Sequence[Need], device: torch.device | str) -> bool:
+    """Say whether a device has as much free as the needs add up to, or cannot tell."""
+    free = free_bytes(device)
+    return free is None or sum(need.num_bytes for need in needs) <= free
+
+
+def check_memory(
+    needs: Sequence[Need], device: torch.device | str, advice: str = "", flags: str = ""
+) -> None:
     """Raise ValueError, in one sentence, when a device has less free than the needs add up to.
 
     advice: what to do where no need says what would lower it.
+    flags: with which it would fit; "" where none are known.
     """
-    needed, free = sum(need.num_bytes for need in needs), free_bytes(device)
-    if free is None or needed <= free:
+    if fits(needs, device):
         return
+    needed, free = sum(need.num_bytes for need in needs), free_bytes(device)
     parts = sorted(needs, key=lambda need: -need.num_bytes)
     listed = ", ".join(f"{need.what} {show_gb(need.num_bytes)}" for need in parts)
     lowered = next((need.lower for need in parts if need.lower), advice)
     raise ValueError(
         f"{torch.device(device)} has {show_gb(free)} of free memory and at least "
         f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another --device'}"
+        f"{f'; it would fit with {flags}' if flags else ''}"
     )
 
 
@@ -97,8 +109,7 @@ def count_low_rank(shapes: Shapes, prefix: str, rank: int) -> int:
 def training_needs(
     model: Transformer,
     *,
-    num_parameters: int,
-    num_copies: int,
+    weight_bytes: int,
     num_trained: int,
     num_graphs: int,
     batch_size: int,
@@ -108,17 +119,19 @@ def training_needs(
 ) -> list[Need]:
     """Return what must be on the device at once in a run that samples a teacher, then trains.
 
-    num_parameters: of the model; num_copies: of all its weights, in fp32.
+    weight_bytes: of the frozen weights that are on the device.
     num_trained: numbers that are trained, over all models.
     num_graphs: forward passes that wait for their backward pass at the same time.
     sampled_together: videos, each in both guidance branches.
     """
-    size = FP32 if precision == "fp32" else 2
-    weights = Need("the weights", FP32 * num_copies * num_parameters, "")
+    size = min(model.stream_bytes, FP32 if precision == "fp32" else 2)
+    # Autocast computes norms in fp32, whatever the stream is in.
+    norms = model.stream_bytes if precision == "fp32" else FP32
+    weights = Need("the weights", weight_bytes, "")
     trained = Need("what is trained, with its optimiser", _TRAINED * num_trained, _LOWER_TRAINED)
     step = Need(
         "a training step's activations",
-        num_graphs * batch_size * _kept_bytes(model, size, is_checkpointed),
+        num_graphs * batch_size * _kept_bytes(model, size, norms, is_checkpointed),
         _LOWER_STEP,
     )
     sampling = Need(
@@ -136,20 +149,22 @@ def show_gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 5e7 else f"{num_bytes / 1e6:,.1f} MB"
 
 
-def _kept_bytes(model: Transformer, size: int, is_checkpointed: bool) -> int:
+def _kept_bytes(model: Transformer, size: int, norms: int, is_checkpointed: bool) -> int:
     """Return what one video leaves behind for the backward pass.
 
     Recomputed blocks keep their input alone, all but the one at work.
     """
-    block = model.dim * (_WIDE_KEPT * FP32 + _NARROW_KEPT * size) + model.ffn_dim * size
+    stream = model.stream_bytes
+    widths = _STREAM_KEPT * stream + _NORMS_KEPT * norms + _NARROW_KEPT * size
+    block = model.dim * widths + model.ffn_dim * size
     if is_checkpointed:
-        return model.num_tokens * (FP32 * model.dim * model.num_layers + block)
+        return model.num_tokens * (stream * model.dim * model.num_layers + block)
     return model.num_tokens * model.num_layers * block
 
 
 def _passing_bytes(model: Transformer, size: int) -> int:
     """Return what one video needs in a forward pass: its stream and one feed-forward layer."""
-    return model.num_tokens * (FP32 * model.dim + 2 * size * model.ffn_dim)
+    return model.num_tokens * (model.stream_bytes * model.dim + 2 * size * model.ffn_dim)
 
 
 def _free_of_machine() -> int | None:

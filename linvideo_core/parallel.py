@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .team import ALONE, Team, is_sharded
+from .team import ALONE, Team, is_sharded, whole_of
 from .units import Owners, Unit, find_owners, forwards_kept, group_sharing
 
 _STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -300,7 +300,7 @@ def _gather(owners: Iterable[Owners]) -> None:
         module, name = places[0]
         parameter = getattr(module, name)
         if is_sharded(parameter):
-            whole = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+            whole = nn.Parameter(whole_of(parameter), parameter.requires_grad)
             for module, name in places:
                 setattr(module, name, whole)
 

@@ -1,13 +1,16 @@
 """What a run can be refused for by headers and arithmetic alone, before anything long begins."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from . import lora
-from .adapters import AttentionSite, ModelFamily, identify
+from .adapters import AttentionSite, ModelFamily, Shapes, identify
 from .artifact import Artifact, check
 from .distillation import DistillationConfig
 from .evidence import EvidenceConfig
+from .held import check_held_alone
 from .linearization import TransferConfig
 from .memory import (
     FP32,
@@ -16,8 +19,12 @@ from .memory import (
     check_memory,
     count,
     count_low_rank,
+    fits,
     training_needs,
 )
+from .models.rounded import FROZEN, FrozenConfig, count_frozen_bytes
+from .models.wan import WanConfig
+from .objectives import needs_critic
 from .selection import check_layers
 from .subject import Draft
 from .training import TrainingConfig
@@ -40,25 +47,47 @@ class RunConfig(Protocol):
         """What is sampled in the end."""
 
 
-def check_transfer(draft: Draft, config: TransferConfig, device: str, precision: str) -> None:
+class FewStepConfig(RunConfig, Protocol):
+    """What the config of a distillation has besides."""
+
+    @property
+    def distillation(self) -> DistillationConfig:
+        """How few the steps are."""
+
+
+def check_transfer(
+    draft: Draft, config: TransferConfig, device: str, precision: str, num_processes: int = 1
+) -> None:
     """Raise ValueError, in one sentence, when a transfer of a subject cannot work."""
+    check_held_alone(draft.held, num_processes)
     family, sites = identify(draft.shapes)
     check_layers(config.selection, [site.layer for site in sites])
     student = config.student
     num_trained = sum(_count_maps(site, student.feature_ratio) for site in sites)
     num_trained += _count_weights(draft, family, student.parameters, student.lora_rank)
-    _check_memory(draft, config, device, precision, num_trained=num_trained, num_graphs=1)
+    _check_memory(
+        draft,
+        config,
+        device,
+        precision,
+        num_trained=num_trained,
+        num_graphs=1,
+        all_trained=student.parameters == "full" or needs_critic(config.objective),
+        may_offload=num_processes == 1 and config.experts.low_noise_model is None,
+    )
 
 
 def check_distillation(
     draft: Draft,
-    config: RunConfig,
+    config: FewStepConfig,
     artifact: Artifact,
-    distillation: DistillationConfig,
     device: str,
     precision: str,
+    num_processes: int = 1,
 ) -> None:
     """Raise ValueError, in one sentence, when a distillation of a file cannot work."""
+    check_held_alone(draft.held, num_processes)
+    distillation = config.distillation
     linear = check(artifact, draft.shapes)
     family, _ = identify(draft.shapes)
     rank = max(distillation.rank, artifact.header.lora_rank)
@@ -66,7 +95,16 @@ def check_distillation(
     ratio = artifact.header.feature_dim // linear[0].head_dim
     num_trained = sum(_count_maps(site, ratio) for site in linear) + 2 * changes
     # The student's loss and the critic's go backward together.
-    _check_memory(draft, config, device, precision, num_trained=num_trained, num_graphs=2)
+    _check_memory(
+        draft,
+        config,
+        device,
+        precision,
+        num_trained=num_trained,
+        num_graphs=2,
+        all_trained=distillation.train == "full",
+        may_offload=num_processes == 1,
+    )
 
 
 def _count_weights(draft: Draft, family: ModelFamily, parameters: str, rank: int) -> int:
@@ -82,6 +120,82 @@ def _count_maps(site: AttentionSite, feature_ratio: int) -> int:
     return site.num_heads * site.head_dim * site.head_dim * feature_ratio
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training whose memory can be told beforehand, from shapes alone.
+
+    shapes: of the model's parameters. num_tokens: L of one video.
+    num_trained, num_graphs, batch_size, sampled_together: see `memory.training_needs`.
+    """
+
+    config: WanConfig
+    shapes: Shapes
+    num_tokens: int
+    num_trained: int
+    num_graphs: int
+    batch_size: int
+    sampled_together: int
+    precision: str
+
+    def needs(self, held: FrozenConfig, is_checkpointed: bool) -> list[Need]:
+        """Return what must be on the device at once, the weights held as `held` says."""
+        return training_needs(
+            Transformer(
+                dim=self.config.dim,
+                ffn_dim=self.config.ffn_dim,
+                num_layers=self.config.num_layers,
+                num_tokens=self.num_tokens,
+                stream_bytes=FP32 if held.frozen == "fp32" else 2,
+            ),
+            weight_bytes=count_device_bytes(self.shapes, held),
+            num_trained=self.num_trained,
+            num_graphs=self.num_graphs,
+            batch_size=self.batch_size,
+            sampled_together=self.sampled_together,
+            is_checkpointed=is_checkpointed,
+            precision=self.precision,
+        )
+
+    def find_flags(
+        self, held: FrozenConfig, others: Sequence[Need], device: str, *, may_offload: bool
+    ) -> str:
+        """Return the flags with which it fits a device beside `others`; "" where none are enough.
+
+        What keeps the weights most precise comes first: bf16, offloading, fp8, both.
+        """
+        for frozen in FROZEN[FROZEN.index(held.frozen) :]:
+            most = self.config.num_layers if may_offload and frozen != "fp32" else 0
+            for num_blocks in range(held.offload_blocks, max(most, held.offload_blocks) + 1):
+                found = FrozenConfig(frozen=frozen, offload_blocks=num_blocks)
+                if not fits([_on_host(self.shapes, found, device)], "cpu"):
+                    break
+                if fits([*self.needs(found, True), *others], device):
+                    return f"--activation-checkpointing {found.given}".rstrip()
+        return ""
+
+
+def _on_host(shapes: Shapes, held: FrozenConfig, device: str) -> Need:
+    """Return what is in CPU memory: the whole model first, then the blocks that stay there."""
+    reading = count_frozen_bytes(shapes, held.frozen)
+    block = count_frozen_bytes(shapes, held.frozen, "blocks.0.")
+    if device.startswith("cuda"):
+        # PyTorch gives out page-locked memory in powers of two.
+        block = 2 ** math.ceil(math.log2(block))
+    waiting = block * held.offload_blocks
+    if waiting > reading:
+        return Need("the offloaded blocks, page-locked", waiting, "lower --offload-blocks")
+    return Need("the model while it is read", reading)
+
+
+def count_device_bytes(shapes: Shapes, held: FrozenConfig) -> int:
+    """Return the bytes of frozen weights on the device: of offloaded blocks, those of two."""
+    total = count_frozen_bytes(shapes, held.frozen)
+    if held.offload_blocks:
+        block = count_frozen_bytes(shapes, held.frozen, "blocks.0.")
+        total -= block * max(0, held.offload_blocks - 2)
+    return total
+
+
 def _check_memory(
     draft: Draft,
     config: RunConfig,
@@ -90,21 +204,19 @@ def _check_memory(
     *,
     num_trained: int,
     num_graphs: int,
+    all_trained: bool,
+    may_offload: bool,
 ) -> None:
-    num_parameters = count(draft.shapes)
-    reading = Need("the model while it is read", FP32 * num_parameters)
-    check_memory([reading], "cpu", "choose a smaller model or a machine with more memory")
+    advice = "choose a smaller model or a machine with more memory"
+    if not all_trained and draft.held.frozen != FROZEN[-1]:
+        advice = f"give --frozen {FROZEN[-1]}, or {advice}"
+    check_memory([_on_host(draft.shapes, draft.held, device)], "cpu", advice)
     model = draft.checkpoint.config
     patches = zip(draft.latent_shape[1:], model.patch_size, strict=True)
-    needs = training_needs(
-        Transformer(
-            dim=model.dim,
-            ffn_dim=model.ffn_dim,
-            num_layers=model.num_layers,
-            num_tokens=math.prod(-(-size // patch) for size, patch in patches),
-        ),
-        num_parameters=num_parameters,
-        num_copies=1,
+    plan = Plan(
+        config=model,
+        shapes=draft.shapes,
+        num_tokens=math.prod(-(-size // patch) for size, patch in patches),
         num_trained=num_trained,
         num_graphs=num_graphs,
         batch_size=config.training.batch_size,
@@ -112,7 +224,11 @@ def _check_memory(
             min(config.trajectories.shard_size, config.trajectories.num_trajectories),
             min(config.evidence.evaluate_batch_size, config.evidence.evaluate_samples),
         ),
-        is_checkpointed=config.training.activation_checkpointing,
         precision=precision,
     )
-    check_memory([*needs, draft.source.need(device)], device)
+    prompts = draft.source.need(device)
+    needs = [*plan.needs(draft.held, config.training.activation_checkpointing), prompts]
+    flags = ""
+    if not all_trained and not fits(needs, device):
+        flags = plan.find_flags(draft.held, [prompts], device, may_offload=may_offload)
+    check_memory(needs, device, flags=flags)

@@ -73,7 +73,7 @@ class Student:
             linear.init_weights(generator)
             return MixedAttention(linear, 1.0).to(device)
 
-        self._weight_names = self._free_weights(seed)
+        self._weight_names = self._free_weights(seed, device)
         install(self.model, self.sites, mix)
         self.mixed: dict[int, MixedAttention] = {
             site.layer: self.model.get_submodule(site.name).attention for site in self.sites
@@ -84,13 +84,13 @@ class Student:
         """The trainable weights by name, as they are now: sharding puts others in their place."""
         return {name: self.model.get_parameter(name) for name in self._weight_names}
 
-    def _free_weights(self, seed: int) -> list[str]:
+    def _free_weights(self, seed: int, device: torch.device) -> list[str]:
         self.model.requires_grad_(False)
         if self.config.parameters == "feature_maps":
             return []
         if self.config.parameters == "lora":
-            prefix = self.family.trainable_prefix
-            changes = lora.attach(self.model, prefix, self.config.lora_rank, seed)
+            prefix, rank = self.family.trainable_prefix, self.config.lora_rank
+            changes = lora.attach(self.model, prefix, rank, seed, device)
             return [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
         weights = trainable_weights(self.model, self.family, self.sites)
         for parameter in weights.values():

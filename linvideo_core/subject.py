@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from . import demo
+from .adapters import blocks, identify, keep_digest, shapes_of, weights_digest
 from .config import option, positive
 from .demo.codec import LATENT_SHAPE, decode_latents
 from .demo.prompts import all_prompts, encode_prompts
 from .models.checkpoint import Checkpoint, load_wan, open_wan
+from .models.rounded import FrozenConfig
+from .offload import offload
 from .progress import Progress, silent
 from .prompts import read_prompts
 from .prompts.sources import PromptConfig, PromptSource, find_source
@@ -28,6 +31,7 @@ class SubjectConfig:
         None, "prompts, one a line, or a safetensors file of embeddings; none: those of LinVideo"
     )
     text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     num_frames: int = option(81, "video frames, for a --model of your own")
     height: int = option(480, "video height in pixels, for a --model of your own")
     width: int = option(832, "video width in pixels, for a --model of your own")
@@ -41,6 +45,11 @@ class SubjectConfig:
                 raise ValueError(
                     f"--{name} {getattr(self, name)} given; a multiple of 16 is needed"
                 )
+        if self.model is None and self.held.given:
+            raise ValueError(
+                f"{self.held.given} is for a --model of one's own, and none was given: give "
+                "--model, or leave it out"
+            )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,6 +59,7 @@ class Subject:
     prompt_embeds: [P, S, T]; negative_embeds: [S, T], the unconditional branch's prompt.
     latent_shape: (C, F, H, W).
     decode: latents [B, C, F, H, W] -> grey frames [B, F, h, w] in [0, 1].
+    offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
     """
 
     name: str
@@ -60,12 +70,17 @@ class Subject:
     latent_shape: tuple[int, int, int, int]
     decode: Callable[[Tensor], Tensor]
     is_demo: bool
+    offload_blocks: int = 0
 
     def to(self, device: torch.device | str) -> "Subject":
-        """Move the teacher and its prompts."""
+        """Move the teacher and its prompts; once, where blocks are offloaded."""
+        if self.offload_blocks:
+            _, sites = identify(shapes_of(self.model))
+            offload(self.model, blocks(self.model, sites)[: self.offload_blocks], device)
+        else:
+            self.model.to(device)
         return dataclasses.replace(
             self,
-            model=self.model.to(device),
             prompt_embeds=self.prompt_embeds.to(device),
             negative_embeds=self.negative_embeds.to(device),
         )
@@ -76,11 +91,13 @@ class Draft:
     """A subject of one's own whose files' headers were read and fit; `load` takes its time.
 
     shapes: of the model's parameters, by name.
+    held: how its frozen weights are.
     """
 
     checkpoint: Checkpoint
     source: PromptSource
     latent_shape: tuple[int, int, int, int]
+    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,23 +105,31 @@ class Draft:
         return {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
 
     def load(self, folder: Path, device: str = "cpu", progress: Progress = silent) -> Subject:
-        """Return the subject on the CPU, frozen, in fp32.
+        """Return the subject on the CPU, frozen, its weights held as the config says.
 
         Prompts that must be encoded are: on `device`, into `folder`, before the model is read.
         """
         embeds = self.source.read(folder, device=device, progress=progress)
-        subject = Subject(
+        return Subject(
             name=self.checkpoint.path.stem,
-            model=self.checkpoint.load(),
+            model=self.load_model(),
             prompts=embeds.prompts,
             prompt_embeds=embeds.prompt_embeds,
             negative_embeds=embeds.negative_embeds,
             latent_shape=self.latent_shape,
             decode=_preview,
             is_demo=False,
+            offload_blocks=self.held.offload_blocks,
         )
-        subject.model.eval().requires_grad_(False)
-        return subject
+
+    def load_model(self) -> nn.Module:
+        """Return the model alone, on the CPU, frozen; it goes by its checkpoint's digest."""
+        model = self.checkpoint.load(frozen=self.held.frozen).eval().requires_grad_(False)
+        if self.held.frozen != "fp32":
+            _, sites = identify(self.shapes)
+            ends = [f"{site.name}." for site in (sites[0], sites[-1])]
+            keep_digest(model, weights_digest(self.checkpoint.load(under=ends), sites))
+        return model
 
 
 def open_subject(config: SubjectConfig) -> Draft | None:
@@ -126,6 +151,11 @@ def open_subject(config: SubjectConfig) -> Draft | None:
             f"{source.path} {source.verb} embeddings of width {source.width}; "
             f"{config.model} takes {checkpoint.config.text_dim}"
         )
+    if config.held.offload_blocks > checkpoint.config.num_layers:
+        raise ValueError(
+            f"--offload-blocks {config.held.offload_blocks} given; {config.model} has "
+            f"{checkpoint.config.num_layers} blocks"
+        )
     return Draft(
         checkpoint=checkpoint,
         source=source,
@@ -135,6 +165,7 @@ def open_subject(config: SubjectConfig) -> Draft | None:
             config.height // _SPACE_COMPRESSION,
             config.width // _SPACE_COMPRESSION,
         ),
+        held=config.held,
     )
 
 
@@ -144,7 +175,7 @@ def load_subject(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Subject:
-    """Load the embedded model or the one that `config` names, frozen, in fp32, on the CPU.
+    """Load the embedded model or the one that `config` names, frozen, on the CPU.
 
     folder, device: where a text file's prompts are kept and encoded, see `Draft.load`.
 

@@ -149,3 +149,14 @@ ALONE = Team()
 def is_sharded(tensor: Tensor) -> bool:
     """Say whether a process holds only its part of a tensor."""
     return hasattr(tensor, "to_local")
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor, on every process."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor.full_tensor()
+    # As bytes, because not all backends send fp8.
+    own, kind = tensor.to_local().view(torch.uint8), type(tensor)
+    where = (tensor.device_mesh, tensor.placements)
+    row = kind.from_local(own, *where, shape=tensor.shape, stride=tensor.stride())
+    return row.full_tensor().view(tensor.dtype)

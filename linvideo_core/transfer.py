@@ -44,7 +44,7 @@ from .two_experts import EXPERT_NAMES, check_experts, linearize_experts, load_ex
 logger = logging.getLogger(__name__)
 
 # What a repeated command may change: none of it decides the artifact.
-_FREE_FIELDS = ("out", "evaluate_samples", "evaluate_batch_size")
+_FREE_FIELDS = ("out", "offload_blocks", "evaluate_samples", "evaluate_batch_size")
 _SHOWN = (
     "model",
     "linear_layers",
@@ -69,6 +69,17 @@ _FILES = {
     EVALUATION_NAME: "every measure",
 }
 
+
+_HOME = {
+    "out": Path("runs/home"),
+    "frozen": "bf16",
+    "activation_checkpointing": True,
+    "guidance_scale": 5.0,
+    "shard_size": 1,
+    "steps": 3000,
+    "evaluate_samples": 2,
+    "evaluate_batch_size": 1,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -101,6 +112,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "evaluate_samples": 1000,
         "evaluate_batch_size": 250,
     },
+    # Wan 1.3B and 14B at 480p on one card of a home, see docs/home.md.
+    "home-24gb": {**_HOME, "target": 16, "batch_size": 2, "accumulation": 2},
+    "home-48gb": {**_HOME, "target": 22, "batch_size": 1, "accumulation": 4, "offload_blocks": 32},
 }
 
 
@@ -150,7 +164,7 @@ def _run_one(
     path = config.out / ARTIFACT_NAME
     draft = open_subject(config.subject)
     if draft is not None:
-        check_transfer(draft, config, device, precision)
+        check_transfer(draft, config, device, precision, team.size)
     with team.in_turn():
         subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     if not is_made:

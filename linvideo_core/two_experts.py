@@ -21,9 +21,10 @@ from .config import override
 from .evidence import draw_training
 from .flow import make_sigmas
 from .linearization import ARTIFACT_NAME, TransferConfig, linearize
-from .memory import FP32, Need, check_memory, count
+from .memory import Need, check_memory
 from .models.denoiser import TIMESTEP_SCALE
 from .models.experts import HIGH, LOW, SIDES, Experts, is_high_noise
+from .models.rounded import count_frozen_bytes
 from .preflight import check_transfer
 from .progress import Progress
 from .student import Student
@@ -110,7 +111,7 @@ def check_experts(config: TransferConfig, device: str, precision: str) -> dict[s
             "of each trajectory on both sides: raise --states-per-trajectory, or change --shift"
         )
     check_transfer(drafts[HIGH], config, device, precision)
-    size = FP32 * count(drafts[HIGH].shapes)
+    size = count_frozen_bytes(drafts[HIGH].shapes, config.subject.held.frozen)
     advice = "choose smaller models or a machine with more memory"
     check_memory([Need("each of two experts", size)] * 2, "cpu", advice)
     return drafts
@@ -121,7 +122,7 @@ def load_experts(
 ) -> Subject:
     """Return both experts as one subject; its prompts are on `device`, its weights on the CPU."""
     high = drafts[HIGH].load(config.out, device, progress)
-    low = drafts[LOW].checkpoint.load().eval().requires_grad_(False)
+    low = drafts[LOW].load_model()
     boundary = config.experts.boundary
     return dataclasses.replace(
         high,

@@ -1,6 +1,8 @@
 """The debug model that the method's tests run on: a tiny, random Wan with everything around it."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported: its kernels then run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linvideo_core.artifact import Artifact, extract
+from linvideo_core.config import override
+from linvideo_core.linearization import TransferConfig
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject
@@ -69,6 +74,11 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def subject(wan: WanModel) -> Subject:
     """The frozen `wan` as a teacher with three prompts."""
+    return make_subject(wan)
+
+
+def make_subject(wan: WanModel) -> Subject:
+    """Return a model, frozen, as a teacher with three prompts."""
     generator = torch.Generator().manual_seed(6)
     return Subject(
         name="tiny",
@@ -94,3 +104,33 @@ def linearized(subject: Subject) -> Artifact:
     return extract(
         student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
     )
+
+
+def small_transfer(model_path: Path, **changes: Any) -> TransferConfig:
+    """Return a transfer of seconds of a `wan` in a file; its prompts are written beside it."""
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(4, 5, TEXT_DIM, generator=generator)
+    prompts = model_path.parent / "prompts.safetensors"
+    save_file({"prompt_embeds": embeds[:3], "negative_embeds": embeds[3].clone()}, prompts)
+    values = {
+        "model": model_path,
+        "prompts": prompts,
+        "num_frames": 5,
+        "height": 32,
+        "width": 32,
+        "num_trajectories": 2,
+        "states_per_trajectory": 2,
+        "sampler_steps": 4,
+        "warm_start_steps": 2,
+        "steps": 3,
+        "batch_size": 2,
+        "target": 1,
+        "lora_rank": 2,
+        "evaluate_samples": 2,
+        "checkpoint_every": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "out": model_path.parent / "run",
+        **changes,
+    }
+    return override(TransferConfig(), values)

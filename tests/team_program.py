@@ -25,6 +25,7 @@ from linvideo_core.adapters import blocks
 from linvideo_core.config import run_command
 from linvideo_core.distillation import DistillationConfig, make_student
 from linvideo_core.linearization import TransferConfig, linearize
+from linvideo_core.models.rounded import place
 from linvideo_core.objectives import ObjectiveConfig
 from linvideo_core.progress import Progress, silent
 from linvideo_core.selection import SelectionConfig
@@ -50,11 +51,16 @@ TRANSFER = TransferConfig(
 )
 
 
-def make_subject() -> Subject:
+def make_subject(frozen: str = "fp32") -> Subject:
+    """frozen: of the blocks' matrices alone; all else stays in fp32, so that sums hardly differ."""
+    model = make_wan(num_layers=2)
+    for name, parameter in list(model.named_parameters()):
+        if name.startswith("blocks.") and parameter.ndim == 2:
+            place(model, name, parameter.detach(), frozen)
     generator = torch.Generator().manual_seed(6)
     return Subject(
         name="tiny",
-        model=make_wan(num_layers=2).eval().requires_grad_(False),
+        model=model.eval().requires_grad_(False),
         prompts=["one", "two", "three"],
         prompt_embeds=torch.randn(3, 5, TEXT_DIM, generator=generator),
         negative_embeds=torch.randn(5, TEXT_DIM, generator=generator),
@@ -65,10 +71,14 @@ def make_subject() -> Subject:
 
 
 def transfer(
-    folder: Path, team: Team, progress: Progress = silent, config: TransferConfig = TRANSFER
+    folder: Path,
+    team: Team,
+    progress: Progress = silent,
+    config: TransferConfig = TRANSFER,
+    frozen: str = "fp32",
 ) -> None:
     """Linearize, and leave the student's whole weights beside the artifact."""
-    subject = make_subject()
+    subject = make_subject(frozen)
     student = Student(subject, config.student, seed=0)
     config = dataclasses.replace(config, out=folder)
     linearize(student, subject, config, "fp32", progress, team=team)
@@ -83,6 +93,13 @@ def transfer_long(folder: Path, team: Team) -> None:
         TRANSFER.training, steps=16, checkpoint_every=4, learning_rate=1e-4, map_learning_rate=1e-4
     )
     transfer(folder, team, config=dataclasses.replace(TRANSFER, training=training))
+
+
+def transfer_rounded(folder: Path, team: Team) -> None:
+    """Transfer beside frozen weights in fp8, recomputing activations."""
+    training = dataclasses.replace(TRANSFER.training, activation_checkpointing=True)
+    config = dataclasses.replace(TRANSFER, training=training)
+    transfer(folder, team, config=config, frozen="fp8")
 
 
 def transfer_all_weights(folder: Path, team: Team) -> None:

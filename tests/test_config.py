@@ -190,4 +190,4 @@ def test_the_transfers_flags_are_unique_and_its_presets_name_nothing_else() -> N
     assert len(set(names)) == len(names)
     for preset in transfer.PRESETS.values():
         assert set(preset) <= set(names)
-        override(linearization.TransferConfig(), preset)
+        override(linearization.TransferConfig(), {"model": Path("wan.safetensors"), **preset})

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from linvideo_core import distill, transfer
-from linvideo_core.adapters import checkpoint_activations
+from linvideo_core import distill, memory, transfer
+from linvideo_core.adapters import checkpoint_activations, shapes_of
 from linvideo_core.config import override
 from linvideo_core.linearization import TransferConfig
 from linvideo_core.memory import (
@@ -24,9 +24,12 @@ from linvideo_core.memory import (
     training_needs,
 )
 from linvideo_core.models.denoiser import bind
+from linvideo_core.models.rounded import FROZEN, FrozenConfig, count_frozen_bytes, place
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.preflight import Plan, check_transfer
+from linvideo_core.scale.sizes import SIZES
 from linvideo_core.student import Student, StudentConfig
-from linvideo_core.subject import Subject
+from linvideo_core.subject import Subject, open_subject
 from tests.conftest import TEXT_DIM
 
 HUGE = 10**18
@@ -64,10 +67,9 @@ def test_bytes_are_said_in_units_that_can_be_read() -> None:
     assert [show_gb(n) for n in (2e9, 3e6)] == ["2.0 GB", "3.0 MB"]
 
 
-def needs_of(wan: WanConfig, tokens: int, **changes: Any) -> dict[str, int]:
+def needs_of(wan: WanConfig, tokens: int, stream_bytes: int = 4, **changes: Any) -> dict[str, int]:
     settings = {
-        "num_parameters": 0,
-        "num_copies": 1,
+        "weight_bytes": 0,
         "num_trained": 0,
         "num_graphs": 1,
         "batch_size": 1,
@@ -77,17 +79,29 @@ def needs_of(wan: WanConfig, tokens: int, **changes: Any) -> dict[str, int]:
         **changes,
     }
     model = Transformer(
-        dim=wan.dim, ffn_dim=wan.ffn_dim, num_layers=wan.num_layers, num_tokens=tokens
+        dim=wan.dim,
+        ffn_dim=wan.ffn_dim,
+        num_layers=wan.num_layers,
+        num_tokens=tokens,
+        stream_bytes=stream_bytes,
     )
     return {need.what: need.num_bytes for need in training_needs(model, **settings)}
+
+
+def round_weights(model: nn.Module, frozen: str) -> None:
+    for name, parameter in list(model.named_parameters()):
+        place(model, name, parameter.detach(), frozen)
+    model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("parameters", ["feature_maps", "lora"])
+@pytest.mark.parametrize("frozen", FROZEN)
 def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_one(
-    parameters: str, precision: str, is_checkpointed: bool, subject: Subject
+    frozen: str, parameters: str, precision: str, is_checkpointed: bool, subject: Subject
 ) -> None:
+    round_weights(subject.model, frozen)
     student = Student(subject, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
     for module in student.mixed.values():
         module.harden("softmax")
@@ -105,13 +119,15 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_on
     velocity_fn = bind(student.model, torch.randn(1, 5, TEXT_DIM), precision=precision)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         velocity_fn(latents, torch.tensor([0.5]))
+    stream_bytes = 4 if frozen == "fp32" else 2
     settings = {"precision": precision, "is_checkpointed": is_checkpointed}
+    settings |= {"stream_bytes": stream_bytes}
     wan = subject.model.config
     estimate = needs_of(wan, 4 * 12 * 12, **settings)["a training step's activations"]
     if is_checkpointed:
         # The block at work is recomputed in the backward pass, which does not run here.
         one = dataclasses.replace(wan, num_layers=1)
-        one_block = needs_of(one, 4 * 12 * 12, precision=precision)
+        one_block = needs_of(one, 4 * 12 * 12, precision=precision, stream_bytes=stream_bytes)
         estimate -= one_block["a training step's activations"]
     found = sum(kept.values())
     assert estimate <= found <= 2.5 * estimate, found / estimate
@@ -135,7 +151,7 @@ def test_sampling_and_training_do_not_add_up() -> None:
 
 def test_wan_14b_at_480p_needs_more_than_a_home_card_and_less_than_a_node() -> None:
     wan = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
-    sizes = {"num_parameters": 14_288_491_584, "num_trained": 10**8, "precision": "bf16"}
+    sizes = {"weight_bytes": 4 * 14_288_491_584, "num_trained": 10**8, "precision": "bf16"}
     needs = needs_of(wan, 32760, is_checkpointed=True, **sizes)
     assert 48e9 < sum(needs.values()) < 140e9
 
@@ -200,3 +216,104 @@ def test_a_distillation_that_cannot_fit_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match="lower --batch-size"):
         distill.run(config)
     assert not config.out.exists()
+
+
+def plan_of(name: str, batch_size: int) -> Plan:
+    """Return the plan of a transfer at a real size, LoRA of rank 32."""
+    size = SIZES[name]
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(size.config))
+    maps = size.config.num_layers * size.config.dim * 128
+    return Plan(
+        config=size.config,
+        shapes=shapes,
+        num_tokens=size.tokens,
+        num_trained=count_low_rank(shapes, "blocks.", 32) + maps,
+        num_graphs=1,
+        batch_size=batch_size,
+        sampled_together=1,
+        precision="bf16",
+    )
+
+
+# What the peak of a step's activations was of the least, on the CPU's allocator (docs/home.md).
+@pytest.mark.parametrize(
+    ("preset", "name", "card_gb", "activations"),
+    [("home-24gb", "1.3b-480p", 24, 1.5), ("home-48gb", "14b-480p", 48, 1.3)],
+)
+def test_the_presets_for_homes_leave_their_card_a_tenth(
+    preset: str, name: str, card_gb: int, activations: float
+) -> None:
+    config = override(
+        TransferConfig(), {"model": Path("wan"), "device": "cpu", **transfer.PRESETS[preset]}
+    )
+    plan = plan_of(name, config.training.batch_size)
+    needs = plan.needs(config.subject.held, config.training.activation_checkpointing)
+    total = sum(
+        need.num_bytes * (activations if "activations" in need.what else 1) for need in needs
+    )
+    assert total < 0.9 * card_gb * 2**30
+    assert config.selection.target == len(SIZES[name].layers)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "flags"),
+    [
+        (100, "--activation-checkpointing"),
+        (60, "--activation-checkpointing --frozen bf16"),
+        (48, "--activation-checkpointing --frozen bf16 --offload-blocks 8"),
+        (20, ""),
+    ],
+)
+def test_a_plan_finds_the_flags_that_cost_least_of_those_that_fit(
+    free_gb: float, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cpu": 10**12, "cuda": int(free_gb * 1e9)}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
+    plan = plan_of("14b-480p", 1)
+    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True) == flags
+
+
+def test_weights_that_the_computers_own_memory_cannot_hold_are_not_proposed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = {"cpu": int(20e9), "cuda": int(40e9)}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
+    plan = plan_of("14b-480p", 1)
+    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
+    assert found == "--activation-checkpointing --frozen fp8"
+    free["cuda"] = int(30e9)
+    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
+    assert found.startswith("--activation-checkpointing --frozen fp8 --offload-blocks")
+    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=False) == ""
+
+
+def test_page_locked_blocks_count_as_what_they_really_take(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"frozen": "bf16", "offload_blocks": 3, "activation_checkpointing": True}
+    config = override(TransferConfig(), {**files, **values, "evaluate_samples": 0})
+    draft = open_subject(config.subject)
+    block = count_frozen_bytes(draft.shapes, "bf16", "blocks.0.")
+    assert count_frozen_bytes(draft.shapes, "bf16") < 3 * 2**19 and block < 2**19
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**19 - 1)
+    with pytest.raises(ValueError, match=r"page-locked 1\.6 MB.*lower --offload-blocks"):
+        check_transfer(draft, config, "cuda", "bf16")
+
+
+def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(TransferConfig(), {**files, "evaluate_samples": 0, "num_trajectories": 1})
+    draft = open_subject(config.subject)
+    told = []
+
+    def free_bytes(device: object) -> int:
+        return 10**12 if not told else told[0]
+
+    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+    check_transfer(draft, config, "cpu", "fp32")
+    told.append(1_500_000_000)
+    with pytest.raises(ValueError, match="it would fit with --activation-checkpointing") as caught:
+        check_transfer(draft, config, "cpu", "fp32")
+    assert "\n" not in str(caught.value)

@@ -33,6 +33,7 @@ SCENARIOS = (
     "transfer",
     "transfer_all_weights",
     "transfer_by_ranking",
+    "transfer_rounded",
     "distil",
     "distil_one_video_each",
 )
@@ -102,9 +103,10 @@ def distance(found: Path, expected: Path) -> float:
     before = load_file(teacher) if teacher.exists() else {}
     shares = [0.0]
     for name, tensor in one.items():
+        tensor = tensor.float()
         # Adapters start at zero or at a known draw: their own norm is that of their change.
-        change = (tensor - before[name] if name in before else tensor).float().norm()
-        difference = (two[name] - tensor).float().norm()
+        change = (tensor - before[name].float() if name in before else tensor).norm()
+        difference = (two[name].float() - tensor).norm()
         assert change or not difference, name
         shares.append((difference / change.clamp_min(1e-12)).item())
     return max(shares)

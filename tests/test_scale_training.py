@@ -11,8 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from linvideo_core.models.denoiser import bind
+from linvideo_core.models.rounded import FROZEN, FrozenConfig
 from linvideo_core.progress import silent
 from linvideo_core.scale.arithmetic import count_flops
+from linvideo_core.scale.cap import capped
 from linvideo_core.scale.random_subject import make_random_subject
 from linvideo_core.scale.sizes import SIZES
 from linvideo_core.scale.training import (
@@ -28,7 +30,7 @@ from linvideo_core.student import Student, StudentConfig
 def make_row(gpus: int, seconds: float, phase: str = "hardened", **more: Any) -> dict[str, Any]:
     return {
         "model": "Wan 1.3B", "resolution": "480p", "gpus": gpus, "phase": phase, "trained": "lora",
-        "frozen": "fp32", "recomputed": True, "compiled": False, "batch_per_gpu": 1,
+        "frozen": "fp32", "offloaded": 0, "recomputed": True, "compiled": False, "batch_per_gpu": 1,
         "seconds": seconds, **more,
     }  # fmt: skip
 
@@ -55,7 +57,7 @@ def test_gpu_hours_weigh_both_phases_by_their_share_of_the_steps() -> None:
 
 def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts() -> None:
     size = dataclasses.replace(SIZES["tiny"], layers=())
-    subject = make_random_subject(size, "cpu", torch.float32, 0)
+    subject = make_random_subject(size, "cpu", FrozenConfig(), 0)
     student = Student(subject, StudentConfig(lora_rank=1), seed=0)
     for module in student.mixed.values():
         module.harden("softmax")
@@ -102,3 +104,54 @@ def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
     (row,) = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert row["what"] == "train" and row["seconds"] > 0 and row["speedup"] == 1
     assert row["mfu"] is None and row["peak_gb"] is None
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_steps_are_measured_in_every_way_to_hold_frozen_weights(
+    frozen: str, tmp_path: Path
+) -> None:
+    for num_blocks in (0, 3):
+        config = StepsConfig(
+            size="tiny",
+            student=StudentConfig(lora_rank=1),
+            held=FrozenConfig(frozen=frozen, offload_blocks=num_blocks),
+            untimed_steps=1,
+            timed_steps=1,
+            device="cpu",
+            out=tmp_path,
+        )
+        record = run(config, silent)
+    found = {(row["frozen"], row["offloaded"], row["phase"]) for row in record["rows"]}
+    assert found == {(frozen, n, phase) for n in (0, 3) for phase in ("selecting", "hardened")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"held": FrozenConfig(offload_blocks=31)}, "1.3b-480p has 30 blocks"),
+        ({"held": FrozenConfig(offload_blocks=3), "recomputed": False}, "--recomputed false"),
+        ({"held": FrozenConfig(offload_blocks=3), "compile": True}, "--compile given"),
+        (
+            {"held": FrozenConfig(frozen="fp8"), "student": StudentConfig(parameters="full")},
+            "--parameters full",
+        ),
+        ({"cap_gb": -1.0}, "greater than 0"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(
+    changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        StepsConfig(**changes)
+
+
+def test_a_computers_own_memory_cannot_be_capped() -> None:
+    with pytest.raises(ValueError, match="a GPU's memory alone"), capped("cpu", 24):
+        pass
+
+
+@pytest.mark.gpu
+def test_more_than_the_cap_is_refused_in_one_sentence_and_the_cap_is_lifted() -> None:
+    with pytest.raises(ValueError, match=r"--cap-gb 0\.5 is too little"), capped("cuda", 0.5):
+        torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    torch.empty(2**30, dtype=torch.uint8, device="cuda")

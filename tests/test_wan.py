@@ -335,7 +335,7 @@ def test_half_precision_files_load_in_the_dtype_that_is_asked_for(
     path = tmp_path / "wan.safetensors"
     save_file({n: t.half() for n, t in wan.state_dict().items()}, path)
     assert {p.dtype for p in load_wan(path).parameters()} == {torch.float32}
-    assert {p.dtype for p in load_wan(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_wan(path, frozen="bf16").parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("dim", "num_heads"), [(100, 3), (9, 3)])

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_DIGEST = "linvideo_weights_digest"
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSite:
@@ -70,8 +72,18 @@ def fingerprint(family: ModelFamily, sites: list[AttentionSite]) -> str:
     return f"{family.name}, {len(sites)} layers, {site.num_heads} heads of {site.head_dim}"
 
 
+def keep_digest(model: nn.Module, digest: str) -> None:
+    """Let a model whose weights are rounded go by the digest of those that it was rounded from."""
+    setattr(model, _DIGEST, digest)
+
+
 def weights_digest(model: nn.Module, sites: list[AttentionSite]) -> str:
-    """Return 16 hex digits that tell one set of weights from another of the same architecture."""
+    """Return 16 hex digits that tell one set of weights from another of the same architecture.
+
+    A rounded model has that of the checkpoint it was read from, see `keep_digest`.
+    """
+    if _DIGEST in vars(model):
+        return vars(model)[_DIGEST]
     digest = hashlib.blake2b(digest_size=8)
     for site in (sites[0], sites[-1]):
         for parameter in model.get_submodule(site.name).parameters(recurse=True):

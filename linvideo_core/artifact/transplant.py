@@ -197,8 +197,11 @@ def _check_shape(what: str, tensor: Tensor, expected: Sequence[int] | None) -> N
 def _make_linear(
     model: nn.Module, site: adapters.AttentionSite, artifact: Artifact
 ) -> LinearAttention:
-    """Return linear attention with fp32 tensors on the device of the site's weights."""
-    device = next(model.get_submodule(site.name).parameters()).device
+    """Return linear attention with fp32 tensors where the model works.
+
+    The site's own weights may wait in CPU memory.
+    """
+    device = next(model.parameters()).device
     # On meta, the initial maps that the loaded ones replace cost neither time nor random numbers.
     with torch.device("meta"):
         attention = LinearAttention(

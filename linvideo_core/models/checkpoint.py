@@ -6,14 +6,14 @@ alone decide whether a checkpoint fits, so one that does not is refused before a
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from .naming import KNOWN, describe_stranger, official_names
+from .rounded import place
 from .stored import StoredTensor, find_tensors
 from .wan import WanConfig, WanModel
 
@@ -43,18 +43,25 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
 
     def load(
-        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        frozen: str = "fp32",
+        under: Sequence[str] = ("",),
     ) -> WanModel:
-        """Return the model; each tensor goes from its file to its place, one at a time."""
+        """Return the model; each tensor goes from its file to its place, one at a time.
+
+        frozen: as which it is held, of `rounded.FROZEN`; no more than a tensor is there in fp32.
+        under: prefixes of the parameters that are read; the others stay on the meta device.
+        """
         with torch.device("meta"):
             model = WanModel(self.config)
-        stored = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[0]))
+        wanted = [item for item in self.tensors.items() if item[0].startswith(tuple(under))]
+        stored = sorted(wanted, key=lambda item: (item[1].path, item[0]))
         for path, group in itertools.groupby(stored, key=lambda item: item[1].path):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name, tensor in group:
-                    owner, _, leaf = name.rpartition(".")
-                    value = file.get_tensor(tensor.name).to(dtype)
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+                    place(model, name, file.get_tensor(tensor.name), frozen)
         return model
 
 
@@ -113,10 +120,10 @@ def open_wan(path: str | Path) -> Checkpoint:
 
 
 def load_wan(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, *, device: torch.device | str = "cpu", frozen: str = "fp32"
 ) -> WanModel:
-    """Load a Wan text-to-video checkpoint; see `open_wan`."""
-    return open_wan(path).load(device=device, dtype=dtype)
+    """Load a Wan text-to-video checkpoint; see `open_wan` and `Checkpoint.load`."""
+    return open_wan(path).load(device=device, frozen=frozen)
 
 
 def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:

@@ -4,30 +4,33 @@ from pathlib import Path
 
 import torch
 
+from ..models.rounded import FrozenConfig
 from ..storage import write_tensors
 from ..subject import Subject
 from ..trajectories import Trajectories, TrajectoryConfig
-from .random_wan import make_random_wan
+from .random_wan import make_held_wan
 from .sizes import GUIDANCE_SCALE, VIDEO_STEPS, Size
 
 _NUM_STATES, _NUM_PROMPTS = 8, 4
 
 
-def make_random_subject(size: Size, device: str, dtype: torch.dtype, seed: int) -> Subject:
-    """Return a frozen teacher of random weights with random prompts."""
+def make_random_subject(size: Size, device: str, held: FrozenConfig, seed: int) -> Subject:
+    """Return a frozen teacher of random weights with random prompts, on a device."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (_NUM_PROMPTS + 1, size.prompt_tokens, size.config.text_dim)
     embeds = torch.randn(shape, generator=generator, device=device)
-    return Subject(
+    subject = Subject(
         name=f"random {size.model}",
-        model=make_random_wan(size, torch.device(device), dtype, seed),
+        model=make_held_wan(size, torch.device(device), held, seed),
         prompts=[f"prompt {i}" for i in range(_NUM_PROMPTS)],
         prompt_embeds=embeds[:-1],
         negative_embeds=embeds[-1],
         latent_shape=size.latent_shape,
         decode=lambda latents: latents.mean(dim=1),
         is_demo=False,
+        offload_blocks=held.offload_blocks,
     )
+    return subject.to(device)
 
 
 def draw_states(size: Size, path: Path, seed: int) -> Trajectories:

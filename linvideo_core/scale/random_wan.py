@@ -1,11 +1,13 @@
 """A Wan of any size with random weights, made on its device and in its dtype."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ..models.rounded import FrozenConfig, place
 from ..models.wan import WanModel
 from .sizes import Size
 
@@ -17,6 +19,24 @@ def make_random_wan(size: Size, device: torch.device, dtype: torch.dtype, seed: 
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     fill_random(model.named_parameters(), seed)
     return model
+
+
+def make_held_wan(size: Size, device: torch.device, held: FrozenConfig, seed: int) -> WanModel:
+    """Return a frozen model whose weights are held as those of a --model of one's own.
+
+    They are drawn and rounded on the device, one at a time; blocks to be offloaded are on the CPU.
+    """
+    with torch.device("meta"):
+        model = WanModel(size.config)
+    drawn = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+    for part, group in itertools.groupby(drawn, key=lambda item: item[0].split(".")[:2]):
+        for name, shape in group:
+            value = torch.empty(shape, device=device)
+            fill_random([(name, value)], seed)
+            place(model, name, value, held.frozen)
+        if part[0] == "blocks" and int(part[1]) < held.offload_blocks:
+            model.get_submodule(".".join(part)).cpu()
+    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()

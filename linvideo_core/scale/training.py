@@ -5,6 +5,7 @@ states: time and memory do not depend on what a model has learned. With torchrun
 the work as `transfer` does, a batch for each, and the speed-up is in videos a second over one GPU.
     python -m linvideo_core.scale.training --size 1.3b-480p
     torchrun --nproc-per-node 2 -m linvideo_core.scale.training --size 1.3b-480p
+    python -m linvideo_core.scale.training --size 1.3b-480p --frozen bf16 --cap-gb 24
     python -m linvideo_core.scale.training --size tiny --device cpu
 Rows of one size, way to train and number of GPUs replace earlier ones in --out or results.
 """
@@ -25,6 +26,8 @@ from .. import parallel
 from ..adapters import blocks, compiled_blocks
 from ..config import option, parse, positive, run_command, to_flags, to_json
 from ..devices import device_option, precision_option, resolve_device, resolve_precision
+from ..held import check_held, check_held_alone
+from ..models.rounded import FrozenConfig
 from ..objectives import ObjectiveConfig
 from ..progress import Progress, TqdmProgress, silent
 from ..records import RESULTS_FOLDER, describe_device, read_record, write_part
@@ -35,6 +38,7 @@ from ..tables import render_table
 from ..team import ALONE, Team
 from ..training import TrainingConfig, fit
 from .arithmetic import count_flops, find_peak, linear_flops, softmax_flops
+from .cap import GB, capped
 from .random_subject import draw_states, make_random_subject
 from .sizes import SIZES, Size
 
@@ -46,8 +50,8 @@ RECORD_NAME = "scale.json"
 PUBLISHED_STEPS = 3000
 _SELECTION_SHARE = SelectionConfig().selection_share
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_KEY = ("model", "resolution", "gpus", "phase", "trained", "frozen", "recomputed", "compiled")
+_WAY = ("trained", "frozen", "offloaded", "recomputed", "compiled")
+_KEY = ("model", "resolution", "gpus", "phase", *_WAY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,7 @@ class StepsConfig:
     )
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     batch_per_gpu: int = option(1, "videos of a step on each GPU")
-    frozen: str = option("fp32", "dtype of the frozen weights", choices=tuple(_DTYPES))
+    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     recomputed: bool = option(True, "recompute blocks backward to save memory")
     compile: bool = option(False, "compile the blocks")
     untimed_steps: int = option(2, "steps before the first one that is timed")
@@ -68,11 +72,28 @@ class StepsConfig:
     seed: int = option(0, "seed of weights and states")
     device: str = device_option()
     precision: str = precision_option()
+    cap_gb: float | None = option(
+        None, "memory of the GPU that may be used, in GB of 2^30 bytes, as cards have; none: all"
+    )
     out: Path = option(Path("runs/scale-training"), "folder of what was measured")
     record: bool = option(False, "write results/scale.json, not the one in --out")
 
     def __post_init__(self) -> None:
         positive(self, "batch_per_gpu", "untimed_steps", "timed_steps")
+        if self.cap_gb is not None:
+            positive(self, "cap_gb")
+        if self.held.offload_blocks and not self.recomputed:
+            raise ValueError(
+                f"--offload-blocks {self.held.offload_blocks} was given with --recomputed false; "
+                "the way back would keep all blocks on the device: leave one of them out"
+            )
+        training = TrainingConfig(activation_checkpointing=self.recomputed, compile=self.compile)
+        is_full = self.student.parameters == "full"
+        check_held(self.held, training, "--parameters full" if is_full else "")
+        if self.held.offload_blocks > (most := SIZES[self.size].config.num_layers):
+            raise ValueError(
+                f"--offload-blocks {self.held.offload_blocks} given; {self.size} has {most} blocks"
+            )
 
 
 class _Clock:
@@ -99,7 +120,7 @@ class _Clock:
         elif is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         if done == total and is_cuda:
-            self.peak_gb = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.peak_gb = torch.cuda.max_memory_allocated(self.device) / GB
         self.progress(stage, done, total, **metrics)
         self._last = time.perf_counter()
 
@@ -192,10 +213,12 @@ def measure_steps(
         "gpus": team.size,
         "phase": phase,
         "trained": config.student.parameters,
-        "frozen": config.frozen,
+        "frozen": config.held.frozen,
+        "offloaded": config.held.offload_blocks,
         "recomputed": config.recomputed,
         "compiled": config.compile,
         "batch_per_gpu": config.batch_per_gpu,
+        "cap_gb": config.cap_gb,
     }
 
 
@@ -206,15 +229,17 @@ def run(
     device = team.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     size = SIZES[config.size]
+    check_held_alone(config.held, team.size)
     rows = []
-    for phase in PHASES if config.phase == "both" else (config.phase,):
-        subject = make_random_subject(size, device, _DTYPES[config.frozen], config.seed)
-        settings = {"device": device, "precision": precision, "progress": progress, "team": team}
-        rows.append(measure_steps(subject, size, phase, config, **settings))
-        del subject
-        gc.collect()
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
+    with capped(device, config.cap_gb):
+        for phase in PHASES if config.phase == "both" else (config.phase,):
+            subject = make_random_subject(size, device, config.held, config.seed)
+            settings = {"device": device, "precision": precision, "progress": progress}
+            rows.append(measure_steps(subject, size, phase, config, **settings, team=team))
+            del subject
+            gc.collect()
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
     if not team.disband():
         return None
     shutil.rmtree(config.out / "steps", ignore_errors=True)
@@ -266,7 +291,8 @@ def count_hours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = read_record(path)["rows"] if path.is_file() else []
-    return [row for row in rows if row["what"] == "train"]
+    # Rows from before blocks could be offloaded.
+    return [{"offloaded": 0, **row} for row in rows if row["what"] == "train"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
