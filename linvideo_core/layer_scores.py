@@ -51,6 +51,17 @@ def project(layer_scores: Tensor, target: int) -> Tensor:
     return (layer_scores - torch.lerp(low, high, share.clamp(0, 1))).clamp(0, 1)
 
 
+def along_budget(layer_scores: Tensor) -> Tensor:
+    """Return the same scores [layers] with the gradient's mean over those within (0, 1) taken out.
+
+    Scores whose sum is held move against each other alone. An optimiser that divides each gradient
+    by its own size would make one common push of them, which the projection takes back.
+    """
+    is_free = (layer_scores > 0) & (layer_scores < 1)
+    mean = (layer_scores * is_free).sum() / is_free.sum().clamp_min(1)
+    return torch.where(is_free, layer_scores - (mean - mean.detach()), layer_scores)
+
+
 def rounding_loss(layer_scores: Tensor, alpha: float) -> Tensor:
     """Return `sum (1 - |2 r - 1|^alpha)`, zero only where every r is 0 or 1 (LinVideo eq. 7)."""
     return (1 - (2 * layer_scores - 1).abs().pow(alpha)).sum()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .attention import MixedAttention
 from .config import fraction, option, positive
-from .layer_scores import BUDGETS, budget_loss, project, rounding_loss
+from .layer_scores import BUDGETS, along_budget, budget_loss, project, rounding_loss
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,10 @@ SCORE_STARTS = ("even", "ranking")
 # whatever the objective says; 0.6 at 0.1 and 1e-4 at 0.25, where the objective can still overrule
 # the ranking.
 _START_REACH, _START_MARGIN = 0.25, 0.1
+
+# Share of the selection after which the rounding loss is at its end: only then does it reach the
+# middle, and what is undecided there needs the rest to get to 0 or 1 before the choice is made.
+_ROUNDED_AT = 0.6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +56,12 @@ class SelectionConfig:
     layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
     selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
     rounding_weight: float = option(1.0, "weight of the rounding loss (L_reg) beside the budget's")
-    rounding_growth: float = option(10.0, "how much heavier it is when the choice is made")
+    rounding_growth: float = option(10.0, "how much heavier the rounding loss is at its end")
     budget: str = option(
         "exact", "hold the sum of 1 - r, or lose for it or its rounded count", choices=BUDGETS
     )
     alpha_start: float = option(20.0, "exponent of the rounding loss at the start")
-    alpha_end: float = option(2.0, "exponent of the rounding loss when the choice is made")
+    alpha_end: float = option(2.0, "exponent of the rounding loss at its end")
 
     def __post_init__(self) -> None:
         positive(self, "target", "layer_score_learning_rate", "alpha_start", "alpha_end")
@@ -108,7 +112,7 @@ class SelectionConfig:
 
 
 def alpha_at(config: SelectionConfig, share: float) -> float:
-    """Return the exponent at `share` in [0, 1] of the selection: geometric from start to end."""
+    """Return the exponent after `share` in [0, 1] of its way: geometric from start to end."""
     return config.alpha_start * (config.alpha_end / config.alpha_start) ** share
 
 
@@ -264,9 +268,10 @@ class Selection:
         scores = self.layer_scores()
         if self.layers is not None:
             return scores.new_zeros(())
-        share = min(1.0, step / self.harden_at)
+        share = min(1.0, step / (_ROUNDED_AT * self.harden_at))
         budget = budget_loss(scores, self.config.target, self.config.budget)
-        rounding = rounding_loss(scores, alpha_at(self.config, share))
+        moving = along_budget(scores) if self.config.budget == "exact" else scores
+        rounding = rounding_loss(moving, alpha_at(self.config, share))
         weight = self.config.rounding_weight * self.config.rounding_growth**share
         return self.config.selection_weight * (budget + weight * rounding)
 

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linvideo_core.attention import LinearAttention, MixedAttention
-from linvideo_core.layer_scores import BUDGETS, budget_loss, project, rounding_loss
+from linvideo_core.layer_scores import (
+    BUDGETS,
+    along_budget,
+    budget_loss,
+    project,
+    rounding_loss,
+)
 from linvideo_core.selection import (
     Selection,
     SelectionConfig,
@@ -124,7 +130,7 @@ def test_the_start_meets_the_budget_with_equal_scores(num_layers: int, target: i
 def test_the_loss_is_the_weighted_sum_of_both_terms(budget: str) -> None:
     selection = make_selection(selection_weight=0.3, selection_share=0.5, budget=budget)
     set_scores(selection, SCORES)
-    for step, share in ((0, 0.0), (5, 0.5), (10, 1.0)):
+    for step, share in ((0, 0.0), (3, 0.5), (6, 1.0), (10, 1.0)):
         r = scores()
         alpha = alpha_at(selection.config, share)
         weight = selection.config.rounding_growth**share
@@ -172,6 +178,29 @@ def test_projection_is_the_nearest_point_that_meets_the_budget(
     other = torch.lerp(*other, torch.rand((), generator=generator))
     assert (r - found).norm() <= (r - other).norm() + 1e-5
     torch.testing.assert_close(project(found, target), found, rtol=0, atol=1e-5)
+
+
+def test_along_the_budget_free_scores_move_against_each_other_alone() -> None:
+    r = scores(0.0, 0.2, 0.55, 0.9, 1.0)
+    found = along_budget(r)
+    torch.testing.assert_close(found, r, rtol=0, atol=0)
+    weights = torch.tensor([5.0, 1.0, 2.0, 6.0, -4.0])
+    (found * weights).sum().backward()
+    torch.testing.assert_close(r.grad, torch.tensor([5.0, -2.0, -1.0, 3.0, -4.0]))
+
+
+def test_a_score_that_alone_can_meet_the_budget_falls_though_it_lies_above_one_half() -> None:
+    selection = make_selection(6, num_steps=80, selection_share=1.0, target=2)
+    start = (0.0, 0.73, 0.94, 0.55, 0.88, 0.9)
+    set_scores(selection, start)
+    optimizer = torch.optim.Adam(selection.trained_scores().values(), lr=0.03)
+    for step in range(40, 79):
+        optimizer.zero_grad()
+        selection.loss(step).backward()
+        optimizer.step()
+        selection.after_step(step)
+    ends = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    torch.testing.assert_close(selection.layer_scores().detach(), ends, rtol=0, atol=0.02)
 
 
 def test_selection_by_its_own_losses_ends_undecided_by_none_and_on_target() -> None:
