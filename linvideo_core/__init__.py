@@ -21,7 +21,8 @@ The flow, and the one noun that each stage hands on:
     linearization       these stages, one after another
     two_experts         the same for each of Wan 2.2's   -> two students
     artifact            save, load, check, apply         -> LINVIDEO file
-    distillation, dmd2  generator, real and fake score   -> LINVIDEO file with sigmas
+    distillation, dmd2  generator, real and fake score;
+    distillation_stages these stages, one after another  -> LINVIDEO file with sigmas
     health              spikes and collapses of it       -> a sentence that ends it
     few_step            predict, renoise, predict again  -> latents in a few steps
     motion, spectrum    what is seen of the videos alone;

@@ -262,8 +262,8 @@ def mark_step(axes: Axes, step: int, text: str) -> None:
     """Draw a vertical line at a training step, and what happened there."""
     axes.axvline(step, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.annotate(
-        text, (step, 0.5), xycoords=("data", "axes fraction"), xytext=(-5, 6),
-        textcoords="offset points", rotation=90, ha="right", va="bottom", color=INK, fontsize=10,
+        text, (step, 0.5), xycoords=("data", "axes fraction"), xytext=(5, 6),
+        textcoords="offset points", rotation=90, ha="left", va="bottom", color=INK, fontsize=10,
     )  # fmt: skip
 
 
