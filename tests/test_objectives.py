@@ -23,7 +23,7 @@ from linvideo_core.objectives import (
     needs_critic,
     surrogate_loss,
 )
-from linvideo_core.objectives.adm import draw_move, level_weights
+from linvideo_core.objectives.adm import count_anchored, draw_move, level_weights
 from linvideo_core.objectives.adm_literal import score_difference
 
 DATA_MEAN, DATA_STD = 0.6, 0.5
@@ -284,6 +284,14 @@ def test_a_share_of_the_batch_stays_where_it_was_stored(anchor_share: float) -> 
     torch.testing.assert_close(seen["student"][0][stays:], seen["teacher"][0])
     assert bool((seen["student"][1][:stays] == SIGMAS[2]).all())
     assert bool((seen["student"][1][stays:] < SIGMAS[2]).all())
+
+
+@pytest.mark.parametrize(("num_samples", "share"), [(1, 0.5), (3, 0.5), (7, 0.3), (10, 0.3)])
+def test_the_share_of_anchored_samples_is_met_on_average(num_samples: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = [count_anchored(num_samples, share, generator) for _ in range(2000)]
+    assert sum(counts) / len(counts) == pytest.approx(num_samples * share, abs=0.04)
+    assert max(counts) - min(counts) <= 1 and min(counts) == int(num_samples * share)
 
 
 @pytest.mark.parametrize(("max_jump", "num_steps"), [(1, 2), (6, 50), (3, 7), (100, 20), (4, 1)])

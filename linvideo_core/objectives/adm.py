@@ -58,6 +58,17 @@ def level_weights(max_jump: int, num_steps: int) -> Tensor:
     return torch.where(is_reached, weights, torch.zeros(()))
 
 
+def count_anchored(num_samples: int, share: float, generator: torch.Generator) -> int:
+    """Return how many of a batch's samples stay where they were stored: `share` of them on average.
+
+    Where that is no whole number, one more by chance: of batches of one, every other stays.
+    """
+    wanted = round(num_samples * share, 6)
+    if wanted.is_integer():
+        return int(wanted)
+    return int(wanted + torch.rand((), generator=generator).item())
+
+
 class AnytimeDistributionMatching:
     """Match the teacher's velocity at stored states and at those that the student moves on to."""
 
@@ -71,15 +82,16 @@ class AnytimeDistributionMatching:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; see `Objective`. The jump is guided, as in sampling; no gradient."""
         sigmas = self.sigmas.to(batch.latents.device)
-        num_anchored = round(self.config.anchor_share * len(batch.step) * batch.team.size)
+        num_samples = len(batch.step) * batch.team.size
+        num_of_all = count_anchored(num_samples, self.config.anchor_share, generator)
         # This process's rows are every `size`-th of the batch.
-        num_anchored = len(range(batch.team.rank, num_anchored, batch.team.size))
+        num_anchored = len(range(batch.team.rank, num_of_all, batch.team.size))
         reached = draw_move(
             batch.step, self.config.max_jump, len(sigmas) - 1, generator, batch.team
         )
         anchored = batch.part(slice(num_anchored))
         latents, target = anchored.latents, anchored.velocity
-        if self.config.anchor_share < 1:
+        if num_of_all < num_samples:
             moved, known = self._move(batch, reached, sigmas, players, num_anchored)
             latents, target = torch.cat([latents, moved]), torch.cat([target, known])
         reached = reached[num_anchored:]
