@@ -26,7 +26,7 @@ def budget_loss(layer_scores: Tensor, target: int, budget: str) -> Tensor:
 
     "rounded" counts `round(1 - r)` with a straight-through gradient, as the paper does: its sign
     flips whenever a layer crosses 0.5, which holds layers there. "sum" counts `1 - r` itself, and
-    "exact" too: it is 0 where scores are projected.
+    "exact" too: once scores are projected, it is 0.
     """
     linear = 1 - layer_scores
     if budget == "rounded":

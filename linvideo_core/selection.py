@@ -6,10 +6,11 @@ of a sensitivity ranking; the objective then decides which layers give softmax u
 the sum, and the rounding loss drives each r to 0 or 1. The choice is hardened long before training
 ends, and the rest of training runs on it.
 
-The paper's budget is a loss. It leaves the sum a little off, and at the end, when the rounding loss
-holds every r at 0 or 1, a whole layer off: hardening then swaps a layer that nobody trained for it.
-So scores are projected onto the budget after each step instead, and the rounding loss grows: at the
-end its pull at 0 and 1 is as strong as it was at the start, and reaches further.
+The paper's budget is a loss, and so it is here while layers compete: its push is the same for all,
+so that the layers to which softmax is worth most keep it. But it leaves the sum a little off, and
+at the end, when the rounding loss holds every r at 0 or 1, a whole layer off: hardening then swaps
+a layer that nobody trained for it. So in the last part of the selection scores are also projected
+onto the budget after each step, where the rounding loss is at its strongest and reaches furthest.
 
 Fixed, by a rule, a list or a ranking: the whole training runs on the hardened choice; no layer
 score moves and there are no selection losses.
@@ -58,7 +59,9 @@ class SelectionConfig:
     rounding_weight: float = option(1.0, "weight of the rounding loss (L_reg) beside the budget's")
     rounding_growth: float = option(10.0, "how much heavier the rounding loss is at its end")
     budget: str = option(
-        "exact", "hold the sum of 1 - r, or lose for it or its rounded count", choices=BUDGETS
+        "exact",
+        "lose for the sum of 1 - r and hold it in the end; only lose, or for its rounded count",
+        choices=BUDGETS,
     )
     alpha_start: float = option(20.0, "exponent of the rounding loss at the start")
     alpha_end: float = option(2.0, "exponent of the rounding loss at its end")
@@ -268,12 +271,20 @@ class Selection:
         scores = self.layer_scores()
         if self.layers is not None:
             return scores.new_zeros(())
-        share = min(1.0, step / (_ROUNDED_AT * self.harden_at))
+        share = self._share(step)
         budget = budget_loss(scores, self.config.target, self.config.budget)
-        moving = along_budget(scores) if self.config.budget == "exact" else scores
+        moving = along_budget(scores) if self._is_held(step) else scores
         rounding = rounding_loss(moving, alpha_at(self.config, share))
         weight = self.config.rounding_weight * self.config.rounding_growth**share
         return self.config.selection_weight * (budget + weight * rounding)
+
+    def _share(self, step: int) -> float:
+        """Return how far the rounding loss is on its way, in [0, 1]."""
+        return min(1.0, step / (_ROUNDED_AT * self.harden_at))
+
+    def _is_held(self, step: int) -> bool:
+        """Return whether scores are projected onto the budget."""
+        return self.config.budget == "exact" and self._share(step) == 1
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -281,8 +292,8 @@ class Selection:
         if self.layers is not None:
             return
         scores = self.layer_scores()
-        is_exact = self.config.budget == "exact"
-        kept = project(scores, self.config.target) if is_exact else scores.clamp(0, 1)
+        is_held = self._is_held(step)
+        kept = project(scores, self.config.target) if is_held else scores.clamp(0, 1)
         for module, score in zip(self.mixed.values(), kept, strict=True):
             module.layer_score.copy_(score)
         if step + 1 >= self.harden_at:

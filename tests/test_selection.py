@@ -217,6 +217,16 @@ def test_selection_by_its_own_losses_ends_undecided_by_none_and_on_target() -> N
     torch.testing.assert_close(selection.layer_scores().detach(), ends, rtol=0, atol=1e-3)
 
 
+def test_scores_compete_freely_first_and_are_held_on_the_budget_in_the_end() -> None:
+    selection = make_selection(num_steps=20, selection_share=1.0)
+    for step, is_held in ((0, False), (11, False), (12, True), (18, True)):
+        set_scores(selection, SCORES)
+        selection.after_step(step)
+        total = (1 - selection.layer_scores()).sum().item()
+        expected = 2 if is_held else sum(1 - r for r in SCORES)
+        assert total == pytest.approx(expected, abs=1e-5), step
+
+
 def test_the_choice_is_made_at_its_step_and_stays() -> None:
     selection = make_selection(num_steps=20, selection_share=0.3)
     set_scores(selection, SCORES)
