@@ -68,7 +68,9 @@ class AblateConfig:
     only: str | None = option(None, "rows to run, such as adm,velocity; none: all of the tables")
     seeds: int = option(3, "seeds of each row, counted up from --seed")
     jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
-    gap_samples: int = option(0, "videos for the gap that rounding opens; 0: it is not measured")
+    gap_samples: int = option(
+        0, "videos for the gap that rounding opens, in the table selection; 0: it is not measured"
+    )
     gap_points: int = option(1, "moments of a selection at which it is measured, the last included")
     max_minutes: float = option(0.0, "stop after so long, to be continued; 0: when all is done")
     record: bool = option(False, "write results/evidence.json")
@@ -108,7 +110,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {
         "out": Path("runs/ablate-gpu"),
         "jobs": 7,
-        "gap_samples": 250,
+        "gap_samples": 100,
         "gap_points": 4,
         "num_trajectories": 384,
         "shard_size": 192,

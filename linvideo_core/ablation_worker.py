@@ -163,7 +163,7 @@ class Worker:
         _, reference = self._share(config.seed)
         student = Student(self.subject, config.student, seed=config.seed)
         gap = None
-        if self.gap_samples and config.selection.rule == "learned":
+        if self.gap_samples and run.is_followed and config.selection.rule == "learned":
             measure = reference.first(self.gap_samples).measure
             gap = HardeningGap(
                 student,
@@ -171,7 +171,7 @@ class Worker:
                 config.training.steps,
                 folder / "gap.json",
                 measure,
-                num_points=self.gap_points if run.is_followed else 1,
+                num_points=self.gap_points,
             )
         clock = TrainingClock(self.device, folder / "seconds.json")
         with sharing(self.config.out / WARM_START_NAME, config):
@@ -193,8 +193,7 @@ class Worker:
         if gap is not None:
             points = gap.points()
             row |= summarize_gap(points[-1])
-            if run.is_followed:
-                row["gap_course"] = [{"step": p["step"], **summarize_gap(p)} for p in points]
+            row["gap_course"] = [{"step": p["step"], **summarize_gap(p)} for p in points]
         write_json(folder / ROW_NAME, row)
         for stage in (WARM_START_NAME, "training"):
             (folder / stage / CHECKPOINT_NAME).unlink(missing_ok=True)

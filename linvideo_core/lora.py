@@ -1,7 +1,8 @@
-"""Low-rank weight changes beside frozen linear layers.
+"""Low-rank weight changes of frozen linear layers.
 
 The change lives in a submodule `lora` of each layer, so the layer's own parameter names stay as
-they are in the checkpoint; a forward hook adds it to the layer's output.
+they are in the checkpoint. A forward hook adds it to the layer's output; in a layer that is small
+beside its rank it is added to the weight, which then costs less.
 """
 
 from collections.abc import Mapping
@@ -34,6 +35,24 @@ class LowRank(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, down), up)
 
 
+class MergedLinear(nn.Linear):
+    """A frozen linear layer whose change is added to its weight, in fp32, whenever it is used."""
+
+    lora: LowRank
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Take a layer's own parameters over; its change is yet to be set."""
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight = torch.addmm(self.weight, self.lora.up, self.lora.down)
+        return nn.functional.linear(x, weight, self.bias)
+
+
 def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) -> None:
     """Raise ValueError when a rank is too large for a linear layer under `prefix`.
 
@@ -61,9 +80,23 @@ def attach(
     for name, module in list(model.named_modules()):
         if name.startswith(prefix) and isinstance(module, nn.Linear):
             check_rank({f"{name}.weight": tuple(module.weight.shape)}, prefix, rank)
-            module.lora = changes[name] = LowRank(module, rank, generator, device)
-            module.register_forward_hook(_add_change)
+            change = changes[name] = LowRank(module, rank, generator, device)
+            if _is_small(module, rank):
+                module = MergedLinear(module)
+                model.set_submodule(name, module)
+            else:
+                module.register_forward_hook(_add_change)
+            module.lora = change
     return changes
+
+
+def _is_small(module: nn.Linear, rank: int) -> bool:
+    """Return whether a whole weight's gradient costs less than two products more for each token.
+
+    A narrower weight would round a small change away, and other kinds of layers compute otherwise.
+    """
+    is_plain = type(module) is nn.Linear and module.weight.dtype == torch.float32
+    return is_plain and 4 * rank >= min(module.weight.shape)
 
 
 def _add_change(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -23,11 +23,14 @@ def test_a_change_starts_at_zero(wan: WanModel, inputs: tuple[Tensor, ...]) -> N
     torch.testing.assert_close(wan(*inputs), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("rank", "is_merged"), [(4, False), (32, True)])
 def test_a_change_acts_as_up_times_down_added_to_the_weight(
-    wan: WanModel, inputs: tuple[Tensor, ...]
+    wan: WanModel, inputs: tuple[Tensor, ...], rank: int, is_merged: bool
 ) -> None:
     merged = copy.deepcopy(wan)
-    changes = lora.attach(wan, "blocks.", 4, seed=0)
+    changes = lora.attach(wan, "blocks.", rank, seed=0)
+    layers = [wan.get_submodule(name) for name in changes]
+    assert all(isinstance(layer, lora.MergedLinear) == is_merged for layer in layers)
     fill(changes)
     with torch.no_grad():
         for name, change in changes.items():
@@ -43,9 +46,12 @@ def test_every_linear_layer_under_the_prefix_and_none_elsewhere_is_changed(wan: 
     assert len(changes) == 3 * 10
 
 
-def test_the_layers_own_parameters_keep_their_names_and_are_frozen(wan: WanModel) -> None:
+@pytest.mark.parametrize("rank", [4, 32])
+def test_the_layers_own_parameters_keep_their_names_and_are_frozen(
+    wan: WanModel, rank: int
+) -> None:
     before = {name for name, _ in wan.named_parameters()}
-    lora.attach(wan, "blocks.", 4, seed=0)
+    lora.attach(wan, "blocks.", rank, seed=0)
     own = {n: p for n, p in wan.named_parameters() if ".lora." not in n}
     assert set(own) == before
     assert not any(parameter.requires_grad for parameter in own.values())
@@ -54,8 +60,33 @@ def test_the_layers_own_parameters_keep_their_names_and_are_frozen(wan: WanModel
     assert all(name.endswith((".lora.down", ".lora.up")) for name in added)
 
 
-def test_only_the_change_receives_a_gradient(wan: WanModel, inputs: tuple[Tensor, ...]) -> None:
-    fill(lora.attach(wan, "blocks.", 4, seed=0))
+@pytest.mark.parametrize("rank", [4, 32])
+def test_the_gradient_is_that_of_the_merged_weight(
+    wan: WanModel, inputs: tuple[Tensor, ...], rank: int
+) -> None:
+    merged = copy.deepcopy(wan)
+    changes = lora.attach(wan, "blocks.", rank, seed=0)
+    fill(changes)
+    wan(*inputs).square().mean().backward()
+    for name, change in changes.items():
+        weight = merged.get_submodule(name).weight
+        weight.data += (change.up @ change.down).detach()
+    merged(*inputs).square().mean().backward()
+    for name, change in changes.items():
+        gradient = merged.get_submodule(name).weight.grad
+        for found, expected in (
+            (change.up.grad, gradient @ change.down.T),
+            (change.down.grad, change.up.T @ gradient),
+        ):
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_only_the_change_receives_a_gradient(
+    wan: WanModel, inputs: tuple[Tensor, ...], rank: int
+) -> None:
+    fill(lora.attach(wan, "blocks.", rank, seed=0))
     wan(*inputs).square().sum().backward()
     for name, parameter in wan.named_parameters():
         assert (parameter.grad is not None) == (".lora." in name), name
@@ -71,8 +102,9 @@ def test_the_seed_decides_the_start(wan: WanModel) -> None:
     assert starts[0][name].up.shape == (96, 4)
 
 
-def test_a_change_is_kept_in_fp32_and_acts_in_the_layers_dtype(wan: WanModel) -> None:
-    changes = lora.attach(wan.bfloat16(), "blocks.", 4, seed=0)
+@pytest.mark.parametrize("rank", [4, 32])
+def test_a_change_is_kept_in_fp32_and_acts_in_the_layers_dtype(wan: WanModel, rank: int) -> None:
+    changes = lora.attach(wan.bfloat16(), "blocks.", rank, seed=0)
     assert {p.dtype for change in changes.values() for p in change.parameters()} == {torch.float32}
     layer = wan.blocks[0].ffn[0]
     assert layer(torch.ones(1, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
