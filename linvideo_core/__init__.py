@@ -14,6 +14,7 @@ The flow, and the one noun that each stage hands on:
     sensitivity         or a rule, a list, a ranking     -> which layers are linear
     layer_order         learned scores beside a ranking  -> rank correlation
     objectives          velocity, adm, dmd               -> the loss at any noise level
+    level_density, flow_gain  how far errors are carried -> how often a level is seen
     task, training      fit(): step, log, checkpoint     -> trained student
     checkpoint_files    the last one from before a fault -> what is kept
     team, parallel,     many processes, one run:
@@ -46,7 +47,8 @@ The flow, and the one noun that each stage hands on:
     preview             a training while it runs         -> what who waits sees
 
 Commands, each run with `python -m linvideo_core.NAME`: `transfer`, `distill`, `evaluate`, `ablate`,
-`evidence_report`, `benchmark`, `scale.training`, `records`, `kernels.benchmark`, `demo.train`.
+`evidence_report`, `flow_gain`, `benchmark`, `scale.training`, `records`, `kernels.benchmark`,
+`demo.train`.
 """
 
 __version__ = "0.1.0"

@@ -113,6 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gap_samples": 100,
         "gap_points": 4,
         "num_trajectories": 384,
+        "states_per_trajectory": 16,
         "shard_size": 192,
         "warm_start_steps": 80,
         "steps": 200,

@@ -81,13 +81,18 @@ class Worker:
 
     def __call__(self, job: SampleTeacher | TimeSteps | Run) -> Row:
         """Do a job and return its row."""
-        match job:
-            case SampleTeacher():
-                return self._sample_teacher(job.seed)
-            case TimeSteps():
-                return {name: self._time_steps(run) for name, run in job.runs.items()}
-            case Run():
-                return self._make_row(job)
+        try:
+            match job:
+                case SampleTeacher():
+                    return self._sample_teacher(job.seed)
+                case TimeSteps():
+                    return {name: self._time_steps(run) for name, run in job.runs.items()}
+                case Run():
+                    return self._make_row(job)
+        finally:
+            if self.device.startswith("cuda"):
+                # What this process merely keeps, the others on the card cannot use.
+                torch.cuda.empty_cache()
 
     def _bench(self, seed: int) -> Bench:
         settings = compare_config(self.config.evidence, self.config.trajectories)

@@ -63,6 +63,13 @@ TABLES: dict[str, tuple[Variant, ...]] = {
             changes={"objective": "adm", "velocity_share": 0.5},
             steps_factor=1.25,
         ),
+        # High noise seen more often, by how far the teacher's flow carries an error from there.
+        Variant(name="adm_flow_levels", changes={"objective": "adm", "levels": "flow"}),
+        Variant(
+            name="velocity_flow_levels",
+            changes={"objective": "velocity", "levels": "flow"},
+            time_of="adm",
+        ),
         # Every layer linear: where the student's own states lie furthest from the stored ones.
         Variant(name="adm_all_layers", changes={"objective": "adm", "target": 10}),
         Variant(

@@ -22,6 +22,7 @@ _DEFAULT = ("target", "5")
 _OBJECTIVES = {
     "adm": "velocity_equal_time",
     "adm_after_velocity": "velocity_equal_time",
+    "adm_flow_levels": "velocity_equal_time",
     "adm_all_layers": "velocity_all_layers",
 }
 _TO_TEACHER = "frechet_teacher"

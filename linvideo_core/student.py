@@ -23,6 +23,7 @@ from .adapters import (
 from .attention import LinearAttention, LinearForm, MixedAttention
 from .batches import PromptedBatch, draw_batch
 from .config import option, positive
+from .level_density import level_density
 from .models.denoiser import bind, bind_guided
 from .objectives import ObjectiveConfig, Players, make_objective, needs_critic
 from .replay import replayed
@@ -160,6 +161,8 @@ class TransferTask:
         self.precision = precision
         self.team = team
         self.objective = make_objective(objective, trajectories.sigmas, training.steps)
+        is_even = objective.levels == "even"
+        self.density = None if is_even else level_density(trajectories.sigmas, objective.levels)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
             self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)
@@ -194,6 +197,7 @@ class TransferTask:
             self.objective_config.prompt_dropout,
             generator,
             self.team,
+            self.density,
         )
         players = self._players(drawn, slice(None))
         objective_loss, metrics = self.objective(drawn.batch, players, step, generator)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linvideo_core.flow import euler_step, make_sigmas, velocity_to_score
+from linvideo_core.level_density import LEVELS, level_density
 from linvideo_core.objectives import (
     OBJECTIVES,
     Batch,
@@ -30,6 +31,7 @@ DATA_MEAN, DATA_STD = 0.6, 0.5
 STATE_MEAN, STATE_STD = 0.2, 0.9
 SIGMAS = make_sigmas(6, 3.0).double()
 NUM_STEPS = len(SIGMAS) - 1
+EVEN = level_density(SIGMAS, "even")
 CASES = [(1, 2, -0.3, 0.4), (0, 5, 0.8, -0.6), (3, 4, 0.0, 0.0), (4, 5, -0.7, 1.1)]
 Moments = tuple[Tensor, Tensor]
 
@@ -199,7 +201,7 @@ def test_the_stable_form_is_the_weighted_fisher_divergence(departed: int, length
     slope = 1 / p[1] ** 2 - 1 / q[1] ** 2
     offset = q[0] / q[1] ** 2 - p[0] / p[1] ** 2
     fisher = (slope * q[0] + offset) ** 2 + slope**2 * q[1] ** 2
-    weight = (end / (1 - end)) ** 2 * level_weights(4, NUM_STEPS)[departed + length]
+    weight = (end / (1 - end)) ** 2 * level_weights(4, EVEN)[departed + length]
     torch.testing.assert_close(loss.double(), weight * fisher, rtol=1e-5, atol=1e-7)
 
 
@@ -230,7 +232,7 @@ def test_the_stable_forms_gradient_stops_at_the_jump() -> None:
     with torch.no_grad():
         reached = euler_step(nodes(), student(nodes(), start), start, end)
     expected_loss = (student(reached, end) - teacher(reached, end)).square().mean()
-    expected_loss = expected_loss * level_weights(4, NUM_STEPS)[departed + length]
+    expected_loss = expected_loss * level_weights(4, EVEN)[departed + length]
     config = ObjectiveConfig(objective="adm", max_jump=4, anchor_share=0.0)
     objective = make_objective(config, SIGMAS)
     generator = torch.Generator().manual_seed(seed_of_move(departed, length, max_jump=4))
@@ -294,21 +296,26 @@ def test_the_share_of_anchored_samples_is_met_on_average(num_samples: int, share
     assert max(counts) - min(counts) <= 1 and min(counts) == int(num_samples * share)
 
 
+@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize(("max_jump", "num_steps"), [(1, 2), (6, 50), (3, 7), (100, 20), (4, 1)])
-def test_every_noise_level_that_a_move_reaches_counts_alike(max_jump: int, num_steps: int) -> None:
+def test_every_noise_level_that_a_move_reaches_counts_as_it_is_drawn(
+    max_jump: int, num_steps: int, levels: str
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    draws = 4000
-    steps = torch.arange(num_steps).repeat(draws)
+    density = level_density(make_sigmas(num_steps, 3.0), levels)
+    # Evenly many samples, each worth its level's density, are as many as that would draw.
+    steps = torch.arange(num_steps).repeat(4000)
+    worth = density[steps] * num_steps
     reached = draw_move(steps, max_jump, num_steps, generator)
     moves = reached - steps
     room = (num_steps - 1 - steps).clamp(max=max_jump)
     assert bool((moves <= room).all()) and bool((moves >= room.clamp(max=1)).all())
-    weights = level_weights(max_jump, num_steps)
-    weight_at = torch.zeros(num_steps).index_add_(0, reached, weights[reached]) / len(reached)
+    weights = level_weights(max_jump, density)
+    weight_at = torch.zeros(num_steps).index_add_(0, reached, worth * weights[reached])
     is_reached = weights > 0
     assert is_reached.tolist() == [num_steps == 1] + [True] * (num_steps - 1)
-    expected = is_reached / is_reached.sum()
-    torch.testing.assert_close(weight_at, expected, rtol=0.1, atol=0)
+    expected = torch.where(is_reached, density, 0) / density[is_reached].sum()
+    torch.testing.assert_close(weight_at / len(reached), expected, rtol=0.1, atol=0)
 
 
 def test_velocity_matching_is_the_mean_squared_error_to_the_stored_velocity() -> None:

@@ -85,3 +85,16 @@ def test_a_choice_made_between_two_replays_is_seen(subject: Subject) -> None:
     with torch.no_grad():
         torch.testing.assert_close(results[1], velocity(latents, sigma))
     assert not torch.allclose(results[0], results[1])
+
+
+@pytest.mark.gpu
+def test_replay_gives_its_memory_back(subject: Subject) -> None:
+    subject = subject.to("cuda")
+    student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+    call = draw(2, subject, 0)
+    kept = []
+    for _ in range(3):
+        with replayed([student.model], student.choices):
+            differentiate(student, call, "bf16")
+        kept.append(torch.cuda.memory_allocated())
+    assert kept[2] <= kept[0]

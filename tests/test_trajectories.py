@@ -239,6 +239,19 @@ def test_draw_is_uniform_over_states_of_uneven_shards(subject: Subject, tmp_path
     assert float((counts - 500).abs().max()) < 5 * (3000 / 6 * 5 / 6) ** 0.5
 
 
+def test_levels_are_drawn_by_their_density_however_many_states_they_have(
+    subject: Subject, tmp_path: Path
+) -> None:
+    trajectories = small(subject, tmp_path)
+    kept = trajectories.steps().unique()
+    density = torch.zeros(SETTINGS.sampler_steps)
+    density[kept] = torch.arange(1.0, len(kept) + 1)
+    density /= density.sum()
+    drawn = trajectories.draw(4000, torch.Generator().manual_seed(0), "cpu", density=density)
+    shares = drawn.step.bincount(minlength=len(density)) / 4000
+    torch.testing.assert_close(shares, density, rtol=0, atol=0.04)
+
+
 def test_what_is_drawn_belongs_together(subject: Subject, tmp_path: Path) -> None:
     drawn = small(subject, tmp_path).draw(63, torch.Generator().manual_seed(0), "cpu")
     stored = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import fraction, option, positive
 from ..flow import VelocityFn
+from ..level_density import LEVELS
 from ..team import ALONE, Team
 
 OBJECTIVES = ("adm", "adm_literal", "velocity", "dmd")
@@ -24,6 +25,9 @@ class ObjectiveConfig:
     objective: str = option("adm", "what the student is trained to match", choices=OBJECTIVES)
     max_jump: int = option(6, "grid points that the student moves at most before it is compared")
     anchor_share: float = option(0.5, "share of a batch that adm compares where it was stored")
+    levels: str = option(
+        "even", "noise levels drawn evenly, or as the flow carries errors", choices=LEVELS
+    )
     velocity_share: float = option(0.0, "share of the steps that match velocities before all else")
     prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
     critic_learning_rate: float = option(1e-4, "learning rate of the critic (dmd)")

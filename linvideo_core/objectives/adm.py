@@ -15,13 +15,14 @@ point, no critic.
 A share of each batch stays at its stored state, where the teacher's velocity is known: plain
 velocity matching, which keeps the student anchored where the teacher's sampler really goes, and
 costs nothing more. Jumps lead away from high noise, where motion is decided: samples are weighted
-so that every level that can be reached counts alike.
+so that every level that can be reached counts as it is drawn.
 """
 
 import torch
 from torch import Tensor
 
 from ..flow import euler_step
+from ..level_density import level_density
 from ..team import ALONE, Team
 from . import Batch, ObjectiveConfig, Players, mean_square
 
@@ -42,19 +43,20 @@ def draw_move(
     return step + torch.minimum((share * room).long() + 1, room)
 
 
-def level_weights(max_jump: int, num_steps: int) -> Tensor:
+def level_weights(max_jump: int, density: Tensor) -> Tensor:
     """Return the weight [num_steps] fp32 of a sample that has moved to each grid index.
 
-    The inverse of how often `draw_move` leads there from evenly drawn steps; 1 on average over the
-    draws, 0 where none leads.
+    density: [num_steps], how likely a sample starts at each; the weights make it count as likely
+    where it gets. They are 1 on average over the draws, 0 where no move leads.
     """
+    num_steps = len(density)
     visits = torch.zeros(num_steps)
     for step in range(num_steps):
         room = min(max_jump, num_steps - 1 - step)
-        visits[step + 1 : step + room + 1] += 1 / max(1, room)
-        visits[step] += room == 0
+        visits[step + 1 : step + room + 1] += density[step] / max(1, room)
+        visits[step] += density[step] * (room == 0)
     is_reached = visits > 0
-    weights = num_steps / (is_reached.sum() * visits)
+    weights = density / (density[is_reached].sum() * visits)
     return torch.where(is_reached, weights, torch.zeros(()))
 
 
@@ -75,7 +77,7 @@ class AnytimeDistributionMatching:
     def __init__(self, config: ObjectiveConfig, sigmas: Tensor) -> None:
         self.config = config
         self.sigmas = sigmas
-        self.weights = level_weights(config.max_jump, len(sigmas) - 1)
+        self.weights = level_weights(config.max_jump, level_density(sigmas, config.levels))
 
     def __call__(
         self, batch: Batch, players: Players, step: int, generator: torch.Generator
