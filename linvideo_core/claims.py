@@ -82,7 +82,7 @@ def judge(found: Findings) -> list[Row]:
     claims = [bar.judge(found, place) for place in halves for bar in _HALF]
     for name, rival in _OBJECTIVES.items():
         claims.append(_judge_objective(found, ("objective", name), ("objective", rival)))
-    for name in ("learned", "learned_from_ranking"):
+    for name in ("learned", "learned_before", "learned_from_ranking"):
         place = ("selection", name)
         claims.append(_judge_below(found, place, ("selection", "alternate")))
         claims.append(_judge_below_median(found, place, ("selection", "random")))
