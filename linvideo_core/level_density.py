@@ -10,8 +10,8 @@ there to the end. By Cauchy and Schwarz the square of that is at most
     (sum_i a_i) (sum_i a_i |e_i|^2),    a_i = (s_i - s_i+1) |J_i|,
 
 so a squared error that weighs each level by a_i bounds what is seen at the end. |J_i|^2, the gain,
-is measured by `flow_gain`: hardly an error is carried at all below s = 0.8, and a thousand times
-its square near s = 1, where what is drawn is decided.
+is measured by `flow_gain`: an error hardly grows below s = 0.8, and its square a thousandfold near
+s = 1, where what is drawn is decided.
 """
 
 import torch
