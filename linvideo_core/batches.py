@@ -32,17 +32,17 @@ def draw_batch(
     prompt_dropout: float,
     generator: torch.Generator,
     team: Team = ALONE,
-    density: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> PromptedBatch:
     """Draw stored states and assign a share `prompt_dropout` of them to the unconditional branch.
 
     batch_size: of the whole team, whose every process draws all and keeps its share.
-    density: of the noise levels, as `Trajectories.draw` takes it.
+    weights: of the stored states, as `Trajectories.draw` takes them.
 
     Sampling calls both branches, so both are trained: guidance multiplies the error of either.
     """
     device = subject.prompt_embeds.device
-    states = trajectories.draw(batch_size, generator, device, team, density)
+    states = trajectories.draw(batch_size, generator, device, team, weights)
     is_dropped = team.share(torch.rand(batch_size, generator=generator) < prompt_dropout).to(device)
     prompt_embeds = subject.prompt_embeds[states.prompt]
     negative_embeds = subject.negative_embeds.expand_as(prompt_embeds)

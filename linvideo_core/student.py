@@ -161,8 +161,10 @@ class TransferTask:
         self.precision = precision
         self.team = team
         self.objective = make_objective(objective, trajectories.sigmas, training.steps)
-        is_even = objective.levels == "even"
-        self.density = None if is_even else level_density(trajectories.sigmas, objective.levels)
+        self.weights: Tensor | None = None
+        if objective.levels != "even":
+            density = level_density(trajectories.sigmas, objective.levels)
+            self.weights = trajectories.weigh(density)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
             self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)
@@ -197,7 +199,7 @@ class TransferTask:
             self.objective_config.prompt_dropout,
             generator,
             self.team,
-            self.density,
+            self.weights,
         )
         players = self._players(drawn, slice(None))
         objective_loss, metrics = self.objective(drawn.batch, players, step, generator)

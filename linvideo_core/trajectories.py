@@ -99,24 +99,25 @@ class Trajectories:
         generator: torch.Generator,
         device: torch.device | str,
         team: Team = ALONE,
-        density: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> States:
         """Pick `batch_size` states and bring them to `device` in fp32.
 
         Of a team's batch, the states of this process's share.
 
-        density: [sampler steps], how likely a state of each level is drawn; none: each state is as
-            likely as any other.
+        weights: how likely each state is, of `weigh`; none: as any other.
         """
-        if density is None:
+        if weights is None:
             picks = torch.randint(len(self), (batch_size,), generator=generator)
         else:
-            weights = self._weigh(density)
             picks = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         return self.take(team.share(picks), device)
 
-    def _weigh(self, density: Tensor) -> Tensor:
-        """Return how likely each state is, [len]: a level's share is split among its states."""
+    def weigh(self, density: Tensor) -> Tensor:
+        """Return how likely each state is, [len]: a level's share is split among its states.
+
+        density: [sampler steps], how likely each level is to be drawn.
+        """
         steps = self.steps()
         return (density / steps.bincount(minlength=len(density)).clamp(min=1))[steps]
 

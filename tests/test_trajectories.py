@@ -247,7 +247,8 @@ def test_levels_are_drawn_by_their_density_however_many_states_they_have(
     density = torch.zeros(SETTINGS.sampler_steps)
     density[kept] = torch.arange(1.0, len(kept) + 1)
     density /= density.sum()
-    drawn = trajectories.draw(4000, torch.Generator().manual_seed(0), "cpu", density=density)
+    weights = trajectories.weigh(density)
+    drawn = trajectories.draw(4000, torch.Generator().manual_seed(0), "cpu", weights=weights)
     shares = drawn.step.bincount(minlength=len(density)) / 4000
     torch.testing.assert_close(shares, density, rtol=0, atol=0.04)
 
