@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linvideo_core.adapters import compiled_blocks
 from linvideo_core.batches import draw_batch
+from linvideo_core.level_density import level_density
 from linvideo_core.objectives import OBJECTIVES, ObjectiveConfig
 from linvideo_core.selection import SelectionConfig
 from linvideo_core.student import PARAMETERS, Student, StudentConfig, TransferTask
@@ -39,6 +40,7 @@ def make_task(
     *,
     parameters: str = "full",
     objective: str = "adm",
+    levels: str = "even",
     **training: float | bool,
 ) -> TransferTask:
     settings = TrainingConfig(**{"steps": 10, "batch_size": 3, "warmup_steps": 2, **training})
@@ -47,7 +49,7 @@ def make_task(
         subject,
         trajectories,
         selection=SelectionConfig(target=2),
-        objective=ObjectiveConfig(objective=objective),
+        objective=ObjectiveConfig(objective=objective, levels=levels),
         training=settings,
         precision="fp32",
     )
@@ -55,6 +57,19 @@ def make_task(
 
 def parameters_of(task: TransferTask) -> dict[str, Tensor]:
     return {n: p for group in task.parameter_groups() for n, p in group.parameters.items()}
+
+
+def test_a_task_draws_noise_levels_as_it_is_told(
+    subject: Subject, trajectories: Trajectories
+) -> None:
+    assert make_task(subject, trajectories, levels="even").weights is None
+    weights = make_task(subject, trajectories, levels="flow").weights
+    drawn = draw_batch(subject, trajectories, 3000, 0.0, seed_step(0, 0), weights=weights)
+    density = level_density(trajectories.sigmas, "flow")
+    kept = trajectories.steps().unique()
+    expected = density[kept] / density[kept].sum()
+    shares = drawn.batch.step.bincount(minlength=len(density))[kept] / 3000
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
