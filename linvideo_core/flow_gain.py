@@ -18,8 +18,10 @@ from torch import Tensor
 from . import artifact as artifact_files
 from .adapters import shapes_of
 from .config import option, parse, positive, run_command, to_flags, to_json
+from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT
 from .devices import device_option, precision_option, resolve_device, resolve_precision
 from .flow import VelocityFn, make_sigmas, sample_euler
+from .held_out import draw_noise, draw_prompts
 from .level_density import fitted_gain
 from .models.denoiser import bind_guided
 from .progress import Progress, TqdmProgress, silent
@@ -41,8 +43,8 @@ class FlowGainConfig:
     videos: int = option(16, "videos that the teacher samples")
     points: int = option(12, "grid points at which the student takes a step, the first included")
     steps: int = option(25, "Euler steps of the teacher")
-    guidance_scale: float = option(3.0, "classifier-free guidance")
-    shift: float = option(3.0, "warp of the noise levels")
+    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
+    shift: float = option(DEMO_SHIFT, "warp of the noise levels")
     out: Path = option(Path("runs/flow_gain"), "folder for the table")
     record: bool = option(False, "write results/flow_gain.json")
     seed: int = option(0, "seed of noise and prompts")
@@ -107,10 +109,9 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
     made = load_first_stage(config.artifact)
     subject = load_subject(config.subject, config.out, device, progress).to(device)
     artifact_files.check(made, shapes_of(subject.model))
-    generator = torch.Generator().manual_seed(config.seed)
-    noise = torch.randn(config.videos, *subject.latent_shape, generator=generator).to(device)
-    picks = torch.randint(len(subject.prompt_embeds), (config.videos,), generator=generator)
-    prompt_embeds = subject.prompt_embeds[picks.to(device)]
+    noise = draw_noise(subject.latent_shape, config.videos, config.seed).to(device)
+    picks = draw_prompts(len(subject.prompt_embeds), config.videos, config.seed)
+    prompt_embeds = subject.prompt_embeds[picks]
     negative_embeds = subject.negative_embeds.expand_as(prompt_embeds)
     velocity = bind_guided(
         subject.model, prompt_embeds, negative_embeds, config.guidance_scale, precision=precision
