@@ -33,6 +33,8 @@ _EQUAL_TIME = (
     "velocity_equal_time",
     "adm_all_layers",
     "velocity_all_layers",
+    "adm_maps_alone",
+    "velocity_maps_alone",
 )
 _RANKINGS = {"replace-one": "replace_one", "restore-one": "restore_one"}
 

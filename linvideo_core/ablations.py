@@ -77,6 +77,13 @@ TABLES: dict[str, tuple[Variant, ...]] = {
             changes={"objective": "velocity", "target": 10},
             time_of="adm",
         ),
+        # Nothing but feature maps moves: what the student cannot represent stays large.
+        Variant(name="adm_maps_alone", changes={"objective": "adm", "parameters": "feature_maps"}),
+        Variant(
+            name="velocity_maps_alone",
+            changes={"objective": "velocity", "parameters": "feature_maps"},
+            time_of="adm",
+        ),
         Variant(name="adm_literal", changes={"objective": "adm_literal"}),
         Variant(name="dmd", changes={"objective": "dmd"}),
     ),
@@ -127,6 +134,9 @@ TABLES: dict[str, tuple[Variant, ...]] = {
     "best": (
         Variant(name="steps_x2", steps_factor=2.0),
         Variant(name="steps_x4", steps_factor=4.0),
+        Variant(
+            name="velocity_x4", changes={"objective": "velocity"}, steps_factor=4.0, time_of="adm"
+        ),
     ),
 }
 """Table -> its rows, those that a claim rests on first: they are run in this order."""

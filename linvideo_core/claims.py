@@ -24,6 +24,7 @@ _OBJECTIVES = {
     "adm_after_velocity": "velocity_equal_time",
     "adm_flow_levels": "velocity_equal_time",
     "adm_all_layers": "velocity_all_layers",
+    "adm_maps_alone": "velocity_maps_alone",
 }
 _TO_TEACHER = "frechet_teacher"
 

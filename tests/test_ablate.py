@@ -47,9 +47,9 @@ def test_rows_that_come_to_the_same_training_share_its_run() -> None:
     folders = [rows[row][0].folder for row in usual]
     assert len(set(folders)) == 1
     others = {runs[0].folder for row, runs in rows.items() if row not in usual}
-    # At even seconds per step velocity matching gets the same number of steps, and all layers
-    # linear is a row of two tables.
-    assert len(others) == len(rows) - len(usual) - 2 and folders[0] not in others
+    # At even seconds per step velocity matching gets the same number of steps; all layers linear
+    # and feature maps alone are rows of two tables each.
+    assert len(others) == len(rows) - len(usual) - 3 and folders[0] not in others
 
 
 def test_the_selection_is_followed_of_its_table_alone_whichever_tables_are_run() -> None:
