@@ -63,11 +63,11 @@ TABLES: dict[str, tuple[Variant, ...]] = {
             changes={"objective": "adm", "velocity_share": 0.5},
             steps_factor=1.25,
         ),
-        # High noise seen more often, by how far the teacher's flow carries an error from there.
-        Variant(name="adm_flow_levels", changes={"objective": "adm", "levels": "flow"}),
+        # All noise levels seen alike, however far the teacher's flow carries an error from there.
+        Variant(name="adm_even_levels", changes={"objective": "adm", "levels": "even"}),
         Variant(
-            name="velocity_flow_levels",
-            changes={"objective": "velocity", "levels": "flow"},
+            name="velocity_even_levels",
+            changes={"objective": "velocity", "levels": "even"},
             time_of="adm",
         ),
         # Every layer linear: where the student's own states lie furthest from the stored ones.

@@ -22,7 +22,7 @@ _DEFAULT = ("target", "5")
 _OBJECTIVES = {
     "adm": "velocity_equal_time",
     "adm_after_velocity": "velocity_equal_time",
-    "adm_flow_levels": "velocity_equal_time",
+    "adm_even_levels": "velocity_even_levels",
     "adm_all_layers": "velocity_all_layers",
     "adm_maps_alone": "velocity_maps_alone",
 }

@@ -191,7 +191,7 @@ def test_the_stable_form_is_the_weighted_fisher_divergence(departed: int, length
     def student_guided(x: Tensor, sigma: Tensor) -> Tensor:
         return -0.3 * x + 0.4
 
-    config = ObjectiveConfig(objective="adm", max_jump=4, anchor_share=0.0)
+    config = ObjectiveConfig(objective="adm", max_jump=4, anchor_share=0.0, levels="even")
     objective = make_objective(config, SIGMAS)
     seed = seed_of_move(departed, length, max_jump=4)
     players = make_players(student, student_guided=student_guided)

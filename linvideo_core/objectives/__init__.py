@@ -26,7 +26,7 @@ class ObjectiveConfig:
     max_jump: int = option(6, "grid points that the student moves at most before it is compared")
     anchor_share: float = option(0.5, "share of a batch that adm compares where it was stored")
     levels: str = option(
-        "even", "noise levels drawn evenly, or as the flow carries errors", choices=LEVELS
+        "flow", "noise levels drawn as the flow carries errors, or evenly", choices=LEVELS
     )
     velocity_share: float = option(0.0, "share of the steps that match velocities before all else")
     prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
