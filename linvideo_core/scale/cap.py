@@ -25,7 +25,10 @@ def capped(device: str, cap_gb: float | None) -> Iterator[None]:
     total = torch.cuda.mem_get_info(device)[1]
     if cap_gb * GB > total:
         raise ValueError(f"--cap-gb {cap_gb:g} given; {device} has {total / GB:.1f} GB in all")
-    torch.cuda.set_per_process_memory_fraction(cap_gb * GB / total, device)
+    # Unlike all else, the cap needs the number of the GPU that "cuda" means.
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    torch.cuda.set_per_process_memory_fraction(cap_gb * GB / total, index)
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -35,4 +38,4 @@ def capped(device: str, cap_gb: float | None) -> Iterator[None]:
             "for; give --frozen fp8, more --offload-blocks or a lower --batch-per-gpu"
         ) from error
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
