@@ -2,7 +2,9 @@
 
 The teacher samples videos; at one grid point after another a linearized student takes a single
 step, and the teacher goes on from there. What the end is off by, over what that step was off by, is
-the gain (`level_density.py` says what for).
+the gain (`level_density.py` says what for). Then the student samples the same by itself: how far it
+strays, and whether it errs more where it has come to, is what `objectives/adm.py` can win over
+velocity matching.
     python -m linvideo_core.flow_gain                # the embedded model: minutes on a CPU
     python -m linvideo_core.flow_gain --record
 """
@@ -99,8 +101,36 @@ def measure(
     return rows
 
 
+def measure_straying(
+    teacher: VelocityFn,
+    states: Mapping[int, Tensor],
+    own_states: Mapping[int, Tensor],
+    own_velocities: Mapping[int, Tensor],
+    sigmas: Tensor,
+) -> list[dict[str, float]]:
+    """Return a row for each grid point of `states`, in their order.
+
+    states: the teacher's; own_states, own_velocities: the student's on a way of its own from the
+    same noise. All are [B, C, F, H, W].
+
+    `strayed`, the mean square between the states; `own_error`, that between the velocities of
+    student and teacher at the student's.
+    """
+    rows = []
+    for point, state in states.items():
+        own = own_states[point]
+        known = teacher(own, sigmas[point].expand(len(own)))
+        rows.append(
+            {
+                "strayed": (own - state).square().mean().item(),
+                "own_error": (own_velocities[point] - known).square().mean().item(),
+            }
+        )
+    return rows
+
+
 def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, float]]:
-    """Measure, write the table; return its rows.
+    """Measure, write the table; return its rows, of `measure` and of `measure_straying`.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
@@ -117,16 +147,7 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
         subject.model, prompt_embeds, negative_embeds, config.guidance_scale, precision=precision
     )
     sigmas = make_sigmas(config.steps, config.shift).to(device)
-    states: list[Tensor] = []
-    velocities: list[Tensor] = []
-
-    def on_step(step: int, latents: Tensor, velocity: Tensor) -> None:
-        progress("sampling the teacher", step, config.steps)
-        states.append(latents)
-        velocities.append(velocity)
-
-    states.append(sample_euler(velocity, noise, sigmas, on_step=on_step))
-    progress("sampling the teacher", config.steps, config.steps)
+    states, velocities = _sample(velocity, noise, sigmas, "the teacher", progress)
     points = torch.linspace(0, config.steps - 1, config.points).round().int().tolist()
     # The same modules compute both, so the student answers all at once and is gone.
     with artifact_files.transfer_into(subject.model, made), torch.no_grad():
@@ -134,7 +155,13 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
             point: velocity(states[point], sigmas[point].expand(config.videos)) - velocities[point]
             for point in points
         }
-    rows = measure(velocity, states, errors, sigmas, progress)
+        own = _sample(velocity, noise, sigmas, "the student", progress)
+    gains = measure(velocity, states, errors, sigmas, progress)
+    own_states, own_velocities = ({point: found[point] for point in points} for found in own)
+    known = {point: states[point] for point in points}
+    with torch.no_grad():
+        straying = measure_straying(velocity, known, own_states, own_velocities, sigmas)
+    rows = [gain | strayed for gain, strayed in zip(gains, straying, strict=True)]
     write_json(config.out / NAME, {"rows": rows})
     if config.record:
         flags = to_flags(config, without=("out", "device"))
@@ -146,6 +173,25 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
             device=device,
         )
     return rows
+
+
+def _sample(
+    velocity: VelocityFn, noise: Tensor, sigmas: Tensor, whose: str, progress: Progress
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the states at all grid points, the end included, and the velocities on the way."""
+    states: list[Tensor] = []
+    velocities: list[Tensor] = []
+    num_steps = len(sigmas) - 1
+
+    def on_step(step: int, latents: Tensor, velocity: Tensor) -> None:
+        progress(f"sampling {whose}", step, num_steps)
+        states.append(latents)
+        velocities.append(velocity)
+
+    with torch.no_grad():
+        states.append(sample_euler(velocity, noise, sigmas, on_step=on_step))
+    progress(f"sampling {whose}", num_steps, num_steps)
+    return states, velocities
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -51,6 +51,15 @@ def test_the_gain_of_a_linear_flow_is_the_square_of_its_factor(rate: float) -> N
     assert [row["error"] for row in rows] == pytest.approx([(p + 1) ** 2 for p in errors])
 
 
+def test_a_student_errs_where_it_has_come_to_as_its_velocity_says() -> None:
+    """Teacher u(x) = 2 x, student u(x) = 3 x: at its state x they differ by x."""
+    state, own = torch.full((2, 1, 1, 1, 1), 5.0), torch.full((2, 1, 1, 1, 1), 4.0)
+    rows = flow_gain.measure_straying(
+        lambda x, _: 2 * x, {3: state}, {3: own}, {3: 3 * own}, SIGMAS
+    )
+    assert rows == [{"strayed": 1.0, "own_error": 16.0}]
+
+
 def test_errors_weighted_by_the_flow_bound_what_the_end_is_off_by() -> None:
     """The bound of `level_density`, where the gain is known instead of fitted."""
     rate, errors = -1.5, torch.tensor([0.1, -0.3, 0.2, 0.0, 0.5, 0.4, -0.1, 0.3, 0.2, 0.6])
@@ -72,6 +81,10 @@ def test_the_embedded_models_flow_is_measured(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / flow_gain.NAME).read_text())["rows"]
     assert [row["sigma"] for row in rows] == pytest.approx([1, make_sigmas(3, 3.0)[2].item()])
     assert all(row["gain"] > 0 and row["error"] > 0 for row in rows)
+    # From the same noise: at first it has not strayed, and errs as it does there.
+    first, last = rows
+    assert first["strayed"] == 0 and first["own_error"] == pytest.approx(first["error"], rel=1e-4)
+    assert last["strayed"] > 0 and last["own_error"] > 0
 
 
 @pytest.mark.parametrize(
