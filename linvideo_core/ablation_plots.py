@@ -31,6 +31,8 @@ _EQUAL_TIME = (
     "adm",
     "adm_after_velocity",
     "velocity_equal_time",
+    "adm_even_levels",
+    "velocity_even_levels",
     "adm_all_layers",
     "velocity_all_layers",
     "adm_maps_alone",
@@ -171,6 +173,8 @@ def plot_gap(found: Findings, path: Path) -> bool:
         style_axes(axes, "training step", "")
         for i, (name, runs) in enumerate(rows.items()):
             colour, marker = COLOURS[i % len(COLOURS)], "osD^v"[i % 5]
+            # Colours come round again sooner than rows end.
+            dashes = "-" if i < len(COLOURS) else (0, (4, 2))
             steps = [point["step"] + 1 for point in runs[0]["gap_course"]]
             seeds = [[point.get(column) for point in run["gap_course"]] for run in runs]
             seeds = [line for line in seeds if None not in line]
@@ -178,8 +182,8 @@ def plot_gap(found: Findings, path: Path) -> bool:
                 axes.plot(steps, line, color=colour, linewidth=0.7, alpha=0.45)
             means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
             axes.plot(
-                steps[: len(means)], means, color=colour, linewidth=1.8, marker=marker,
-                markersize=4.5, label=name.replace("_", " "),
+                steps[: len(means)], means, color=colour, linewidth=1.8, linestyle=dashes,
+                marker=marker, markersize=4.5, label=name.replace("_", " "),
             )  # fmt: skip
         axes.axhline(0, color=INK, linewidth=1.0, linestyle=_DOTTED)
         title_axes(axes, title)

@@ -90,7 +90,7 @@ TABLES: dict[str, tuple[Variant, ...]] = {
     "selection": _rows(
         {
             "learned": {"choice": "learned"},
-            # What `learned` comes to, known from the first step on, as every rule's choice is.
+            # What learning came to most often, known from the first step on as a rule's choice is.
             "learned_before": {"layers": "0,1,3,4,9"},
             "learned_sooner": {"selection_share": 0.2},
             "alternate": {"choice": "alternate"},
