@@ -79,6 +79,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "map_learning_rate": 5e-4,
         "critic_learning_rate": 1e-3,
         "critic_steps": 3,
+        # Towards what the teacher's guided videos are as a whole, not to the most typical of them.
+        "real_guidance_scale": 1.5,
+        "regression_weight": 1.0,
         "warmup_steps": 50,
         "ema_decay": 0.98,
         "cuda_graphs": True,

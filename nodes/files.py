@@ -1,4 +1,4 @@
-"""Where LINVIDEO files lie: `models/linvideo/`, and the demo's own in the pack."""
+"""Where LINVIDEO files lie: `models/linvideo/`, and the demo's own two in the pack."""
 
 import contextlib
 import re
@@ -12,8 +12,13 @@ from ..linvideo_core.demo import weights_path
 
 FOLDER = "linvideo"
 SHIPPED = "demo (comes with LinVideo)"
+SHIPPED_FEW_STEP = "demo in 4 steps (comes with LinVideo)"
 
 _SUFFIX = ".safetensors"
+_SHIPPED_PATHS = {
+    SHIPPED: weights_path("linearized.safetensors"),
+    SHIPPED_FEW_STEP: weights_path("distilled.safetensors"),
+}
 _MAX_NAME = 200
 # What some system's file names cannot hold, device names and a folder's way up included.
 _FORBIDDEN = re.compile(r'[<>:"|?*%\x00-\x1f]')
@@ -31,8 +36,8 @@ def register_folder() -> None:
 
 
 def list_files() -> list[str]:
-    """Return the names for a drop-down, the shipped file first."""
-    return [SHIPPED, *folder_paths.get_filename_list(FOLDER)]
+    """Return the names for a drop-down, the shipped files first."""
+    return [*_SHIPPED_PATHS, *folder_paths.get_filename_list(FOLDER)]
 
 
 def find_file(name: str) -> Path:
@@ -40,8 +45,8 @@ def find_file(name: str) -> Path:
 
     Raises ArtifactError when the file is gone.
     """
-    if name == SHIPPED:
-        return weights_path("linearized.safetensors")
+    if name in _SHIPPED_PATHS:
+        return _SHIPPED_PATHS[name]
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise ArtifactError(f"{name} is not in models/{FOLDER}: choose a file that is there")

@@ -3,7 +3,6 @@
 "Headless" is our core without ComfyUI's model, sampler or patching.
 """
 
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from linvideo_pack.linvideo_core.few_step import sample_few_step
 from linvideo_pack.linvideo_core.lora_file import load_lora, with_lora
 from linvideo_pack.linvideo_core.models.denoiser import bind_guided
 from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.nodes import files
 from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
 from linvideo_pack.nodes.patching import linearize
 from safetensors.torch import save_file
@@ -32,14 +32,12 @@ from stage import with_lora as with_lora_by_comfyui
 from torch import Tensor
 
 _SEED = 7
-_GRID = (1.0, 0.9375, 0.625, 0.0)
 
 
 @functools.cache
 def _distilled() -> Artifact:
-    """The shipped file, said to be distilled to three steps."""
-    header = dataclasses.replace(_shipped().header, sigmas=_GRID)
-    return dataclasses.replace(_shipped(), header=header)
+    """The shipped file of four steps."""
+    return artifact.load(files.find_file(files.SHIPPED_FEW_STEP))
 
 
 def _sample(model: Any, steps: int, **settings: Any) -> Tensor:
@@ -100,7 +98,8 @@ def the_node_gives_the_latents_of_the_headless_core() -> None:
     artifact.apply(_distilled(), model)
     velocity_fn = bind_guided(model, positive[0][0], positive[0][0], 1.0)
     generator = torch.Generator().manual_seed(_SEED + 1)
-    expected = sample_few_step(velocity_fn, _noise(), torch.tensor(_GRID), generator=generator)
+    sigmas = torch.tensor(_distilled().header.sigmas)
+    expected = sample_few_step(velocity_fn, _noise(), sigmas, generator=generator)
     latents = _sample(linearize(_demo()[0], _distilled()), 0)
     difference = float((latents - expected).norm() / expected.norm())
     print(f"relative difference {difference:.1e}")
@@ -136,12 +135,12 @@ def both_ways_give_the_same_latents() -> None:
 def a_distilled_file_says_the_noise_levels() -> None:
     model = linearize(_demo()[0], _distilled())
     for source in (model, model.clone(), _distilled()):
-        for steps in (0, 3):
+        for steps in (0, 4):
             sigmas, _ = LinVideoFewStepSigmas.execute(source, steps).result
-            assert sigmas.tolist() == list(_GRID)
-        message = _complaint(LinVideoFewStepSigmas.execute, source, 4)
-        assert "distilled for 3" in message
-    assert "distilled for 3" in _complaint(_sample, model, 4)
+            assert sigmas.tolist() == list(_distilled().header.sigmas)
+        message = _complaint(LinVideoFewStepSigmas.execute, source, 3)
+        assert "distilled for 4" in message
+    assert "distilled for 4" in _complaint(_sample, model, 3)
 
 
 def any_other_model_takes_the_simple_schedule_of_its_own_shift() -> None:
