@@ -4,6 +4,7 @@ Plots are drawn through matplotlib's objects, never its global state, so they ar
 that draws for itself. Colours are those of Okabe and Ito, which colour-blind readers tell apart.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def plot_layer_scores(
 def plot_losses(rows: Sequence[Row], path: Path) -> None:
     """Draw the loss over training, smoothed above its raw values, and its `*_loss` terms.
 
-    rows: from metrics.jsonl, with `step` and `loss`.
+    rows: from metrics.jsonl, with `step` and `loss`. Where terms take turns, as a critic and what
+    it judges do, the terms alone are drawn: their sum is another one at every step.
 
     Raises ValueError when no row has a loss.
     """
@@ -82,7 +84,8 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots()
     style_axes(axes, "training step", "loss")
     smallest, largest = np.inf, -np.inf
-    for i, name in enumerate(["loss", *names]):
+    drawn = names if any(_takes_turns(rows, name) for name in names) else ["loss", *names]
+    for i, name in enumerate(drawn):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         steps, values = np.array(points, dtype=float).T
         colour, smooth = COLOURS[i % len(COLOURS)], _smooth(values)
@@ -99,6 +102,11 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
         axes.legend(frameon=False, labelcolor=INK)
     title_axes(axes, "Loss")
     save_figure(figure, path)
+
+
+def _takes_turns(rows: Sequence[Row], name: str) -> bool:
+    has = [row.get(name) is not None for row in rows]
+    return sum(one != next_one for one, next_one in itertools.pairwise(has)) > 1
 
 
 def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:

@@ -1,7 +1,8 @@
 """Measure training steps at real sizes: `python -m linvideo_core.scale.training`.
 
 The steps are `transfer`'s own, of a model with random weights in the published shapes on random
-states: time and memory do not depend on what a model has learned. With torchrun the processes share
+states: time and memory do not depend on what a model has learned. Every video moves on before it is
+compared (`--anchor-share 0`), the dearest that a step of `adm` can be. With torchrun the processes share
 the work as `transfer` does, a batch for each, and the speed-up is in videos a second over one GPU.
     python -m linvideo_core.scale.training --size 1.3b-480p
     torchrun --nproc-per-node 2 -m linvideo_core.scale.training --size 1.3b-480p
@@ -184,7 +185,8 @@ def measure_steps(
         subject,
         draw_states(size, folder / f"states-{team.rank}.safetensors", config.seed),
         selection=SelectionConfig(target=len(size.layers), layers=listed, selection_share=1.0),
-        objective=ObjectiveConfig(),
+        # Every video moves on: of a batch of one, half of the steps would otherwise be cheap.
+        objective=ObjectiveConfig(anchor_share=0.0),
         training=training,
         precision=precision,
         layers=layers,
