@@ -2,8 +2,9 @@
 
 The steps are `transfer`'s own, of a model with random weights in the published shapes on random
 states: time and memory do not depend on what a model has learned. Every video moves on before it is
-compared (`--anchor-share 0`), the dearest that a step of `adm` can be. With torchrun the processes share
-the work as `transfer` does, a batch for each, and the speed-up is in videos a second over one GPU.
+compared (`--anchor-share 0`), the dearest that a step of `adm` can be. With torchrun the processes
+share the work as `transfer` does, a batch for each, and the speed-up is in videos a second over one
+GPU.
     python -m linvideo_core.scale.training --size 1.3b-480p
     torchrun --nproc-per-node 2 -m linvideo_core.scale.training --size 1.3b-480p
     python -m linvideo_core.scale.training --size 1.3b-480p --frozen bf16 --cap-gb 24
