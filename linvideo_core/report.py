@@ -155,8 +155,9 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     titles = {
         "frechet": "Frechet distance to real clips",
         "frechet_teacher_features": "Frechet distance on teacher features",
-        "motion": "Right motion (share of samples)",
+        "digit": "Right digit (share of samples)",
         "motion_energy": "Speed / the teacher's",
+        "diversity": "Diversity / the teacher's",
     }
     titles = {k: v for k, v in titles.items() if any(row.get(k) is not None for row in rows)}
     if "frechet" in titles:
@@ -186,7 +187,9 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xticks(steps, [str(n) for n in steps])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        if key.startswith("frechet") and all((row.get(key) or 0) > 0 for row in rows):
+        values = [row.get(key) or 0 for row in rows]
+        # Only where there are decades: over less the axis would have hardly a number.
+        if key.startswith("frechet") and 0 < 10 * min(values) < max(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")

@@ -233,7 +233,7 @@ def test_the_stable_forms_gradient_stops_at_the_jump() -> None:
         reached = euler_step(nodes(), student(nodes(), start), start, end)
     expected_loss = (student(reached, end) - teacher(reached, end)).square().mean()
     expected_loss = expected_loss * level_weights(4, EVEN)[departed + length]
-    config = ObjectiveConfig(objective="adm", max_jump=4, anchor_share=0.0)
+    config = ObjectiveConfig(objective="adm", max_jump=4, anchor_share=0.0, levels="even")
     objective = make_objective(config, SIGMAS)
     generator = torch.Generator().manual_seed(seed_of_move(departed, length, max_jump=4))
     loss, _ = objective(make_batch(departed), make_players(student), 0, generator)

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.host
 TRANSFER_SECONDS = 900
 TRAINS_SINCE = (0, 25)
 FILE = "demo (comes with LinVideo)"
+FEW_STEP_FILE = "demo in 4 steps (comes with LinVideo)"
 
 # Saved workflows hold these names: none may change or go.
 NODES = {
@@ -214,7 +215,8 @@ def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:
     for group in (entries for option in options for entries in option["inputs"].values()):
         assert all(settings["tooltip"] for _, settings in group.values())
     file = options[0]["inputs"]["required"]["file"]
-    assert (file[0] if file[0] != "COMBO" else file[1]["options"]) == [FILE, "cut.safetensors"]
+    names = file[0] if file[0] != "COMBO" else file[1]["options"]
+    assert names == [FILE, FEW_STEP_FILE, "cut.safetensors"]
 
 
 def test_the_demo_workflow_gives_frames(server: Server, record_property: Any) -> None:
