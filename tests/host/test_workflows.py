@@ -123,6 +123,13 @@ def stand_in(prompt: Nodes) -> Nodes:
     return prompt
 
 
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_values_that_are_saved_twice_are_the_same(name: str) -> None:
+    for node in read(name)["nodes"]:
+        if "widgets_values_named" in node:
+            assert list(node["widgets_values_named"].values()) == node["widgets_values"]
+
+
 def save_vae(path: str) -> None:
     """Save a small random VAE of Wan 2.1's kind; runs in ComfyUI's process."""
     import comfy.ldm.wan.vae
