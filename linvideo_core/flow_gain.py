@@ -101,28 +101,30 @@ def measure(
     return rows
 
 
+@torch.no_grad()
 def measure_straying(
     teacher: VelocityFn,
-    states: Mapping[int, Tensor],
-    own_states: Mapping[int, Tensor],
-    own_velocities: Mapping[int, Tensor],
+    points: Sequence[int],
+    states: Sequence[Tensor],
+    own_states: Sequence[Tensor],
+    own_velocities: Sequence[Tensor],
     sigmas: Tensor,
 ) -> list[dict[str, float]]:
-    """Return a row for each grid point of `states`, in their order.
+    """Return a row for each grid point of `points`, in their order.
 
     states: the teacher's; own_states, own_velocities: the student's on a way of its own from the
-    same noise. All are [B, C, F, H, W].
+    same noise. All are [B, C, F, H, W], one a level of the grid `sigmas` [steps + 1].
 
     `strayed`, the mean square between the states; `own_error`, that between the velocities of
     student and teacher at the student's.
     """
     rows = []
-    for point, state in states.items():
+    for point in points:
         own = own_states[point]
         known = teacher(own, sigmas[point].expand(len(own)))
         rows.append(
             {
-                "strayed": (own - state).square().mean().item(),
+                "strayed": (own - states[point]).square().mean().item(),
                 "own_error": (own_velocities[point] - known).square().mean().item(),
             }
         )
@@ -157,10 +159,7 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
         }
         own = _sample(velocity, noise, sigmas, "the student", progress)
     gains = measure(velocity, states, errors, sigmas, progress)
-    own_states, own_velocities = ({point: found[point] for point in points} for found in own)
-    known = {point: states[point] for point in points}
-    with torch.no_grad():
-        straying = measure_straying(velocity, known, own_states, own_velocities, sigmas)
+    straying = measure_straying(velocity, points, states, *own, sigmas)
     rows = [gain | strayed for gain, strayed in zip(gains, straying, strict=True)]
     write_json(config.out / NAME, {"rows": rows})
     if config.record:
@@ -188,8 +187,7 @@ def _sample(
         states.append(latents)
         velocities.append(velocity)
 
-    with torch.no_grad():
-        states.append(sample_euler(velocity, noise, sigmas, on_step=on_step))
+    states.append(sample_euler(velocity, noise, sigmas, on_step=on_step))
     progress(f"sampling {whose}", num_steps, num_steps)
     return states, velocities
 

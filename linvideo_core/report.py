@@ -94,14 +94,19 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
         axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name.replace("_", " "))
         smallest, largest = min(smallest, values.min()), max(largest, values.max())
     if 0 < 10 * smallest < largest:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _scale_by_decades(axes)
     if names:
         axes.legend(frameon=False, labelcolor=INK)
     title_axes(axes, "Loss")
     save_figure(figure, path)
+
+
+def _scale_by_decades(axes: Axes, digits: Sequence[int] = (1, 2, 5)) -> None:
+    """Make the value axis logarithmic, with plain numbers at these digits of each decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=digits))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _takes_turns(rows: Sequence[Row], name: str) -> bool:
@@ -190,10 +195,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         values = [row.get(key) or 0 for row in rows]
         # Only where there are decades: over less the axis would have hardly a number.
         if key.startswith("frechet") and 0 < 10 * min(values) < max(values):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _scale_by_decades(axes)
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         title_axes(axes, title)
@@ -230,10 +232,7 @@ def plot_cost(
         # What a short video needs beyond its weights may be too little to be seen.
         if seen := [row[key] for row in rows if row[key] > 0]:
             is_narrow = key == "extra_mb" or max(seen) < 100 * min(seen)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _scale_by_decades(axes, (1, 2, 5) if is_narrow else (1,))
         axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
         axes.legend(frameon=False, labelcolor=INK)
         title_axes(axes, title)

@@ -54,9 +54,7 @@ def test_the_gain_of_a_linear_flow_is_the_square_of_its_factor(rate: float) -> N
 def test_a_student_errs_where_it_has_come_to_as_its_velocity_says() -> None:
     """Teacher u(x) = 2 x, student u(x) = 3 x: at its state x they differ by x."""
     state, own = torch.full((2, 1, 1, 1, 1), 5.0), torch.full((2, 1, 1, 1, 1), 4.0)
-    rows = flow_gain.measure_straying(
-        lambda x, _: 2 * x, {3: state}, {3: own}, {3: 3 * own}, SIGMAS
-    )
+    rows = flow_gain.measure_straying(lambda x, _: 2 * x, [0], [state], [own], [3 * own], SIGMAS)
     assert rows == [{"strayed": 1.0, "own_error": 16.0}]
 
 
