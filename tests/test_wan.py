@@ -115,6 +115,16 @@ def test_videos_of_a_batch_do_not_mix(wan: WanModel, inputs: tuple[Tensor, ...])
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
+def test_every_block_and_the_head_are_given_rows_of_tokens(
+    wan: WanModel, inputs: tuple[Tensor, ...]
+) -> None:
+    given = []
+    for module in (*wan.blocks, wan.head):
+        module.register_forward_pre_hook(lambda _, args: given.append(args[0].is_contiguous()))
+    wan(*inputs)
+    assert given == [True] * (len(wan.blocks) + 1)
+
+
 def test_every_parameter_and_input_acts_on_the_velocity(
     wan: WanModel, inputs: tuple[Tensor, ...]
 ) -> None:

@@ -223,7 +223,8 @@ class WanModel(nn.Module):
         # Under autocast the residual stream stays in the weights' own precision, as in Wan itself.
         x = self.patch_embedding(padded.to(dtype)).to(dtype)
         grid = tuple(x.shape[2:])
-        x = rearrange(x, "b d f h w -> b (f h w) d")
+        # A view would keep its channels-first order through all blocks: each norm would reorder it.
+        x = rearrange(x, "b d f h w -> b (f h w) d").contiguous()
         context = cast_once(self.text_embedding(prompt_embeds.to(dtype)))
         with torch.autocast(x.device.type, enabled=False):
             time = self.time_embedding(
