@@ -8,13 +8,14 @@ must agree with the plain one before it is timed, and ratios are those of one ru
     python -m linvideo_core.benchmark --shapes 14b-720p --softmax fa2,default --seconds 1
     python -m linvideo_core.benchmark --comfyui ~/ComfyUI --record
 A repeated command continues: what --out holds of this device and these versions is not measured
-again, so the shapes can be measured one by one before --record writes the table.
+again. Rows of one size replace earlier ones in the table of --out or, with --record, of results;
+those of other sizes stay, so they can be measured one by one.
 """
 
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,19 @@ from .config import option, parse, positive, run_command, to_flags, to_json
 from .devices import resolve_device
 from .kernels import cost
 from .progress import Progress, TqdmProgress, silent
-from .records import RESULTS_FOLDER, describe_device, describe_versions, write_part
+from .records import (
+    RESULTS_FOLDER,
+    describe_device,
+    describe_versions,
+    read_part,
+    write_part,
+)
 from .report import plot_cost
 from .run_folder import open_run
 from .scale import host, measuring, table
 from .scale.agreement import check_headless, check_kernels
-from .scale.measuring import Measured, Patience
+from .scale.measuring import Patience
+from .scale.runs import list_commands, merge_runs
 from .scale.sizes import SIZES, Size
 from .scale.subject import HeadlessSubject, Setting
 from .scale.variants import BASELINES, Variant, find_softmax, plan_variants
@@ -58,6 +66,8 @@ _USUAL = {
 # What may differ between two commands that fill one folder.
 _FREE = ("shapes", "comfyui", "comfyui_python", "record", "out")
 _LAYERS = ("softmax", "linearized")
+# What the rows of these commands are called in a record that others fill, too.
+_PART = "denoise"
 # The models, at their widths, that are measured over the number of tokens: the first one asked for.
 _OVER_TOKENS = ("1.3b-480p", "tiny")
 
@@ -147,12 +157,12 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
         jobs[name] = lambda size, path: _measure_host(config, setting, size, path, progress)
     open_run(config.out, config, ignore=_FREE)
     found = [
-        (size, _find_or_measure(config.out / f"{job}_{size.name}.json", setting, size, measure))
+        _find_or_measure(config.out / f"{job}_{size.name}.json", setting, size, measure)
         for size in config.sizes
         for job, measure in jobs.items()
     ]
     over_tokens = _measure_over_tokens(config, setting, progress) if config.most_frames else []
-    return _write(config, found, over_tokens)
+    return _write(config, setting, found, over_tokens)
 
 
 def _find_or_measure(
@@ -254,40 +264,38 @@ def _measure_length(
 
 def _write(
     config: ScaleConfig,
-    found: Sequence[tuple[Size, dict[str, Any]]],
+    setting: Setting,
+    found: Sequence[Mapping[str, Any]],
     over_tokens: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    """Put what was found into the record: other sizes and places that it holds stay."""
     folder = RESULTS_FOLDER if config.record else config.out
-    rows = []
-    for size, run_found in found:
-        measured = [Measured(**row) for row in run_found["rows"]]
-        rows += table.assemble_rows(size, run_found["where"], measured, run_found["device"])
+    path = folder / "scale.json"
+    kept = read_part(path, _PART)
+    flags = _flags(config)
+    new = [{**run_found, "flags": flags} for run_found in found]
+    runs = merge_runs(kept.get("runs", []), new, _facts(setting), path)
+    over_tokens = over_tokens or kept.get("over_tokens", [])
     slopes = {}
     if over_tokens:
         slopes = {name: cost.fit_slope(over_tokens, name, "milliseconds") for name in _LAYERS}
-        what = "one denoiser call"
-        plot_cost(over_tokens, folder / "scale.png", slopes=slopes, what=what)
-    asked = {
-        name: None
-        for name, value in _USUAL[config.device].items()
-        if getattr(config, name) == value
-    }
-    # A path on one machine says nothing on another.
-    told = dataclasses.replace(config, comfyui=config.comfyui and Path("PATH"), **asked)
-    flags = to_flags(told, without=["out", "comfyui_python"])
+        plot_cost(over_tokens, folder / "scale.png", slopes=slopes, what="one denoiser call")
     return write_part(
-        folder / "scale.json",
-        "denoise",
+        path,
+        _PART,
         title="Whole models with random weights, batch 1: one denoiser call and a 50-step video",
-        command=f"{COMMAND} {flags}".strip(),
-        rows=rows,
+        command=" && ".join(list_commands(runs, COMMAND, _USUAL[config.device]["shapes"])),
+        rows=[row for run_found in runs for row in table.tell_rows(run_found)],
         device=config.device,
-        details={
-            "runs": [run_found for _, run_found in found],
-            "over_tokens": over_tokens,
-            "slopes": slopes,
-        },
+        details={"runs": runs, "over_tokens": over_tokens, "slopes": slopes},
     )
+
+
+def _flags(config: ScaleConfig) -> str:
+    """Return what a command says beside what is measured where."""
+    usual = {k: None for k, v in _USUAL[config.device].items() if getattr(config, k) == v}
+    told = dataclasses.replace(config, **usual)
+    return to_flags(told, without=["out", "shapes", "comfyui", "comfyui_python"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -298,11 +306,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with TqdmProgress() as progress:
         record = run(config, progress)
-    part = record["details"]["parts"]["denoise"]
+    part = record["details"]["parts"][_PART]
     for run_found in part["runs"]:
         for sentence in [*run_found["absent"], *run_found["left_out"]]:
             sys.stdout.write(f"{run_found['where']}: {sentence}\n")
-    rows = [row for row in record["rows"] if row["what"] == "denoise"]
+    rows = [row for row in record["rows"] if row["what"] == _PART]
     sys.stdout.write(f"\n{record['title']}\n\n{render_table(rows)}\n")
     folder = RESULTS_FOLDER if config.record else config.out
     sys.stdout.write(f"table and picture: {folder}\n")

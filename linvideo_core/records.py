@@ -102,7 +102,7 @@ def write_part(
     parts, others = {}, []
     if path.is_file():
         earlier = read_record(path)
-        parts = {k: v for k, v in earlier.get("details", {}).get("parts", {}).items() if k != part}
+        parts = {k: v for k, v in _parts_of(earlier).items() if k != part}
         others = [row for row in earlier["rows"] if row.get("what") in parts]
     device_name = describe_device(device)
     for name, told in parts.items():
@@ -126,6 +126,15 @@ def write_part(
         device=device,
         details={"parts": parts},
     )
+
+
+def read_part(path: Path, part: str) -> dict[str, Any]:
+    """Return what `write_part` keeps of a part beside its rows; nothing where there is none."""
+    return _parts_of(read_record(path)).get(part, {}) if path.is_file() else {}
+
+
+def _parts_of(record: Row) -> dict[str, Any]:
+    return record.get("details", {}).get("parts", {})
 
 
 def read_record(path: Path) -> dict[str, Any]:

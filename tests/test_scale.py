@@ -18,6 +18,7 @@ from linvideo_core.scale import agreement, host, measuring, table
 from linvideo_core.scale.arithmetic import count_flops, find_peak, linear_flops, softmax_flops
 from linvideo_core.scale.measuring import COMPUTED, SAMPLED, Measured, Patience
 from linvideo_core.scale.random_wan import count_bytes, make_random_wan
+from linvideo_core.scale.runs import list_commands, merge_runs
 from linvideo_core.scale.sizes import SIZES, spread_layers
 from linvideo_core.scale.subject import HeadlessSubject, Setting
 from linvideo_core.scale.variants import Variant, find_softmax, plan_variants
@@ -191,6 +192,29 @@ def test_rows_of_another_command_stay_in_a_shared_record(tmp_path: Path) -> None
     path.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ValueError, match="measured on another card"):
         write_part(path, "denoise", command="a", rows=[], **usual)
+
+
+def test_a_size_measured_later_joins_the_table_and_replaces_its_own_rows(tmp_path: Path) -> None:
+    def make_run(size: str, where: str, seconds: float, flags: str = "") -> dict[str, Any]:
+        facts = {"size": size, "where": where, "device": "card", "versions": {"torch": "2"}}
+        return {**facts, "flags": flags, "rows": [vars(make_measured(seconds=seconds))]}
+
+    facts, path = {"device": "card", "versions": {"torch": "2"}}, tmp_path / "scale.json"
+    earlier = [make_run("14b-480p", "headless", 3.0), make_run("14b-480p", "ComfyUI 1", 4.0)]
+    new = [
+        make_run("14b-480p", "headless", 2.0),
+        make_run("1.3b-480p", "headless", 1.0, "--runs 9"),
+    ]
+    runs = merge_runs(earlier, new, facts, path)
+    rows = [row for run in runs for row in table.tell_rows(run)]
+    assert [(row["model"], row["where"], row["seconds"]) for row in rows] == [
+        ("Wan 1.3B", "headless", 1.0), ("Wan 14B", "headless", 2.0), ("Wan 14B", "ComfyUI 1", 4.0),
+    ]  # fmt: skip
+    assert list(list_commands(runs, "measure", "tiny")) == [
+        "measure --runs 9 --shapes 1.3b-480p", "measure --shapes 14b-480p --comfyui PATH",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"has 14b-480p measured with device card, and this is X;"):
+        merge_runs(earlier, new, {"device": "X"}, path)
 
 
 def test_bad_input_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def measure_subject(
     work = [max(1, count_flops(subject.size, v.num_linear) // 10**12) for v in plan]
     measured, left_out = [], []
     kept = {"method": METHOD if device.type == "cuda" else "median of calls in a row"}
-    kept |= {"where": subject.where, **details, **subject.describe()}
+    kept |= {"where": subject.where, "size": subject.size.name, **details, **subject.describe()}
     for i, variant in enumerate(plan):
         progress(f"{subject.where}, {subject.size.name}", sum(work[:i]), sum(work))
         try:

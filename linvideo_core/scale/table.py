@@ -1,13 +1,19 @@
 """What measured times mean: ratios to the softmax model of the same run, shares of the peak."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .arithmetic import count_flops, find_peak
 from .measuring import Measured
-from .sizes import Size
+from .sizes import SIZES, Size
 
 Row = dict[str, Any]
+
+
+def tell_rows(run: Mapping[str, Any]) -> list[Row]:
+    """Turn what `measuring` kept of a run into the record's rows."""
+    measured = [Measured(**row) for row in run["rows"]]
+    return assemble_rows(SIZES[run["size"]], run["where"], measured, run["device"])
 
 
 def assemble_rows(
