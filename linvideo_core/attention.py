@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import option
-from .kernels import FEATURE_MAPS, linear_attention
+from .kernels import FEATURE_MAPS, linear_attention, softmax_attention
 
 MAP_SHARINGS = ("per_head", "shared")
 
@@ -39,8 +39,7 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend over all keys, scaled by 1/sqrt(D)."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return softmax_attention(query, key, value)
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:

@@ -37,7 +37,7 @@ from .run_folder import open_run
 from .scale import host, measuring, table
 from .scale.agreement import check_headless, check_kernels
 from .scale.measuring import Patience
-from .scale.runs import list_commands, merge_runs
+from .scale.runs import RECORD_NAME, RECORD_TITLE, list_commands, merge_runs
 from .scale.sizes import SIZES, Size
 from .scale.subject import HeadlessSubject, Setting
 from .scale.variants import BASELINES, Variant, find_softmax, plan_variants
@@ -270,7 +270,7 @@ def _write(
 ) -> dict[str, Any]:
     """Put what was found into the record: other sizes and places that it holds stay."""
     folder = RESULTS_FOLDER if config.record else config.out
-    path = folder / "scale.json"
+    path = folder / RECORD_NAME
     kept = read_part(path, _PART)
     flags = _flags(config)
     new = [{**run_found, "flags": flags} for run_found in found]
@@ -283,7 +283,7 @@ def _write(
     return write_part(
         path,
         _PART,
-        title="Whole models with random weights, batch 1: one denoiser call and a 50-step video",
+        title=RECORD_TITLE,
         command=" && ".join(list_commands(runs, COMMAND, _USUAL[config.device]["shapes"])),
         rows=[row for run_found in runs for row in table.tell_rows(run_found)],
         device=config.device,

@@ -11,6 +11,7 @@ NODES = {
     "linearize": ("LinVideoLinearize",),
     "few_step": ("LinVideoFewStepSampler", "LinVideoFewStepSigmas"),
     "file_nodes": ("LinVideoSave", "LinVideoLoad", "LinVideoShowFile"),
+    "softmax_backend": ("LinVideoSoftmaxBackend",),
     "prompts": ("LinVideoExportPrompts",),
     "demo": ("LinVideoDemo", "LinVideoDemoDecode"),
 }

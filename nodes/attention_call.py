@@ -39,3 +39,26 @@ def answer(
     wanted = "b n l d" if skip_output_reshape else "b l (n d)"
     query, key, value = (rearrange(x, f"{given} -> b l n d", n=heads) for x in (query, key, value))
     return rearrange(attend(query, key, value), f"b l n d -> {wanted}")
+
+
+def override_self_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """Return an `optimized_attention_override` by which `attend` answers self-attention.
+
+    Attention to a prompt, and what has a mask, stays with the host's own function.
+    """
+
+    def override(
+        function: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        mask: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> Tensor:
+        if mask is not None or query.shape != key.shape:
+            return function(query, key, value, heads, mask, *args, **options)
+        return answer(attend, query, key, value, heads, mask, *args, **options)
+
+    return override

@@ -35,7 +35,7 @@ from ..linvideo_core.scale.random_wan import (
 from ..linvideo_core.scale.sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
 from ..linvideo_core.scale.subject import SIGMA, Call, Setting, T
 from ..linvideo_core.scale.variants import Variant, find_softmax, plan_variants
-from .attention_call import answer
+from .attention_call import override_self_attention
 from .hook import KEY
 from .patching import linearize
 
@@ -137,21 +137,8 @@ class HostSubject:
         if variant.kept != "default":
             attend = self._softmax[variant.kept].attend
             options = model.model_options.setdefault("transformer_options", {})
-            options["optimized_attention_override"] = _override_self_attention(attend)
+            options["optimized_attention_override"] = override_self_attention(attend)
         return model
-
-
-def _override_self_attention(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return an override that leaves attention to the prompt as it is."""
-
-    def override(
-        function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kws: Any
-    ) -> Any:
-        if query.shape != key.shape:
-            return function(query, key, value, *args, **kws)
-        return answer(attend, query, key, value, *args, **kws)
-
-    return override
 
 
 def make_random_patcher(size: Size, setting: Setting) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from linvideo_core.attention import LinearAttention, MixedAttention, SoftmaxAttention
+from linvideo_core.kernels import softmax_attention
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -40,6 +41,16 @@ def test_softmax_attention_is_its_definition(query_length: int, key_length: int)
     logits = torch.einsum("blnd,bsnd->bnls", query, key) / math.sqrt(16)
     expected = torch.einsum("bnls,bsnd->blnd", logits.softmax(-1), value)
     torch.testing.assert_close(SoftmaxAttention()(query, key, value), expected)
+
+
+def test_softmax_by_a_kernel_of_that_name_or_a_sentence() -> None:
+    query, key, value = make_triple(63, 5)
+    by_default = softmax_attention(query, key, value)
+    torch.testing.assert_close(softmax_attention(query, key, value, "flash"), by_default)
+    with pytest.raises(ValueError, match=r"cudnn attention cannot compute float32 .* dim 16"):
+        softmax_attention(query, key, value, "cudnn")
+    with pytest.raises(RuntimeError, match="dtype"):
+        softmax_attention(query, key.double(), value, "flash")
 
 
 def test_r_one_is_softmax_and_r_zero_is_linear() -> None:

@@ -20,7 +20,7 @@ def test_both_layers_compute_their_definition() -> None:
 
 def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "HEAD_DIM", 64)
-    monkeypatch.setattr(cost, "_attend_softmax", lambda query, key, value: 2 * value)
+    monkeypatch.setattr(cost, "softmax_attention", lambda query, key, value: 2 * value)
     with pytest.raises(RuntimeError, match="softmax layer differs from its definition"):
         check_agreement()
 

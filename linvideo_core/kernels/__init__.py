@@ -13,6 +13,18 @@ from torch import Tensor
 
 from . import operators
 from . import rotary as rotary_operator
+from .softmax import softmax_attention
+
+__all__ = [
+    "BACKENDS",
+    "FEATURE_MAPS",
+    "FEATURE_RATIOS",
+    "HEAD_DIMS",
+    "is_norm_rotary_fused",
+    "linear_attention",
+    "norm_rotary",
+    "softmax_attention",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear_attention
+from . import linear_attention, softmax_attention
 from .instruments import CpuInstruments, free_at_once
 
 HEAD_DIM = 128
@@ -36,7 +35,7 @@ def make_layer(layer: str, tokens: int, seed: int) -> tuple[Callable[..., Tensor
     maps = torch.randn(2, 1, HEAD_DIM, HEAD_DIM // 2, generator=generator) * HEAD_DIM**-0.75
     if layer == "linear":
         return linear_attention, [*inputs, *maps]
-    return _attend_softmax, inputs
+    return softmax_attention, inputs
 
 
 def check_agreement(seed: int = 0) -> dict[str, float]:
@@ -132,11 +131,6 @@ def measure_cost(
         )
     progress("measuring", len(tasks), len(tasks))
     return rows
-
-
-def _attend_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _features(projected: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The runs of a record, each one size in one place: which replaces which, what makes them again."""
+"""The record, and its runs, each a size in a place: which replaces which, what makes them again."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 from .sizes import SIZES
 from .subject import HeadlessSubject
+
+RECORD_NAME = "scale.json"
+RECORD_TITLE = "Whole models with random weights: denoiser calls, 50-step videos, training steps"
 
 Run = Mapping[str, Any]
 

@@ -42,11 +42,11 @@ from ..training import TrainingConfig, fit
 from .arithmetic import count_flops, find_peak, linear_flops, softmax_flops
 from .cap import GB, capped
 from .random_subject import draw_states, make_random_subject
+from .runs import RECORD_NAME, RECORD_TITLE
 from .sizes import SIZES, Size
 
 COMMAND = "python -m linvideo_core.scale.training"
 PHASES = ("selecting", "hardened")
-RECORD_NAME = "scale.json"
 
 # The paper's length of a transfer, and of it the share that `transfer` spends choosing layers.
 PUBLISHED_STEPS = 3000
@@ -254,7 +254,7 @@ def run(
     return write_part(
         path,
         "train",
-        title="Whole models with random weights: training steps",
+        title=RECORD_TITLE,
         command=command.strip(),
         rows=rows,
         device=device,

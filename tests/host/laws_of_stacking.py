@@ -19,6 +19,7 @@ from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.flow import make_sigmas
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.softmax_backend import LinVideoSoftmaxBackend
 from stage import (
     GUIDANCE,
     SHIFT,
@@ -108,6 +109,28 @@ def an_attention_backend_serves_every_layer_but_ours() -> None:
     _assert_in_both_orders(choose_backend, _expected())
     softmax = set(_LAYERS) - set(shipped().header.layers)
     assert calls == {("self", i) for i in softmax} | {("cross", i) for i in _LAYERS}
+
+
+def _with_softmax(backend: str, model: Any) -> Any:
+    return LinVideoSoftmaxBackend.execute(model, backend).result[0]
+
+
+def the_softmax_backend_computes_every_self_attention_but_ours() -> None:
+    """A CPU has the one kernel and not the other, which no linear layer and no prompt asks for."""
+    _assert_in_both_orders(functools.partial(_with_softmax, "FlashAttention"), _expected())
+    refused = complaint(ValueError, sample, _with_softmax("cuDNN", _linearized()))
+    assert "PyTorch's cudnn attention cannot compute float32 with head dim 128 on cpu;" in refused
+    maps = shipped().feature_maps[1]
+    header = dataclasses.replace(
+        shipped().header,
+        layers=tuple(_LAYERS),
+        site_names=tuple(f"blocks.{i}.self_attn" for i in _LAYERS),
+        parameters="feature_maps",
+        lora_rank=0,
+    )
+    everywhere = Artifact(header=header, feature_maps=dict.fromkeys(_LAYERS, maps))
+    linear = linearize(demo()[0], everywhere)
+    assert torch.equal(sample(_with_softmax("cuDNN", linear)), sample(linear))
 
 
 def a_backend_chosen_last_wins_over_one_chosen_before_ours() -> None:

@@ -52,6 +52,10 @@ NODES = {
         "inputs": {"linvideo": "LINVIDEO"},
         "outputs": {"IMAGE": "IMAGE", "text": "STRING"},
     },
+    "LinVideoSoftmaxBackend": {
+        "inputs": {"model": "MODEL", "backend": "COMBO"},
+        "outputs": {"MODEL": "MODEL"},
+    },
     "LinVideoExportPrompts": {
         "inputs": {
             "clip": "CLIP",
