@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from linvideo_core.attention import LinearAttention, MixedAttention, SoftmaxAttention
 from linvideo_core.kernels import softmax_attention
+from linvideo_core.kernels.softmax import KERNELS
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -51,6 +52,15 @@ def test_softmax_by_a_kernel_of_that_name_or_a_sentence() -> None:
         softmax_attention(query, key, value, "cudnn")
     with pytest.raises(RuntimeError, match="dtype"):
         softmax_attention(query, key.double(), value, "flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_of_softmax_is_the_definition_on_a_gpu(kernel: str) -> None:
+    triple = [torch.randn(2, 500, 3, 128, device="cuda").bfloat16() for _ in range(3)]
+    expected = softmax_attention(*(x.double() for x in triple))
+    found = softmax_attention(*triple, kernel)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.01)
 
 
 def test_r_one_is_softmax_and_r_zero_is_linear() -> None:
