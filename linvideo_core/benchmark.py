@@ -21,26 +21,20 @@ from typing import Any
 
 import torch
 
+from . import records
 from .config import option, parse, positive, run_command, to_flags, to_json
 from .devices import resolve_device
 from .kernels import cost
 from .progress import Progress, TqdmProgress, silent
-from .records import (
-    RESULTS_FOLDER,
-    describe_device,
-    describe_versions,
-    read_part,
-    write_part,
-)
 from .report import plot_cost
 from .run_folder import open_run
-from .scale import host, measuring, table
+from .scale import host, lengths, measuring, table
 from .scale.agreement import check_headless, check_kernels
 from .scale.measuring import Patience
 from .scale.runs import RECORD_NAME, RECORD_TITLE, list_commands, merge_runs
 from .scale.sizes import SIZES, Size
 from .scale.subject import HeadlessSubject, Setting
-from .scale.variants import BASELINES, Variant, find_softmax, plan_variants
+from .scale.variants import BASELINES, find_softmax, plan_variants
 from .tables import render_table
 
 logger = logging.getLogger(__name__)
@@ -65,7 +59,6 @@ _USUAL = {
 }
 # What may differ between two commands that fill one folder.
 _FREE = ("shapes", "comfyui", "comfyui_python", "record", "out")
-_LAYERS = ("softmax", "linearized")
 # What the rows of these commands are called in a record that others fill, too.
 _PART = "denoise"
 # The models, at their widths, that are measured over the number of tokens: the first one asked for.
@@ -143,7 +136,8 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
     """Check agreement, measure what is not measured yet, write record and picture.
 
     Returns the record.
-    Raises ValueError, before anything is measured, where a size or ComfyUI cannot be had.
+    Raises ValueError, before anything is measured, where a size or ComfyUI cannot be had, and where
+    the record has other sizes of another device.
     """
     config = config.settle()
     is_cuda = config.device == "cuda"
@@ -155,6 +149,10 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
     if config.comfyui is not None:
         name = f"comfyui-{host.read_version(config.comfyui)}"
         jobs[name] = lambda size, path: _measure_host(config, setting, size, path, progress)
+    path = _record_path(config)
+    names = {size.name for size in config.sizes}
+    earlier = records.read_part(path, _PART).get("runs", [])
+    merge_runs([each for each in earlier if each["size"] not in names], [], _facts(setting), path)
     open_run(config.out, config, ignore=_FREE)
     found = [
         _find_or_measure(config.out / f"{job}_{size.name}.json", setting, size, measure)
@@ -179,7 +177,10 @@ def _find_or_measure(
 
 def _facts(setting: Setting) -> dict[str, Any]:
     """Name what a number belongs to: numbers of another device or version are not kept."""
-    return {"device": describe_device(setting.device), "versions": describe_versions()}
+    return {
+        "device": records.describe_device(setting.device),
+        "versions": records.describe_versions(),
+    }
 
 
 def _measure_headless(
@@ -225,41 +226,19 @@ def _measure_host(
 def _measure_over_tokens(
     config: ScaleConfig, setting: Setting, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Return time and memory of a small model's call over the number of tokens."""
     base = next((SIZES[name] for name in _OVER_TOKENS if SIZES[name] in config.sizes), None)
-    if base is None:
-        return []
     rows = []
-    frames = 1
-    while frames <= config.most_frames:
-        size = base.with_latent_frames(frames)
-        path = config.out / f"tokens_{base.name}_{frames}.json"
+    for frames, size in lengths.list_lengths(base, config.most_frames) if base else ():
         found = _find_or_measure(
-            path, setting, size, lambda s, p: _measure_length(config, setting, s, p, progress)
+            config.out / f"tokens_{base.name}_{frames}.json",
+            setting,
+            size,
+            lambda size, path: lengths.measure_length(
+                size, setting, config.patience, path, progress, _facts(setting)
+            ),
         )
-        for row in found["rows"]:
-            rows.append(
-                {
-                    "tokens": size.tokens,
-                    "layer": _LAYERS[row["num_linear"] > 0],
-                    "milliseconds": 1000 * row["seconds"],
-                    "extra_mb": 1024 * (row["peak_gb"] - row["weights_gb"]),
-                }
-            )
-        frames *= 2
+        rows += lengths.tell_rows(size, found)
     return rows
-
-
-def _measure_length(
-    config: ScaleConfig, setting: Setting, size: Size, path: Path, progress: Progress
-) -> None:
-    softmax, _ = find_softmax(["default"], setting.device.type)
-    variants = [Variant(num_linear=n, kept="default") for n in (0, len(size.layers))]
-    patience = dataclasses.replace(config.patience, video_seconds=0.0)
-    subject = HeadlessSubject(size, softmax, setting)
-    measuring.measure_subject(
-        subject, variants, patience, setting.device, path, progress, _facts(setting)
-    )
 
 
 def _write(
@@ -269,18 +248,19 @@ def _write(
     over_tokens: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Put what was found into the record: other sizes and places that it holds stay."""
-    folder = RESULTS_FOLDER if config.record else config.out
-    path = folder / RECORD_NAME
-    kept = read_part(path, _PART)
-    flags = _flags(config)
-    new = [{**run_found, "flags": flags} for run_found in found]
-    runs = merge_runs(kept.get("runs", []), new, _facts(setting), path)
-    over_tokens = over_tokens or kept.get("over_tokens", [])
+    path = _record_path(config)
+    kept, facts = records.read_part(path, _PART), _facts(setting)
+    new = [{**run_found, "flags": _flags(config)} for run_found in found]
+    runs = merge_runs(kept.get("runs", []), new, facts, path)
+    if not over_tokens and all(kept.get(name) == value for name, value in facts.items()):
+        over_tokens = kept["over_tokens"]
     slopes = {}
     if over_tokens:
-        slopes = {name: cost.fit_slope(over_tokens, name, "milliseconds") for name in _LAYERS}
-        plot_cost(over_tokens, folder / "scale.png", slopes=slopes, what="one denoiser call")
-    return write_part(
+        slopes = {
+            name: cost.fit_slope(over_tokens, name, "milliseconds") for name in lengths.LAYERS
+        }
+        plot_cost(over_tokens, path.with_suffix(".png"), slopes=slopes, what="one denoiser call")
+    return records.write_part(
         path,
         _PART,
         title=RECORD_TITLE,
@@ -289,6 +269,10 @@ def _write(
         device=config.device,
         details={"runs": runs, "over_tokens": over_tokens, "slopes": slopes},
     )
+
+
+def _record_path(config: ScaleConfig) -> Path:
+    return (records.RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
 
 
 def _flags(config: ScaleConfig) -> str:
@@ -312,8 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(f"{run_found['where']}: {sentence}\n")
     rows = [row for row in record["rows"] if row["what"] == _PART]
     sys.stdout.write(f"\n{record['title']}\n\n{render_table(rows)}\n")
-    folder = RESULTS_FOLDER if config.record else config.out
-    sys.stdout.write(f"table and picture: {folder}\n")
+    sys.stdout.write(f"table and picture: {_record_path(config).parent}\n")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def answer(
 def override_self_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
     """Return an `optimized_attention_override` by which `attend` answers self-attention.
 
-    Attention to a prompt, and what has a mask, stays with the host's own function.
+    Attention to a prompt, and what has a mask or a scale, stays with the host's own function.
     """
 
     def override(
@@ -57,7 +57,7 @@ def override_self_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) 
         *args: Any,
         **options: Any,
     ) -> Tensor:
-        if mask is not None or query.shape != key.shape:
+        if mask is not None or "scale" in options or query.shape != key.shape:
             return function(query, key, value, heads, mask, *args, **options)
         return answer(attend, query, key, value, heads, mask, *args, **options)
 

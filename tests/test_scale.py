@@ -254,7 +254,17 @@ def test_the_command_runs_on_any_computer_and_continues(
     ]  # fmt: skip
     assert "tiny Wan" in capsys.readouterr().out
     benchmark.main(command)
-    assert json.loads((tmp_path / "scale.json").read_text(encoding="utf-8")) == record
+    path = tmp_path / "scale.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == record
+    foreign = {**record["details"]["parts"]["denoise"]["runs"][0], "device": "a card"}
+    foreign["size"] = "14b-720p"
+    record["details"]["parts"]["denoise"]["runs"] = [foreign]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    (tmp_path / "headless_tiny.json").unlink()
+    with pytest.raises(SystemExit):
+        benchmark.run_command(lambda: benchmark.main(command))
+    assert "has 14b-720p measured with device a card, and this is" in capsys.readouterr().err
+    assert not (tmp_path / "headless_tiny.json").exists()
 
 
 @pytest.mark.gpu

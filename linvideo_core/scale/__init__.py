@@ -3,6 +3,6 @@
 `sizes` names the published models and videos, `arithmetic` counts their operations, `random_wan`
 fills such a model with random weights, `variants` says which layers are linear and what computes
 the rest, `subject` and `host` give calls of our own model and of ComfyUI's, `measuring` times
-them, `table` turns times into ratios, `runs` keeps what a record has of other sizes. Nothing is
-timed before `agreement`.
+them, `lengths` over the number of tokens, `table` turns times into ratios, `runs` keeps what a
+record has of other sizes. Nothing is timed before `agreement`.
 """
