@@ -104,17 +104,11 @@ def write_part(
         earlier = read_record(path)
         parts = {k: v for k, v in _parts_of(earlier).items() if k != part}
         others = [row for row in earlier["rows"] if row.get("what") in parts]
-    device_name = describe_device(device)
-    for name, told in parts.items():
-        if told["device"] != device_name:
-            raise ValueError(
-                f"{path} has rows of {name} measured on {told['device']}, and this is "
-                f"{device_name}; write to another folder, or delete it and measure both here"
-            )
+    check_parts(path, device, without=part)
     parts[part] = {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "device": device_name,
+        "device": describe_device(device),
         "versions": describe_versions(),
         **(details or {}),
     }
@@ -126,6 +120,22 @@ def write_part(
         device=device,
         details={"parts": parts},
     )
+
+
+def check_parts(path: Path, device: torch.device | str, *, without: str = "") -> None:
+    """Make sure that all parts of a record, if there is one, are of this device.
+
+    without: a part that will be replaced as a whole.
+
+    Raises ValueError, in one sentence, where one is of another: a table would mix them.
+    """
+    device_name = describe_device(device)
+    for name, told in _parts_of(read_record(path) if path.is_file() else {}).items():
+        if name != without and told["device"] != device_name:
+            raise ValueError(
+                f"{path} has rows of {name} measured on {told['device']}, and this is "
+                f"{device_name}; write to another folder, or delete it and measure all here"
+            )
 
 
 def read_part(path: Path, part: str) -> dict[str, Any]:

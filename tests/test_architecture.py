@@ -52,6 +52,7 @@ ALLOWED = {
         "models",
         "progress",
         "records",
+        "selection",
         "storage",
         "subject",
         "trajectories",

@@ -17,13 +17,8 @@ from linvideo_core.scale.arithmetic import count_flops
 from linvideo_core.scale.cap import capped
 from linvideo_core.scale.random_subject import make_random_subject
 from linvideo_core.scale.sizes import SIZES
-from linvideo_core.scale.training import (
-    StepsConfig,
-    compare_rows,
-    count_hours,
-    count_step_flops,
-    run,
-)
+from linvideo_core.scale.steps_table import compare_rows, count_hours
+from linvideo_core.scale.training import StepsConfig, count_step_flops, run
 from linvideo_core.student import Student, StudentConfig
 
 
@@ -31,7 +26,7 @@ def make_row(gpus: int, seconds: float, phase: str = "hardened", **more: Any) ->
     return {
         "model": "Wan 1.3B", "resolution": "480p", "gpus": gpus, "phase": phase, "trained": "lora",
         "frozen": "fp32", "offloaded": 0, "recomputed": True, "compiled": False, "batch_per_gpu": 1,
-        "seconds": seconds, **more,
+        "cap_gb": None, "seconds": seconds, **more,
     }  # fmt: skip
 
 
@@ -44,8 +39,9 @@ def test_the_speedup_is_in_videos_a_second_over_one_gpu() -> None:
 
 
 def test_a_later_row_takes_the_place_of_its_own_kind_alone() -> None:
-    rows = compare_rows([make_row(1, 2.0), make_row(2, 3.0), make_row(1, 1.0)])
-    assert [(row["gpus"], row["seconds"]) for row in rows] == [(1, 1.0), (2, 3.0)]
+    capped_row = make_row(1, 4.0, cap_gb=23.0)
+    rows = compare_rows([make_row(1, 2.0), make_row(2, 3.0), capped_row, make_row(1, 1.0)])
+    assert [(row["gpus"], row["seconds"]) for row in rows] == [(1, 1.0), (2, 3.0), (1, 4.0)]
 
 
 def test_gpu_hours_weigh_both_phases_by_their_share_of_the_steps() -> None:
@@ -104,6 +100,12 @@ def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
     (row,) = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert row["what"] == "train" and row["seconds"] > 0 and row["speedup"] == 1
     assert row["mfu"] is None and row["peak_gb"] is None
+    record = json.loads((tmp_path / "scale.json").read_text())
+    record["details"]["parts"]["train"]["device"] = "a card"
+    (tmp_path / "scale.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="rows of train measured on a card, and this is"):
+        run(config, silent)
+    assert json.loads((tmp_path / "scale.json").read_text()) == record
 
 
 @pytest.mark.parametrize("frozen", FROZEN)

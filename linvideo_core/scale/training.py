@@ -32,7 +32,7 @@ from ..held import check_held, check_held_alone
 from ..models.rounded import FrozenConfig
 from ..objectives import ObjectiveConfig
 from ..progress import Progress, TqdmProgress, silent
-from ..records import RESULTS_FOLDER, describe_device, read_record, write_part
+from ..records import RESULTS_FOLDER, check_parts, describe_device, read_record, write_part
 from ..selection import SelectionConfig
 from ..student import Student, StudentConfig, TransferTask
 from ..subject import Subject
@@ -44,16 +44,9 @@ from .cap import GB, capped
 from .random_subject import draw_states, make_random_subject
 from .runs import RECORD_NAME, RECORD_TITLE
 from .sizes import SIZES, Size
+from .steps_table import PHASES, PUBLISHED_STEPS, compare_rows, count_hours
 
 COMMAND = "python -m linvideo_core.scale.training"
-PHASES = ("selecting", "hardened")
-
-# The paper's length of a transfer, and of it the share that `transfer` spends choosing layers.
-PUBLISHED_STEPS = 3000
-_SELECTION_SHARE = SelectionConfig().selection_share
-
-_WAY = ("trained", "frozen", "offloaded", "recomputed", "compiled")
-_KEY = ("model", "resolution", "gpus", "phase", *_WAY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,11 +221,16 @@ def measure_steps(
 def run(
     config: StepsConfig, progress: Progress = silent, team: Team = ALONE
 ) -> dict[str, Any] | None:
-    """Measure, and write the record; return it, None on all processes but the first."""
+    """Measure, and write the record; return it, None on all processes but the first.
+
+    Raises ValueError, before anything is measured, where the record has rows of another device.
+    """
     device = team.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     size = SIZES[config.size]
     check_held_alone(config.held, team.size)
+    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
+    check_parts(path, device)
     rows = []
     with capped(device, config.cap_gb):
         for phase in PHASES if config.phase == "both" else (config.phase,):
@@ -246,11 +244,10 @@ def run(
     if not team.disband():
         return None
     shutil.rmtree(config.out / "steps", ignore_errors=True)
-    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
     rows = compare_rows([*_read_rows(path), *rows])
     flags = to_flags(config, without=["out", "record", "size"])
-    launch = f"torchrun --nproc-per-node {team.size} -m" if team.size > 1 else "python -m"
-    command = f"{launch} {COMMAND.removeprefix('python -m ')} --size {config.size} {flags}"
+    launch = f"torchrun --nproc-per-node {team.size}" if team.size > 1 else "python"
+    command = f"{launch} {COMMAND.removeprefix('python ')} --size {config.size} {flags}"
     return write_part(
         path,
         "train",
@@ -262,40 +259,9 @@ def run(
     )
 
 
-def compare_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the last row of each kind, with its speed-up over one GPU: in videos a second."""
-    last = {tuple(row[name] for name in _KEY): row for row in rows}
-    compared = []
-    for row in last.values():
-        alone = last.get(tuple(1 if name == "gpus" else row[name] for name in _KEY))
-        speedup = None
-        if alone is not None:
-            pace, pace_alone = (r["gpus"] * r["batch_per_gpu"] / r["seconds"] for r in (row, alone))
-            speedup = pace / pace_alone
-        compared.append({**row, "speedup": speedup})
-    return compared
-
-
-def count_hours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the GPU hours of the paper's steps for every way to train with both phases."""
-    names = [name for name in _KEY if name != "phase"]
-    kinds: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        kinds.setdefault(tuple(row[n] for n in names), {})[row["phase"]] = row["seconds"]
-    found = []
-    for key, seconds in kinds.items():
-        if len(seconds) == len(PHASES):
-            kind = dict(zip(names, key, strict=True))
-            share = _SELECTION_SHARE
-            step = share * seconds["selecting"] + (1 - share) * seconds["hardened"]
-            found.append({**kind, "gpu_hours": kind["gpus"] * PUBLISHED_STEPS * step / 3600})
-    return found
-
-
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = read_record(path)["rows"] if path.is_file() else []
-    # Rows from before blocks could be offloaded.
-    return [{"offloaded": 0, **row} for row in rows if row["what"] == "train"]
+    return [row for row in rows if row["what"] == "train"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
