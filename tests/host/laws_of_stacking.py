@@ -55,17 +55,17 @@ def _expected() -> Tensor:
 
 
 @functools.cache
-def _other_file() -> Artifact:
+def _maps_in(*layers: int) -> Artifact:
     """The shipped file's maps in other layers, without weight changes."""
     maps = shipped().feature_maps[1]
     header = dataclasses.replace(
         shipped().header,
-        layers=(0, 7),
-        site_names=("blocks.0.self_attn", "blocks.7.self_attn"),
+        layers=layers,
+        site_names=tuple(f"blocks.{i}.self_attn" for i in layers),
         parameters="feature_maps",
         lora_rank=0,
     )
-    return Artifact(header=header, feature_maps={0: maps, 7: maps})
+    return Artifact(header=header, feature_maps=dict.fromkeys(layers, maps))
 
 
 def _assert_in_both_orders(node: Callable[[Any], Any], expected: Tensor) -> None:
@@ -120,16 +120,7 @@ def the_softmax_backend_computes_every_self_attention_but_ours() -> None:
     _assert_in_both_orders(functools.partial(_with_softmax, "FlashAttention"), _expected())
     refused = complaint(ValueError, sample, _with_softmax("cuDNN", _linearized()))
     assert "PyTorch's cudnn attention cannot compute float32 with head dim 128 on cpu;" in refused
-    maps = shipped().feature_maps[1]
-    header = dataclasses.replace(
-        shipped().header,
-        layers=tuple(_LAYERS),
-        site_names=tuple(f"blocks.{i}.self_attn" for i in _LAYERS),
-        parameters="feature_maps",
-        lora_rank=0,
-    )
-    everywhere = Artifact(header=header, feature_maps=dict.fromkeys(_LAYERS, maps))
-    linear = linearize(demo()[0], everywhere)
+    linear = linearize(demo()[0], _maps_in(*_LAYERS))
     assert torch.equal(sample(_with_softmax("cuDNN", linear)), sample(linear))
 
 
@@ -217,17 +208,17 @@ def _sample_in_two(high: Any, low: Any) -> Tensor:
 
 def two_experts_have_a_file_each() -> None:
     first = bind_headless(load_headless(), shipped())
-    second = bind_headless(load_headless(), _other_file())
+    second = bind_headless(load_headless(), _maps_in(0, 7))
     expected = sample_headless([first, first, second, second])
     for other in (demo()[0], demo_nodes.load_demo_model()):
-        high, low = linearize(demo()[0], shipped()), linearize(other, _other_file())
+        high, low = linearize(demo()[0], shipped()), linearize(other, _maps_in(0, 7))
         assert_close(_sample_in_two(high, low), expected)
 
 
 def two_files_on_one_model_do_not_disturb_each_other() -> None:
     before = sample(demo()[0])
-    first, second = _linearized(), linearize(demo()[0], _other_file())
-    expected = sample_headless([bind_headless(load_headless(), _other_file())] * STEPS)
+    first, second = _linearized(), linearize(demo()[0], _maps_in(0, 7))
+    expected = sample_headless([bind_headless(load_headless(), _maps_in(0, 7))] * STEPS)
     for _ in range(2):
         assert_close(sample(first), _expected())
         assert_close(sample(second), expected)
@@ -237,7 +228,7 @@ def two_files_on_one_model_do_not_disturb_each_other() -> None:
 def vace_with_a_lora_is_vace_of_merged_weights() -> None:
     maps = shipped().feature_maps[1]
     header = dataclasses.replace(
-        _other_file().header,
+        _maps_in(0, 7).header,
         fingerprint="wan, 4 layers, 1 heads of 128",
         num_layers=4,
         layers=(0, 2),
