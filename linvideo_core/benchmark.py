@@ -137,7 +137,7 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
 
     Returns the record.
     Raises ValueError, before anything is measured, where a size or ComfyUI cannot be had, and where
-    the record has other sizes of another device.
+    the record has other sizes, or another command's rows, of another device.
     """
     config = config.settle()
     is_cuda = config.device == "cuda"
@@ -151,6 +151,7 @@ def run(config: ScaleConfig, progress: Progress = silent) -> dict[str, Any]:
         jobs[name] = lambda size, path: _measure_host(config, setting, size, path, progress)
     path = _record_path(config)
     names = {size.name for size in config.sizes}
+    records.check_parts(path, setting.device, without=_PART)
     earlier = records.read_part(path, _PART).get("runs", [])
     merge_runs([each for each in earlier if each["size"] not in names], [], _facts(setting), path)
     open_run(config.out, config, ignore=_FREE)

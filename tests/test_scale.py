@@ -264,6 +264,11 @@ def test_the_command_runs_on_any_computer_and_continues(
     with pytest.raises(SystemExit):
         benchmark.run_command(lambda: benchmark.main(command))
     assert "has 14b-720p measured with device a card, and this is" in capsys.readouterr().err
+    record["details"]["parts"] = {"train": {"device": "a card"}}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        benchmark.run_command(lambda: benchmark.main(command))
+    assert "has rows of train measured on a card, and this is" in capsys.readouterr().err
     assert not (tmp_path / "headless_tiny.json").exists()
 
 
