@@ -184,7 +184,8 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         assert torch.equal(expected[name], tensor), name
 
 
-# Every case runs in a process of its own, forked where the imports are done.
+# Every case runs in a process of its own, forked where the imports are done. Its exit status is
+# handed on at once: to clear away all that was imported takes a second a case.
 FORKS = """
 import json, os, sys
 from pathlib import Path
@@ -198,9 +199,14 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
             os.dup2(opened, number)
         os.chdir(case["folder"])
         sys.argv[1:] = case["argv"]
-        run_command(transfer.main)
+        status = 0
+        try:
+            run_command(transfer.main)
+        except SystemExit as ended:
+            status = ended.code
         sys.stdout.flush()
-        os._exit(0)
+        sys.stderr.flush()
+        os._exit(status)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     Path(f"{case['answer']}.code").write_text(str(code))
 """
