@@ -1,8 +1,8 @@
 """Every command that README shows can be typed as it stands."""
 
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,11 +30,14 @@ def test_every_path_that_readme_names_exists() -> None:
         assert (REPOSITORY / link).exists(), link
 
 
+# As `python -m` runs it, in the process that has imported it for other tests, too.
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", OURS)
-def test_a_command_of_readme_resolves_to_a_config(command: str) -> None:
-    _, *words = shlex.split(command)
-    result = subprocess.run(
-        [sys.executable, *words, "--dry-run"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("{")
+def test_a_command_of_readme_resolves_to_a_config(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, module, *words = shlex.split(command)
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", [module, *words, "--dry-run"])
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith("{")
