@@ -1,13 +1,12 @@
 """`--record-host` writes what ran, and nothing where a host test failed."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from linvideo_core.records import REPOSITORY, read_record
+from linvideo_core.records import read_record
+
+pytest_plugins = ["pytester"]
 
 TESTS = """
 import os
@@ -31,44 +30,49 @@ def test_elsewhere():
 """
 
 
+Run = Callable[..., str]
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = host\n")
-    return tmp_path
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return what runs pytest in its folder on tests of some outcomes and returns what it said."""
+    pytester.makeini("[pytest]\nmarkers = host\n")
+    monkeypatch.setenv("workflow", "demo")
+
+    def run(*outcomes: str, comfyui: str = "1.2.3") -> str:
+        monkeypatch.setenv("comfyui", comfyui)
+        pytester.makepyfile(TESTS.format(outcomes=list(outcomes)))
+        plugin = ("-p", "tests.host.recording", "--record-host", "host.json")
+        return pytester.runpytest_inprocess(*plugin).stdout.str()
+
+    return run
 
 
-def run(folder: Path, *outcomes: str, comfyui: str = "1.2.3") -> str:
-    (folder / "test_made_up.py").write_text(TESTS.format(outcomes=list(outcomes)))
-    plugin = ("-p", "tests.host.recording", "--record-host", str(folder / "host.json"))
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugin, str(folder / "test_made_up.py")],
-        cwd=REPOSITORY,
-        env={**os.environ, "comfyui": comfyui, "workflow": "demo", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-    )
-    return finished.stdout
-
-
-def test_a_row_holds_the_workflow_and_the_counts_of_host_tests_alone(folder: Path) -> None:
-    output = run(folder, "pass", "skip", "pass")
+def test_a_row_holds_the_workflow_and_the_counts_of_host_tests_alone(
+    run: Run, pytester: pytest.Pytester
+) -> None:
+    output = run("pass", "skip", "pass")
     assert "recorded 1 workflows" in output
-    record = read_record(folder / "host.json")
+    record = read_record(pytester.path / "host.json")
     row = {"comfyui": "1.2.3", "workflow": "demo", "seconds": 1.5}
     assert record["rows"] == [row | {"host_tests_passed": 3, "host_tests_skipped": 1}]
     assert record["command"].startswith("python -m pytest")
 
 
-def test_a_failure_records_nothing_and_leaves_the_record(folder: Path) -> None:
-    run(folder, "pass")
-    before = (folder / "host.json").read_bytes()
-    assert "nothing recorded: 1 host tests failed" in run(folder, "fail", comfyui="2")
-    assert (folder / "host.json").read_bytes() == before
+def test_a_failure_records_nothing_and_leaves_the_record(
+    run: Run, pytester: pytest.Pytester
+) -> None:
+    run("pass")
+    before = (pytester.path / "host.json").read_bytes()
+    assert "nothing recorded: 1 host tests failed" in run("fail", comfyui="2")
+    assert (pytester.path / "host.json").read_bytes() == before
 
 
-def test_rows_of_another_comfyui_stay_and_its_own_are_replaced(folder: Path) -> None:
+def test_rows_of_another_comfyui_stay_and_its_own_are_replaced(
+    run: Run, pytester: pytest.Pytester
+) -> None:
     for comfyui, outcomes in (("1", ["pass"]), ("2", ["pass"]), ("1", ["pass", "skip"])):
-        run(folder, *outcomes, comfyui=comfyui)
-    rows = read_record(folder / "host.json")["rows"]
+        run(*outcomes, comfyui=comfyui)
+    rows = read_record(pytester.path / "host.json")["rows"]
     found = {row["comfyui"]: row["host_tests_skipped"] for row in rows}
     assert found == {"1": 1, "2": 0} and len(rows) == 2
