@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from linvideo_core import transfer
 from linvideo_core.config import parse, to_json
 from linvideo_core.memory import free_bytes
 from linvideo_core.models.wan import WanConfig, WanModel
@@ -64,13 +65,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def no_evaluation() -> tuple[str, ...]:
-    """The flags that leave the picture-making at a transfer's end out, where there is any."""
-    text = subprocess.run(
-        [*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    return ("--evaluate-samples", "0") if "--evaluate-samples" in text else ()
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sum in one order here and in the processes that are started."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def arguments(files: Path, **changes: object) -> list[str]:
@@ -147,7 +148,7 @@ def num_rows(path: Path) -> int:
 
 @pytest.mark.slow
 def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
-    files: Path, no_evaluation: tuple[str, ...], tmp_path: Path
+    files: Path, one_thread: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
     shards, training = out / "trajectories", out / "training"
@@ -158,14 +159,14 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         "before the choice": lambda: num_rows(training / "metrics.jsonl") >= 5,
         "after the choice": lambda: num_rows(training / "metrics.jsonl") >= 24,
     }
-    argv = [*arguments(files, out=out), *no_evaluation]
+    argv = arguments(files, out=out, evaluate_samples=0)
     for is_time in moments.values():
         kill_when(argv, is_time)
         assert not (out / "linearized.safetensors").exists()
     finish(argv)
 
     unbroken = tmp_path / "unbroken"
-    finish([*arguments(files, out=unbroken), *no_evaluation])
+    transfer.main(arguments(files, out=unbroken, evaluate_samples=0))
     expected = load_file(unbroken / "linearized.safetensors")
     found = load_file(out / "linearized.safetensors")
     assert found.keys() == expected.keys()
@@ -179,7 +180,7 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     # Repeated where it is done, moved elsewhere or not, the command writes the same again.
     moved = tmp_path / "moved"
     shutil.move(out, moved)
-    finish([*arguments(files, out=moved), *no_evaluation])
+    transfer.main(arguments(files, out=moved, evaluate_samples=0))
     for name, tensor in load_file(moved / "linearized.safetensors").items():
         assert torch.equal(expected[name], tensor), name
 
