@@ -1,14 +1,11 @@
 """An ablation: declared rows become runs, runs become means, and nothing is done twice."""
 
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +16,6 @@ from linvideo_core.config import override
 from linvideo_core.linearization import TransferConfig
 from linvideo_core.objectives import OBJECTIVES
 from linvideo_core.training_clock import TrainingClock
-from linvideo_core.workers import Failure, Workers
 
 EVEN = dict.fromkeys(OBJECTIVES, 1.0)
 TINY = [
@@ -100,46 +96,6 @@ def test_a_share_is_what_the_student_has_of_its_teacher() -> None:
     assert shares == {"digit_share": 0.9, "frechet_share": 1.5}
 
 
-def make_worker(folder: str, progress: Any) -> Any:
-    """Return a worker of words, some of which end badly."""
-
-    def work(word: str) -> str:
-        if word == "refused":
-            raise ValueError("this cannot be")
-        if word == "broken":
-            raise RuntimeError("CUDA error")
-        if word == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        for step in range(1000 if word == "long" else 1):
-            progress("working", step, 1000)
-            Path(folder, word).write_text(str(step))
-            time.sleep(0.01)
-        return word.upper()
-
-    return work
-
-
-def test_a_job_that_fails_costs_itself_alone(tmp_path: Path) -> None:
-    words = ["one", "refused", "broken", "two", "killed", "three"]
-    with Workers(make_worker, str(tmp_path), count=1) as workers:
-        found = dict(workers.run(words))
-    assert list(found) == words
-    assert [found[word] for word in ("one", "two", "three")] == ["ONE", "TWO", "THREE"]
-    assert found["refused"] == Failure("this cannot be", is_final=True)
-    assert found["broken"] == Failure("RuntimeError: CUDA error", is_final=False)
-    assert not found["killed"].is_final and "exit code -9" in found["killed"].sentence
-
-
-def test_workers_stop_between_two_steps_when_time_is_up(tmp_path: Path) -> None:
-    with Workers(make_worker, str(tmp_path), count=1) as workers:
-        # Ready, and so the time limit meets the long job itself.
-        assert list(workers.run(["one"])) == [("one", "ONE")]
-        found = list(workers.run(["long", "two"], until=time.monotonic() + 0.5))
-    assert found == []
-    assert 0 < int((tmp_path / "long").read_text()) < 999
-    assert not (tmp_path / "two").exists()
-
-
 def test_the_clock_counts_training_without_what_it_held(tmp_path: Path) -> None:
     clock = TrainingClock("cpu", tmp_path / "seconds.json")
     clock.hear("warm start", 0, 4)
@@ -152,11 +108,12 @@ def test_the_clock_counts_training_without_what_it_held(tmp_path: Path) -> None:
 
 
 def test_an_ablation_that_is_killed_continues_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "linvideo_core.ablate", *TINY, "--out"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    ablate.main([*TINY, "--out", str(whole)])
     process = subprocess.Popen(
-        [*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "linvideo_core.ablate", *TINY, "--out", str(broken)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 300
     while not list(broken.glob("runs/*/*/training/checkpoint.safetensors")):
