@@ -280,7 +280,7 @@ def _flags(config: ScaleConfig) -> str:
     """Return what a command says beside what is measured where."""
     usual = {k: None for k, v in _USUAL[config.device].items() if getattr(config, k) == v}
     told = dataclasses.replace(config, **usual)
-    return to_flags(told, without=["out", "shapes", "comfyui", "comfyui_python"])
+    return to_flags(told, without=["out", "record", "shapes", "comfyui", "comfyui_python"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

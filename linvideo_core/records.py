@@ -6,7 +6,8 @@
 A table stands between `<!-- record:NAME -->` and `<!-- /record -->`, NAME being results/NAME.json.
 `<!-- record:NAME model=teacher|student steps=4 -->` shows only the rows with one of these values,
 `columns=model|digit` only these columns, each with its spread over seeds where the record has one,
-and `show=table` the table without the record's title and source.
+and `show=table` the table without the record's title and source. `what=PART` alone also names the
+source of that part, in a record that several commands fill.
 `<!-- record:NAME? -->` shows nothing as long as there is no such record.
 """
 
@@ -29,7 +30,8 @@ from .tables import render_table, show_with_spread
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS_FOLDER = REPOSITORY / "results"
-KEYS = ("title", "command", "date", "device", "versions", "rows")
+SOURCE = ("command", "date", "device", "versions")
+KEYS = ("title", *SOURCE, "rows")
 
 _MARKED = re.compile(
     r"(<!-- record:(\w+)(\??)((?: \w+=[\w.|]+)*) -->\n)(.*?)(<!-- /record -->)", re.DOTALL
@@ -212,6 +214,8 @@ def render_page(text: str, results: Path) -> str:
         choices = _read_choices(wanted)
         columns, show = (choices.pop(key, None) for key in ("columns", "show"))
         record["rows"] = _select(record["rows"], choices, columns)
+        if part := _parts_of(record).get("|".join(choices.get("what", []))):
+            record |= {key: part[key] for key in SOURCE}
         return f"{opening}{render_record(record, is_table_only=show == ['table'])}{closing}"
 
     return _MARKED.sub(fill, text)

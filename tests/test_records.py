@@ -14,6 +14,7 @@ from linvideo_core.records import (
     read_record,
     render_page,
     run,
+    write_part,
     write_record,
 )
 from linvideo_core.tables import format_spread, format_value, render_table
@@ -87,6 +88,20 @@ def test_a_marker_may_choose_among_the_rows(config: RecordsConfig) -> None:
     assert "| student | 0.900 | 7 |\n" in text and "teacher" not in text
     assert render_page(text, config.results) == text
     assert "No rows." in render_page(page.replace("=7", "=8"), config.results)
+
+
+def test_the_rows_of_one_part_come_with_its_own_source(tmp_path: Path) -> None:
+    for part in ("train", "denoise"):
+        write_part(
+            tmp_path / "demo.json", part, title="Demo", command=f"make {part}",
+            rows=[{"what": part}], device="cpu",
+        )  # fmt: skip
+    text = render_page(PAGE, tmp_path)
+    assert "<sub>`make train && make denoise` on CPU" in text
+    text = render_page(PAGE.replace("record:demo", "record:demo what=train"), tmp_path)
+    assert "<sub>`make train` on CPU" in text and "denoise" not in text
+    text = render_page(PAGE.replace("record:demo", "record:demo what=train|denoise"), tmp_path)
+    assert "<sub>`make train && make denoise` on CPU" in text
 
 
 def test_a_record_that_is_awaited_shows_nothing_until_it_is_there(config: RecordsConfig) -> None:

@@ -17,7 +17,7 @@ from linvideo_core.scale.arithmetic import count_flops
 from linvideo_core.scale.cap import capped
 from linvideo_core.scale.random_subject import make_random_subject
 from linvideo_core.scale.sizes import SIZES
-from linvideo_core.scale.steps_table import compare_rows, count_hours
+from linvideo_core.scale.steps_table import compare_rows, count_hours, keep_last
 from linvideo_core.scale.training import StepsConfig, count_step_flops, run
 from linvideo_core.student import Student, StudentConfig
 
@@ -39,9 +39,23 @@ def test_the_speedup_is_in_videos_a_second_over_one_gpu() -> None:
 
 
 def test_a_later_row_takes_the_place_of_its_own_kind_alone() -> None:
-    capped_row = make_row(1, 4.0, cap_gb=23.0)
-    rows = compare_rows([make_row(1, 2.0), make_row(2, 3.0), capped_row, make_row(1, 1.0)])
-    assert [(row["gpus"], row["seconds"]) for row in rows] == [(1, 1.0), (2, 3.0), (1, 4.0)]
+    alone, two, capped_one = make_row(1, 2.0), make_row(2, 3.0), make_row(1, 4.0, cap_gb=23.0)
+    selecting, again = make_row(1, 5.0, phase="selecting"), make_row(1, 1.0)
+    found = keep_last(
+        [
+            {"command": "both", "rows": [selecting, alone]},
+            {"command": "two", "rows": [two]},
+            {"command": "capped", "rows": [capped_one]},
+            {"command": "two again", "rows": [two]},
+            {"command": "hardened", "rows": [again]},
+        ]
+    )
+    assert {run["command"]: run["rows"] for run in found} == {
+        "both": [selecting],
+        "capped": [capped_one],
+        "two again": [two],
+        "hardened": [again],
+    }
 
 
 def test_gpu_hours_weigh_both_phases_by_their_share_of_the_steps() -> None:

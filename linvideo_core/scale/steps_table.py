@@ -1,6 +1,9 @@
-"""What times of training steps mean: a speed-up over one GPU, GPU hours of the paper's steps."""
+"""What times of training steps mean: a speed-up over one GPU, GPU hours of the paper's steps.
 
-from collections.abc import Sequence
+A run is `{command, rows}`: what was typed, and a row for each phase that it measured.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..selection import SelectionConfig
@@ -15,12 +18,23 @@ _WAY = ("trained", "frozen", "offloaded", "recomputed", "compiled", "cap_gb")
 _KEY = ("model", "resolution", "gpus", "phase", *_WAY)
 
 
-def compare_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the last row of each kind, with its speed-up over one GPU: in videos a second."""
-    last = {tuple(row[name] for name in _KEY): row for row in rows}
+def keep_last(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return runs with the rows that no later one has measured again; without rows, it is gone."""
+    kept, seen = [], set()
+    for run in reversed(runs):
+        rows = [row for row in run["rows"] if _key(row) not in seen]
+        seen.update(map(_key, rows))
+        if rows:
+            kept.append({**run, "rows": rows})
+    return kept[::-1]
+
+
+def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Give each row its speed-up over the one of its kind on one GPU: in videos a second."""
+    by_key = {_key(row): row for row in rows}
     compared = []
-    for row in last.values():
-        alone = last.get(tuple(1 if name == "gpus" else row[name] for name in _KEY))
+    for row in rows:
+        alone = by_key.get(_key({**row, "gpus": 1}))
         speedup = None
         if alone is not None:
             pace, pace_alone = (r["gpus"] * r["batch_per_gpu"] / r["seconds"] for r in (row, alone))
@@ -29,9 +43,9 @@ def compare_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return compared
 
 
-def count_hours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def count_hours(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the GPU hours of the paper's steps for every way to train with both phases."""
-    names = [name for name in _KEY if name != "phase"]
+    names = [name for name in (*_KEY, "batch_per_gpu") if name != "phase"]
     kinds: dict[tuple, dict[str, float]] = {}
     for row in rows:
         kinds.setdefault(tuple(row[n] for n in names), {})[row["phase"]] = row["seconds"]
@@ -43,3 +57,7 @@ def count_hours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             step = share * seconds["selecting"] + (1 - share) * seconds["hardened"]
             found.append({**kind, "gpu_hours": kind["gpus"] * PUBLISHED_STEPS * step / 3600})
     return found
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    return tuple(row[name] for name in _KEY)

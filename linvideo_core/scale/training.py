@@ -18,7 +18,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..held import check_held, check_held_alone
 from ..models.rounded import FrozenConfig
 from ..objectives import ObjectiveConfig
 from ..progress import Progress, TqdmProgress, silent
-from ..records import RESULTS_FOLDER, check_parts, describe_device, read_record, write_part
+from ..records import RESULTS_FOLDER, check_parts, describe_device, read_part, write_part
 from ..selection import SelectionConfig
 from ..student import Student, StudentConfig, TransferTask
 from ..subject import Subject
@@ -44,9 +44,12 @@ from .cap import GB, capped
 from .random_subject import draw_states, make_random_subject
 from .runs import RECORD_NAME, RECORD_TITLE
 from .sizes import SIZES, Size
-from .steps_table import PHASES, PUBLISHED_STEPS, compare_rows, count_hours
+from .steps_table import PHASES, PUBLISHED_STEPS, compare_rows, count_hours, keep_last
 
 COMMAND = "python -m linvideo_core.scale.training"
+
+# What the rows of this command are called in a record that others fill, too.
+_PART = "train"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +202,7 @@ def measure_steps(
     return {
         "model": size.model,
         "resolution": size.resolution,
-        "what": "train",
+        "what": _PART,
         "linear_layers": len(size.layers),
         "baseline": "1 gpu",
         "speedup": None,
@@ -244,24 +247,29 @@ def run(
     if not team.disband():
         return None
     shutil.rmtree(config.out / "steps", ignore_errors=True)
-    rows = compare_rows([*_read_rows(path), *rows])
+    return _write(path, {"command": _told(config, team.size), "rows": rows}, device)
+
+
+def _told(config: StepsConfig, gpus: int) -> str:
+    """Return what to type to measure this again."""
     flags = to_flags(config, without=["out", "record", "size"])
-    launch = f"torchrun --nproc-per-node {team.size}" if team.size > 1 else "python"
-    command = f"{launch} {COMMAND.removeprefix('python ')} --size {config.size} {flags}"
+    launch = f"torchrun --nproc-per-node {gpus}" if gpus > 1 else "python"
+    return f"{launch} {COMMAND.removeprefix('python ')} --size {config.size} {flags}".strip()
+
+
+def _write(path: Path, run_found: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Put a run into the record: what it did not measure again stays."""
+    runs = keep_last([*read_part(path, _PART).get("runs", []), run_found])
+    rows = compare_rows([row for each in runs for row in each["rows"]])
     return write_part(
         path,
-        "train",
+        _PART,
         title=RECORD_TITLE,
-        command=command.strip(),
+        command=" && ".join(dict.fromkeys(each["command"] for each in runs)),
         rows=rows,
         device=device,
-        details={"gpu_hours": count_hours(rows), "published_steps": PUBLISHED_STEPS},
+        details={"runs": runs, "gpu_hours": count_hours(rows), "published_steps": PUBLISHED_STEPS},
     )
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = read_record(path)["rows"] if path.is_file() else []
-    return [row for row in rows if row["what"] == "train"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -275,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with TqdmProgress(is_shown=team.is_first) as progress:
         record = run(config, progress, team)
     if record is not None:
-        rows = [row for row in record["rows"] if row["what"] == "train"]
-        hours = record["details"]["parts"]["train"]["gpu_hours"]
+        rows = [row for row in record["rows"] if row["what"] == _PART]
+        hours = record["details"]["parts"][_PART]["gpu_hours"]
         sys.stdout.write(f"\n{render_table(rows)}\n{render_table(hours) if hours else ''}\n")
 
 
