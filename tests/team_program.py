@@ -1,6 +1,6 @@
 """What every process of tests/test_parallel.py runs: small trainings, alone or as a team.
 
-torchrun --nproc-per-node 2 tests/team_program.py FOLDER NAME,NAME,...
+torchrun --nproc-per-node 2 tests/team_program.py FOLDER NAME,NAME,... [DEVICE]
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ TRANSFER = TransferConfig(
 )
 
 
-def make_subject(frozen: str = "fp32") -> Subject:
+def make_subject(device: str = "cpu", frozen: str = "fp32") -> Subject:
     """frozen: of the blocks' matrices alone; all else stays in fp32, so that sums hardly differ."""
     model = make_wan(num_layers=2)
     for name, parameter in list(model.named_parameters()):
@@ -67,18 +67,20 @@ def make_subject(frozen: str = "fp32") -> Subject:
         latent_shape=LATENT_SHAPE,
         decode=lambda latents: latents.mean(dim=1),
         is_demo=False,
-    )
+    ).to(device)
 
 
 def transfer(
     folder: Path,
     team: Team,
+    device: str = "cpu",
+    *,
     progress: Progress = silent,
     config: TransferConfig = TRANSFER,
     frozen: str = "fp32",
 ) -> None:
     """Linearize, and leave the student's whole weights beside the artifact."""
-    subject = make_subject(frozen)
+    subject = make_subject(team.place(device), frozen)
     student = Student(subject, config.student, seed=0)
     config = dataclasses.replace(config, out=folder)
     linearize(student, subject, config, "fp32", progress, team=team)
@@ -87,22 +89,22 @@ def transfer(
         save_file(dict(subject.model.state_dict()), folder / "teacher.safetensors")
 
 
-def transfer_long(folder: Path, team: Team) -> None:
+def transfer_long(folder: Path, team: Team, device: str = "cpu") -> None:
     """Transfer in many steps, with many checkpoints."""
     training = dataclasses.replace(
         TRANSFER.training, steps=16, checkpoint_every=4, learning_rate=1e-4, map_learning_rate=1e-4
     )
-    transfer(folder, team, config=dataclasses.replace(TRANSFER, training=training))
+    transfer(folder, team, device, config=dataclasses.replace(TRANSFER, training=training))
 
 
-def transfer_rounded(folder: Path, team: Team) -> None:
+def transfer_rounded(folder: Path, team: Team, device: str = "cpu") -> None:
     """Transfer beside frozen weights in fp8, recomputing activations."""
     training = dataclasses.replace(TRANSFER.training, activation_checkpointing=True)
     config = dataclasses.replace(TRANSFER, training=training)
-    transfer(folder, team, config=config, frozen="fp8")
+    transfer(folder, team, device, config=config, frozen="fp8")
 
 
-def transfer_all_weights(folder: Path, team: Team) -> None:
+def transfer_all_weights(folder: Path, team: Team, device: str = "cpu") -> None:
     """Train whole weights beside a critic of whole weights, recomputing activations."""
     config = dataclasses.replace(
         TRANSFER,
@@ -110,10 +112,10 @@ def transfer_all_weights(folder: Path, team: Team) -> None:
         objective=ObjectiveConfig(objective="dmd", critic_steps=2),
         training=dataclasses.replace(TRANSFER.training, steps=4, activation_checkpointing=True),
     )
-    transfer(folder, team, config=config)
+    transfer(folder, team, device, config=config)
 
 
-def transfer_by_ranking(folder: Path, team: Team) -> None:
+def transfer_by_ranking(folder: Path, team: Team, device: str = "cpu") -> None:
     """Choose the layers by their sensitivity, in several passes and with accumulation."""
     config = dataclasses.replace(
         TRANSFER,
@@ -121,12 +123,12 @@ def transfer_by_ranking(folder: Path, team: Team) -> None:
         sensitivity=SensitivityConfig(sensitivity_videos=4),
         training=dataclasses.replace(TRANSFER.training, steps=2, accumulation=2),
     )
-    transfer(folder, team, config=config)
+    transfer(folder, team, device, config=config)
 
 
-def distil(folder: Path, team: Team, batch_size: int = 4) -> None:
+def distil(folder: Path, team: Team, device: str = "cpu", batch_size: int = 4) -> None:
     """Distil to two steps, with motion held."""
-    subject = make_subject()
+    subject = make_subject(team.place(device))
     config = distill.DistillConfig(
         out=folder,
         trajectories=TRANSFER.trajectories,
@@ -138,14 +140,14 @@ def distil(folder: Path, team: Team, batch_size: int = 4) -> None:
     distill.distill(student, subject, first, config, "fp32", silent, team)
 
 
-def distil_one_video_each(folder: Path, team: Team) -> None:
+def distil_one_video_each(folder: Path, team: Team, device: str = "cpu") -> None:
     """Distil with one video a process of two, where one leaves the sampler before the other."""
-    distil(folder, team, batch_size=2)
+    distil(folder, team, device, batch_size=2)
 
 
-def share_one_copy(folder: Path, team: Team) -> None:
+def share_one_copy(folder: Path, team: Team, device: str = "cpu") -> None:
     """Shard teacher, student and critic, and look at what a process holds of them."""
-    subject = make_subject()
+    subject = make_subject(team.place(device))
     student = Student(subject, StudentConfig(lora_rank=2), seed=0)
     models = [subject.model, student.model, twin(subject.model)]
     whole = count_values(models)
@@ -190,17 +192,17 @@ def stop_one(rank: int) -> Progress:
     return progress
 
 
-def stop_transfer(folder: Path, team: Team) -> None:
+def stop_transfer(folder: Path, team: Team, device: str = "cpu") -> None:
     """Begin a transfer that its last process is asked to stop."""
     progress = stop_one(team.rank) if team.rank == team.size - 1 else silent
     try:
-        transfer(folder, team, progress)
+        transfer(folder, team, device, progress=progress)
     except KeyboardInterrupt:
         return
     raise AssertionError("the transfer was not stopped")
 
 
-SCENARIOS: dict[str, Callable[[Path, Team], None]] = {
+SCENARIOS: dict[str, Callable[[Path, Team, str], None]] = {
     name: scenario
     for name, scenario in globals().items()
     if name.startswith(("transfer", "distil_", "stop_transfer", "share_")) or name == "distil"
@@ -211,9 +213,10 @@ def main() -> None:
     """Run the scenarios that are named, each in a folder of its name or of another, `NAME=TO`."""
     torch.set_num_threads(1)
     team = parallel.assemble()
-    for job in sys.argv[2].split(","):
+    folder, jobs, *device = sys.argv[1:]
+    for job in jobs.split(","):
         name, _, to = job.partition("=")
-        SCENARIOS[name](Path(sys.argv[1]) / (to or name), team)
+        SCENARIOS[name](Path(folder) / (to or name), team, *device)
     team.disband()
 
 

@@ -1,4 +1,4 @@
-"""Two processes train as one does; they stop, fail and continue together (CPU, gloo)."""
+"""Two processes train as one does; they stop, fail and continue together, on CPUs and on GPUs."""
 
 import json
 import os
@@ -65,27 +65,35 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """What both teams compute on; of GPUs each process has one of its own."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what one process and two made of the same trainings, under `one` and `two`.
 
     `two/one_to_two` was begun by one process and finished by two, `one/two_to_one` the reverse.
     """
     folder = tmp_path_factory.mktemp("teams")
     one, two = folder / "one", folder / "two"
-    program.stop_transfer(two / "one_to_two", ALONE)
+    program.stop_transfer(two / "one_to_two", ALONE, device)
     jobs = [
         *SCENARIOS,
         "share_one_copy",
         f"stop_transfer={one / 'two_to_one'}",
         "transfer=one_to_two",
     ]
-    finished = torchrun("tests/team_program.py", str(two), ",".join(jobs))
+    finished = torchrun("tests/team_program.py", str(two), ",".join(jobs), device)
     assert finished.returncode == 0, finished.stderr
     for name in SCENARIOS:
-        program.SCENARIOS[name](one / name, ALONE)
+        program.SCENARIOS[name](one / name, ALONE, device)
     (one / "two_to_one" / "before").write_text(find_checkpoint(one / "two_to_one/training").name)
-    program.transfer(one / "two_to_one", ALONE)
+    program.transfer(one / "two_to_one", ALONE, device)
     return folder
 
 
@@ -190,7 +198,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_in_the_other_form(folder: Pat
 
 @pytest.mark.parametrize("damage", ["a missing shard", "a cut shard", "no state"])
 def test_damaged_shards_are_named_in_one_sentence(
-    damage: str, folder: Path, tmp_path: Path
+    damage: str, folder: Path, device: str, tmp_path: Path
 ) -> None:
     source = folder / "two" / "transfer"
     for name in ("trajectories", "warm_start", "training"):
@@ -205,7 +213,7 @@ def test_damaged_shards_are_named_in_one_sentence(
     else:
         (checkpoint / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be continued from") as caught:
-        program.transfer(tmp_path, ALONE)
+        program.transfer(tmp_path, ALONE, device)
     assert str(checkpoint) in str(caught.value)
     assert "\n" not in str(caught.value)
 
