@@ -1,9 +1,9 @@
 """The laws of the nodes, `laws_of_<subject>.py`; one process of ComfyUI answers a file's laws."""
 
 import ast
-import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,28 @@ Examine = Callable[[str], dict[str, dict[str, str]]]
 
 
 @pytest.fixture(scope="module")
-def examine(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Examine:
-    """Return what became of each law of a subject; its process runs at the first question."""
+def examine(
+    request: pytest.FixtureRequest, host: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Examine]:
+    """Return what became of each law of a subject.
 
-    @functools.cache
-    def run(subject: str) -> dict[str, dict[str, str]]:
-        results = tmp_path_factory.mktemp(subject) / "outcomes.json"
+    All subjects that were asked for are examined from the first question on, two at a time: each
+    keeps one core busy.
+    """
+
+    def run(subject: str, results: Path) -> dict[str, dict[str, str]]:
         host.examine(FILES[subject], results)
         return json.loads(results.read_text())
 
-    return run
+    asked = [item for item in request.session.items if item.path == request.path]
+    subjects = dict.fromkeys(item.callspec.params["subject"] for item in asked)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        outcomes = {
+            subject: pool.submit(run, subject, tmp_path_factory.mktemp(subject) / "outcomes.json")
+            for subject in subjects
+        }
+        yield lambda subject: outcomes[subject].result()
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize(
