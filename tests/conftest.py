@@ -1,6 +1,7 @@
 """The debug model that the method's tests run on: a tiny, random Wan with everything around it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def make_wan(*, num_layers: int = 3, num_heads: int = 1, seed: int = 0) -> WanMo
     model.init_weights()
     nn.init.normal_(model.head.head.weight, std=0.1)
     return model
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sum in one order here and in the processes that are started."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

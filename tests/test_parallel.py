@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from linvideo_core.checkpoints import find_checkpoint
 from linvideo_core.parallel import assemble
 from linvideo_core.team import ALONE, Team
 from linvideo_core.units import Unit, find_owners, forwards_kept, group_sharing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 300
@@ -56,15 +57,6 @@ def torchrun(*argv: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sum in one order here and in the processes that are started."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """What both teams compute on; of GPUs each process has one of its own."""
@@ -74,7 +66,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(device: str, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what one process and two made of the same trainings, under `one` and `two`.
 
     `two/one_to_two` was begun by one process and finished by two, `one/two_to_one` the reverse.

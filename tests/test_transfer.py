@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,15 +63,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "words.txt").write_text("a dog runs\n")
     (folder / "text.safetensors").write_text("a letter, not a model\n" * 20)
     return folder
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sum in one order here and in the processes that are started."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(files: Path, **changes: object) -> list[str]:
