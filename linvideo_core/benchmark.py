@@ -78,7 +78,7 @@ class ScaleConfig:
     softmax: str | None = option(
         None, f"backends of softmax, of {', '.join(BASELINES)}; none: default, cuda all"
     )
-    compiled: bool = option(False, "also with compiled blocks, by the default backend")
+    compiled: bool = option(False, "also with compiled blocks, all of it")
     comfyui: Path | None = option(None, "a ComfyUI's folder, to measure inside it, too")
     comfyui_python: Path | None = option(None, "interpreter for --comfyui; none: this one")
     runs: int = option(5, "most runs behind a call's time, which is their median")
@@ -189,7 +189,7 @@ def _measure_headless(
 ) -> None:
     wanted, absent = find_softmax(config.backends, setting.device.type)
     softmax, kernels, left_out = check_kernels(wanted, setting)
-    models = check_headless(size, softmax, setting)
+    models = check_headless(size, softmax, setting, compiled=config.compiled)
     measuring.free_memory()
     measuring.measure_subject(
         HeadlessSubject(size, softmax, setting),

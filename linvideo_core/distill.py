@@ -31,6 +31,7 @@ from .distillation import make_student
 from .distillation_stages import ARTIFACT_NAME, DistillConfig, distill
 from .evidence import compare_config, is_evaluated
 from .lineup import line_up
+from .memory import LOWER_RUN, explained
 from .preflight import check_distillation
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, check_run, open_run, read_metrics
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(to_json(config) if team.is_first else "")
         return
     try:
-        with TqdmProgress(is_shown=team.is_first) as progress:
+        with TqdmProgress(is_shown=team.is_first) as progress, explained(LOWER_RUN):
             run(config, progress, team)
     except KeyboardInterrupt:
         if team.is_first:

@@ -38,6 +38,7 @@ from .devices import device_option, precision_option, resolve_device, resolve_pr
 from .flow import make_sigmas
 from .lineup import FewStepLora, line_up
 from .lora_file import load_lora
+from .memory import explained
 from .progress import Progress, TqdmProgress, silent
 from .records import RESULTS_FOLDER, write_record
 from .report import plot_steps
@@ -49,6 +50,7 @@ from .tables import show_table
 logger = logging.getLogger(__name__)
 
 _LORA_STEPS = 4
+_LOWER = "lower --batch-size or the video's size, or give --frozen bf16 or --offload-blocks"
 
 RECORD_PATH = RESULTS_FOLDER / "transfer_demo.json"
 RECORD_KEYS = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "seconds")
@@ -239,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_dry_run:
         sys.stdout.write(to_json(config))
         return
-    with TqdmProgress() as progress:
+    with TqdmProgress() as progress, explained(_LOWER):
         result = run(config, progress)
     rows = result["rows"]
     if config.distilled_paths() or config.lora:

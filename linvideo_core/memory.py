@@ -1,11 +1,13 @@
 """Whether a run fits into memory, by arithmetic on shapes, before anything long begins.
 
 Every count is a lower bound: what must be there at once, without an allocator's waste and without
-what kernels need between. A run that is refused cannot work; one that is not may still be short.
+what kernels need between. A run that is refused cannot work; one that is not may still be short,
+and ends in a sentence then, too.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +23,11 @@ _STREAM_KEPT, _NORMS_KEPT, _NARROW_KEPT = 5, 3, 4
 _LOWER_SAMPLING = "lower --shard-size and --evaluate-batch-size, or the video's size"
 _LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the video's size"
 _LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
+LOWER_RUN = (
+    "lower --batch-size, --shard-size or the video's size, or give --activation-checkpointing, "
+    "--frozen bf16 or --offload-blocks; the last of them continues this run, the others need a new "
+    "--out"
+)
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -73,6 +80,31 @@ def check_memory(
         f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another --device'}"
         f"{f'; it would fit with {flags}' if flags else ''}"
     )
+
+
+@contextlib.contextmanager
+def explained(lower: str) -> Iterator[None]:
+    """Raise ValueError, in one sentence, where memory runs out after all.
+
+    lower: what would need less of it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        in_use = ""
+        if torch.cuda.is_available():
+            in_use = f" with {show_gb(torch.cuda.memory_allocated())} of the GPU's in use"
+        raise ValueError(f"memory ran out{in_use}: {lower}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether an error is a lack of memory, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch's own words on the CPU, and of memory that it cannot lock.
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 def free_bytes(device: torch.device | str) -> int | None:

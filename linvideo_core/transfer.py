@@ -29,6 +29,7 @@ from .devices import resolve_device, resolve_precision
 from .evidence import compare_config, draw_training, is_evaluated
 from .layer_order import LAYER_ORDER_NAME
 from .linearization import ARTIFACT_NAME, TransferConfig, linearize
+from .memory import LOWER_RUN, explained
 from .models.experts import HIGH, LOW
 from .preflight import check_transfer
 from .progress import Progress, TqdmProgress, silent
@@ -255,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(to_json(config) if team.is_first else "")
         return
     try:
-        with TqdmProgress(is_shown=team.is_first) as progress:
+        with TqdmProgress(is_shown=team.is_first) as progress, explained(LOWER_RUN):
             run(config, progress, team)
     except KeyboardInterrupt:
         if team.is_first:

@@ -48,7 +48,7 @@ def run(job: Mapping[str, Any]) -> None:
     found, absent = find_softmax(job["softmax"], device.type)
     softmax, kernels, left_out = check_kernels(found, setting)
     with torch.inference_mode():  # as ComfyUI runs nodes
-        models = check_subject(HostSubject(shrink(size), softmax, setting), softmax, setting)
+        models = check_subject(HostSubject(shrink(size), softmax, setting), list(softmax), setting)
         free_memory()
         measure_subject(
             HostSubject(size, softmax, setting),

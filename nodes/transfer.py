@@ -21,6 +21,7 @@ import torch
 from ..linvideo_core.artifact import ArtifactError
 from ..linvideo_core.config import override
 from ..linvideo_core.linearization import ARTIFACT_NAME, TransferConfig, linearize
+from ..linvideo_core.memory import is_out_of_memory
 from ..linvideo_core.run_folder import check_run, open_run
 from ..linvideo_core.selection import check_target
 from ..linvideo_core.storage import replacing
@@ -169,7 +170,6 @@ def _name_input(flag: re.Match) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    is_host_oom = getattr(comfy.model_management, "is_oom", lambda _: False)(error)
-    is_oom = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    # PyTorch's own words on the CPU.
-    return is_host_oom or is_oom or "can't allocate memory" in str(error)
+    return is_out_of_memory(error) or getattr(comfy.model_management, "is_oom", lambda _: False)(
+        error
+    )

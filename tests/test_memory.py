@@ -19,6 +19,7 @@ from linvideo_core.memory import (
     check_memory,
     count,
     count_low_rank,
+    explained,
     free_bytes,
     show_gb,
     training_needs,
@@ -52,6 +53,21 @@ def test_a_refusal_says_what_is_needed_what_is_free_and_what_to_lower() -> None:
     assert "a step 1,000,000,000.0 GB, the weights 1.0 GB): lower --batch-size" in message
     with pytest.raises(ValueError, match="choose another --device"):
         check_memory([Need("the weights", HUGE)], "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_that_runs_out_all_the_same_ends_in_one_sentence(device: str) -> None:
+    with pytest.raises(ValueError) as caught, explained("lower --batch-size"):
+        torch.empty(2**50, dtype=torch.uint8, device=device)
+    message = str(caught.value)
+    assert message.startswith("memory ran out") and message.endswith(": lower --batch-size")
+    assert "\n" not in message
+    assert ("of the GPU's in use" in message) == torch.cuda.is_available()
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="must match"), explained("lower --batch-size"):
+        torch.ones(2) + torch.ones(3)
 
 
 @pytest.mark.gpu

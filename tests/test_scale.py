@@ -95,7 +95,7 @@ def test_a_wrong_backend_is_never_timed() -> None:
         return value + query
 
     wrong = {"default": Contender("sdpa", "softmax", attend)}
-    with pytest.raises(RuntimeError, match=r"differs from the plain one by .*; nothing was"):
+    with pytest.raises(RuntimeError, match=r"differs from the plain model by .*; nothing was"):
         agreement.check_headless(SIZES["tiny"], wrong, CPU)
     agreeing, _, left_out = agreement.check_kernels(wrong, CPU)
     assert not agreeing and "sdpa" in left_out[0]
@@ -114,7 +114,7 @@ def test_pairs_that_are_compared_are_measured_side_by_side() -> None:
     plan = plan_variants(["fa2", "default"], 16, compiled=True)
     assert [(v.num_linear, v.kept, v.is_compiled) for v in plan] == [
         (0, "fa2", False), (16, "fa2", False), (0, "default", False), (16, "default", False),
-        (0, "default", True), (16, "default", True),
+        (0, "fa2", True), (16, "fa2", True), (0, "default", True), (16, "default", True),
     ]  # fmt: skip
 
 
@@ -130,6 +130,8 @@ def test_ratios_are_to_the_softmax_model_of_the_same_run() -> None:
         make_measured(seconds=5.0, num_linear=22),
         make_measured(seconds=6.0, kept="cudnn"),
         make_measured(seconds=4.0, kept="cudnn", num_linear=22),
+        make_measured(seconds=7.5, is_compiled=True),
+        make_measured(seconds=3.75, num_linear=22, is_compiled=True),
         make_measured(seconds=3.0, kept="cudnn", num_linear=22, is_compiled=True),
     ]
     rows = table.assemble_rows(SIZES["14b-720p"], "headless", measured, "NVIDIA H200")
@@ -141,7 +143,9 @@ def test_ratios_are_to_the_softmax_model_of_the_same_run() -> None:
         ("fa2", 22, "cudnn", False): 2.0,
         ("cudnn", 0, "cudnn", False): 1.0,
         ("cudnn", 22, "cudnn", False): 1.5,
-        ("cudnn", 22, "cudnn", True): 2.0,
+        ("fa2", 0, "fa2", True): 1.0,
+        ("fa2", 22, "fa2", True): 2.0,
+        ("fa2", 22, "cudnn", True): 2.5,
     }
     assert found["fa2", 0, "fa2", False]["mfu"] == pytest.approx(6.6e15 / 8 / 989.4e12, rel=0.05)
 
@@ -274,7 +278,15 @@ def test_the_command_runs_on_any_computer_and_continues(
 
 @pytest.mark.gpu
 def test_a_quick_run_on_a_gpu_compares_all_backends(tmp_path: Path) -> None:
-    quick = {"runs": 1, "seconds": 0.01, "video_seconds": 0.0, "most_frames": 0, "compiled": True}
+    quick = {"runs": 1, "seconds": 0.01, "video_seconds": 0.0, "most_frames": 0}
     record = benchmark.run(ScaleConfig(device="cuda", shapes="tiny", out=tmp_path, **quick))
     assert {"fa2", "default"} <= {row["baseline"] for row in record["rows"]}
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in record["rows"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_models_agree_whatever_computes_their_softmax() -> None:
+    setting = Setting(torch.device("cuda"), torch.bfloat16)
+    softmax, _ = find_softmax(["fa2", "default"], "cuda")
+    rows = agreement.check_headless(SIZES["tiny"], softmax, setting, compiled=True)
+    assert [row["is_compiled"] for row in rows] == 4 * [False] + 4 * [True]

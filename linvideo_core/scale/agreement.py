@@ -13,7 +13,7 @@ from ..kernels.speed import Setting as KernelSetting
 from ..kernels.speed import check_contenders
 from .sizes import Size
 from .subject import HeadlessSubject, Setting, Subject
-from .variants import Variant
+from .variants import Variant, plan_variants
 
 _LENGTHS, _HEADS = (1000,), 2
 # Relative norms of differences, for models of bf16; a CPU computes in fp32.
@@ -46,14 +46,16 @@ def shrink(size: Size) -> Size:
     )
 
 
-def check_headless(size: Size, softmax: Mapping[str, Contender], setting: Setting) -> list[Row]:
-    """Check arranged models of a size's width, two layers deep."""
-    small = shrink(size)
-    return check_subject(HeadlessSubject(small, softmax, setting), softmax, setting)
+def check_headless(
+    size: Size, softmax: Mapping[str, Contender], setting: Setting, *, compiled: bool = False
+) -> list[Row]:
+    """Check arranged models of a size's width, two layers deep; compiled: with and without that."""
+    subject = HeadlessSubject(shrink(size), softmax, setting)
+    return check_subject(subject, list(softmax), setting, compiled=compiled)
 
 
 def check_subject(
-    subject: Subject, softmax: Mapping[str, Contender] | Sequence[str], setting: Setting
+    subject: Subject, softmax: Sequence[str], setting: Setting, *, compiled: bool = False
 ) -> list[Row]:
     """Compare a shrunk subject's variants with our plain model and with linear layers in fp32.
 
@@ -65,17 +67,21 @@ def check_subject(
     """
     expected = _compute_expected(subject.size, setting)
     rows = []
-    for kept in softmax:
-        for num_linear, truth in expected.items():
-            variant = Variant(num_linear=num_linear, kept=kept)
+    for variant in plan_variants(softmax, len(subject.size.layers), compiled=compiled):
+        try:
             found = subject.with_call(variant, lambda call: call())
-            error = relative_error(found, truth.to(found.device))
-            rows.append({"where": subject.where, **dataclasses.asdict(variant), "error": error})
-            if not error < _TOLERANCE[setting.dtype]:
-                raise RuntimeError(
-                    f"{subject.where}: a model with {num_linear} linear layers, the rest by "
-                    f"{kept}, differs from the plain one by {error:.1e}; nothing was timed"
-                )
+        except Exception:
+            # What cannot be compiled is named when it is to be timed.
+            if not variant.is_compiled:
+                raise
+            continue
+        error = relative_error(found, expected[variant.num_linear].to(found.device))
+        rows.append({"where": subject.where, **dataclasses.asdict(variant), "error": error})
+        if not error < _TOLERANCE[setting.dtype]:
+            raise RuntimeError(
+                f"{subject.where}: {variant} differs from the plain model by {error:.1e}; "
+                "nothing was timed"
+            )
     return rows
 
 

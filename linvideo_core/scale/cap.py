@@ -8,6 +8,9 @@ import torch
 GB = 2**30
 """Bytes of a GB as cards are sold by it, and as PyTorch says what is in use."""
 
+LOWER_STEPS = "give --frozen fp8, more --offload-blocks or a lower --batch-per-gpu"
+"""What makes a step need less."""
+
 
 @contextlib.contextmanager
 def capped(device: str, cap_gb: float | None) -> Iterator[None]:
@@ -35,7 +38,7 @@ def capped(device: str, cap_gb: float | None) -> Iterator[None]:
         peak = torch.cuda.max_memory_allocated(device) / GB
         raise ValueError(
             f"--cap-gb {cap_gb:g} is too little: {peak:.1f} GB were in use when more was asked "
-            "for; give --frozen fp8, more --offload-blocks or a lower --batch-per-gpu"
+            f"for; {LOWER_STEPS}"
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, index)

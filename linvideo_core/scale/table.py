@@ -23,16 +23,16 @@ def assemble_rows(
 
     Each baseline, the softmax model by one backend, has a row of its own, one of the linearized
     model whose kept layers it computes, and one where the fastest backend computes them. Compiled
-    models are compared with the baseline as it is, not compiled.
+    models are compared with compiled ones.
     """
-    baselines = {m.kept: m for m in measured if not m.num_linear and not m.is_compiled}
-    linear = [m for m in measured if m.num_linear and not m.is_compiled]
-    best = min(linear, key=lambda m: m.seconds, default=None)
     rows = []
-    for name, baseline in baselines.items():
-        compared = [baseline, *(m for m in linear if m.kept == name or m is best)]
-        compared += [m for m in measured if m.is_compiled and m.kept == name]
-        rows += [_make_row(size, where, m, baseline, device_name, gpus) for m in compared]
+    for is_compiled in (False, True):
+        alike = [m for m in measured if m.is_compiled == is_compiled]
+        linear = [m for m in alike if m.num_linear]
+        best = min(linear, key=lambda m: m.seconds, default=None)
+        for baseline in (m for m in alike if not m.num_linear):
+            compared = [baseline, *(m for m in linear if m.kept == baseline.kept or m is best)]
+            rows += [_make_row(size, where, m, baseline, device_name, gpus) for m in compared]
     return rows
 
 

@@ -29,6 +29,7 @@ from ..adapters import blocks, compiled_blocks
 from ..config import option, parse, positive, run_command, to_flags, to_json
 from ..devices import device_option, precision_option, resolve_device, resolve_precision
 from ..held import check_held, check_held_alone
+from ..memory import explained
 from ..models.rounded import FrozenConfig
 from ..objectives import ObjectiveConfig
 from ..progress import Progress, TqdmProgress, silent
@@ -40,7 +41,7 @@ from ..tables import render_table
 from ..team import ALONE, Team
 from ..training import TrainingConfig, fit
 from .arithmetic import count_flops, find_peak, linear_flops, softmax_flops
-from .cap import GB, capped
+from .cap import GB, LOWER_STEPS, capped
 from .random_subject import draw_states, make_random_subject
 from .runs import RECORD_NAME, RECORD_TITLE
 from .sizes import SIZES, Size
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_dry_run:
         sys.stdout.write(to_json(config) if team.is_first else "")
         return
-    with TqdmProgress(is_shown=team.is_first) as progress:
+    with TqdmProgress(is_shown=team.is_first) as progress, explained(LOWER_STEPS):
         record = run(config, progress, team)
     if record is not None:
         rows = [row for row in record["rows"] if row["what"] == _PART]

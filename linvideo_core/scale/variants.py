@@ -42,9 +42,11 @@ def plan_variants(softmax: Sequence[str], num_linear: int, *, compiled: bool) ->
     """List what is measured: with each backend all layers softmax, then some of them linear.
 
     Pairs that are compared stand side by side, so that a card that grows warm burdens both.
+    compiled: whether all of it is measured with compiled blocks, too.
     """
-    plan = [Variant(num_linear=n, kept=kept) for kept in softmax for n in (0, num_linear)]
-    if compiled:
-        kept = "default" if "default" in softmax else softmax[0]
-        plan += [Variant(num_linear=n, kept=kept, is_compiled=True) for n in (0, num_linear)]
-    return plan
+    return [
+        Variant(num_linear=n, kept=kept, is_compiled=is_compiled)
+        for is_compiled in ((False, True) if compiled else (False,))
+        for kept in softmax
+        for n in (0, num_linear)
+    ]
