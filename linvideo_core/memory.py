@@ -117,9 +117,16 @@ def free_bytes(device: torch.device | str) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     mine = torch.cuda.memory_reserved(device)
-    capped = int(total * torch.cuda.get_per_process_memory_fraction(device)) - mine
+    share = torch.cuda.get_per_process_memory_fraction(number_of_gpu(device))
+    capped = int(total * share) - mine
     # What PyTorch's allocator holds without using it is free to this process.
     return min(free, capped) + mine - torch.cuda.memory_allocated(device)
+
+
+def number_of_gpu(device: torch.device | str) -> int:
+    """Return the number of the GPU that a device means, also "cuda": caps, alone, need it."""
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index
 
 
 def count(shapes: Shapes, prefix: str = "") -> int:

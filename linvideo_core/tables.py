@@ -18,7 +18,7 @@ _LABELS = {
     "seconds": "seconds of sampling",
     "frechet_to_teacher": "Frechet to teacher",
     "frechet_teacher_features": "same, on teacher features",
-    "motion_energy": "speed / teacher's",
+    "motion_energy": "motion energy / teacher's",
     "motion_ratio": "change per frame / teacher's",
     "spatial_spectrum_db": "spatial spectrum (dB off)",
     "temporal_spectrum_db": "temporal spectrum (dB off)",

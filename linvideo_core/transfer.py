@@ -55,6 +55,7 @@ _SHOWN = (
     "frechet",
     "motion_energy",
     "velocity_error",
+    "seconds_per_video",
 )
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",

@@ -49,6 +49,7 @@ ALLOWED = {
         "attention",
         "flow",
         "kernels",
+        "memory",
         "models",
         "progress",
         "records",

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..memory import number_of_gpu
+
 GB = 2**30
 """Bytes of a GB as cards are sold by it, and as PyTorch says what is in use."""
 
@@ -28,9 +30,7 @@ def capped(device: str, cap_gb: float | None) -> Iterator[None]:
     total = torch.cuda.mem_get_info(device)[1]
     if cap_gb * GB > total:
         raise ValueError(f"--cap-gb {cap_gb:g} given; {device} has {total / GB:.1f} GB in all")
-    # Unlike all else, the cap needs the number of the GPU that "cuda" means.
-    index = torch.device(device).index
-    index = torch.cuda.current_device() if index is None else index
+    index = number_of_gpu(device)
     torch.cuda.set_per_process_memory_fraction(cap_gb * GB / total, index)
     try:
         yield

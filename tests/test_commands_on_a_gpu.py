@@ -1,0 +1,71 @@
+"""On the device that `auto` finds, every command goes from a user's checkpoint to its result."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT_DIM, make_wan
+from safetensors.torch import save_file
+
+from linvideo_core import distill, evaluate, transfer
+
+pytestmark = pytest.mark.gpu
+
+VIDEOS = "--num-frames 13 --height 32 --width 48"
+TRAINING = (
+    "--num-trajectories 2 --states-per-trajectory 2 --sampler-steps 4 --shard-size 2 --steps 2 "
+    "--batch-size 2 --checkpoint-every 1 --evaluate-samples 2"
+)
+LINEARIZED = "--warm-start-steps 2 --target 1 --lora-rank 2"
+DISTILLED = "--rank 2 --num-steps 2"
+EVALUATED = "--num-samples 2 --steps 4 --batch-size 2"
+# What a home recipe sets beside the sizes.
+HELD = {
+    "plain": "",
+    "home": "--frozen bf16 --offload-blocks 2 --activation-checkpointing",
+    "fp8": "--frozen fp8 --activation-checkpointing",
+    "compiled": "--compile",
+}
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """Return flags with a checkpoint and its prompts."""
+    generator = torch.Generator().manual_seed(0)
+    save_file(make_wan().state_dict(), tmp_path / "wan.safetensors")
+    embeds = {
+        "prompt_embeds": torch.randn(3, 5, TEXT_DIM, generator=generator),
+        "negative_embeds": torch.zeros(5, TEXT_DIM),
+    }
+    save_file(embeds, tmp_path / "prompts.safetensors")
+    files = [
+        "--model",
+        f"{tmp_path}/wan.safetensors",
+        "--prompts",
+        f"{tmp_path}/prompts.safetensors",
+    ]
+    return [*files, *VIDEOS.split()]
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_checkpoint_is_linearized_distilled_and_evaluated(
+    held: str, flags: list[str], tmp_path: Path
+) -> None:
+    made = tmp_path / "linear" / "linearized.safetensors"
+    own = [*flags, *TRAINING.split(), *HELD[held].split()]
+    transfer.main([*own, *LINEARIZED.split(), "--out", str(made.parent)])
+    few = tmp_path / "few" / "distilled.safetensors"
+    distill.main([*own, *DISTILLED.split(), "--artifact", str(made), "--out", str(few.parent)])
+    files = ["--artifact", str(made), "--distilled", str(few)]
+    evaluate.main([*flags, *EVALUATED.split(), *files, "--out", str(tmp_path / "evaluated")])
+    for folder in (made.parent, few.parent, tmp_path / "evaluated"):
+        assert (folder / "evaluation.json").is_file()
+
+
+def test_both_experts_are_linearized(flags: list[str], tmp_path: Path) -> None:
+    save_file(make_wan(seed=1).state_dict(), tmp_path / "low.safetensors")
+    second = ["--low-noise-model", str(tmp_path / "low.safetensors"), "--frozen", "bf16"]
+    out = tmp_path / "experts"
+    transfer.main([*flags, *TRAINING.split(), *LINEARIZED.split(), *second, "--out", str(out)])
+    names = {path.name for path in out.glob("linearized_*.safetensors")}
+    assert names == {"linearized_high_noise.safetensors", "linearized_low_noise.safetensors"}
