@@ -24,9 +24,9 @@ _LOWER_SAMPLING = "lower --shard-size and --evaluate-batch-size, or the video's 
 _LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the video's size"
 _LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
 LOWER_RUN = (
-    "lower --batch-size, --shard-size or the video's size, or give --activation-checkpointing, "
-    "--frozen bf16 or --offload-blocks; the last of them continues this run, the others need a new "
-    "--out"
+    "lower --batch-size, --shard-size, --evaluate-batch-size or the video's size, or give "
+    "--activation-checkpointing, --frozen bf16 or --offload-blocks; with another number of "
+    "offloaded blocks or of videos evaluated together this run continues, else give a new --out"
 )
 _CGROUP = Path("/sys/fs/cgroup")
 

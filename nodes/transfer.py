@@ -170,6 +170,5 @@ def _name_input(flag: re.Match) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return is_out_of_memory(error) or getattr(comfy.model_management, "is_oom", lambda _: False)(
-        error
-    )
+    is_host_oom = getattr(comfy.model_management, "is_oom", lambda _: False)
+    return is_out_of_memory(error) or is_host_oom(error)
