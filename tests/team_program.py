@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import torch
-from conftest import LATENT_SHAPE, TEXT_DIM, make_wan
+from conftest import make_subject, make_wan
 from safetensors.torch import save_file
 from torch import nn
 
@@ -51,23 +51,13 @@ TRANSFER = TransferConfig(
 )
 
 
-def make_subject(device: str = "cpu", frozen: str = "fp32") -> Subject:
+def make_teacher(device: str = "cpu", frozen: str = "fp32") -> Subject:
     """frozen: of the blocks' matrices alone; all else stays in fp32, so that sums hardly differ."""
     model = make_wan(num_layers=2)
     for name, parameter in list(model.named_parameters()):
         if name.startswith("blocks.") and parameter.ndim == 2:
             place(model, name, parameter.detach(), frozen)
-    generator = torch.Generator().manual_seed(6)
-    return Subject(
-        name="tiny",
-        model=model.eval().requires_grad_(False),
-        prompts=["one", "two", "three"],
-        prompt_embeds=torch.randn(3, 5, TEXT_DIM, generator=generator),
-        negative_embeds=torch.randn(5, TEXT_DIM, generator=generator),
-        latent_shape=LATENT_SHAPE,
-        decode=lambda latents: latents.mean(dim=1),
-        is_demo=False,
-    ).to(device)
+    return make_subject(model).to(device)
 
 
 def transfer(
@@ -80,7 +70,7 @@ def transfer(
     frozen: str = "fp32",
 ) -> None:
     """Linearize, and leave the student's whole weights beside the artifact."""
-    subject = make_subject(team.place(device), frozen)
+    subject = make_teacher(team.place(device), frozen)
     student = Student(subject, config.student, seed=0)
     config = dataclasses.replace(config, out=folder)
     linearize(student, subject, config, "fp32", progress, team=team)
@@ -128,7 +118,7 @@ def transfer_by_ranking(folder: Path, team: Team, device: str = "cpu") -> None:
 
 def distil(folder: Path, team: Team, device: str = "cpu", batch_size: int = 4) -> None:
     """Distil to two steps, with motion held."""
-    subject = make_subject(team.place(device))
+    subject = make_teacher(team.place(device))
     config = distill.DistillConfig(
         out=folder,
         trajectories=TRANSFER.trajectories,
@@ -147,7 +137,7 @@ def distil_one_video_each(folder: Path, team: Team, device: str = "cpu") -> None
 
 def share_one_copy(folder: Path, team: Team, device: str = "cpu") -> None:
     """Shard teacher, student and critic, and look at what a process holds of them."""
-    subject = make_subject(team.place(device))
+    subject = make_teacher(team.place(device))
     student = Student(subject, StudentConfig(lora_rank=2), seed=0)
     models = [subject.model, student.model, twin(subject.model)]
     whole = count_values(models)

@@ -195,11 +195,17 @@ def measure_steps(
     depths = [blocks(model, student.sites) for model in task.models]
     with compiled_blocks(compiled, student.sites), team.sharded(task.models, depths):
         fit(task, training, folder / "fit", seed=config.seed, progress=clock, team=team)
+    return _make_row(size, phase, config, team.size, clock)
+
+
+def _make_row(
+    size: Size, phase: str, config: StepsConfig, gpus: int, clock: _Clock
+) -> dict[str, Any]:
     seconds = statistics.median(clock.step_seconds)
     flops = config.batch_per_gpu * count_step_flops(
         size, phase=phase, parameters=config.student.parameters
     )
-    peak = find_peak(describe_device(device))
+    peak = find_peak(describe_device(clock.device))
     return {
         "model": size.model,
         "resolution": size.resolution,
@@ -210,7 +216,7 @@ def measure_steps(
         "seconds": seconds,
         "peak_gb": clock.peak_gb,
         "mfu": flops / seconds / peak if peak else None,
-        "gpus": team.size,
+        "gpus": gpus,
         "phase": phase,
         "trained": config.student.parameters,
         "frozen": config.held.frozen,
