@@ -78,7 +78,7 @@ class ScaleConfig:
     softmax: str | None = option(
         None, f"backends of softmax, of {', '.join(BASELINES)}; none: default, cuda all"
     )
-    compiled: bool = option(False, "also with compiled blocks, all of it")
+    compiled: bool = option(False, "also with compiled blocks, headless")
     comfyui: Path | None = option(None, "a ComfyUI's folder, to measure inside it, too")
     comfyui_python: Path | None = option(None, "interpreter for --comfyui; none: this one")
     runs: int = option(5, "most runs behind a call's time, which is their median")

@@ -95,7 +95,9 @@ def explained(lower: str) -> Iterator[None]:
             raise
         in_use = ""
         if torch.cuda.is_available():
-            in_use = f" with {show_gb(torch.cuda.memory_allocated())} of the GPU's in use"
+            gpus = range(torch.cuda.device_count())
+            num_bytes = sum(torch.cuda.memory_allocated(number) for number in gpus)
+            in_use = f" with {show_gb(num_bytes)} of the GPU's in use"
         raise ValueError(f"memory ran out{in_use}: {lower}") from error
 
 

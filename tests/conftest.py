@@ -102,6 +102,15 @@ def make_subject(wan: WanModel) -> Subject:
     )
 
 
+def save_inputs(subject: Subject, folder: Path) -> dict[str, Path]:
+    """Write a teacher's checkpoint and prompts as a user has them; return them by their flags."""
+    paths = {f"--{name}": folder / f"{name}.safetensors" for name in ("model", "prompts")}
+    save_file(subject.model.state_dict(), paths["--model"])
+    embeds = {"prompt_embeds": subject.prompt_embeds, "negative_embeds": subject.negative_embeds}
+    save_file(embeds, paths["--prompts"])
+    return paths
+
+
 @pytest.fixture
 def linearized(subject: Subject) -> Artifact:
     """A file of two linear layers with random low-rank changes, as a transfer leaves it."""

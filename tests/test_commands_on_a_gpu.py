@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TEXT_DIM, make_wan
 from safetensors.torch import save_file
 
 from linvideo_core import distill, evaluate, transfer
+from tests.conftest import make_subject, make_wan, save_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -31,20 +30,8 @@ HELD = {
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
     """Return flags with a checkpoint and its prompts."""
-    generator = torch.Generator().manual_seed(0)
-    save_file(make_wan().state_dict(), tmp_path / "wan.safetensors")
-    embeds = {
-        "prompt_embeds": torch.randn(3, 5, TEXT_DIM, generator=generator),
-        "negative_embeds": torch.zeros(5, TEXT_DIM),
-    }
-    save_file(embeds, tmp_path / "prompts.safetensors")
-    files = [
-        "--model",
-        f"{tmp_path}/wan.safetensors",
-        "--prompts",
-        f"{tmp_path}/prompts.safetensors",
-    ]
-    return [*files, *VIDEOS.split()]
+    files = save_inputs(make_subject(make_wan()), tmp_path)
+    return [*(str(word) for pair in files.items() for word in pair), *VIDEOS.split()]
 
 
 @pytest.mark.parametrize("held", HELD)

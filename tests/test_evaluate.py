@@ -23,6 +23,7 @@ from linvideo_core.evaluate import EvaluateConfig
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.progress import silent
 from linvideo_core.subject import Subject, SubjectConfig
+from tests.conftest import save_inputs
 
 TINY = WanConfig(dim=128, num_heads=1, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=32)
 SETTINGS = CompareConfig(num_samples=5, steps=3, batch_size=2)
@@ -58,10 +59,7 @@ def subject() -> Subject:
 @pytest.fixture
 def own_files(subject: Subject, tmp_path: Path) -> dict[str, Path]:
     """Return flags with files as a user has them: a model, its prompts, its LINVIDEO file."""
-    paths = {f"--{n}": tmp_path / f"{n}.safetensors" for n in ("model", "prompts", "artifact")}
-    save_file(subject.model.state_dict(), paths["--model"])
-    embeds = {"prompt_embeds": subject.prompt_embeds, "negative_embeds": subject.negative_embeds}
-    save_file(embeds, paths["--prompts"])
+    paths = {**save_inputs(subject, tmp_path), "--artifact": tmp_path / "artifact.safetensors"}
     student = copy.deepcopy(subject.model)
     _, sites = identify(shapes_of(student))
     install(student, sites[:2], lambda site: LinearAttention(site.num_heads, site.head_dim, 128))

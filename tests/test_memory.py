@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linvideo_core import distill, memory, transfer
@@ -31,7 +30,7 @@ from linvideo_core.preflight import Plan, check_transfer
 from linvideo_core.scale.sizes import SIZES
 from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject, open_subject
-from tests.conftest import TEXT_DIM
+from tests.conftest import TEXT_DIM, save_inputs
 
 HUGE = 10**18
 
@@ -173,16 +172,11 @@ def test_wan_14b_at_480p_needs_more_than_a_home_card_and_less_than_a_node() -> N
 
 
 @pytest.fixture
-def files(wan: WanModel, tmp_path: Path) -> dict[str, Any]:
-    save_file(wan.state_dict(), tmp_path / "wan.safetensors")
-    tensors = {
-        "prompt_embeds": torch.zeros(2, 5, TEXT_DIM),
-        "negative_embeds": torch.zeros(5, TEXT_DIM),
-    }
-    save_file(tensors, tmp_path / "prompts.safetensors")
+def files(subject: Subject, tmp_path: Path) -> dict[str, Any]:
+    paths = save_inputs(subject, tmp_path)
     return {
-        "model": tmp_path / "wan.safetensors",
-        "prompts": tmp_path / "prompts.safetensors",
+        "model": paths["--model"],
+        "prompts": paths["--prompts"],
         "target": 1,
         "lora_rank": 2,
         "device": "cpu",

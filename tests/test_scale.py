@@ -277,9 +277,15 @@ def test_the_command_runs_on_any_computer_and_continues(
 
 
 @pytest.mark.gpu
-def test_a_quick_run_on_a_gpu_compares_all_backends(tmp_path: Path) -> None:
+# Each backend is compiled four times: two show it.
+@pytest.mark.parametrize(("softmax", "compiled"), [(None, False), ("fa2,default", True)])
+def test_a_quick_run_on_a_gpu_compares_all_backends(
+    softmax: str | None, compiled: bool, tmp_path: Path
+) -> None:
     quick = {"runs": 1, "seconds": 0.01, "video_seconds": 0.0, "most_frames": 0}
-    record = benchmark.run(ScaleConfig(device="cuda", shapes="tiny", out=tmp_path, **quick))
+    compared = {"shapes": "tiny", "softmax": softmax, "compiled": compiled}
+    record = benchmark.run(ScaleConfig(device="cuda", out=tmp_path, **compared, **quick))
+    assert {row["compiled"] for row in record["rows"]} == {False, compiled}
     assert {"fa2", "default"} <= {row["baseline"] for row in record["rows"]}
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in record["rows"])
 
