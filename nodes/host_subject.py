@@ -1,12 +1,10 @@
-"""A graph's MODEL as the subject of a transfer: what it is, and a deep clone that can be trained.
+"""A graph's MODEL as the subject of a transfer: what it is, and a twin that can be trained.
 
-The MODEL itself is only looked at. Training needs weights of its own: those of the graph belong to
-ComfyUI's inference mode, other nodes and other patchers.
+The MODEL itself is only looked at, and lends the twin its weights: see `frozen_weights`.
 """
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,20 @@ import comfy.model_sampling
 import torch
 
 from ..linvideo_core import adapters
-from ..linvideo_core.artifact import ArtifactError
 from ..linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
 from ..linvideo_core.demo.prompts import all_prompts, encode_prompts
+from ..linvideo_core.models.denoiser import TIMESTEP_SCALE
 from ..linvideo_core.subject import Subject
 from .conditions import Conditions, read_conditions
 from .demo import DemoLatents
 from .families import host_family
+from .frozen_weights import freeze
 from .host_model import HostModel
 from .patching import untouched
 from .prompt_list import encode_for_demo, encode_prompt_list, read_prompt_list
 
 TRAINABLE_SINCE = "0.25"
-"""The first ComfyUI whose clones can hold weights that can be trained."""
+"""The first ComfyUI that was tried; `in_training` makes its operations have a backward pass."""
 
 
 class HostSubject:
@@ -42,13 +41,13 @@ class HostSubject:
     def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
         """inputs: by name, see `transfer_inputs`: prompts and size are read here."""
         diffusion_model = untouched(model)
-        if "force_deepcopy" not in inspect.signature(model.clone).parameters:
+        if not hasattr(comfy.model_management, "in_training"):
             raise ValueError(
                 f"running the transfer needs ComfyUI {TRAINABLE_SINCE} or newer: update ComfyUI, "
                 "or apply a saved file"
             )
         family, self.sites = adapters.identify(adapters.shapes_of(diffusion_model))
-        known = host_family(family.name)
+        self.family = known = host_family(family.name)
         if not known.is_trainable:
             raise ValueError(
                 f"a {family.name} model cannot run the transfer inside ComfyUI yet: apply a saved "
@@ -79,27 +78,50 @@ class HostSubject:
         return digest.hexdigest()
 
     @contextlib.contextmanager
-    def subject(self) -> Iterator[Subject]:
-        """Load a deep clone that can be trained, alone on the device, for a while."""
-        clone = _clone_for_training(self.model)
-        comfy.model_management.load_models_gpu([clone], memory_required=1e20, force_full_load=True)
-        clone.model.requires_grad_(False).eval()
+    def subject(self, *, is_copied: bool, needed_bytes: int) -> Iterator[Subject]:
+        """Load the model, and lend a twin of it that can be trained, for a while.
+
+        is_copied: the twin's linear layers are copies, see `freeze`; needed_bytes: of the device's
+        memory that the training takes beside the weights.
+        """
+        with torch.inference_mode():
+            comfy.model_management.load_models_gpu([self.model], memory_required=needed_bytes)
         was_in_training = comfy.model_management.in_training
         # ComfyUI's own way to say: operations that have a backward pass, please.
         comfy.model_management.in_training = True
         try:
-            yield Subject(
-                name=_name(self.model, self.is_demo),
-                model=HostModel(clone.model, self.sites, self.conditions),
-                prompts=[f"prompt {i}" for i in range(len(self.conditions.prompt_embeds))],
-                prompt_embeds=self.conditions.prompt_embeds.float().to(self.device),
-                negative_embeds=self.conditions.negative_embeds.float().to(self.device),
-                latent_shape=self.latent_shape,
-                decode=decode_latents,
-                is_demo=self.is_demo,
-            )
+            yield self._make_subject(is_copied)
         finally:
             comfy.model_management.in_training = was_in_training
+
+    def _make_subject(self, is_copied: bool) -> Subject:
+        base_model = self.model.model
+        twin = freeze(base_model.diffusion_model, self.device, is_copied=is_copied)
+        model = HostModel(
+            twin,
+            self.sites,
+            self.conditions,
+            dtype=torch.float32 if is_copied else self.training_dtype,
+            family=self.family,
+            timestep_scale=base_model.model_sampling.multiplier / TIMESTEP_SCALE,
+        )
+        adapters.keep_digest(model, self.weights_digest())
+        return Subject(
+            name=_name(self.model, self.is_demo),
+            model=model,
+            prompts=[f"prompt {i}" for i in range(len(self.conditions.prompt_embeds))],
+            prompt_embeds=self.conditions.prompt_embeds.float().to(self.device),
+            negative_embeds=self.conditions.negative_embeds.float().to(self.device),
+            latent_shape=self.latent_shape,
+            decode=decode_latents,
+            is_demo=self.is_demo,
+        )
+
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """In which a twin computes whose weights stay the host's; gradients overflow in fp16."""
+        has_bf16 = comfy.model_management.should_use_bf16(self.device)
+        return torch.bfloat16 if has_bf16 and self.device.type != "cpu" else torch.float32
 
     def _find_latent_shape(self, inputs: dict[str, Any]) -> tuple[int, ...]:
         num_channels = self.latent_format.latent_channels
@@ -167,23 +189,11 @@ def _find_shift(model_sampling: Any) -> float:
     return float(model_sampling.shift)
 
 
-def _clone_for_training(model: Any) -> Any:
-    try:
-        return model.clone(force_deepcopy=True, disable_dynamic=True)
-    except RuntimeError as error:
-        if "cached_patcher_init" not in str(error):
-            raise
-        raise ArtifactError(
-            "this model cannot be loaded a second time for training: load it with ComfyUI's own "
-            "Load Diffusion Model"
-        ) from error
-
-
 def _name(model: Any, is_demo: bool) -> str:
     """Return what the file says that it was made from: the model file's name where it is known."""
     if is_demo:
         return "demo"
-    _, arguments, *_ = model.cached_patcher_init or (None, ())
+    _, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
     paths = [Path(argument).stem for argument in arguments if isinstance(argument, str)]
     name = paths[0] if paths else type(model.model).__name__
     return name[:100] if name.isprintable() else type(model.model).__name__

@@ -26,7 +26,8 @@ class HostFamily:
     is_trainable: whether a transfer runs in ComfyUI: the model takes latents [B, C, F, H, W] and
         prompts alone make its context.
     run_fused: (attention, attend, its forward's arguments) -> what its class's own forward gives,
-        computed with fewer passes; None where only that forward will do.
+        computed with fewer passes; None where only that forward will do. in_training: also where a
+        gradient is wanted.
     """
 
     name: str

@@ -36,16 +36,18 @@ def run_fused(
     x: Tensor,
     *args: Any,
     transformer_options: Mapping[str, Any],
+    in_training: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
     """Return what `WanSelfAttention.forward` gives, or None where only itself can compute it.
 
     attend: query, key, value [B, L, N, D] -> [B, L, N, D].
     x: [B, L, N D]. The others are the forward's own; of them `freqs` is [1, L, 1, D/2, 2, 2].
+    in_training: also where a gradient is wanted, which the kernels have.
     """
     freqs = kwargs.get("freqs", args[0] if args else None)
     is_plain = len(args) + len(kwargs) == 1 and isinstance(freqs, Tensor)
-    if not (is_plain and _pays(attention, x) and _is_known(attention)):
+    if not (is_plain and _pays(attention, x, in_training) and _is_known(attention)):
         return None
     L, N, D = x.shape[1], attention.num_heads, attention.head_dim
     if freqs.shape != (1, L, 1, D // 2, 2, 2) or freqs.dtype != torch.float32:
@@ -68,9 +70,10 @@ def run_fused(
     return attention.o(attend(query, key, value).flatten(2))
 
 
-def _pays(attention: nn.Module, x: Tensor) -> bool:
-    """Return whether one pass is faster here: as a kernel, and where no gradient is wanted."""
-    if torch.is_grad_enabled() or getattr(comfy.model_management, "in_training", False):
+def _pays(attention: nn.Module, x: Tensor, in_training: bool) -> bool:
+    """Return whether one pass is faster here: as a kernel, and not in another's training."""
+    is_trained = torch.is_grad_enabled() or getattr(comfy.model_management, "in_training", False)
+    if is_trained and not in_training:
         return False
     return BACKEND != "auto" or is_norm_rotary_fused(x.device, attention.head_dim, x.dtype)
 
