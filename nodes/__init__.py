@@ -9,6 +9,7 @@ _log = logging.getLogger(__name__)
 
 NODES = {
     "linearize": ("LinVideoLinearize",),
+    "transfer_settings": ("LinVideoTransferSettings",),
     "few_step": ("LinVideoFewStepSampler", "LinVideoFewStepSigmas"),
     "file_nodes": ("LinVideoSave", "LinVideoLoad", "LinVideoShowFile"),
     "softmax_backend": ("LinVideoSoftmaxBackend",),

@@ -8,8 +8,8 @@ from ..linvideo_core import artifact
 from .datasheet import show_datasheet
 from .files import find_file, fingerprint, list_files
 from .patching import linearize
-from .schema import LinVideo, make_schema
-from .transfer_inputs import transfer_inputs
+from .schema import LinVideo, make_input, make_schema
+from .transfer_inputs import read_transfer_inputs, transfer_inputs
 
 APPLY = "apply a saved file"
 APPLY_INPUT = "apply a connected LINVIDEO"
@@ -19,12 +19,14 @@ TRANSFER = "run the transfer now"
 def _inputs(source: io.Input) -> list[io.Input]:
     return [
         source,
-        io.Float.Input(
+        make_input(
+            io.Float,
             "strength",
             default=1.0,
             min=0.0,
             max=2.0,
             step=0.05,
+            advanced=True,
             tooltip="How strongly the file changes the model's weights. Leave it at 1: the fast "
             "layers were trained together with these changes.",
         ),
@@ -34,11 +36,13 @@ def _inputs(source: io.Input) -> list[io.Input]:
 
 def _keep_first_steps_input() -> io.Input:
     """Return the input that is the same in every mode."""
-    return io.Int.Input(
+    return make_input(
+        io.Int,
         "keep_first_steps",
         default=0,
         min=0,
         max=1000,
+        advanced=True,
         tooltip="So many first steps of each sampler run the model as it came in, without the "
         "file: slower, and closer to the original model's video. Needs a file trained with LoRA.",
     )
@@ -114,4 +118,4 @@ def _find_artifact(model: Any, mode: dict[str, Any]) -> artifact.Artifact:
     # On use: what trains and draws takes a second to import.
     from .transfer import run
 
-    return artifact.load(run(model, mode))
+    return artifact.load(run(model, read_transfer_inputs(mode)))

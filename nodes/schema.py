@@ -11,6 +11,9 @@ CATEGORY = "LinVideo"
 LinVideo = io.Custom("LINVIDEO")
 """The socket type of a loaded LINVIDEO file, a `linvideo_core.artifact.Artifact`."""
 
+TransferSettings = io.Custom("LINVIDEO_SETTINGS")
+"""The socket type of a transfer's settings, a dict of them by name."""
+
 
 def make_schema(**settings: Any) -> io.Schema:
     """Return the schema of a node in LinVideo's category."""

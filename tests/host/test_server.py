@@ -27,6 +27,26 @@ NODES = {
         "inputs": {"model": "MODEL", "mode": "COMFY_DYNAMICCOMBO_V3"},
         "outputs": {"MODEL": "MODEL", "LINVIDEO": "LINVIDEO", "report": "IMAGE"},
     },
+    "LinVideoTransferSettings": {
+        "inputs": {
+            "target": "INT",
+            "steps": "INT",
+            "batch_size": "INT",
+            "learning_rate": "FLOAT",
+            "cfg": "FLOAT",
+            "sampler_steps": "INT",
+            "num_videos": "INT",
+            "warm_start_steps": "INT",
+            "width": "INT",
+            "height": "INT",
+            "frames": "INT",
+            "parameters": "COMBO",
+            "lora_rank": "INT",
+            "objective": "COMBO",
+            "seed": "INT",
+        },
+        "outputs": {"settings": "LINVIDEO_SETTINGS"},
+    },
     "LinVideoFewStepSampler": {
         "inputs": {
             "model": "MODEL",
@@ -89,28 +109,34 @@ MODES = {
     },
     "run the transfer now": {
         "name": "STRING",
-        "target": "INT",
-        "steps": "INT",
-        "batch_size": "INT",
-        "cfg": "FLOAT",
-        "seed": "INT",
+        "quality": "COMBO",
+        "prompts": "STRING",
+        "keep_first_steps": "INT",
         "positive": "CONDITIONING",
         "negative": "CONDITIONING",
-        "latent": "LATENT",
-        "parameters": "COMBO",
-        "lora_rank": "INT",
-        "objective": "COMBO",
-        "learning_rate": "FLOAT",
-        "warm_start_steps": "INT",
-        "num_videos": "INT",
-        "sampler_steps": "INT",
-        "width": "INT",
-        "height": "INT",
-        "frames": "INT",
-        "keep_first_steps": "INT",
         "clip": "CLIP",
-        "prompts": "STRING",
+        "latent": "LATENT",
+        "settings": "LINVIDEO_SETTINGS",
     },
+}
+
+AUTO = {
+    **dict.fromkeys(NODES["LinVideoTransferSettings"]["inputs"], 0),
+    "parameters": "lora",
+    "objective": "adm",
+}
+"""LinVideo Transfer Settings as it is added to a graph."""
+SHORT = {
+    "target": 4,
+    "steps": 30,
+    "batch_size": 2,
+    "learning_rate": 0.001,
+    "cfg": 3.0,
+    "sampler_steps": 8,
+    "num_videos": 2,
+    "warm_start_steps": 2,
+    "lora_rank": 4,
+    "seed": 1,
 }
 
 
@@ -157,36 +183,24 @@ def make_workflow(file: str = FILE, *, strength: float = 1.0) -> dict[str, Any]:
     }
 
 
-def make_transfer(**changes: Any) -> dict[str, Any]:
-    """The same workflow, its file made here and now, on latents of next to no size."""
+def make_transfer(*, name: str = "short", prompts: str = "", **changes: Any) -> dict[str, Any]:
+    """The same workflow, its file made here and now, on latents of next to no size.
+
+    changes: of the transfer's settings.
+    """
     workflow = make_workflow()
-    settings = {
-        "mode": "run the transfer now",
-        "name": "short",
-        "target": 4,
-        "steps": 30,
-        "batch_size": 2,
-        "cfg": 3.0,
-        "seed": 1,
-        "latent": ["size", 0],
-        "parameters": "lora",
-        "lora_rank": 4,
-        "objective": "adm",
-        "learning_rate": 0.001,
-        "warm_start_steps": 2,
-        "num_videos": 2,
-        "sampler_steps": 8,
-        "width": 64,
-        "height": 64,
-        "frames": 5,
-        "keep_first_steps": 0,
-        **changes,
-    }
-    inputs = {name if name == "mode" else f"mode.{name}": x for name, x in settings.items()}
+    inputs = {"mode": "run the transfer now", "name": name, "quality": "draft"}
+    inputs |= {"prompts": prompts, "keep_first_steps": 0}
+    inputs |= {"latent": ["size", 0], "settings": ["settings", 0]}
+    inputs = {name if name == "mode" else f"mode.{name}": x for name, x in inputs.items()}
     workflow["linear"]["inputs"] = {"model": ["demo", 0], **inputs}
     workflow["size"] = {
         "class_type": "EmptyHunyuanLatentVideo",
         "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
+    }
+    workflow["settings"] = {
+        "class_type": "LinVideoTransferSettings",
+        "inputs": {**AUTO, **SHORT, **changes},
     }
     return workflow
 
@@ -210,6 +224,15 @@ def test_ids_inputs_and_outputs_are_frozen(node: str, server: Server) -> None:
     assert described["display_name"].startswith("LinVideo ")
     for group in ("required", "optional"):
         assert all(entry[1]["tooltip"] for entry in described["input"].get(group, {}).values())
+
+
+def test_every_setting_of_a_transfer_is_auto_as_the_node_is_added(server: Server) -> None:
+    (described,) = server.ask("/object_info/LinVideoTransferSettings").values()
+    inputs = described["input"]["required"]
+    assert {name: options["default"] for name, (_, options) in inputs.items()} == AUTO
+    for name, (_, options) in inputs.items():
+        if "min" in options and name != "seed":
+            assert options["min"] == 0 and "0 is auto" in options["tooltip"]
 
 
 def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:

@@ -19,6 +19,7 @@ from linvideo_core import adapters, artifact
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.models.wan import WanConfig, WanModel
 from tests.host.server import PACK, Server
+from tests.host.test_server import AUTO
 
 pytestmark = pytest.mark.host
 
@@ -38,6 +39,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 SIZE = 64, 64, 5
 TINY = WanConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=256)
 LINEAR_LAYER = 1
+SHORTEST = {"steps": 4, "batch_size": 1, "warm_start_steps": 2, "num_videos": 2, "sampler_steps": 8}
 HALVES = ("high", "low")
 
 Nodes = dict[str, dict[str, Any]]
@@ -117,9 +119,9 @@ def stand_in(prompt: Nodes) -> Nodes:
             inputs["steps"] = 2
     for inputs in by_type["LinVideoLinearize"]:
         if inputs["mode"] == "run the transfer now":
-            short = {"steps": 4, "batch_size": 1, "warm_start_steps": 2}
-            short |= {"num_videos": 2, "sampler_steps": 8}
-            inputs.update({f"mode.{name}": value for name, value in short.items()})
+            settings = {"class_type": "LinVideoTransferSettings", "inputs": AUTO | SHORTEST}
+            prompt["settings"] = settings
+            inputs["mode.settings"] = ["settings", 0]
     return prompt
 
 
