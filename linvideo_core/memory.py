@@ -69,9 +69,25 @@ def check_memory(
     advice: what to do where no need says what would lower it.
     flags: with which it would fit; "" where none are known.
     """
-    if fits(needs, device):
+    free = free_bytes(device)
+    if free is not None:
+        check_capacity(needs, device, free, advice, flags)
+
+
+def check_capacity(
+    needs: Sequence[Need],
+    device: torch.device | str,
+    free: int,
+    advice: str = "",
+    flags: str = "",
+) -> None:
+    """Raise ValueError, in one sentence, when needs add up to more than `free` bytes.
+
+    advice, flags: see `check_memory`.
+    """
+    needed = sum(need.num_bytes for need in needs)
+    if needed <= free:
         return
-    needed, free = sum(need.num_bytes for need in needs), free_bytes(device)
     parts = sorted(needs, key=lambda need: -need.num_bytes)
     listed = ", ".join(f"{need.what} {show_gb(need.num_bytes)}" for need in parts)
     lowered = next((need.lower for need in parts if need.lower), advice)

@@ -9,6 +9,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from . import digests
+
 # Each holds for a part of the picture or of the sampling, or is a model of its own.
 _PARTIAL = ("area", "mask", "start_percent", "end_percent", "control", "gligen", "hooks")
 _PROMPT, _CONCAT = "c_crossattn", "c_concat"
@@ -32,10 +34,10 @@ class Conditions:
         """Return 16 hex digits that tell these conditions from others."""
         found = hashlib.blake2b(digest_size=8)
         for value in (self.prompt_embeds, self.negative_embeds, self.concat):
-            _add(found, value)
+            digests.add(found, value)
         for name in sorted(self.inputs):
-            _add(found, name)
-            _add(found, self.inputs[name])
+            digests.add(found, name)
+            digests.add(found, self.inputs[name])
         return found.hexdigest()
 
 
@@ -133,10 +135,3 @@ def _is_alike(left: Any, right: Any) -> bool:
     if torch.is_tensor(left) and torch.is_tensor(right):
         return torch.equal(left, right)
     return not torch.is_tensor(left) and not torch.is_tensor(right) and left == right
-
-
-def _add(digest: Any, value: Any) -> None:
-    if torch.is_tensor(value):
-        digest.update(str((value.dtype, tuple(value.shape))).encode())
-        value = value.detach().cpu().float().contiguous().numpy().tobytes()
-    digest.update(value if isinstance(value, bytes) else str(value).encode())

@@ -137,7 +137,7 @@ class _Freezer:
         return made
 
     def _copy_linear(self, layer: nn.Module) -> nn.Linear:
-        made = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         self._copy_weights(layer, made)
         return made
 
@@ -145,8 +145,8 @@ class _Freezer:
         """Give a layer weights of its own, in fp32; one of ComfyUI's casts them to its input."""
         with cast_weights(layer, torch.float32, self.device) as tensors:
             for name, tensor in zip(("weight", "bias"), tensors, strict=True):
-                own = None if tensor is None else nn.Parameter(tensor.clone(), requires_grad=False)
-                made.register_parameter(name, own)
+                if tensor is not None:
+                    made._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)
         if isinstance(made, comfy.ops.CastWeightBiasOp):
             made.comfy_cast_weights = True
 

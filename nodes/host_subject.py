@@ -5,6 +5,7 @@ The MODEL itself is only looked at, and lends the twin its weights: see `frozen_
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,26 @@ from typing import Any
 import comfy.model_management
 import comfy.model_sampling
 import torch
+from comfy.model_management import module_size
 
 from ..linvideo_core import adapters
 from ..linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
 from ..linvideo_core.demo.prompts import all_prompts, encode_prompts
+from ..linvideo_core.linearization import TransferConfig
+from ..linvideo_core.memory import (
+    FP32,
+    Need,
+    Transformer,
+    check_capacity,
+    count,
+    count_low_rank,
+    training_needs,
+)
 from ..linvideo_core.models.denoiser import TIMESTEP_SCALE
+from ..linvideo_core.objectives import needs_critic
+from ..linvideo_core.student import StudentConfig
 from ..linvideo_core.subject import Subject
+from . import digests
 from .conditions import Conditions, read_conditions
 from .demo import DemoLatents
 from .families import host_family
@@ -25,6 +40,12 @@ from .frozen_weights import freeze
 from .host_model import HostModel
 from .patching import untouched
 from .prompt_list import encode_for_demo, encode_prompt_list, read_prompt_list
+
+COPIED_BYTES = 64e6
+"""A model that is no larger in fp32 is trained on copies of its weights, in fp32."""
+
+USUAL_SIZE = {"width": 832, "height": 480, "frames": 81}
+"""Of the videos to learn from, where nothing says otherwise."""
 
 TRAINABLE_SINCE = "0.25"
 """The first ComfyUI that was tried; `in_training` makes its operations have a backward pass."""
@@ -46,11 +67,12 @@ class HostSubject:
                 f"running the transfer needs ComfyUI {TRAINABLE_SINCE} or newer: update ComfyUI, "
                 "or apply a saved file"
             )
-        family, self.sites = adapters.identify(adapters.shapes_of(diffusion_model))
-        self.family = known = host_family(family.name)
+        self.shapes = adapters.shapes_of(diffusion_model)
+        self.known, self.sites = adapters.identify(self.shapes)
+        self.family = known = host_family(self.known.name)
         if not known.is_trainable:
             raise ValueError(
-                f"a {family.name} model cannot run the transfer inside ComfyUI yet: apply a saved "
+                f"a {known.name} model cannot run the transfer inside ComfyUI yet: apply a saved "
                 "file"
             )
         for site in self.sites:
@@ -71,26 +93,29 @@ class HostSubject:
             for name, parameter in layer.named_parameters():
                 # Where patches are merged in, the weight itself waits in the backup.
                 backup = self.model.backup.get(f"diffusion_model.{site.name}.{name}")
-                _add(digest, parameter if backup is None else backup.weight)
+                digests.add(digest, parameter if backup is None else backup.weight)
         for key in sorted(self.model.patches, key=str):
-            _add(digest, key)
-            _add(digest, self.model.patches[key])
+            digests.add(digest, key)
+            digests.add(digest, self.model.patches[key])
         return digest.hexdigest()
 
     @contextlib.contextmanager
-    def subject(self, *, is_copied: bool, needed_bytes: int) -> Iterator[Subject]:
+    def subject(self, config: TransferConfig) -> Iterator[Subject]:
         """Load the model, and lend a twin of it that can be trained, for a while.
 
-        is_copied: the twin's linear layers are copies, see `freeze`; needed_bytes: of the device's
-        memory that the training takes beside the weights.
+        Raises ValueError, in one sentence, where a transfer with these settings cannot fit.
         """
+        needs = self.needs(config)
+        self._check_fits(needs)
+        # The weights are ComfyUI's: what of them does not fit beside the rest waits elsewhere.
+        beside = sum(need.num_bytes for need in needs[1:])
         with torch.inference_mode():
-            comfy.model_management.load_models_gpu([self.model], memory_required=needed_bytes)
+            comfy.model_management.load_models_gpu([self.model], memory_required=beside)
         was_in_training = comfy.model_management.in_training
         # ComfyUI's own way to say: operations that have a backward pass, please.
         comfy.model_management.in_training = True
         try:
-            yield self._make_subject(is_copied)
+            yield self._make_subject(self.is_copied(config))
         finally:
             comfy.model_management.in_training = was_in_training
 
@@ -116,6 +141,63 @@ class HostSubject:
             decode=decode_latents,
             is_demo=self.is_demo,
         )
+
+    def is_copied(self, config: TransferConfig) -> bool:
+        """Say whether a transfer trains copies in fp32, not beside the host's own weights."""
+        if config.student.parameters == "full" or needs_critic(config.objective):
+            return True
+        return FP32 * count(self.shapes) <= COPIED_BYTES
+
+    def needs(self, config: TransferConfig) -> list[Need]:
+        """Return what a transfer needs of the device's memory at once, the weights first.
+
+        Of weights that stay the host's, those of two blocks.
+        """
+        diffusion_model = self.model.model.diffusion_model
+        block = adapters.blocks(diffusion_model, self.sites)[0]
+        first = self.sites[0].name.rpartition(".")[0]
+        is_copied = self.is_copied(config)
+        student = config.student
+        site = self.sites[0]
+        num_maps = len(self.sites) * site.num_heads * site.head_dim**2 * student.feature_ratio
+        return training_needs(
+            Transformer(
+                dim=site.num_heads * site.head_dim,
+                ffn_dim=self.shapes[first + self.known.feed_forward][0],
+                num_layers=len(self.sites),
+                num_tokens=self.num_tokens,
+                stream_bytes=FP32 if is_copied else self.training_dtype.itemsize,
+            ),
+            weight_bytes=FP32 * count(self.shapes) if is_copied else 2 * module_size(block),
+            num_trained=num_maps + self._count_trained(student),
+            num_graphs=1,
+            batch_size=config.training.batch_size,
+            sampled_together=config.trajectories.shard_size,
+            is_checkpointed=config.training.activation_checkpointing,
+            precision=config.precision,
+        )
+
+    def _count_trained(self, student: StudentConfig) -> int:
+        prefix = self.known.trainable_prefix
+        if student.parameters == "lora":
+            return count_low_rank(self.shapes, prefix, student.lora_rank)
+        return count(self.shapes, prefix) if student.parameters == "full" else 0
+
+    def _check_fits(self, needs: list[Need]) -> None:
+        """Raise ValueError, in one sentence, where needs exceed what the device has at all.
+
+        Whatever ComfyUI holds there now, it gives way.
+        """
+        total = comfy.model_management.get_total_memory(self.device)
+        usable = total - comfy.model_management.extra_reserved_memory()
+        check_capacity(needs, self.device, usable)
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tokens that a model of this family makes of the latents."""
+        patch = getattr(self.model.model.diffusion_model, "patch_size", (1, 2, 2))
+        sizes = zip(self.latent_shape[1:], patch, strict=True)
+        return math.prod(-(-size // side) for size, side in sizes)
 
     @property
     def training_dtype(self) -> torch.dtype:
@@ -143,8 +225,9 @@ class HostSubject:
             return LATENT_SHAPE
         time_ratio = getattr(self.latent_format, "temporal_downscale_ratio", 4)
         space_ratio = getattr(self.latent_format, "spacial_downscale_ratio", 8)
-        num_frames = (inputs["frames"] - 1) // time_ratio + 1
-        size = (inputs[side] // space_ratio for side in ("height", "width"))
+        sizes = {**USUAL_SIZE, **{k: v for k, v in (inputs["settings"] or {}).items() if v}}
+        num_frames = (sizes["frames"] - 1) // time_ratio + 1
+        size = (sizes[side] // space_ratio for side in ("height", "width"))
         return (num_channels, num_frames, *size)
 
     def _find_conditions(self, inputs: dict[str, Any]) -> Conditions:
@@ -197,16 +280,3 @@ def _name(model: Any, is_demo: bool) -> str:
     paths = [Path(argument).stem for argument in arguments if isinstance(argument, str)]
     name = paths[0] if paths else type(model.model).__name__
     return name[:100] if name.isprintable() else type(model.model).__name__
-
-
-def _add(digest: Any, value: Any) -> None:
-    """Take in what a patch is made of: tensors, numbers, adapters and tuples of these."""
-    if torch.is_tensor(value):
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _add(digest, part)
-    elif hasattr(value, "weights"):
-        _add(digest, value.weights)
-    elif value is None or isinstance(value, str | int | float):
-        digest.update(repr(value).encode())

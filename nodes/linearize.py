@@ -1,5 +1,6 @@
 """LinVideo Linearize: make a video model's chosen layers linear."""
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -8,12 +9,16 @@ from ..linvideo_core import artifact
 from .datasheet import show_datasheet
 from .files import find_file, fingerprint, list_files
 from .patching import linearize
+from .sampled_as import find_guidance
 from .schema import LinVideo, make_input, make_schema
 from .transfer_inputs import read_transfer_inputs, transfer_inputs
 
 APPLY = "apply a saved file"
 APPLY_INPUT = "apply a connected LINVIDEO"
 TRANSFER = "run the transfer now"
+
+_MADE: dict[str, Path] = {}
+"""The files that were made since ComfyUI started, by the names of their transfers."""
 
 
 def _inputs(source: io.Input) -> list[io.Input]:
@@ -87,6 +92,7 @@ class LinVideoLinearize(io.ComfyNode):
                     "that makes the file.",
                 ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The faster model; the one put in is unchanged."),
                 LinVideo.Output("LINVIDEO", tooltip="The file's content, for LinVideo's nodes."),
@@ -96,13 +102,18 @@ class LinVideoLinearize(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, mode: dict[str, Any], **_: Any) -> str:
-        """Run again when the file was replaced by another of the same name."""
-        return fingerprint(mode["file"]) if mode["mode"] == APPLY else ""
+        """Run again when the file was replaced by another of the same name, or is gone."""
+        if mode["mode"] == APPLY:
+            return fingerprint(mode["file"])
+        made = _MADE.get(mode.get("name"))
+        return "deleted" if made is not None and not made.exists() else ""
 
     @classmethod
     def execute(cls, model: Any, mode: dict[str, Any]) -> io.NodeOutput:
         """Apply the chosen file, the connected one, or one made now, to a clone of the model."""
-        applied = _find_artifact(model, mode)
+        hidden = cls.hidden
+        guidance_scale = hidden and find_guidance(hidden.prompt, hidden.unique_id)
+        applied = _find_artifact(model, mode, guidance_scale)
         strength = mode.get("strength", 1.0)
         settings = {"strength": strength, "keep_first_steps": mode["keep_first_steps"]}
         linearized = linearize(model, applied, **settings)
@@ -110,7 +121,9 @@ class LinVideoLinearize(io.ComfyNode):
         return io.NodeOutput(linearized, applied, show_datasheet(applied, note=note))
 
 
-def _find_artifact(model: Any, mode: dict[str, Any]) -> artifact.Artifact:
+def _find_artifact(
+    model: Any, mode: dict[str, Any], guidance_scale: float | None
+) -> artifact.Artifact:
     if mode["mode"] == APPLY_INPUT:
         return mode["linvideo"]
     if mode["mode"] == APPLY:
@@ -118,4 +131,5 @@ def _find_artifact(model: Any, mode: dict[str, Any]) -> artifact.Artifact:
     # On use: what trains and draws takes a second to import.
     from .transfer import run
 
-    return artifact.load(run(model, read_transfer_inputs(mode)))
+    made = _MADE[mode["name"]] = run(model, read_transfer_inputs(mode), guidance_scale)
+    return artifact.load(made)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import filecmp
 import gc
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,17 +23,19 @@ from ..linvideo_core.artifact import ArtifactError
 from ..linvideo_core.config import override
 from ..linvideo_core.linearization import ARTIFACT_NAME, TransferConfig, linearize
 from ..linvideo_core.memory import is_out_of_memory
-from ..linvideo_core.run_folder import check_run, open_run
+from ..linvideo_core.quality import settings_by_steps, settings_for
+from ..linvideo_core.run_folder import CONFIG_NAME, check_run, open_run
 from ..linvideo_core.selection import check_target
 from ..linvideo_core.storage import replacing
 from ..linvideo_core.student import Student
-from ..linvideo_core.transfer import PRESETS
 from .files import FOLDER
 from .host_subject import HostSubject
 from .live import LiveProgress
 
 # How an input is called where the core names its flag.
 _INPUTS = {"out": "name", "guidance_scale": "cfg", "num_trajectories": "num_videos"}
+_FIELDS = {node: core for core, node in _INPUTS.items()}
+_SIZES = ("width", "height", "frames", "seed")
 _FREE_FIELDS = ("out", "device")
 _LOWER = "lower batch_size, frames, width and height, or lora_rank, and give it another name"
 
@@ -50,17 +53,18 @@ class HostRun:
     transfer: TransferConfig
 
 
-def run(model: Any, inputs: dict[str, Any]) -> Path:
+def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None) -> Path:
     """Return the file of a transfer of a ModelPatcher, made now unless it is there already.
 
-    inputs: by name, see `transfer_inputs`. The model is left as it is.
+    inputs: by name, see `read_transfer_inputs`. guidance_scale: with which the graph samples the
+    result, None if unknown. The model is left as it is.
 
     Raises ValueError or RuntimeError, in one sentence, for bad input or too little memory, and
     ComfyUI's own exception on Interrupt; what was trained until then is kept.
     """
     with _in_the_artists_words(), _tidied(), torch.inference_mode(False), torch.enable_grad():
         host = HostSubject(model, inputs)
-        config = make_config(inputs, host)
+        config = make_config(inputs, host, guidance_scale)
         check_target(config.selection, len(host.sites))
         identity = HostRun(
             weights=host.weights_digest(),
@@ -80,35 +84,52 @@ def run(model: Any, inputs: dict[str, Any]) -> Path:
         return target
 
 
-def make_config(inputs: dict[str, Any], host: HostSubject) -> TransferConfig:
-    """Return the core's settings: the demo's, with those of the node and of the graph's model.
+def make_config(
+    inputs: dict[str, Any], host: HostSubject, guidance_scale: float | None = None
+) -> TransferConfig:
+    """Return the core's settings: an expert's where they are given, else what suits the model.
 
     Raises ValueError for a setting that is out of range or a name that cannot be a file's.
     """
-    name, steps = inputs["name"], inputs["steps"]
+    name = inputs["name"]
     if not re.fullmatch(r"\w[\w .()-]{0,99}", name) or name != name.strip(" ."):
         raise ValueError(
             f"name {name!r} given, which cannot be a file's name: use letters, digits, spaces, - "
             "and _"
         )
-    same = ("target", "steps", "batch_size", "seed", "parameters", "lora_rank", "objective")
-    same += ("learning_rate", "warm_start_steps", "sampler_steps")
-    values = {
-        **PRESETS["demo"],
-        **{key: inputs[key] for key in same},
-        "guidance_scale": inputs["cfg"],
-        "num_trajectories": inputs["num_videos"],
-        "shard_size": inputs["batch_size"],
+    values = settings_for(inputs["quality"], is_embedded=host.is_demo, num_layers=len(host.sites))
+    out = Path(folder_paths.get_output_directory()) / FOLDER / name
+    # A run that was begun keeps its guidance, whatever its result is tried with since.
+    guidance_scale = _begun_with(out) or guidance_scale
+    if guidance_scale is not None:
+        values["guidance_scale"] = guidance_scale
+    expert = inputs["settings"] or {}
+    given = {name: value for name, value in expert.items() if name not in _SIZES and value != 0}
+    values |= {_FIELDS.get(name, name): value for name, value in given.items()}
+    values |= {
+        **settings_by_steps(values["steps"]),
+        "seed": expert.get("seed", 0),
         "shift": host.shift,
-        # The demo's 0.03 moves r far enough in its 200 steps; in more of them less is enough.
-        "layer_score_learning_rate": min(0.03, max(0.01, 6 / steps)),
-        "warmup_steps": min(100, max(1, steps // 10)),
-        "activation_checkpointing": host.device.type != "cpu",
-        "precision": "fp32",
         "device": str(host.device),
-        "out": Path(folder_paths.get_output_directory()) / FOLDER / name,
+        "out": out,
     }
-    return override(TransferConfig(), values)
+    config = override(TransferConfig(), values)
+    is_large = not host.is_copied(config)
+    by_size = {
+        "shard_size": 1 if is_large else config.training.batch_size,
+        "activation_checkpointing": is_large,
+        "precision": "bf16" if is_large and host.training_dtype == torch.bfloat16 else "fp32",
+    }
+    return override(config, by_size)
+
+
+def _begun_with(folder: Path) -> float | None:
+    """Return the guidance of the run that a folder holds, None where it holds none to be read."""
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return float(config["transfer"]["trajectories"]["guidance_scale"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _find_target(name: str, made: Path) -> Path:
@@ -124,7 +145,7 @@ def _find_target(name: str, made: Path) -> Path:
 
 
 def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None:
-    with host.subject() as subject:
+    with host.subject(config) as subject:
         student = Student(subject, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
         progress = LiveProgress(student, subject, config, host.latent_format)

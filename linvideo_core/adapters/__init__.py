@@ -35,11 +35,13 @@ class ModelFamily:
 
     find_sites: parameter shapes -> the self-attention sites in depth order, empty for a stranger.
     trainable_prefix: parameters under it belong to the transformer's blocks and may be trained.
+    feed_forward: the weight of a block that widens tokens [wide, dim], by which memory is told.
     """
 
     name: str
     find_sites: Callable[[Shapes], list[AttentionSite]]
     trainable_prefix: str
+    feed_forward: str
 
 
 def families() -> tuple[ModelFamily, ...]:

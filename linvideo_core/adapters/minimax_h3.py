@@ -28,4 +28,9 @@ def find_sites(shapes: Shapes) -> list[AttentionSite]:
     return sorted(sites, key=lambda site: site.layer)
 
 
-FAMILY = ModelFamily(name="minimax_h3", find_sites=find_sites, trainable_prefix="blocks.")
+FAMILY = ModelFamily(
+    name="minimax_h3",
+    find_sites=find_sites,
+    trainable_prefix="blocks.",
+    feed_forward=".mlp.fc1.weight",
+)

@@ -22,4 +22,9 @@ def find_sites(shapes: Shapes) -> list[AttentionSite]:
     return sorted(sites, key=lambda site: site.layer)
 
 
-FAMILY = ModelFamily(name="wan", find_sites=find_sites, trainable_prefix="blocks.")
+FAMILY = ModelFamily(
+    name="wan",
+    find_sites=find_sites,
+    trainable_prefix="blocks.",
+    feed_forward=".ffn.0.weight",
+)

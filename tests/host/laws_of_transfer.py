@@ -7,7 +7,6 @@ learned; what is kept, continued, given back and refused is all there is.
 import contextlib
 import functools
 import gc
-import inspect
 import tempfile
 import unittest
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from linvideo_pack.linvideo_core.config import override
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.demo.prompts import encode_prompts, make_prompt
 from linvideo_pack.linvideo_core.student import PARAMETERS, Student, StudentConfig, TransferTask
-from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.linvideo_core.subject import Subject, SubjectConfig, load_subject
 from linvideo_pack.linvideo_core.training import seed_step
 from linvideo_pack.linvideo_core.trajectories import collect
 from linvideo_pack.nodes import demo, files
@@ -47,7 +46,7 @@ def _any_demo() -> tuple[Any, Any, Any, Any]:
 
 
 def _can_train() -> bool:
-    return "force_deepcopy" in inspect.signature(_any_demo()[0].clone).parameters
+    return hasattr(comfy.model_management, "in_training")
 
 
 def _need_training() -> None:
@@ -61,18 +60,14 @@ def _demo() -> tuple[Any, Any, Any, Any]:
 
 
 def _inputs(**changes: Any) -> dict[str, Any]:
+    """Return what the node is given; an expert's settings are told from the others by name."""
     prompts = encode_prompts([make_prompt(digit, digit) for digit in range(3)])
-    usual = {
-        "mode": TRANSFER,
-        "name": "law",
+    settings = {
         "target": 4,
         "steps": 6,
         "batch_size": 2,
         "cfg": 3.0,
         "seed": 1,
-        "positive": [[prompts, {}]],
-        "negative": _any_demo()[2],
-        "latent": {"samples": torch.zeros(1, LATENT_SHAPE[0], 2, 8, 8)},
         "parameters": "lora",
         "lora_rank": 4,
         "objective": "adm",
@@ -83,9 +78,20 @@ def _inputs(**changes: Any) -> dict[str, Any]:
         "width": 64,
         "height": 64,
         "frames": 9,
+    }
+    usual = {
+        "mode": TRANSFER,
+        "name": "law",
+        "quality": "standard",
+        "prompts": "",
+        "positive": [[prompts, {}]],
+        "negative": _any_demo()[2],
+        "clip": None,
+        "latent": {"samples": torch.zeros(1, LATENT_SHAPE[0], 2, 8, 8)},
         "keep_first_steps": 0,
     }
-    return {**usual, **changes}
+    expert = {name: changes.pop(name) for name in list(changes) if name in settings}
+    return {**usual, "settings": {**settings, **expert}, **changes}
 
 
 @contextlib.contextmanager
@@ -261,7 +267,7 @@ def _with_lora(model: Any) -> Any:
 
 def a_loras_changes_are_part_of_the_teacher() -> None:
     model = _with_lora(_demo()[0])
-    with _ordinary(), HostSubject(model, _inputs()).subject() as subject:
+    with _teacher(model, _inputs()) as subject:
         weight = subject.model.blocks[0].self_attn.q.weight
         plain = load_subject(SubjectConfig()).model.blocks[0].self_attn.q.weight
         torch.testing.assert_close(weight - plain, torch.full_like(plain, 0.02), atol=1e-6, rtol=0)
@@ -281,15 +287,17 @@ def weights_of_every_kind_can_be_trained_with_every_objective() -> None:
 
 
 @contextlib.contextmanager
-def _ordinary() -> Iterator[None]:
-    """Compute as a transfer does: outside of the inference mode that nodes run in."""
+def _teacher(model: Any, inputs: dict[str, Any]) -> Iterator[Subject]:
+    """Lend the teacher of a transfer, outside of the inference mode that nodes run in."""
     with torch.inference_mode(False), torch.no_grad():
-        yield
+        host = HostSubject(model, inputs)
+        with host.subject(make_config(inputs, host)) as subject:
+            yield subject
 
 
 def the_teacher_is_the_model_of_the_headless_core() -> None:
-    latents, sigma, prompts = torch.randn(2, *LATENT_SHAPE), torch.tensor([0.9, 0.2]), []
-    with _ordinary(), HostSubject(_demo()[0], _inputs()).subject() as subject:
+    latents, sigma = torch.randn(2, *LATENT_SHAPE), torch.tensor([0.9, 0.2])
+    with _teacher(_demo()[0], _inputs()) as subject:
         prompts = subject.prompt_embeds[:2]
         found = subject.model(latents.clone(), 1000 * sigma.clone(), prompts)
         expected = load_subject(SubjectConfig()).model(latents, 1000 * sigma, prompts)
@@ -307,10 +315,10 @@ def recomputed_activations_give_the_same_gradients() -> None:
     with torch.inference_mode(False), torch.enable_grad(), _folders() as folder:
         host = HostSubject(_demo()[0], _inputs())
         for is_recomputed in (False, True):
-            with host.subject() as subject:
-                config = override(
-                    make_config(_inputs(), host), {"activation_checkpointing": is_recomputed}
-                )
+            config = override(
+                make_config(_inputs(), host), {"activation_checkpointing": is_recomputed}
+            )
+            with host.subject(config) as subject:
                 student = Student(subject, config.student, seed=0)
                 trajectories = collect(subject, config.trajectories, folder / "states", seed=0)
                 rooms = ("selection", "objective", "training", "precision")
@@ -370,12 +378,13 @@ def a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_fo
     with _folders() as folder:
         model = _make_wan(folder, torch.bfloat16)
         model.set_model_compute_dtype(torch.bfloat16)
-        host = HostSubject(model, _wan_inputs())
+        inputs = _wan_inputs()
+        host = HostSubject(model, inputs)
         assert host.latent_shape == (16, 3, 8, 8)
         latents = torch.randn(1, *host.latent_shape)
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
-        with _ordinary(), host.subject() as subject:
+        with _teacher(model, inputs) as subject:
             found = subject.model(latents.clone(), torch.tensor([1000.0]), prompt.clone())
             student = Student(subject, StudentConfig(lora_rank=4), seed=0)
             assert {p.dtype for p in student.weights.values()} == {torch.float32}
@@ -405,7 +414,7 @@ def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
         latents = torch.randn(1, *host.latent_shape)
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
-        with _ordinary(), host.subject() as subject:
+        with _teacher(model, inputs) as subject:
             found = subject.model(latents.clone(), torch.tensor([1000.0]), prompt.clone())
         _assert_close(found, expected)
         assert run(model, inputs).is_file()
