@@ -28,4 +28,6 @@ def find_sites(shapes: Shapes) -> list[AttentionSite]:
     return sorted(sites, key=lambda site: site.layer)
 
 
-FAMILY = ModelFamily(name="minimax_h3", find_sites=find_sites, trainable_prefix="blocks.")
+FAMILY = ModelFamily(
+    name="minimax_h3", find_sites=find_sites, trainable_prefix="blocks.", sketched=("qkv_proj",)
+)

@@ -22,4 +22,6 @@ def find_sites(shapes: Shapes) -> list[AttentionSite]:
     return sorted(sites, key=lambda site: site.layer)
 
 
-FAMILY = ModelFamily(name="wan", find_sites=find_sites, trainable_prefix="blocks.")
+FAMILY = ModelFamily(
+    name="wan", find_sites=find_sites, trainable_prefix="blocks.", sketched=("q", "v")
+)
