@@ -124,7 +124,7 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
         student = make_student(subject, first, config.distillation, seed=config.seed)
         with team.in_turn():
             open_run(config.out, config, ignore=_FREE_FIELDS)
-        artifact_files.warn_of_other_weights(first, subject.model, student.sites)
+        artifact_files.warn_of_other_weights(first, subject.model)
         distill(student, subject, first, config, precision, progress, team)
     metrics_path = config.out / "training" / "metrics.jsonl"
     if team.is_first and metrics_path.exists():

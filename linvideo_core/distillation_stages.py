@@ -30,7 +30,7 @@ from .subject import Subject, SubjectConfig
 from .teacher_videos import Endings, measure_likeness
 from .team import ALONE, Team
 from .training import TrainingConfig, fit
-from .trajectories import Trajectories, TrajectoryConfig, collect
+from .trajectories import Trajectories, TrajectoryConfig, collect, find_usage
 from .warm_start import WarmStartConfig, fit_feature_maps
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,12 @@ def distill(
         steps=config.training.steps,
         provenance=provenance(config, subject, first),
         sigmas=task.sigmas.tolist(),
+        usage=dataclasses.replace(
+            find_usage(subject, config.trajectories),
+            guidance_scale=1.0,
+            steps=config.distillation.num_steps,
+            sampler="lcm",
+        ),
     )
     artifact_files.save(made, config.out / ARTIFACT_NAME)
 
@@ -163,13 +169,13 @@ def provenance(config: DistillConfig, subject: Subject, first: Artifact) -> dict
         "date": datetime.date.today().isoformat(),
         "model": subject.name,
         "stages": 1 if config.single_stage else 2,
-        "guidance_scale": config.distillation.real_guidance_scale,
-        "shift": config.trajectories.shift,
+        "real_guidance_scale": config.distillation.real_guidance_scale,
         "seed": config.seed,
         **config.subject.held.provenance,
     }
     before = {
         **first.header.provenance,
+        **first.header.usage.said,
         "objective": first.header.objective,
         "steps": first.header.steps,
     }

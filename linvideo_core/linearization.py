@@ -27,7 +27,7 @@ from .student import Student, StudentConfig, TransferTask, accelerated
 from .subject import Subject, SubjectConfig
 from .team import ALONE, Team
 from .training import TrainingConfig, fit
-from .trajectories import Trajectories, TrajectoryConfig, collect
+from .trajectories import Trajectories, TrajectoryConfig, collect, find_usage
 from .warm_start import WarmStartConfig, fit_feature_maps
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def linearize(
         objective=config.objective.objective,
         steps=config.training.steps,
         provenance=provenance(config, subject),
+        usage=find_usage(subject, config.trajectories),
     )
     artifact.save(made, config.out / ARTIFACT_NAME)
 
@@ -200,8 +201,6 @@ def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "model": subject.name,
-        "guidance_scale": config.trajectories.guidance_scale,
-        "shift": config.trajectories.shift,
         "choice": choice,
         "seed": config.seed,
         **config.subject.held.provenance,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import demo
-from .adapters import blocks, identify, keep_digest, shapes_of, weights_digest
+from .adapters import blocks, identify, keep_identity, shapes_of, weights_digest, weights_sketch
 from .config import option, positive
-from .demo.codec import LATENT_SHAPE, decode_latents
+from .demo.codec import LATENT_SHAPE, SPACE_PATCH, TIME_PATCH, decode_latents
 from .demo.prompts import all_prompts, encode_prompts
 from .models.checkpoint import Checkpoint, load_wan, open_wan
 from .models.rounded import FrozenConfig
@@ -19,7 +19,9 @@ from .progress import Progress, silent
 from .prompts import read_prompts
 from .prompts.sources import PromptConfig, PromptSource, find_source
 
-_TIME_COMPRESSION, _SPACE_COMPRESSION = 4, 8  # Wan's video autoencoder
+_TIME_COMPRESSION = 4
+# Pixels a latent, by channels: 24 are MiniMax-H3's, 48 those of Wan 2.2's 5B, 16 any other Wan's.
+_SPACE_COMPRESSION = {16: 8, 24: 16, 48: 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class SubjectConfig:
         if (self.num_frames - 1) % _TIME_COMPRESSION:
             raise ValueError(f"--num-frames {self.num_frames} given; 4 n + 1 is needed, such as 81")
         for name in ("height", "width"):
-            if getattr(self, name) % (2 * _SPACE_COMPRESSION):
+            if getattr(self, name) % 16:
                 raise ValueError(
                     f"--{name} {getattr(self, name)} given; a multiple of 16 is needed"
                 )
@@ -71,6 +73,15 @@ class Subject:
     decode: Callable[[Tensor], Tensor]
     is_demo: bool
     offload_blocks: int = 0
+
+    @property
+    def video_size(self) -> tuple[int, int, int]:
+        """Return frames, height and width in pixels of the video that the latents stand for."""
+        C, F, H, W = self.latent_shape
+        if self.is_demo:
+            return TIME_PATCH * F, SPACE_PATCH * H, SPACE_PATCH * W
+        ratio = _SPACE_COMPRESSION.get(C, 8)
+        return _TIME_COMPRESSION * (F - 1) + 1, ratio * H, ratio * W
 
     def to(self, device: torch.device | str) -> "Subject":
         """Move the teacher and its prompts; once, where blocks are offloaded."""
@@ -123,12 +134,13 @@ class Draft:
         )
 
     def load_model(self) -> nn.Module:
-        """Return the model alone, on the CPU, frozen; it goes by its checkpoint's digest."""
+        """Return the model alone, on the CPU, frozen; it goes by its checkpoint's weights."""
         model = self.checkpoint.load(frozen=self.held.frozen).eval().requires_grad_(False)
         if self.held.frozen != "fp32":
-            _, sites = identify(self.shapes)
-            ends = [f"{site.name}." for site in (sites[0], sites[-1])]
-            keep_digest(model, weights_digest(self.checkpoint.load(under=ends), sites))
+            family, sites = identify(self.shapes)
+            whole = self.checkpoint.load(under=[f"{site.name}." for site in (sites[0], sites[-1])])
+            sketch = weights_sketch(whole, family, sites)
+            keep_identity(model, weights_digest(whole, sites), sketch)
         return model
 
 
@@ -156,14 +168,21 @@ def open_subject(config: SubjectConfig) -> Draft | None:
             f"--offload-blocks {config.held.offload_blocks} given; {config.model} has "
             f"{checkpoint.config.num_layers} blocks"
         )
+    ratio = _SPACE_COMPRESSION.get(checkpoint.config.in_channels, 8)
+    for name in ("height", "width"):
+        if getattr(config, name) % (2 * ratio):
+            raise ValueError(
+                f"--{name} {getattr(config, name)} given; {config.model} needs a multiple of "
+                f"{2 * ratio}"
+            )
     return Draft(
         checkpoint=checkpoint,
         source=source,
         latent_shape=(
             checkpoint.config.in_channels,
             (config.num_frames - 1) // _TIME_COMPRESSION + 1,
-            config.height // _SPACE_COMPRESSION,
-            config.width // _SPACE_COMPRESSION,
+            config.height // ratio,
+            config.width // ratio,
         ),
         held=config.held,
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .adapters import identify, shapes_of, weights_digest
+from .artifact import Usage
 from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .flow import make_sigmas, sample_euler
@@ -257,6 +258,20 @@ def _sample_shard(
     shape = (size, config.states_per_trajectory)
     stored = {name: torch.cat(parts)[by_video].unflatten(0, shape) for name, parts in kept.items()}
     return {**stored, "step": kept_steps, "prompt": prompt}
+
+
+def find_usage(subject: Subject, config: TrajectoryConfig) -> Usage:
+    """Say how a student wants to be used: as its teacher was sampled."""
+    num_frames, height, width = subject.video_size
+    return Usage(
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        guidance_scale=config.guidance_scale,
+        shift=config.shift,
+        steps=config.sampler_steps,
+        sampler="euler",
+    )
 
 
 def spread_edges(num_kept: int, num_steps: int) -> Tensor:

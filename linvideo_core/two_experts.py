@@ -178,8 +178,11 @@ def linearize_experts(
 def _with_range(made: Artifact, side: str, boundary: float) -> Artifact:
     """Return a file that says at which noise levels its model works."""
     above, below = (1.0, boundary) if side == HIGH else (boundary, 0.0)
-    origin = {"expert": side, "sigma_from": above, "sigma_to": below}
-    header = dataclasses.replace(made.header, provenance={**made.header.provenance, **origin})
+    header = dataclasses.replace(
+        made.header,
+        usage=dataclasses.replace(made.header.usage, sigma_from=above, sigma_to=below),
+        provenance={**made.header.provenance, "expert": side},
+    )
     return dataclasses.replace(made, header=header)
 
 

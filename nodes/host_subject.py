@@ -33,6 +33,7 @@ from ..linvideo_core.objectives import needs_critic
 from ..linvideo_core.student import StudentConfig
 from ..linvideo_core.subject import Subject
 from . import digests
+from .base_weights import describe_base
 from .conditions import Conditions, read_conditions
 from .demo import DemoLatents
 from .families import host_family
@@ -130,7 +131,8 @@ class HostSubject:
             family=self.family,
             timestep_scale=base_model.model_sampling.multiplier / TIMESTEP_SCALE,
         )
-        adapters.keep_digest(model, self.weights_digest())
+        base = describe_base(self.model)
+        adapters.keep_identity(model, base.digest, base.sketch)
         return Subject(
             name=_name(self.model, self.is_demo),
             model=model,

@@ -298,7 +298,7 @@ def test_other_weights_of_the_same_architecture_are_a_warning(
         artifact.apply(made, make_teacher())
         assert not caplog.records
         artifact.apply(made, make_teacher(seed=9))
-    assert "other weights of the same architecture" in caplog.text
+    assert "off those that the file was made from: another finetune" in caplog.text
 
 
 @pytest.mark.parametrize(("num_heads", "num_layers"), [(1, 3), (2, 4)])
@@ -511,7 +511,7 @@ DEFECTS = {
         "plain LoRA",
     ),
     "header stripped": (lambda t, e: e.clear(), "header is gone"),
-    "newer version": (_put(format_version="3"), "update LinVideo"),
+    "newer version": (_put(format_version="4"), "update LinVideo"),
     "version of other fields": (_put(format_version="2"), "linvideo.map_sharing' is missing"),
     "newer version, other fields": (
         lambda t, e: (e.clear(), e.update({"linvideo.format_version": "7"})),

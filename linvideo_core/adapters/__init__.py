@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .sketch import sketch, sketched_rows
+
 Shapes = Mapping[str, tuple[int, ...]]
 
-_DIGEST = "linvideo_weights_digest"
+_DIGEST, _SKETCH = "linvideo_weights_digest", "linvideo_weights_sketch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,14 @@ class ModelFamily:
     find_sites: parameter shapes -> the self-attention sites in depth order, empty for a stranger.
     trainable_prefix: parameters under it belong to the transformer's blocks and may be trained.
     feed_forward: the weight of a block that widens tokens [wide, dim], by which memory is told.
+    sketched: linear layers of a site whose weights stand for the model's in `weights_sketch`.
     """
 
     name: str
     find_sites: Callable[[Shapes], list[AttentionSite]]
     trainable_prefix: str
     feed_forward: str
+    sketched: tuple[str, ...]
 
 
 def families() -> tuple[ModelFamily, ...]:
@@ -74,23 +78,55 @@ def fingerprint(family: ModelFamily, sites: list[AttentionSite]) -> str:
     return f"{family.name}, {len(sites)} layers, {site.num_heads} heads of {site.head_dim}"
 
 
-def keep_digest(model: nn.Module, digest: str) -> None:
-    """Let a model whose weights are rounded go by the digest of those that it was rounded from."""
+def keep_identity(model: nn.Module, digest: str, sketch: tuple[float, ...]) -> None:
+    """Let a model whose weights are rounded go by the weights that it was rounded from.
+
+    digest, sketch: theirs, of `weights_digest` and `weights_sketch`.
+    """
     setattr(model, _DIGEST, digest)
+    setattr(model, _SKETCH, sketch)
 
 
 def weights_digest(model: nn.Module, sites: list[AttentionSite]) -> str:
     """Return 16 hex digits that tell one set of weights from another of the same architecture.
 
-    A rounded model has that of the checkpoint it was read from, see `keep_digest`.
+    A rounded model has that of the checkpoint it was read from, see `keep_identity`.
     """
     if _DIGEST in vars(model):
         return vars(model)[_DIGEST]
+    parameters = (
+        parameter
+        for site in (sites[0], sites[-1])
+        for parameter in model.get_submodule(site.name).parameters(recurse=True)
+    )
+    return digest_weights(parameters)
+
+
+def digest_weights(weights: Iterable[Tensor]) -> str:
+    """Return 16 hex digits of all parameters of the first and the last site, in order."""
     digest = hashlib.blake2b(digest_size=8)
-    for site in (sites[0], sites[-1]):
-        for parameter in model.get_submodule(site.name).parameters(recurse=True):
-            digest.update(parameter.detach().cpu().half().numpy().tobytes())
+    for weight in weights:
+        digest.update(weight.detach().cpu().half().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def sketched_weights(family: ModelFamily, sites: list[AttentionSite]) -> list[str]:
+    """Return the names of the weights that `weights_sketch` looks at, in order."""
+    ends = (sites[0], sites[-1])
+    return [f"{site.name}.{layer}.weight" for site in ends for layer in family.sketched]
+
+
+def weights_sketch(
+    model: nn.Module, family: ModelFamily, sites: list[AttentionSite]
+) -> tuple[float, ...]:
+    """Return numbers that tell how far a model's weights are from others, see `sketch`.
+
+    A rounded model has those of the checkpoint it was read from, see `keep_identity`.
+    """
+    if _SKETCH in vars(model):
+        return vars(model)[_SKETCH]
+    weights = map(model.get_parameter, sketched_weights(family, sites))
+    return sketch(weight[sketched_rows(weight.shape)] for weight in weights)
 
 
 def install(

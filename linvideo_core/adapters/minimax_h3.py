@@ -33,4 +33,5 @@ FAMILY = ModelFamily(
     find_sites=find_sites,
     trainable_prefix="blocks.",
     feed_forward=".mlp.fc1.weight",
+    sketched=("qkv_proj",),
 )

@@ -27,4 +27,5 @@ FAMILY = ModelFamily(
     find_sites=find_sites,
     trainable_prefix="blocks.",
     feed_forward=".ffn.0.weight",
+    sketched=("q", "v"),
 )

@@ -9,10 +9,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..adapters.sketch import SIZE as SKETCH_SIZE
 from ..attention import MAP_SHARINGS, LinearForm
 from ..kernels import FEATURE_MAPS
+from .fields import (
+    ArtifactError,
+    check_integer,
+    check_text,
+    is_integer,
+    is_number,
+    refuse,
+    show,
+)
+from .usage import Usage
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PARAMETERS = ("full", "lora", "feature_maps")
 _FORM_FIELDS = tuple(field.name for field in dataclasses.fields(LinearForm))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,19 +32,16 @@ _MAX_LAYERS = 1000
 _MAX_FEATURE_DIM = 8192
 _MAX_RANK = 65536
 _MAX_STEPS = 10**9
-_MAX_TEXT = 200
 _MAX_WINDOW = 2**20
 
 
-class ArtifactError(ValueError):
-    """A LINVIDEO file that is damaged, foreign, or made for another model."""
+def version_for(form: LinearForm, usage: Usage, weights_sketch: tuple[float, ...]) -> int:
+    """Return the lowest format version that says all of this, which older LinVideos read too.
 
-
-def version_for(form: LinearForm) -> int:
-    """Return the format version that linear layers of a form need: 1 wherever it can be.
-
-    A LinVideo that knows version 1 alone reads such a file, and refuses any other in one sentence.
+    A LinVideo that does not know a version refuses it in one sentence.
     """
+    if usage.said or weights_sketch:
+        return 3
     return 1 if form == LinearForm() else 2
 
 
@@ -52,6 +60,9 @@ class ArtifactHeader:
         `attention.LinearForm`'s words.
     objective, steps: what was trained, and for how many training steps.
     sigmas: the sampling grid that a distilled model is bound to, empty for any other.
+    usage: how the file wants to be used, as far as it says.
+    weights_sketch: of the weights that it was trained from, `adapters.weights_sketch`; empty for
+        a file that has none.
     provenance: how the file was made, for its reader.
 
     Raises ArtifactError naming the field that is wrong.
@@ -75,6 +86,8 @@ class ArtifactHeader:
     map_sharing: str = "per_head"
     output_gate: bool = False
     window: int = 0
+    usage: Usage = dataclasses.field(default_factory=Usage)
+    weights_sketch: tuple[float, ...] = ()
 
     @property
     def form(self) -> LinearForm:
@@ -84,35 +97,41 @@ class ArtifactHeader:
     def __post_init__(self) -> None:
         _check_version(self.format_version)
         for name in ("family", "fingerprint", "weights_digest", "objective"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         if not re.fullmatch("[0-9a-f]{16}", self.weights_digest):
-            _refuse("weights_digest", self.weights_digest, "16 hexadecimal digits are expected")
+            refuse("weights_digest", self.weights_digest, "16 hexadecimal digits are expected")
         for name, choices in (
             ("feature_map", FEATURE_MAPS),
             ("map_sharing", MAP_SHARINGS),
             ("parameters", PARAMETERS),
         ):
             if getattr(self, name) not in choices:
-                _refuse(name, getattr(self, name), f"one of {', '.join(choices)} is expected")
-        _check_integer("num_layers", self.num_layers, 1, _MAX_LAYERS)
-        _check_integer("feature_dim", self.feature_dim, 2, _MAX_FEATURE_DIM)
+                refuse(name, getattr(self, name), f"one of {', '.join(choices)} is expected")
+        check_integer("num_layers", self.num_layers, 1, _MAX_LAYERS)
+        check_integer("feature_dim", self.feature_dim, 2, _MAX_FEATURE_DIM)
         if self.feature_dim % 2:
-            _refuse("feature_dim", self.feature_dim, "an even number is expected")
+            refuse("feature_dim", self.feature_dim, "an even number is expected")
         if not isinstance(self.output_gate, bool):
-            _refuse("output_gate", self.output_gate, "true or false is expected")
-        _check_integer("window", self.window, 0, _MAX_WINDOW)
+            refuse("output_gate", self.output_gate, "true or false is expected")
+        check_integer("window", self.window, 0, _MAX_WINDOW)
         if self.window == 1:
-            _refuse("window", self.window, "0, or 2 or more tokens are expected")
-        if self.format_version < version_for(self.form):
-            expected = f"{version_for(self.form)} is expected for linear layers of this form"
-            _refuse("format_version", self.format_version, expected)
+            refuse("window", self.window, "0, or 2 or more tokens are expected")
+        self._check_usage()
         is_lora = self.parameters == "lora"
-        _check_integer("lora_rank", self.lora_rank, *((1, _MAX_RANK) if is_lora else (0, 0)))
-        _check_integer("steps", self.steps, 0, _MAX_STEPS)
+        check_integer("lora_rank", self.lora_rank, *((1, _MAX_RANK) if is_lora else (0, 0)))
+        check_integer("steps", self.steps, 0, _MAX_STEPS)
         _check_layers(self.layers, self.num_layers)
         _check_site_names(self.site_names, self.layers)
         _check_sigmas(self.sigmas)
         _check_provenance(self.provenance)
+
+    def _check_usage(self) -> None:
+        if not isinstance(self.usage, Usage):
+            refuse("usage", self.usage, "a Usage is expected")
+        _check_sketch(self.weights_sketch)
+        needed = version_for(self.form, self.usage, self.weights_sketch)
+        if self.format_version < needed:
+            refuse("format_version", self.format_version, f"{needed} is expected for what it says")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,84 +178,67 @@ class Artifact:
         _check_added("output gate", self.header, self.header.output_gate, self.gates, 2)
         _check_added("window mix", self.header, self.header.window > 0, self.window_mixes, 1)
         for name, delta in self.deltas.items():
-            _check_text("parameter name", name)
+            check_text("parameter name", name)
             _check_dtype(f"the change of {name}", delta)
         for name, pair in self.low_rank.items():
-            _check_text("layer name", name)
+            check_text("layer name", name)
             _check_low_rank(self.header, name, *pair)
 
 
-def _refuse(name: str, value: object, expected: str) -> None:
-    raise ArtifactError(f"{name} is {_show(value)}; {expected}")
-
-
-def _show(value: object) -> str:
-    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**18 else "a huge number"
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_version(version: object) -> None:
-    if not _is_integer(version) or version < 1:
-        _refuse("format_version", version, "a whole number from 1 is expected")
+    if not is_integer(version) or version < 1:
+        refuse("format_version", version, "a whole number from 1 is expected")
     if version > FORMAT_VERSION:
         expected = f"this LinVideo reads version {FORMAT_VERSION}: update LinVideo"
-        _refuse("format_version", version, expected)
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or not value.isprintable():
-        _refuse(name, value, f"1 to {_MAX_TEXT} printable characters are expected")
-
-
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if not _is_integer(value) or not low <= value <= high:
-        expected = str(low) if low == high else f"a whole number from {low} to {high}"
-        _refuse(name, value, f"{expected} is expected")
+        refuse("format_version", version, expected)
 
 
 def _check_layers(layers: object, num_layers: int) -> None:
-    if not isinstance(layers, tuple) or not layers or not all(map(_is_integer, layers)):
-        _refuse("layers", layers, "the numbers of one linear layer or more are expected")
+    if not isinstance(layers, tuple) or not layers or not all(map(is_integer, layers)):
+        refuse("layers", layers, "the numbers of one linear layer or more are expected")
     for layer in layers:
         if not 0 <= layer < num_layers:
-            _refuse("layers", layers, f"a model of {num_layers} layers has no layer {_show(layer)}")
+            refuse("layers", layers, f"a model of {num_layers} layers has no layer {show(layer)}")
     if list(layers) != sorted(set(layers)):
-        _refuse("layers", layers, "each layer once, in ascending order, is expected")
+        refuse("layers", layers, "each layer once, in ascending order, is expected")
 
 
 def _check_site_names(names: object, layers: tuple[int, ...]) -> None:
     if not isinstance(names, tuple) or len(names) != len(layers):
-        _refuse("site_names", names, f"{len(layers)} module names, one a layer, are expected")
+        refuse("site_names", names, f"{len(layers)} module names, one a layer, are expected")
     for name in names:
-        _check_text("site_names", name)
+        check_text("site_names", name)
     if len(set(names)) != len(names):
-        _refuse("site_names", names, "each module once is expected")
+        refuse("site_names", names, "each module once is expected")
 
 
 def _check_sigmas(sigmas: object) -> None:
     expected = "an empty list or noise levels that fall from at most 1 to 0 are expected"
     if not isinstance(sigmas, tuple) or not all(
-        isinstance(sigma, float) or _is_integer(sigma) for sigma in sigmas
+        isinstance(sigma, float) or is_integer(sigma) for sigma in sigmas
     ):
-        _refuse("sigmas", sigmas, expected)
+        refuse("sigmas", sigmas, expected)
     falls = all(high > low for high, low in itertools.pairwise(sigmas))
     if sigmas and not (falls and 1 >= sigmas[0] > sigmas[-1] == 0):
-        _refuse("sigmas", sigmas, expected)
+        refuse("sigmas", sigmas, expected)
+
+
+def _check_sketch(sketch: object) -> None:
+    expected = f"an empty list or {SKETCH_SIZE} numbers from -1 to 1 are expected"
+    if not isinstance(sketch, tuple) or len(sketch) not in (0, SKETCH_SIZE):
+        refuse("weights_sketch", sketch, expected)
+    if not all(is_number(value) and abs(value) <= 1 for value in sketch):
+        refuse("weights_sketch", sketch, expected)
 
 
 def _check_provenance(provenance: object) -> None:
     if not isinstance(provenance, Mapping):
-        _refuse("provenance", provenance, "names with texts or numbers are expected")
+        refuse("provenance", provenance, "names with texts or numbers are expected")
     for name, value in provenance.items():
-        _check_text("provenance's name", name)
-        is_finite = isinstance(value, float) and math.isfinite(value)
-        is_small = isinstance(value, int) and abs(value) < 2**63
-        if not (isinstance(value, str) or is_finite or is_small):
-            _refuse(f"provenance's {_show(name)}", value, "a text or a finite number is expected")
+        check_text("provenance's name", name)
+        is_small = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+        if not (isinstance(value, str) or (is_small and math.isfinite(value))):
+            refuse(f"provenance's {show(name)}", value, "a text or a finite number is expected")
 
 
 def _check_dtype(what: str, tensor: Tensor) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from .contents import Artifact, ArtifactHeader
+from .usage import Usage
 
 _MAX_TEXT, _MAX_ORIGIN = 400, 80
 
@@ -26,14 +27,19 @@ def describe(artifact: Artifact) -> dict[str, str]:
         "feature maps": _describe_maps(header),
         "weight changes": _describe_changes(artifact),
         "size": ", ".join(f"{name} {show_bytes(n)}" for name, n in count_bytes(artifact).items()),
-        "sampling": "any number of steps",
+        "video": describe_size(header.usage),
+        "sampling": _describe_sampling(header),
     }
-    if header.sigmas:
-        grid = ", ".join(f"{sigma:.4g}" for sigma in header.sigmas)
-        facts["sampling"] = f"{_count(len(header.sigmas) - 1, 'step')}: sigmas {grid}"
     made = (f"{name} {value}" for name, value in header.provenance.items())
     facts["made with"] = ", ".join(_printable(text, _MAX_ORIGIN) for text in made) or "not said"
     return {name: _printable(text, _MAX_TEXT) for name, text in facts.items()}
+
+
+def describe_size(usage: Usage) -> str:
+    """Say at which size of video a file was made."""
+    frames = f"{usage.num_frames} frames" if usage.num_frames else ""
+    size = f"{usage.width} x {usage.height}" if usage.width and usage.height else ""
+    return ", ".join(part for part in (size, frames) if part) or "not said"
 
 
 def count_bytes(artifact: Artifact) -> dict[str, int]:
@@ -56,6 +62,24 @@ def show_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} bytes"
+
+
+def _describe_sampling(header: ArtifactHeader) -> str:
+    """Say what a file is bound to, then what it was made at."""
+    bound, usage = "any number of steps", header.usage
+    if header.sigmas:
+        grid = ", ".join(f"{sigma:.4g}" for sigma in header.sigmas)
+        bound = f"{_count(len(header.sigmas) - 1, 'step')}: sigmas {grid}"
+    steps = "" if header.sigmas or usage.steps is None else _count(usage.steps, "step")
+    made = [" of ".join(part for part in (steps, usage.sampler) if part)]
+    if usage.guidance_scale is not None:
+        made.append(f"guidance {usage.guidance_scale:g}")
+    if usage.shift is not None:
+        made.append(f"shift {usage.shift:g}")
+    if usage.sigma_from is not None:
+        made.append(f"noise levels from {usage.sigma_from:g} to {usage.sigma_to:g}")
+    said = ", ".join(part for part in made if part)
+    return f"{bound}; made at {said}" if said else bound
 
 
 def _describe_maps(header: ArtifactHeader) -> str:

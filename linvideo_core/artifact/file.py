@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..storage import write_tensors
-from .contents import DTYPES, FORMAT_VERSION, Artifact, ArtifactError, ArtifactHeader
+from .contents import DTYPES, FORMAT_VERSION, Artifact, ArtifactHeader
+from .fields import ArtifactError
+from .usage import read_usage
 
 _OURS = "linvideo."
 _WEIGHTS = "diffusion_model."
@@ -27,8 +29,8 @@ _SUFFIXES = {_OURS: (_QUERY, _KEY, _GATE, _MIX), _WEIGHTS: (_DIFF, _DIFF_BIAS, _
 _STORED_DTYPES = ("F16", "BF16", "F32", "F64")
 _MAX_ENTRY = 2**20
 
-# Header fields that version 2 brought; a file of version 1 has none of them.
-_SINCE_2 = ("map_sharing", "output_gate", "window")
+# Which version brought a header field; a file of an earlier one has none of it.
+_SINCE = {"map_sharing": 2, "output_gate": 2, "window": 2, "usage": 3, "weights_sketch": 3}
 
 # `X.diff` changes X.weight, or X itself where a parameter is called neither weight nor bias. The
 # name alone does not tell which, so the file lists the latter.
@@ -119,7 +121,9 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _encode_header(artifact: Artifact) -> dict[str, str]:
     header = artifact.header
     values = {_OURS + name: getattr(header, name) for name in _fields_of(header.format_version)}
-    values[_OURS + "provenance"] = dict(artifact.header.provenance)
+    values[_OURS + "provenance"] = dict(header.provenance)
+    if _OURS + "usage" in values:
+        values[_OURS + "usage"] = header.usage.said
     values[_BARE] = [name for name in artifact.deltas if _is_bare(name)]
     entries = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
     for name, text in entries.items():
@@ -130,7 +134,7 @@ def _encode_header(artifact: Artifact) -> dict[str, str]:
 def _fields_of(version: int) -> list[str]:
     """Return the header's fields that a file of a version has."""
     names = [field.name for field in dataclasses.fields(ArtifactHeader)]
-    return [name for name in names if version > 1 or name not in _SINCE_2]
+    return [name for name in names if version >= _SINCE.get(name, 1)]
 
 
 def _check_length(name: str, text: str) -> None:
@@ -159,6 +163,8 @@ def _decode_header(
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
+    if "usage" in values:
+        values["usage"] = read_usage(values["usage"])
     header = ArtifactHeader(**values)
     bare = _parse(_BARE, metadata[_BARE])
     if not isinstance(bare, list) or not all(map(_is_bare, bare)):

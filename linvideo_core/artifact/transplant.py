@@ -12,7 +12,10 @@ from .. import adapters
 from ..attention import LinearAttention, MixedAttention
 from ..lora import LowRank
 from .additions import add_change
-from .contents import Artifact, ArtifactError, ArtifactHeader, version_for
+from .base_weights import BaseWeights, compare_weights
+from .contents import Artifact, ArtifactHeader, version_for
+from .fields import ArtifactError
+from .usage import Usage
 
 _log = logging.getLogger(__name__)
 
@@ -72,18 +75,16 @@ def check(artifact: Artifact, model_shapes: adapters.Shapes) -> list[adapters.At
     return linear
 
 
-def warn_of_other_weights(
-    artifact: Artifact, model: nn.Module, sites: list[adapters.AttentionSite]
-) -> None:
+def warn_of_other_weights(artifact: Artifact, model: nn.Module) -> None:
     """Log when a model's weights are not those that the artifact was trained from."""
-    digest = adapters.weights_digest(model, sites)
-    if digest != artifact.header.weights_digest:
-        _log.warning(
-            "LinVideo: this file was trained from other weights of the same architecture (%s, the "
-            "model has %s): another finetune or precision may look worse",
-            artifact.header.weights_digest,
-            digest,
-        )
+    family, sites = adapters.identify(adapters.shapes_of(model))
+    found = BaseWeights(
+        digest=adapters.weights_digest(model, sites),
+        sketch=adapters.weights_sketch(model, family, sites),
+    )
+    match = compare_weights(artifact.header, found)
+    if match.kind != "same":
+        _log.warning("LinVideo: %s", match)
 
 
 def apply(artifact: Artifact, model: nn.Module, *, strength: float = 1.0) -> Applied:
@@ -106,7 +107,7 @@ def apply(artifact: Artifact, model: nn.Module, *, strength: float = 1.0) -> App
             raise ArtifactError(
                 f"{site.name} is linear already: remove the applied file, or load the model afresh"
             )
-    warn_of_other_weights(artifact, model, sites)
+    warn_of_other_weights(artifact, model)
     with contextlib.ExitStack() as undo, torch.no_grad():
         for name, delta in artifact.deltas.items():
             add_change(undo, model, name, (delta,), strength)
@@ -128,6 +129,7 @@ def extract(
     steps: int,
     provenance: Mapping[str, str | int | float],
     sigmas: Sequence[float] = (),
+    usage: Usage | None = None,
 ) -> Artifact:
     """Take the artifact out of a trained student: what it has that its teacher has not.
 
@@ -135,6 +137,7 @@ def extract(
     teacher: the model that the student started from, untouched.
     parameters: "full" takes the changed weights, "lora" the low-rank changes, "feature_maps" none.
     steps: training steps taken.
+    usage: how the artifact wants to be used; none: it does not say.
 
     Weights that differ but are not stored are logged.
     Raises ArtifactError when the two are not one architecture or a layer is not decided yet.
@@ -154,8 +157,9 @@ def extract(
     first = next(iter(linear.values()))
     if any(module.form != first.form for module in linear.values()):
         raise ArtifactError("the student's linear layers differ in form: a file holds one form")
+    usage, sketch = usage or Usage(), adapters.weights_sketch(teacher, family, sites)
     header = ArtifactHeader(
-        format_version=version_for(first.form),
+        format_version=version_for(first.form, usage, sketch),
         family=family.name,
         fingerprint=adapters.fingerprint(family, sites),
         weights_digest=adapters.weights_digest(teacher, sites),
@@ -168,6 +172,8 @@ def extract(
         objective=objective,
         steps=steps,
         sigmas=tuple(float(sigma) for sigma in sigmas),
+        usage=usage,
+        weights_sketch=sketch,
         provenance=dict(provenance),
         **dataclasses.asdict(first.form),
     )
