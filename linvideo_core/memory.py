@@ -176,9 +176,13 @@ def training_needs(
 ) -> list[Need]:
     """Return what must be on the device at once in a run that samples a teacher, then trains.
 
+    Of both stages the one that needs more counts. The warm start between them keeps less than a
+    block's way back, one layer at a time, so a training step stands for it.
+
     weight_bytes: of the frozen weights that are on the device.
     num_trained: numbers that are trained, over all models.
     num_graphs: forward passes that wait for their backward pass at the same time.
+    batch_size: videos of a pass, of this process alone.
     sampled_together: videos, each in both guidance branches.
     """
     size = min(model.stream_bytes, FP32 if precision == "fp32" else 2)

@@ -73,6 +73,7 @@ def check_transfer(
         num_trained=num_trained,
         num_graphs=1,
         all_trained=student.parameters == "full" or needs_critic(config.objective),
+        num_processes=num_processes,
         may_offload=num_processes == 1 and config.experts.low_noise_model is None,
     )
 
@@ -103,6 +104,7 @@ def check_distillation(
         num_trained=num_trained,
         num_graphs=2,
         all_trained=distillation.train == "full",
+        num_processes=num_processes,
         may_offload=num_processes == 1,
     )
 
@@ -205,6 +207,7 @@ def _check_memory(
     num_trained: int,
     num_graphs: int,
     all_trained: bool,
+    num_processes: int,
     may_offload: bool,
 ) -> None:
     advice = "choose a smaller model or a machine with more memory"
@@ -219,7 +222,7 @@ def _check_memory(
         num_tokens=math.prod(-(-size // patch) for size, patch in patches),
         num_trained=num_trained,
         num_graphs=num_graphs,
-        batch_size=config.training.batch_size,
+        batch_size=config.training.batch_size // num_processes,
         sampled_together=max(
             min(config.trajectories.shard_size, config.trajectories.num_trajectories),
             min(config.evidence.evaluate_batch_size, config.evidence.evaluate_samples),

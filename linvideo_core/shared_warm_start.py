@@ -17,7 +17,15 @@ from .linearization import WARM_START_NAME, TransferConfig
 from .storage import replacing
 
 # Settings of a training that change nothing of the fit before it.
-_OWN = ("steps", "accumulation", "learning_rate", "compile", "cuda_graphs", "checkpoint_every")
+_OWN = (
+    "steps",
+    "warmup_steps",
+    "accumulation",
+    "learning_rate",
+    "compile",
+    "cuda_graphs",
+    "checkpoint_every",
+)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Layer-wise warm start: fit each layer's linear attention to its own softmax output.
 
 Only the feature maps move. Every layer sees the teacher's own queries, keys and values, so all
-layers are fitted at once from one teacher forward pass, without a backward pass through it.
+layers are fitted at once from one teacher forward pass, without a backward pass through it: each
+takes its gradient as soon as it was called, so what one layer needs is all that is in memory.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from torch import Tensor, nn
 from .attention import MixedAttention
 from .batches import draw_batch
 from .config import option
-from .models.denoiser import bind
+from .models.denoiser import autocast, bind
 from .progress import Progress
 from .subject import Subject
 from .task import ParameterGroup
 from .team import ALONE, Team
 from .training import TrainingConfig, fit
 from .trajectories import Trajectories
+
+# Of the warm start's own steps, those in which its learning rate rises; a cosine follows.
+_WARMUP_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,33 +84,36 @@ class WarmStart:
             generator,
             self.team,
         )
-        errors: list[Tensor] = []
-        sizes: list[Tensor] = []
+        errors: dict[MixedAttention, Tensor] = {}
+        gradients: dict[nn.Parameter, Tensor] = {}
 
-        def compare(module: MixedAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with torch.enable_grad():
-                linear = module.linear(*(x.detach() for x in args)).float()
-                target = output.detach().float()
-                errors.append((linear - target).square().mean())
-                sizes.append(target.square().mean())
+        def learn(module: MixedAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
+            errors[module], found = self._differentiate(module, args, output)
+            gradients.update(zip(module.linear.parameters(), found, strict=True))
 
-        hooks = [module.register_forward_hook(compare) for module in self.mixed.values()]
-        choices = [module.choice for module in self.mixed.values()]
-        try:
-            for module in self.mixed.values():
-                module.choice = "softmax"
-            sigma = self.trajectories.sigmas.to(drawn.batch.latents.device)[drawn.batch.step]
-            with torch.no_grad():
-                bind(self.student, drawn.branch_embeds, precision=self.precision)(
-                    drawn.batch.latents, sigma
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, choice in zip(self.mixed.values(), choices, strict=True):
-                module.choice = choice
-        layer_errors = torch.stack(errors) / self.team.mean(torch.stack(sizes))
-        return layer_errors.mean(), {"layer_errors": layer_errors.detach()}
+        sigma = self.trajectories.sigmas.to(drawn.batch.latents.device)[drawn.batch.step]
+        with _watched(self.mixed, learn), torch.no_grad():
+            bind(self.student, drawn.branch_embeds, precision=self.precision)(
+                drawn.batch.latents, sigma
+            )
+        layer_errors = torch.stack([errors[module] for module in self.mixed.values()])
+        loss = _Differentiated.apply(layer_errors.mean(), [*gradients.values()], *gradients)
+        return loss, {"layer_errors": layer_errors}
+
+    def _differentiate(
+        self, module: MixedAttention, args: tuple[Tensor, ...], output: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return a layer's own error and what its maps' gradients are of the mean over layers.
+
+        args: query, key and value of its softmax attention, which returned `output`.
+        """
+        with torch.enable_grad():
+            linear = module.linear(*(x.detach() for x in args))
+            error = _relative_error(linear, output.detach(), self.team)
+            share = error / len(self.mixed)
+        del linear
+        with autocast(output.device, "fp32"):
+            return error.detach(), torch.autograd.grad(share, list(module.linear.parameters()))
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""
@@ -116,6 +124,44 @@ class WarmStart:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Nothing to take back."""
+
+
+def _relative_error(linear: Tensor, softmax: Tensor, team: Team) -> Tensor:
+    """Return `|linear - softmax|^2 / |softmax|^2`, whose size is the whole team's."""
+    target = softmax.float()
+    size = team.mean(target.square().mean())
+    return (linear.float() - target).square().mean() / size
+
+
+class _Differentiated(torch.autograd.Function):
+    """A loss whose gradients were taken before: its backward pass hands them out."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *_: nn.Parameter) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+
+
+@contextlib.contextmanager
+def _watched(
+    mixed: Mapping[int, MixedAttention], see: Callable[[Any, Any, Tensor], None]
+) -> Iterator[None]:
+    """Let every layer compute softmax attention, and `see` each call of one right after it."""
+    hooks = [module.register_forward_hook(see) for module in mixed.values()]
+    choices = [module.choice for module in mixed.values()]
+    try:
+        for module in mixed.values():
+            module.choice = "softmax"
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, choice in zip(mixed.values(), choices, strict=True):
+            module.choice = choice
 
 
 def fit_feature_maps(
@@ -150,7 +196,9 @@ def fit_feature_maps(
         precision=precision,
         team=team,
     )
-    settings = dataclasses.replace(training, steps=config.warm_start_steps, accumulation=1)
+    steps = config.warm_start_steps
+    warmup_steps = round(_WARMUP_SHARE * steps)
+    settings = dataclasses.replace(training, steps=steps, warmup_steps=warmup_steps, accumulation=1)
     fit(task, settings, folder, seed=seed, stage="warm start", progress=progress, team=team)
 
 

@@ -14,7 +14,8 @@ from linvideo_core.selection import SelectionConfig
 from linvideo_core.student import Student, StudentConfig, TransferTask
 from linvideo_core.subject import Subject
 from linvideo_core.training import TrainingConfig, seed_step
-from linvideo_core.trajectories import TrajectoryConfig, collect
+from linvideo_core.trajectories import Trajectories, TrajectoryConfig, collect
+from linvideo_core.warm_start import WarmStart
 from tests.allocations import peak_bytes
 from tests.conftest import TEXT_DIM, make_subject, make_wan
 
@@ -26,9 +27,23 @@ NARROW = 2  # Bytes of a number in bf16.
 @pytest.fixture
 def large() -> Subject:
     """A teacher whose activations are far larger than its weights."""
-    subject = make_subject(make_wan(num_layers=NUM_LAYERS))
+    return make_large(NUM_LAYERS)
+
+
+def make_large(num_layers: int, frozen: str = "fp32") -> Subject:
+    model = make_wan(num_layers=num_layers)
+    for name, parameter in list(model.named_parameters()):
+        place(model, name, parameter.detach(), frozen)
+    subject = make_subject(model)
     subject.latent_shape = SHAPE
     return subject
+
+
+def sample(subject: Subject, folder: Path) -> Trajectories:
+    settings = TrajectoryConfig(
+        num_trajectories=1, states_per_trajectory=2, sampler_steps=4, guidance_scale=2.0
+    )
+    return collect(subject, settings, folder, seed=0)
 
 
 def peak_of_call(subject: Subject, choice: str | None, *, is_checkpointed: bool) -> int:
@@ -61,10 +76,7 @@ def test_the_passes_before_the_one_that_learns_leave_nothing_behind(
     is_checkpointed: bool, large: Subject, tmp_path: Path
 ) -> None:
     """`adm` asks the student by both branches and the teacher first; `velocity` asks nobody."""
-    settings = TrajectoryConfig(
-        num_trajectories=1, states_per_trajectory=2, sampler_steps=4, guidance_scale=2.0
-    )
-    trajectories = collect(large, settings, tmp_path, seed=0)
+    trajectories = sample(large, tmp_path)
     peaks = {}
     for objective in ("velocity", "adm"):
         task = TransferTask(
@@ -81,13 +93,38 @@ def test_the_passes_before_the_one_that_learns_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
+def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step(
+    frozen: str, tmp_path: Path
+) -> None:
+    """The maps' gradients alone grow with the layers."""
+    peaks = {}
+    for num_layers in (2, NUM_LAYERS):
+        subject = make_large(num_layers, frozen)
+        student = Student(subject, StudentConfig(lora_rank=2), seed=0)
+        task = WarmStart(
+            student.model,
+            student.mixed,
+            subject,
+            sample(subject, tmp_path / str(num_layers)),
+            batch_size=1,
+            prompt_dropout=0.0,
+            learning_rate=1e-2,
+            precision="bf16",
+        )
+        peaks[num_layers] = peak_bytes(
+            lambda task=task: task.loss(0, seed_step(0, 0))[0].backward()
+        )
+    gradients = (NUM_LAYERS - 2) * 2 * DIM * DIM // 2 * 4
+    assert peaks[NUM_LAYERS] <= peaks[2] + gradients + NUM_TOKENS * DIM
+    assert peaks[NUM_LAYERS] <= peak_of_call(subject, None, is_checkpointed=True)
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_the_peak_of_a_step_is_no_less_than_it_was_told_and_no_twice_as_much(
-    frozen: str, is_checkpointed: bool, large: Subject
+    frozen: str, is_checkpointed: bool
 ) -> None:
-    for name, parameter in list(large.model.named_parameters()):
-        place(large.model, name, parameter.detach(), frozen)
-    large.model.requires_grad_(False)
+    large = make_large(NUM_LAYERS, frozen)
     wan = large.model.config
     needs = training_needs(
         Transformer(

@@ -1,5 +1,6 @@
 """The warm start fits feature maps to softmax attention and touches nothing else."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from linvideo_core.progress import silent
 from linvideo_core.student import Student, StudentConfig
 from linvideo_core.subject import Subject
 from linvideo_core.training import TrainingConfig, fit, seed_step
 from linvideo_core.trajectories import TrajectoryConfig, collect
-from linvideo_core.warm_start import WarmStart, WarmStartConfig, feature_maps
+from linvideo_core.warm_start import WarmStart, WarmStartConfig, feature_maps, fit_feature_maps
 
 SETTINGS = TrainingConfig(steps=30, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=10)
 
 
-def make_task(subject: Subject, folder: Path, parameters: str = "full") -> WarmStart:
+def make_task(
+    subject: Subject, folder: Path, parameters: str = "full", precision: str = "fp32"
+) -> WarmStart:
     settings = TrajectoryConfig(
         num_trajectories=3, states_per_trajectory=2, sampler_steps=5, shard_size=3
     )
@@ -29,7 +33,7 @@ def make_task(subject: Subject, folder: Path, parameters: str = "full") -> WarmS
         batch_size=3,
         prompt_dropout=0.3,
         learning_rate=1e-2,
-        precision="fp32",
+        precision=precision,
     )
 
 
@@ -67,6 +71,38 @@ def test_the_loss_is_the_relative_error_of_each_layer(subject: Subject, tmp_path
     assert float(loss.detach()) == pytest.approx(sum(seen) / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_taken_layer_by_layer_are_those_of_the_loss_as_a_whole(
+    precision: str, subject: Subject, tmp_path: Path
+) -> None:
+    task = make_task(subject, tmp_path, precision=precision)
+    errors: list[Tensor] = []
+    sizes: list[Tensor] = []
+
+    def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        with torch.enable_grad():
+            linear = module.linear(*(x.detach() for x in args)).float()
+            target = output.detach().float()
+            errors.append((linear - target).square().mean())
+            sizes.append(target.square().mean())
+
+    hooks = [module.register_forward_hook(compare) for module in task.mixed.values()]
+    loss, metrics = task.loss(0, seed_step(0, 0))
+    for hook in hooks:
+        hook.remove()
+    (loss / 2).backward()
+    found = {name: parameter.grad for name, parameter in feature_maps(task.mixed).items()}
+
+    task.student.zero_grad()
+    layer_errors = torch.stack(errors) / torch.stack(sizes)
+    whole = layer_errors.mean()
+    (whole / 2).backward()
+    assert torch.equal(loss, whole) and torch.equal(metrics["layer_errors"], layer_errors)
+    for name, parameter in feature_maps(task.mixed).items():
+        assert parameter.grad.abs().sum() > 0
+        assert torch.equal(found[name], parameter.grad), name
+
+
 @pytest.mark.parametrize("choices", [(None, None, None), ("linear", None, "softmax")])
 def test_choices_are_restored_also_after_a_failure(
     choices: tuple[str | None, ...], subject: Subject, tmp_path: Path
@@ -98,6 +134,30 @@ def test_layers_are_fitted_independently(subject: Subject, tmp_path: Path) -> No
     _, after = task.loss(0, seed_step(0, 0))
     assert after["layer_errors"][0] != before["layer_errors"][0]
     assert torch.equal(after["layer_errors"][1:], before["layer_errors"][1:])
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 100])
+def test_the_learning_rate_rises_in_a_tenth_of_its_own_steps_whatever_the_trainings_does(
+    warmup_steps: int, subject: Subject, tmp_path: Path
+) -> None:
+    task = make_task(subject, tmp_path / "trajectories")
+    fit_feature_maps(
+        task.student,
+        task.mixed,
+        subject,
+        task.trajectories,
+        WarmStartConfig(warm_start_steps=20),
+        dataclasses.replace(SETTINGS, steps=1000, warmup_steps=warmup_steps),
+        tmp_path / "warm_start",
+        prompt_dropout=0.3,
+        precision="fp32",
+        seed=0,
+        progress=silent,
+    )
+    rows = (tmp_path / "warm_start" / "metrics.jsonl").read_text().splitlines()
+    shares = [json.loads(row)["learning_rate_share"] for row in rows]
+    assert shares[:3] == [0.5, 1.0, 1.0]
+    assert shares[3:] == sorted(shares[3:], reverse=True) and 0 < shares[-1] < 0.01
 
 
 def test_the_maps_of_all_layers_have_unique_names(subject: Subject, tmp_path: Path) -> None:
