@@ -19,6 +19,7 @@ import folder_paths
 import torch
 
 from ..linvideo_core.artifact import ArtifactError
+from ..linvideo_core.artifact.names import check_name
 from ..linvideo_core.config import override
 from ..linvideo_core.linearization import ARTIFACT_NAME, TransferConfig, linearize
 from ..linvideo_core.memory import is_out_of_memory
@@ -70,7 +71,7 @@ def run(model: Any, inputs: dict[str, Any]) -> Path:
         )
         check_run(config.out, identity, ignore=_FREE_FIELDS)
         made = config.out / ARTIFACT_NAME
-        target = _find_target(inputs["name"], made)
+        target = _find_target(config.out.name, made)
         if not made.exists():
             _train(host, config, identity)
         if not target.exists():
@@ -85,12 +86,7 @@ def make_config(inputs: dict[str, Any], host: HostSubject) -> TransferConfig:
 
     Raises ValueError for a setting that is out of range or a name that cannot be a file's.
     """
-    name, steps = inputs["name"], inputs["steps"]
-    if not re.fullmatch(r"\w[\w .()-]{0,99}", name) or name != name.strip(" ."):
-        raise ValueError(
-            f"name {name!r} given, which cannot be a file's name: use letters, digits, spaces, - "
-            "and _"
-        )
+    name, steps = check_name(inputs["name"], is_single=True), inputs["steps"]
     same = ("target", "steps", "batch_size", "seed", "parameters", "lora_rank", "objective")
     same += ("learning_rate", "warm_start_steps", "sampler_steps")
     values = {
