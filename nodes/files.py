@@ -1,43 +1,52 @@
 """Where LINVIDEO files lie: `models/linvideo/`, and the demo's own two in the pack."""
 
 import contextlib
-import re
-from pathlib import Path, PurePosixPath
-from typing import NoReturn
+import itertools
+import os
+from pathlib import Path
 
 import folder_paths
+import yaml
+from comfy.cli_args import args
 
 from ..linvideo_core.artifact import ArtifactError
+from ..linvideo_core.artifact.names import SUFFIX, place_file
 from ..linvideo_core.demo import weights_path
 
 FOLDER = "linvideo"
 SHIPPED = "demo (comes with LinVideo)"
 SHIPPED_FEW_STEP = "demo in 4 steps (comes with LinVideo)"
 
-_SUFFIX = ".safetensors"
 _SHIPPED_PATHS = {
     SHIPPED: weights_path("linearized.safetensors"),
     SHIPPED_FEW_STEP: weights_path("distilled.safetensors"),
 }
-_MAX_NAME = 200
-# What some system's file names cannot hold, device names and a folder's way up included.
-_FORBIDDEN = re.compile(r'[<>:"|?*%\x00-\x1f]')
-_BAD_PART = re.compile(r"\.+|.*[. ]|[ .].*|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def register_folder() -> None:
-    """Tell ComfyUI of `models/linvideo/`; folders from extra_model_paths.yaml are kept."""
+    """Tell ComfyUI of `models/linvideo/`, among the folders from extra_model_paths.yaml.
+
+    The first folder is the one that is saved into: a default one of the file, else ours.
+    """
     own = str(Path(folder_paths.models_dir) / FOLDER)
-    folders, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-    folders = folders if own in folders else [own, *folders]
-    folder_paths.folder_names_and_paths[FOLDER] = (folders, {_SUFFIX})
+    found, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+    defaults = _default_folders() if found else set()
+    first = [folder for folder in found if folder in defaults]
+    folders = list(dict.fromkeys([*first, own, *found]))
+    folder_paths.folder_names_and_paths[FOLDER] = (folders, {SUFFIX})
     with contextlib.suppress(OSError):
         Path(own).mkdir(exist_ok=True)
 
 
 def list_files() -> list[str]:
     """Return the names for a drop-down, the shipped files first."""
-    return [*_SHIPPED_PATHS, *folder_paths.get_filename_list(FOLDER)]
+    try:
+        found = folder_paths.get_filename_list(FOLDER)
+    except OSError:
+        # ComfyUI remembers the folders of its last list, and one of them is gone.
+        folder_paths.filename_list_cache.pop(FOLDER, None)
+        found = folder_paths.get_filename_list(FOLDER)
+    return [*_SHIPPED_PATHS, *found]
 
 
 def find_file(name: str) -> Path:
@@ -67,34 +76,16 @@ def choose_path(name: str, *, overwrite: bool) -> Path:
 
     Raises ArtifactError when the name leads out of the folder or cannot be a file's name.
     """
-    prefix, root = check_name(name), folder_paths.get_folder_paths(FOLDER)[0]
-    path = Path(root, prefix + _SUFFIX)
-    _make_folder(path.parent)
-    if path.exists() and not overwrite:
-        folder, stem, counter, *_ = folder_paths.get_save_image_path(prefix, root)
-        path = Path(folder, f"{stem}_{counter:05}_{_SUFFIX}")
-    return path
+    path = _make_place(Path(folder_paths.get_folder_paths(FOLDER)[0]), name)
+    return path if overwrite else _find_free(path)
 
 
 def choose_prompts_path(name: str) -> Path:
-    """Return where in ComfyUI's output folder prompt embeddings of a name lie, or would lie.
+    """Return where in ComfyUI's output folder prompt embeddings of a name lie, its folder made.
 
     Raises ArtifactError as `choose_path` does.
     """
-    return Path(folder_paths.get_output_directory(), FOLDER, check_name(name) + _SUFFIX)
-
-
-def check_name(name: str) -> str:
-    """Return a filename that was typed as folder/name without its ending.
-
-    Raises ArtifactError when the name leads out of the folder or cannot be a file's name.
-    """
-    parts = PurePosixPath(name.strip().replace("\\", "/").removesuffix(_SUFFIX)).parts
-    if not parts or len(name) > _MAX_NAME or _FORBIDDEN.search(name):
-        _refuse_name(name)
-    if any(part == "/" or _BAD_PART.fullmatch(part) for part in parts):
-        _refuse_name(name)
-    return "/".join(parts)
+    return _make_place(Path(folder_paths.get_output_directory(), FOLDER), name)
 
 
 def shown_name(path: Path) -> str:
@@ -102,15 +93,40 @@ def shown_name(path: Path) -> str:
     return str(path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]))
 
 
-def _make_folder(folder: Path) -> None:
+def _default_folders() -> set[str]:
+    """Return our folders of extra_model_paths.yaml that it marks as default.
+
+    ComfyUI itself heeds the mark only where a kind of model has a folder already when the file is
+    read; ours comes later.
+    """
+    usual = Path(folder_paths.__file__).with_name("extra_model_paths.yaml")
+    given = map(Path, itertools.chain(*(args.extra_model_paths_config or [])))
+    return {
+        os.path.normpath(folder)
+        for file in (usual, *given)
+        if file.is_file()
+        for section in yaml.safe_load(file.read_text(encoding="utf-8")).values()
+        if section and section.get("is_default")
+        for folder in _folders_of(section, file.absolute().parent)
+    }
+
+
+def _folders_of(section: dict[str, str], beside: Path) -> list[Path]:
+    """Return the folders of ours that a section of extra_model_paths.yaml lists, a line each."""
+    base = os.path.expandvars(os.path.expanduser(section.get("base_path", "")))
+    return [beside / base / line for line in section.get(FOLDER, "").split("\n") if line]
+
+
+def _make_place(folder: Path, name: str) -> Path:
+    path = place_file(folder, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtifactError(f"the folder {folder} cannot be made ({error})") from error
+        raise ArtifactError(f"the folder {path.parent} cannot be made ({error})") from error
+    return path
 
 
-def _refuse_name(name: str) -> NoReturn:
-    raise ArtifactError(
-        f"the filename {name[:_MAX_NAME]!a} cannot be used: give a plain name such as my_model, or "
-        "folder/my_model"
-    )
+def _find_free(path: Path) -> Path:
+    """Return the path, or if it is taken the first with a number that is not."""
+    numbered = (path.with_name(f"{path.stem}_{i:05}_{SUFFIX}") for i in itertools.count(1))
+    return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))

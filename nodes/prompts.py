@@ -77,7 +77,7 @@ class LinVideoExportPrompts(io.ComfyNode):
         identity = identity_of(texts, negative, _digest(first))
         if path.exists() and not overwrite and find_identity(path) != identity:
             raise ValueError(
-                f"output/{FOLDER}/{filename} exists and holds other prompts or another encoder's: "
+                f"{path} exists and holds other prompts or another encoder's: "
                 "choose another filename, or switch overwrite on"
             )
         bar = comfy.utils.ProgressBar(len(texts) + 1)

@@ -20,6 +20,7 @@ import folder_paths
 import torch
 
 from ..linvideo_core.artifact import ArtifactError
+from ..linvideo_core.artifact.names import check_name
 from ..linvideo_core.config import override
 from ..linvideo_core.linearization import ARTIFACT_NAME, TransferConfig, linearize
 from ..linvideo_core.memory import is_out_of_memory
@@ -74,7 +75,7 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
         )
         check_run(config.out, identity, ignore=_FREE_FIELDS)
         made = config.out / ARTIFACT_NAME
-        target = _find_target(inputs["name"], made)
+        target = _find_target(config.out.name, made)
         if not made.exists():
             _train(host, config, identity)
         if not target.exists():
@@ -91,12 +92,7 @@ def make_config(
 
     Raises ValueError for a setting that is out of range or a name that cannot be a file's.
     """
-    name = inputs["name"]
-    if not re.fullmatch(r"\w[\w .()-]{0,99}", name) or name != name.strip(" ."):
-        raise ValueError(
-            f"name {name!r} given, which cannot be a file's name: use letters, digits, spaces, - "
-            "and _"
-        )
+    name = check_name(inputs["name"], is_single=True)
     values = settings_for(inputs["quality"], is_embedded=host.is_demo, num_layers=len(host.sites))
     out = Path(folder_paths.get_output_directory()) / FOLDER / name
     # A run that was begun keeps its guidance, whatever its result is tried with since.

@@ -1,7 +1,9 @@
 """Laws of LINVIDEO files as nodes, each a function that runs inside ComfyUI, for `test_laws`."""
 
 import contextlib
+import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import comfy.sample
 import folder_paths
 import torch
+from comfy.cli_args import args
 from linvideo_pack.linvideo_core.artifact import ArtifactError
 from linvideo_pack.nodes import demo, files
 from linvideo_pack.nodes.file_nodes import LinVideoLoad, LinVideoSave, LinVideoShowFile
 from linvideo_pack.nodes.linearize import APPLY, APPLY_INPUT, LinVideoLinearize
 from stage import shipped as _shipped
+from utils.extra_config import load_extra_path_config
 
 # Previews that nodes leave for the browser go with this process.
 _PREVIEWS = tempfile.TemporaryDirectory()
@@ -84,9 +88,11 @@ def folders_in_a_name_are_made() -> None:
 def a_name_that_leads_out_or_is_none_is_refused() -> None:
     bad = ["", " ", ".", "..", "../mine", "wan/../../mine", "..\\mine", "/mine", "C:\\mine", "a\0b"]
     bad += ["mine.", "con", "NUL.x", ".hidden", "a*b", "%date%", "x" * 300, ".safetensors", "a/ /b"]
+    bad += ["~/x", "nul.safetensors", "é" * 200, "\udcff", " . ", "\u202egnp.x", "a\n b", "a//b"]
     with tempfile.TemporaryDirectory() as outside, _folder() as folder:
-        for name in [*bad, f"{outside}/mine"]:
+        for name in [*bad, f"{outside}/mine", f"/{outside}/mine", f"\\\\{outside[1:]}\\mine"]:
             assert "filename" in _complaint(_save, name), name
+            assert "filename" in _complaint(files.choose_prompts_path, name), name
         assert not list(folder.iterdir()) and not list(Path(outside).iterdir())
         assert not (folder.parent / "mine.safetensors").exists()
 
@@ -95,6 +101,81 @@ def a_folder_that_cannot_be_made_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "taken").write_bytes(b"")
         assert "cannot be made" in _complaint(_save, "taken/mine")
+
+
+def a_folder_in_a_files_place_is_one_sentence() -> None:
+    with _folder() as folder:
+        (folder / "mine.safetensors").mkdir()
+        assert _save("mine") == "mine_00001_.safetensors"
+        assert "could not write" in _complaint(lambda: _save("mine", overwrite=True))
+
+
+def a_folder_that_is_gone_costs_its_own_files_alone() -> None:
+    with _folder() as folder:
+        _save("mine")
+        assert "mine.safetensors" in files.list_files()
+        folder.rename(folder.with_name("moved"))
+        try:
+            assert files.list_files() == [files.SHIPPED, files.SHIPPED_FEW_STEP]
+            assert LinVideoLoad.execute(files.SHIPPED).result[0].header == _shipped().header
+            assert files.fingerprint(files.SHIPPED)
+            assert "not in models/linvideo" in _complaint(files.fingerprint, "mine.safetensors")
+            assert _save("again") == "again.safetensors" in files.list_files()
+        finally:
+            shutil.rmtree(folder.with_name("moved"))
+
+
+@contextlib.contextmanager
+def _extra_paths(text: str) -> Iterator[Path]:
+    """Start as with `--extra-model-paths-config`, in a folder; yield it."""
+    known = folder_paths.folder_names_and_paths
+    before = dict(known)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as undo:
+        undo.callback(folder_paths.filename_list_cache.pop, files.FOLDER, None)
+        undo.callback(known.update, before)
+        undo.callback(known.clear)
+        undo.callback(setattr, folder_paths, "models_dir", folder_paths.models_dir)
+        undo.callback(setattr, args, "extra_model_paths_config", args.extra_model_paths_config)
+        folder_paths.models_dir = str(Path(name, "models"))
+        known["loras"] = ([str(Path(name, "models", "loras"))], {".safetensors"})
+        known.pop(files.FOLDER, None)
+        path = Path(name, "paths.yaml")
+        path.write_text(text)
+        args.extra_model_paths_config = [[str(path)]]
+        load_extra_path_config(str(path))
+        yield Path(name)
+
+
+def the_folders_come_in_comfyuis_own_order() -> None:
+    text = """
+        searched: {loras: first/loras, linvideo: first/linvideo}
+        default: {base_path: second, is_default: true, loras: loras, linvideo: linvideo}
+        empty:
+        lines:
+          base_path: $HOME
+          loras: |
+            a/loras
+            ~/b/loras
+          linvideo: |
+            a/linvideo
+            ~/b/linvideo
+        last: {is_default: true, linvideo: last/linvideo, loras: last/loras}
+    """
+    with _extra_paths(textwrap.dedent(text)) as folder:
+        for _ in range(2):
+            files.register_folder()
+            ours, loras = (folder_paths.get_folder_paths(kind) for kind in (files.FOLDER, "loras"))
+            assert ours == [path.replace("loras", "linvideo") for path in loras], ours
+        assert ours[0] == str(folder / "last" / "linvideo")
+        assert _save("mine") == "mine.safetensors" in files.list_files()
+        assert (folder / "last" / "linvideo" / "mine.safetensors").is_file()
+
+
+def a_folder_that_is_only_searched_is_not_saved_into() -> None:
+    with _extra_paths("searched: {linvideo: here}") as folder:
+        files.register_folder()
+        expected = [str(folder / "models" / "linvideo"), str(folder / "here")]
+        assert folder_paths.get_folder_paths(files.FOLDER) == expected
 
 
 def the_picture_is_an_image_and_the_words_name_the_layers() -> None:

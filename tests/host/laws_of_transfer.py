@@ -490,7 +490,9 @@ def what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
             "tokens long": {"positive": [[prompt[:, :4], {}]]},
             "[1, 4, 8, 8]": {"latent": {"samples": torch.zeros(1, 4, 8, 8)}},
             "[1, 4, 7, 16, 16]": {"latent": {"samples": torch.zeros(1, 4, 7, 16, 16)}},
-            "a file's name": {"name": "../up"},
+            "the filename '../up'": {"name": "../up"},
+            "the filename 'con'": {"name": "con"},
+            "without folders": {"name": "a/b"},
         }.items():
             assert word in _complaint(_run, **changes), word
         linear = linearize(_demo()[0], artifact.load(files.find_file(files.SHIPPED)))
