@@ -82,7 +82,14 @@ class LinVideoLinearize(io.ComfyNode):
             description="Makes a video model faster: the attention of chosen layers is replaced by "
             "linear attention, whose cost grows with the video's length and not with its square. "
             "LoRAs and other model nodes can stand before or after it.",
-            search_aliases=["linear attention", "speed up", "faster", "attention", "linearize"],
+            search_aliases=[
+                "speed up wan",
+                "faster wan",
+                "sage attention",
+                "teacache",
+                "linear attention",
+                "attention",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The video model to make faster, such as Wan 2.1."),
                 io.DynamicCombo.Input(
