@@ -4,10 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..linvideo_core.quality import QUALITIES
 from .schema import TransferSettings, make_input
-
-QUALITIES = ("draft", "standard", "best")
-"""How much time a transfer takes for its result, the least first."""
 
 _SOCKETS = ("positive", "negative", "clip", "latent", "settings")
 
