@@ -176,7 +176,6 @@ class HostSubject:
             batch_size=config.training.batch_size,
             sampled_together=config.trajectories.shard_size,
             is_checkpointed=config.training.activation_checkpointing,
-            is_warm_started=config.warm_start.warm_start_steps > 0,
             precision=config.precision,
         )
 
