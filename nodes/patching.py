@@ -116,7 +116,7 @@ def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.M
     # With a backup there, weight changes are merged in; quantised weights have another digest.
     if model.backup or not is_readable:
         return
-    warn_of_other_weights(artifact, diffusion_model, sites)
+    warn_of_other_weights(artifact, diffusion_model)
 
 
 def _eject_all(patcher: Any) -> None:
