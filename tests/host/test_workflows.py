@@ -4,11 +4,13 @@ Checkpoints are small random ones under the names that the workflows hold. Only 
 has no small form: the demo's prompts, as wide as Wan's, stand in for it.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from linvideo_core import adapters, artifact
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.prompts import NEGATIVE_PROMPT
 from tests.host.server import PACK, Server
 from tests.host.test_server import AUTO
 
@@ -25,14 +28,23 @@ pytestmark = pytest.mark.host
 
 FILES = {file.stem: file for file in sorted((PACK / "workflows").glob("*.json"))}
 NAMES = {
-    "demo",
-    "demo_transfer",
-    "few_step",
-    "lora_and_backend",
-    "wan_2.1",
-    "wan_2.2_two_experts",
+    "1 Try it (no download)": "demo",
+    "2 Video in 4 steps (no download)": "few_step",
+    "3 Make a file (no download)": "demo_transfer",
+    "4 Make a file for Wan 2.1": "wan_transfer",
+    "5 Wan 2.1 made linear": "wan_2.1",
+    "6 Wan 2.1 with LoRA and backend": "lora_and_backend",
+    "7 Wan 2.2 with two experts": "wan_2.2_two_experts",
 }
-NEEDS = {"demo_transfer": (0, 25), "lora_and_backend": (0, 32)}
+"""Each workflow as the template browser names it, and as records do."""
+TRAINED_AT = {
+    "4 Make a file for Wan 2.1": (5, 3),
+    "5 Wan 2.1 made linear": (5, 3),
+    "6 Wan 2.1 with LoRA and backend": (5, 3),
+    "7 Wan 2.2 with two experts": (3.5, 12),
+}
+"""Guidance and shift of the trainings that README and docs/home.md describe."""
+NEEDS = {"demo_transfer": (0, 25), "wan_transfer": (0, 25), "lora_and_backend": (0, 32)}
 """Workflows that an older ComfyUI cannot run: trainable clones; Model Attention Backend."""
 NOTES = ("MarkdownNote",)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
@@ -47,6 +59,11 @@ Nodes = dict[str, dict[str, Any]]
 
 def read(name: str) -> dict[str, Any]:
     return json.loads(FILES[name].read_text(encoding="utf-8"))
+
+
+def read_note(name: str) -> str:
+    first, *_ = (node for node in read(name)["nodes"] if node["type"] in NOTES)
+    return first["widgets_values"][0]
 
 
 def read_inputs(
@@ -98,6 +115,9 @@ def stand_in(prompt: Nodes) -> Nodes:
     for node in prompt.values():
         by_type.setdefault(node["class_type"], []).append(node["inputs"])
     if "CLIPLoader" in by_type:
+        for inputs in by_type["LinVideoLinearize"]:
+            if inputs.pop("mode.clip", None):
+                inputs |= {"mode.prompts": "", "mode.positive": ["words", 1]}
         texts = [key for key, node in prompt.items() if node["class_type"] == "CLIPTextEncode"]
         prompt = {
             key: node
@@ -125,7 +145,7 @@ def stand_in(prompt: Nodes) -> Nodes:
     return prompt
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_values_that_are_saved_twice_are_the_same(name: str) -> None:
     for node in read(name)["nodes"]:
         if "widgets_values_named" in node:
@@ -192,7 +212,7 @@ def models(host: Any, server: Server) -> Iterator[Path]:
     save_file(lora, folder / "loras" / "your_lora.safetensors")
     host.call(save_vae, str(folder / "vae" / "wan_2.1_vae.safetensors"))
     linvideo = make_linvideo_file(model)
-    for name in ("your_wan2.1_1.3B", *(f"your_wan2.2_{noise}_noise" for noise in HALVES)):
+    for name in ("my Wan 2.1 1.3B", *(f"my Wan 2.2 {noise} noise" for noise in HALVES)):
         artifact.save(linvideo, folder / "linvideo" / f"{name}.safetensors")
     yield folder
     for path in set((folder / "linvideo").iterdir()) - kept:
@@ -203,11 +223,11 @@ def models(host: Any, server: Server) -> Iterator[Path]:
 def test_a_workflow_runs_as_it_was_saved(
     name: str, server: Server, models: Path, record_property: Any
 ) -> None:
-    server.need(*NEEDS.get(name, ()))
+    server.need(*NEEDS.get(NAMES[name], ()))
     prompt = stand_in(make_prompt(read(name), server.ask("/object_info")))
     start = time.monotonic()
     answer = server.queue(prompt)
-    record_property("workflow", name)
+    record_property("workflow", NAMES[name])
     record_property("seconds", round(time.monotonic() - start, 1))
     record_property("comfyui", server.version)
     assert answer["status"]["status_str"] == "success", answer["status"]
@@ -220,19 +240,34 @@ def test_a_workflow_runs_as_it_was_saved(
 
 
 def test_the_template_browser_lists_every_workflow_with_its_picture(server: Server) -> None:
-    assert FILES.keys() == NAMES
-    assert set(server.ask("/api/workflow_templates")["LinVideo"]) == NAMES
+    assert list(FILES) == list(NAMES)
+    assert set(server.ask("/api/workflow_templates")["LinVideo"]) == NAMES.keys()
     for name, file in FILES.items():
-        listed = server.ask(f"/api/workflow_templates/LinVideo/{name}.json")
+        listed = server.ask(f"/api/workflow_templates/LinVideo/{quote(name)}.json")
         assert listed == read(name)
         with Image.open(file.with_suffix(".jpg")) as picture:
             assert picture.format == "JPEG" and picture.width <= 960
 
 
+@pytest.mark.parametrize("name", TRAINED_AT)
+def test_a_workflow_samples_as_its_file_was_trained_and_says_so(name: str) -> None:
+    nodes = read(name)["nodes"]
+    guidance, shift = TRAINED_AT[name]
+    values = {node["id"]: node["widgets_values"] for node in nodes if "widgets_values" in node}
+    shifts = [values[node["id"]][0] for node in nodes if node["type"] == "ModelSamplingSD3"]
+    samplers = {"KSampler": 3, "KSamplerAdvanced": 4}
+    guidances = [
+        values[node["id"]][samplers[node["type"]]] for node in nodes if node["type"] in samplers
+    ]
+    assert set(shifts) == {shift} and set(guidances) == {guidance}
+    assert NEGATIVE_PROMPT in itertools.chain(*values.values())
+    note = read_note(name).lower()
+    assert f"shift {shift}" in note and f"cfg {guidance}" in note
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_workflow_says_what_it_is_for(name: str) -> None:
-    notes = [node for node in read(name)["nodes"] if node["type"] in NOTES]
-    assert notes and notes[0]["widgets_values"][0].startswith("# ")
+    assert read_note(name).startswith("# ")
 
 
 @pytest.mark.parametrize("name", FILES)
