@@ -28,6 +28,9 @@ _MAX_WINDOW = 2**20
 class ArtifactError(ValueError):
     """A LINVIDEO file that is damaged, foreign, or made for another model."""
 
+    # Where it is imported from: a host shows the name, and loads this file under the pack's path.
+    __module__ = "linvideo_core.artifact"
+
 
 def version_for(form: LinearForm) -> int:
     """Return the format version that linear layers of a form need: 1 wherever it can be.
