@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .artifact import Artifact, transfer_into
 from .bench import CompareConfig
 from .flow import make_sigmas
-from .lora_file import LoraFile, with_lora
+from .lora_file import LoraFile, fit_lora, with_lora
 from .recipe import Recipe
 
 
@@ -69,6 +69,8 @@ def line_up(
         students[name] = transfer_into(model, made)
         recipes[name] = _few_step(torch.tensor(made.header.sigmas))
     if lora is not None:
+        # Once for both, so that what does not fit is told once.
+        lora = dataclasses.replace(lora, file=fit_lora(lora.file, model))
         name = f"lora_{len(lora.sigmas) - 1}"
         recipes |= {f"{of}_{name}": _few_step(lora.sigmas) for of in ("linearized", "teacher")}
         students[f"teacher_{name}"] = with_lora(model, lora.file, strength=lora.strength)

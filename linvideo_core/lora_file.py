@@ -6,8 +6,9 @@ files too, their linear attention left out.
 
 import contextlib
 import dataclasses
+import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from .artifact.additions import add_change
 from .models.naming import from_diffusers
+
+logger = logging.getLogger(__name__)
 
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "unet.")
 _UNDERSCORED = "lora_unet_"
@@ -29,15 +32,17 @@ _ROLES = {
     ".alpha": "alpha",
     ".diff": "weight",
     ".diff_b": "bias",
+    ".diff_m": "modulation",
 }
+_WHOLE = ("weight", "bias", "modulation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraFile:
     """A LoRA as its file has it.
 
-    layers: name in the file -> `down` [R, in, ...], `up` [out, R, ...], `alpha` []; beside them or
-        alone whole changes, `weight` and `bias`.
+    layers: name in the file -> `down` [R, in, ...], `up` [out, R, ...], `alpha` of one element;
+        beside them or alone whole changes, `weight`, `bias` and `modulation`.
     """
 
     path: Path
@@ -56,26 +61,74 @@ def load_lora(path: Path) -> LoraFile:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for key in file.keys():
-                if key.startswith(_OWN):
-                    continue
-                suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
-                if suffix is None:
-                    raise ValueError(
-                        f"{path} holds {key!a}, which is not known; known are a LoRA's lora_up and "
-                        "lora_down, or lora_B and lora_A, alpha, diff and diff_b"
-                    )
-                role = layers.setdefault(key.removesuffix(suffix), {})
-                role[_ROLES[suffix]] = file.get_tensor(key)
+                if not key.startswith(_OWN):
+                    name, role = _split(path, key)
+                    layers.setdefault(name, {})[role] = file.get_tensor(key)
+                    _check_tensor(path, key, role, layers[name][role])
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
     for name, parts in layers.items():
-        if any(parts[side].ndim < 2 for side in ("up", "down") if side in parts):
-            raise ValueError(f"{path} has a LoRA of {name!a} that is no matrix: it is damaged")
         if ("up" in parts) != ("down" in parts) or parts.keys() == {"alpha"}:
             raise ValueError(f"{path} has only one half of the LoRA of {name!a}: it is damaged")
     if not layers:
         raise ValueError(f"{path} holds no weight changes, so it is no LoRA")
+    if count := sum("modulation" in parts for parts in layers.values()):
+        logger.warning(
+            "%s changes the modulation of %d layers (diff_m), which ComfyUI leaves out", path, count
+        )
     return LoraFile(path=path, layers=layers)
+
+
+def _split(path: Path, key: str) -> tuple[str, str]:
+    """Return the layer of a tensor in a file, and what it is of the layer's change."""
+    suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
+    if suffix is None:
+        raise ValueError(
+            f"{path} holds {key!a}, which is not known; known are a LoRA's lora_up and lora_down, "
+            "or lora_B and lora_A, alpha, diff, diff_b and diff_m"
+        )
+    return key.removesuffix(suffix), _ROLES[suffix]
+
+
+def _check_tensor(path: Path, key: str, role: str, tensor: Tensor) -> None:
+    """Raise ValueError, in one sentence, for a tensor that no change can be made of."""
+    needed = None
+    if role == "alpha" and tensor.numel() != 1:
+        needed = "a single number"
+    elif role in ("up", "down") and (tensor.ndim < 2 or not tensor.numel()):
+        needed = "a matrix of rank 1 or more"
+    if needed is not None:
+        raise ValueError(
+            f"{path} holds {key!a} of shape {list(tensor.shape)}, where {needed} is needed: it is "
+            "damaged"
+        )
+
+
+def fit_lora(lora: LoraFile, model: nn.Module) -> LoraFile:
+    """Return a LoRA without what the model lacks, such as a text-to-video one's image layers.
+
+    Where something is left out, as ComfyUI does it, one warning counts and names it.
+
+    Raises ValueError, in one sentence, where nothing is left.
+    """
+    targets = _Targets(model)
+    fitting: dict[str, dict[str, Tensor]] = {}
+    strangers = set()
+    for stored, parts in lora.layers.items():
+        for role, tensor in parts.items():
+            if targets.find(stored, role) is None:
+                strangers.add(stored)
+            else:
+                fitting.setdefault(stored, {})[role] = tensor
+    if strangers:
+        lacks = (
+            f"{lora.path} changes {len(strangers)} of {len(lora.layers)} layers that the model "
+            f"does not have, such as {min(strangers)!a}"
+        )
+        if not fitting:
+            raise ValueError(f"{lacks}: choose a LoRA made for this model")
+        logger.warning("%s; they are left out", lacks)
+    return dataclasses.replace(lora, layers=fitting)
 
 
 @contextlib.contextmanager
@@ -83,29 +136,27 @@ def with_lora(model: nn.Module, lora: LoraFile, *, strength: float = 1.0) -> Ite
     """Add `strength alpha / R up down` to the weights of a model for a while.
 
     A linearized model is changed in the same weights as the model that it was made from. Where a
-    layer has no alpha, alpha is R. Leaving it gives the model back bit for bit.
+    layer has no alpha, alpha is R; layers that the model lacks are left out, see `fit_lora`.
+    Leaving it gives the model back bit for bit.
 
     Raises ValueError, in one sentence and with the model as it was, for names that match no layer
     of the model, for shapes that differ, and for a sum that overflows.
     """
     if not math.isfinite(strength):
         raise ValueError(f"LoRA strength {strength} given; a finite number is needed")
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    # A whole change may also be of a parameter that is called neither weight nor bias.
-    names = _match(lora, {*shapes, *(name.rpartition(".")[0] for name in shapes)})
+    targets = _Targets(model)
     with contextlib.ExitStack() as undo:
-        for stored, parts in lora.layers.items():
-            for suffix, factors, scale in _changes(parts):
-                name = names[stored]
-                name = name if name in shapes and suffix == "weight" else f"{name}.{suffix}"
-                _check(lora, stored, factors, shapes.get(name))
+        for stored, parts in fit_lora(lora, model).layers.items():
+            for role, factors, scale in _changes(parts):
+                name = targets.find(stored, role)
+                _check(lora, stored, factors, targets.shapes[name])
                 add_change(undo, model, name, factors, strength * scale)
         yield model
 
 
 def _changes(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:
-    """Yield what changes, weight or bias: its name, the change's factors and its scale."""
-    for whole in ("weight", "bias"):
+    """Yield what changes, such as the weight: its name, the change's factors and its scale."""
+    for whole in _WHOLE:
         if whole in parts:
             yield whole, [parts[whole]], 1.0
     if "up" in parts:
@@ -114,40 +165,41 @@ def _changes(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], f
         yield "weight", [up, down], alpha / len(down)
 
 
-def _match(lora: LoraFile, layers: Collection[str]) -> dict[str, str]:
-    """Return the model's name of every layer in the file."""
-    underscored = {layer.replace(".", "_"): layer for layer in layers}
-    found = {stored: _find(stored, layers, underscored) for stored in lora.layers}
-    strangers = sorted(stored for stored, layer in found.items() if layer is None)
-    if strangers:
-        raise ValueError(
-            f"{lora.path} changes {len(strangers)} of {len(found)} layers that the model does not "
-            f"have, such as {strangers[0]!a}: choose a LoRA made for this model"
-        )
-    return found
+class _Targets:
+    """A model's parameters by the names that LoRA files have for their layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        # A whole change may also be of a parameter that is called neither weight nor bias.
+        self._layers = {*self.shapes, *(name.rpartition(".")[0] for name in self.shapes)}
+        self._underscored = {layer.replace(".", "_"): layer for layer in self._layers}
+
+    def find(self, stored: str, role: str) -> str | None:
+        """Return the parameter that a tensor in a file changes, None where there is none."""
+        layer = self._find_layer(stored)
+        leaf = role if role in _WHOLE else "weight"
+        names = ([layer] if leaf == "weight" else []) + [f"{layer}.{leaf}"]
+        return next((name for name in names if name in self.shapes), None)
+
+    def _find_layer(self, stored: str) -> str | None:
+        if stored.startswith(_UNDERSCORED):
+            return self._underscored.get(stored.removeprefix(_UNDERSCORED).removeprefix("_"))
+        name = stored
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        return next((n for n in (name, from_diffusers(name)) if n in self._layers), None)
 
 
-def _find(stored: str, layers: Collection[str], underscored: Mapping[str, str]) -> str | None:
-    if stored.startswith(_UNDERSCORED):
-        return underscored.get(stored.removeprefix(_UNDERSCORED).removeprefix("_"))
-    name = stored
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return next((n for n in (name, from_diffusers(name)) if n in layers), None)
-
-
-def _check(lora: LoraFile, stored: str, factors: list[Tensor], expected: tuple | None) -> None:
+def _check(lora: LoraFile, stored: str, factors: list[Tensor], expected: tuple[int, ...]) -> None:
     """Raise ValueError where a product of factors is not of a parameter's shape."""
-    fits = expected is not None and factors[0].shape[0] == expected[0]
-    if fits and len(factors) == 2:
-        fits = factors[0].shape[1] == len(factors[1])
-        fits = fits and factors[1].shape[1] == math.prod(expected[1:])
-    elif fits:
+    if len(factors) == 2:
+        up, down = factors
+        fits = up.shape == (expected[0], len(down)) and down.shape[1] == math.prod(expected[1:])
+    else:
         fits = factors[0].shape == expected
     if not fits:
         given = " and ".join(str(list(factor.shape)) for factor in factors)
-        needed = "no such weight" if expected is None else f"one of {list(expected)}"
         raise ValueError(
-            f"{lora.path} changes {stored!a} by {given}, but the model has {needed}: choose a LoRA "
-            "made for this model"
+            f"{lora.path} changes {stored!a} by {given}, but the model has one of "
+            f"{list(expected)}: choose a LoRA made for this model"
         )

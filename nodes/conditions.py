@@ -14,6 +14,28 @@ from . import digests
 # Each holds for a part of the picture or of the sampling, or is a model of its own.
 _PARTIAL = ("area", "mask", "start_percent", "end_percent", "control", "gligen", "hooks")
 _PROMPT, _CONCAT = "c_crossattn", "c_concat"
+# What an artist connects, by the name under which ComfyUI gives it to a model.
+_WORDS = {
+    _CONCAT: "start image or control video",
+    "clip_fea": "CLIP Vision image",
+    "clip_fea_ref": "CLIP Vision image",
+    "clip_fea_pose": "CLIP Vision image of the pose",
+    "context_pose": "prompt of the pose",
+    "reference_latent": "reference image",
+    "ref_mask_latents": "mask of the reference",
+    "time_dim_concat": "reference images",
+    "reference_motion": "reference motion",
+    "control_video": "control video",
+    "vace_context": "control video, mask or reference image",
+    "vace_strength": "strength of VACE",
+    "camera_conditions": "camera motion",
+    "pose_latents": "pose video",
+    "face_pixel_values": "face video",
+    "sam_latents": "mask video",
+    "audio_embed": "audio",
+    "audio_inject_scale": "strength of the audio",
+    "fps": "frame rate",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +147,11 @@ def _check_lengths(prompts: list[Tensor]) -> None:
 def _check_alike(first: dict[str, Any], other: dict[str, Any]) -> None:
     for name in sorted(first.keys() | other.keys()):
         if not _is_alike(first.get(name), other.get(name)):
+            words = _WORDS.get(name, f"values of {name!r}")
             raise ValueError(
-                f"the prompts come with different {name}, but a transfer needs the same for all, "
-                "positive and negative: connect the same image to each"
+                f"the prompts come with different {words}, but a transfer needs the same for all, "
+                f"positive and negative: connect the same {words} to each, by positive outputs "
+                "alone where a node leaves it out of its negative one"
             )
 
 

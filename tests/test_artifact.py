@@ -3,6 +3,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -641,6 +642,15 @@ def assert_valid_or_refused(path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in tensors_of(made).values())
     artifact.save(made, path, dtype=torch.float32)
     assert tensors_of(artifact.load(path)).keys() == tensors_of(made).keys()
+
+
+def test_an_error_is_named_by_the_place_that_it_is_imported_from() -> None:
+    error = ArtifactError("a sentence")
+    assert f"{ArtifactError.__module__}.{ArtifactError.__qualname__}" == (
+        "linvideo_core.artifact.ArtifactError"
+    )
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is ArtifactError and str(back) == "a sentence"
 
 
 def test_a_file_cut_anywhere_is_refused(intact: tuple[Path, bytes]) -> None:

@@ -1,10 +1,11 @@
 """A LoRA of others and a LINVIDEO file are added in the space of weights."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linvideo_core import artifact
@@ -94,6 +95,8 @@ def test_whole_changes_reach_weights_biases_and_bare_parameters(
         "blocks.0.norm3.weight": "blocks.0.norm3.diff",
         "blocks.1.ffn.2.bias": "blocks.1.ffn.2.diff_b",
         "blocks.2.modulation": "blocks.2.modulation.diff",
+        "blocks.1.modulation": "blocks.1.diff_m",
+        "head.modulation": "head.diff_m",
         "patch_embedding.weight": "patch_embedding.diff",
     }
     tensors = {
@@ -153,10 +156,27 @@ def test_lora_and_linearized_file_come_in_any_order(
             {"blocks.0.ffn.0.lora_up.weight": (96, 2), "blocks.0.ffn.0.lora_down.weight": (3, 128)},
             r"by \[96, 2\] and \[3, 128\]",
         ),
-        ({"blocks.0.diff": (4, 4)}, "but the model has no such weight"),
+        ({"blocks.0.diff": (4, 4)}, "changes 1 of 1 layers that the model does not have"),
+        (
+            {"blocks.0.cross_attn.norm_k_img.diff": (4,), "img_emb.proj.0.diff_b": (4,)},
+            "changes 2 of 2 layers that the model does not have, such as 'blocks.0.cross_attn.norm",
+        ),
+        ({"blocks.0.diff_m": (1, 6, 4)}, r"by \[1, 6, 4\], but the model has one of \[1, 6, "),
         (
             {"blocks.0.ffn.0.lora_up.weight": (4,), "blocks.0.ffn.0.lora_down.weight": (4,)},
-            "that is no matrix",
+            r"holds 'blocks.0.ffn.0.lora_(up|down).weight' of shape \[4\], where a matrix of",
+        ),
+        (
+            {"blocks.0.ffn.0.lora_B.weight": (96, 0), "blocks.0.ffn.0.lora_A.weight": (0, 128)},
+            r"holds 'blocks.0.ffn.0.lora_A.weight' of shape \[0, 128\], where a matrix of rank 1",
+        ),
+        (
+            {
+                "blocks.0.ffn.0.lora_B.weight": (96, 2),
+                "blocks.0.ffn.0.lora_A.weight": (2, 128),
+                "blocks.0.ffn.0.alpha": (2,),
+            },
+            r"holds 'blocks.0.ffn.0.alpha' of shape \[2\], where a single number is needed",
         ),
     ],
 )
@@ -173,6 +193,59 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_sentence(
         pass
     assert "\n" not in str(refused.value)
     assert all(torch.equal(x, before[name]) for name, x in weights_of(subject.model).items())
+
+
+def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
+    subject: Subject,
+    linearized: Artifact,
+    lora_path: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    strangers = {
+        "blocks.9.self_attn.q.lora_up.weight": (4, 2),
+        "blocks.9.self_attn.q.lora_down.weight": (2, 4),
+        "blocks.0.cross_attn.k_img.lora_up.weight": (4, 2),
+        "blocks.0.cross_attn.k_img.lora_down.weight": (2, 4),
+        "blocks.0.cross_attn.k_img.diff_b": (4,),
+        "blocks.0.cross_attn.norm_k_img.diff": (4,),
+        # The layer is there, a modulation of it is not.
+        "blocks.0.norm3.diff_m": (4,),
+    }
+    tensors = load_file(lora_path)
+    tensors |= {f"diffusion_model.{name}": torch.ones(size) for name, size in strangers.items()}
+    save_file(tensors, tmp_path / "more.safetensors")
+    model, more = subject.model, load_lora(tmp_path / "more.safetensors")
+    caplog.clear()
+    with with_lora(model, load_lora(lora_path)):
+        expected = weights_of(model)
+    with caplog.at_level(logging.WARNING), with_lora(model, more):
+        found = weights_of(model)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    (warning,) = caplog.messages
+    assert "changes 4 of 7 layers that the model does not have, such as" in warning
+    assert "'diffusion_model.blocks.0.cross_attn.k_img'; they are left out" in warning
+    caplog.clear()
+    sigmas = torch.tensor([1.0, 0.0])
+    settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
+    lineup = line_up(
+        model, linearized, {}, settings, lora=FewStepLora(file=more, strength=1.0, sigmas=sigmas)
+    )
+    for name in ("teacher_lora_1", "linearized_lora_1"):
+        with lineup.students[name]:
+            pass
+    assert len(caplog.messages) == 1
+
+
+def test_a_change_of_modulation_is_said_to_be_left_out_by_comfyui(
+    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = subject.model.get_parameter("blocks.0.modulation").shape
+    names = [f"diffusion_model.blocks.{i}.diff_m" for i in range(2)]
+    save_file({name: torch.ones(shape) for name in names}, tmp_path / "x.safetensors")
+    load_lora(tmp_path / "x.safetensors")
+    (warning,) = caplog.messages
+    assert "the modulation of 2 layers (diff_m), which ComfyUI leaves out" in warning
 
 
 def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path) -> None:

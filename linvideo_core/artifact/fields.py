@@ -9,6 +9,9 @@ _MAX_TEXT = 200
 class ArtifactError(ValueError):
     """A LINVIDEO file that is damaged, foreign, or made for another model."""
 
+    # Where it is imported from: a host shows the name, and loads this file under the pack's path.
+    __module__ = "linvideo_core.artifact"
+
 
 def refuse(name: str, value: object, expected: str) -> NoReturn:
     """Raise ArtifactError saying what a field is, and what is expected of it."""

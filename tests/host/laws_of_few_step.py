@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
@@ -25,7 +26,7 @@ from linvideo_pack.nodes import files
 from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
 from linvideo_pack.nodes.patching import linearize
 from safetensors.torch import save_file
-from stage import assert_close, lora
+from stage import assert_close, collect_warnings, lora, merge_lora
 from stage import demo as _demo
 from stage import shipped as _shipped
 from stage import with_lora as with_lora_by_comfyui
@@ -124,6 +125,31 @@ def a_few_step_lora_from_a_file_acts_as_in_the_headless_core() -> None:
     ):
         assert_close(_sample(patcher, 4), expected)
     assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def what_comfyui_leaves_out_of_a_lora_is_told_or_left_out_in_the_headless_core() -> None:
+    """An image-to-video LoRA's image layers by both; a change of modulation by ComfyUI alone."""
+    pair = {"lora_A.weight": (4, 128), "lora_B.weight": (128, 4)}
+    layer = "diffusion_model.blocks.0.cross_attn.k_img"
+    strangers = {f"{layer}.{name}": torch.ones(shape) for name, shape in pair.items()}
+    modulation = {"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 128)}
+    path = Path(tempfile.mkdtemp()) / "lora.safetensors"
+    save_file({**lora(), **strangers, **modulation}, path)
+    whole = comfy.utils.load_torch_file(str(path))
+    found = comfy.sd.load_lora_for_models(_demo()[0], None, whole, 0.7, 0)[0]
+    assert found.patches.keys() == with_lora_by_comfyui(_demo()[0]).patches.keys()
+    save_file({**lora(), **strangers}, path)
+    expected = load_subject(SubjectConfig()).model
+    merge_lora(expected)
+    model = load_subject(SubjectConfig()).model
+    with collect_warnings() as messages, with_lora(model, load_lora(path), strength=0.7):
+        for weight, other in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(weight, other, rtol=0, atol=1e-6)
+    assert len(messages) == 1 and "1 of 4 layers" in messages[0]
+    save_file(modulation, path)
+    with collect_warnings() as messages:
+        load_lora(path)
+    assert len(messages) == 1 and "which ComfyUI leaves out" in messages[0]
 
 
 def both_ways_give_the_same_latents() -> None:

@@ -419,7 +419,7 @@ def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
         _assert_close(found, expected)
         assert run(model, inputs).is_file()
         inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]
-        assert "same image" in _complaint(HostSubject, model, inputs)
+        assert "the same start image" in _complaint(HostSubject, model, inputs)
 
 
 class _WordEncoder:

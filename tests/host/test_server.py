@@ -322,13 +322,16 @@ def test_the_few_step_sampler_gives_frames(server: Server) -> None:
     assert len(read_frames(server, server.queue(workflow))) == 28
 
 
-def test_a_bad_filename_is_one_sentence(server: Server) -> None:
-    answer = server.queue({"load": make_load(), "write": make_save("load", "../mine")})
+@pytest.mark.parametrize("name", ["../mine", "//tmp/mine", "con", "é" * 200, "\udcff", "a\0b\nc"])
+def test_a_bad_filename_is_one_sentence(name: str, server: Server) -> None:
+    answer = server.queue({"load": make_load(), "write": make_save("load", name)})
     assert answer["status"]["status_str"] == "error"
     (error,) = (data for kind, data in answer["status"]["messages"] if kind == "execution_error")
     message = error["exception_message"].strip()
     assert error["node_id"] == "write"
     assert "filename" in message and "\n" not in message
+    # The panel shows it above the message: no path of this machine, and not the pack's folder.
+    assert error["exception_type"] == "linvideo_core.artifact.ArtifactError"
 
 
 @pytest.mark.parametrize("node", ["LinVideoSave", "LinVideoShowFile", "LinVideoFewStepSigmas"])
