@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from linvideo_core import adapters, artifact
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.models.wan import WanConfig, WanModel
+from tests.host.recording import tell_workflow
 from tests.host.server import PACK, Server
 
 pytestmark = pytest.mark.host
@@ -205,9 +206,7 @@ def test_a_workflow_runs_as_it_was_saved(
     prompt = stand_in(make_prompt(read(name), server.ask("/object_info")))
     start = time.monotonic()
     answer = server.queue(prompt)
-    record_property("workflow", name)
-    record_property("seconds", round(time.monotonic() - start, 1))
-    record_property("comfyui", server.version)
+    tell_workflow(record_property, server, name, round(time.monotonic() - start, 1))
     assert answer["status"]["status_str"] == "success", answer["status"]
     savers = [key for key, node in prompt.items() if node["class_type"].startswith("Save")]
     assert savers
