@@ -38,6 +38,7 @@ from stage import (
     load_vace,
     merge_lora,
     sample,
+    sample_again,
     sample_headless,
     stream_weights,
     vace_weights,
@@ -81,7 +82,7 @@ def _sample_headless(
 
 @functools.cache
 def _teacher_latents() -> Tensor:
-    return sample(_demo()[0])
+    return sample_again(_demo()[0])
 
 
 def _apply_file(name: str) -> Any:

@@ -23,13 +23,13 @@ from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching import linearize
 from stage import (
-    SHIFT,
     STEPS,
     assert_close,
     bind_headless,
     collect_warnings,
     demo,
     device,
+    finish,
     is_dynamic,
     load_headless,
     relative_difference,
@@ -46,13 +46,6 @@ from torch import Tensor, nn
 _FP8 = torch.float8_e4m3fn
 
 
-def _finish(patcher: Any) -> Any:
-    """Return a loaded model as LinVideo Demo gives it."""
-    patcher.model.latent_format = demo_nodes.DemoLatents()
-    patcher.model.model_sampling.set_parameters(shift=SHIFT)
-    return patcher
-
-
 @functools.cache
 def _weights() -> dict[str, Tensor]:
     return safetensors.torch.load_file(weights_path("model.safetensors"))
@@ -61,7 +54,7 @@ def _weights() -> dict[str, Tensor]:
 def _load_fp8(**settings: Any) -> Any:
     """Load as Load Diffusion Model does with weight_dtype fp8_e4m3fn: all weights, unscaled."""
     path = str(weights_path("model.safetensors"))
-    return _finish(comfy.sd.load_diffusion_model(path, {"dtype": _FP8}, **settings))
+    return finish(comfy.sd.load_diffusion_model(path, {"dtype": _FP8}, **settings))
 
 
 def _load_quantised(quantisation: str, layout: str, **settings: Any) -> Any:
@@ -78,7 +71,7 @@ def _load_quantised(quantisation: str, layout: str, **settings: Any) -> Any:
     options = {"dtype": torch.float32}
     patcher = comfy.sd.load_diffusion_model_state_dict(tensors, options, **settings)
     assert any(isinstance(p, QuantizedTensor) for p in patcher.model.parameters())
-    return _finish(patcher)
+    return finish(patcher)
 
 
 _LOADERS: dict[str, Callable[..., Any]] = {"fp8": _load_fp8}

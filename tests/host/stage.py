@@ -20,6 +20,7 @@ import comfy.sd
 import torch
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
+from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.models.denoiser import VelocityFn, bind_guided
 from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
@@ -27,12 +28,13 @@ from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes import files
 from torch import Tensor, nn
 
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.6e-1}
 """How far latents may be off, by what the host computes them in.
 
-A sampling makes the rounding of one operation some 20 to 100 times as large: fp32 rounds by 6e-8,
-fp16 by 5e-4, bf16, eight times as coarse, by 4e-3. TF32, whose products have fp16's 11 bits, is
-nowhere in it: ComfyUI leaves matrix products in full fp32, and convolutions are made so for tests.
+A sampling of the demo in fp16 on a CPU is 6e-3 from one in fp32, which is 10 times the rounding of
+one number; three times that is allowed. bf16 rounds eight times as coarsely. TF32 has fp16's 11
+bits and is nowhere in it: ComfyUI leaves matrix products in full fp32, and tests see to it that
+convolutions are, too.
 """
 STEPS, GUIDANCE, SHIFT = 4, 3.0, 3.0
 MODEL_OF_SHAPES = {"device": "meta", "operations": nn}
@@ -85,10 +87,33 @@ def make_noise(frames: int = LATENT_SHAPE[1]) -> Tensor:
     return torch.randn(1, C, frames, H, W, generator=torch.Generator().manual_seed(3))
 
 
+def finish(patcher: Any) -> Any:
+    """Return the demo's weights, loaded as a Wan's, as LinVideo Demo gives them."""
+    patcher.model.latent_format = demo_nodes.DemoLatents()
+    patcher.model.model_sampling.set_parameters(shift=SHIFT)
+    return patcher
+
+
+def load_in_hosts_dtype(**settings: Any) -> Any:
+    """Return the demo's model, loaded and computed as Load Diffusion Model does with a Wan."""
+    path = str(weights_path("model.safetensors"))
+    patcher = finish(comfy.sd.load_diffusion_model(path, **settings))
+    patcher.cached_patcher_init = (load_in_hosts_dtype, ())
+    return patcher
+
+
+IS_IN_HOSTS_DTYPE = False
+"""Whether the demo's model is computed in the host's dtype, not in the fp32 that its node asks for.
+
+Set before anything is sampled, it holds for the whole process.
+"""
+
+
 @functools.cache
 def demo() -> tuple[Any, Any, Any, Any]:
     """Return what LinVideo Demo gives: MODEL, positive, negative, LATENT."""
-    return demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
+    model, *others = demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
+    return (load_in_hosts_dtype() if IS_IN_HOSTS_DTYPE else model, *others)
 
 
 @functools.cache
