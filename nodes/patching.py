@@ -65,7 +65,9 @@ def linearize(
     if bypassed is not None:
         parts.append((LowRankChanges, bypassed))
     devices = (model.load_device, model.offload_device)
-    linearized.set_additional_models(KEY, [make_parts_patcher(*part, *devices) for part in parts])
+    settings = {"disable_dynamic": not _may_be_dynamic(model)}
+    patchers = [make_parts_patcher(*part, *devices, **settings) for part in parts]
+    linearized.set_additional_models(KEY, patchers)
     wrappers = [KeepFirstSteps(KEY, keep_first_steps), watch_call] if must_rest else [watch_call]
     for wrapper in wrappers:
         linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
@@ -74,7 +76,7 @@ def linearize(
         # ComfyUI would leave the model injected until another patcher of it is loaded.
         (CallbacksMP.ON_CLEANUP, _eject_all),
         # A clone is told that it is injected if its parent is, and would eject it on its way out.
-        (CallbacksMP.ON_CLONE, _mark_ejected),
+        (CallbacksMP.ON_CLONE, _prepare_clone),
         # Injections are undone in the order they were done in, so one may put ours back.
         (CallbacksMP.ON_EJECT_MODEL, eject),
     ):
@@ -123,5 +125,20 @@ def _eject_all(patcher: Any) -> None:
     patcher.eject_model()
 
 
-def _mark_ejected(_: Any, clone: Any) -> None:
+def _prepare_clone(_: Any, clone: Any) -> None:
     clone.is_injected = False
+    if _may_be_dynamic(clone):
+        return
+    # ComfyUI's compile node asks for weights that lie where they are; it does not ask our parts.
+    parts = clone.get_additional_models_with_key(KEY)
+    static = [part.clone(disable_dynamic=True) if _is_dynamic(part) else part for part in parts]
+    clone.set_additional_models(KEY, static)
+
+
+def _may_be_dynamic(patcher: Any) -> bool:
+    """Say whether weights beside this model's may come to video memory when they are used."""
+    return not hasattr(patcher, "is_dynamic") or patcher.is_dynamic()
+
+
+def _is_dynamic(patcher: Any) -> bool:
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()

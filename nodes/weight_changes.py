@@ -40,9 +40,9 @@ def add_weight_changes(
         if _is_patched_by_host(linearized.model.diffusion_model, name):
             patches[_PREFIX + name] = ("diff", (delta,))
         else:
-            _replace_parameter(linearized, _PREFIX + name, strength * delta.float())
+            _replace_parameter(linearized, name, strength * delta.float())
     for name, (down, up) in artifact.low_rank.items():
-        if must_rest or not is_plain(_find_weight(linearized, f"{name}.weight")):
+        if must_rest or not _is_kept_plain(linearized, f"{name}.weight"):
             bypassed[name] = (down, up)
             continue
         # up, down, alpha (none: the rank), Tucker's middle factor, DoRA's scale, a new shape
@@ -95,6 +95,18 @@ def _find_weight(linearized: Any, name: str) -> Tensor:
         raise _missing(_PREFIX + name) from None
 
 
+def _is_kept_plain(linearized: Any, name: str) -> bool:
+    """Say whether ComfyUI will keep a weight plain: until it is used, it may be as in its file."""
+    weight = _find_weight(linearized, name)
+    return is_plain(weight) and _find_kept_dtype(linearized, name, weight) in _PLAIN_DTYPES
+
+
+def _find_kept_dtype(linearized: Any, name: str, weight: Tensor) -> torch.dtype:
+    owner, _, parameter = (_PREFIX + name).rpartition(".")
+    layer = linearized.get_model_object(owner)
+    return getattr(layer, f"{parameter}_comfy_model_dtype", None) or weight.dtype
+
+
 def _missing(key: str) -> ArtifactError:
     return ArtifactError(
         f"this model has no weight {key!a} that the file changes: load the model with ComfyUI's "
@@ -108,7 +120,7 @@ def _check_full_changes(linearized: Any, artifact: Artifact, *, must_rest: bool)
             "this file changes whole weights, which cannot be taken out of single steps: set "
             "keep_first_steps to 0, or use a file that was trained with LoRA"
         )
-    if not all(is_plain(_find_weight(linearized, name)) for name in artifact.deltas):
+    if not all(_is_kept_plain(linearized, name) for name in artifact.deltas):
         logger.warning(
             "LinVideo: this file changes whole weights and the model's are quantised, so they are "
             "rounded once more; a file trained with LoRA, or a bf16 model, keeps them exact"
@@ -125,10 +137,12 @@ def _is_patched_by_host(diffusion_model: nn.Module, name: str) -> bool:
     return is_leaf and parameter in ("weight", "bias")
 
 
-def _replace_parameter(linearized: Any, key: str, change: Tensor) -> None:
+def _replace_parameter(linearized: Any, name: str, change: Tensor) -> None:
     """Put a changed copy in a parameter's place for as long as the clone is loaded."""
-    parameter = linearized.get_model_object(key)
+    parameter = _find_weight(linearized, name)
     total = parameter.float() + change.to(parameter.device)
-    dtype = parameter.dtype if is_plain(parameter) else torch.bfloat16
+    dtype = torch.bfloat16
+    if _is_kept_plain(linearized, name):
+        dtype = _find_kept_dtype(linearized, name, parameter)
     replacement = nn.Parameter(total.to(dtype), requires_grad=False)
-    linearized.add_object_patch(key, replacement)
+    linearized.add_object_patch(_PREFIX + name, replacement)

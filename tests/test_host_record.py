@@ -1,10 +1,11 @@
 """`--record-host` writes what ran, and nothing where a host test failed."""
 
+import json
 from collections.abc import Callable
 
 import pytest
 
-from linvideo_core.records import read_record
+from linvideo_core.records import describe_device, read_record, write_record
 
 pytest_plugins = ["pytester"]
 
@@ -14,7 +15,7 @@ import pytest
 
 @pytest.mark.host
 def test_a_workflow(record_property):
-    for name in ("comfyui", "workflow"):
+    for name in ("comfyui", "device", "workflow"):
         record_property(name, os.environ[name])
     record_property("seconds", 1.5)
 
@@ -39,8 +40,9 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     pytester.makeini("[pytest]\nmarkers = host\n")
     monkeypatch.setenv("workflow", "demo")
 
-    def run(*outcomes: str, comfyui: str = "1.2.3") -> str:
+    def run(*outcomes: str, comfyui: str = "1.2.3", device: str = "cpu") -> str:
         monkeypatch.setenv("comfyui", comfyui)
+        monkeypatch.setenv("device", device)
         pytester.makepyfile(TESTS.format(outcomes=list(outcomes)))
         plugin = ("-p", "tests.host.recording", "--record-host", "host.json")
         return pytester.runpytest_inprocess(*plugin).stdout.str()
@@ -54,7 +56,7 @@ def test_a_row_holds_the_workflow_and_the_counts_of_host_tests_alone(
     output = run("pass", "skip", "pass")
     assert "recorded 1 workflows" in output
     record = read_record(pytester.path / "host.json")
-    row = {"comfyui": "1.2.3", "workflow": "demo", "seconds": 1.5}
+    row = {"comfyui": "1.2.3", "device": "cpu", "workflow": "demo", "seconds": 1.5}
     assert record["rows"] == [row | {"host_tests_passed": 3, "host_tests_skipped": 1}]
     assert record["command"].startswith("python -m pytest")
 
@@ -68,11 +70,53 @@ def test_a_failure_records_nothing_and_leaves_the_record(
     assert (pytester.path / "host.json").read_bytes() == before
 
 
-def test_rows_of_another_comfyui_stay_and_its_own_are_replaced(
+def test_rows_of_another_comfyui_or_device_stay_and_its_own_are_replaced(
     run: Run, pytester: pytest.Pytester
 ) -> None:
-    for comfyui, outcomes in (("1", ["pass"]), ("2", ["pass"]), ("1", ["pass", "skip"])):
-        run(*outcomes, comfyui=comfyui)
-    rows = read_record(pytester.path / "host.json")["rows"]
-    found = {row["comfyui"]: row["host_tests_skipped"] for row in rows}
-    assert found == {"1": 1, "2": 0} and len(rows) == 2
+    for comfyui, device, outcomes in (
+        ("1", "cpu", ["pass"]),
+        ("2", "cpu", ["pass"]),
+        ("1", "a card", ["skip", "skip"]),
+        ("1", "cpu", ["pass", "skip"]),
+    ):
+        run(*outcomes, comfyui=comfyui, device=device)
+    record = read_record(pytester.path / "host.json")
+    found = {(x["comfyui"], x["device"]): x["host_tests_skipped"] for x in record["rows"]}
+    assert found == {("1", "cpu"): 1, ("2", "cpu"): 0, ("1", "a card"): 2}
+    assert len(record["rows"]) == 3
+    assert record["device"] == f"{describe_device('cpu')} / a card"
+    runs = record["details"]["runs"]
+    assert {name: told["device"] for name, told in runs.items()} == {
+        "1 on cpu": describe_device("cpu"),
+        "2 on cpu": describe_device("cpu"),
+        "1 on a card": "a card",
+    }
+
+
+def test_rows_from_before_there_was_a_device_are_of_a_cpu(
+    run: Run, pytester: pytest.Pytester
+) -> None:
+    path = pytester.path / "host.json"
+    old = {"comfyui": "1", "workflow": "demo", "seconds": 2.5}
+    write_record(path, title="old", command="old command", rows=[old], device="cpu")
+    run("pass", device="a card")
+    record = read_record(path)
+    assert record["rows"][0] == {
+        "comfyui": "1",
+        "device": "cpu",
+        "workflow": "demo",
+        "seconds": 2.5,
+    }
+    assert record["details"]["runs"]["1 on cpu"]["command"] == "old command"
+    run("pass", comfyui="1")
+    assert "old command" not in (pytester.path / "host.json").read_text()
+
+
+def test_rows_of_another_version_of_linvideo_go(run: Run, pytester: pytest.Pytester) -> None:
+    path = pytester.path / "host.json"
+    run("pass", comfyui="1")
+    record = read_record(path)
+    record["details"]["runs"]["1 on cpu"]["versions"]["linvideo"] = "0.0.1"
+    path.write_text(json.dumps(record))
+    run("pass", comfyui="2")
+    assert [row["comfyui"] for row in read_record(path)["rows"]] == ["2"]

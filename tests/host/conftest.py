@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.host.flags import FLAGS, make_environment
 from tests.host.recording import pytest_addoption, pytest_configure
 from tests.host.server import server
 
 __all__ = ["pytest_addoption", "pytest_configure", "server"]
 
-FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 TIMEOUT_SECONDS = 1800
-TESTS_OWN = ("PYTHONPATH", "TRITON_INTERPRET")
-"""Environment variables that the host must not inherit from the tests."""
-PATIENT = {"OMP_WAIT_POLICY": "passive"}
-"""Waiting threads sleep: spinning, two processes on two cores hold each other up for minutes."""
 PACK = Path(__file__).parents[2]
+START = """
+import comfy.options
+comfy.options.enable_args_parsing()
+from comfy.cli_args import args
+if not args.cpu:  # the allocator and the dynamic video memory that ComfyUI starts with on a GPU
+    import cuda_malloc
+    import main
+"""
 
 
 class Host:
@@ -46,19 +50,12 @@ class Host:
         survive `repr`. The process starts in ComfyUI's folder without PYTHONPATH: the only
         `nodes` it can import is ComfyUI's.
         """
-        source = "\n".join(
-            (
-                "import comfy.options",
-                "comfy.options.enable_args_parsing()",
-                textwrap.dedent(inspect.getsource(function)),
-                f"{function.__name__}(*{arguments!r})",
-            )
-        )
-        environment = {k: v for k, v in os.environ.items() if k not in TESTS_OWN} | PATIENT
+        call = f"{function.__name__}(*{arguments!r})"
+        source = "\n".join((START, textwrap.dedent(inspect.getsource(function)), call))
         finished = subprocess.run(
             [str(self.python), "-c", source, *FLAGS],
             cwd=self.root,
-            env=environment,
+            env=make_environment(),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
@@ -81,7 +78,12 @@ def run_laws(pack: str, laws: str, results: str) -> None:
     import unittest
     from pathlib import Path
 
+    import comfy.model_management
     import torch
+
+    # ComfyUI's matrix products are full fp32. With TF32 a convolution's have 11 bits, in which
+    # much of what laws look for would be lost.
+    torch.backends.cudnn.allow_tf32 = False
 
     def load(name: str, path: Path, folders: list[str] | None) -> object:
         spec = importlib.util.spec_from_file_location(
@@ -91,6 +93,15 @@ def run_laws(pack: str, laws: str, results: str) -> None:
         sys.modules[name] = module
         spec.loader.exec_module(module)
         return module
+
+    def end_node() -> None:
+        """Let go of what dynamic video memory keeps for a node, as ComfyUI does after each."""
+        memory = sys.modules.get("comfy.memory_management")
+        if getattr(memory, "aimdo_enabled", False):
+            import comfy_aimdo.model_vbar
+
+            comfy.model_management.reset_cast_buffers()
+            comfy_aimdo.model_vbar.vbars_reset_watermark_limits()
 
     sys.path.append(str(Path(laws).parent))  # what files of laws share
     load("linvideo_pack", Path(pack) / "__init__.py", [pack])
@@ -106,6 +117,7 @@ def run_laws(pack: str, laws: str, results: str) -> None:
                 outcomes[name]["skipped"] = str(missing)
             except Exception:
                 outcomes[name]["failed"] = traceback.format_exc()
+            end_node()
     Path(results).write_text(json.dumps(outcomes))
 
 

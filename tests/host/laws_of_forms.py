@@ -17,12 +17,15 @@ from stage import (
     assert_close,
     bind_headless,
     demo,
+    device,
     load_headless,
     relative_difference,
     sample,
     sample_headless,
     shipped,
     stream_weights,
+    tolerance_of,
+    without_dynamic_memory,
 )
 from torch import Tensor
 
@@ -69,12 +72,13 @@ def a_form_gives_the_latents_of_the_headless_core() -> None:
         assert_close(latents, _sample_core(made))
         # The demo has one head: sharing a map among its heads changes nothing.
         is_plain = form == LinearForm(map_sharing="shared")
-        assert (relative_difference(latents, plain) < 1e-5) == is_plain, form
+        is_close = relative_difference(latents, plain) <= tolerance_of(demo()[0])
+        assert is_close == is_plain, form
 
 
 def a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
     made = _make_file(_FORMS[-1])
-    linearized = linearize(demo()[0], made)
+    linearized = without_dynamic_memory(linearize(demo()[0], made))
     comfy.model_management.unload_all_models()
     parts = linearized.get_additional_models()
     for patcher in (linearized, *parts):
@@ -87,15 +91,14 @@ def a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
 
 def a_layer_of_several_heads_is_the_cores() -> None:
     heads, head_dim, half = 3, 16, 8
-    tokens = [_random(2, 63, heads, head_dim, seed=seed) for seed in range(3)]
+    tokens = [_random(2, 63, heads, head_dim, seed=seed).to(device()) for seed in range(3)]
     for form in _FORMS:
         linear = LinearAttention(heads, head_dim, 2 * half, form).requires_grad_(False)
         for seed, parameter in enumerate(linear.parameters()):
             parameter += 0.5 * _random(*parameter.shape, seed=9 + seed)
+        linear.to(device())
         tensors = {name: p.detach() for name, p in linear.named_parameters()}
-        made = LayerMaps(
-            tensors, form, operations=comfy.ops.manual_cast, device=torch.device("cpu")
-        )
+        made = LayerMaps(tensors, form, operations=comfy.ops.manual_cast, device=device())
         weights = {"query_map": linear.query_map, "key_map": linear.key_map}
         state = {
             f"{name}.weight": x.permute(0, 2, 1).reshape(-1, head_dim)

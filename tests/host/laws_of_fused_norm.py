@@ -1,7 +1,7 @@
 """Laws of Wan's layers with norm and rotation in one pass: the same as ComfyUI's, or left alone.
 
 On a CPU ComfyUI's own forward would run: `_fused` takes the other way everywhere, and says how many
-of a layer's runs took it.
+of a layer's runs took it. On a GPU it is `_as_comfyui` that takes ComfyUI's.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import torch
 from comfy.ldm.flux.layers import EmbedND
 from linvideo_pack.nodes.families import wan_fused
 from linvideo_pack.nodes.patching import linearize
-from stage import assert_close, demo, sample, shipped
+from stage import assert_close, demo, device, made_with_weights, sample, shipped
 from torch import Tensor, nn
 
 _Attention = comfy.ldm.wan.model.WanSelfAttention
@@ -57,19 +57,34 @@ def _hold_fused(*laws: Callable[[], None]) -> None:
 
 
 def _make_attention(**settings: Any) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a layer of two heads, its input and its freqs."""
-    torch.manual_seed(0)
+    """Return a layer of two heads, its input and its freqs, where ComfyUI computes."""
+    generator = torch.Generator().manual_seed(0)
     operations = {"operations": comfy.ops.manual_cast, "device": "cpu", "dtype": torch.float32}
-    attention = _Attention(256, 2, operation_settings=operations, **settings)
+    with made_with_weights():
+        attention = _Attention(256, 2, operation_settings=operations, **settings)
     for name, parameter in attention.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.06)
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.06, generator=generator)
     ids = torch.stack(torch.meshgrid(*map(torch.arange, (2, 3, 4)), indexing="ij"), dim=-1)
     embed = EmbedND(dim=128, theta=10000.0, axes_dim=[44, 42, 42])
     freqs = embed(ids.reshape(1, -1, 3).float()).movedim(1, 2)
-    return attention, torch.randn(1, 24, 256), freqs
+    x = torch.randn(1, 24, 256, generator=generator)
+    return attention.to(device()), x.to(device()), freqs.to(device())
+
+
+def _as_comfyui(model: Any) -> Any:
+    """Return a clone whose linear layers run ComfyUI's own forward, as a patch of them asks for."""
+    model = model.clone()
+    model.set_model_attn1_patch(lambda given: given["x"])
+    return model
 
 
 def norm_and_rotation_are_comfyuis() -> None:
+    _check_norm_and_rotation("reference")
+    if device().type == "cuda":
+        _check_norm_and_rotation("triton")
+
+
+def _check_norm_and_rotation(backend: str) -> None:
     attention, x, freqs = _make_attention()
     queries = []
 
@@ -77,7 +92,7 @@ def norm_and_rotation_are_comfyuis() -> None:
         queries.append((query, key))
         return value
 
-    wan_fused.BACKEND = "reference"
+    wan_fused.BACKEND = backend
     try:
         found = wan_fused.run_fused(attention, attend, x, freqs, transformer_options={})
     finally:
@@ -96,22 +111,27 @@ def norm_and_rotation_are_comfyuis() -> None:
 def a_norm_gives_its_weight_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         norm = _make_attention()[0].norm_q
-        weight = norm(torch.full((1, 1, 256), wan_fused._CONSTANT, dtype=dtype)).flatten()
+        constant = torch.full((1, 1, 256), wan_fused._CONSTANT, dtype=dtype, device=device())
+        weight = norm(constant).flatten()
         torch.testing.assert_close(weight, norm.weight.to(dtype), rtol=1e-7, atol=0)
 
 
 def both_ways_give_the_same_latents() -> None:
-    expected = sample(linearize(demo()[0], shipped()))
+    linearized = linearize(demo()[0], shipped())
     with _fused() as num_tokens:
-        assert_close(sample(linearize(demo()[0], shipped())), expected)
+        expected = sample(_as_comfyui(linearized))
+        assert 1 not in num_tokens and num_tokens
+        num_tokens.clear()
+        assert_close(sample(linearized), expected)
         assert set(num_tokens) == {1}, num_tokens
+    assert_close(sample(linearized), expected)
 
 
 def only_where_a_kernel_runs_is_it_taken_unasked() -> None:
     with _fused() as num_tokens:
         wan_fused.BACKEND = "auto"
         sample(linearize(demo()[0], shipped()), steps=1)
-        assert 1 not in num_tokens and num_tokens
+        assert num_tokens and (1 in num_tokens) == (device().type == "cuda")
 
 
 def a_patch_of_attention_is_given_comfyuis_queries_and_keys() -> None:

@@ -1,7 +1,6 @@
 """Laws of linearizing, each a function that runs inside ComfyUI; `test_laws` reports them.
 
-Latents are compared by the norm of the difference over the norm of the expected ones, fp32 on the
-CPU. "Headless" is our core without ComfyUI's model, sampler or patching.
+"Headless" is our core without ComfyUI's model, sampler or patching.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import gc
 import inspect
 import tempfile
 import unittest
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +23,32 @@ import latent_preview
 import numpy as np
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_pack.linvideo_core.demo import codec, weights_path
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
-from linvideo_pack.linvideo_core.models.denoiser import bind_guided
-from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
 from linvideo_pack.nodes import demo, files, hook
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
 from linvideo_pack.nodes.patching import linearize
+from stage import (
+    STEPS,
+    assert_close,
+    bind_headless,
+    complaint,
+    load_headless,
+    load_vace,
+    merge_lora,
+    sample,
+    sample_again,
+    sample_headless,
+    stream_weights,
+    vace_weights,
+    with_lora,
+    without_dynamic_memory,
+)
 from stage import demo as _demo
-from stage import load_vace, vace_weights
 from stage import shipped as _shipped
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-
-_TOLERANCE = 1e-5
-_STEPS, _GUIDANCE = 4, 3.0
-_NOISE = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
 
 
 @functools.cache
@@ -67,64 +73,16 @@ def _other_file() -> Artifact:
     return Artifact(header=header, feature_maps={2: maps, 9: maps}, deltas=deltas)
 
 
-@functools.cache
-def _lora() -> dict[str, Tensor]:
-    """A user's LoRA: two layers that ours changes, one that it leaves."""
-    generator = torch.Generator().manual_seed(9)
-    tensors = {}
-    for name in ("blocks.0.self_attn.q", "blocks.5.self_attn.v", "blocks.9.self_attn.o"):
-        for side, shape in (("down", (4, 128)), ("up", (128, 4))):
-            tensor = 0.15 * torch.randn(shape, generator=generator)
-            tensors[f"diffusion_model.{name}.lora_{side}.weight"] = tensor
-    return tensors
-
-
-def _with_lora(model: Any) -> Any:
-    return comfy.sd.load_lora_for_models(model, None, _lora(), 0.7, 0)[0]
-
-
-def _sample(model: Any, on_step: Callable[..., None] | None = None) -> Tensor:
-    _, positive, negative, latent = _demo()
-    settings = (_STEPS, _GUIDANCE, "euler", "simple", positive, negative, latent["samples"])
-    keywords = {"callback": on_step, "disable_pbar": True, "seed": 1}
-    return comfy.sample.sample(model, _NOISE, *settings, **keywords)
-
-
 def _sample_headless(
-    applied: Artifact | None = None, *, strength: float = 1.0, lora: bool = False
+    applied: Artifact | None = None, *, strength: float = 1.0, has_lora: bool = False
 ) -> Tensor:
-    _, positive, negative, _ = _demo()
-    model = load_subject(SubjectConfig()).model
-    for name in [n.removesuffix(".lora_up.weight") for n in _lora() if "_up" in n] * lora:
-        weight = model.get_parameter(name.removeprefix("diffusion_model.") + ".weight")
-        up, down = (_lora()[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
-        weight += 0.7 * up @ down
-    if applied is not None:
-        artifact.apply(applied, model, strength=strength)
-    velocity_fn = bind_guided(model, positive[0][0], negative[0][0], _GUIDANCE)
-    return flow.sample_euler(velocity_fn, _NOISE, flow.make_sigmas(_STEPS, 3.0))
-
-
-def _assert_close(latents: Tensor, expected: Tensor) -> None:
-    difference = float((latents - expected).norm() / expected.norm())
-    print(f"{inspect.stack()[1].function}: relative difference {difference:.1e}")
-    assert difference <= _TOLERANCE, difference
-    assert not torch.equal(expected, _NOISE)
+    model = merge_lora(load_headless()) if has_lora else load_headless()
+    return sample_headless([bind_headless(model, applied, strength=strength)] * STEPS)
 
 
 @functools.cache
 def _teacher_latents() -> Tensor:
-    return _sample(_demo()[0])
-
-
-def _complaint(kind: type[Exception], function: Any, *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except kind as error:
-        message = str(error)
-        assert message and "\n" not in message and len(message) < 400, message
-        return message
-    raise AssertionError("nothing was refused")
+    return sample_again(_demo()[0])
 
 
 def _apply_file(name: str) -> Any:
@@ -138,23 +96,23 @@ def _hooked(model: Any) -> list[str]:
 
 
 def the_teacher_gives_the_latents_of_the_headless_core() -> None:
-    _assert_close(_teacher_latents(), _sample_headless())
+    assert_close(_teacher_latents(), _sample_headless())
 
 
 def the_linearized_model_gives_the_latents_of_the_headless_core() -> None:
-    latents = _sample(_apply_file(files.SHIPPED).result[0])
-    _assert_close(latents, _sample_headless(_shipped()))
+    latents = sample(_apply_file(files.SHIPPED).result[0])
+    assert_close(latents, _sample_headless(_shipped()))
     assert float((latents - _teacher_latents()).norm()) > 1
 
 
 def full_weight_changes_give_the_latents_of_the_headless_core() -> None:
     linearized = linearize(_demo()[0], _other_file(), strength=0.5)
-    _assert_close(_sample(linearized), _sample_headless(_other_file(), strength=0.5))
+    assert_close(sample(linearized), _sample_headless(_other_file(), strength=0.5))
 
 
 def strength_zero_leaves_the_weights_alone() -> None:
     linearized = linearize(_demo()[0], _shipped(), strength=0.0)
-    _assert_close(_sample(linearized), _sample_headless(_shipped(), strength=0.0))
+    assert_close(sample(linearized), _sample_headless(_shipped(), strength=0.0))
 
 
 def the_model_that_came_in_gives_the_same_bits_ever_after() -> None:
@@ -162,11 +120,11 @@ def the_model_that_came_in_gives_the_same_bits_ever_after() -> None:
     names = list(model.model.state_dict())
     before = _teacher_latents()
     first, second = linearize(model, _shipped()), linearize(model, _other_file())
-    latents = [_sample(linearized) for linearized in (first, second)]
-    assert torch.equal(_sample(model), before)
-    assert torch.equal(_sample(first), latents[0])
-    assert torch.equal(_sample(second), latents[1])
-    assert torch.equal(_sample(model.clone()), before)
+    latents = [sample(linearized) for linearized in (first, second)]
+    assert torch.equal(sample(model), before)
+    assert torch.equal(sample(first), latents[0])
+    assert torch.equal(sample(second), latents[1])
+    assert torch.equal(sample(model.clone()), before)
     assert list(model.model.state_dict()) == names
     assert not _hooked(model)
 
@@ -179,23 +137,25 @@ def a_model_thrown_away_while_it_is_loaded_leaves_nothing() -> None:
     del linearized
     gc.collect()
     assert not _hooked(model)
-    assert torch.equal(_sample(model), _teacher_latents())
+    assert torch.equal(sample(model), _teacher_latents())
 
 
 def a_clone_of_a_loaded_model_samples_alike() -> None:
     linearized = linearize(_demo()[0], _shipped())
-    expected = _sample(linearized)
+    expected = sample(linearized)
     comfy.model_management.load_models_gpu([linearized])
     clone = linearized.clone()  # ComfyUI says of it, too, that it is injected
     clone.add_patches({})
-    assert torch.equal(_sample(_demo()[0]), _teacher_latents())
-    assert torch.equal(_sample(clone), expected)
-    assert torch.equal(_sample(linearized), expected)
+    assert torch.equal(sample(_demo()[0]), _teacher_latents())
+    assert torch.equal(sample(clone), expected)
+    assert torch.equal(sample(linearized), expected)
 
 
 def a_clone_made_while_sampling_and_thrown_away_changes_nothing() -> None:
     linearized = linearize(_demo()[0], _shipped())
-    assert torch.equal(_sample(linearized, lambda *_: linearized.clone()), _sample(linearized))
+    assert torch.equal(
+        sample(linearized, on_step=lambda *_: linearized.clone()), sample(linearized)
+    )
 
 
 def a_copy_with_weights_of_its_own_samples_alike() -> None:
@@ -204,41 +164,36 @@ def a_copy_with_weights_of_its_own_samples_alike() -> None:
         raise unittest.SkipTest("needs ComfyUI >= 0.25.0: clones with weights of their own")
     copy = linearized.clone(force_deepcopy=True)
     assert copy.model is not linearized.model
-    _assert_close(_sample(copy), _sample(linearized))
+    assert_close(sample(copy), sample(linearized))
 
 
 def a_lora_before_or_after_gives_the_latents_of_merged_weights() -> None:
     model, *_ = _demo()
-    expected = _sample_headless(_shipped(), lora=True)
-    _assert_close(_sample(linearize(_with_lora(model), _shipped())), expected)
-    _assert_close(_sample(_with_lora(linearize(model, _shipped()))), expected)
+    expected = _sample_headless(_shipped(), has_lora=True)
+    assert_close(sample(linearize(with_lora(model), _shipped())), expected)
+    assert_close(sample(with_lora(linearize(model, _shipped()))), expected)
 
 
 def weights_that_are_streamed_give_the_same_latents() -> None:
-    expected = _sample(linearize(_demo()[0], _shipped()))
-    linearized = linearize(_demo()[0], _shipped())
+    expected = sample(linearize(_demo()[0], _shipped()))
+    linearized = without_dynamic_memory(linearize(_demo()[0], _shipped()))
     comfy.model_management.unload_all_models()
-    load = linearized.partially_load
-
-    def load_little(device: torch.device, *_: Any, **__: Any) -> Any:
-        return load(device, 1000)
-
-    linearized.partially_load = load_little
-    latents = _sample(linearized)
+    stream_weights(linearized)
+    latents = sample(linearized)
     assert linearized.model.model_lowvram
     comfy.model_management.unload_all_models()
-    _assert_close(latents, expected)
+    assert_close(latents, expected)
 
 
 def compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
     linearized = linearize(_demo()[0], _shipped())
-    expected = _sample(linearized)
-    compiled = linearized.clone()
+    expected = sample(linearized)
+    compiled = without_dynamic_memory(linearized)
     set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
     for _ in range(2):
-        _assert_close(_sample(compiled), expected)
+        assert_close(sample(compiled), expected)
         assert counters["stats"]["unique_graphs"] == 1
-    assert torch.equal(_sample(_demo()[0]), _teacher_latents())
+    assert torch.equal(sample(_demo()[0]), _teacher_latents())
 
 
 def the_blocks_beside_the_main_ones_stay_softmax() -> None:
@@ -260,11 +215,11 @@ def the_blocks_beside_the_main_ones_stay_softmax() -> None:
         return function(query, key, *args, **kwargs)
 
     linearized.model_options["transformer_options"]["optimized_attention_override"] = override
-    before = _sample(patcher)
-    assert not torch.equal(_sample(linearized), before)
+    before = sample(patcher)
+    assert not torch.equal(sample(linearized), before)
     # Two main blocks and both of VACE's, once a step: both branches of guidance are one batch.
-    assert num_calls == 4 * _STEPS
-    assert torch.equal(_sample(patcher), before)
+    assert num_calls == 4 * STEPS
+    assert torch.equal(sample(patcher), before)
 
 
 def an_attention_override_serves_every_layer_but_ours() -> None:
@@ -284,13 +239,13 @@ def an_attention_override_serves_every_layer_but_ours() -> None:
 
     layers = set(range(10))
     others = {("self", i) for i in layers - set(_shipped().header.layers)}
-    expected = _sample(linearize(model, _shipped()))
+    expected = sample(linearize(model, _shipped()))
     for patcher in (
         linearize(overridden(model), _shipped()),
         overridden(linearize(model, _shipped())),
     ):
         seen.clear()
-        assert torch.equal(_sample(patcher), expected)
+        assert torch.equal(sample(patcher), expected)
         assert seen == others | {("cross", i) for i in layers}
 
 
@@ -304,10 +259,10 @@ def a_forward_patched_by_another_pack_comes_back() -> None:
         calls.append(1)
         return type(attention).forward(attention, *args, **kwargs)
 
-    expected = _sample(linearized)
+    expected = sample(linearized)
     attention.forward = foreign
     try:
-        assert torch.equal(_sample(linearized), expected)
+        assert torch.equal(sample(linearized), expected)
         assert not calls
         assert attention.forward is foreign
     finally:
@@ -343,9 +298,9 @@ def the_feature_maps_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
 
 def applying_twice_is_refused() -> None:
     linearized = linearize(_demo()[0], _shipped())
-    assert "linearized already" in _complaint(ArtifactError, linearize, linearized, _other_file())
+    assert "linearized already" in complaint(ArtifactError, linearize, linearized, _other_file())
     clone = linearized.clone()
-    assert "linearized already" in _complaint(ArtifactError, linearize, clone, _shipped())
+    assert "linearized already" in complaint(ArtifactError, linearize, clone, _shipped())
 
 
 def a_file_for_another_model_is_refused_with_both_names() -> None:
@@ -353,12 +308,12 @@ def a_file_for_another_model_is_refused_with_both_names() -> None:
         _shipped().header, fingerprint="wan, 30 layers, 12 heads of 128", num_layers=30
     )
     other = dataclasses.replace(_shipped(), header=header)
-    message = _complaint(ArtifactError, linearize, _demo()[0], other)
+    message = complaint(ArtifactError, linearize, _demo()[0], other)
     assert "30 layers, 12 heads" in message and "10 layers, 1 heads" in message
     stranger = _demo()[0].clone()
     stranger.model = nn.Module()
     stranger.model.diffusion_model = nn.Linear(2, 2)
-    assert "wan" in _complaint(ArtifactError, linearize, stranger, _shipped())
+    assert "wan" in complaint(ArtifactError, linearize, stranger, _shipped())
 
 
 def a_missing_damaged_or_foreign_file_is_refused() -> None:
@@ -369,11 +324,9 @@ def a_missing_damaged_or_foreign_file_is_refused() -> None:
         (Path(folder) / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
         foreign = weights_path("prompts.safetensors").read_bytes()
         (Path(folder) / "foreign.safetensors").write_bytes(foreign)
-        assert "damaged" in _complaint(ArtifactError, _apply_file, "cut.safetensors")
-        assert "not a LinVideo file" in _complaint(
-            ArtifactError, _apply_file, "foreign.safetensors"
-        )
-        assert "gone.safetensors" in _complaint(ArtifactError, _apply_file, "gone.safetensors")
+        assert "damaged" in complaint(ArtifactError, _apply_file, "cut.safetensors")
+        assert "not a LinVideo file" in complaint(ArtifactError, _apply_file, "foreign.safetensors")
+        assert "gone.safetensors" in complaint(ArtifactError, _apply_file, "gone.safetensors")
 
 
 def the_decoder_gives_frames_and_refuses_other_latents() -> None:
@@ -381,7 +334,7 @@ def the_decoder_gives_frames_and_refuses_other_latents() -> None:
     (frames,) = demo.LinVideoDemoDecode.execute(samples, 8).result
     assert frames.shape == (2 * 28, 256, 256, 3) and frames.dtype == torch.float32
     image_latents = {"samples": torch.zeros(1, 4, 64, 64)}
-    message = _complaint(ValueError, demo.LinVideoDemoDecode.execute, image_latents, 8)
+    message = complaint(ValueError, demo.LinVideoDemoDecode.execute, image_latents, 8)
     assert "[1, 4, 64, 64]" in message
 
 

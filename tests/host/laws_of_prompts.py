@@ -22,6 +22,7 @@ from linvideo_pack.linvideo_core.prompts.text_encoder import cut, read_encoder
 from linvideo_pack.nodes.prompts import LinVideoExportPrompts
 from safetensors.torch import save_file
 from stage import complaint as _complaint
+from stage import made_with_weights
 from torch import Tensor
 
 TEXTS = ["A red kite dives and climbs.", "a boat", "Two hands fold a crane, slowly."]
@@ -53,15 +54,17 @@ class _Target:
 @functools.cache
 def _clip() -> Any:
     sizes = {"d_model": _WIDTH, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 2}
-    clip = comfy.sd.CLIP(
-        _Target,
-        tokenizer_data={"spiece_model": torch.frombuffer(bytearray(_pieces()), dtype=torch.uint8)},
-        model_options={"umt5xxl_model_config": {**sizes, "vocab_size": _VOCABULARY}},
-    )
+    with made_with_weights():
+        clip = comfy.sd.CLIP(
+            _Target,
+            tokenizer_data={"spiece_model": torch.tensor(list(_pieces()), dtype=torch.uint8)},
+            model_options={"umt5xxl_model_config": {**sizes, "vocab_size": _VOCABULARY}},
+        )
     generator = torch.Generator().manual_seed(4)
     for parameter in clip.cond_stage_model.parameters():
         if parameter.ndim:
-            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+            weight = 0.5 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = weight.to(parameter.device)
     return clip
 
 
@@ -123,7 +126,7 @@ def the_headless_encoder_agrees_with_the_host() -> None:
         raise unittest.SkipTest("needs transformers") from None
     prefix = "umt5xxl.transformer."
     tensors = {
-        name.removeprefix(prefix): tensor.clone().contiguous()
+        name.removeprefix(prefix): tensor.cpu().clone().contiguous()
         for name, tensor in _clip().cond_stage_model.state_dict().items()
         if name.startswith(prefix)
     }

@@ -35,6 +35,7 @@ from linvideo_pack.nodes.host_subject import HostSubject
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
 from linvideo_pack.nodes.patching import linearize
 from linvideo_pack.nodes.transfer import make_config, run
+from stage import MODEL_OF_SHAPES, device
 from torch import Tensor
 
 _TOLERANCE = 1e-5
@@ -268,7 +269,7 @@ def _with_lora(model: Any) -> Any:
 def a_loras_changes_are_part_of_the_teacher() -> None:
     model = _with_lora(_demo()[0])
     with _teacher(model, _inputs()) as subject:
-        weight = subject.model.blocks[0].self_attn.q.weight
+        weight = subject.model.blocks[0].self_attn.q.weight.float().cpu()
         plain = load_subject(SubjectConfig()).model.blocks[0].self_attn.q.weight
         torch.testing.assert_close(weight - plain, torch.full_like(plain, 0.02), atol=1e-6, rtol=0)
 
@@ -299,8 +300,9 @@ def the_teacher_is_the_model_of_the_headless_core() -> None:
     latents, sigma = torch.randn(2, *LATENT_SHAPE), torch.tensor([0.9, 0.2])
     with _teacher(_demo()[0], _inputs()) as subject:
         prompts = subject.prompt_embeds[:2]
-        found = subject.model(latents.clone(), 1000 * sigma.clone(), prompts)
-        expected = load_subject(SubjectConfig()).model(latents, 1000 * sigma, prompts)
+        inputs = latents.to(device()), 1000 * sigma.to(device()), prompts
+        found = subject.model(*(x.clone() for x in inputs))
+        expected = load_subject(SubjectConfig()).model.to(device())(*inputs)
         _assert_close(found, expected)
 
 
@@ -344,7 +346,7 @@ def _make_wan(folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
     wan = comfy.ldm.wan.model.WanModel(
         **{"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 3, "text_dim": 4096},
         **settings,
-        operations=comfy.ops.disable_weight_init,
+        **MODEL_OF_SHAPES,
     )
     generator = torch.Generator().manual_seed(4)
     weights = {
@@ -369,8 +371,9 @@ def _velocity_of_host(model: Any, conditions: Any, latents: Tensor, prompt: Tens
     """Return the velocity at full noise, where it is the state less ComfyUI's clean estimate."""
     comfy.model_management.load_models_gpu([model])
     extra = {"c_concat": conditions.concat, **conditions.inputs}
+    sigmas, prompt = torch.ones(len(latents), device=device()), prompt.to(device())
     return latents - model.model.apply_model(
-        latents, torch.ones(len(latents)), c_crossattn=prompt, transformer_options={}, **extra
+        latents, sigmas, c_crossattn=prompt, transformer_options={}, **extra
     )
 
 
@@ -381,11 +384,15 @@ def a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_fo
         inputs = _wan_inputs()
         host = HostSubject(model, inputs)
         assert host.latent_shape == (16, 3, 8, 8)
-        latents = torch.randn(1, *host.latent_shape)
+        latents = torch.randn(1, *host.latent_shape).to(device())
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
         with _teacher(model, inputs) as subject:
-            found = subject.model(latents.clone(), torch.tensor([1000.0]), prompt.clone())
+            found = subject.model(
+                latents.clone(),
+                torch.tensor([1000.0], device=device()),
+                prompt.to(device()).clone(),
+            )
             student = Student(subject, StudentConfig(lora_rank=4), seed=0)
             assert {p.dtype for p in student.weights.values()} == {torch.float32}
         _assert_close(found, expected, 2e-2)
@@ -411,11 +418,15 @@ def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
             inputs[branch] = [[prompt, dict(image)] for prompt, _ in inputs[branch]]
         host = HostSubject(model, inputs)
         assert host.conditions.concat.shape == (1, 20, 3, 8, 8)
-        latents = torch.randn(1, *host.latent_shape)
+        latents = torch.randn(1, *host.latent_shape).to(device())
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
         with _teacher(model, inputs) as subject:
-            found = subject.model(latents.clone(), torch.tensor([1000.0]), prompt.clone())
+            found = subject.model(
+                latents.clone(),
+                torch.tensor([1000.0], device=device()),
+                prompt.to(device()).clone(),
+            )
         _assert_close(found, expected)
         assert run(model, inputs).is_file()
         inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]

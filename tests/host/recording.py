@@ -2,18 +2,32 @@
 
     python -m pytest tests/host --record-host results/host.json
 
-A test tells of a workflow that it ran with `record_property`: "comfyui" (the version), "workflow"
-(a name) and "seconds". Rows of another ComfyUI, recorded on the same day with the same versions,
-stay; a run in which a host test failed writes nothing.
+A test tells of a workflow that it ran with `tell_workflow`. Rows of another ComfyUI, or of another
+device, stay as long as they are of this version of LinVideo; `details` says of each such run when
+and with what it was measured. A run in which a host test failed writes nothing.
 """
 
 import datetime
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from linvideo_core.records import describe_versions, read_record, write_record
+from linvideo_core.records import SOURCE, describe_device, describe_versions, read_record
+from linvideo_core.storage import write_json
+from tests.host.flags import VARIABLE
+
+TOLD = ("comfyui", "device", "workflow", "seconds")
+
+
+def tell_workflow(
+    record_property: Callable[[str, Any], None], server: Any, workflow: str, seconds: float
+) -> None:
+    """Tell the record of a workflow that a server has run."""
+    for name, value in zip(TOLD, (server.version, server.device, workflow, seconds), strict=True):
+        record_property(name, value)
 
 
 class HostRecord:
@@ -48,26 +62,50 @@ class HostRecord:
         terminalreporter.write_line(f"host record: {said}")
 
     def write(self) -> None:
-        """Write the rows of this run beside those of other ComfyUI versions."""
+        """Write the rows of this run beside those of other versions and devices."""
         counts = {"host_tests_passed": self.num_passed, "host_tests_skipped": self.num_skipped}
-        rows = [
-            {name: told[name] for name in ("comfyui", "workflow", "seconds")} | counts
-            for told in self.workflows
-        ]
-        measured = {row["comfyui"] for row in rows}
-        others = [row for row in self._rows_of_now() if row["comfyui"] not in measured]
-        title = "Workflows in a real ComfyUI, and the tests that ran beside them"
-        command, device = self.command, "cpu"
-        write_record(self.path, title=title, command=command, rows=others + rows, device=device)
+        rows = [{name: told[name] for name in TOLD} | counts for told in self.workflows]
+        runs = {_run_of(row): self._describe(row["device"]) for row in rows}
+        earlier, their_runs = _read_earlier(self.path)
+        others = [row for row in earlier if _run_of(row) not in runs]
+        runs = {name: their_runs[name] for name in map(_run_of, others)} | runs
+        record = {"title": "Workflows in a real ComfyUI, and the tests that ran beside them"}
+        record |= {key: _join(run[key] for run in runs.values()) for key in SOURCE}
+        write_json(self.path, record | {"rows": others + rows, "details": {"runs": runs}})
 
-    def _rows_of_now(self) -> list[dict[str, Any]]:
-        """Return the recorded rows for which date and versions of a new record are true, too."""
-        if not self.path.is_file():
-            return []
-        record = read_record(self.path)
-        today = datetime.date.today().isoformat()
-        is_now = record["date"] == today and record["versions"] == describe_versions()
-        return record["rows"] if is_now else []
+    def _describe(self, device: str) -> dict[str, Any]:
+        """Return when and with what rows of a device are measured now."""
+        return {
+            "command": self.command,
+            "date": datetime.date.today().isoformat(),
+            "device": describe_device("cpu") if device == "cpu" else device,
+            "versions": describe_versions(),
+        }
+
+
+def _run_of(row: Mapping[str, Any]) -> str:
+    return f"{row['comfyui']} on {row['device']}"
+
+
+def _read_earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Return the recorded rows of this version of LinVideo, and the run that each is of."""
+    if not path.is_file():
+        return [], {}
+    record = read_record(path)
+    # Before there was a column for it, the device was a CPU.
+    rows = [{"comfyui": row["comfyui"], "device": "cpu"} | row for row in record["rows"]]
+    source = {key: record[key] for key in SOURCE}
+    runs = record.get("details", {}).get("runs") or {_run_of(row): source for row in rows}
+    ours = describe_versions()["linvideo"]
+    return [row for row in rows if runs[_run_of(row)]["versions"]["linvideo"] == ours], runs
+
+
+def _join(values: Iterable[Any]) -> Any:
+    """Return what several runs have in common, or all that they have: "/" stands between."""
+    values = list(values)
+    if isinstance(values[0], Mapping):
+        return {name: _join(value[name] for value in values) for name in values[0]}
+    return " / ".join(dict.fromkeys(values))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,5 +117,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start recording when it is asked for."""
     if path := config.getoption("--record-host", None):
         arguments = " ".join(map(str, config.invocation_params.args))
-        record = HostRecord(path, f"python -m pytest {arguments}")
-        config.pluginmanager.register(record, "host-record")
+        command = f"python -m pytest {arguments}"
+        if (flags := os.environ.get(VARIABLE)) is not None:
+            command = f'{VARIABLE}="{flags}" {command}'
+        config.pluginmanager.register(HostRecord(path, command), "host-record")

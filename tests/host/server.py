@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.host.flags import FLAGS, make_environment, name_device
 
 PACK = Path(__file__).parents[2]
 SHIPPED = PACK / "linvideo_core" / "demo" / "weights" / "linearized.safetensors"
@@ -41,6 +42,11 @@ class Server:
     def version(self) -> str:
         """ComfyUI's own."""
         return self.ask("/system_stats")["system"]["comfyui_version"]
+
+    @property
+    def device(self) -> str:
+        """Where ComfyUI computes, as tables name it."""
+        return name_device(self.ask("/system_stats")["devices"][0]["name"])
 
     def need(self, *release: int) -> None:
         """Skip the test on a ComfyUI older than a release, such as 0, 25."""
@@ -91,14 +97,14 @@ def run_server(host: Any, folder: Path) -> Iterator[Server]:
         (folder / name).mkdir(parents=True)
     (folder / "custom_nodes" / "LinVideo").symlink_to(PACK, target_is_directory=True)
     server = Server(find_free_port(), folder)
-    flags = ["--cpu", "--use-pytorch-cross-attention", "--base-directory", str(folder)]
+    flags = [*FLAGS, "--base-directory", str(folder)]
     flags += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
     flags += ["--port", server.address.rpartition(":")[2]]
     with server.log.open("w") as output:
         process = subprocess.Popen(
             [str(host.python), "main.py", *flags],
             cwd=host.root,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            env=make_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )

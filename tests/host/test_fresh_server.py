@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.host.recording import tell_workflow
 from tests.host.server import WORKFLOW_SECONDS, Server, run_server
 from tests.host.test_workflows import make_prompt, read
 
@@ -26,9 +27,7 @@ def test_the_pack_loads_without_a_complaint(fresh: Server, record_property: Any)
     assert "LinVideo: the nodes" not in log
     assert "IMPORT FAILED" not in log
     (seconds,) = re.findall(r"([\d.]+) seconds: \S*custom_nodes/LinVideo\s", log)
-    record_property("workflow", "pack_start")
-    record_property("seconds", float(seconds))
-    record_property("comfyui", fresh.version)
+    tell_workflow(record_property, fresh, "pack_start", float(seconds))
 
 
 def test_the_first_queue_of_the_demo_gives_both_videos_side_by_side(
@@ -37,9 +36,8 @@ def test_the_first_queue_of_the_demo_gives_both_videos_side_by_side(
     prompt = make_prompt(read("1 Try it (no download)"), fresh.ask("/object_info"))
     start = time.monotonic()
     answer = fresh.queue(prompt, seconds=WORKFLOW_SECONDS)
-    record_property("workflow", "demo_first_queue")
-    record_property("seconds", round(time.monotonic() - start, 1))
-    record_property("comfyui", fresh.version)
+    seconds = round(time.monotonic() - start, 1)
+    tell_workflow(record_property, fresh, "demo_first_queue", seconds)
     assert answer["status"]["status_str"] == "success", answer["status"]
     (saver,) = (key for key, node in prompt.items() if node["class_type"] == "SaveAnimatedWEBP")
     (saved,) = answer["outputs"][saver]["images"]

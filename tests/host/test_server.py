@@ -12,6 +12,7 @@ from PIL import Image
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
+from tests.host.recording import tell_workflow
 from tests.host.server import SHIPPED, WORKFLOW_SECONDS, Server
 
 pytestmark = pytest.mark.host
@@ -249,9 +250,8 @@ def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:
 def test_the_demo_workflow_gives_frames(server: Server, record_property: Any) -> None:
     start = time.monotonic()
     answer = server.queue(make_workflow())
-    record_property("workflow", "demo, shipped file applied")
-    record_property("seconds", round(time.monotonic() - start, 1))
-    record_property("comfyui", server.version)
+    seconds = round(time.monotonic() - start, 1)
+    tell_workflow(record_property, server, "demo, shipped file applied", seconds)
     assert answer["status"]["status_str"] == "success", answer["status"]
     images = answer["outputs"]["save"]["images"]
     assert len(images) == 28

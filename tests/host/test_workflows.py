@@ -21,6 +21,7 @@ from linvideo_core import adapters, artifact
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.prompts import NEGATIVE_PROMPT
+from tests.host.recording import tell_workflow
 from tests.host.server import PACK, Server
 from tests.host.test_server import AUTO
 
@@ -227,9 +228,7 @@ def test_a_workflow_runs_as_it_was_saved(
     prompt = stand_in(make_prompt(read(name), server.ask("/object_info")))
     start = time.monotonic()
     answer = server.queue(prompt)
-    record_property("workflow", NAMES[name])
-    record_property("seconds", round(time.monotonic() - start, 1))
-    record_property("comfyui", server.version)
+    tell_workflow(record_property, server, NAMES[name], round(time.monotonic() - start, 1))
     assert answer["status"]["status_str"] == "success", answer["status"]
     savers = [key for key, node in prompt.items() if node["class_type"].startswith("Save")]
     assert savers
