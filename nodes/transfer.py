@@ -145,7 +145,8 @@ def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None
         student = Student(subject, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
         progress = LiveProgress(student, subject, config, host.latent_format)
-        linearize(student, subject, config, config.precision, progress)
+        with progress.watching():
+            linearize(student, subject, config, config.precision, progress)
 
 
 @contextlib.contextmanager
