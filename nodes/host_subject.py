@@ -30,6 +30,7 @@ from ..linvideo_core.memory import (
 )
 from ..linvideo_core.models.denoiser import TIMESTEP_SCALE
 from ..linvideo_core.objectives import needs_critic
+from ..linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts, split_prompts
 from ..linvideo_core.student import StudentConfig
 from ..linvideo_core.subject import Subject
 from . import digests
@@ -40,10 +41,13 @@ from .families import host_family
 from .frozen_weights import freeze
 from .host_model import HostModel
 from .patching import untouched
-from .prompt_list import encode_for_demo, encode_prompt_list, read_prompt_list
+from .prompt_list import encode_for_demo, encode_prompt_list
 
 COPIED_BYTES = 64e6
 """A model that is no larger in fp32 is trained on copies of its weights, in fp32."""
+
+_EVERY_PROMPT = 5
+"""Of LinVideo's 300 prompts a node learns with each fifth: more than it makes videos, as a rule."""
 
 USUAL_SIZE = {"width": 832, "height": 480, "frames": 81}
 """Of the videos to learn from, where nothing says otherwise."""
@@ -123,11 +127,12 @@ class HostSubject:
     def _make_subject(self, is_copied: bool) -> Subject:
         base_model = self.model.model
         twin = freeze(base_model.diffusion_model, self.device, is_copied=is_copied)
+        dtype = torch.float32 if is_copied else self.training_dtype
         model = HostModel(
             twin,
             self.sites,
             self.conditions,
-            dtype=torch.float32 if is_copied else self.training_dtype,
+            dtype=dtype,
             family=self.family,
             timestep_scale=base_model.model_sampling.multiplier / TIMESTEP_SCALE,
         )
@@ -137,8 +142,8 @@ class HostSubject:
             name=_name(self.model, self.is_demo),
             model=model,
             prompts=[f"prompt {i}" for i in range(len(self.conditions.prompt_embeds))],
-            prompt_embeds=self.conditions.prompt_embeds.float().to(self.device),
-            negative_embeds=self.conditions.negative_embeds.float().to(self.device),
+            prompt_embeds=self.conditions.prompt_embeds.to(self.device, dtype),
+            negative_embeds=self.conditions.negative_embeds.to(self.device, dtype),
             latent_shape=self.latent_shape,
             decode=decode_latents,
             is_demo=self.is_demo,
@@ -234,13 +239,20 @@ class HostSubject:
 
     def _find_conditions(self, inputs: dict[str, Any]) -> Conditions:
         branches = {name: inputs.get(name) for name in ("positive", "negative")}
-        if prompts := read_prompt_list(inputs.get("prompts") or ""):
-            if branches["positive"] is not None:
-                raise ValueError(
-                    "prompts are listed and positive is connected, but one of the two is needed: "
-                    "empty the list or disconnect positive"
-                )
-            branches["positive"] = self._encode(prompts, inputs.get("clip"), branches["negative"])
+        prompts = split_prompts(inputs.get("prompts") or "")
+        if prompts and branches["positive"] is not None:
+            raise ValueError(
+                "prompts are listed and positive is connected, but one of the two is needed: "
+                "empty the list or disconnect positive"
+            )
+        clip = inputs.get("clip")
+        if clip is not None and not self.is_demo:
+            if branches["negative"] is None:
+                branches["negative"] = encode_prompt_list([NEGATIVE_PROMPT], clip)
+            if not prompts and branches["positive"] is None:
+                prompts = default_prompts()[::_EVERY_PROMPT]
+        if prompts:
+            branches["positive"] = self._encode(prompts, clip, branches["negative"])
         if self.is_demo:
             texts = {"positive": all_prompts(), "negative": [""]}
             for name, found in branches.items():
@@ -250,7 +262,8 @@ class HostSubject:
             if found is None:
                 raise ValueError(
                     f"{name} is not connected: connect a text encoder's CONDITIONING; several "
-                    "positive prompts are combined, or listed in prompts"
+                    "positive prompts are combined, or listed in prompts; with clip alone, those "
+                    "that come with LinVideo are learned with"
                 )
         return read_conditions(self.model.model, *branches.values(), self.latent_shape)
 

@@ -7,11 +7,6 @@ import torch
 from ..linvideo_core.demo.prompts import encode_prompts
 
 
-def read_prompt_list(text: str) -> list[str]:
-    """Return the prompts of a text, one a line; empty lines count for nothing."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def encode_prompt_list(prompts: list[str], clip: Any) -> list[Any]:
     """Encode prompts with a graph's CLIP, one entry each.
 

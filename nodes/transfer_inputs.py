@@ -48,7 +48,8 @@ def _essentials() -> list[io.Input]:
             multiline=True,
             placeholder="prompts to learn with, one a line",
             tooltip="The prompts to learn with, one a line, the more different the better; connect "
-            "clip. Or leave the list empty and connect positive. What negative brings beside its "
+            "clip. Left empty with clip connected, prompts that come with LinVideo are learned "
+            "with; or connect positive instead of clip. What negative brings beside its "
             "prompt, such as a start image, goes with each of them. LinVideo Demo's model needs "
             "neither: it then learns with all of its prompts.",
         ),
