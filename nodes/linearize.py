@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..linvideo_core import artifact
 from .datasheet import show_datasheet
 from .files import find_file, fingerprint, list_files
+from .hook import KEY
 from .patching import linearize
 from .schema import LinVideo, make_schema
 from .transfer_inputs import transfer_inputs
@@ -83,6 +84,7 @@ class LinVideoLinearize(io.ComfyNode):
                     "that makes the file.",
                 ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The faster model; the one put in is unchanged."),
                 LinVideo.Output("LINVIDEO", tooltip="The file's content, for LinVideo's nodes."),
@@ -101,9 +103,13 @@ class LinVideoLinearize(io.ComfyNode):
         applied = _find_artifact(model, mode)
         strength = mode.get("strength", 1.0)
         settings = {"strength": strength, "keep_first_steps": mode["keep_first_steps"]}
-        linearized = linearize(model, applied, **settings)
+        node_id = cls.hidden and cls.hidden.unique_id
+        linearized = linearize(model, applied, **settings, node_id=node_id)
         note = f"applied to {type(model.model).__name__} at strength {strength:g}"
-        return io.NodeOutput(linearized, applied, show_datasheet(applied, note=note))
+        report = linearized.get_attachment(KEY).report
+        report.show()
+        picture = show_datasheet(applied, note=f"{note}\n{report.text}")
+        return io.NodeOutput(linearized, applied, picture, ui=ui.PreviewText(report.text))
 
 
 def _find_artifact(model: Any, mode: dict[str, Any]) -> artifact.Artifact:
