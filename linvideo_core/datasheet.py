@@ -55,7 +55,7 @@ class _Page:
 def draw_datasheet(artifact: Artifact, *, note: str = "") -> Image.Image:
     """Draw an artifact as a picture [H, 1024] in RGB; its height follows from what it says.
 
-    note: one line at the foot, such as what the artifact was applied to.
+    note: lines at the foot, such as what the artifact was applied to.
     """
     facts = describe(artifact)
     page = _Page()
@@ -69,9 +69,9 @@ def draw_datasheet(artifact: Artifact, *, note: str = "") -> Image.Image:
     for name, text in facts.items():
         if name not in _DRAWN:
             _draw_fact(page, name, text)
-    if note:
+    for line in note.splitlines():
         page.reserve(18)
-        page.write(note, 28, BLUE, bold=True)
+        page.write(line, 28, BLUE, bold=True)
     return page.finish()
 
 

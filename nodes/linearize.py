@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..linvideo_core import artifact
 from .datasheet import show_datasheet
 from .files import find_file, fingerprint, list_files
+from .hook import KEY
 from .patching import linearize
 from .sampled_as import find_guidance
 from .schema import LinVideo, make_input, make_schema
@@ -123,9 +124,13 @@ class LinVideoLinearize(io.ComfyNode):
         applied = _find_artifact(model, mode, guidance_scale)
         strength = mode.get("strength", 1.0)
         settings = {"strength": strength, "keep_first_steps": mode["keep_first_steps"]}
-        linearized = linearize(model, applied, **settings)
+        node_id = cls.hidden and cls.hidden.unique_id
+        linearized = linearize(model, applied, **settings, node_id=node_id)
         note = f"applied to {type(model.model).__name__} at strength {strength:g}"
-        return io.NodeOutput(linearized, applied, show_datasheet(applied, note=note))
+        report = linearized.get_attachment(KEY).report
+        report.show()
+        picture = show_datasheet(applied, note=f"{note}\n{report.text}")
+        return io.NodeOutput(linearized, applied, picture, ui=ui.PreviewText(report.text))
 
 
 def _find_artifact(

@@ -6,6 +6,7 @@ MODEL that came in stays as it was.
 """
 
 import dataclasses
+import logging
 import uuid
 from typing import Any
 
@@ -14,39 +15,49 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import nn
 
 from ..linvideo_core import adapters
-from ..linvideo_core.artifact import (
-    Artifact,
-    ArtifactError,
-    ArtifactHeader,
-    check,
-    warn_of_other_weights,
-)
+from ..linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, check
+from ..linvideo_core.artifact.description import headline
+from .base_weights import compare_base
 from .bypass import LowRankChanges
 from .families import host_family
 from .feature_maps import FeatureMaps
 from .first_steps import KeepFirstSteps
 from .hook import KEY, eject, inject
 from .parts import make_parts_patcher
+from .report import Report
+from .usage import CompareSampling
 from .watch import watch_call
-from .weight_changes import add_weight_changes, are_blocks_compiled, is_plain
+from .weight_changes import add_weight_changes, are_blocks_compiled
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Linearized:
-    """What was done to a MODEL, attached to it for later nodes."""
+    """What was done to a MODEL, attached to it for later nodes.
+
+    report: what its node says of it, such as whether it is the model that the file was made from.
+    """
 
     header: ArtifactHeader
     strength: float
     keep_first_steps: int
+    report: Report
 
 
 def linearize(
-    model: Any, artifact: Artifact, *, strength: float = 1.0, keep_first_steps: int = 0
+    model: Any,
+    artifact: Artifact,
+    *,
+    strength: float = 1.0,
+    keep_first_steps: int = 0,
+    node_id: str | None = None,
 ) -> Any:
     """Return a clone of a ModelPatcher whose chosen layers are linear.
 
     strength: scales the weight changes; the feature maps are as trained at any strength.
     keep_first_steps: so many steps of every sampling run the model as it came in.
+    node_id: of the node under which it is said what differs; a difference is never an error.
 
     Raises ArtifactError, in one sentence, when the artifact does not fit the model or one is
     applied already.
@@ -56,7 +67,7 @@ def linearize(
     family = host_family(artifact.header.family)
     for site in sites:
         family.check(diffusion_model.get_submodule(site.name))
-    _warn_of_other_weights(artifact, model, diffusion_model)
+    report = Report(_say(artifact.header, model, strength, keep_first_steps), node_id)
 
     linearized = model.clone()
     must_rest = keep_first_steps > 0
@@ -71,6 +82,8 @@ def linearize(
     wrappers = [KeepFirstSteps(KEY, keep_first_steps), watch_call] if must_rest else [watch_call]
     for wrapper in wrappers:
         linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    compare = CompareSampling(artifact.header, keep_first_steps, report)
+    linearized.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, compare)
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     for moment, action in (
         # ComfyUI would leave the model injected until another patcher of it is loaded.
@@ -81,7 +94,8 @@ def linearize(
         (CallbacksMP.ON_EJECT_MODEL, eject),
     ):
         linearized.add_callback_with_key(moment, KEY, action)
-    linearized.set_attachments(KEY, Linearized(artifact.header, strength, keep_first_steps))
+    done = Linearized(artifact.header, strength, keep_first_steps, report)
+    linearized.set_attachments(KEY, done)
     linearized.patches_uuid = uuid.uuid4()
     return linearized
 
@@ -109,16 +123,18 @@ def _uncover_weights(diffusion_model: nn.Module) -> None:
         comfy.model_management.unload_all_models()
 
 
-def _warn_of_other_weights(artifact: Artifact, model: Any, diffusion_model: nn.Module) -> None:
-    """Log when the weights are not those that the artifact was trained from."""
-    _, sites = adapters.identify(adapters.shapes_of(diffusion_model))
-    ends = [diffusion_model.get_submodule(sites[i].name) for i in (0, -1)]
-    weights = [parameter for end in ends for parameter in end.parameters()]
-    is_readable = all(is_plain(w) and w.device.type != "meta" for w in weights)
-    # With a backup there, weight changes are merged in; quantised weights have another digest.
-    if model.backup or not is_readable:
-        return
-    warn_of_other_weights(artifact, diffusion_model)
+def _say(header: ArtifactHeader, model: Any, strength: float, keep_first_steps: int) -> list[str]:
+    """Return what the node says before anything is sampled, a line each."""
+    match = compare_base(header, model)
+    if match.kind == "other":
+        logger.warning("LinVideo: %s", match)
+    lines = [f"{headline(header)}, strength {strength:g}", str(match)]
+    if keep_first_steps:
+        lines.append(
+            f"the first {keep_first_steps} steps of each sampling run the model as it came in, as "
+            "slow as it was"
+        )
+    return lines
 
 
 def _eject_all(patcher: Any) -> None:

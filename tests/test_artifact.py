@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linvideo_core import adapters, artifact, lora
-from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader
+from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage
 from linvideo_core.attention import LinearAttention, MixedAttention
 from linvideo_core.models.wan import WanConfig, WanModel
 
@@ -461,6 +461,12 @@ def test_extract_refuses_another_teacher() -> None:
         ("sigmas", (float("nan"), 0.0)),
         ("sigmas", (10**400, 0)),
         ("sigmas", ("1", 0)),
+        ("usage", {"width": 832}),
+        ("weights_sketch", (0.1,) * 63),
+        ("weights_sketch", [0.1] * 64),
+        ("weights_sketch", (0.1,) * 63 + (float("nan"),)),
+        ("weights_sketch", (0.1,) * 63 + (1.5,)),
+        ("weights_sketch", (0.1,) * 63 + (True,)),
         ("provenance", "made by hand"),
         ("provenance", {"loss": float("inf")}),
         ("provenance", {"config": {"nested": 1}}),
@@ -626,9 +632,13 @@ def test_a_tensor_larger_than_the_file_is_refused_before_it_is_made(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    """A path to write damaged files to, and the bytes of an intact one."""
+    """A path to write damaged files to, and the bytes of an intact one that says all it can."""
     path = tmp_path_factory.mktemp("damaged") / "a.safetensors"
-    artifact.save(make_small(), path)
+    small = make_small()
+    usage = Usage(width=832, height=480, guidance_scale=5.0, sigma_from=1.0, sigma_to=0.9)
+    told = {"format_version": 3, "usage": usage, "weights_sketch": 64 * (0.1,)}
+    header = dataclasses.replace(small.header, **told)
+    artifact.save(dataclasses.replace(small, header=header), path)
     return path, path.read_bytes()
 
 

@@ -304,6 +304,8 @@ def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_s
     assert whole.header.sigmas == pytest.approx(make_sigmas(2, 3.0).tolist())
     assert list(whole.header.layers) == [0, 2] and whole.header.objective == "dmd2"
     assert whole.header.provenance["transfer objective"] == "adm"
+    usage = whole.header.usage
+    assert (usage.guidance_scale, usage.shift, usage.steps, usage.sampler) == (1, 3, 2, "lcm")
     for at in (1, 3):
         with pytest.raises(Stop):
             run(subject, linearized, tmp_path / f"at{at}", stopper(at))

@@ -167,8 +167,9 @@ def test_each_student_meets_its_own_noise_levels_only_and_its_file_says_which(
         assert torch.equal(parameter, before[name])
     for side, above, below in ((HIGH, 1.0, BOUNDARY), (LOW, BOUNDARY, 0.0)):
         header = artifact.load(tmp_path / EXPERT_NAMES[side]).header
-        told = {name: header.provenance[name] for name in ("expert", "sigma_from", "sigma_to")}
-        assert told == {"expert": side, "sigma_from": above, "sigma_to": below}
+        assert (header.usage.sigma_from, header.usage.sigma_to) == (above, below)
+        assert header.usage.steps == config.trajectories.sampler_steps
+        assert header.provenance["expert"] == side
         assert header.provenance["model"] == names[side]
         assert len(header.layers) == 2
     digests = {

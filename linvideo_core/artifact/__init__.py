@@ -1,8 +1,9 @@
 """The LINVIDEO file: which layers become linear, their feature maps, and the weight changes.
 
 `contents` says what an artifact is and `usage` how it wants to be used, `file` stores it as one
-safetensors file, `transplant` takes it from a trained student and puts it into a model, and
-`base_weights` tells whether that model is the one it was made from. A file is untrusted: everything
+safetensors file, `transplant` takes it from a trained student and puts it into a model;
+`base_weights` tells whether that is the model it was made from, `sampled` whether it is sampled as
+it wants to be. A file is untrusted: everything
 in it is checked, and every complaint is an `ArtifactError` of one sentence.
 """
 
@@ -10,6 +11,7 @@ from .base_weights import BaseWeights, WeightsMatch, compare_weights
 from .contents import Artifact, ArtifactHeader
 from .fields import ArtifactError
 from .file import load, save
+from .sampled import find_differences
 from .transplant import Applied, apply, check, extract, transfer_into, warn_of_other_weights
 from .usage import Usage
 
@@ -25,6 +27,7 @@ __all__ = [
     "check",
     "compare_weights",
     "extract",
+    "find_differences",
     "load",
     "save",
     "transfer_into",

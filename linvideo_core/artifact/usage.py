@@ -1,4 +1,4 @@
-"""How a file wants to be used: the size and the sampling that its layers were made at."""
+"""How a model is used: its video's size and its sampling; a file says at which it was made."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ _MAX_SIDE, _MAX_FRAMES, _MAX_STEPS, _MAX_SCALE = 2**16, 2**20, 10**6, 1000.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a file was made at, for whoever samples with it; None is what it does not say.
+    """What a file was made at, or how a model is sampled; None is what is not said or known.
 
     width, height, num_frames: of the video, in pixels and frames.
     guidance_scale: classifier-free guidance; 1 is none (a distilled file has it trained in).

@@ -1,0 +1,272 @@
+"""Laws of what a node says: is this the file's model, and is it sampled as the file was made."""
+
+import dataclasses
+import functools
+import re
+import types
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy_execution.utils import CurrentNodeContext
+from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from linvideo_pack.linvideo_core import artifact
+from linvideo_pack.linvideo_core.artifact import Artifact, Usage
+from linvideo_pack.nodes import demo as demo_nodes
+from linvideo_pack.nodes import files
+from linvideo_pack.nodes.base_weights import compare_base, describe_base
+from linvideo_pack.nodes.hook import KEY
+from linvideo_pack.nodes.patching import linearize
+from server import PromptServer
+from stage import (
+    GUIDANCE,
+    SHIFT,
+    STEPS,
+    collect_warnings,
+    complaint,
+    demo,
+    make_noise,
+    shipped,
+    with_lora,
+)
+from torch import Tensor, nn
+
+_MADE_AT = {
+    "width": 32,
+    "height": 32,
+    "num_frames": 28,
+    "guidance_scale": GUIDANCE,
+    "shift": SHIFT,
+    "steps": 8,
+    "sampler": "euler",
+}
+_AS_MADE = ["sampled as the file was made"]
+
+
+@functools.cache
+def _file(**changes: Any) -> Artifact:
+    """Return the shipped file, saying that it was made from the demo and as that is sampled."""
+    base = describe_base(demo()[0])
+    header = dataclasses.replace(
+        shipped().header,
+        format_version=3,
+        weights_digest=base.digest,
+        weights_sketch=base.sketch,
+        usage=Usage(**{**_MADE_AT, **changes}),
+    )
+    return dataclasses.replace(shipped(), header=header)
+
+
+def _sample(
+    model: Any,
+    *,
+    steps: int = STEPS,
+    cfg: float = GUIDANCE,
+    sampler: str = "euler",
+    noise: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    _, positive, negative, _ = demo()
+    noise = make_noise() if noise is None else noise
+    inputs = (steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise))
+    return comfy.sample.sample(model, noise, *inputs, disable_pbar=True, seed=1, **settings)
+
+
+def _said(model: Any) -> list[str]:
+    return model.get_attachment(KEY).report.text.splitlines()
+
+
+def _said_of_sampling(model: Any, **settings: Any) -> list[str]:
+    """Sample, and return what the node says of that."""
+    num_lines = len(_said(linearize(demo()[0], _file())))
+    _sample(model, **settings)
+    return _said(model)[num_lines:]
+
+
+def the_file_is_told_its_own_weights_loaded_or_not() -> None:
+    changed = with_lora(demo_nodes.load_demo_model())
+    for model in (demo()[0], changed):
+        assert compare_base(_file().header, model).kind == "same"
+    comfy.model_management.load_models_gpu([changed])
+    assert changed.backup
+    match = compare_base(_file().header, changed)
+    assert (match.kind, match.distance) == ("same", 0.0)
+
+
+def without_a_sketch_the_digest_is_compared() -> None:
+    """The files that were made before there were sketches, such as the shipped ones once."""
+    header = dataclasses.replace(_file().header, weights_sketch=())
+    assert compare_base(header, demo()[0]).kind == "same"
+    header = dataclasses.replace(header, weights_digest="0" * 16)
+    assert compare_base(header, demo()[0]).kind == "other"
+
+
+def _finetuned(amount: float) -> Any:
+    """Return the demo with weights that are off by `amount` of their norm."""
+    model = demo_nodes.load_demo_model()
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in model.model.diffusion_model.named_parameters():
+        if name.endswith(("q.weight", "v.weight")):
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data += amount * weight.norm() / noise.norm() * noise
+    return model
+
+
+def another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
+    other, slight = _finetuned(0.3), _finetuned(0.03)
+    with collect_warnings() as warnings:
+        linearized = linearize(other, _file())
+        assert re.search("about (2[6-9]|3[0-4]) % off", _said(linearized)[1]), _said(linearized)
+        assert "the other one of two experts" in _said(linearized)[1]
+    assert len(warnings) == 1 and warnings[0].endswith(_said(linearized)[1])
+    with collect_warnings() as warnings:
+        assert "slight finetune" in _said(linearize(slight, _file()))[1]
+    assert not warnings, warnings
+    assert _sample(linearized).isfinite().all()
+
+
+class _Packed(nn.Module):
+    """A layer of another pack: nothing tells what its whole numbers stand for."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.scale = linear.weight.abs().max() / 127
+        packed = (linear.weight / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.scale * self.weight, self.bias)
+
+
+def weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied() -> None:
+    model = demo_nodes.load_demo_model()
+    attention = model.model.diffusion_model.blocks[0].self_attn
+    attention.q = _Packed(attention.q)
+    assert "not known" in complaint(ValueError, describe_base, model)
+    with collect_warnings() as warnings:
+        linearized = linearize(model, _file())
+    assert "cannot be compared" in _said(linearized)[1] and not warnings
+    assert _sample(linearized).isfinite().all()
+
+
+def weights_that_are_not_there_are_said_to_be_unknown() -> None:
+    model = demo_nodes.load_demo_model()
+    attention = model.model.diffusion_model.blocks[0].self_attn
+    attention.q.weight = nn.Parameter(torch.empty(128, 128, device="meta"), requires_grad=False)
+    assert compare_base(_file().header, model).kind == "unknown"
+
+
+def sampled_as_it_was_made_nothing_differs() -> None:
+    assert _said_of_sampling(linearize(demo()[0], _file())) == _AS_MADE
+
+
+def a_file_that_does_not_say_is_not_compared() -> None:
+    header = dataclasses.replace(_file().header, usage=Usage())
+    linearized = linearize(demo()[0], dataclasses.replace(_file(), header=header))
+    assert _said_of_sampling(linearized, cfg=7.0) == []
+
+
+def another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
+    linearized = linearize(demo()[0], _file())
+    (said,) = _said_of_sampling(linearized, noise=make_noise(frames=4))
+    assert said == "sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 28 frames"
+    (said,) = _said_of_sampling(linearized, cfg=5.0)
+    assert said == "sampled: cfg 5, but the file was made at 3"
+    (said,) = _said_of_sampling(linearized, cfg=1.0)
+    assert said == "sampled: no guidance (cfg 1), but the file was made at cfg 3"
+    # A node after ours decides the shift.
+    shifted = ModelSamplingSD3().patch(linearized, 8.0)[0]
+    (said,) = _said_of_sampling(shifted)
+    assert said == "sampled: shift 8, but the file was made at 3"
+    assert _said_of_sampling(linearized) == _AS_MADE
+
+
+def a_guider_without_negative_prompt_guides_nothing() -> None:
+    _, positive, negative, _ = demo()
+    linearized = linearize(demo()[0], _file())
+    basic = Guider_Basic(linearized)
+    basic.set_conds(positive)
+    assert "no guidance" in _said_with(basic)[-1]
+    two = Guider_DualCFG(linearized)
+    two.set_conds(positive, positive, negative)
+    two.set_cfg(5.0, 5.0)
+    assert _said_with(two)[-1] == _AS_MADE[0]
+
+
+def _said_with(guider: Any) -> list[str]:
+    noise = make_noise()
+    sampler, sigmas = comfy.samplers.ksampler("euler"), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+    return _said(guider.model_patcher)
+
+
+def a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> None:
+    made = artifact.load(files.find_file(files.SHIPPED_FEW_STEP))
+    usage = Usage(**{**_MADE_AT, "guidance_scale": 1.0, "steps": 4, "sampler": "lcm"})
+    header = dataclasses.replace(made.header, format_version=3, usage=usage)
+    linearized = linearize(demo()[0], dataclasses.replace(made, header=header))
+    own = {"steps": 4, "cfg": 1.0, "sampler": "lcm", "sigmas": torch.tensor(header.sigmas)}
+    assert _said_of_sampling(linearized, **own) == _AS_MADE
+    assert _said_of_sampling(linearized, **own, last_step=2, force_full_denoise=False) == _AS_MADE
+    said = "\n".join(_said_of_sampling(linearized, steps=20))
+    assert "the 4 steps that the file was distilled for" in said
+    assert "sampler euler" in said and "set cfg to 1" in said
+
+
+def steps_outside_of_an_experts_noise_levels_are_counted() -> None:
+    high = linearize(demo()[0], _file(sigma_from=1.0, sigma_to=0.875, steps=12))
+    assert _said_of_sampling(high, steps=12, last_step=3) == _AS_MADE
+    (said,) = _said_of_sampling(high, steps=12)
+    assert said.startswith("sampled: 7 of 12 steps at noise levels that the file was not made")
+
+
+def few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
+    linearized = linearize(demo()[0], _file(steps=50))
+    (said,) = _said_of_sampling(linearized, steps=4)
+    assert said.startswith("sampled: 4 steps, but the file was made in 50")
+    assert _said_of_sampling(linearized, steps=20) == _AS_MADE
+
+
+def kept_steps_are_said_to_be_slow() -> None:
+    linearized = linearize(demo()[0], _file(), keep_first_steps=2)
+    assert _said(linearized)[-1].startswith("the first 2 steps of each sampling run the model")
+    _sample(linearized, steps=2)
+    assert "every step as the model came in" in _said(linearized)[-1]
+
+
+def what_one_run_of_a_graph_samples_is_shown_together() -> None:
+    linearized = linearize(demo()[0], _file())
+    num_lines = len(_said(linearized))
+    with CurrentNodeContext("first run", "sampler"):
+        _sample(linearized)
+        _sample(linearized, cfg=5.0)
+        _sample(linearized, cfg=6.0)
+        _sample(linearized)
+    assert [line[:14] for line in _said(linearized)[num_lines:]] == [
+        "sampled: cfg 5",
+        "sampled: cfg 6",
+    ]
+    with CurrentNodeContext("second run", "sampler"):
+        _sample(linearized)
+    assert _said(linearized)[num_lines:] == _AS_MADE
+
+
+def the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
+    shown: list[tuple[str, str, str]] = []
+    server = types.SimpleNamespace(
+        client_id="browser", send_progress_text=lambda *message: shown.append(message)
+    )
+    linearized = linearize(demo()[0], _file(), node_id="7").clone()
+    before = getattr(PromptServer, "instance", None)
+    PromptServer.instance = server
+    try:
+        _sample(linearized, cfg=5.0)
+    finally:
+        PromptServer.instance = before
+    ((text, node_id, client_id),) = shown
+    assert (node_id, client_id) == ("7", "browser")
+    assert text.splitlines() == _said(linearized) and "cfg 5" in text
