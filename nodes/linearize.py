@@ -124,7 +124,7 @@ class LinVideoLinearize(io.ComfyNode):
         applied = _find_artifact(model, mode, guidance_scale)
         strength = mode.get("strength", 1.0)
         settings = {"strength": strength, "keep_first_steps": mode["keep_first_steps"]}
-        node_id = cls.hidden and cls.hidden.unique_id
+        node_id = hidden and hidden.unique_id
         linearized = linearize(model, applied, **settings, node_id=node_id)
         note = f"applied to {type(model.model).__name__} at strength {strength:g}"
         report = linearized.get_attachment(KEY).report

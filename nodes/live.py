@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.utils
 import latent_preview
 import torch
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from ..linvideo_core.preview import draw_preview
 from ..linvideo_core.run_folder import read_metrics
 from ..linvideo_core.student import Student
 from ..linvideo_core.subject import Subject
+from .report import show_words
 
 # Where each stage lies on the bar, by the time that it takes with usual settings; its words.
 _STAGES = {
@@ -179,12 +181,6 @@ def show_time(seconds: float) -> str:
 
 
 def say(words: str) -> None:
-    """Show words on the node that is running; nothing without a server that has such a node."""
-    # On use: both are parts of the running server.
-    from comfy_execution.utils import get_executing_context
-    from server import PromptServer
-
+    """Show words under the node that is running."""
     context = get_executing_context()
-    server = getattr(PromptServer, "instance", None)
-    if context is not None and server is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(words, context.node_id)
+    show_words(words, None if context is None else context.node_id)

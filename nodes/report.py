@@ -33,9 +33,7 @@ class Report:
 
     def show(self) -> None:
         """Show what the node says."""
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self._node_id is not None:
-            server.send_progress_text(self.text, self._node_id, server.client_id)
+        show_words(self.text, self._node_id)
 
     def add_sampling(self, differences: Sequence[str], *, is_known: bool) -> None:
         """Show how a sampling differs from how the file wants to be used.
@@ -54,6 +52,13 @@ class Report:
         if is_known and not self._sampled:
             self._sampled[_AS_MADE] = None
         self.show()
+
+
+def show_words(text: str, node_id: str | None) -> None:
+    """Show lines under a node, in place of those before; nothing where nothing shows them."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 @functools.cache
