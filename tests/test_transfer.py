@@ -142,10 +142,10 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     files: Path, one_thread: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    shards, training = out / "trajectories", out / "training"
+    shards, training = tmp_path / "teacher", out / "training"
     warm_start = out / "warm_start"
     moments: dict[str, Callable[[], bool]] = {
-        "sampling": lambda: len(list(shards.glob("shard-*"))) >= 2,
+        "sampling": lambda: len(list(shards.glob("*/videos-*"))) >= 2,
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
         "before the choice": lambda: num_rows(training / "metrics.jsonl") >= 5,
         "after the choice": lambda: num_rows(training / "metrics.jsonl") >= 24,
@@ -156,7 +156,7 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         assert not (out / "linearized.safetensors").exists()
     finish(argv)
 
-    unbroken = tmp_path / "unbroken"
+    unbroken = tmp_path / "apart" / "unbroken"
     transfer.main(arguments(files, out=unbroken, evaluate_samples=0))
     expected = load_file(unbroken / "linearized.safetensors")
     found = load_file(out / "linearized.safetensors")
