@@ -53,8 +53,8 @@ RESULT_NAME, PLAN_NAME = "ablation.json", "plan.json"
 RECORD_PATH = RESULTS_FOLDER / "evidence.json"
 
 # What a repeated command may change: none of it decides a run's result.
-_FREE_FIELDS = ("out", "tables", "only", "seeds", "jobs", "max_minutes", "record")
-_FREE_OF_RECORD = ("out", "device", "jobs", "max_minutes")
+_FREE_FIELDS = ("out", "teacher_folder", "tables", "only", "seeds", "jobs", "max_minutes", "record")
+_FREE_OF_RECORD = ("out", "teacher_folder", "device", "jobs", "max_minutes")
 _DETAILS = ("teacher", "untrained", "members", "runs", "plan")
 _SAID = ("digit", "motion", "frechet", "frechet_teacher", "error")
 

@@ -104,7 +104,8 @@ class Worker:
         return collect(
             self.subject,
             self.config.trajectories,
-            teacher_folder(self.config.out, seed) / "trajectories",
+            self.config.trajectories.teacher_folder
+            or teacher_folder(self.config.out, seed) / "trajectories",
             seed=seed,
             precision=self.precision,
             progress=self.progress,

@@ -4,9 +4,9 @@ Without arguments the embedded model's own file is distilled on whatever machine
     python -m linvideo_core.distill --preset gpu
     python -m linvideo_core.distill --model wan.safetensors --prompts prompts.safetensors \\
         --artifact linearized.safetensors --guidance-scale 5 --real-guidance-scale 5 --shift 5
-Repeating a command continues where it stopped. The run folder holds config.json, the sampled
-trajectories, metrics, checkpoints, the result, distilled.safetensors, and the evidence: pictures
-and evaluation.json, which compare steps against quality.
+Repeating a command continues where it stopped. The run folder holds config.json, metrics,
+checkpoints, the result, distilled.safetensors, and the evidence: pictures and evaluation.json,
+which compare steps against quality. What the teacher sampled lies beside it, see `transfer`.
 """
 
 import logging
@@ -39,11 +39,19 @@ from .stages import load_first_stage, name_of
 from .subject import load_subject, open_subject
 from .tables import show_table
 from .team import ALONE, Team
+from .trajectories import USED_AGAIN
 
 logger = logging.getLogger(__name__)
 
 # What a repeated command may change: none of it decides the artifact.
-_FREE_FIELDS = ("out", "offload_blocks", "evaluate_samples", "evaluate_batch_size")
+_FREE_FIELDS = (
+    "out",
+    "teacher_folder",
+    "shard_size",
+    "offload_blocks",
+    "evaluate_samples",
+    "evaluate_batch_size",
+)
 _SHOWN = ("model", "steps", "digit", "motion", "motion_energy", "frechet", "seconds_per_video")
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
@@ -105,7 +113,7 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
     path = config.out / ARTIFACT_NAME
     is_made = path.exists() and (config.out / CONFIG_NAME).exists()
     if is_made:
-        open_run(config.out, config, ignore=_FREE_FIELDS)
+        open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
         if is_evaluated(config.evidence, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return path
@@ -113,7 +121,7 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
     device = team.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     first = load_first_stage(config.artifact)
-    check_run(config.out, config, ignore=_FREE_FIELDS)
+    check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     draft = open_subject(config.subject)
     if draft is not None:
         check_distillation(draft, config, first, device, precision, team.size)

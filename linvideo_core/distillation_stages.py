@@ -80,7 +80,7 @@ def distill(
     trajectories = collect(
         subject,
         config.trajectories,
-        config.out / "trajectories",
+        config.trajectories.folder_beside(config.out),
         seed=config.seed,
         precision=precision,
         progress=progress,

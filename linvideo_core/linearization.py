@@ -93,7 +93,7 @@ def linearize(
         trajectories = collect(
             subject,
             config.trajectories,
-            config.out / "trajectories",
+            config.trajectories.folder_beside(config.out),
             seed=config.seed,
             precision=precision,
             progress=progress,

@@ -25,8 +25,9 @@ _LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the
 _LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
 LOWER_RUN = (
     "lower --batch-size, --shard-size, --evaluate-batch-size or the video's size, or give "
-    "--activation-checkpointing, --frozen bf16 or --offload-blocks; with another number of "
-    "offloaded blocks or of videos evaluated together this run continues, else give a new --out"
+    "--activation-checkpointing, --frozen bf16 or --offload-blocks; with another --shard-size, "
+    "--evaluate-batch-size or --offload-blocks this run continues, else give a new --out beside "
+    "it, which uses the teacher's samples that there are"
 )
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -12,23 +12,26 @@ from .storage import write_text
 CONFIG_NAME = "config.json"
 
 
-def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None:
+def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = "") -> None:
     """Create the folder with `config.json`, or check that it belongs to the same config.
 
     See `check_run`.
     """
     path = folder / CONFIG_NAME
     if path.exists():
-        check_run(folder, config, ignore=ignore)
+        check_run(folder, config, ignore=ignore, new_run=new_run)
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, to_json(config))
 
 
-def check_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> None:
+def check_run(
+    folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = ""
+) -> None:
     """Make sure that a folder, if it holds a run, holds one of the same config.
 
     ignore: field names that may differ between the first call and a later one.
+    new_run: what another folder would still have of this one, to be told.
 
     A setting that the run does not name is younger than the run, which was made as its default
     says.
@@ -51,7 +54,7 @@ def check_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = ()) -> Non
         if name not in ignore and found.get(name) != value:
             raise ValueError(
                 f"{folder} was made with {name} {found.get(name)} and {value} was given; choose "
-                "another --out, or repeat the first command to continue it"
+                f"another --out{new_run}, or repeat the first command to continue it"
             )
 
 

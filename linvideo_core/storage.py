@@ -51,6 +51,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_space(folder: Path, num_bytes: int, what: str, advice: str) -> None:
+    """Raise ValueError, in one sentence, when the disk of a folder has too little room for `what`.
+
+    folder: may not exist yet. advice: what would need less.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise ValueError(
+            f"{what} take {num_bytes / 1e9:,.1f} GB and {place} has {free / 1e9:,.1f} GB of free "
+            f"space: free some, {advice}, or choose a folder on another disk"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:

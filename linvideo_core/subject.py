@@ -1,8 +1,10 @@
 """The subject of a transfer: a frozen teacher with the prompts and latents it is sampled with."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from .config import option, positive
 from .demo.codec import LATENT_SHAPE, SPACE_PATCH, TIME_PATCH, decode_latents
 from .demo.prompts import all_prompts, encode_prompts
 from .models.checkpoint import Checkpoint, load_wan, open_wan
+from .models.experts import parts_of
 from .models.rounded import FrozenConfig
 from .offload import offload
 from .progress import Progress, silent
@@ -62,6 +65,8 @@ class Subject:
     latent_shape: (C, F, H, W).
     decode: latents [B, C, F, H, W] -> grey frames [B, F, h, w] in [0, 1].
     offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
+    sampled_as: what decides its samples beside all this and a digest of its weights, such as how
+        the weights are held or an image that its videos start from.
     """
 
     name: str
@@ -73,6 +78,22 @@ class Subject:
     decode: Callable[[Tensor], Tensor]
     is_demo: bool
     offload_blocks: int = 0
+    sampled_as: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what tells the teacher, its prompts and its size from others, as JSON holds it."""
+        prompts = hashlib.blake2b(digest_size=8)
+        for embeds in (self.prompt_embeds, self.negative_embeds):
+            prompts.update(embeds.cpu().half().numpy().tobytes())
+        parts = parts_of(self.model)
+        digests = [weights_digest(part, identify(shapes_of(part))[1]) for part in parts]
+        return {
+            "model": self.name,
+            "weights": "+".join(digests),
+            "sampled_as": self.sampled_as,
+            "prompts": prompts.hexdigest(),
+            "latent_shape": list(self.latent_shape),
+        }
 
     @property
     def video_size(self) -> tuple[int, int, int]:
@@ -131,6 +152,7 @@ class Draft:
             decode=_preview,
             is_demo=False,
             offload_blocks=self.held.offload_blocks,
+            sampled_as=self.held.frozen,
         )
 
     def load_model(self) -> nn.Module:

@@ -1,36 +1,44 @@
 """Sample the teacher and store states of its trajectories: the method's only training data.
 
 The teacher's own sampler runs with guidance; at a few noise levels of each trajectory the state
-and both branches' velocities are kept. Shards are written one by one: a repeated call continues
-after the last whole one.
+and both branches' velocities are kept. They belong to model, prompts, size, sampler and seed: a
+folder called after these serves every run that asks for them, whatever else it is set to. Files are
+written one by one: a repeated call, or another run, continues after the last whole one.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .adapters import identify, shapes_of, weights_digest
 from .artifact import Usage
 from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from .flow import make_sigmas, sample_euler
+from .memory import show_gb
 from .models.denoiser import bind_guided
-from .models.experts import parts_of
 from .progress import Progress, silent
-from .storage import write_tensors
+from .shards import find_videos, name_shard
+from .storage import check_space, write_tensors
 from .subject import Subject
 from .team import ALONE, Team
 
 logger = logging.getLogger(__name__)
+
+STAGE = "sampling the teacher"
+USED_AGAIN = " beside it, which uses the teacher's samples again if they fit"
+"""What a run in another folder would have of one that is there, see `run_folder.check_run`."""
+# Changes whenever the same settings give other samples.
+_FORM = 2
+_KEPT = ("latents", "conditional", "unconditional")
+_DECISIVE = ("states_per_trajectory", "sampler_steps", "guidance_scale", "shift")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,11 @@ class TrajectoryConfig:
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
     shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
     shard_size: int = option(8, "videos sampled together and stored in one file")
+    teacher_folder: Path | None = option(
+        None,
+        "where the teacher's samples are kept for every run that can use them; none: the folder "
+        "`teacher` beside --out",
+    )
 
     def __post_init__(self) -> None:
         positive(
@@ -58,6 +71,10 @@ class TrajectoryConfig:
                 f"--states-per-trajectory {self.states_per_trajectory} given; at most "
                 f"--sampler-steps {self.sampler_steps} can be kept"
             )
+
+    def folder_beside(self, out: Path) -> Path:
+        """Return where the samples of a run with this run folder are kept."""
+        return self.teacher_folder or out.parent / "teacher"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,22 +94,29 @@ class States:
 
 
 class Trajectories:
-    """Stored shards, memory-mapped; `draw` picks states at random, `take` those that are named."""
+    """Stored shards, memory-mapped; `draw` picks states at random, `take` those that are named.
 
-    def __init__(self, paths: Sequence[Path], config: TrajectoryConfig) -> None:
+    States are numbered video by video; those of one video go through its noise levels in order.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], config: TrajectoryConfig, rows: Tensor | None = None
+    ) -> None:
+        """rows: [videos] int64, each one's place among the rows of all files; none: all of them."""
         self.states_per_trajectory = config.states_per_trajectory
         self.guidance_scale = config.guidance_scale
         self.sigmas = make_sigmas(config.sampler_steps, config.shift)
         self._shards = [load_file(path) for path in paths]
-        self._ends = torch.tensor([shard["step"].numel() for shard in self._shards]).cumsum(0)
+        self._ends = torch.tensor([len(shard["step"]) for shard in self._shards]).cumsum(0)
+        self._rows = torch.arange(int(self._ends[-1])) if rows is None else rows
 
     def __len__(self) -> int:
         """Return the number of stored states."""
-        return int(self._ends[-1])
+        return len(self._rows) * self.states_per_trajectory
 
     def steps(self) -> Tensor:
         """Return the index into the sampling grid of every state, [len] int64."""
-        return torch.cat([shard["step"].flatten() for shard in self._shards])
+        return torch.cat([shard["step"] for shard in self._shards])[self._rows].flatten()
 
     def draw(
         self,
@@ -123,19 +147,16 @@ class Trajectories:
         return (density / steps.bincount(minlength=len(density)).clamp(min=1))[steps]
 
     def take(self, picks: Tensor, device: torch.device | str) -> States:
-        """Bring the states `picks` [B] int64, in [0, len), to `device` in fp32.
-
-        They are numbered video by video; a video's states go through its noise levels in order.
-        """
-        where = torch.searchsorted(self._ends, picks, right=True)
+        """Bring the states `picks` [B] int64, in [0, len), to `device` in fp32."""
+        rows = self._rows[picks // self.states_per_trajectory]
+        where = torch.searchsorted(self._ends, rows, right=True)
         parts: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(States)}
         order = []
         for index in where.unique().tolist():
             shard = self._shards[index]
             places = (where == index).nonzero().squeeze(1)
-            first = self._ends[index - 1] if index else 0
-            video = (picks[places] - first) // self.states_per_trajectory
-            state = (picks[places] - first) % self.states_per_trajectory
+            video = rows[places] - (self._ends[index - 1] if index else 0)
+            state = picks[places] % self.states_per_trajectory
             order.append(places)
             parts["prompt"].append(shard["prompt"][video])
             for name in ("latents", "conditional", "unconditional", "step"):
@@ -148,87 +169,102 @@ class Trajectories:
 def collect(
     subject: Subject,
     config: TrajectoryConfig,
-    folder: Path,
+    root: Path,
     *,
     seed: int,
     precision: str = "fp32",
     progress: Progress = silent,
     team: Team = ALONE,
 ) -> Trajectories:
-    """Sample the teacher until `folder` holds all shards, and open them.
+    """Sample what is missing of the teacher's videos below `root`, and open them.
 
-    The processes of a team share the missing shards, which are the same whoever samples them.
-    Progress is said at each of the sampler's steps; one that raises costs the shard in the making.
+    They lie in a folder that is called after what decides them; of another shard size or of fewer
+    videos they serve as well. The processes of a team share what is missing. Progress is said at
+    each of the sampler's steps; one that raises costs the shard in the making.
 
-    Raises ValueError when the folder holds shards of another teacher, config or seed.
+    Raises ValueError, in one sentence, when the disk is too full or the folder holds a file of
+    something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = json.dumps([*_describe(subject), seed, precision, dataclasses.asdict(config)])
-    num_shards = -(-config.num_trajectories // config.shard_size)
-    paths = [folder / f"shard-{i:05d}.safetensors" for i in range(num_shards)]
-    missing = torch.tensor([i for i, path in enumerate(paths) if not _is_whole(path, identity)])
+    identity = _describe(subject, config, seed, precision)
+    folder = root / hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    total = config.num_trajectories
+    held = find_videos(folder, identity, total)
+    chunks = held.split_missing(config.shard_size)
     # All have looked before one writes.
     team.wait()
-    mine = set(team.share(missing).tolist())
-    for i, path in enumerate(paths):
-        first = i * config.shard_size
-        progress("sampling the teacher", first, config.num_trajectories)
-        if i in mine:
-            size = min(config.shard_size, config.num_trajectories - first)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+    if chunks:
+        num_bytes = count_bytes(config, subject.latent_shape, total - held.num_held)
+        check_space(folder, num_bytes, "the teacher's samples", "lower --num-trajectories")
+        _announce(folder, held.num_held, total, num_bytes)
+        folder.mkdir(parents=True, exist_ok=True)
+    done = held.num_held
+    mine = set(team.share(torch.arange(len(chunks))).tolist())
+    for number, videos in enumerate(chunks):
+        progress(STAGE, done, total)
+        path = folder / name_shard(videos)
+        # Another run may have made it since.
+        if number in mine and not path.exists():
 
-            def say_step(step: int, first: int = first, size: int = size) -> None:
-                done = first + size * step // config.sampler_steps
-                progress("sampling the teacher", done, config.num_trajectories)
+            def say_step(step: int, done: int = done, size: int = len(videos)) -> None:
+                progress(STAGE, done + size * step // config.sampler_steps, total)
 
-            tensors = _sample_shard(subject, config, size, generator, precision, say_step)
+            tensors = _sample_shard(subject, config, videos, seed, precision, say_step)
             write_tensors(path, tensors, {"identity": identity})
+        done += len(videos)
     team.wait()
-    progress("sampling the teacher", config.num_trajectories, config.num_trajectories)
-    return Trajectories(paths, config)
+    progress(STAGE, total, total)
+    return _open(folder, identity, config)
 
 
-def _describe(subject: Subject) -> list[Any]:
-    """Return what decides a sample besides seed and config: weights, prompts, size."""
-    prompts = hashlib.blake2b(digest_size=8)
-    for embeds in (subject.prompt_embeds, subject.negative_embeds):
-        prompts.update(embeds.cpu().half().numpy().tobytes())
-    digests = [
-        weights_digest(model, identify(shapes_of(model))[1]) for model in parts_of(subject.model)
-    ]
-    return [subject.name, "+".join(digests), prompts.hexdigest(), subject.latent_shape]
+def count_bytes(
+    config: TrajectoryConfig, latent_shape: Sequence[int], num_videos: int | None = None
+) -> int:
+    """Return what videos take on disk, of a latent shape (C, F, H, W); none given: all of them."""
+    count = config.num_trajectories if num_videos is None else num_videos
+    tensors = len(_KEPT) * config.states_per_trajectory * math.prod(latent_shape)
+    return count * tensors * torch.float16.itemsize
 
 
-def _is_whole(path: Path, identity: str) -> bool:
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("identity")
-    except SafetensorError:
-        logger.warning("%s is damaged and will be sampled again", path)
-        return False
-    if found != identity:
-        raise ValueError(
-            f"{path} was sampled with other settings; delete {path.parent} or choose another --out"
-        )
-    return True
+def _announce(folder: Path, num_held: int, total: int, num_bytes: int) -> None:
+    there = f"{num_held} of {total} videos are there, the others take" if num_held else "they take"
+    logger.info(
+        "the teacher's samples are kept in %s for every run that can use them: %s %s; the folder "
+        "may be deleted when no run needs it",
+        folder,
+        there,
+        show_gb(num_bytes),
+    )
+
+
+def _open(folder: Path, identity: str, config: TrajectoryConfig) -> Trajectories:
+    held = find_videos(folder, identity, config.num_trajectories)
+    if held.num_held < config.num_trajectories:
+        raise ValueError(f"{folder} lost files while the teacher was sampled; repeat the command")
+    return Trajectories(held.paths, config, held.rows)
+
+
+def _describe(subject: Subject, config: TrajectoryConfig, seed: int, precision: str) -> str:
+    """Return what decides the samples, as JSON."""
+    sampler = {name: float(getattr(config, name)) for name in _DECISIVE}
+    others = {"form": _FORM, "precision": precision, "seed": seed}
+    return json.dumps({**subject.describe(), **sampler, **others})
 
 
 @torch.no_grad()
 def _sample_shard(
     subject: Subject,
     config: TrajectoryConfig,
-    size: int,
-    generator: torch.Generator,
+    videos: range,
+    seed: int,
     precision: str,
     say_step: Callable[[int], None],
 ) -> dict[str, Tensor]:
+    """Sample videos together; what is random of each is drawn from (seed, its number) alone."""
     device = subject.prompt_embeds.device
-    prompt = torch.randint(len(subject.prompts), (size,), generator=generator)
-    noise = torch.randn(size, *subject.latent_shape, generator=generator).to(device)
-    kept_steps = _spread(size, config.states_per_trajectory, config.sampler_steps, generator)
-    kept: dict[str, list[Tensor]] = {"latents": [], "conditional": [], "unconditional": []}
+    drawn = [_draw_video(subject, config, seed, video) for video in videos]
+    prompt, noise, kept_steps = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+    size = len(videos)
+    kept: dict[str, list[Tensor]] = {name: [] for name in _KEPT}
     branches: list[Tensor] = []
 
     def on_branches(conditional: Tensor, unconditional: Tensor) -> None:
@@ -251,7 +287,10 @@ def _sample_shard(
         on_branches=on_branches,
     )
     sample_euler(
-        velocity_fn, noise, make_sigmas(config.sampler_steps, config.shift), on_step=on_step
+        velocity_fn,
+        noise.to(device),
+        make_sigmas(config.sampler_steps, config.shift),
+        on_step=on_step,
     )
     # States arrive step by step; a stable sort by video brings each video's together, in order.
     by_video = torch.cat(order).argsort(stable=True)
@@ -274,14 +313,23 @@ def find_usage(subject: Subject, config: TrajectoryConfig) -> Usage:
     )
 
 
+def _draw_video(
+    subject: Subject, config: TrajectoryConfig, seed: int, video: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a video's prompt [], noise [C, F, H, W] and the steps that are kept of it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + video)
+    prompt = torch.randint(len(subject.prompts), (), generator=generator)
+    noise = torch.randn(subject.latent_shape, generator=generator)
+    return prompt, noise, _spread(config.states_per_trajectory, config.sampler_steps, generator)
+
+
 def spread_edges(num_kept: int, num_steps: int) -> Tensor:
     """Return where the strata begin and end of which one step each is kept, [num_kept + 1]."""
     return torch.linspace(0, num_steps, num_kept + 1).round().long()
 
 
-def _spread(size: int, num_kept: int, num_steps: int, generator: torch.Generator) -> Tensor:
-    """Pick `num_kept` of `num_steps` for each video, one in each of as many equal strata."""
+def _spread(num_kept: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """Pick `num_kept` of `num_steps`, one in each of as many equal strata."""
     edges = spread_edges(num_kept, num_steps)
     widths = edges[1:] - edges[:-1]
-    offsets = (torch.rand(size, num_kept, generator=generator) * widths).long()
-    return edges[:-1] + offsets
+    return edges[:-1] + (torch.rand(num_kept, generator=generator) * widths).long()

@@ -4,9 +4,10 @@ Without arguments the embedded model is linearized on whatever machine this is, 
     python -m linvideo_core.transfer --preset gpu
     python -m linvideo_core.transfer --model wan.safetensors --text-encoder umt5_xxl.safetensors
 Wan 2.2's two experts are linearized together, the second being --low-noise-model. Repeating a
-command continues where it stopped. The run folder holds config.json, the sampled trajectories,
-metrics, checkpoints, the result, linearized.safetensors, and the evidence: pictures and
-evaluation.json, which compare what was saved with its teacher.
+command continues where it stopped. The run folder holds config.json, metrics, checkpoints, the
+result, linearized.safetensors, and the evidence: pictures and evaluation.json, which compare what
+was saved with its teacher. What the teacher sampled lies beside it, in the folder `teacher`, and
+serves every run with the same model, prompts, size and sampler.
 """
 
 import logging
@@ -40,12 +41,20 @@ from .student import Student
 from .subject import load_subject, open_subject
 from .tables import show_table
 from .team import ALONE, Team
+from .trajectories import USED_AGAIN
 from .two_experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
 
 logger = logging.getLogger(__name__)
 
 # What a repeated command may change: none of it decides the artifact.
-_FREE_FIELDS = ("out", "offload_blocks", "evaluate_samples", "evaluate_batch_size")
+_FREE_FIELDS = (
+    "out",
+    "teacher_folder",
+    "shard_size",
+    "offload_blocks",
+    "evaluate_samples",
+    "evaluate_batch_size",
+)
 _SHOWN = (
     "model",
     "linear_layers",
@@ -132,14 +141,14 @@ def run(config: TransferConfig, progress: Progress = silent, team: Team = ALONE)
     paths = list_artifacts(config)
     is_made = all(path.exists() for path in paths) and (config.out / CONFIG_NAME).exists()
     if is_made:
-        open_run(config.out, config, ignore=_FREE_FIELDS)
+        open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
         if is_evaluated(config.evidence, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return paths[0]
     team.check_batch(config.training.batch_size)
     device = team.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
-    check_run(config.out, config, ignore=_FREE_FIELDS)
+    check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     make = _run_experts if config.experts.low_noise_model is not None else _run_one
     comparison = make(config, device, precision, progress, is_made, team)
     if comparison is not None:

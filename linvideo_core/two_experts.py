@@ -148,7 +148,7 @@ def linearize_experts(
     trajectories = collect(
         subject,
         config.trajectories,
-        config.out / "trajectories",
+        config.trajectories.folder_beside(config.out),
         seed=config.seed,
         precision=precision,
         progress=progress,

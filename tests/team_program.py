@@ -72,7 +72,8 @@ def transfer(
     """Linearize, and leave the student's whole weights beside the artifact."""
     subject = make_teacher(team.place(device), frozen)
     student = Student(subject, config.student, seed=0)
-    config = dataclasses.replace(config, out=folder)
+    videos = dataclasses.replace(config.trajectories, teacher_folder=folder / "teacher")
+    config = dataclasses.replace(config, out=folder, trajectories=videos)
     linearize(student, subject, config, "fp32", progress, team=team)
     if team.is_first:
         save_file(dict(student.model.state_dict()), folder / "student.safetensors")
@@ -121,7 +122,7 @@ def distil(folder: Path, team: Team, device: str = "cpu", batch_size: int = 4) -
     subject = make_teacher(team.place(device))
     config = distill.DistillConfig(
         out=folder,
-        trajectories=TRANSFER.trajectories,
+        trajectories=dataclasses.replace(TRANSFER.trajectories, teacher_folder=folder / "teacher"),
         distillation=DistillationConfig(num_steps=2, rank=2, critic_steps=2, motion_weight=0.1),
         training=dataclasses.replace(TRANSFER.training, steps=4, batch_size=batch_size),
     )

@@ -53,10 +53,12 @@ def test_each_sample_goes_to_the_expert_of_its_noise_level(experts: Experts) -> 
 
 def test_a_trajectory_changes_experts_at_the_boundary(pair: Subject, tmp_path: Path) -> None:
     collect(pair, SETTINGS, tmp_path, seed=3)
-    shard = load_file(tmp_path / "shard-00000.safetensors")
-    generator = torch.Generator().manual_seed(3 * 1_000_003)
-    torch.randint(3, (2,), generator=generator)
-    noise = torch.randn(2, *pair.latent_shape, generator=generator)
+    shard = load_file(next(tmp_path.glob("*/videos-000000-000001.safetensors")))
+    noise = []
+    for video in range(2):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + video)
+        torch.randint(3, (), generator=generator)
+        noise.append(torch.randn(pair.latent_shape, generator=generator))
     sigmas = make_sigmas(SETTINGS.sampler_steps, SETTINGS.shift)
     velocities = {
         side: bind_guided(
@@ -70,7 +72,7 @@ def test_a_trajectory_changes_experts_at_the_boundary(pair: Subject, tmp_path: P
     met: dict[int, Tensor] = {}
     sample_euler(
         lambda x, s: velocities[HIGH if s[0] >= BOUNDARY else LOW](x, s),
-        noise,
+        torch.stack(noise),
         sigmas,
         on_step=lambda i, latents, _: met.update({i: latents}),
     )

@@ -142,8 +142,10 @@ def test_training_moved_something(folder: Path) -> None:
 
 
 def test_two_processes_sample_the_same_trajectories_bit_for_bit(folder: Path) -> None:
-    for number in range(3):
-        name = f"transfer/trajectories/shard-{number:05d}.safetensors"
+    root = folder / "one"
+    names = [path.relative_to(root) for path in root.glob("transfer/teacher/*/*.safetensors")]
+    assert len(names) == 3
+    for name in names:
         one, two = (load_file(folder / team / name) for team in ("one", "two"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -193,7 +195,7 @@ def test_damaged_shards_are_named_in_one_sentence(
     damage: str, folder: Path, device: str, tmp_path: Path
 ) -> None:
     source = folder / "two" / "transfer"
-    for name in ("trajectories", "warm_start", "training"):
+    for name in ("teacher", "warm_start", "training"):
         subprocess.run(["cp", "-r", source / name, tmp_path / name], check=True)
     checkpoint = find_checkpoint(tmp_path / "training")
     shards = sorted(checkpoint.glob("*.safetensors"))

@@ -2,15 +2,17 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from linvideo_core.flow import euler_step, guide, make_sigmas
 from linvideo_core.subject import Subject
-from linvideo_core.trajectories import Trajectories, TrajectoryConfig, collect
+from linvideo_core.trajectories import Trajectories, TrajectoryConfig, collect, count_bytes
+from tests.conftest import TEXT_DIM
 
 SETTINGS = TrajectoryConfig(
     num_trajectories=5,
@@ -24,12 +26,16 @@ HALF = {"rtol": 2e-3, "atol": 4e-3}  # stored in fp16
 Shards = list[dict[str, Tensor]]
 
 
-def read(folder: Path) -> Shards:
-    return [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+def shards_in(root: Path) -> list[Path]:
+    return sorted(root.glob("*/videos-*.safetensors"))
 
 
-def read_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def read(root: Path) -> Shards:
+    return [load_file(path) for path in shards_in(root)]
+
+
+def read_bytes(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in shards_in(root)}
 
 
 def test_shards_hold_every_video_once(subject: Subject, tmp_path: Path) -> None:
@@ -112,8 +118,8 @@ def test_lost_shards_are_sampled_again_to_the_same_bytes(
 ) -> None:
     collect(subject, SETTINGS, tmp_path, seed=1)
     whole = read_bytes(tmp_path)
-    for i in lost:
-        (tmp_path / f"shard-{i:05d}.safetensors").unlink()
+    for i in reversed(lost):
+        shards_in(tmp_path)[i].unlink()
     collect(subject, SETTINGS, tmp_path, seed=1)
     assert read_bytes(tmp_path) == whole
 
@@ -124,7 +130,7 @@ def test_a_damaged_shard_is_sampled_again_to_the_same_bytes(
 ) -> None:
     collect(subject, SETTINGS, tmp_path, seed=1)
     whole = read_bytes(tmp_path)
-    path = tmp_path / "shard-00001.safetensors"
+    path = shards_in(tmp_path)[1]
     path.write_bytes(path.read_bytes()[:-5] if damage is None else damage)
     collect(subject, SETTINGS, tmp_path, seed=1)
     assert read_bytes(tmp_path) == whole
@@ -160,34 +166,160 @@ def test_interruption_at_any_step_changes_nothing(subject: Subject, tmp_path: Pa
     assert read_bytes(tmp_path / "broken") == read_bytes(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize(
-    "change", [{"guidance_scale": 2.0}, {"shift": 5.0}, {"sampler_steps": 8}, {"seed": 2}]
-)
-def test_shards_of_other_settings_are_refused(
-    change: dict[str, float], subject: Subject, tmp_path: Path
+OTHERS: dict[str, dict[str, Any]] = {
+    "guidance": {"guidance_scale": 2.0},
+    "shift": {"shift": 5.0},
+    "steps": {"sampler_steps": 8},
+    "states": {"states_per_trajectory": 2},
+    "seed": {"seed": 2},
+    "precision": {"precision": "bf16"},
+    "name": {"name": "other"},
+    "weights held otherwise": {"sampled_as": "fp8"},
+    "prompts": {"prompt_embeds": torch.zeros(3, 5, TEXT_DIM)},
+    "size": {"latent_shape": (4, 3, 6, 4)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_decides_the_samples_gets_a_folder_of_its_own(
+    name: str, subject: Subject, tmp_path: Path
 ) -> None:
     collect(subject, SETTINGS, tmp_path, seed=1)
-    whole = read_bytes(tmp_path)
-    change = dict(change)
-    seed = change.pop("seed", 1)
-    with pytest.raises(ValueError, match="sampled with other settings"):
-        collect(subject, dataclasses.replace(SETTINGS, **change), tmp_path, seed=seed)
-    assert read_bytes(tmp_path) == whole
+    before = read_bytes(tmp_path)
+    change = dict(OTHERS[name])
+    how = {"seed": 1, "precision": "fp32"}
+    how = {key: change.pop(key, value) for key, value in how.items()}
+    of_subject = {key: change.pop(key) for key in list(change) if hasattr(subject, key)}
+    other = dataclasses.replace(subject, **of_subject)
+    collect(other, dataclasses.replace(SETTINGS, **change), tmp_path, **how)
+    after = read_bytes(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(after) == 2 * len(before) and after.items() >= before.items()
 
 
-def test_shards_of_another_teacher_are_refused(subject: Subject, tmp_path: Path) -> None:
-    collect(subject, SETTINGS, tmp_path, seed=1)
-    other = dataclasses.replace(subject, name="other")
-    with pytest.raises(ValueError, match="sampled with other settings"):
-        collect(other, SETTINGS, tmp_path, seed=1)
+def count_videos(subject: Subject, settings: TrajectoryConfig, root: Path) -> int:
+    """Return how many videos are sampled when they are asked for."""
+    sizes: list[int] = []
+
+    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sizes.append(len(args[0]) // 2)
+
+    hook = subject.model.register_forward_pre_hook(see)
+    collect(subject, settings, root, seed=1)
+    hook.remove()
+    return sum(sizes) // settings.sampler_steps
 
 
-def test_a_foreign_tensor_file_in_a_shards_place_is_refused(
+def states_of(trajectories: Trajectories) -> dict[str, Tensor]:
+    states = trajectories.take(torch.arange(len(trajectories)), "cpu")
+    return dataclasses.asdict(states)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 8])
+def test_a_video_is_the_same_whatever_number_is_sampled_together(
+    size: int, subject: Subject, tmp_path: Path
+) -> None:
+    expected = states_of(collect(subject, SETTINGS, tmp_path / "two", seed=1))
+    settings = dataclasses.replace(SETTINGS, shard_size=size)
+    found = states_of(collect(subject, settings, tmp_path / "other", seed=1))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **HALF)
+    assert torch.equal(found["step"], expected["step"])
+    assert torch.equal(found["prompt"], expected["prompt"])
+
+
+def test_after_a_smaller_shard_size_or_more_videos_all_that_is_there_is_kept(
     subject: Subject, tmp_path: Path
 ) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "shard-00000.safetensors")
-    with pytest.raises(ValueError, match="sampled with other settings"):
+    assert count_videos(subject, SETTINGS, tmp_path) == 5
+    first = read_bytes(tmp_path)
+    shards_in(tmp_path)[1].unlink()
+    one_each = dataclasses.replace(SETTINGS, shard_size=1)
+    assert count_videos(subject, one_each, tmp_path) == 2
+    fewer = dataclasses.replace(SETTINGS, num_trajectories=3, shard_size=7)
+    assert count_videos(subject, fewer, tmp_path) == 0
+    more = dataclasses.replace(SETTINGS, num_trajectories=9, shard_size=3)
+    assert count_videos(subject, more, tmp_path) == 4
+    names = [path.name.removesuffix(".safetensors") for path in shards_in(tmp_path)]
+    assert [name.removeprefix("videos-") for name in names] == [
+        "000000-000001",
+        "000002-000002",
+        "000003-000003",
+        "000004-000004",
+        "000005-000007",
+        "000008-000008",
+    ]
+    expected = states_of(collect(subject, more, tmp_path / "at once", seed=1))
+    found = states_of(collect(subject, more, tmp_path, seed=1))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **HALF)
+    assert read_bytes(tmp_path).items() >= {n: first[n] for n in list(first)[:1]}.items()
+
+
+def test_what_two_runs_sampled_twice_is_read_once(subject: Subject, tmp_path: Path) -> None:
+    """As when both began together, with other shard sizes."""
+    expected = states_of(collect(subject, SETTINGS, tmp_path, seed=1))
+    other = dataclasses.replace(SETTINGS, shard_size=3)
+    collect(subject, other, tmp_path / "other", seed=1)
+    folder = shards_in(tmp_path)[0].parent
+    for path in shards_in(tmp_path / "other"):
+        path.rename(folder / path.name)
+    assert len(shards_in(tmp_path)) == 5
+    assert count_videos(subject, SETTINGS, tmp_path) == 0
+    found = collect(subject, SETTINGS, tmp_path, seed=1)
+    assert len(found) == 15
+    for name, tensor in states_of(found).items():
+        torch.testing.assert_close(tensor, expected[name], **HALF)
+
+
+def test_a_shard_that_another_run_made_meanwhile_is_not_sampled_again(
+    subject: Subject, tmp_path: Path
+) -> None:
+    collect(subject, SETTINGS, tmp_path / "theirs", seed=1)
+    theirs = shards_in(tmp_path / "theirs")
+
+    def deliver(stage: str, done: int, total: int, **metrics: float) -> None:
+        mine = tmp_path / "mine" / theirs[1].parent.name
+        if mine.exists() and theirs[1].exists():
+            theirs[1].rename(mine / theirs[1].name)
+
+    sizes: list[int] = []
+    subject.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]) // 2))
+    collect(subject, SETTINGS, tmp_path / "mine", seed=1, progress=deliver)
+    assert sum(sizes) == 3 * SETTINGS.sampler_steps
+
+
+def test_a_file_of_something_else_is_refused(subject: Subject, tmp_path: Path) -> None:
+    collect(subject, SETTINGS, tmp_path, seed=1)
+    path = shards_in(tmp_path)[1]
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="sampled with other settings; delete") as caught:
         collect(subject, SETTINGS, tmp_path, seed=1)
+    assert path.exists() and "\n" not in str(caught.value)
+
+
+def test_samples_that_the_disk_cannot_hold_are_refused_before_one_is_made(
+    subject: Subject, tmp_path: Path
+) -> None:
+    huge = dataclasses.replace(subject, latent_shape=(4, 10**6, 10**4, 10**4))
+    with pytest.raises(ValueError, match=r"samples take .* lower --num-trajectories") as caught:
+        collect(huge, SETTINGS, tmp_path / "new", seed=1)
+    assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+
+
+def test_the_room_that_samples_are_said_to_take_is_what_they_take(
+    subject: Subject, tmp_path: Path
+) -> None:
+    collect(subject, SETTINGS, tmp_path, seed=1)
+    found = sum(path.stat().st_size for path in shards_in(tmp_path))
+    told = count_bytes(SETTINGS, subject.latent_shape)
+    assert told < found < told + 4096 * len(shards_in(tmp_path))
+
+
+def test_samples_lie_beside_the_run_or_where_they_are_wanted(tmp_path: Path) -> None:
+    assert SETTINGS.folder_beside(tmp_path / "runs" / "a") == tmp_path / "runs" / "teacher"
+    elsewhere = dataclasses.replace(SETTINGS, teacher_folder=tmp_path / "x")
+    assert elsewhere.folder_beside(tmp_path / "runs" / "a") == tmp_path / "x"
 
 
 def test_progress_counts_videos_up_to_all_and_is_said_at_every_step(
@@ -217,11 +349,12 @@ def test_an_interruption_costs_the_shard_in_the_making_alone(
 
     with pytest.raises(Interruption):
         collect(subject, SETTINGS, tmp_path / "broken", seed=1, progress=interrupt)
-    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["shard-00000.safetensors"]
+    assert [path.name for path in shards_in(tmp_path / "broken")] == [
+        "videos-000000-000001.safetensors"
+    ]
     collect(subject, SETTINGS, tmp_path / "broken", seed=1)
     collect(subject, SETTINGS, tmp_path / "unbroken", seed=1)
-    for path in sorted((tmp_path / "unbroken").iterdir()):
-        assert (tmp_path / "broken" / path.name).read_bytes() == path.read_bytes()
+    assert read_bytes(tmp_path / "broken") == read_bytes(tmp_path / "unbroken")
 
 
 def small(subject: Subject, folder: Path) -> Trajectories:

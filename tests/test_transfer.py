@@ -19,7 +19,9 @@ from linvideo_core import transfer
 from linvideo_core.config import parse, to_json
 from linvideo_core.memory import free_bytes
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.subject import Subject
 from linvideo_core.transfer import PRESETS, TransferConfig
+from tests.conftest import save_inputs, small_transfer
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "linvideo_core.transfer"]
@@ -142,10 +144,10 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     files: Path, one_thread: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    shards, training = out / "trajectories", out / "training"
+    shards, training = tmp_path / "teacher", out / "training"
     warm_start = out / "warm_start"
     moments: dict[str, Callable[[], bool]] = {
-        "sampling": lambda: len(list(shards.glob("shard-*"))) >= 2,
+        "sampling": lambda: len(list(shards.glob("*/videos-*"))) >= 2,
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
         "before the choice": lambda: num_rows(training / "metrics.jsonl") >= 5,
         "after the choice": lambda: num_rows(training / "metrics.jsonl") >= 24,
@@ -156,7 +158,7 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         assert not (out / "linearized.safetensors").exists()
     finish(argv)
 
-    unbroken = tmp_path / "unbroken"
+    unbroken = tmp_path / "apart" / "unbroken"
     transfer.main(arguments(files, out=unbroken, evaluate_samples=0))
     expected = load_file(unbroken / "linearized.safetensors")
     found = load_file(out / "linearized.safetensors")
@@ -174,6 +176,30 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     transfer.main(arguments(files, out=moved, evaluate_samples=0))
     for name, tensor in load_file(moved / "linearized.safetensors").items():
         assert torch.equal(expected[name], tensor), name
+
+
+def test_another_run_with_other_training_settings_uses_the_samples_that_are_there(
+    subject: Subject, tmp_path: Path
+) -> None:
+    model_path = save_inputs(subject, tmp_path)["--model"]
+    out = tmp_path / "runs" / "first"
+    transfer.run(small_transfer(model_path, out=out))
+    sampled: list[int] = []
+
+    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+        if stage == "sampling the teacher":
+            sampled.append(done)
+
+    changes = {"batch_size": 1, "steps": 2, "lora_rank": 4, "learning_rate": 1e-4, "shard_size": 1}
+    second = small_transfer(model_path, out=out.with_name("second"), **changes)
+    transfer.run(second, progress)
+    assert sampled == [2]
+    assert {path.name for path in out.parent.iterdir()} == {"first", "second", "teacher"}
+
+    with pytest.raises(ValueError, match="beside it, which uses the teacher's samples again"):
+        transfer.run(small_transfer(model_path, out=out, batch_size=1))
+    # How many are sampled together decides nothing.
+    transfer.run(small_transfer(model_path, out=out, shard_size=1))
 
 
 # Every case runs in a process of its own, forked where the imports are done. Its exit status is
