@@ -52,9 +52,10 @@ def check_run(
     found = {**dict(_defaults(config)), **dict(_leaves(tree))}
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{folder} was made with {name} {found.get(name)} and {value} was given; choose "
-                f"another --out{new_run}, or repeat the first command to continue it"
+                f"{folder} was made with {flag} {found.get(name)} and {value} was given; choose "
+                f"another --out{new_run}, or give what it was made with to continue it"
             )
 
 

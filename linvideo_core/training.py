@@ -236,7 +236,7 @@ class _Run:
         self.num_saved = step
 
     def _diverged(self, what: str) -> _Diverged:
-        advice = "start again in another --out with a lower --learning-rate"
+        advice = "start again with another --out and a lower --learning-rate"
         return _Diverged(f"{what}; {self.files.describe()}: {advice}")
 
     def resume(self) -> int:

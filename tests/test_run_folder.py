@@ -15,6 +15,7 @@ class Room:
     """Nested settings."""
 
     depth: int = option(3, "how deep")
+    num_doors: int = option(1, "how many ways in")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ def test_checking_a_folder_writes_nothing_and_refuses_another_config(tmp_path: P
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Run(rate=0.2), "rate 0.1 and 0.2 was given"),
+        (Run(rate=0.2), "--rate 0.1 and 0.2 was given; choose another --out, or give what it was"),
+        (Run(room=Room(num_doors=2)), "--num-doors 1 and 2 was given"),
         (Run(room=Room(depth=4)), "depth 3 and 4 was given"),
         (Run(model=Path("m.safetensors")), "model None and m.safetensors was given"),
     ],

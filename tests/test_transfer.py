@@ -272,7 +272,7 @@ BAD: dict[str, tuple[dict[str, object], list[str], str]] = {
     ),
     "an unknown device": ({"device": "abacus"}, [], "--device abacus given"),
     "a device that is not there": ({"device": "cuda"}, [], "--device cuda given"),
-    "an out folder of another config": ({"out": "taken"}, [], "was made with steps 7"),
+    "an out folder of another config": ({"out": "taken"}, [], "was made with --steps 7"),
     "an out that is a file": ({"out": "text.safetensors/run"}, [], "text.safetensors"),
 }
 if free_bytes("cpu") is None:

@@ -249,7 +249,7 @@ def a_name_belongs_to_one_transfer() -> None:
         usual = {"steps": 1, "warm_start_steps": 0}
         for setting, changes in {
             "steps 1 and 2": {"steps": 2},
-            "guidance_scale 3.0 and 2.0": {"cfg": 2.0},
+            "cfg 3.0 and 2.0": {"cfg": 2.0},
             "conditions": {"negative": [[encode_prompts(["seven"]), {}]]},
         }.items():
             message = _complaint(_run, **{**usual, **changes})
