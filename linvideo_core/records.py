@@ -117,7 +117,7 @@ def write_part(
     return write_record(
         path,
         title=title,
-        command=" && ".join(told["command"] for told in parts.values()),
+        command=" && ".join(dict.fromkeys(told["command"] for told in parts.values())),
         rows=[*others, *rows],
         device=device,
         details={"parts": parts},

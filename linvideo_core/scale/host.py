@@ -57,7 +57,7 @@ def measure_in_host(
         subprocess.Popen(
             command,
             cwd=root,
-            env=_environment(),
+            env=make_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,8 +83,8 @@ def measure_in_host(
         )
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment without our own folder on the path, which would hide ComfyUI's."""
+def make_environment() -> dict[str, str]:
+    """Return ComfyUI's environment: our own folder on the path would hide its modules."""
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     kept = [folder for folder in folders if folder and Path(folder).resolve() != PACK.resolve()]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
