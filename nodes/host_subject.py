@@ -147,6 +147,7 @@ class HostSubject:
             latent_shape=self.latent_shape,
             decode=decode_latents,
             is_demo=self.is_demo,
+            sampled_as=f"{self.weights_digest()} {self.conditions.digest()} {dtype}",
         )
 
     def is_copied(self, config: TransferConfig) -> bool:

@@ -29,6 +29,7 @@ from ..linvideo_core.run_folder import CONFIG_NAME, check_run, open_run
 from ..linvideo_core.selection import check_target
 from ..linvideo_core.storage import replacing
 from ..linvideo_core.student import Student
+from ..linvideo_core.trajectories import USED_AGAIN
 from .files import FOLDER
 from .host_subject import HostSubject
 from .live import LiveProgress
@@ -37,8 +38,13 @@ from .live import LiveProgress
 _INPUTS = {"out": "name", "guidance_scale": "cfg", "num_trajectories": "num_videos"}
 _FIELDS = {node: core for core, node in _INPUTS.items()}
 _SIZES = ("width", "height", "frames", "seed")
-_FREE_FIELDS = ("out", "device")
-_LOWER = "lower batch_size, frames, width and height, or lora_rank, and give it another name"
+_FREE_FIELDS = ("out", "device", "shard_size", "teacher_folder")
+_TEACHER_FOLDER = "linvideo_teacher"
+"""In ComfyUI's output folder: the teacher's videos, for every transfer that can use them."""
+_LOWER = (
+    "lower batch_size, frames, width and height, or lora_rank, and give it another name; the "
+    "videos that were made to learn from are used again where they fit"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,7 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
             latent_shape=host.latent_shape,
             transfer=config,
         )
-        check_run(config.out, identity, ignore=_FREE_FIELDS)
+        check_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
         made = config.out / ARTIFACT_NAME
         target = _find_target(config.out.name, made)
         if not made.exists():
@@ -108,6 +114,7 @@ def make_config(
         "shift": host.shift,
         "device": str(host.device),
         "out": out,
+        "teacher_folder": out.parent.with_name(_TEACHER_FOLDER),
     }
     config = override(TransferConfig(), values)
     is_large = not host.is_copied(config)
@@ -143,7 +150,7 @@ def _find_target(name: str, made: Path) -> Path:
 def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None:
     with host.subject(config) as subject:
         student = Student(subject, config.student, seed=config.seed)
-        open_run(config.out, identity, ignore=_FREE_FIELDS)
+        open_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
         progress = LiveProgress(student, subject, config, host.latent_format)
         with progress.watching():
             linearize(student, subject, config, config.precision, progress)
