@@ -74,14 +74,14 @@ def _load_quantised(quantisation: str, layout: str, **settings: Any) -> Any:
     return finish(patcher)
 
 
-_LOADERS: dict[str, Callable[..., Any]] = {"fp8": _load_fp8}
+LOADERS: dict[str, Callable[..., Any]] = {"fp8": _load_fp8}
 # Older ComfyUI knows fewer forms.
 for _form, _layout in (
     ("float8_e4m3fn", "TensorCoreFP8E4M3Layout"),
     ("int8_tensorwise", "TensorWiseINT8Layout"),
 ):
     if _form in QUANT_ALGOS:
-        _LOADERS[_form] = functools.partial(_load_quantised, _form, _layout)
+        LOADERS[_form] = functools.partial(_load_quantised, _form, _layout)
 
 
 def _plain_weights(patcher: Any) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def _merge(model: Any) -> Any:
 
 
 def changes_are_exact_where_merging_rounds_them() -> None:
-    for kind, load in _LOADERS.items():
+    for kind, load in LOADERS.items():
         model = load()
         expected = _expected(model, shipped())
         bypassed = sample(linearize(model, shipped()))
@@ -138,7 +138,7 @@ def _expected(model: Any, applied: Artifact) -> Tensor:
 
 def _two_ways() -> list[Callable[[], Any]]:
     """Return loaders of layers changed in their forward, and in a function of their weight."""
-    return [_LOADERS[form] for form in ("fp8", "int8_tensorwise") if form in _LOADERS]
+    return [LOADERS[form] for form in ("fp8", "int8_tensorwise") if form in LOADERS]
 
 
 def a_quantised_model_comes_back_bit_for_bit() -> None:

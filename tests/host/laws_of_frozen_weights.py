@@ -1,0 +1,118 @@
+"""Laws of a twin that learns beside weights that stay ComfyUI's, in whatever form they are kept."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management
+import torch
+from laws_of_quantised import LOADERS
+from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
+from linvideo_pack.linvideo_core.student import Student, StudentConfig
+from linvideo_pack.nodes.frozen_weights import FrozenLinear, cast_weights, freeze
+from linvideo_pack.nodes.host_subject import HostSubject
+from linvideo_pack.nodes.transfer import make_config
+from stage import demo, device, relative_difference, with_lora
+from torch import Tensor, nn
+
+_TOLERANCE = 1e-5
+_COPIED, _FROZEN = True, False
+
+
+def _inputs() -> dict[str, Any]:
+    sockets = dict.fromkeys(("positive", "negative", "clip", "latent", "settings"))
+    return {"name": "law", "quality": "draft", "prompts": "", "keep_first_steps": 0, **sockets}
+
+
+@contextlib.contextmanager
+def _learning() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _velocity_and_gradients(model: Any, is_copied: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return what a student computes in fp32 and the gradients of its low-rank changes."""
+    with _learning():
+        inputs = _inputs()
+        host = HostSubject(model, inputs)
+        # Of a small model copies are made: beside the host's weights it must come out alike.
+        host.is_copied = lambda _: is_copied
+        with host.subject(make_config(inputs, host)) as subject:
+            linears = [m for m in subject.model.blocks.modules() if isinstance(m, nn.Linear)]
+            assert all(isinstance(m, FrozenLinear) for m in linears) != is_copied
+            subject.model._dtype = torch.float32
+            student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+            generator = torch.Generator().manual_seed(2)
+            for weight in student.weights.values():
+                added = 0.02 * torch.randn(weight.shape, generator=generator)
+                weight.data += added.to(weight.device)
+            latents = torch.randn(2, *LATENT_SHAPE, generator=generator).to(device())
+            timesteps = torch.tensor([900.0, 200.0], device=device())
+            velocity = student.model(latents, timesteps, subject.prompt_embeds[:2].float())
+            velocity.square().mean().backward()
+            gradients = [weight.grad.cpu() for weight in student.weights.values()]
+    return velocity.detach().cpu(), gradients
+
+
+def _assert_alike(model: Any, name: str) -> None:
+    expected, gradients = _velocity_and_gradients(model, _COPIED)
+    found, others = _velocity_and_gradients(model, _FROZEN)
+    worst = max(map(relative_difference, others, gradients))
+    print(f"{name}: velocity {relative_difference(found, expected):.1e}, gradients {worst:.1e}")
+    assert relative_difference(found, expected) <= _TOLERANCE
+    assert worst <= 10 * _TOLERANCE
+
+
+def weights_in_every_form_give_the_velocity_and_gradients_of_copies_in_fp32() -> None:
+    _assert_alike(demo()[0], "as it comes")
+    for name, load in LOADERS.items():
+        _assert_alike(load(), name)
+
+
+def changes_of_other_nodes_are_part_of_what_is_learned_beside() -> None:
+    _assert_alike(with_lora(demo()[0]), "with a LoRA")
+
+
+def a_layer_with_a_door_of_its_own_is_asked_through_it() -> None:
+    class Packed(nn.Linear):
+        """As GGUF layers: the weight is packed, a method of the layer's own unpacks it."""
+
+        def cast_bias_weight(
+            self, input: Any = None, dtype: Any = None, device: Any = None, bias_dtype: Any = None
+        ) -> tuple[Tensor, Tensor]:
+            return (0.5 * self.weight).to(device, dtype), self.bias.to(device, bias_dtype)
+
+    layer = Packed(8, 4)
+    x = torch.randn(3, 8)
+    with _learning():
+        x = x.clone().requires_grad_()
+        FrozenLinear(layer)(x).sum().backward()
+        torch.testing.assert_close(x.grad, 0.5 * layer.weight.sum(0).expand(3, 8).clone())
+    with cast_weights(layer, torch.bfloat16, torch.device("cpu")) as (weight, _):
+        assert weight.dtype == torch.bfloat16
+
+
+def a_layer_that_another_node_computes_is_refused() -> None:
+    model = demo()[0]
+    layer = model.model.diffusion_model.blocks[3].ffn[0]
+    layer.forward = lambda x: x
+    try:
+        freeze(model.model.diffusion_model, device(), is_copied=_FROZEN)
+    except ValueError as error:
+        assert "from before it" in str(error)
+    else:
+        raise AssertionError("a layer's own forward was passed over")
+    finally:
+        del layer.forward
+
+
+def nothing_of_the_graphs_model_is_changed() -> None:
+    model = demo()[0]
+    comfy.model_management.load_models_gpu([model])
+    before = {name: value for name, value in model.model.state_dict().items()}
+    fields = {id(m): set(m.__dict__) for m in model.model.modules()}
+    _velocity_and_gradients(model, _FROZEN)
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(not p.requires_grad for p in model.model.parameters())
+    assert all("forward" not in set(m.__dict__) - fields[id(m)] for m in model.model.modules())
