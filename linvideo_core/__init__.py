@@ -7,7 +7,8 @@ The flow, and the one noun that each stage hands on:
     held, offload       bf16, fp8, blocks in CPU memory  -> a teacher that fits
     preflight, memory   headers and arithmetic           -> a sentence, or a run that fits
     adapters            find_sites(model)                -> attention sites
-    trajectories,       collect(teacher)                 -> sampled states, which all
+    teacher_sampling,   videos, and which states are kept;
+    trajectories        collect(teacher)                 -> sampled states, which all
     shards              which videos a folder holds         runs of that teacher share
     attention, kernels  install(mixed attention)         -> student
     warm_start          fit each layer to its softmax    -> feature maps

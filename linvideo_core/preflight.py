@@ -55,17 +55,33 @@ class FewStepConfig(RunConfig, Protocol):
         """How few the steps are."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a run that was not refused takes at least.
+
+    num_trained: numbers that are trained.
+    memory_bytes: of the CPU; device_bytes: of a GPU, None without one.
+    """
+
+    num_trained: int
+    memory_bytes: int
+    device_bytes: int | None
+
+
 def check_transfer(
     draft: Draft, config: TransferConfig, device: str, precision: str, num_processes: int = 1
-) -> None:
-    """Raise ValueError, in one sentence, when a transfer of a subject cannot work."""
+) -> Footprint:
+    """Return what a transfer of a subject takes.
+
+    Raises ValueError, in one sentence, when it cannot work.
+    """
     check_held_alone(draft.held, num_processes)
     family, sites = identify(draft.shapes)
     check_layers(config.selection, [site.layer for site in sites])
     student = config.student
     num_trained = sum(_count_maps(site, student.feature_ratio) for site in sites)
     num_trained += _count_weights(draft, family, student.parameters, student.lora_rank)
-    _check_memory(
+    return _check_memory(
         draft,
         config,
         device,
@@ -85,8 +101,11 @@ def check_distillation(
     device: str,
     precision: str,
     num_processes: int = 1,
-) -> None:
-    """Raise ValueError, in one sentence, when a distillation of a file cannot work."""
+) -> Footprint:
+    """Return what a distillation of a file takes.
+
+    Raises ValueError, in one sentence, when it cannot work.
+    """
     check_held_alone(draft.held, num_processes)
     distillation = config.distillation
     linear = check(artifact, draft.shapes)
@@ -96,7 +115,7 @@ def check_distillation(
     ratio = artifact.header.feature_dim // linear[0].head_dim
     num_trained = sum(_count_maps(site, ratio) for site in linear) + 2 * changes
     # The student's loss and the critic's go backward together.
-    _check_memory(
+    return _check_memory(
         draft,
         config,
         device,
@@ -209,11 +228,12 @@ def _check_memory(
     all_trained: bool,
     num_processes: int,
     may_offload: bool,
-) -> None:
+) -> Footprint:
     advice = "choose a smaller model or a machine with more memory"
     if not all_trained and draft.held.frozen != FROZEN[-1]:
         advice = f"give --frozen {FROZEN[-1]}, or {advice}"
-    check_memory([_on_host(draft.shapes, draft.held, device)], "cpu", advice)
+    on_host = _on_host(draft.shapes, draft.held, device)
+    check_memory([on_host], "cpu", advice)
     model = draft.checkpoint.config
     patches = zip(draft.latent_shape[1:], model.patch_size, strict=True)
     plan = Plan(
@@ -235,3 +255,10 @@ def _check_memory(
     if not all_trained and not fits(needs, device):
         flags = plan.find_flags(draft.held, [prompts], device, may_offload=may_offload)
     check_memory(needs, device, flags=flags)
+    on_device = sum(need.num_bytes for need in needs)
+    if device == "cpu":
+        least = max(on_device, on_host.num_bytes)
+        return Footprint(num_trained=num_trained, memory_bytes=least, device_bytes=None)
+    return Footprint(
+        num_trained=num_trained, memory_bytes=on_host.num_bytes, device_bytes=on_device
+    )

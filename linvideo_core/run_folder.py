@@ -36,9 +36,12 @@ def check_run(
     A setting that the run does not name is younger than the run, which was made as its default
     says.
 
-    Raises ValueError naming the first setting that differs.
+    Raises ValueError naming the first setting that differs, or a file where the folder should be.
     """
     path = folder / CONFIG_NAME
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file and a folder is needed; choose another --out")
     if not path.exists():
         return
     try:

@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_space(folder: Path, num_bytes: int, what: str, advice: str) -> None:
-    """Raise ValueError, in one sentence, when the disk of a folder has too little room for `what`.
+def check_space(needs: Sequence[tuple[Path, int, str]]) -> None:
+    """Raise ValueError, in one sentence, when a disk has too little room for all that is to come.
 
-    folder: may not exist yet. advice: what would need less.
+    needs: a folder, which may not exist yet, bytes, and what they are.
     """
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise ValueError(
-            f"{what} take {num_bytes / 1e9:,.1f} GB and {place} has {free / 1e9:,.1f} GB of free "
-            f"space: free some, {advice}, or choose a folder on another disk"
-        )
+    by_disk: dict[int, list[tuple[Path, int, str]]] = {}
+    for folder, num_bytes, what in needs:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        by_disk.setdefault(place.stat().st_dev, []).append((place, num_bytes, what))
+    for found in by_disk.values():
+        place, free = found[0][0], shutil.disk_usage(found[0][0]).free
+        if (total := sum(num_bytes for _, num_bytes, _ in found)) > free:
+            what = " and ".join(what for *_, what in found)
+            raise ValueError(
+                f"{what} take {total / 1e9:,.1f} GB and the disk of {place} has "
+                f"{free / 1e9:,.1f} GB left: free some, or give --out or --teacher-folder on "
+                "another disk"
+            )
 
 
 def write_text(path: Path, text: str) -> None:

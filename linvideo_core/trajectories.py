@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +21,13 @@ from torch import Tensor
 from .artifact import Usage
 from .config import option, positive
 from .demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
-from .flow import make_sigmas, sample_euler
+from .flow import make_sigmas
 from .memory import show_gb
-from .models.denoiser import bind_guided
 from .progress import Progress, silent
-from .shards import find_videos, name_shard
+from .shards import Holding, find_videos, name_shard
 from .storage import check_space, write_tensors
 from .subject import Subject
+from .teacher_sampling import KEPT, Sampling, sample_videos
 from .team import ALONE, Team
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ USED_AGAIN = " beside it, which uses the teacher's samples again if they fit"
 """What a run in another folder would have of one that is there, see `run_folder.check_run`."""
 # Changes whenever the same settings give other samples.
 _FORM = 2
-_KEPT = ("latents", "conditional", "unconditional")
 _DECISIVE = ("states_per_trajectory", "sampler_steps", "guidance_scale", "shift")
 
 
@@ -185,35 +184,47 @@ def collect(
     Raises ValueError, in one sentence, when the disk is too full or the folder holds a file of
     something else.
     """
-    identity = _describe(subject, config, seed, precision)
-    folder = root / hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
-    total = config.num_trajectories
-    held = find_videos(folder, identity, total)
+    kept = _Kept(subject, config, root, seed, precision)
+    held, total = kept.find(), config.num_trajectories
     chunks = held.split_missing(config.shard_size)
     # All have looked before one writes.
     team.wait()
     if chunks:
         num_bytes = count_bytes(config, subject.latent_shape, total - held.num_held)
-        check_space(folder, num_bytes, "the teacher's samples", "lower --num-trajectories")
-        _announce(folder, held.num_held, total, num_bytes)
-        folder.mkdir(parents=True, exist_ok=True)
+        check_space([(kept.folder, num_bytes, "the teacher's samples")])
+        _announce(kept.folder, held.num_held, total, num_bytes)
+        kept.folder.mkdir(parents=True, exist_ok=True)
+    sampling = Sampling(
+        sigmas=make_sigmas(config.sampler_steps, config.shift),
+        guidance_scale=config.guidance_scale,
+        num_kept=config.states_per_trajectory,
+        seed=seed,
+        precision=precision,
+    )
     done = held.num_held
     mine = set(team.share(torch.arange(len(chunks))).tolist())
     for number, videos in enumerate(chunks):
         progress(STAGE, done, total)
-        path = folder / name_shard(videos)
+        path = kept.folder / name_shard(videos)
         # Another run may have made it since.
         if number in mine and not path.exists():
 
             def say_step(step: int, done: int = done, size: int = len(videos)) -> None:
                 progress(STAGE, done + size * step // config.sampler_steps, total)
 
-            tensors = _sample_shard(subject, config, videos, seed, precision, say_step)
-            write_tensors(path, tensors, {"identity": identity})
+            tensors = sample_videos(subject, sampling, videos, say_step)
+            write_tensors(path, tensors, {"identity": kept.identity})
         done += len(videos)
     team.wait()
     progress(STAGE, total, total)
-    return _open(folder, identity, config)
+    return _open(kept, config)
+
+
+def count_missing(
+    subject: Subject, config: TrajectoryConfig, root: Path, *, seed: int, precision: str
+) -> int:
+    """Return how many videos `collect` would have to sample."""
+    return config.num_trajectories - _Kept(subject, config, root, seed, precision).find().num_held
 
 
 def count_bytes(
@@ -221,7 +232,7 @@ def count_bytes(
 ) -> int:
     """Return what videos take on disk, of a latent shape (C, F, H, W); none given: all of them."""
     count = config.num_trajectories if num_videos is None else num_videos
-    tensors = len(_KEPT) * config.states_per_trajectory * math.prod(latent_shape)
+    tensors = len(KEPT) * config.states_per_trajectory * math.prod(latent_shape)
     return count * tensors * torch.float16.itemsize
 
 
@@ -236,67 +247,29 @@ def _announce(folder: Path, num_held: int, total: int, num_bytes: int) -> None:
     )
 
 
-def _open(folder: Path, identity: str, config: TrajectoryConfig) -> Trajectories:
-    held = find_videos(folder, identity, config.num_trajectories)
+def _open(kept: "_Kept", config: TrajectoryConfig) -> Trajectories:
+    held = kept.find()
     if held.num_held < config.num_trajectories:
-        raise ValueError(f"{folder} lost files while the teacher was sampled; repeat the command")
+        raise ValueError(
+            f"{kept.folder} lost files while the teacher was sampled; repeat the command"
+        )
     return Trajectories(held.paths, config, held.rows)
 
 
-def _describe(subject: Subject, config: TrajectoryConfig, seed: int, precision: str) -> str:
-    """Return what decides the samples, as JSON."""
-    sampler = {name: float(getattr(config, name)) for name in _DECISIVE}
-    others = {"form": _FORM, "precision": precision, "seed": seed}
-    return json.dumps({**subject.describe(), **sampler, **others})
+class _Kept:
+    """Samples on disk: what decides them, as JSON, and the folder that is called after it."""
 
+    def __init__(
+        self, subject: Subject, config: TrajectoryConfig, root: Path, seed: int, precision: str
+    ) -> None:
+        sampler = {name: float(getattr(config, name)) for name in _DECISIVE}
+        others = {"form": _FORM, "precision": precision, "seed": seed}
+        self.identity = json.dumps({**subject.describe(), **sampler, **others})
+        self.folder = root / hashlib.blake2b(self.identity.encode(), digest_size=6).hexdigest()
+        self._num_videos = config.num_trajectories
 
-@torch.no_grad()
-def _sample_shard(
-    subject: Subject,
-    config: TrajectoryConfig,
-    videos: range,
-    seed: int,
-    precision: str,
-    say_step: Callable[[int], None],
-) -> dict[str, Tensor]:
-    """Sample videos together; what is random of each is drawn from (seed, its number) alone."""
-    device = subject.prompt_embeds.device
-    drawn = [_draw_video(subject, config, seed, video) for video in videos]
-    prompt, noise, kept_steps = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-    size = len(videos)
-    kept: dict[str, list[Tensor]] = {name: [] for name in _KEPT}
-    branches: list[Tensor] = []
-
-    def on_branches(conditional: Tensor, unconditional: Tensor) -> None:
-        branches[:] = conditional, unconditional
-
-    def on_step(step: int, latents: Tensor, velocity: Tensor) -> None:
-        say_step(step)
-        rows = (kept_steps == step).any(dim=1).nonzero().squeeze(1)
-        for name, tensor in zip(kept, (latents, *branches), strict=True):
-            kept[name].append(tensor[rows.to(device)].half().cpu())
-        order.append(rows)
-
-    order: list[Tensor] = []
-    velocity_fn = bind_guided(
-        subject.model,
-        subject.prompt_embeds[prompt.to(device)],
-        subject.negative_embeds.expand(size, -1, -1),
-        config.guidance_scale,
-        precision=precision,
-        on_branches=on_branches,
-    )
-    sample_euler(
-        velocity_fn,
-        noise.to(device),
-        make_sigmas(config.sampler_steps, config.shift),
-        on_step=on_step,
-    )
-    # States arrive step by step; a stable sort by video brings each video's together, in order.
-    by_video = torch.cat(order).argsort(stable=True)
-    shape = (size, config.states_per_trajectory)
-    stored = {name: torch.cat(parts)[by_video].unflatten(0, shape) for name, parts in kept.items()}
-    return {**stored, "step": kept_steps, "prompt": prompt}
+    def find(self) -> Holding:
+        return find_videos(self.folder, self.identity, self._num_videos)
 
 
 def find_usage(subject: Subject, config: TrajectoryConfig) -> Usage:
@@ -311,25 +284,3 @@ def find_usage(subject: Subject, config: TrajectoryConfig) -> Usage:
         steps=config.sampler_steps,
         sampler="euler",
     )
-
-
-def _draw_video(
-    subject: Subject, config: TrajectoryConfig, seed: int, video: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a video's prompt [], noise [C, F, H, W] and the steps that are kept of it."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + video)
-    prompt = torch.randint(len(subject.prompts), (), generator=generator)
-    noise = torch.randn(subject.latent_shape, generator=generator)
-    return prompt, noise, _spread(config.states_per_trajectory, config.sampler_steps, generator)
-
-
-def spread_edges(num_kept: int, num_steps: int) -> Tensor:
-    """Return where the strata begin and end of which one step each is kept, [num_kept + 1]."""
-    return torch.linspace(0, num_steps, num_kept + 1).round().long()
-
-
-def _spread(num_kept: int, num_steps: int, generator: torch.Generator) -> Tensor:
-    """Pick `num_kept` of `num_steps`, one in each of as many equal strata."""
-    edges = spread_edges(num_kept, num_steps)
-    widths = edges[1:] - edges[:-1]
-    return edges[:-1] + (torch.rand(num_kept, generator=generator) * widths).long()

@@ -10,6 +10,7 @@ was saved with its teacher. What the teacher sampled lies beside it, in the fold
 serves every run with the same model, prompts, size and sampler.
 """
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -27,18 +28,19 @@ from .comparison import (
 )
 from .config import parse, run_command, to_json
 from .devices import resolve_device, resolve_precision
+from .estimate import forecast
 from .evidence import compare_config, draw_training, is_evaluated
 from .layer_order import LAYER_ORDER_NAME
 from .linearization import ARTIFACT_NAME, TransferConfig, linearize
 from .memory import LOWER_RUN, explained
 from .models.experts import HIGH, LOW
-from .preflight import check_transfer
+from .preflight import Footprint, check_transfer
 from .progress import Progress, TqdmProgress, silent
 from .run_folder import CONFIG_NAME, check_run, open_run
 from .selection import check_layers
 from .sensitivity import RANKING_NAME
 from .student import Student
-from .subject import load_subject, open_subject
+from .subject import Subject, load_subject, open_subject
 from .tables import show_table
 from .team import ALONE, Team
 from .trajectories import USED_AGAIN
@@ -174,11 +176,14 @@ def _run_one(
     """Make the file unless it is made; return the comparison with its teacher, if still to do."""
     path = config.out / ARTIFACT_NAME
     draft = open_subject(config.subject)
+    footprint = None
     if draft is not None:
-        check_transfer(draft, config, device, precision, team.size)
+        footprint = check_transfer(draft, config, device, precision, team.size)
     with team.in_turn():
         subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
     if not is_made:
+        # Several processes share a training that none of them could hold alone.
+        _forecast(subject, config, precision, footprint, team, tries_training=team.size == 1)
         student = Student(subject, config.student, seed=config.seed)
         check_layers(config.selection, list(student.mixed))
         with team.in_turn():
@@ -215,6 +220,8 @@ def _run_experts(
     with team.in_turn():
         subject = load_experts(drafts, config, device, progress)
     if not is_made:
+        footprint = check_transfer(drafts[HIGH], config, device, precision)
+        _forecast(subject, config, precision, footprint, team, tries_training=False, num_students=2)
         with team.in_turn():
             open_run(config.out, config, ignore=_FREE_FIELDS)
         names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
@@ -229,6 +236,34 @@ def _run_experts(
         seed=config.seed,
         precision=precision,
         progress=progress,
+    )
+
+
+def _forecast(
+    subject: Subject,
+    config: TransferConfig,
+    precision: str,
+    footprint: Footprint | None,
+    team: Team,
+    *,
+    tries_training: bool,
+    num_students: int = 1,
+) -> None:
+    """Log what a run that has not trained yet takes; the embedded model's needs little of anything.
+
+    Raises ValueError, in one sentence, where a disk has too little room.
+    """
+    if any(config.out.glob("**/training")):
+        return
+    known = {} if footprint is None else dataclasses.asdict(footprint)
+    forecast(
+        subject,
+        config,
+        precision,
+        tries_training=tries_training and not subject.is_demo,
+        num_processes=team.size,
+        num_students=num_students,
+        **known,
     )
 
 

@@ -29,8 +29,9 @@ from .preflight import check_transfer
 from .progress import Progress
 from .student import Student
 from .subject import Draft, Subject, open_subject
+from .teacher_sampling import spread_edges
 from .team import ALONE, Team
-from .trajectories import States, Trajectories, collect, spread_edges
+from .trajectories import States, Trajectories, collect
 
 logger = logging.getLogger(__name__)
 

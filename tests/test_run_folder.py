@@ -70,6 +70,19 @@ def test_another_config_is_refused_by_the_setting_that_differs(
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["taken", "taken/run"])
+def test_a_file_in_the_folders_place_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="taken is a file and a folder is needed"):
+        check_run(tmp_path / name, Run())
+
+
+def test_what_a_new_run_would_still_have_is_told(tmp_path: Path) -> None:
+    open_run(tmp_path, Run())
+    with pytest.raises(ValueError, match="choose another --out with all of it, or repeat"):
+        check_run(tmp_path, Run(rate=0.2), new_run=" with all of it")
+
+
 def test_a_setting_that_an_older_run_does_not_name_has_its_default(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"room": {}, "rate": 0.1, "device": "cpu"}))
     before = (tmp_path / "config.json").read_bytes()

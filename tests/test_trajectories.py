@@ -302,7 +302,7 @@ def test_samples_that_the_disk_cannot_hold_are_refused_before_one_is_made(
     subject: Subject, tmp_path: Path
 ) -> None:
     huge = dataclasses.replace(subject, latent_shape=(4, 10**6, 10**4, 10**4))
-    with pytest.raises(ValueError, match=r"samples take .* lower --num-trajectories") as caught:
+    with pytest.raises(ValueError, match=r"samples take .* --teacher-folder on another") as caught:
         collect(huge, SETTINGS, tmp_path / "new", seed=1)
     assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
 
