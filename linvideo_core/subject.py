@@ -20,8 +20,8 @@ from .prompts import read_prompts
 from .prompts.sources import PromptConfig, PromptSource, find_source
 
 _TIME_COMPRESSION = 4
-# Pixels a latent, by channels: 24 are MiniMax-H3's, 48 those of Wan 2.2's 5B, 16 any other Wan's.
-_SPACE_COMPRESSION = {16: 8, 24: 16, 48: 16}
+# Pixels a latent, by channels: 48 are those of Wan 2.2's 5B, 16 any other Wan's.
+_SPACE_COMPRESSION = {16: 8, 48: 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class Subject:
     latent_shape: (C, F, H, W).
     decode: latents [B, C, F, H, W] -> grey frames [B, F, h, w] in [0, 1].
     offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
+    size: frames, height and width of the video in pixels, where latents do not tell it Wan's way.
     """
 
     name: str
@@ -73,10 +74,13 @@ class Subject:
     decode: Callable[[Tensor], Tensor]
     is_demo: bool
     offload_blocks: int = 0
+    size: tuple[int, int, int] | None = None
 
     @property
     def video_size(self) -> tuple[int, int, int]:
         """Return frames, height and width in pixels of the video that the latents stand for."""
+        if self.size is not None:
+            return self.size
         C, F, H, W = self.latent_shape
         if self.is_demo:
             return TIME_PATCH * F, SPACE_PATCH * H, SPACE_PATCH * W

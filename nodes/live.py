@@ -17,6 +17,7 @@ from ..linvideo_core.preview import draw_preview
 from ..linvideo_core.run_folder import read_metrics
 from ..linvideo_core.student import Student
 from ..linvideo_core.subject import Subject
+from .video import Video
 
 # Where each stage lies on the bar, by the time that it takes with usual settings.
 _STAGES = {
@@ -36,12 +37,18 @@ class LiveProgress:
     """The core's `Progress`, shown on the node; raises ComfyUI's exception on Interrupt."""
 
     def __init__(
-        self, student: Student, subject: Subject, config: TransferConfig, latent_format: Any
+        self,
+        student: Student,
+        subject: Subject,
+        config: TransferConfig,
+        latent_format: Any,
+        video: Video,
     ) -> None:
         self._student = student
         self._subject = subject
         self._config = config
         self._latent_format = latent_format
+        self._video = video
         self._bar = comfy.utils.ProgressBar(100)
         self._teacher_frames: list[Image.Image] | None = None
         self._next_picture = 0.0
@@ -91,6 +98,7 @@ class LiveProgress:
         return self._show(latents)
 
     def _show(self, latents: Tensor) -> list[Image.Image]:
+        latents = self._video.show(latents)
         if self._subject.is_demo:
             frames = self._subject.decode(latents)[0].mul(255).byte().cpu().numpy()
             picks = torch.linspace(0, len(frames) - 1, _NUM_FRAMES).long().tolist()
