@@ -160,9 +160,9 @@ class DistillationTask:
             critic = copy.deepcopy(self.subject.model).float().requires_grad_(True)
             return critic, [name for name, _ in critic.named_parameters()]
         critic = twin(self.subject.model)
-        prefix, rank = self.student.family.trainable_prefix, self.student.config.lora_rank
-        device = self.subject.prompt_embeds.device
-        changes = lora.attach(critic, prefix, rank, seed + 1, device)
+        family, rank = self.student.family, self.student.config.lora_rank
+        given = (family.trainable_prefix, rank, seed + 1, self.subject.prompt_embeds.device)
+        changes = lora.attach(critic, *given, is_frozen=family.is_frozen)
         return critic, [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
 
     @property

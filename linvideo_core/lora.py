@@ -5,7 +5,7 @@ they are in the checkpoint. A forward hook adds it to the layer's output; in a l
 beside its rank it is added to the weight, which then costs less.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,18 @@ def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) ->
 
 
 def attach(
-    model: nn.Module, prefix: str, rank: int, seed: int, device: torch.device | None = None
+    model: nn.Module,
+    prefix: str,
+    rank: int,
+    seed: int,
+    device: torch.device | None = None,
+    *,
+    is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, LowRank]:
     """Give every linear layer under `prefix` a low-rank change and freeze all else.
 
     device: where the changes work; none: each where its layer's weight is.
+    is_frozen: says of a layer's name whether it stays without one.
 
     Returns the changes by the layer's name.
     """
@@ -78,7 +85,9 @@ def attach(
     model.requires_grad_(False)
     changes = {}
     for name, module in list(model.named_modules()):
-        if name.startswith(prefix) and isinstance(module, nn.Linear):
+        if not name.startswith(prefix) or is_frozen(f"{name}."):
+            continue
+        if isinstance(module, nn.Linear):
             check_rank({f"{name}.weight": tuple(module.weight.shape)}, prefix, rank)
             change = changes[name] = LowRank(module, rank, generator, device)
             if _is_small(module, rank):

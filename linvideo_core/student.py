@@ -91,7 +91,8 @@ class Student:
             return []
         if self.config.parameters == "lora":
             prefix, rank = self.family.trainable_prefix, self.config.lora_rank
-            changes = lora.attach(self.model, prefix, rank, seed, device)
+            is_frozen = self.family.is_frozen
+            changes = lora.attach(self.model, prefix, rank, seed, device, is_frozen=is_frozen)
             return [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
         weights = trainable_weights(self.model, self.family, self.sites)
         for parameter in weights.values():

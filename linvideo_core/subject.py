@@ -23,8 +23,8 @@ from .prompts import read_prompts
 from .prompts.sources import PromptConfig, PromptSource, find_source
 
 _TIME_COMPRESSION = 4
-# Pixels a latent, by channels: 24 are MiniMax-H3's, 48 those of Wan 2.2's 5B, 16 any other Wan's.
-_SPACE_COMPRESSION = {16: 8, 24: 16, 48: 16}
+# Pixels a latent, by channels: 48 are those of Wan 2.2's 5B, 16 any other Wan's.
+_SPACE_COMPRESSION = {16: 8, 48: 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ class Subject:
     offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
     sampled_as: what decides its samples beside all this and a digest of its weights, such as how
         the weights are held or an image that its videos start from.
+    size: frames, height and width of the video in pixels, where latents do not tell it Wan's way.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Subject:
     is_demo: bool
     offload_blocks: int = 0
     sampled_as: str = ""
+    size: tuple[int, int, int] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return what tells the teacher, its prompts and its size from others, as JSON holds it."""
@@ -98,6 +100,8 @@ class Subject:
     @property
     def video_size(self) -> tuple[int, int, int]:
         """Return frames, height and width in pixels of the video that the latents stand for."""
+        if self.size is not None:
+            return self.size
         C, F, H, W = self.latent_shape
         if self.is_demo:
             return TIME_PATCH * F, SPACE_PATCH * H, SPACE_PATCH * W

@@ -84,19 +84,25 @@ class WarmStart:
             generator,
             self.team,
         )
-        errors: dict[MixedAttention, Tensor] = {}
+        errors: dict[MixedAttention, list[Tensor]] = {m: [] for m in self.mixed.values()}
         gradients: dict[nn.Parameter, Tensor] = {}
 
         def learn(module: MixedAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
-            errors[module], found = self._differentiate(module, args, output)
-            gradients.update(zip(module.linear.parameters(), found, strict=True))
+            error, found = self._differentiate(module, args, output)
+            # A model that takes one video a call runs each layer once for every sample.
+            num_calls = len(drawn.batch.latents) // len(output)
+            errors[module].append(error)
+            for parameter, gradient in zip(module.linear.parameters(), found, strict=True):
+                earlier = gradients.get(parameter)
+                share = gradient / num_calls
+                gradients[parameter] = share if earlier is None else earlier + share
 
         sigma = self.trajectories.sigmas.to(drawn.batch.latents.device)[drawn.batch.step]
         with _watched(self.mixed, learn), torch.no_grad():
             bind(self.student, drawn.branch_embeds, precision=self.precision)(
                 drawn.batch.latents, sigma
             )
-        layer_errors = torch.stack([errors[module] for module in self.mixed.values()])
+        layer_errors = torch.stack([torch.stack(each).mean() for each in errors.values()])
         loss = _Differentiated.apply(layer_errors.mean(), [*gradients.values()], *gradients)
         return loss, {"layer_errors": layer_errors}
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import digests
+from .video import PROMPT, Video
 
 # Each holds for a part of the picture or of the sampling, or is a model of its own.
 _PARTIAL = ("area", "mask", "start_percent", "end_percent", "control", "gligen", "hooks")
-_PROMPT, _CONCAT = "c_crossattn", "c_concat"
+_CONCAT = "c_concat"
 # What an artist connects, by the name under which ComfyUI gives it to a model.
 _WORDS = {
     _CONCAT: "start image or control video",
@@ -35,6 +36,7 @@ _WORDS = {
     "audio_embed": "audio",
     "audio_inject_scale": "strength of the audio",
     "fps": "frame rate",
+    "minimax_payload": "first frame, last frame or references",
 }
 
 
@@ -64,31 +66,34 @@ class Conditions:
 
 
 def read_conditions(
-    base_model: Any, positive: list[Any], negative: list[Any], latent_shape: tuple[int, ...]
+    base_model: Any,
+    positive: list[Any],
+    negative: list[Any],
+    video: Video,
+    device: torch.device | str = "cpu",
 ) -> Conditions:
     """Encode conditioning as ComfyUI does before it samples.
 
     base_model: ComfyUI's model around the diffusion model.
     positive: each entry, and each row of an entry, is one prompt.
-    latent_shape: (C, F, H, W).
+    device: where it is encoded; the model's, where its own weights encode.
 
     Raises ValueError, in one sentence, for what a transfer cannot learn from.
     """
     encoded = []
     for name, entries in (("positive", positive), ("negative", negative)):
         _check(name, entries)
-        encoded.append(_encode(base_model, name, entries, latent_shape))
-    rows = [[entry.pop(_PROMPT) for entry in branch] for branch in encoded]
-    _check_lengths([row for branch in rows for row in branch])
-    if len(rows[1]) != 1 or len(rows[1][0]) != 1:
+        encoded.append(_encode(base_model, name, _part(entries), video, device))
+    if len(encoded[1]) != 1:
         raise ValueError(
-            f"the negative conditioning holds {sum(map(len, rows[1]))} prompts, but one is needed: "
+            f"the negative conditioning holds {len(encoded[1])} prompts, but one is needed: "
             "connect a single prompt"
         )
     first, *others = [entry for branch in encoded for entry in branch]
+    prompts = video.join_prompts([entry.pop(PROMPT) for entry in (first, *others)])
     for other in others:
         _check_alike(first, other)
-    return Conditions(torch.cat(rows[0]), rows[1][0][0], first.pop(_CONCAT, None), first)
+    return Conditions(prompts[:-1], prompts[-1], first.pop(_CONCAT, None), first)
 
 
 def _check(name: str, entries: list[Any]) -> None:
@@ -104,44 +109,54 @@ def _check(name: str, entries: list[Any]) -> None:
             )
 
 
+def _part(entries: list[Any]) -> list[Any]:
+    """Return an entry for each row: some models encode no more than one prompt at once."""
+    return [[row.unsqueeze(0), options] for rows, options in entries for row in rows]
+
+
 def _encode(
-    base_model: Any, name: str, entries: list[Any], latent_shape: tuple[int, ...]
+    base_model: Any, name: str, entries: list[Any], video: Video, device: torch.device | str
 ) -> list[dict[str, Any]]:
     """Return the inputs of a model call for each entry, ordinary tensors, by name."""
-    latents = torch.zeros(1, *latent_shape)
-    conds = comfy.samplers.encode_model_conds(
-        base_model.extra_conds,
-        comfy.sampler_helpers.convert_cond(entries),
-        latents,
-        latents.device,
-        name,
-        latent_image=latents,
-    )
-    return [
-        {key: _ordinary(key, condition.cond) for key, condition in cond["model_conds"].items()}
-        for cond in conds
-    ]
+    latents = torch.zeros(1, *video.latent_shape, device=device)
+    # As ComfyUI itself encodes: weights that take part may belong to its inference mode.
+    with torch.inference_mode():
+        conds = comfy.samplers.encode_model_conds(
+            base_model.extra_conds,
+            comfy.sampler_helpers.convert_cond(entries),
+            latents,
+            latents.device,
+            name,
+            latent_image=latents,
+            **video.encoding,
+        )
+        encoded = [{key: x.cond for key, x in cond["model_conds"].items()} for cond in conds]
+        encoded = [video.read_inputs(inputs) for inputs in encoded]
+    _refuse_references(encoded)
+    return [{name: _ordinary(value) for name, value in inputs.items()} for inputs in encoded]
 
 
-def _ordinary(name: str, value: Any) -> Any:
-    # What a node makes in inference mode cannot take part in training; a clone outside of it can.
+def _refuse_references(encoded: list[dict[str, Any]]) -> None:
+    for name, value in (item for inputs in encoded for item in inputs.items()):
+        if isinstance(value, list) and any(map(torch.is_tensor, value)):
+            raise ValueError(
+                f"the conditioning has a list of references ({name}), which a transfer cannot "
+                "learn from: connect conditioning without it"
+            )
+
+
+def _ordinary(value: Any) -> Any:
+    """Return a value with tensors of its own.
+
+    What is made in inference mode cannot take part in training; a clone outside of it can.
+    """
     if torch.is_tensor(value):
         return value.detach().clone()
-    if isinstance(value, list) and any(map(torch.is_tensor, value)):
-        raise ValueError(
-            f"the conditioning has a list of references ({name}), which a transfer cannot learn "
-            "from: connect conditioning without it"
-        )
+    if isinstance(value, dict):
+        return {name: _ordinary(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_ordinary(part) for part in value]
     return value
-
-
-def _check_lengths(prompts: list[Tensor]) -> None:
-    lengths = sorted({prompt.shape[1] for prompt in prompts})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"the prompts are {' and '.join(map(str, lengths))} tokens long, but one length is "
-            "needed: shorten the longest"
-        )
 
 
 def _check_alike(first: dict[str, Any], other: dict[str, Any]) -> None:
@@ -158,4 +173,8 @@ def _check_alike(first: dict[str, Any], other: dict[str, Any]) -> None:
 def _is_alike(left: Any, right: Any) -> bool:
     if torch.is_tensor(left) and torch.is_tensor(right):
         return torch.equal(left, right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return all(_is_alike(left.get(name), right.get(name)) for name in left.keys() | right)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_is_alike, left, right))
     return not torch.is_tensor(left) and not torch.is_tensor(right) and left == right

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def add(digest: Any, value: Any) -> None:
-    """Take a value into a hashlib digest: tensors, numbers, text, adapters, lists of these."""
+    """Take a value into a hashlib digest: tensors, numbers, text, adapters, lists and dicts."""
     if torch.is_tensor(value):
         digest.update(str((value.dtype, tuple(value.shape))).encode())
         if not value.is_meta:
@@ -15,6 +15,10 @@ def add(digest: Any, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for part in value:
             add(digest, part)
+    elif isinstance(value, dict):
+        for name in sorted(value):
+            add(digest, name)
+            add(digest, value[name])
     elif hasattr(value, "weights"):
         add(digest, value.weights)
     elif value is None or isinstance(value, str | int | float):

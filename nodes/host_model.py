@@ -16,6 +16,7 @@ from ..linvideo_core.attention import SoftmaxAttention
 from .attention_call import answer
 from .conditions import Conditions
 from .families import HostFamily
+from .video import Video
 
 
 class HostModel(nn.Module):
@@ -29,6 +30,7 @@ class HostModel(nn.Module):
         *,
         dtype: torch.dtype,
         family: HostFamily,
+        video: Video,
         timestep_scale: float = 1.0,
     ) -> None:
         """diffusion_model: a twin that nothing else uses.
@@ -40,12 +42,13 @@ class HostModel(nn.Module):
             self.add_module(name, module)
         for name, parameter in diffusion_model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        family.prepare_for_training(diffusion_model)
         for site in sites:
             _give_attention(diffusion_model.get_submodule(site.name), family)
         # Beside the registry of modules, which would list every parameter a second time.
         self.__dict__["_diffusion_model"] = diffusion_model
         self._concat, self._inputs = conditions.concat, conditions.inputs
-        self._dtype = dtype
+        self._video, self._dtype = video, dtype
         self._timestep_scale = timestep_scale
 
     def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -63,12 +66,13 @@ class HostModel(nn.Module):
         }
         # What is computed in which precision is the host's business: its layers cast by themselves.
         with torch.autocast(x.device.type, enabled=False):
-            velocity = self._diffusion_model(
+            velocity = self._video.call(
+                self._diffusion_model,
                 x,
                 self._timestep_scale * timesteps.float(),
-                context=prompt_embeds.to(dtype),
-                transformer_options={"optimized_attention_override": _attend_with_gradient},
-                **inputs,
+                prompt_embeds.to(dtype),
+                {"optimized_attention_override": _attend_with_gradient},
+                inputs,
             )
         return velocity.to(latents.dtype)
 

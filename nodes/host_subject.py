@@ -5,7 +5,6 @@ The MODEL itself is only looked at, and lends the twin its weights: see `frozen_
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from comfy.model_management import module_size
 
 from ..linvideo_core import adapters
-from ..linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
+from ..linvideo_core.demo.codec import decode_latents
 from ..linvideo_core.demo.prompts import all_prompts, encode_prompts
 from ..linvideo_core.linearization import TransferConfig
 from ..linvideo_core.memory import (
@@ -49,9 +48,6 @@ COPIED_BYTES = 64e6
 _EVERY_PROMPT = 5
 """Of LinVideo's 300 prompts a node learns with each fifth: more than it makes videos, as a rule."""
 
-USUAL_SIZE = {"width": 832, "height": 480, "frames": 81}
-"""Of the videos to learn from, where nothing says otherwise."""
-
 TRAINABLE_SINCE = "0.25"
 """The first ComfyUI that was tried; `in_training` makes its operations have a backward pass."""
 
@@ -59,7 +55,7 @@ TRAINABLE_SINCE = "0.25"
 class HostSubject:
     """Everything a transfer needs to know of a MODEL and of what is connected beside it.
 
-    sites: its self-attention layers; latent_shape: (C, F, H, W); shift: of its noise levels.
+    sites: its self-attention layers; video: what it makes; shift: of its noise levels.
 
     Raises ValueError, in one sentence, for what cannot be trained.
     """
@@ -75,11 +71,6 @@ class HostSubject:
         self.shapes = adapters.shapes_of(diffusion_model)
         self.known, self.sites = adapters.identify(self.shapes)
         self.family = known = host_family(self.known.name)
-        if not known.is_trainable:
-            raise ValueError(
-                f"a {known.name} model cannot run the transfer inside ComfyUI yet: apply a saved "
-                "file"
-            )
         for site in self.sites:
             known.check(diffusion_model.get_submodule(site.name))
         self.model = model
@@ -87,7 +78,7 @@ class HostSubject:
         self.latent_format = model.model.latent_format
         self.is_demo = isinstance(self.latent_format, DemoLatents)
         self.shift = _find_shift(model.get_model_object("model_sampling"))
-        self.latent_shape = self._find_latent_shape(inputs)
+        self.video = known.video.find(model, inputs)
         self.conditions = self._find_conditions(inputs)
 
     def weights_digest(self) -> str:
@@ -134,6 +125,7 @@ class HostSubject:
             self.conditions,
             dtype=dtype,
             family=self.family,
+            video=self.video,
             timestep_scale=base_model.model_sampling.multiplier / TIMESTEP_SCALE,
         )
         base = describe_base(self.model)
@@ -144,7 +136,8 @@ class HostSubject:
             prompts=[f"prompt {i}" for i in range(len(self.conditions.prompt_embeds))],
             prompt_embeds=self.conditions.prompt_embeds.to(self.device, dtype),
             negative_embeds=self.conditions.negative_embeds.to(self.device, dtype),
-            latent_shape=self.latent_shape,
+            latent_shape=self.video.latent_shape,
+            size=self.video.size,
             decode=decode_latents,
             is_demo=self.is_demo,
             sampled_as=f"{self.weights_digest()} {self.conditions.digest()} {dtype}",
@@ -167,13 +160,14 @@ class HostSubject:
         is_copied = self.is_copied(config)
         student = config.student
         site = self.sites[0]
+        ffn_dim, dim = self.shapes[first + self.known.feed_forward]
         num_maps = len(self.sites) * site.num_heads * site.head_dim**2 * student.feature_ratio
         return training_needs(
             Transformer(
-                dim=site.num_heads * site.head_dim,
-                ffn_dim=self.shapes[first + self.known.feed_forward][0],
+                dim=dim,
+                ffn_dim=ffn_dim,
                 num_layers=len(self.sites),
-                num_tokens=self.num_tokens,
+                num_tokens=self.video.count_tokens(self.conditions.negative_embeds.shape[0]),
                 stream_bytes=FP32 if is_copied else self.training_dtype.itemsize,
             ),
             weight_bytes=FP32 * count(self.shapes) if is_copied else 2 * module_size(block),
@@ -186,10 +180,10 @@ class HostSubject:
         )
 
     def _count_trained(self, student: StudentConfig) -> int:
-        prefix = self.known.trainable_prefix
+        shapes = self.known.trainable(self.shapes)
         if student.parameters == "lora":
-            return count_low_rank(self.shapes, prefix, student.lora_rank)
-        return count(self.shapes, prefix) if student.parameters == "full" else 0
+            return count_low_rank(shapes, "", student.lora_rank)
+        return count(shapes) if student.parameters == "full" else 0
 
     def _check_fits(self, needs: list[Need]) -> None:
         """Raise ValueError, in one sentence, where needs exceed what the device has at all.
@@ -201,42 +195,10 @@ class HostSubject:
         check_capacity(needs, self.device, usable)
 
     @property
-    def num_tokens(self) -> int:
-        """L, the tokens that a model of this family makes of the latents."""
-        patch = getattr(self.model.model.diffusion_model, "patch_size", (1, 2, 2))
-        sizes = zip(self.latent_shape[1:], patch, strict=True)
-        return math.prod(-(-size // side) for size, side in sizes)
-
-    @property
     def training_dtype(self) -> torch.dtype:
         """In which a twin computes whose weights stay the host's; gradients overflow in fp16."""
         has_bf16 = comfy.model_management.should_use_bf16(self.device)
         return torch.bfloat16 if has_bf16 and self.device.type != "cpu" else torch.float32
-
-    def _find_latent_shape(self, inputs: dict[str, Any]) -> tuple[int, ...]:
-        num_channels = self.latent_format.latent_channels
-        if (latent := inputs.get("latent")) is not None:
-            samples = latent["samples"]
-            shape = list(getattr(samples, "shape", ()))
-            if not torch.is_tensor(samples) or len(shape) != 5 or shape[1] != num_channels:
-                raise ValueError(
-                    f"latents of shape {shape} given, but this model takes [videos, "
-                    f"{num_channels}, frames, height, width]: connect an empty latent made for it"
-                )
-            if "noise_mask" in latent:
-                raise ValueError(
-                    "the latent has a mask, which a transfer cannot learn from: connect an empty "
-                    "latent without one"
-                )
-            return tuple(shape[1:])
-        if self.is_demo:
-            return LATENT_SHAPE
-        time_ratio = getattr(self.latent_format, "temporal_downscale_ratio", 4)
-        space_ratio = getattr(self.latent_format, "spacial_downscale_ratio", 8)
-        sizes = {**USUAL_SIZE, **{k: v for k, v in (inputs["settings"] or {}).items() if v}}
-        num_frames = (sizes["frames"] - 1) // time_ratio + 1
-        size = (sizes[side] // space_ratio for side in ("height", "width"))
-        return (num_channels, num_frames, *size)
 
     def _find_conditions(self, inputs: dict[str, Any]) -> Conditions:
         branches = {name: inputs.get(name) for name in ("positive", "negative")}
@@ -266,7 +228,11 @@ class HostSubject:
                     "positive prompts are combined, or listed in prompts; with clip alone, those "
                     "that come with LinVideo are learned with"
                 )
-        return read_conditions(self.model.model, *branches.values(), self.latent_shape)
+        if self.family.refines_prompts:
+            with torch.inference_mode():
+                comfy.model_management.load_models_gpu([self.model])
+        device = self.device if self.family.refines_prompts else "cpu"
+        return read_conditions(self.model.model, *branches.values(), self.video, device)
 
     def _encode(self, prompts: list[str], clip: Any, negative: list[Any] | None) -> list[Any]:
         if self.is_demo:
@@ -282,7 +248,7 @@ def _find_shift(model_sampling: Any) -> float:
         model_sampling, comfy.model_sampling.ModelSamplingDiscreteFlow
     ):
         raise ValueError(
-            "this model's sampling is no shifted flow, which a transfer needs: connect a Wan model "
+            "this model's sampling is no shifted flow, which a transfer needs: connect the model "
             "without a node that changes its sampling to another kind"
         )
     return float(model_sampling.shift)

@@ -22,6 +22,7 @@ from ..linvideo_core.run_folder import read_metrics
 from ..linvideo_core.student import Student
 from ..linvideo_core.subject import Subject
 from .report import show_words
+from .video import Video
 
 # Where each stage lies on the bar, by the time that it takes with usual settings; its words.
 _STAGES = {
@@ -43,12 +44,18 @@ class LiveProgress:
     """The core's `Progress`, shown on the node; raises ComfyUI's exception on Interrupt."""
 
     def __init__(
-        self, student: Student, subject: Subject, config: TransferConfig, latent_format: Any
+        self,
+        student: Student,
+        subject: Subject,
+        config: TransferConfig,
+        latent_format: Any,
+        video: Video,
     ) -> None:
         self._student = student
         self._subject = subject
         self._config = config
         self._latent_format = latent_format
+        self._video = video
         self._bar = comfy.utils.ProgressBar(100)
         self._clock = _StageClock()
         self._estimate: Tensor | None = None
@@ -131,6 +138,7 @@ class LiveProgress:
 
     def _show(self, latents: Tensor) -> list[Image.Image]:
         """Return a few frames of the first of latents [B, C, F, H, W]; none without a preview."""
+        latents = self._video.show(latents)
         if self._subject.is_demo:
             frames = self._subject.decode(latents)[0].mul(255).byte().cpu().numpy()
             picks = torch.linspace(0, len(frames) - 1, _NUM_FRAMES).long().tolist()

@@ -76,7 +76,7 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
         identity = HostRun(
             weights=host.weights_digest(),
             conditions=host.conditions.digest(),
-            latent_shape=host.latent_shape,
+            latent_shape=host.video.latent_shape,
             transfer=config,
         )
         check_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
@@ -151,7 +151,7 @@ def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None
     with host.subject(config) as subject:
         student = Student(subject, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-        progress = LiveProgress(student, subject, config, host.latent_format)
+        progress = LiveProgress(student, subject, config, host.latent_format, host.video)
         with progress.watching():
             linearize(student, subject, config, config.precision, progress)
 

@@ -37,6 +37,7 @@ class ModelFamily:
 
     find_sites: parameter shapes -> the self-attention sites in depth order, empty for a stranger.
     trainable_prefix: parameters under it belong to the transformer's blocks and may be trained.
+    frozen_parts: parts of names under it that stay as they are all the same.
     feed_forward: the weight of a block that widens tokens [wide, dim], by which memory is told.
     sketched: linear layers of a site whose weights stand for the model's in `weights_sketch`.
     """
@@ -46,6 +47,19 @@ class ModelFamily:
     trainable_prefix: str
     feed_forward: str
     sketched: tuple[str, ...]
+    frozen_parts: tuple[str, ...] = ()
+
+    def trainable(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of those parameters that may be trained."""
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if name.startswith(self.trainable_prefix) and not self.is_frozen(name)
+        }
+
+    def is_frozen(self, name: str) -> bool:
+        """Say whether a parameter or a module stays as it is, though its block is trained."""
+        return any(part in name for part in self.frozen_parts)
 
 
 def families() -> tuple[ModelFamily, ...]:
@@ -165,7 +179,9 @@ def trainable_weights(
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.startswith(family.trainable_prefix) and not name.startswith(installed)
+        if name.startswith(family.trainable_prefix)
+        and not name.startswith(installed)
+        and not family.is_frozen(name)
     }
 
 

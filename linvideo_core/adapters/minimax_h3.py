@@ -34,4 +34,6 @@ FAMILY = ModelFamily(
     trainable_prefix="blocks.",
     feed_forward=".mlp.fc1.weight",
     sketched=("qkv_proj",),
+    # A modulation follows from the noise level alone, and may come as a table with few columns.
+    frozen_parts=(".adaln_proj.",),
 )

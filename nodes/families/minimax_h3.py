@@ -5,11 +5,16 @@ linear attention runs over all of it. The payload's references are part of how t
 """
 
 from . import HostFamily
+from .minimax_h3_training import prepare_for_training, run_attention
+from .minimax_h3_video import SoundVideo
 
 FAMILY = HostFamily(
     name="minimax_h3",
     attention_module="comfy.ldm.minimax.model",
     attention_class="Attention",
     find_joining_inputs=lambda diffusion_model, inputs: [],
-    is_trainable=False,
+    run_fused=run_attention,
+    video=SoundVideo,
+    refines_prompts=True,
+    prepare_for_training=prepare_for_training,
 )

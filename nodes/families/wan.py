@@ -30,6 +30,5 @@ FAMILY = HostFamily(
     attention_module="comfy.ldm.wan.model",
     attention_class="WanSelfAttention",
     find_joining_inputs=find_joining_inputs,
-    is_trainable=True,
     run_fused=run_fused,
 )

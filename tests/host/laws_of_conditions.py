@@ -10,10 +10,11 @@ import comfy.sd
 import torch
 from comfy_extras.nodes_wan import WanPhantomSubjectToVideo, WanSoundImageToVideo
 from linvideo_pack.nodes.conditions import read_conditions
+from linvideo_pack.nodes.video import Video
 from stage import complaint
 from torch import Tensor
 
-_SHAPE = (16, 3, 8, 8)
+_VIDEO = Video((16, 3, 8, 8))
 _SIZE = {"width": 64, "height": 64, "length": 9, "batch_size": 1}
 
 
@@ -44,7 +45,7 @@ class _Vae:
 
 
 def _refusal(base: Any, positive: list[Any], negative: list[Any]) -> str:
-    return complaint(ValueError, read_conditions, base, positive, negative, _SHAPE)
+    return complaint(ValueError, read_conditions, base, positive, negative, _VIDEO)
 
 
 def speech_is_told_of_its_audio_and_takes_positive_outputs_alone() -> None:
@@ -58,7 +59,7 @@ def speech_is_told_of_its_audio_and_takes_positive_outputs_alone() -> None:
     base = _base_model("WanModel_S2V")
     message = _refusal(base, *sound(1))
     assert "different audio," in message and "image" not in message
-    found = read_conditions(base, sound(1)[0], sound(2)[0], _SHAPE)
+    found = read_conditions(base, sound(1)[0], sound(2)[0], _VIDEO)
     assert {"audio_embed", "reference_latent", "control_video"} <= found.inputs.keys()
 
 

@@ -335,7 +335,7 @@ def recomputed_activations_give_the_same_gradients() -> None:
 
 def the_demos_own_prompts_and_size_are_used_where_nothing_is_connected() -> None:
     host = HostSubject(_demo()[0], _inputs(positive=None, negative=None, latent=None))
-    assert host.latent_shape == LATENT_SHAPE and host.is_demo
+    assert host.video.latent_shape == LATENT_SHAPE and host.is_demo
     assert host.conditions.prompt_embeds.shape == (80, 8, 4096)
     assert torch.equal(host.conditions.negative_embeds, _demo()[2][0][0][0])
 
@@ -383,8 +383,8 @@ def a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_fo
         model.set_model_compute_dtype(torch.bfloat16)
         inputs = _wan_inputs()
         host = HostSubject(model, inputs)
-        assert host.latent_shape == (16, 3, 8, 8)
-        latents = torch.randn(1, *host.latent_shape).to(device())
+        assert host.video.latent_shape == (16, 3, 8, 8)
+        latents = torch.randn(1, *host.video.latent_shape).to(device())
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
         with _teacher(model, inputs) as subject:
@@ -418,7 +418,7 @@ def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
             inputs[branch] = [[prompt, dict(image)] for prompt, _ in inputs[branch]]
         host = HostSubject(model, inputs)
         assert host.conditions.concat.shape == (1, 20, 3, 8, 8)
-        latents = torch.randn(1, *host.latent_shape).to(device())
+        latents = torch.randn(1, *host.video.latent_shape).to(device())
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
         with _teacher(model, inputs) as subject:

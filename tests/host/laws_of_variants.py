@@ -12,9 +12,7 @@ import contextlib
 import functools
 import importlib
 import inspect
-import json
 import logging
-import math
 import unittest
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -32,80 +30,25 @@ from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError, Artifa
 from linvideo_pack.linvideo_core.kernels import linear_attention
 from linvideo_pack.nodes.attention_call import answer
 from linvideo_pack.nodes.families import host_family
-from linvideo_pack.nodes.host_subject import HostSubject
 from linvideo_pack.nodes.patching import linearize
 from linvideo_pack.nodes.watch import _warn_of_joining_inputs
-from stage import MODEL_OF_SHAPES, TOLERANCES
+from stage import TOLERANCES
 from torch import Tensor, nn
+from variants import FHW, build, minimax_h3, random_tensor
 
 _TOLERANCE = TOLERANCES[torch.float32]
 _LINEAR = (0, 2)
 _WAN = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 3, "cross_attn_norm": True}
 _MODEL = "comfy.ldm.wan.model"
-_F, _H, _W = 3, 8, 8
-_SINCE = {
-    "WAN21_FlowRVS": "0.15.1",
-    "SCAILWanModel": "0.16.0",
-    "WanDancerModel": "0.21.0",
-    "CausalWanModel": "0.21.0",
-    "SCAIL2WanModel": "0.25.0",
-    "MiniMaxH3Model": "0.30.0",
-    "WanAnimate2Model": "0.31.0",
-}
-
-
-def _random(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _many(shape: torch.Size, seed: int) -> Tensor:
-    """Return random numbers that repeat after a prime number of them: some weights are large."""
-    size = math.prod(shape)
-    return _random(99991, seed=seed).repeat(size // 99991 + 1)[:size].reshape(shape)
+_F, _H, _W = FHW
 
 
 def _latents(channels: int = 16, frames: int = _F) -> Tensor:
-    return _random(1, channels, frames, _H, _W, seed=frames)
+    return random_tensor(1, channels, frames, _H, _W, seed=frames)
 
 
 def _clip_vision(tokens: int = 257) -> SimpleNamespace:
-    return SimpleNamespace(penultimate_hidden_states=_random(1, tokens, 1280))
-
-
-def _need(name: str) -> str:
-    return f"needs ComfyUI >= {_SINCE[name]}: {name}"
-
-
-def _build(
-    module: str,
-    class_name: str,
-    config: dict[str, Any],
-    metadata: dict | None = None,
-    kind: str | None = None,
-) -> Any:
-    """Return a ModelPatcher of a variant with random weights, by way of ComfyUI's loader.
-
-    kind: the host's name for it, where its class has several.
-    """
-    if kind is not None and not hasattr(comfy.model_base, kind):
-        raise unittest.SkipTest(_need(kind))
-    try:
-        model_class = getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError):
-        raise unittest.SkipTest(_need(class_name)) from None
-    empty = model_class(**config, **MODEL_OF_SHAPES)
-    weights = {}
-    for seed, (name, tensor) in enumerate(empty.state_dict().items()):
-        scale = 0.5 / math.sqrt(max(tensor[0].numel(), 1)) if tensor.ndim > 1 else 0.1
-        is_gain = "norm" in name and name.endswith("weight") and tensor.ndim == 1
-        weights[name] = scale * _many(tensor.shape, seed) + is_gain
-    keywords = {} if metadata is None else {"metadata": {"config": json.dumps(metadata)}}
-    patcher = comfy.sd.load_diffusion_model_state_dict(
-        weights, {"dtype": torch.float32}, **keywords
-    )
-    assert type(patcher.model.diffusion_model) is model_class, type(patcher.model.diffusion_model)
-    assert kind is None or type(patcher.model).__name__ == kind, type(patcher.model)
-    return patcher
+    return SimpleNamespace(penultimate_hidden_states=random_tensor(1, tokens, 1280))
 
 
 def _make_artifact(patcher: Any) -> Artifact:
@@ -125,7 +68,10 @@ def _make_artifact(patcher: Any) -> Artifact:
     )
     maps = {
         site.layer: tuple(
-            0.3 * _random(site.num_heads, site.head_dim, site.head_dim, seed=10 * site.layer + side)
+            0.3
+            * random_tensor(
+                site.num_heads, site.head_dim, site.head_dim, seed=10 * site.layer + side
+            )
             for side in range(2)
         )
         for site in chosen
@@ -213,7 +159,7 @@ def _try(
     patcher: Any, noise: Any, context_dim: int, joining: tuple[str, ...] = (), **conditions: Any
 ) -> None:
     """Linearize a variant, sample with its conditions, compare, and take it away again."""
-    conditioning = [[_random(1, 5, context_dim, seed=4), conditions]]
+    conditioning = [[random_tensor(1, 5, context_dim, seed=4), conditions]]
     sample = functools.partial(_sample, noise=noise, conditioning=conditioning)
     artifact = _make_artifact(patcher)
     before = sample(patcher)
@@ -240,7 +186,7 @@ def _try_wan(
     config: dict | None = None,
     **conditions: Any,
 ) -> None:
-    patcher = _build(module, class_name, {**_WAN, **(config or {})}, metadata, kind)
+    patcher = build(module, class_name, {**_WAN, **(config or {})}, metadata, kind)
     noise = _latents() if noise is None else noise
     _try(patcher, noise, 4096, joining, **conditions)
 
@@ -283,14 +229,14 @@ def wan_22_5b() -> None:
 
 
 def wan_21_camera() -> None:
-    camera = _random(1, 24, _F, 8 * _H, 8 * _W)
+    camera = random_tensor(1, 24, _F, 8 * _H, 8 * _W)
     conditions = {"camera_conditions": camera, "clip_vision_output": _clip_vision()}
     _try_wan(class_name="CameraWanModel", config={"in_dim": 32}, **conditions)
 
 
 def wan_22_camera() -> None:
     config = {"model_type": "camera_2.2", "in_dim": 36}
-    camera = _random(1, 24, _F, 8 * _H, 8 * _W)
+    camera = random_tensor(1, 24, _F, 8 * _H, 8 * _W)
     _try_wan(class_name="CameraWanModel", config=config, camera_conditions=camera)
 
 
@@ -311,7 +257,7 @@ def wan_with_latents_as_context_warns() -> None:
 
 def wan_22_speech_with_a_reference_warns() -> None:
     conditions = {
-        "audio_embed": _random(1, 25, 1024, 4 * _F),
+        "audio_embed": random_tensor(1, 25, 1024, 4 * _F),
         "reference_latents": [_latents(frames=1)],
         "reference_motion": _latents(frames=19),
         "control_video": _latents(),
@@ -323,7 +269,7 @@ def wan_22_speech_with_a_reference_warns() -> None:
 
 def wan_humo_1_7b_with_a_reference_warns() -> None:
     conditions = {
-        "audio_embed": _random(1, _F, 8, 5, 1280),
+        "audio_embed": random_tensor(1, _F, 8, 5, 1280),
         "reference_latents": [_latents(frames=1)],
     }
     _try_wan(class_name="HumoWanModel", joining=("reference_latent",), **conditions)
@@ -331,7 +277,7 @@ def wan_humo_1_7b_with_a_reference_warns() -> None:
 
 def wan_humo_17b_with_a_reference_warns() -> None:
     conditions = {
-        "audio_embed": _random(1, _F, 8, 5, 1280),
+        "audio_embed": random_tensor(1, _F, 8, 5, 1280),
         "reference_latents": [_latents(frames=1)],
     }
     _try_wan(
@@ -344,14 +290,14 @@ def wan_humo_17b_with_a_reference_warns() -> None:
 
 def wan_22_animate() -> None:
     config = {**_WAN, "in_dim": 36, "num_layers": 5}
-    patcher = _build(f"{_MODEL}_animate", "AnimateWanModel", config)
+    patcher = build(f"{_MODEL}_animate", "AnimateWanModel", config)
     # Its convolutions over faces of 512 x 512 take a minute here: vectors stand in for theirs.
     encoder = patcher.model.diffusion_model.motion_encoder
-    encoder.get_motion = lambda faces: _random(len(faces), 512).to(faces)
+    encoder.get_motion = lambda faces: random_tensor(len(faces), 512).to(faces)
     conditions = {
         "concat_latent_image": _latents(),
         "clip_vision_output": _clip_vision(),
-        "face_video_pixels": _random(1, 3, 5, 8, 8),
+        "face_video_pixels": random_tensor(1, 3, 5, 8, 8),
         "pose_video_latent": _latents(frames=2),
     }
     _try(patcher, _latents(), 4096, **conditions)
@@ -384,7 +330,7 @@ def wan_dancer() -> None:
         "concat_latent_image": _latents(),
         "clip_vision_output": _clip_vision(),
         "clip_vision_output_ref": _clip_vision(),
-        "audio_embed": _random(1, 20, 35),
+        "audio_embed": random_tensor(1, 20, 35),
         "fps": 25,
     }
     _try_wan(f"{_MODEL}_wandancer", "WanDancerModel", config={"in_dim": 36}, **conditions)
@@ -394,45 +340,17 @@ def wan_21_flow_rvs() -> None:
     _try_wan(metadata={"transformer": {"model_type": "flow_rvs"}}, kind="WAN21_FlowRVS")
 
 
-def _minimax_h3() -> tuple[Any, Any]:
-    """Return a ModelPatcher and noise for its two streams."""
-    config = {
-        "hidden_size": 192,
-        "num_layers": 3,
-        "token_refiner_num_layers": 1,
-        "num_attention_heads": 3,
-        "attention_head_dim": 128,
-        "ffn_hidden_size": 64,
-        "text_dim": 40,
-        "timestep_input_dim": 16,
-        "time_embed_hidden_size": 24,
-        "time_embed_dim": 24,
-    }
-    patcher = _build("comfy.ldm.minimax.model", "MiniMaxH3Model", config)
-    streams = [_random(1, 24, _F, _H, _W), _random(1, 32, 2, 7)]
-    return patcher, comfy.nested_tensor.NestedTensor(streams)
-
-
 def minimax_h3_over_text_audio_and_video() -> None:
-    _try(*_minimax_h3(), 40)
+    _try(*minimax_h3(), 40)
 
 
 def minimax_h3_with_a_reference() -> None:
     reference = {"kind": "image", "latent_h": _H, "latent_w": _W, "latent": _latents(24, frames=1)}
-    _try(*_minimax_h3(), 40, minimax_refs=[reference])
-
-
-def minimax_h3_runs_no_transfer_in_comfyui() -> None:
-    try:
-        HostSubject(_minimax_h3()[0], {})
-    except ValueError as error:
-        assert "minimax_h3" in str(error) and "apply a saved file" in str(error)
-    else:
-        raise AssertionError("nothing was refused")
+    _try(*minimax_h3(), 40, minimax_refs=[reference])
 
 
 def a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours() -> None:
-    patcher, noise = _minimax_h3()
+    patcher, noise = minimax_h3()
     served = []
 
     def override(function: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -444,7 +362,7 @@ def a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours(
         return comfy.ldm.modules.attention.attention_pytorch(*tensors, *args, **kwargs)
 
     override.container_function = take_over
-    conditioning = [[_random(1, 5, 40, seed=4), {}]]
+    conditioning = [[random_tensor(1, 5, 40, seed=4), {}]]
     linearized = linearize(patcher, _make_artifact(patcher))
     expected = _sample(linearized, noise, conditioning)
     linearized.model_options["transformer_options"]["optimized_attention_override"] = override
@@ -454,7 +372,7 @@ def a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours(
 
 
 def attention_that_linear_attention_is_not_is_refused() -> None:
-    attend, whole = linear_attention, _random(1, 4, 256)
+    attend, whole = linear_attention, random_tensor(1, 4, 256)
     for given in (
         {"mask": torch.ones(4, 4)},
         {"key": whole[:, :3], "value": whole[:, :3]},
@@ -476,7 +394,7 @@ def every_family_of_the_core_is_known_to_the_nodes() -> None:
 
 
 def _refusal(module: str, class_name: str, config: dict, metadata: dict) -> str:
-    patcher = _build(module, class_name, {**_WAN, **config}, {"transformer": metadata})
+    patcher = build(module, class_name, {**_WAN, **config}, {"transformer": metadata})
     artifact = _make_artifact(patcher)
     try:
         linearize(patcher, artifact)
@@ -498,7 +416,7 @@ def wan_animate_2_is_refused() -> None:
 
 
 def a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:
-    patcher = _build(_MODEL, "WanModel", _WAN)
+    patcher = build(_MODEL, "WanModel", _WAN)
     artifact = _make_artifact(patcher)
     stranger = patcher.clone()
     stranger.model = nn.Module()

@@ -1,0 +1,365 @@
+"""Laws of the transfer of MiniMax-H3 inside ComfyUI, on a small model with random weights.
+
+Expected velocities are ComfyUI's own of the untouched model, called as its samplers call it.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.nested_tensor
+import comfy.quant_ops
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import comfy_kitchen.backends.eager.rope
+import torch
+from laws_of_transfer import _folders
+from linvideo_pack.linvideo_core import artifact
+from linvideo_pack.linvideo_core.flow import make_sigmas, sample_euler
+from linvideo_pack.linvideo_core.models.denoiser import bind_guided
+from linvideo_pack.linvideo_core.student import Student, StudentConfig
+from linvideo_pack.linvideo_core.subject import Subject
+from linvideo_pack.nodes import host_subject
+from linvideo_pack.nodes.conditions import Conditions
+from linvideo_pack.nodes.families import host_family
+from linvideo_pack.nodes.frozen_weights import freeze
+from linvideo_pack.nodes.host_model import HostModel
+from linvideo_pack.nodes.host_subject import HostSubject
+from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.transfer import make_config, run
+from stage import TOLERANCES, assert_close, complaint, device
+from torch import Tensor
+from variants import FHW, minimax_h3, random_tensor
+
+_TOLERANCE = TOLERANCES[torch.float32]
+_SHAPES = ((1, 24, *FHW), (1, 32, 2, 7))
+_NUM_VIDEO = 24 * 3 * 8 * 8
+_TEXT = 40
+
+
+@functools.cache
+def _h3() -> Any:
+    return minimax_h3()[0]
+
+
+def _latent() -> dict[str, Any]:
+    streams = [torch.zeros(shape) for shape in _SHAPES]
+    return {"samples": comfy.nested_tensor.NestedTensor(streams)}
+
+
+def _prompt(length: int, seed: int, **options: Any) -> list[Any]:
+    return [random_tensor(1, length, _TEXT, seed=seed), options]
+
+
+def _inputs(**changes: Any) -> dict[str, Any]:
+    """Return what the node is given: three prompts of as many lengths, and a tiny training."""
+    settings = {
+        "target": 1,
+        "steps": 3,
+        "batch_size": 2,
+        "cfg": 3.0,
+        "seed": 1,
+        "parameters": "lora",
+        "lora_rank": 4,
+        "objective": "adm",
+        "learning_rate": 1e-3,
+        "warm_start_steps": 2,
+        "num_videos": 2,
+        "sampler_steps": 8,
+        "width": 0,
+        "height": 0,
+        "frames": 0,
+    }
+    usual = {
+        "name": "h3",
+        "quality": "standard",
+        "prompts": "",
+        "positive": [_prompt(5, seed=4), _prompt(9, seed=5)],
+        "negative": [_prompt(1, seed=6)],
+        "clip": None,
+        "latent": _latent(),
+    }
+    return {**usual, "settings": settings, **changes}
+
+
+@contextlib.contextmanager
+def _subject(model: Any, inputs: dict[str, Any]) -> Iterator[Subject]:
+    """Lend the teacher of a transfer, outside of the inference mode that nodes run in."""
+    with torch.inference_mode(False), torch.no_grad():
+        host = HostSubject(model, inputs)
+        with host.subject(make_config(inputs, host)) as subject:
+            yield subject
+
+
+@contextlib.contextmanager
+def _as_packed(model: Any) -> Iterator[Any]:
+    """Lend the host's model as it is while a sampler works with the packed streams."""
+    comfy.model_management.load_models_gpu([model])
+    model.model.latent_shapes = list(map(torch.Size, _SHAPES))
+    try:
+        yield model.model
+    finally:
+        model.model.latent_shapes = None
+
+
+def _velocity_of_host(model: Any, entry: list[Any], latents: Tensor, sigma: float) -> Tensor:
+    """Return the velocity of latents [1, 1, n]: the state less the clean estimate, over sigma."""
+    with _as_packed(model) as base, torch.inference_mode():
+        shapes = base.latent_shapes
+        given = {"noise": latents, "device": device(), "latent_shapes": shapes, **entry[1]}
+        conditions = base.extra_conds(cross_attn=entry[0], **given)
+        extra = {name: condition.cond for name, condition in conditions.items()}
+        options = model.model_options["transformer_options"]
+        levels = torch.tensor([sigma], device=device())
+        denoised = base.apply_model(latents, levels, transformer_options=options, **extra)
+        return (latents - denoised) / sigma
+
+
+def _compare(model: Any, inputs: dict[str, Any]) -> None:
+    """Compare the twin's velocities of a batch with ComfyUI's of one sample after the other."""
+    latents = random_tensor(3, 1, 1, 1, _NUM_VIDEO + 32 * 2 * 7, seed=8).to(device())
+    sigmas = (0.95, 0.4, 1.0)
+    entries = [*inputs["positive"], *inputs["negative"]]
+    expected = [
+        _velocity_of_host(model, entry, latent[0, 0], sigma)
+        for entry, latent, sigma in zip(entries, latents.unsqueeze(1), sigmas, strict=True)
+    ]
+    with _subject(model, inputs) as subject:
+        prompts = torch.cat([subject.prompt_embeds, subject.negative_embeds[None]])
+        timesteps = 1000 * torch.tensor(sigmas, device=device())
+        found = subject.model(latents.clone(), timesteps, prompts)
+    for part in (slice(_NUM_VIDEO), slice(_NUM_VIDEO, None)):
+        assert_close(found[:, 0, 0, 0, part], torch.cat(expected)[:, 0, part], _TOLERANCE)
+
+
+@contextlib.contextmanager
+def _uncopied() -> Iterator[None]:
+    """Train beside ComfyUI's own weights, as models of real size are."""
+    usual = host_subject.COPIED_BYTES
+    host_subject.COPIED_BYTES = 0
+    try:
+        yield
+    finally:
+        host_subject.COPIED_BYTES = usual
+
+
+def the_teacher_is_comfyuis_model_for_prompts_of_any_length() -> None:
+    _compare(_h3(), _inputs())
+    with _uncopied():
+        _compare(_h3(), _inputs())
+
+
+def a_table_in_place_of_the_time_embedding_is_the_models_own() -> None:
+    model = minimax_h3(adaln_curve_grid=9, time_embed_dim=3)[0]
+    _compare(model, _inputs())
+    with _folders():
+        assert run(model, _inputs()).is_file()
+
+
+def _with_options(**options: Any) -> dict[str, Any]:
+    """Return inputs whose every prompt comes with the same options, tags of its own beside them."""
+    inputs = _inputs()
+    for branch in ("positive", "negative"):
+        inputs[branch] = [
+            [prompt, {"minimax_token_tags": (torch.arange(prompt.shape[1]) > 1).long(), **options}]
+            for prompt, _ in inputs[branch]
+        ]
+    return inputs
+
+
+def _keyframes() -> dict[str, Any]:
+    frame = random_tensor(1, 24, 1, *FHW[1:], seed=11)
+    keyframes = [{"resolved_frame_index": index, "latent": frame} for index in (0, 8)]
+    return {"minimax_keyframes": keyframes, "minimax_frame_count": 9}
+
+
+def first_and_last_frames_belong_to_the_teacher() -> None:
+    _compare(_h3(), _with_options(**_keyframes()))
+
+
+def references_belong_to_the_teacher() -> None:
+    image = {"kind": "image", "latent_h": 8, "latent_w": 4, "latent": random_tensor(1, 24, 1, 8, 4)}
+    sound = {"kind": "audio", "ref_audio_t": 3, "audio_latent": random_tensor(1, 32, 2, 3)}
+    _compare(_h3(), _with_options(minimax_refs=[image, sound]))
+
+
+def frames_that_differ_between_prompts_are_refused() -> None:
+    inputs = _with_options(**_keyframes())
+    inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]
+    message = complaint(ValueError, HostSubject, _h3(), inputs)
+    assert "the same first frame, last frame or references" in message
+
+
+def a_sampling_by_the_core_is_comfyuis() -> None:
+    from comfy_extras.nodes_minimax_h3 import MiniMaxH3SigmaShift
+
+    shifted = MiniMaxH3SigmaShift.execute(_h3(), 7.0, 2.0).result[0]
+    noise = random_tensor(1, 1, 1, 1, _NUM_VIDEO + 32 * 2 * 7, seed=9)
+    streams = comfy.utils.unpack_latents(noise.view(1, 1, -1), _SHAPES)
+    for model, shift in ((_h3(), 12.0), (shifted, 7.0)):
+        inputs = _inputs()
+        sigmas = make_sigmas(4, shift)
+        sampler = comfy.samplers.sampler_object("euler")
+        expected = comfy.sample.sample_custom(
+            model,
+            comfy.nested_tensor.NestedTensor(streams),
+            3.0,
+            sampler,
+            sigmas,
+            inputs["positive"][:1],
+            inputs["negative"],
+            _latent()["samples"],
+            disable_pbar=True,
+            seed=1,
+        ).unbind()
+        with _subject(model, inputs) as subject:
+            assert HostSubject(model, inputs).shift == shift
+            prompts = (subject.prompt_embeds[:1], subject.negative_embeds[None])
+            velocity = bind_guided(subject.model, *prompts, 3.0)
+            found = sample_euler(velocity, noise.to(device()), sigmas)
+        scale = shift / {12.0: 3.0, 7.0: 2.0}[shift]
+        assert_close(found[0, 0, 0, 0, :_NUM_VIDEO], expected[0].flatten(), _TOLERANCE)
+        assert_close(found[0, 0, 0, 0, _NUM_VIDEO:] / scale, expected[1].flatten(), _TOLERANCE)
+
+
+def gradients_are_those_of_comfyuis_own_block() -> None:
+    """Compare with differences of the class's own forward, in fp64, along random directions."""
+    with torch.inference_mode(False), torch.enable_grad(), _rotations_in_fp64():
+        comfy.model_management.load_models_gpu([_h3()])
+        twin = freeze(_h3().model.diffusion_model, device(), is_copied=True).double()
+        own = copy.deepcopy(twin).blocks[0]
+        given = {"dtype": torch.float64, "family": host_family("minimax_h3"), "video": None}
+        HostModel(twin, HostSubject(_h3(), _inputs()).sites, Conditions(None, None), **given)
+        trained = twin.blocks[0]
+        x, *others = _block_inputs()
+        weighted = random_tensor(*x.shape, seed=15).to(x)
+
+        def run_own(amount: float, name: str, direction: Tensor) -> Tensor:
+            block = copy.deepcopy(own)
+            with torch.no_grad():
+                tokens = x.clone()
+                moved = tokens if name == "x" else block.get_parameter(name)
+                moved.add_(amount * direction)
+                return (weighted * block(tokens, *others)).sum()
+
+        for name in ("attn.qkv_proj.weight", "attn.out_proj.weight", "mlp.fc1.weight", "x"):
+            leaf = x.clone() if name == "x" else trained.get_parameter(name)
+            leaf.requires_grad_(True)
+            output = trained(leaf if name == "x" else x, *others)
+            (gradient,) = torch.autograd.grad((weighted * output).sum(), leaf)
+            direction = random_tensor(*leaf.shape, seed=16).to(x)
+            step = 1e-5
+            difference = run_own(step, name, direction) - run_own(-step, name, direction)
+            found = (gradient * direction).sum()
+            torch.testing.assert_close(found, difference / (2 * step), rtol=1e-6, atol=1e-6)
+            leaf.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _rotations_in_fp64() -> Iterator[None]:
+    """Let comfy_kitchen's own PyTorch code turn queries and keys: its choice knows no fp64."""
+    name = "rms_rope_split_half_"
+    kitchen = comfy.quant_ops.ck
+    usual = getattr(kitchen, name)
+    setattr(kitchen, name, getattr(comfy_kitchen.backends.eager.rope, name))
+    try:
+        yield
+    finally:
+        setattr(kitchen, name, usual)
+
+
+def _block_inputs() -> tuple[Tensor, Tensor, list[tuple[int, int, int]], Tensor]:
+    """Return tokens, the time's embedding, segments and rotations of a block's call, in fp64."""
+    angles = random_tensor(11, 48, seed=13).double()
+    cos, sin = angles.cos(), angles.sin()
+    rotations = torch.stack([cos, -sin, sin, cos], dim=-1).view(1, 11, 1, 48, 2, 2)
+    tokens, t_emb = (random_tensor(*shape, seed=14).double() for shape in ((11, 192), (2, 24)))
+    segments = [(0, 3, 1), (3, 4, 5), (4, 11, 0)]
+    return tokens.to(device()), t_emb.to(device()), segments, rotations.to(device())
+
+
+def every_gradient_of_the_student_is_there_and_finite() -> None:
+    latents = random_tensor(2, 1, 1, 1, _NUM_VIDEO + 32 * 2 * 7, seed=8).to(device())
+    timesteps = torch.tensor([900.0, 300.0], device=device())
+    gradients = []
+    for lends in (contextlib.nullcontext, _uncopied):
+        with lends(), _subject(_h3(), _inputs()) as subject, torch.enable_grad():
+            student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+            for number, module in enumerate(student.mixed.values()):
+                module.layer_score.data.fill_(0.3 + 0.2 * number)
+            for weight in student.weights.values():
+                weight.data.normal_(std=0.05, generator=torch.Generator(device()).manual_seed(2))
+            student.model(
+                latents.clone(), timesteps, subject.prompt_embeds
+            ).square().sum().backward()
+            found = {n: p.grad for n, p in student.model.named_parameters() if p.requires_grad}
+            assert not any("adaln" in name for name in found)
+            assert all(g is not None and g.isfinite().all() and g.any() for g in found.values())
+            gradients.append(found)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    for name, gradient in gradients[0].items():
+        assert_close(gradient, gradients[1][name], 1e-4)
+
+
+def _sample(model: Any) -> Tensor:
+    inputs = _inputs()
+    noise = comfy.nested_tensor.NestedTensor(_minimax_noise())
+    settings = (2, 3.0, "euler", "simple", inputs["positive"][:1], inputs["negative"])
+    latents = comfy.sample.sample(
+        model, noise, *settings, _latent()["samples"], disable_pbar=True, seed=1
+    )
+    return torch.cat([stream.flatten() for stream in latents.unbind()])
+
+
+def _minimax_noise() -> list[Tensor]:
+    return [random_tensor(*shape, seed=21) for shape in _SHAPES]
+
+
+def a_transfer_gives_a_file_that_applies_and_leaves_the_model_as_it_was() -> None:
+    model = _h3()
+    before = _sample(model)
+    weights = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    for lends, name in ((contextlib.nullcontext, "copied"), (_uncopied, "beside")):
+        with _folders(), lends():
+            path = run(model, _inputs(name=name))
+            made = artifact.load(Path(path))
+            assert made.header.family == "minimax_h3" and len(made.header.layers) == 1
+            usage = made.header.usage
+            assert (usage.width, usage.height, usage.num_frames) == (128, 128, 5)
+            assert usage.shift == 12.0
+            linear = _sample(linearize(model, made))
+        assert linear.isfinite().all() and not torch.equal(linear, before)
+        assert torch.equal(_sample(model), before)
+        after = model.model.state_dict()
+        assert after.keys() == weights.keys()
+        assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+
+
+def the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
+    from comfy_extras.nodes_minimax_h3 import EmptyMiniMaxH3LatentAV
+
+    for given, expected in (
+        ({}, (1344, 768, 124)),
+        ({"width": 64, "height": 96, "frames": 40}, (64, 96, 40)),
+        ({"width": 64, "height": 96, "frames": 4}, (64, 96, 4)),
+    ):
+        inputs = _inputs(latent=None)
+        inputs["settings"] |= given
+        video = HostSubject(_h3(), inputs).video
+        samples = EmptyMiniMaxH3LatentAV.execute(*expected).result[0]["samples"]
+        assert video.shapes == tuple(tuple(x.shape[1:]) for x in samples.unbind())
+        num_frames = {124: 124, 40: 56, 4: 5}[expected[2]]
+        assert video.size == (num_frames, expected[1], expected[0])
+
+
+def latents_without_sound_are_refused() -> None:
+    latent = {"samples": torch.zeros(1, 24, *FHW)}
+    message = complaint(ValueError, HostSubject, _h3(), _inputs(latent=latent))
+    assert "Empty MiniMax H3 AV Latent" in message
+    masked = {**_latent(), "noise_mask": torch.ones(1)}
+    assert "mask" in complaint(ValueError, HostSubject, _h3(), _inputs(latent=masked))
