@@ -9,6 +9,7 @@ import dataclasses
 import filecmp
 import gc
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import torch
 from ..linvideo_core.artifact import ArtifactError
 from ..linvideo_core.artifact.names import check_name
 from ..linvideo_core.config import override
+from ..linvideo_core.estimate import forecast
 from ..linvideo_core.linearization import ARTIFACT_NAME, TransferConfig, linearize
 from ..linvideo_core.memory import is_out_of_memory
 from ..linvideo_core.quality import settings_by_steps, settings_for
@@ -29,10 +31,13 @@ from ..linvideo_core.run_folder import CONFIG_NAME, check_run, open_run
 from ..linvideo_core.selection import check_target
 from ..linvideo_core.storage import replacing
 from ..linvideo_core.student import Student
+from ..linvideo_core.subject import Subject
 from ..linvideo_core.trajectories import USED_AGAIN
 from .files import FOLDER
 from .host_subject import HostSubject
-from .live import LiveProgress
+from .live import LiveProgress, say
+
+logger = logging.getLogger(__name__)
 
 # How an input is called where the core names its flag.
 _INPUTS = {"out": "name", "guidance_scale": "cfg", "num_trajectories": "num_videos"}
@@ -114,6 +119,7 @@ def make_config(
         "shift": host.shift,
         "device": str(host.device),
         "out": out,
+        "evaluate_samples": 0,
         "teacher_folder": out.parent.with_name(_TEACHER_FOLDER),
     }
     config = override(TransferConfig(), values)
@@ -149,11 +155,30 @@ def _find_target(name: str, made: Path) -> Path:
 
 def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None:
     with host.subject(config) as subject:
+        _say_what_it_takes(host, subject, config)
         student = Student(subject, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
         progress = LiveProgress(student, subject, config, host.latent_format, host.video)
         with progress.watching():
             linearize(student, subject, config, config.precision, progress)
+
+
+def _say_what_it_takes(host: HostSubject, subject: Subject, config: TransferConfig) -> None:
+    """Measure a few calls, and show on the node what the whole will take.
+
+    Raises ValueError, in one sentence, where a disk has too little room.
+    """
+    say("a few calls are measured, to tell what this takes")
+    found = forecast(subject, config, config.precision)
+    total = comfy.model_management.get_total_memory(host.device)
+    if found.device_bytes is not None:
+        # The weights are ComfyUI's, and beside what PyTorch counts.
+        found = dataclasses.replace(
+            found, device_bytes=found.device_bytes + host.model.model_size()
+        )
+    sentence = f"this takes {found.sentence(total)}"
+    logger.info("LinVideo: %s", sentence)
+    say(sentence)
 
 
 @contextlib.contextmanager
