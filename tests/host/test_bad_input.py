@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import urllib.error
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,13 @@ from linvideo_core import artifact
 from linvideo_core.demo import weights_path
 from linvideo_core.models.wan import WanModel
 from tests.host.server import WORKFLOW_SECONDS, Server
-from tests.host.test_server import TRAINS_SINCE, make_transfer, make_workflow
+from tests.host.test_server import (
+    TRAINS_SINCE,
+    make_load,
+    make_save,
+    make_transfer,
+    make_workflow,
+)
 from tests.host.test_workflows import TINY, make_linvideo_file
 
 pytestmark = pytest.mark.host
@@ -142,4 +149,19 @@ def test_a_file_that_goes_while_its_graph_waits_is_one_sentence(server: Server) 
     message = error["exception_message"].strip()
     assert error["node_id"] == "linear"
     assert "going.safetensors is not in models/linvideo" in message and "\n" not in message
+    assert_lives_on(server)
+
+
+def test_a_models_folder_that_is_renamed_costs_no_shipped_file(server: Server) -> None:
+    folder = server.folder / "models" / "linvideo"
+    assert_lives_on(server)
+    moved = folder.rename(folder.with_name("moved"))
+    try:
+        assert_lives_on(server)
+        saved = server.queue({"load": make_load(), "write": make_save("load", "again")})
+        assert saved["status"]["status_str"] == "success", saved["status"]
+        assert [path.name for path in folder.iterdir()] == ["again.safetensors"]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        moved.rename(folder)
     assert_lives_on(server)
