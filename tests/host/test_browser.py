@@ -1,0 +1,291 @@
+"""The pack as an artist meets it: ComfyUI's own frontend, in Chromium on a laptop's screen.
+
+Playwright drives the Chromium that is installed; CHROMIUM names one that is not on the PATH.
+"""
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.server import SHIPPED, Server, run_server
+from tests.host.test_workflows import NAMES, read
+
+pytestmark = [pytest.mark.host, pytest.mark.browser]
+
+SETTINGS = {"Comfy.TutorialCompleted": True, "LiteGraph.Canvas.MaximumFps": 20}
+"""No first-run dialog; time for the server while the browser draws."""
+SCREEN = {"width": 1366, "height": 768}
+WAIT_SECONDS = 120
+"""Only what hangs may reach this."""
+DEMO, *_ = NAMES
+MODES = ("apply a saved file", "apply a connected LINVIDEO", "run the transfer now")
+LINVIDEO_TYPES = ("LINVIDEO", "LINVIDEO_SETTINGS")
+MODEL_WIDGETS = {
+    "UNETLoader": ("diffusion_models", 0),
+    "CLIPLoader": ("text_encoders", 0),
+    "VAELoader": ("vae", 0),
+    "LoraLoaderModelOnly": ("loras", 0),
+    "LinVideoLinearize": ("linvideo", 1),
+}
+"""Where the file lies that a node names, and which of its values names it."""
+
+READY = "window.app?.graph && app.canvas && document.querySelector('#graph-canvas')"
+NODES = """() => app.graph.nodes.map((node) => ({
+    type: node.type,
+    title: node.title,
+    red: Boolean(node.has_errors),
+    box: [...node.getBounding()],
+}))"""
+DRAWN = """() => {
+    const context = CanvasRenderingContext2D.prototype;
+    const original = context.fillText;
+    const drawn = [];
+    context.fillText = function (text, ...place) {
+        drawn.push(String(text));
+        return original.call(this, text, ...place);
+    };
+    app.canvas.draw(true, true);
+    context.fillText = original;
+    return drawn;
+}"""
+VISIBLE = "() => { app.canvas.ds.computeVisibleArea(); return [...app.canvas.visible_area] }"
+LINEARIZE = """() => {
+    const node = app.graph.nodes.find(({ type }) => type === "LinVideoLinearize");
+    const values = Object.fromEntries(node.widgets.map(({ name, value }) => [name, value]));
+    const links = node.inputs.filter(({ link }) => link != null).map(({ name }) => name);
+    return { values, links: links.sort() };
+}"""
+SET = """([name, value]) => {
+    const node = app.graph.nodes.find(({ type }) => type === "LinVideoLinearize");
+    node.widgets.find((widget) => widget.name === name).value = value;
+}"""
+CONNECT = """([type, output, input]) => {
+    const node = app.graph.nodes.find(({ type }) => type === "LinVideoLinearize");
+    let origin = app.graph.nodes.find((node) => node.type === type);
+    if (!origin) app.graph.add((origin = LiteGraph.createNode(type)));
+    origin.connect(output, node, node.inputs.findIndex(({ name }) => name === input));
+}"""
+FILES_LISTED = """() => app.graph.nodes.find(({ type }) => type === "LinVideoLinearize")
+    .widgets.find(({ name }) => name === "mode.file").options.values"""
+COLOURS = """(type) => [
+    app.canvas.default_connection_color_byType[type],
+    app.canvas.constructor.link_type_colors[type],
+    getComputedStyle(document.documentElement).getPropertyValue(`--color-datatype-${type}`).trim(),
+]"""
+SETTLED = "() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 300)))"
+"""What the frontend does after an event, it does within some frames."""
+PLACE = """([type, name]) => {
+    const node = app.graph.nodes.find((node) => node.type === type);
+    const widget = node.widgets.find((widget) => widget.name === name);
+    const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
+    const { offset, scale } = app.canvas.ds;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    return [canvas.left + (x + offset[0]) * scale, canvas.top + (y + offset[1]) * scale];
+}"""
+
+
+def find_chromium() -> str:
+    """Return the path of a Chromium, or skip the test."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        pytest.skip("no Chromium is installed: apt-get install chromium, or set CHROMIUM")
+    return found
+
+
+def fill_folders(folder: Path) -> None:
+    """Let every file that a workflow names be there; nothing of them is loaded here."""
+    for node in itertools.chain.from_iterable(read(name)["nodes"] for name in NAMES):
+        kind, value = MODEL_WIDGETS.get(node["type"], (None, 0))
+        if kind and node["widgets_values"][value].endswith(".safetensors"):
+            path = folder / "models" / kind / node["widgets_values"][value]
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    path = find_chromium()
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def artists_server(
+    host: Any, chromium: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server after its first-run dialog, with all models that the workflows name."""
+    with run_server(host, tmp_path_factory.mktemp("browser")) as server:
+        fill_folders(server.folder)
+        server.ask("/settings", SETTINGS)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def page(artists_server: Server, chromium: Any) -> Any:
+    page = chromium.new_page(viewport=SCREEN)
+    page.set_default_timeout(1000 * WAIT_SECONDS)
+    page.goto(artists_server.address)
+    page.wait_for_function(READY)
+    page.wait_for_function("app.extensionManager?.command")
+    return page
+
+
+def open_template(page: Any, name: str) -> None:
+    """Choose a workflow in the template browser."""
+    list_templates(page)
+    page.get_by_test_id(f"template-workflow-{name}").click()
+    page.get_by_test_id("template-workflows-content").wait_for(state="hidden")
+    page.wait_for_function(
+        "(count) => app.graph.nodes.length === count", arg=len(read(name)["nodes"])
+    )
+    page.evaluate(SETTLED)
+
+
+def list_templates(page: Any) -> list[str]:
+    """Open the template browser at LinVideo's and return their names as it lists them."""
+    page.evaluate("() => void app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_test_id("template-workflows-content").wait_for()
+    page.get_by_text("LinVideo", exact=True).first.click()
+    cards = page.locator("[data-testid^='template-workflow-']")
+    page.get_by_test_id(f"template-workflow-{DEMO}").wait_for()
+    found = [card.get_attribute("data-testid") for card in cards.all()]
+    return [each.removeprefix("template-workflow-") for each in found]
+
+
+def assert_nothing_is_wrong(page: Any) -> None:
+    """No node is red, none lies on another."""
+    nodes = page.evaluate(NODES)
+    assert [node["title"] for node in nodes if node["red"]] == []
+    assert page.get_by_text("errors found").count() == 0
+    pairs = itertools.combinations(nodes, 2)
+    assert [(a["title"], b["title"]) for a, b in pairs if is_overlap(a["box"], b["box"])] == []
+
+
+def is_overlap(one: list[float], other: list[float]) -> bool:
+    return all(
+        one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2]
+        for axis in (0, 1)
+    )
+
+
+def test_the_template_browser_lists_the_workflows_in_their_order(page: Any) -> None:
+    assert list_templates(page) == list(NAMES)
+    page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_whole_and_readable_on_a_laptop(name: str, page: Any) -> None:
+    open_template(page, name)
+    assert_nothing_is_wrong(page)
+    nodes = page.evaluate(NODES)
+    drawn = page.evaluate(DRAWN)
+    assert [node["title"] for node in nodes if node["title"] not in drawn] == []
+    left, top, width, height = page.evaluate(VISIBLE)
+    for x, y, node_width, node_height in (node["box"] for node in nodes):
+        assert left <= x and x + node_width <= left + width
+        assert top <= y and y + node_height <= top + height
+
+
+def test_run_on_the_demo_shows_a_video(page: Any, artists_server: Server) -> None:
+    open_template(page, DEMO)
+    page.get_by_role("button", name="Run", exact=True).first.click()
+    page.wait_for_function(
+        "() => app.graph.nodes.some(({ type, imgs }) => /WEBP/.test(type) && imgs)"
+    )
+    (answer,) = artists_server.ask("/history").values()
+    assert answer["status"]["status_str"] == "success", answer["status"]
+    assert_nothing_is_wrong(page)
+
+
+def choose(page: Any, widget: str, value: str) -> None:
+    """Choose a value of a list of LinVideo Linearize, by clicks."""
+    page.mouse.click(*page.evaluate(PLACE, ["LinVideoLinearize", widget]))
+    page.locator(".litemenu-entry", has_text=value).click()
+    page.wait_for_function(
+        f"([name, value]) => ({LINEARIZE})().values[name] === value", arg=[widget, value]
+    )
+    page.evaluate(SETTLED)
+
+
+def reopen(page: Any) -> None:
+    """Save the graph and load what was saved."""
+    page.evaluate("() => app.loadGraphData(JSON.parse(JSON.stringify(app.graph.serialize())))")
+    page.evaluate(SETTLED)
+
+
+def test_switching_modes_and_back_loses_nothing(page: Any) -> None:
+    open_template(page, DEMO)
+    typed = "a handwritten three moving left\na handwritten four moving up"
+    page.evaluate(SET, ["mode.strength", 0.35])
+    choose(page, "mode", MODES[2])
+    page.get_by_placeholder("prompts to learn with").fill(typed)
+    choose(page, "mode.quality", "best")
+    page.evaluate(CONNECT, ["LinVideoTransferSettings", 0, "mode.settings"])
+    page.evaluate(CONNECT, ["LinVideoDemo", 1, "mode.positive"])
+    transfer = page.evaluate(LINEARIZE)
+    assert transfer["values"]["mode.prompts"] == typed
+    assert transfer["links"] == ["mode.positive", "mode.settings", "model"]
+
+    choose(page, "mode", MODES[1])
+    page.evaluate(CONNECT, ["LinVideoLoad", 0, "mode.linvideo"])
+    choose(page, "mode", MODES[0])
+    assert page.evaluate(LINEARIZE)["values"]["mode.strength"] == 0.35
+    reopen(page)
+    assert page.evaluate(LINEARIZE)["values"]["mode.strength"] == 0.35
+    choose(page, "mode", MODES[2])
+    assert page.evaluate(LINEARIZE) == transfer
+    reopen(page)
+    assert page.evaluate(LINEARIZE) == transfer
+    choose(page, "mode", MODES[1])
+    assert page.evaluate(LINEARIZE)["links"] == ["mode.linvideo", "model"]
+
+
+def test_a_file_that_was_made_meanwhile_is_listed_after_r(
+    page: Any, artists_server: Server
+) -> None:
+    open_template(page, DEMO)
+    made = artists_server.folder / "models" / "linvideo" / "made meanwhile.safetensors"
+    made.write_bytes(SHIPPED.read_bytes())
+    page.mouse.click(SCREEN["width"] // 2, SCREEN["height"] - 60)
+    page.keyboard.press("r")
+    page.wait_for_function(f"(file) => ({FILES_LISTED})().includes(file)", arg=made.name)
+    choose(page, "mode", MODES[2])
+    choose(page, "mode", MODES[0])
+    assert made.name in page.evaluate(FILES_LISTED)
+    choose(page, "mode.file", made.name)
+
+
+def search(page: Any, words: str) -> list[str]:
+    """Type words into the search for nodes and return the titles of what it finds."""
+    page.get_by_role("combobox").fill(words)
+    page.evaluate(SETTLED)
+    return [found.inner_text().split("\n")[0] for found in page.get_by_test_id("result-item").all()]
+
+
+def test_the_search_finds_linearize_first(page: Any) -> None:
+    page.mouse.dblclick(SCREEN["width"] // 2, SCREEN["height"] - 60)
+    for words in ("linvideo", "speed up wan", "linear attention"):
+        assert search(page, words)[0] == "LinVideo Linearize", words
+    for words in ("sage", "teacache"):
+        assert "LinVideo Linearize" in search(page, words), words
+    page.keyboard.press("Escape")
+
+
+def test_linvideo_sockets_have_a_colour_in_every_palette(page: Any) -> None:
+    for palette in ("dark", "light"):
+        page.evaluate(
+            "(palette) => app.extensionManager.setting.set('Comfy.ColorPalette', palette)", palette
+        )
+        page.evaluate(SETTLED)
+        for kind in LINVIDEO_TYPES:
+            colours = page.evaluate(COLOURS, kind)
+            assert len(set(colours)) == 1 and colours[0].startswith("#"), (palette, kind, colours)
