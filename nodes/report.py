@@ -2,10 +2,11 @@
 
 import functools
 import logging
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 _AS_MADE = "sampled as the file was made"
 
@@ -33,7 +34,7 @@ class Report:
 
     def show(self) -> None:
         """Show what the node says."""
-        server = getattr(PromptServer, "instance", None)
+        server = _find_server()
         if server is not None and self._node_id is not None:
             server.send_progress_text(self.text, self._node_id, server.client_id)
 
@@ -54,6 +55,12 @@ class Report:
         if is_known and not self._sampled:
             self._sampled[_AS_MADE] = None
         self.show()
+
+
+def _find_server() -> Any:
+    # Looked up, not imported: ComfyUI's models also run, and are measured, without its server.
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 @functools.cache
