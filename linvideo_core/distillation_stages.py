@@ -173,9 +173,10 @@ def provenance(config: DistillConfig, subject: Subject, first: Artifact) -> dict
         "seed": config.seed,
         **config.subject.held.provenance,
     }
+    said = first.header.usage.said
     before = {
         **first.header.provenance,
-        **first.header.usage.said,
+        **{name: said[name] for name in ("guidance_scale", "shift") if name in said},
         "objective": first.header.objective,
         "steps": first.header.steps,
     }

@@ -129,7 +129,8 @@ class LinVideoLinearize(io.ComfyNode):
         note = f"applied to {type(model.model).__name__} at strength {strength:g}"
         report = linearized.get_attachment(KEY).report
         report.show()
-        picture = show_datasheet(applied, note=f"{note}\n{report.text}")
+        found = report.text.splitlines()[1:]
+        picture = show_datasheet(applied, note="\n".join([note, *found]))
         return io.NodeOutput(linearized, applied, picture, ui=ui.PreviewText(report.text))
 
 

@@ -2,10 +2,11 @@
 
 import functools
 import logging
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 _AS_MADE = "sampled as the file was made"
 
@@ -56,9 +57,15 @@ class Report:
 
 def show_words(text: str, node_id: str | None) -> None:
     """Show lines under a node, in place of those before; nothing where nothing shows them."""
-    server = getattr(PromptServer, "instance", None)
+    server = _find_server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id, server.client_id)
+
+
+def _find_server() -> Any:
+    # Looked up, not imported: ComfyUI's models also run, and are measured, without its server.
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 @functools.cache

@@ -4,12 +4,14 @@ A count sketch: every element is added, with a sign, to one of 64 sums; sign and
 element's place alone. The distance of two sketches estimates the distance of the weights. On the
 embedded model, relative to the weights' norm (sketch, and the true one):
 
-    bf16              .002  .002      fp8 e4m3            .030  .027
-    int8 a row        .006  .006      fp8 e4m3 scaled     .027  .026
-    int8 a tensor     .011  .011      fp8 e5m2            .050  .053
-    6 bits a block    .019  .019      LoRA merged at .03  .027  .030
-    4 bits a block    .082  .085      LoRA merged at .3   .26   .29
-    3 bits a block    .18   .19       random weights     1.51  1.41
+    bf16                  .002  .002    fp8 e4m3              .030  .027
+    int8, scaled a row    .006  .006    fp8 e4m3, scaled      .027  .026
+    int8, scaled a tensor .011  .011    fp8 e5m2              .050  .053
+    6 bits in blocks      .019  .019    LoRA merged, at .03   .027  .030
+    4 bits in blocks      .082  .085    LoRA merged, at .3    .26   .29
+    3 bits in blocks      .18   .19     random weights       1.51  1.41
+
+In ComfyUI's own forms and GGUF: mxfp8 .030, nvfp4 .083, Q8_0 .004, Q5_0 .033, Q4_0 .067.
 """
 
 import math

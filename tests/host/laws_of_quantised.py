@@ -21,6 +21,8 @@ from comfy.weight_adapter import LoRAAdapter
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.nodes import demo as demo_nodes
+from linvideo_pack.nodes.base_weights import compare_base, describe_base, sketch_base
+from linvideo_pack.nodes.hook import KEY
 from linvideo_pack.nodes.patching import linearize
 from stage import (
     STEPS,
@@ -214,11 +216,72 @@ def whole_weights_are_merged_and_said_to_be_rounded() -> None:
     assert error < 0.5 * effect
 
 
-def an_applied_file_says_nothing_of_other_weights() -> None:
-    """A digest of quantised weights is never that of the file's; a warning would be noise."""
-    with collect_warnings() as warnings:
-        linearize(_load_fp8(), shipped())
-    assert not warnings, warnings
+def quantised_weights_are_told_from_other_weights() -> None:
+    loaders = dict(LOADERS)
+    for form, layout in (("nvfp4", "TensorCoreNVFP4Layout"), ("mxfp8", "TensorCoreMXFP8Layout")):
+        if form in QUANT_ALGOS:
+            loaders[form] = functools.partial(_load_quantised, form, layout)
+    for kind, load in loaders.items():
+        with collect_warnings() as warnings:
+            model = load()
+            match = compare_base(shipped().header, model)
+            said = linearize(model, shipped()).get_attachment(KEY).report.text
+        print(f"{kind}: {match.distance:.3f} off")
+        assert match.kind == "close" and str(match) in said, kind
+        assert not warnings, warnings
+        other = dataclasses.replace(shipped().header, weights_sketch=_other_sketch())
+        assert compare_base(other, model).kind == "other", kind
+
+
+def _other_sketch() -> tuple[float, ...]:
+    """Return the sketch of weights that are off by 0.3 of their norm, such as another expert's."""
+    model = demo_nodes.load_demo_model()
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in model.model.diffusion_model.named_parameters():
+        if name.endswith(("self_attn.q.weight", "self_attn.v.weight")):
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data += 0.3 * weight.norm() / noise.norm() * noise
+    return sketch_base(model).sketch
+
+
+class _PackedTensor(torch.Tensor):
+    """A weight as a GGUF pack keeps it: packed bytes that give the shape of what they stand for."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor_shape
+
+
+class _GgufLinear(nn.Module):
+    """A layer of a GGUF pack in 8 bits: each row begins with its scale, in fp32."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+        packed = (linear.weight / scale).round().to(torch.int8).view(torch.uint8)
+        rows = torch.cat([scale.contiguous().view(torch.uint8), packed], dim=1)
+        self.weight = nn.Parameter(rows.as_subclass(_PackedTensor), requires_grad=False)
+        self.weight.tensor_type, self.weight.tensor_shape = "8 bits", linear.weight.shape
+        self.bias = linear.bias
+
+    def get_weight(self, tensor: Any, dtype: torch.dtype) -> Tensor:
+        assert not getattr(tensor, "patches", [])
+        scale = tensor[:, :4].contiguous().view(torch.float32)
+        return (scale * tensor[:, 4:].view(torch.int8)).to(dtype).reshape(tensor.tensor_shape)
+
+
+def weights_of_a_gguf_pack_are_read_through_its_layers_without_their_patches() -> None:
+    model = demo_nodes.load_demo_model()
+    for layer in (0, 9):
+        attention = model.model.diffusion_model.blocks[layer].self_attn
+        for side in ("q", "k", "v", "o"):
+            setattr(attention, side, _GgufLinear(getattr(attention, side)))
+            getattr(attention, side).weight.patches = ["of another node"]
+    match = compare_base(shipped().header, model)
+    print(f"8 bits a row: {match.distance:.3f} off")
+    assert match.kind == "close" and match.distance < 0.01
+    found = describe_base(model)
+    assert found.digest != shipped().header.weights_digest and 8 < found.bits < 9
 
 
 class _ForeignLinear(nn.Module):

@@ -258,6 +258,15 @@ def test_the_demo_workflow_gives_frames(server: Server, record_property: Any) ->
     assert all((server.folder / "output" / image["filename"]).stat().st_size for image in images)
 
 
+def test_the_node_says_whether_the_model_is_the_files(server: Server) -> None:
+    # Of its own: what comes from the server's cache is told, too, but by an earlier run.
+    said = server.queue(make_workflow(strength=0.75))["outputs"]["linear"]["text"]
+    assert said == [
+        "5 of 10 layers are linear, strength 0.75\n"
+        "the model has the weights that the file was made from"
+    ]
+
+
 def test_a_file_added_later_is_found_and_read_again_when_it_changes(server: Server) -> None:
     path = server.folder / "models" / "linvideo" / "mine.safetensors"
     path.write_bytes(SHIPPED.read_bytes())
