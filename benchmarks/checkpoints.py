@@ -18,7 +18,6 @@ from linvideo_core.memory import free_bytes, show_gb
 from linvideo_core.models.wan import WanModel
 from linvideo_core.scale.random_wan import fill_random
 from linvideo_core.scale.sizes import Size
-from linvideo_core.storage import replacing
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_SCALED, GGUF = "fp8_scaled", "gguf"
@@ -89,12 +88,15 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
     _check_room(path, end)
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    # No `storage.replacing`: on some disks it would wait a minute until 14 GB are down.
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as file:
         file.write(len(words).to_bytes(8, "little") + words)
         for entry in entries:
             tensor = entry.make()
             assert tensor.shape == entry.shape and tensor.dtype == entry.dtype, entry.name
             file.write(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+    temporary.replace(path)
 
 
 def _check_room(path: Path, num_bytes: int) -> None:

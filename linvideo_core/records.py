@@ -34,7 +34,7 @@ SOURCE = ("command", "date", "device", "versions")
 KEYS = ("title", *SOURCE, "rows")
 
 _MARKED = re.compile(
-    r"(<!-- record:(\w+)(\??)((?: \w+=[\w.|]+)*) -->\n)(.*?)(<!-- /record -->)", re.DOTALL
+    r"(<!-- record:(\w+)(\??)((?: \w+=[\w.|-]+)*) -->\n)(.*?)(<!-- /record -->)", re.DOTALL
 )
 _OPENING = re.compile(r"<!-- record:")
 

@@ -104,6 +104,15 @@ def test_the_rows_of_one_part_come_with_its_own_source(tmp_path: Path) -> None:
     assert "<sub>`make train && make denoise` on CPU" in text
 
 
+def test_parts_of_one_command_name_it_once(tmp_path: Path) -> None:
+    path = tmp_path / "demo.json"
+    for part in ("one", "two"):
+        write_part(
+            path, part, title="Demo", command="make all", rows=[{"what": part}], device="cpu"
+        )
+    assert read_record(path)["command"] == "make all"
+
+
 def test_a_record_that_is_awaited_shows_nothing_until_it_is_there(config: RecordsConfig) -> None:
     page = PAGE.replace("record:demo", "record:demo?")
     shown = render_page(page, config.results)

@@ -26,7 +26,7 @@ def _folder() -> Path:
 
 
 def _model_path(file: str) -> Path:
-    return Path(folder_paths.get_folder_paths("diffusion_models")[0]) / file
+    return Path(folder_paths.models_dir) / "diffusion_models" / file
 
 
 class Conditioning(io.ComfyNode):
