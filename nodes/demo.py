@@ -7,6 +7,7 @@ import comfy.sd
 import torch
 from comfy_api.latest import io
 from einops import repeat
+from safetensors.torch import load_file
 
 from ..linvideo_core.demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, weights_path
 from ..linvideo_core.demo.codec import FRAME_MEAN, FRAME_SCALE, LATENT_SHAPE, decode_latents
@@ -29,9 +30,15 @@ class DemoLatents(comfy.latent_formats.LatentFormat):
 
 
 def load_demo_model(**settings: Any) -> Any:
-    """Return the embedded model in a ModelPatcher; settings are ComfyUI's loader's own."""
-    path = str(weights_path("model.safetensors"))
-    patcher = comfy.sd.load_diffusion_model(path, {"dtype": torch.float32}, **settings)
+    """Return the embedded model in a ModelPatcher; settings are ComfyUI's loader's own.
+
+    Its weights are widened from the file's fp16 here: ComfyUI, which keeps a file's own numbers
+    until they are used, computes a compiled or copied model in two precisions at once.
+    """
+    stored = load_file(weights_path("model.safetensors"))
+    weights = {name: weight.float() for name, weight in stored.items()}
+    options = {"dtype": torch.float32}
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, options, **settings)
     patcher.model.latent_format = DemoLatents()
     patcher.model.model_sampling.set_parameters(shift=DEMO_SHIFT)
     # ComfyUI loads a model anew for training or another GPU: it must come out like this one.

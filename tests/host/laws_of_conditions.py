@@ -5,13 +5,12 @@ from typing import Any
 
 import comfy.conds
 import comfy.ldm.wan.model
-import comfy.ops
 import comfy.sd
 import torch
 from comfy_extras.nodes_wan import WanPhantomSubjectToVideo, WanSoundImageToVideo
 from linvideo_pack.nodes.conditions import read_conditions
 from linvideo_pack.nodes.video import Video
-from stage import complaint
+from stage import MODEL_OF_SHAPES, complaint
 from torch import Tensor
 
 _VIDEO = Video((16, 3, 8, 8))
@@ -23,9 +22,7 @@ def _base_model(class_name: str, **settings: Any) -> Any:
     """Return ComfyUI's model around a small Wan of zeros, by way of its loader."""
     sizes = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 3}
     model_class = getattr(comfy.ldm.wan.model, class_name)
-    empty = model_class(
-        **sizes, **settings, device="meta", operations=comfy.ops.disable_weight_init
-    )
+    empty = model_class(**sizes, **settings, **MODEL_OF_SHAPES)
     weights = {name: torch.zeros(weight.shape) for name, weight in empty.state_dict().items()}
     base = comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": torch.float32}).model
     assert type(base.diffusion_model) is model_class

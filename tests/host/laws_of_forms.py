@@ -46,7 +46,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 def _make_file(form: LinearForm) -> Artifact:
     """Return the shipped file in a form, its gate and window at work, saved and loaded."""
     first = shipped()
-    header = dataclasses.replace(first.header, format_version=2, **dataclasses.asdict(form))
+    header = dataclasses.replace(first.header, format_version=3, **dataclasses.asdict(form))
     layers = header.layers
     made = dataclasses.replace(
         first,

@@ -48,7 +48,8 @@ def _velocity_and_gradients(model: Any, is_copied: bool) -> tuple[Tensor, list[T
                 weight.data += added.to(weight.device)
             latents = torch.randn(2, *LATENT_SHAPE, generator=generator).to(device())
             timesteps = torch.tensor([900.0, 200.0], device=device())
-            velocity = student.model(latents, timesteps, subject.prompt_embeds[:2].float())
+            prompts = host.conditions.prompt_embeds[:2].to(device())
+            velocity = student.model(latents, timesteps, prompts)
             velocity.square().mean().backward()
             gradients = [weight.grad.cpu() for weight in student.weights.values()]
     return velocity.detach().cpu(), gradients

@@ -303,7 +303,9 @@ def every_gradient_of_the_student_is_there_and_finite() -> None:
             gradients.append(found)
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     for name, gradient in gradients[0].items():
-        assert_close(gradient, gradients[1][name], 1e-4)
+        # On a GPU what is not copied computes in bf16.
+        tolerance = 1e-4 if device().type == "cpu" else 3e-2
+        assert_close(gradient, gradients[1][name], tolerance)
 
 
 def _sample(model: Any) -> Tensor:

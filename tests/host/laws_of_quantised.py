@@ -227,7 +227,9 @@ def quantised_weights_are_told_from_other_weights() -> None:
             match = compare_base(shipped().header, model)
             said = linearize(model, shipped()).get_attachment(KEY).report.text
         print(f"{kind}: {match.distance:.3f} off")
-        assert match.kind == "close" and str(match) in said, kind
+        # Where memory is dynamic, weights are as in the file until they are used.
+        expected = "same" if kind == "fp8" and is_dynamic(model) else "close"
+        assert match.kind == expected and str(match) in said, kind
         assert not warnings, warnings
         other = dataclasses.replace(shipped().header, weights_sketch=_other_sketch())
         assert compare_base(other, model).kind == "other", kind
