@@ -4,6 +4,7 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
+import comfy.utils
 import torch
 from comfy_api.latest import io
 from einops import repeat
@@ -30,8 +31,12 @@ class DemoLatents(comfy.latent_formats.LatentFormat):
 
 def load_demo_model(**settings: Any) -> Any:
     """Return the embedded model in a ModelPatcher; settings are ComfyUI's loader's own."""
-    path = str(weights_path("model.safetensors"))
-    patcher = comfy.sd.load_diffusion_model(path, {"dtype": torch.float32}, **settings)
+    tensors = comfy.utils.load_torch_file(str(weights_path("model.safetensors")))
+    # With dynamic video memory ComfyUI keeps a file's own dtype, and in a copy for compiling or
+    # training forgets to cast it.
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    options = {"dtype": torch.float32}
+    patcher = comfy.sd.load_diffusion_model_state_dict(tensors, options, **settings)
     patcher.model.latent_format = DemoLatents()
     patcher.model.model_sampling.set_parameters(shift=DEMO_SHIFT)
     # ComfyUI loads a model anew for training or another GPU: it must come out like this one.
