@@ -4,10 +4,10 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
+import comfy.utils
 import torch
 from comfy_api.latest import io
 from einops import repeat
-from safetensors.torch import load_file
 
 from ..linvideo_core.demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, weights_path
 from ..linvideo_core.demo.codec import FRAME_MEAN, FRAME_SCALE, LATENT_SHAPE, decode_latents
@@ -30,15 +30,13 @@ class DemoLatents(comfy.latent_formats.LatentFormat):
 
 
 def load_demo_model(**settings: Any) -> Any:
-    """Return the embedded model in a ModelPatcher; settings are ComfyUI's loader's own.
-
-    Its weights are widened from the file's fp16 here: ComfyUI, which keeps a file's own numbers
-    until they are used, computes a compiled or copied model in two precisions at once.
-    """
-    stored = load_file(weights_path("model.safetensors"))
-    weights = {name: weight.float() for name, weight in stored.items()}
+    """Return the embedded model in a ModelPatcher; settings are ComfyUI's loader's own."""
+    tensors = comfy.utils.load_torch_file(str(weights_path("model.safetensors")))
+    # With dynamic video memory ComfyUI keeps a file's own dtype, and in a copy for compiling or
+    # training forgets to cast it.
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     options = {"dtype": torch.float32}
-    patcher = comfy.sd.load_diffusion_model_state_dict(weights, options, **settings)
+    patcher = comfy.sd.load_diffusion_model_state_dict(tensors, options, **settings)
     patcher.model.latent_format = DemoLatents()
     patcher.model.model_sampling.set_parameters(shift=DEMO_SHIFT)
     # ComfyUI loads a model anew for training or another GPU: it must come out like this one.

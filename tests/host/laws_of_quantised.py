@@ -167,7 +167,7 @@ def a_users_lora_is_merged_beside_bypassed_changes() -> None:
 def streamed_quantised_weights_give_the_same_latents() -> None:
     settings = {"disable_dynamic": True} if is_dynamic(demo()[0]) else {}
     for load in _two_ways():
-        expected = sample(linearize(load(), shipped()), steps=2)
+        expected = sample(linearize(load(**settings), shipped()), steps=2)
         linearized = linearize(load(**settings), shipped())
         comfy.model_management.unload_all_models()
         stream_weights(linearized)
