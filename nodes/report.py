@@ -30,7 +30,9 @@ class Report:
     @property
     def text(self) -> str:
         """Return what the node says now, a line each."""
-        return "\n".join([*self._lines, *self._sampled])
+        # Sentences, because ComfyUI's newer design shows the lines as one.
+        lines = [*self._lines, *self._sampled]
+        return "\n".join(f"{line[:1].upper()}{line[1:]}." for line in lines)
 
     def show(self) -> None:
         """Show what the node says."""

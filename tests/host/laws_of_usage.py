@@ -43,7 +43,7 @@ _MADE_AT = {
     "steps": 8,
     "sampler": "euler",
 }
-_AS_MADE = ["sampled as the file was made"]
+_AS_MADE = ["Sampled as the file was made."]
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
         linearized = linearize(other, _file())
         assert re.search("about (2[6-9]|3[0-4]) % off", _said(linearized)[1]), _said(linearized)
         assert "the other one of two experts" in _said(linearized)[1]
-    assert len(warnings) == 1 and warnings[0].endswith(_said(linearized)[1])
+    assert len(warnings) == 1 and f"{warnings[0]}.".endswith(_said(linearized)[1][1:])
     with collect_warnings() as warnings:
         assert "slight finetune" in _said(linearize(slight, _file()))[1]
     assert not warnings, warnings
@@ -173,15 +173,15 @@ def a_file_that_does_not_say_is_not_compared() -> None:
 def another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
     linearized = linearize(demo()[0], _file())
     (said,) = _said_of_sampling(linearized, noise=make_noise(frames=4))
-    assert said == "sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 28 frames"
+    assert said == "Sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 28 frames."
     (said,) = _said_of_sampling(linearized, cfg=5.0)
-    assert said == "sampled: cfg 5, but the file was made at 3"
+    assert said == "Sampled: cfg 5, but the file was made at 3."
     (said,) = _said_of_sampling(linearized, cfg=1.0)
-    assert said == "sampled: no guidance (cfg 1), but the file was made at cfg 3"
+    assert said == "Sampled: no guidance (cfg 1), but the file was made at cfg 3."
     # A node after ours decides the shift.
     shifted = ModelSamplingSD3().patch(linearized, 8.0)[0]
     (said,) = _said_of_sampling(shifted)
-    assert said == "sampled: shift 8, but the file was made at 3"
+    assert said == "Sampled: shift 8, but the file was made at 3."
     assert _said_of_sampling(linearized) == _AS_MADE
 
 
@@ -221,19 +221,19 @@ def steps_outside_of_an_experts_noise_levels_are_counted() -> None:
     high = linearize(demo()[0], _file(sigma_from=1.0, sigma_to=0.875, steps=12))
     assert _said_of_sampling(high, steps=12, last_step=3) == _AS_MADE
     (said,) = _said_of_sampling(high, steps=12)
-    assert said.startswith("sampled: 7 of 12 steps at noise levels that the file was not made")
+    assert said.startswith("Sampled: 7 of 12 steps at noise levels that the file was not made")
 
 
 def few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
     linearized = linearize(demo()[0], _file(steps=50))
     (said,) = _said_of_sampling(linearized, steps=4)
-    assert said.startswith("sampled: 4 steps, but the file was made in 50")
+    assert said.startswith("Sampled: 4 steps, but the file was made in 50")
     assert _said_of_sampling(linearized, steps=20) == _AS_MADE
 
 
 def kept_steps_are_said_to_be_slow() -> None:
     linearized = linearize(demo()[0], _file(), keep_first_steps=2)
-    assert _said(linearized)[-1].startswith("the first 2 steps of each sampling run the model")
+    assert _said(linearized)[-1].startswith("The first 2 steps of each sampling run the model")
     _sample(linearized, steps=2)
     assert "every step as the model came in" in _said(linearized)[-1]
 
@@ -247,8 +247,8 @@ def what_one_run_of_a_graph_samples_is_shown_together() -> None:
         _sample(linearized, cfg=6.0)
         _sample(linearized)
     assert [line[:14] for line in _said(linearized)[num_lines:]] == [
-        "sampled: cfg 5",
-        "sampled: cfg 6",
+        "Sampled: cfg 5",
+        "Sampled: cfg 6",
     ]
     with CurrentNodeContext("second run", "sampler"):
         _sample(linearized)

@@ -262,8 +262,8 @@ def test_the_node_says_whether_the_model_is_the_files(server: Server) -> None:
     # Of its own: what comes from the server's cache is told, too, but by an earlier run.
     said = server.queue(make_workflow(strength=0.75))["outputs"]["linear"]["text"]
     assert said == [
-        "5 of 10 layers are linear, strength 0.75\n"
-        "the model has the weights that the file was made from"
+        "5 of 10 layers are linear, strength 0.75.\n"
+        "The model has the weights that the file was made from."
     ]
 
 
