@@ -283,6 +283,19 @@ def _block_inputs() -> tuple[Tensor, Tensor, list[tuple[int, int, int]], Tensor]
     return tokens.to(device()), t_emb.to(device()), segments, rotations.to(device())
 
 
+def a_comfyui_that_computes_another_way_is_refused() -> None:
+    block_class = type(_h3().model.diffusion_model.blocks[0])
+    own = block_class.forward
+    block_class.forward = lambda self, x, *args, **options: 1.1 * own(self, x, *args, **options)
+    try:
+        with _folders() as folder:
+            message = complaint(ValueError, run, _h3(), _inputs())
+            assert "update LinVideo" in message
+            assert not (folder / "output").exists()
+    finally:
+        block_class.forward = own
+
+
 def every_gradient_of_the_student_is_there_and_finite() -> None:
     latents = random_tensor(2, 1, 1, 1, _NUM_VIDEO + 32 * 2 * 7, seed=8).to(device())
     timesteps = torch.tensor([900.0, 300.0], device=device())
