@@ -85,9 +85,8 @@ def attach(
     model.requires_grad_(False)
     changes = {}
     for name, module in list(model.named_modules()):
-        if not name.startswith(prefix) or is_frozen(f"{name}."):
-            continue
-        if isinstance(module, nn.Linear):
+        is_free = name.startswith(prefix) and not is_frozen(f"{name}.")
+        if is_free and isinstance(module, nn.Linear):
             check_rank({f"{name}.weight": tuple(module.weight.shape)}, prefix, rank)
             change = changes[name] = LowRank(module, rank, generator, device)
             if _is_small(module, rank):

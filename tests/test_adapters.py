@@ -51,6 +51,17 @@ def test_the_sites_of_minimax_h3_are_its_main_blocks_alone() -> None:
     assert [site.name for site in sites] == [f"blocks.{i}.attn" for i in range(50)]
 
 
+def test_modulations_of_minimax_h3_are_not_trained() -> None:
+    modulation = "blocks.0.adaln_proj.linear.weight"
+    shapes = minimax_h3_shapes(2) | {modulation: (96768, 24)}
+    family, _ = adapters.identify(shapes)
+    trainable = family.trainable(shapes)
+    assert modulation not in trainable
+    assert {name for name in trainable if name.endswith("weight")} == {
+        f"blocks.{i}.attn.{name}.weight" for i in range(2) for name in ("qkv_proj", "q_norm")
+    }
+
+
 def test_layers_of_the_same_names_without_both_streams_are_no_minimax_h3() -> None:
     shapes = minimax_h3_shapes(2)
     del shapes["audio_patch_proj.weight"]

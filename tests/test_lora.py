@@ -46,6 +46,13 @@ def test_every_linear_layer_under_the_prefix_and_none_elsewhere_is_changed(wan: 
     assert len(changes) == 3 * 10
 
 
+def test_a_layer_that_is_to_stay_gets_no_change(wan: WanModel) -> None:
+    changes = lora.attach(wan, "blocks.", 4, seed=0, is_frozen=lambda name: ".ffn.0." in name)
+    assert changes and not any(name.endswith(".ffn.0") for name in changes)
+    assert any(name.endswith(".ffn.2") for name in changes)
+    assert not hasattr(wan.blocks[0].ffn[0], "lora")
+
+
 @pytest.mark.parametrize("rank", [4, 32])
 def test_the_layers_own_parameters_keep_their_names_and_are_frozen(
     wan: WanModel, rank: int

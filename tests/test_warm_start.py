@@ -103,6 +103,38 @@ def test_gradients_taken_layer_by_layer_are_those_of_the_loss_as_a_whole(
         assert torch.equal(found[name], parameter.grad), name
 
 
+def test_a_model_that_takes_one_video_a_call_learns_from_all_of_a_batch(
+    subject: Subject, tmp_path: Path
+) -> None:
+    task = make_task(subject, tmp_path)
+    errors: dict[nn.Module, list[Tensor]] = {module: [] for module in task.mixed.values()}
+
+    def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        with torch.enable_grad():
+            linear = module.linear(*(x.detach() for x in args))
+            error = (linear - output.detach()).square().mean() / output.detach().square().mean()
+            errors[module].append(error)
+
+    def run_one_by_one(*batch: Tensor) -> Tensor:
+        rows = zip(*(x.split(1) for x in batch), strict=True)
+        return torch.cat([type(task.student).forward(task.student, *row) for row in rows])
+
+    task.student.forward = run_one_by_one
+    hooks = [module.register_forward_hook(compare) for module in task.mixed.values()]
+    loss, _ = task.loss(0, seed_step(0, 0))
+    for hook in hooks:
+        hook.remove()
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in feature_maps(task.mixed).items()}
+    task.student.zero_grad()
+    assert all(len(each) == 3 for each in errors.values())
+    whole = torch.stack([torch.stack(each).mean() for each in errors.values()]).mean()
+    whole.backward()
+    torch.testing.assert_close(loss, whole)
+    for name, parameter in feature_maps(task.mixed).items():
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
 @pytest.mark.parametrize("choices", [(None, None, None), ("linear", None, "softmax")])
 def test_choices_are_restored_also_after_a_failure(
     choices: tuple[str | None, ...], subject: Subject, tmp_path: Path

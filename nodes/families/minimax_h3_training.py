@@ -1,7 +1,8 @@
 """MiniMax-H3's blocks and attention so that a gradient passes through them.
 
 ComfyUI's own write into tensors that a backward pass needs, and turn queries and keys by an
-operator that has none. Here the same is computed from the same weights without either.
+operator that has none. Here the same is computed from the same weights without either, and before
+a training it is seen to be the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,14 +11,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
+
+from ...linvideo_core.attention import SoftmaxAttention
 
 Segments = Sequence[tuple[int, int, int]]
 """The sequence in pieces, in order: first token, end, and the row of the modulation."""
 
 
+_MAX_DIFFERENCE = 1e-2
+
+
 def prepare_for_training(diffusion_model: nn.Module) -> None:
-    """Give each block of a twin, which nothing else uses, a forward that can be differentiated."""
+    """Give each block of a twin, which nothing else uses, a forward that can be differentiated.
+
+    Raises ValueError, in one sentence, where this ComfyUI computes its blocks in another way.
+    """
+    _check_agreement(diffusion_model.blocks[0])
     for block in diffusion_model.blocks:
         block.__dict__["forward"] = MethodType(_run_block, block)
 
@@ -94,3 +105,39 @@ def _add_gated(x: Tensor, gate: Tensor, change: Tensor, segments: Segments) -> T
 
 def _split(x: Tensor, segments: Segments) -> tuple[Tensor, ...]:
     return x.split([end - start for start, end, _ in segments])
+
+
+@torch.no_grad()
+def _check_agreement(block: nn.Module) -> None:
+    """Compare a block's own forward with ours, on a few random tokens."""
+    x, t_emb, rotations = _draw_call(block)
+    segments = [(0, 2, 0), (2, 6, 2)]
+    # The backend that the user chose may be a rough one.
+    options = {"optimized_attention_override": _attend_exactly}
+    own = type(block).forward(block, x.clone(), t_emb, segments, rotations, options)
+    attended = run_attention(block.attn, SoftmaxAttention(), x, rotations, in_training=True)
+    own_attended = block.attn(x.clone(), rope_freqs=rotations, transformer_options=options)
+    ours = _run_block(block, x, t_emb, segments, rotations, options)
+    for found, expected in ((ours, own), (attended, own_attended)):
+        if not (found - expected).norm() <= _MAX_DIFFERENCE * expected.norm():
+            raise ValueError(
+                "this ComfyUI computes MiniMax-H3 in a way that LinVideo does not know, so that no "
+                "transfer can run on it: update LinVideo, or apply a saved file"
+            )
+
+
+def _draw_call(block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Return six tokens, one time's embedding and rotations of a quarter of a head's numbers."""
+    generator, like = torch.Generator().manual_seed(0), block.norm1.weight
+    num_pairs = block.attn.head_dim // 8
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like)
+
+    cos, sin = draw(6, num_pairs).cos(), draw(6, num_pairs).sin()
+    rotations = torch.stack([cos, -sin, sin, cos], dim=-1).view(1, 6, 1, num_pairs, 2, 2)
+    return draw(6, *like.shape), draw(1, block.adaln_proj.linear.in_features), rotations
+
+
+def _attend_exactly(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return attention_pytorch(*args, **kwargs)
