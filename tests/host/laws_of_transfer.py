@@ -35,7 +35,7 @@ from linvideo_pack.nodes.host_subject import HostSubject
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
 from linvideo_pack.nodes.patching import linearize
 from linvideo_pack.nodes.transfer import make_config, run
-from stage import MODEL_OF_SHAPES, device
+from stage import MODEL_OF_SHAPES, device, tolerance_of
 from torch import Tensor
 
 _TOLERANCE = 1e-5
