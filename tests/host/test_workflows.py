@@ -116,7 +116,7 @@ def stand_in(prompt: Nodes) -> Nodes:
     for node in prompt.values():
         by_type.setdefault(node["class_type"], []).append(node["inputs"])
     if "CLIPLoader" in by_type:
-        for inputs in by_type["LinVideoLinearize"]:
+        for inputs in by_type["LinVideo"]:
             if inputs.pop("mode.clip", None):
                 inputs |= {"mode.prompts": "", "mode.positive": ["words", 1]}
         texts = [key for key, node in prompt.items() if node["class_type"] == "CLIPTextEncode"]
@@ -138,7 +138,7 @@ def stand_in(prompt: Nodes) -> Nodes:
     if "UNETLoader" in by_type:
         for inputs in by_type.get("KSampler", []):
             inputs["steps"] = 2
-    for inputs in by_type["LinVideoLinearize"]:
+    for inputs in by_type["LinVideo"]:
         if inputs["mode"] == "run the transfer now":
             settings = {"class_type": "LinVideoTransferSettings", "inputs": AUTO | SHORTEST}
             prompt["settings"] = settings

@@ -7,7 +7,7 @@
 
 import { app } from "../../../scripts/app.js";
 
-const NODE = "LinVideoLinearize";
+const NODE = "LinVideo";
 const MODE = "mode";
 const PROPERTY = "other modes";
 
