@@ -91,12 +91,12 @@ def _read(model: Any, name: str, rows: slice = _ALL) -> Tensor:
         raise ValueError(f"{name} is not there: load the model with ComfyUI's own loader")
     if isinstance(weight, QuantizedTensor):
         return _dequantise(weight, rows, model.load_device).cpu()
-    if getattr(weight, "tensor_type", None) is not None:
-        layer = model.model.diffusion_model.get_submodule(name.rpartition(".")[0])
+    layer = model.model.diffusion_model.get_submodule(name.rpartition(".")[0])
+    if getattr(weight, "tensor_type", None) is not None and hasattr(layer, "get_weight"):
         return _dequantise_gguf(layer, weight, rows).cpu()
     if weight.dtype not in _FLOATS + _FLOATS_8:
         raise ValueError(f"{name} is kept as {weight.dtype} in {type(weight).__name__}: not known")
-    return weight.detach()[rows].cpu()
+    return _packed(weight).detach()[rows].cpu()
 
 
 def _dequantise(weight: Any, rows: slice, device: torch.device) -> Tensor:

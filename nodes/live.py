@@ -34,8 +34,9 @@ _STAGES = {
 _SAMPLING, _TRAINING = "sampling the teacher", "training"
 _SAMPLER_STEPS, _NUM_FRAMES = 8, 3
 _MAX_SIZE = 1024
-# A picture waits this many times as long as the one before took to make, and at least so long.
-_PATIENCE, _MIN_SECONDS = 12, 2.0
+# A picture waits this many times as long as the one before took to make, and at least so long; the
+# first of a large model's training, which samples it, waits longer.
+_PATIENCE, _MIN_SECONDS, _FIRST_SECONDS = 12, 2.0, 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class LiveProgress:
         self._estimate: Tensor | None = None
         self._teacher_frames: list[Image.Image] | None = None
         self._next_picture = 0.0
+        self._stage = ""
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -80,7 +82,11 @@ class LiveProgress:
         words = self._clock.tell(stage, done, total)
         first, last, *_ = _STAGES[stage]
         preview = None
-        is_last = stage == _TRAINING and done == total
+        if stage != self._stage:
+            self._stage = stage
+            is_quick = stage == _SAMPLING or self._subject.is_demo
+            self._next_picture = time.monotonic() + (0.0 if is_quick else _FIRST_SECONDS)
+        is_last = self._teacher_frames is not None and done == total
         if stage in (_SAMPLING, _TRAINING) and (is_last or time.monotonic() >= self._next_picture):
             start = time.monotonic()
             picture = self._draw(stage, done, total, metrics)

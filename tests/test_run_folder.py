@@ -79,7 +79,7 @@ def test_a_file_in_the_folders_place_is_named(name: str, tmp_path: Path) -> None
 
 def test_what_a_new_run_would_still_have_is_told(tmp_path: Path) -> None:
     open_run(tmp_path, Run())
-    with pytest.raises(ValueError, match="choose another --out with all of it, or repeat"):
+    with pytest.raises(ValueError, match="choose another --out with all of it, or give"):
         check_run(tmp_path, Run(rate=0.2), new_run=" with all of it")
 
 

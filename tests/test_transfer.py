@@ -1,5 +1,6 @@
 """The command as a user runs it: killed and repeated, asked for a plan, given bad arguments."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from linvideo_core import transfer
 from linvideo_core.config import parse, to_json
 from linvideo_core.memory import free_bytes
 from linvideo_core.models.wan import WanConfig, WanModel
-from linvideo_core.subject import Subject
+from linvideo_core.subject import Subject, SubjectConfig, open_subject
 from linvideo_core.transfer import PRESETS, TransferConfig
 from tests.conftest import save_inputs, small_transfer
 
@@ -55,6 +56,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.init_weights()
     nn.init.normal_(model.head.head.weight, std=0.1)
     save_file(model.state_dict(), folder / "wan.safetensors")
+    wide = WanModel(dataclasses.replace(config, in_channels=48, out_channels=48))
+    save_file(wide.state_dict(), folder / "wan_5b.safetensors")
     write_prompts(folder / "prompts.safetensors")
     write_prompts(folder / "wide.safetensors", width=TEXT_DIM + 1)
     save_file({"prompt_embeds": torch.zeros(3, 5, TEXT_DIM)}, folder / "half.safetensors")
@@ -262,6 +265,11 @@ BAD: dict[str, tuple[dict[str, object], list[str], str]] = {
     "no steps": ({"steps": 0}, [], "--steps 0 given"),
     "steps in words": ({"steps": "many"}, [], "many"),
     "a height between patches": ({"height": 50}, [], "--height 50 given"),
+    "a height between a 5B's patches": (
+        {"model": "wan_5b.safetensors", "height": 48},
+        [],
+        "--height 48 given; wan_5b.safetensors needs a multiple of 32",
+    ),
     "frames off the grid": ({"num_frames": 6}, [], "--num-frames 6 given"),
     "an unknown objective": ({"objective": "gan"}, [], "gan"),
     "more states than steps": ({"states_per_trajectory": 99}, [], "--states-per-trajectory 99"),
@@ -336,6 +344,14 @@ def test_a_bad_argument_ends_in_one_sentence_and_exit_code_two(name: str, answer
     assert BAD[name][2] in err
     assert code == "2"
     assert out == ""
+
+
+def test_a_latent_of_a_5b_spans_twice_as_many_pixels(files: Path) -> None:
+    size = {"num_frames": 5, "height": 64, "width": 96}
+    for name, latent_shape in (("wan", (4, 2, 8, 12)), ("wan_5b", (48, 2, 4, 6))):
+        paths = {"model": files / f"{name}.safetensors", "prompts": files / "prompts.safetensors"}
+        draft = open_subject(SubjectConfig(**paths, **size))
+        assert draft is not None and draft.latent_shape == latent_shape
 
 
 def test_a_refused_command_leaves_no_run_folder(answers: Path) -> None:

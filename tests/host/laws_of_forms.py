@@ -60,6 +60,11 @@ def _make_file(form: LinearForm) -> Artifact:
         return artifact.load(path)
 
 
+def _tolerance() -> float:
+    """Random gates and mixes amplify rounding: by 1.6 on one CPU, by 2.2 on a GPU."""
+    return 3 * tolerance_of(demo()[0])
+
+
 def _sample_core(made: Artifact) -> Tensor:
     return sample_headless([bind_headless(load_headless(), made)] * STEPS)
 
@@ -69,7 +74,7 @@ def a_form_gives_the_latents_of_the_headless_core() -> None:
     for form in _FORMS:
         made = _make_file(form)
         latents = sample(linearize(demo()[0], made))
-        assert_close(latents, _sample_core(made))
+        assert_close(latents, _sample_core(made), _tolerance())
         # The demo has one head: sharing a map among its heads changes nothing.
         is_plain = form == LinearForm(map_sharing="shared")
         is_close = relative_difference(latents, plain) <= tolerance_of(demo()[0])
@@ -86,7 +91,7 @@ def a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
     latents = sample(linearized)
     assert all(part.model.model_lowvram for part in parts)
     comfy.model_management.unload_all_models()
-    assert_close(latents, _sample_core(made))
+    assert_close(latents, _sample_core(made), _tolerance())
 
 
 def a_layer_of_several_heads_is_the_cores() -> None:

@@ -137,8 +137,11 @@ def _compare(model: Any, inputs: dict[str, Any]) -> None:
         prompts = torch.cat([subject.prompt_embeds, subject.negative_embeds[None]])
         timesteps = 1000 * torch.tensor(sigmas, device=device())
         found = subject.model(latents.clone(), timesteps, prompts)
+    # What is not copied computes in bf16 on a GPU.
+    is_exact = device().type == "cpu" or host_subject.COPIED_BYTES
+    tolerance = _TOLERANCE if is_exact else TOLERANCES[torch.float16]
     for part in (slice(_NUM_VIDEO), slice(_NUM_VIDEO, None)):
-        assert_close(found[:, 0, 0, 0, part], torch.cat(expected)[:, 0, part], _TOLERANCE)
+        assert_close(found[:, 0, 0, 0, part], torch.cat(expected)[:, 0, part], tolerance)
 
 
 @contextlib.contextmanager
@@ -350,7 +353,7 @@ def every_gradient_of_the_student_is_there_and_finite() -> None:
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     for name, gradient in gradients[0].items():
         # On a GPU what is not copied computes in bf16.
-        tolerance = 1e-4 if device().type == "cpu" else 3e-2
+        tolerance = 1e-4 if device().type == "cpu" else TOLERANCES[torch.bfloat16]
         assert_close(gradient, gradients[1][name], tolerance)
 
 
