@@ -33,6 +33,7 @@ from stage import (
     device,
     finish,
     is_dynamic,
+    is_streaming,
     load_headless,
     relative_difference,
     sample,
@@ -131,7 +132,8 @@ def changes_are_exact_where_merging_rounds_them() -> None:
         without = sample(linearize(model, shipped(), strength=0.0))
         effect = relative_difference(without, expected)
         print(f"{kind}: merged {merged:.1e} off, without the changes {effect:.1e}")
-        assert effect > merged > 0.02
+        # Weights that are brought to each call are changed there, and not rounded again.
+        assert effect > merged and (merged > 0.02 or is_streaming())
 
 
 def _expected(model: Any, applied: Artifact) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import unittest
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from stage import (
     complaint,
     demo,
     device,
+    is_streaming,
     load_headless,
     load_vace,
     make_noise,
@@ -36,6 +38,7 @@ from stage import (
     sample,
     sample_headless,
     shipped,
+    tolerance_of,
     vace_weights,
     with_lora,
     without_dynamic_memory,
@@ -173,6 +176,8 @@ def context_windows_are_linear_each_by_itself() -> None:
 
 def blocks_compiled_in_place_compile_once() -> None:
     """As packs did before ComfyUI had a compile node: an object patch for each block."""
+    if is_streaming():
+        raise unittest.SkipTest("--novram brings weights to compiled blocks in ComfyUI's own ways")
     kept = linearize(demo()[0], shipped(), keep_first_steps=1)
     expected = sample(kept)
     compiled = _compile_in_place(without_dynamic_memory(kept), 1, 2)
@@ -190,7 +195,7 @@ def blocks_compiled_in_place_never_lose_weight_changes_unheard() -> None:
     assert "TorchCompileModel" in complaint(RuntimeError, sample, compiled)
     # Applied anew while such a model is loaded, it finds every weight.
     comfy.model_management.load_models_gpu([_compile_in_place(model, 1)])
-    assert_close(sample(_linearized(model)), _expected())
+    assert_close(sample(_linearized(model)), _expected(), tolerance_of(model))
 
 
 def _compile_in_place(model: Any, *layers: int) -> Any:

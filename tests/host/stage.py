@@ -50,6 +50,12 @@ def needs_cpu(why: str) -> None:
         raise unittest.SkipTest(f"needs a CPU: {why}")
 
 
+def is_streaming() -> bool:
+    """Say whether ComfyUI brings every weight to each call: --novram."""
+    states = comfy.model_management.VRAMState
+    return comfy.model_management.vram_state is states.NO_VRAM
+
+
 def needs_cuda(why: str) -> None:
     """Skip a law where ComfyUI does not compute on an NVIDIA GPU."""
     if device().type != "cuda":
