@@ -39,7 +39,8 @@ NODES = """() => app.graph.nodes.map((node) => ({
     type: node.type,
     title: node.title,
     red: Boolean(node.has_errors),
-    box: [...node.getBounding()],
+    box: [node.pos[0], node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,
+          node.size[0], node.size[1] + LiteGraph.NODE_TITLE_HEIGHT],
 }))"""
 DRAWN = """() => {
     const context = CanvasRenderingContext2D.prototype;
