@@ -40,10 +40,18 @@ class Video:
         patch_size = getattr(model.model.diffusion_model, "patch_size", (1, 2, 2))
         return cls(_find_shape(model.model.latent_format, inputs), tuple(patch_size))
 
+    @staticmethod
+    def measure(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+        """Return frames, height and width in pixels of a video's latents (C, F, H, W).
+
+        None where they follow from the latent format's ratios, as the core itself tells them.
+        """
+        return None
+
     @property
     def size(self) -> tuple[int, int, int] | None:
-        """Frames, height and width in pixels; None where the core can tell them from latents."""
-        return None
+        """Frames, height and width in pixels, see `measure`."""
+        return self.measure(self.latent_shape)
 
     def count_tokens(self, num_prompt_tokens: int) -> int:
         """Return L, the tokens of a sequence in which self-attention is."""

@@ -55,12 +55,17 @@ class SoundVideo(Video):
             options={name: x for name, x in options.items() if name.startswith(_SHIFT_OPTIONS)},
         )
 
+    @staticmethod
+    def measure(shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return frames, height and width in pixels of a video's latents (C, F, H, W)."""
+        _, F, H, W = shape
+        num_frames = (F - _HEAD) // _GROUP * _FRAMES_OF_GROUP + _FRAMES_OF_HEAD
+        return num_frames, _SPACE_RATIO * H, _SPACE_RATIO * W
+
     @property
     def size(self) -> tuple[int, int, int]:
         """Frames, height and width in pixels."""
-        _, F, H, W = self.shapes[0]
-        num_frames = (F - _HEAD) // _GROUP * _FRAMES_OF_GROUP + _FRAMES_OF_HEAD
-        return num_frames, _SPACE_RATIO * H, _SPACE_RATIO * W
+        return self.measure(self.shapes[0])
 
     def count_tokens(self, num_prompt_tokens: int) -> int:
         """Return L: prompt, sound and video are one sequence."""
