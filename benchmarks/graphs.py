@@ -119,4 +119,4 @@ def transfer_demo(name: str, quality: str, settings: Mapping[str, Any] | None) -
 def _linearize(name: str, quality: str, **sockets: Any) -> dict[str, Any]:
     inputs = {"mode.name": name, "mode.quality": quality, "mode.prompts": ""}
     inputs |= {"model": ["model", 0], "mode": TRANSFER, "mode.keep_first_steps": 0}
-    return {"class_type": "LinVideoLinearize", "inputs": inputs | sockets}
+    return {"class_type": "LinVideo", "inputs": inputs | sockets}

@@ -249,7 +249,7 @@ def _settings(server: Server, chosen: dict[str, Any]) -> dict[str, Any]:
 
 def _quality_of(workflow: Path) -> str:
     nodes = json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
-    (values,) = (n["widgets_values"] for n in nodes if n["type"] == "LinVideoLinearize")
+    (values,) = (n["widgets_values"] for n in nodes if n["type"] == "LinVideo")
     return values[2]
 
 
