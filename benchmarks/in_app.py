@@ -107,18 +107,19 @@ def run(config: InAppConfig, tell: Callable[[Row], None] = lambda row: None) -> 
 
 
 def measure(case: Case, bench: Workbench, limit: float) -> tuple[Row, dict[str, Any]]:
-    """Return a case's row, and what is kept beside it; of one that fails, why."""
+    """Return a case's row, and what is kept beside it; of one that fails, why and what it has."""
     begin = time.monotonic()
     bench.deadline = begin + limit
     row = {**case.told(), "seconds_per_step": None, "peak_gb": None}
+    found: dict[str, Any] = {}
     try:
         if case.needs_gpu and bench.device == "cpu":
             raise NotHereError("needs a GPU")
-        found = KINDS[case.kind](case, bench)
+        KINDS[case.kind](case, bench, found)
     except NotHereError as reason:
-        found = {"ok": None, "error": f"not measured: {reason}"}
+        found |= {"ok": None, "error": f"not measured: {reason}"}
     except Exception as error:
-        found = {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        found |= {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     stages = [dataclasses.asdict(stage) for stage in found.pop("stages", [])]
     return {**row, "seconds": time.monotonic() - begin, **found}, {"stages": stages}
 

@@ -18,7 +18,7 @@ from . import graphs, headless
 from .cases import H3_TEXT_DIM, Case, h3_sizes
 from .checkpoints import GGUF
 from .comfyui_server import PromptError, Server, Stage, find_error
-from .memory_meter import Peak, watching
+from .memory_meter import watching
 from .workbench import NotHereError, Workbench
 
 TEMPLATE = PACK / "workflows" / "3 Make a file (no download).json"
@@ -38,16 +38,16 @@ _PROMPT_TOKENS = 64
 Found = dict[str, Any]
 
 
-def measure_transfer(case: Case, bench: Workbench) -> Found:
+def measure_transfer(case: Case, bench: Workbench, found: Found) -> None:
     """Make a file of a Wan, sample with it, and see that the model comes back."""
-    server = _server_of(case, bench)
-    file, weight_dtype = bench.checkpoint(case.video, case.dtype)
+    file, weight_dtype = _checkpoint_of(case, bench)
+    server = bench.server(case.flags, case.free_gb)
     video = graphs.describe_video(case.video, case.frames)
     graph = {**graphs.load_wan(file, weight_dtype, case.video.shift), **video}
-    return _measure_in_server(case, bench, server, graph, len(case.video.layers))
+    _measure_in_server(case, bench, server, graph, len(case.video.layers), found)
 
 
-def measure_minimax_h3(case: Case, bench: Workbench) -> Found:
+def measure_minimax_h3(case: Case, bench: Workbench, found: Found) -> None:
     """The same of a MiniMax-H3."""
     file = f"{case.name}.safetensors"
     bench.write_minimax_h3(file, h3_sizes(case))
@@ -57,24 +57,24 @@ def measure_minimax_h3(case: Case, bench: Workbench) -> Found:
     latent = graphs.empty_minimax_h3(sides["width"], sides["height"], case.frames)
     graph = {**graphs.load_minimax_h3(file), **prompts, **latent}
     target = case.sizes["num_layers"] // 2
-    return _measure_in_server(case, bench, bench.server(), graph, target)
+    _measure_in_server(case, bench, bench.server(), graph, target, found)
 
 
-def measure_demo(case: Case, bench: Workbench) -> Found:
+def measure_demo(case: Case, bench: Workbench, found: Found) -> None:
     """Run the template that makes a file of the embedded model, then judge the student."""
     server = bench.server()
     is_short = bench.device == "cpu"
     settings = _settings(server, _SHORT_DEMO) if is_short else None
     graph = graphs.transfer_demo("demo", _quality_of(TEMPLATE), settings)
-    found = _train(server, graph, bench)
+    _train(server, graph, bench, found)
     made = server.folder / "models" / "linvideo" / "demo.safetensors"
-    return found | judge(made, bench, is_short=is_short)
+    found |= judge(made, bench, is_short=is_short)
 
 
-def measure_interrupt(case: Case, bench: Workbench) -> Found:
+def measure_interrupt(case: Case, bench: Workbench, found: Found) -> None:
     """Interrupt a training, see how soon it ends and what the node says, and continue it."""
-    server = _server_of(case, bench)
-    file, weight_dtype = bench.checkpoint(case.video, case.dtype)
+    file, weight_dtype = _checkpoint_of(case, bench)
+    server = bench.server(case.flags, case.free_gb)
     steps = 5 * case.steps if bench.device == "cpu" else case.steps
     graph = {
         **graphs.load_wan(file, weight_dtype, case.video.shift),
@@ -91,18 +91,13 @@ def measure_interrupt(case: Case, bench: Workbench) -> Found:
     seconds = time.monotonic() - begin
     if find_error(history) != "the graph was interrupted":
         raise PromptError(f"it was to be interrupted: {find_error(history) or 'it has finished'}")
-    words = _last_words(server)
-    found = _train(server, graph, bench)
+    found |= {"interrupt_seconds": seconds, "words": _last_words(server), "steps": steps}
+    _train(server, graph, bench, found)
     continued = next(stage.count for stage in found["stages"] if stage.name == _TRAINING)
-    return found | {
-        "interrupt_seconds": seconds,
-        "words": words,
-        "steps": steps,
-        "ok": continued < steps,
-    }
+    found["ok"] = continued < steps
 
 
-def measure_headless(case: Case, bench: Workbench) -> Found:
+def measure_headless(case: Case, bench: Workbench, found: Found) -> None:
     """Train with the same settings without ComfyUI; no server takes memory meanwhile."""
     file, _ = bench.checkpoint(case.video, case.dtype)
     bench.stop()
@@ -123,7 +118,7 @@ def measure_headless(case: Case, bench: Workbench) -> Found:
     begin = time.monotonic()
     result = out / "result.json"
     seconds, peak = headless.measure(values, result, bench.read_memory, bench.deadline)
-    return {
+    found |= {
         "seconds_per_step": seconds,
         "peak_gb": peak.gb,
         "ok": True,
@@ -132,7 +127,7 @@ def measure_headless(case: Case, bench: Workbench) -> Found:
     }
 
 
-KINDS: dict[str, Callable[[Case, Workbench], Found]] = {
+KINDS: dict[str, Callable[[Case, Workbench, Found], None]] = {
     "transfer": measure_transfer,
     "minimax_h3": measure_minimax_h3,
     "demo": measure_demo,
@@ -141,7 +136,8 @@ KINDS: dict[str, Callable[[Case, Workbench], Found]] = {
 }
 """Kind of a case -> what measures it.
 
-It returns what the row says beside the case's own columns, and `stages` as the log told them.
+It puts into the last argument what the row says beside the case's own columns, and `stages` as the
+log told them, as soon as it is known: a case that fails later keeps what it has.
 """
 
 
@@ -152,13 +148,16 @@ def judge(made: Path, bench: Workbench, *, is_short: bool) -> Found:
     words = [word for pair in zip(_LENGTH_FLAGS, lengths, strict=True) for word in pair]
     command = [sys.executable, "-m", "linvideo_core.evaluate", "--artifact", str(made), *words]
     left = max(1.0, bench.deadline - time.monotonic())
-    finished = subprocess.run(
-        [*command, "--out", str(out), "--device", bench.device],
-        cwd=PACK,
-        capture_output=True,
-        text=True,
-        timeout=left,
-    )
+    try:
+        finished = subprocess.run(
+            [*command, "--out", str(out), "--device", bench.device],
+            cwd=PACK,
+            capture_output=True,
+            text=True,
+            timeout=left,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError("the time limit was reached and evaluate stopped") from error
     if finished.returncode:
         raise RuntimeError(f"evaluate: {finished.stderr.strip().splitlines()[-1]}")
     evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
@@ -170,16 +169,20 @@ def judge(made: Path, bench: Workbench, *, is_short: bool) -> Found:
 _LENGTH_FLAGS = ("--num-samples", "--steps", "--batch-size")
 
 
-def _server_of(case: Case, bench: Workbench) -> Server:
-    packs = [path.name for path in bench.installation.packs]
-    if case.dtype == GGUF and not packs:
+def _checkpoint_of(case: Case, bench: Workbench) -> tuple[str, str]:
+    if case.dtype == GGUF and not bench.installation.packs:
         raise NotHereError("a pack that loads GGUF is needed: give --gguf-pack")
-    return bench.server(case.flags, case.free_gb)
+    return bench.checkpoint(case.video, case.dtype)
 
 
 def _measure_in_server(
-    case: Case, bench: Workbench, server: Server, graph: graphs.Nodes, target: int
-) -> Found:
+    case: Case,
+    bench: Workbench,
+    server: Server,
+    graph: graphs.Nodes,
+    target: int,
+    found: Found,
+) -> None:
     """Sample the model, make a file of it, sample with that, sample the model again.
 
     graph: what gives `model`, `positive`, `negative` and `latent`.
@@ -192,43 +195,44 @@ def _measure_in_server(
             server.run(graphs.again(sampled, number), bench.deadline)
     training = _transfer(case, server, case.steps, target)
     sampled = {**graph, **training, **graphs.sample("linear", 2, linear)}
-    found = _train(server, sampled, bench)
+    found["steps"] = case.steps
+    _train(server, sampled, bench, found)
     latents = _read_latents(server, linear)
-    is_finite = all(bool(x.isfinite().all()) for x in latents)
-    if not case.is_base_checked:
-        return found | {"steps": case.steps, "ok": is_finite}
-    before = _read_latents(server, base)
-    server.run(graphs.again({**graph, **graphs.sample("model", 2, base)}, 3), bench.deadline)
-    is_restored = all(map(torch.equal, before, _read_latents(server, base)))
-    change = max(map(_relative_difference, latents, before))
-    is_ok = is_finite and change > 0 and is_restored
-    return found | {
-        "steps": case.steps,
-        "change": change,
-        "base_restored": is_restored,
-        "ok": is_ok,
-    }
+    found["ok"] = is_finite = all(bool(x.isfinite().all()) for x in latents)
+    if case.is_base_checked:
+        before = _read_latents(server, base)
+        server.run(graphs.again({**graph, **graphs.sample("model", 2, base)}, 3), bench.deadline)
+        is_restored = all(map(torch.equal, before, _read_latents(server, base)))
+        change = max(map(_relative_difference, latents, before))
+        found |= {"change": change, "base_restored": is_restored}
+        found["ok"] = is_finite and is_restored and change > 0
 
 
-def _train(server: Server, graph: graphs.Nodes, bench: Workbench) -> Found:
-    """Run a graph with a transfer; return its seconds, its peak and what the log says of it."""
+def _train(server: Server, graph: graphs.Nodes, bench: Workbench, found: Found) -> None:
+    """Run a graph with a transfer; find its seconds, its peak and what the log says of it.
+
+    Of one that fails, the peak and the stages until then.
+    """
     since, begin = server.log_size(), time.monotonic()
     with watching(lambda: bench.read_memory(server.process.pid)) as peak:
-        server.run(graph, bench.deadline)
-    return _tell(server.stages(since), peak, time.monotonic() - begin)
-
-
-def _tell(stages: list[Stage], peak: Peak, seconds: float) -> Found:
-    trained = [stage for stage in stages if stage.name == _TRAINING]
-    if not trained:
+        try:
+            server.run(graph, bench.deadline)
+        finally:
+            stages = server.stages(since)
+            found |= {
+                "seconds_per_step": _seconds_per_step(stages),
+                "peak_gb": peak.gb,
+                "seconds": time.monotonic() - begin,
+                "stages": stages,
+            }
+    if found["seconds_per_step"] is None:
         raise RuntimeError("the server's log does not say how long the training took")
-    return {
-        "seconds_per_step": trained[-1].seconds / trained[-1].count,
-        "peak_gb": peak.gb,
-        "ok": True,
-        "seconds": seconds,
-        "stages": stages,
-    }
+    found["ok"] = True
+
+
+def _seconds_per_step(stages: list[Stage]) -> float | None:
+    trained = [stage for stage in stages if stage.name == _TRAINING]
+    return trained[-1].seconds / trained[-1].count if trained else None
 
 
 def _lengths(steps: int) -> dict[str, int]:
