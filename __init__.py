@@ -1,7 +1,7 @@
 """LinVideo for ComfyUI: the door through which ComfyUI finds the nodes."""
 
 WEB_DIRECTORY = "./web"
-"""What ComfyUI serves of the pack: the help page of each node, in `docs`."""
+"""What ComfyUI serves of the pack: each node's help page in `docs`, the browser's side in `js`."""
 
 
 async def comfy_entrypoint() -> object:

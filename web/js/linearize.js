@@ -119,6 +119,8 @@ app.registerExtension({
   },
 
   refreshComboInNodes() {
-    app.rootGraph.nodes.filter(({ type }) => type === NODE).forEach(refreshFiles);
+    const graphs = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
+    const nodes = graphs.flatMap((graph) => graph.nodes);
+    nodes.filter(({ type }) => type === NODE).forEach(refreshFiles);
   },
 });
