@@ -143,6 +143,8 @@ def stand_in(prompt: Nodes) -> Nodes:
             settings = {"class_type": "LinVideoTransferSettings", "inputs": AUTO | SHORTEST}
             prompt["settings"] = settings
             inputs["mode.settings"] = ["settings", 0]
+            # What it makes is there already, for the workflows that apply it.
+            inputs["mode.name"] += " anew"
     return prompt
 
 
