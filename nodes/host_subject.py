@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.model_sampling
 import torch
 from comfy.model_management import module_size
+from torch import nn
 
 from ..linvideo_core import adapters
 from ..linvideo_core.demo.codec import decode_latents
@@ -41,6 +42,7 @@ from .frozen_weights import freeze
 from .host_model import HostModel
 from .patching import untouched
 from .prompt_list import encode_for_demo, encode_prompt_list
+from .weight_changes import is_plain
 
 COPIED_BYTES = 64e6
 """A model that is no larger in fp32 is trained on copies of its weights, in fp32."""
@@ -89,7 +91,8 @@ class HostSubject:
             for name, parameter in layer.named_parameters():
                 # Where patches are merged in, the weight itself waits in the backup.
                 backup = self.model.backup.get(f"diffusion_model.{site.name}.{name}")
-                digests.add(digest, parameter if backup is None else backup.weight)
+                kept = parameter if backup is None else backup.weight
+                digests.add(digest, kept.to(_kept_dtype(layer, name)) if is_plain(kept) else kept)
         for key in sorted(self.model.patches, key=str):
             digests.add(digest, key)
             digests.add(digest, self.model.patches[key])
@@ -240,6 +243,16 @@ class HostSubject:
         others = dict(negative[0][1]) if negative else {}
         encoded = encode_prompt_list(prompts, clip)
         return [[embeds, {**others, **options}] for embeds, options in encoded]
+
+
+def _kept_dtype(layer: nn.Module, name: str) -> torch.dtype:
+    """Return in which dtype ComfyUI keeps a plain parameter once it was used.
+
+    With dynamic memory it is the file's until then: a run that goes on must know it again.
+    """
+    owner, _, leaf = name.rpartition(".")
+    dtype = getattr(layer.get_submodule(owner), f"{leaf}_comfy_model_dtype", None)
+    return dtype or layer.get_parameter(name).dtype
 
 
 def _find_shift(model_sampling: Any) -> float:
