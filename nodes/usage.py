@@ -8,7 +8,9 @@ import comfy.samplers
 from ..linvideo_core.artifact import ArtifactError, ArtifactHeader, Usage, find_differences
 from ..linvideo_core.demo.codec import TIME_PATCH
 from .demo import DemoLatents
+from .families import host_family
 from .report import Report
+from .video import Video
 
 _SAMPLE = "sample_"
 
@@ -34,7 +36,8 @@ class CompareSampling:
         """Compare, then sample."""
         shape = (kwargs.get("latent_shapes") or [noise.shape])[0]
         levels = tuple(sigmas.float().tolist())
-        found = read_sampling(executor.class_obj, tuple(shape), sampler)
+        video = host_family(self.header.family).video
+        found = read_sampling(executor.class_obj, tuple(shape), sampler, video)
         differences = find_differences(self.header, found, levels)
         if self.keep_first_steps >= len(levels) - 1:
             differences.append("every step as the model came in: lower keep_first_steps")
@@ -42,17 +45,19 @@ class CompareSampling:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
-def read_sampling(guider: Any, shape: tuple[int, ...], sampler: Any) -> Usage:
+def read_sampling(
+    guider: Any, shape: tuple[int, ...], sampler: Any, video: type[Video] = Video
+) -> Usage:
     """Return how a guider is about to sample; what cannot be told is left out.
 
-    shape: of the latents, [B, C, F, H, W].
+    shape: of the latents, [B, C, F, H, W]; video: the family's, which may measure them its own way.
     """
     model = guider.model_patcher
     said = {
         "guidance_scale": _find_guidance(guider),
         "shift": getattr(model.get_model_object("model_sampling"), "shift", None),
         "sampler": _find_name(sampler),
-        **_find_size(model.model.latent_format, shape),
+        **_find_size(model.model.latent_format, shape, video),
     }
     try:
         return Usage(**said)
@@ -78,9 +83,11 @@ def _find_name(sampler: Any) -> str | None:
     return name.removeprefix(_SAMPLE) if name.startswith(_SAMPLE) else None
 
 
-def _find_size(latent_format: Any, shape: tuple[int, ...]) -> dict[str, int]:
+def _find_size(latent_format: Any, shape: tuple[int, ...], video: type[Video]) -> dict[str, int]:
     if len(shape) != 5:
         return {}
+    if (size := video.measure(shape[1:])) is not None:
+        return dict(zip(("num_frames", "height", "width"), size, strict=True))
     F, H, W = shape[2:]
     time_ratio = getattr(latent_format, "temporal_downscale_ratio", 4)
     space_ratio = getattr(latent_format, "spacial_downscale_ratio", 8)
