@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 _INPUTS = {"out": "name", "guidance_scale": "cfg", "num_trajectories": "num_videos"}
 _FIELDS = {node: core for core, node in _INPUTS.items()}
 _SIZES = ("width", "height", "frames", "seed")
-_FREE_FIELDS = ("out", "device", "shard_size", "teacher_folder")
+# What follows from other settings is not compared: those are.
+_FREE_FIELDS = ("out", "device", "shard_size", "teacher_folder", *settings_by_steps(1))
 _TEACHER_FOLDER = "linvideo_teacher"
 """In ComfyUI's output folder: the teacher's videos, for every transfer that can use them."""
 _LOWER = (

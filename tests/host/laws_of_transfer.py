@@ -248,7 +248,7 @@ def a_name_belongs_to_one_transfer() -> None:
         _run(steps=1, warm_start_steps=0)
         usual = {"steps": 1, "warm_start_steps": 0}
         for setting, changes in {
-            "steps 1 and 2": {"steps": 2},
+            "steps 1 and 300": {"steps": 300},
             "cfg 3.0 and 2.0": {"cfg": 2.0},
             "conditions": {"negative": [[encode_prompts(["seven"]), {}]]},
         }.items():
