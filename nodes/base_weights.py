@@ -96,7 +96,7 @@ def _read(model: Any, name: str, rows: slice = _ALL) -> Tensor:
         return _dequantise_gguf(layer, weight, rows).cpu()
     if weight.dtype not in _FLOATS + _FLOATS_8:
         raise ValueError(f"{name} is kept as {weight.dtype} in {type(weight).__name__}: not known")
-    return _packed(weight).detach()[rows].cpu()
+    return without_class(weight).detach()[rows].cpu()
 
 
 def _dequantise(weight: Any, rows: slice, device: torch.device) -> Tensor:
@@ -112,7 +112,7 @@ def _dequantise(weight: Any, rows: slice, device: torch.device) -> Tensor:
 
 def _dequantise_gguf(layer: nn.Module, weight: Any, rows: slice) -> Tensor:
     """Return rows of a GGUF weight, by its layer's own way, without the patches that it carries."""
-    packed, shape = _packed(weight), tuple(weight.tensor_shape)
+    packed, shape = without_class(weight), tuple(weight.tensor_shape)
     if packed.shape[0] == shape[0]:
         packed = packed[rows].contiguous()
         shape, rows = (len(packed), *shape[1:]), _ALL
@@ -120,8 +120,12 @@ def _dequantise_gguf(layer: nn.Module, weight: Any, rows: slice) -> Tensor:
     return layer.get_weight(packed, torch.float32)[rows]
 
 
-def _packed(weight: Tensor) -> Tensor:
-    # Their class gives whatever is made of it its own shape.
+def without_class(weight: Tensor) -> Tensor:
+    """Return a weight's own numbers as a plain tensor: of a packed weight, what it is packed as.
+
+    GGUF's class passes itself and its own shape on to whatever is computed with it, and its `clone`
+    and `detach` give the tensor itself.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         return weight.as_subclass(Tensor)
 
@@ -129,4 +133,4 @@ def _packed(weight: Tensor) -> Tensor:
 def _count_bits(weight: Any) -> int:
     if isinstance(weight, QuantizedTensor):
         return 8 * weight.nbytes
-    return 8 * _packed(weight).nbytes
+    return 8 * without_class(weight).nbytes

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base_weights import without_class
+
 # What ComfyUI keeps in a module's own fields for its loading; a copy of the module has none of it.
 _HOST_FIELDS = ("_v", "_prefetch", "_pin")
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -45,6 +47,7 @@ def cast_weights(
             loan, (weight, bias) = None, (x if x is None else x.to(device, dtype) for x in found)
         if hasattr(weight, "_layout_cls"):
             weight = weight.dequantize().to(dtype)
+        weight, bias = (x if x is None else without_class(x) for x in (weight, bias))
         smoothing = getattr(layer, "pre_quant_scale", None)
         if smoothing is not None:
             weight = weight * smoothing.to(device, dtype)
@@ -154,7 +157,7 @@ class _Freezer:
         """Copy what a module holds beside its layers, such as a modulation, as it is."""
         for name, tensor in module._parameters.items():
             if tensor is not None:
-                own = tensor.detach().to(self.device, copy=True)
+                own = without_class(tensor).detach().to(self.device, copy=True)
                 made._parameters[name] = nn.Parameter(own, requires_grad=False)
         for name, tensor in module._buffers.items():
             if tensor is not None:

@@ -9,6 +9,7 @@ import torch
 from laws_of_quantised import LOADERS
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.student import Student, StudentConfig
+from linvideo_pack.nodes.demo import load_demo_model
 from linvideo_pack.nodes.frozen_weights import FrozenLinear, cast_weights, freeze
 from linvideo_pack.nodes.host_subject import HostSubject
 from linvideo_pack.nodes.transfer import make_config
@@ -91,6 +92,32 @@ def a_layer_with_a_door_of_its_own_is_asked_through_it() -> None:
         torch.testing.assert_close(x.grad, 0.5 * layer.weight.sum(0).expand(3, 8).clone())
     with cast_weights(layer, torch.bfloat16, torch.device("cpu")) as (weight, _):
         assert weight.dtype == torch.bfloat16
+
+
+class _Clinging(Tensor):
+    """As GGUF's tensors: what is computed with them is of their class, a copy is the tensor."""
+
+    def clone(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self
+
+    def detach(self) -> Tensor:
+        return self
+
+
+def no_class_of_the_hosts_weights_reaches_what_is_trained() -> None:
+    model = load_demo_model()
+    comfy.model_management.load_models_gpu([model])
+    layers = [m for m in model.model.diffusion_model.modules() if m._parameters]
+    for layer in layers:
+        for name, weight in layer.named_parameters(recurse=False):
+            own = weight.data.as_subclass(_Clinging)
+            layer._parameters[name] = nn.Parameter(own, requires_grad=False)
+    for is_copied in (_COPIED, _FROZEN):
+        twin = freeze(model.model.diffusion_model, device(), is_copied=is_copied)
+        assert {type(weight) for weight in twin.parameters()} == {nn.Parameter}
+        theirs = {weight.data_ptr() for weight in model.model.parameters()}
+        kept = [weight for weight in twin.parameters() if not weight.is_meta]
+        assert kept and not theirs & {weight.data_ptr() for weight in kept}
 
 
 def a_layer_that_another_node_computes_is_refused() -> None:

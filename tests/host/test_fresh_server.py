@@ -25,7 +25,8 @@ def fresh(host: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 def test_the_pack_loads_without_a_complaint(fresh: Server, record_property: Any) -> None:
     log = fresh.log.read_text()
     assert "LinVideo: the nodes" not in log
-    assert "IMPORT FAILED" not in log
+    # Of a pack; without brackets it is a module of ComfyUI's own that misses a package.
+    assert "(IMPORT FAILED)" not in log
     (seconds,) = re.findall(r"([\d.]+) seconds: \S*custom_nodes/LinVideo\s", log)
     tell_workflow(record_property, fresh, "pack_start", float(seconds))
 
