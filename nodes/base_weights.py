@@ -46,11 +46,7 @@ def describe_base(model: Any) -> BaseWeights:
     """
     diffusion_model = model.model.diffusion_model
     _, sites = adapters.identify(adapters.shapes_of(diffusion_model))
-    names = (
-        f"{site.name}.{name}"
-        for site in (sites[0], sites[-1])
-        for name, _ in diffusion_model.get_submodule(site.name).named_parameters()
-    )
+    names = adapters.digested_weights(diffusion_model, sites)
     digest = adapters.digest_weights(_read(model, name) for name in names)
     sketched = sketch_base(model)
     return BaseWeights(digest=digest, sketch=sketched.sketch, bits=sketched.bits)

@@ -86,13 +86,13 @@ class HostSubject:
     def weights_digest(self) -> str:
         """Return 16 hex digits that tell these weights, and patches on them, from others."""
         digest = hashlib.blake2b(digest_size=8)
-        for site in (self.sites[0], self.sites[-1]):
-            layer = self.model.model.diffusion_model.get_submodule(site.name)
-            for name, parameter in layer.named_parameters():
-                # Where patches are merged in, the weight itself waits in the backup.
-                backup = self.model.backup.get(f"diffusion_model.{site.name}.{name}")
-                kept = parameter if backup is None else backup.weight
-                digests.add(digest, kept.to(_kept_dtype(layer, name)) if is_plain(kept) else kept)
+        diffusion_model = self.model.model.diffusion_model
+        for name in adapters.digested_weights(diffusion_model, self.sites):
+            # Where patches are merged in, the weight itself waits in the backup.
+            backup = self.model.backup.get(f"diffusion_model.{name}")
+            kept = diffusion_model.get_parameter(name) if backup is None else backup.weight
+            dtype = _kept_dtype(diffusion_model, name)
+            digests.add(digest, kept.to(dtype) if is_plain(kept) else kept)
         for key in sorted(self.model.patches, key=str):
             digests.add(digest, key)
             digests.add(digest, self.model.patches[key])
@@ -245,14 +245,14 @@ class HostSubject:
         return [[embeds, {**others, **options}] for embeds, options in encoded]
 
 
-def _kept_dtype(layer: nn.Module, name: str) -> torch.dtype:
+def _kept_dtype(model: nn.Module, name: str) -> torch.dtype:
     """Return in which dtype ComfyUI keeps a plain parameter once it was used.
 
     With dynamic memory it is the file's until then: a run that goes on must know it again.
     """
     owner, _, leaf = name.rpartition(".")
-    dtype = getattr(layer.get_submodule(owner), f"{leaf}_comfy_model_dtype", None)
-    return dtype or layer.get_parameter(name).dtype
+    dtype = getattr(model.get_submodule(owner), f"{leaf}_comfy_model_dtype", None)
+    return dtype or model.get_parameter(name).dtype
 
 
 def _find_shift(model_sampling: Any) -> float:

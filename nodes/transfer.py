@@ -75,7 +75,7 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
     Raises ValueError or RuntimeError, in one sentence, for bad input or too little memory, and
     ComfyUI's own exception on Interrupt; what was trained until then is kept.
     """
-    with _in_the_artists_words(), _tidied(), torch.inference_mode(False), torch.enable_grad():
+    with _in_the_artists_words(), torch.inference_mode(False), torch.enable_grad():
         host = HostSubject(model, inputs)
         config = make_config(inputs, host, guidance_scale)
         check_target(config.selection, len(host.sites))
@@ -155,13 +155,31 @@ def _find_target(name: str, made: Path) -> Path:
 
 
 def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None:
-    with host.subject(config) as subject:
+    with _tidied(), host.subject(config) as subject:
         _say_what_it_takes(host, subject, config)
         student = Student(subject, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
         progress = LiveProgress(student, subject, config, host.latent_format, host.video)
         with progress.watching():
             linearize(student, subject, config, config.precision, progress)
+
+
+@contextlib.contextmanager
+def _tidied() -> Iterator[None]:
+    """Give memory back: before, what a transfer that failed has left, and after one that did not.
+
+    An error or an interruption still refers to it all, and goes on its way at once.
+    """
+    _collect()
+    yield
+    _collect()
+
+
+def _collect() -> None:
+    # A layer's forward refers to the layer: only the collector takes the two apart.
+    gc.collect()
+    comfy.model_management.cleanup_models()
+    comfy.model_management.soft_empty_cache()
 
 
 def _say_what_it_takes(host: HostSubject, subject: Subject, config: TransferConfig) -> None:
@@ -180,18 +198,6 @@ def _say_what_it_takes(host: HostSubject, subject: Subject, config: TransferConf
     sentence = f"this takes {found.sentence(total)}"
     logger.info("LinVideo: %s", sentence)
     say(sentence)
-
-
-@contextlib.contextmanager
-def _tidied() -> Iterator[None]:
-    """Give the memory of the trained copy back."""
-    try:
-        yield
-    finally:
-        # A layer's forward refers to the layer: only the collector takes the two apart.
-        gc.collect()
-        comfy.model_management.cleanup_models()
-        comfy.model_management.soft_empty_cache()
 
 
 @contextlib.contextmanager

@@ -136,6 +136,16 @@ def test_a_fingerprint_tells_architectures_apart_and_a_digest_weights(wan: WanMo
     assert adapters.weights_digest(other, sites) != digest
 
 
+def test_a_digest_is_the_same_where_layers_register_their_bias_first(wan: WanModel) -> None:
+    sites = sites_of(wan)
+    digest = adapters.weights_digest(wan, sites)
+    for module in wan.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.register_parameter("weight", module._parameters.pop("weight"))
+    assert next(wan.blocks[0].self_attn.named_parameters())[0] == "q.bias"
+    assert adapters.weights_digest(wan, sites) == digest
+
+
 def test_trainable_weights_are_the_blocks_own(wan: WanModel) -> None:
     family, sites = adapters.identify(adapters.shapes_of(wan))
     before = adapters.trainable_weights(wan, family, sites)

@@ -108,16 +108,25 @@ def weights_digest(model: nn.Module, sites: list[AttentionSite]) -> str:
     """
     if _DIGEST in vars(model):
         return vars(model)[_DIGEST]
-    parameters = (
-        parameter
-        for site in (sites[0], sites[-1])
-        for parameter in model.get_submodule(site.name).parameters(recurse=True)
-    )
-    return digest_weights(parameters)
+    return digest_weights(map(model.get_parameter, digested_weights(model, sites)))
+
+
+def digested_weights(model: nn.Module, sites: list[AttentionSite]) -> list[str]:
+    """Return the names of the weights that `weights_digest` looks at, in order.
+
+    Those of the first and the last site; a layer's bias last, whichever its class registers first.
+    """
+    names = []
+    for site in (sites[0], sites[-1]):
+        module = model.get_submodule(site.name)
+        for prefix, layer in module.named_modules(prefix=site.name):
+            own = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+            names += sorted(own, key=lambda name: name.endswith(".bias"))
+    return names
 
 
 def digest_weights(weights: Iterable[Tensor]) -> str:
-    """Return 16 hex digits of all parameters of the first and the last site, in order."""
+    """Return 16 hex digits of weights in the order of `digested_weights`."""
     digest = hashlib.blake2b(digest_size=8)
     for weight in weights:
         digest.update(weight.detach().cpu().half().contiguous().numpy().tobytes())

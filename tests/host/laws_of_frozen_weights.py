@@ -13,7 +13,7 @@ from linvideo_pack.nodes.demo import load_demo_model
 from linvideo_pack.nodes.frozen_weights import FrozenLinear, cast_weights, freeze
 from linvideo_pack.nodes.host_subject import HostSubject
 from linvideo_pack.nodes.transfer import make_config
-from stage import demo, device, relative_difference, with_lora
+from stage import demo, device, needs_cpu, relative_difference, with_lora
 from torch import Tensor, nn
 
 _TOLERANCE = 1e-5
@@ -105,6 +105,7 @@ class _Clinging(Tensor):
 
 
 def no_class_of_the_hosts_weights_reaches_what_is_trained() -> None:
+    needs_cpu("weights are exchanged in place, on which dynamic memory keeps notes")
     model = load_demo_model()
     comfy.model_management.load_models_gpu([model])
     layers = [m for m in model.model.diffusion_model.modules() if m._parameters]
