@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .parallel import load_shards, save_shards
@@ -46,6 +46,17 @@ def find_checkpoint(folder: Path) -> Path | None:
         return shards[-1] if shards else None
     # Both: a process was stopped before it took the earlier one away.
     return shards[-1] if shards and _step_of(shards[-1]) > _read_file(path)[0] else path
+
+
+def finished_steps(folder: Path) -> int:
+    """Return how many steps the newest checkpoint in a folder holds; 0 where none can be read."""
+    try:
+        path = find_checkpoint(folder)
+        if path is None:
+            return 0
+        return _step_of(path) if path.is_dir() else _read_file(path)[0]
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return 0
 
 
 def read_checkpoint(path: Path, like: Mapping[str, Tensor], team: Team) -> Checkpoint:

@@ -8,7 +8,8 @@ import logging
 
 import torch
 
-from .linearization import TransferConfig
+from .checkpoints import finished_steps
+from .linearization import TRAINING_NAME, TransferConfig
 from .memory import FP32, show_gb
 from .pace import Pace, time_run
 from .selection import count_selection_steps
@@ -76,6 +77,7 @@ def estimate(
     *,
     num_missing: int,
     disk_bytes: int,
+    num_done: int = 0,
     num_processes: int = 1,
     num_students: int = 1,
     device_bytes: int | None = None,
@@ -84,6 +86,7 @@ def estimate(
     """Return what a transfer takes, from its own pace and arithmetic.
 
     num_missing: videos that the teacher has still to sample, see `count_missing`.
+    num_done: training steps that a checkpoint holds; the warm start is over then.
     disk_bytes: of samples and checkpoints. num_students: one an expert.
     device_bytes: at least, where the pace does not know the peak; memory_bytes: of the CPU.
     """
@@ -92,9 +95,12 @@ def estimate(
     selecting = 0
     if config.selection.rule == "learned":
         selecting = count_selection_steps(config.selection, training.steps)
-    a_pass = selecting * pace.selecting + (training.steps - selecting) * pace.hardened
+    num_selecting = max(0, selecting - num_done)
+    num_hardened = training.steps - max(selecting, num_done)
+    a_pass = num_selecting * pace.selecting + num_hardened * pace.hardened
     share = training.batch_size / num_processes
-    warm_start = config.warm_start.warm_start_steps * share * _WARM_START * pace.call
+    warm_steps = 0 if num_done else config.warm_start.warm_start_steps
+    warm_start = warm_steps * share * _WARM_START * pace.call
     # The teacher, the layers merely swapped, and the student; the first process alone.
     comparing = 3 * evidence.evaluate_samples * steps * pace.call
     return Estimate(
@@ -151,6 +157,7 @@ def forecast(
         config,
         pace,
         num_missing=num_missing,
+        num_done=finished_steps(config.out / TRAINING_NAME) if num_students == 1 else 0,
         num_processes=num_processes,
         num_students=num_students,
         disk_bytes=samples + checkpoints,

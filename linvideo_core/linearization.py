@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 ARTIFACT_NAME = "linearized.safetensors"
 WARM_START_NAME = "warm_start"
+TRAINING_NAME = "training"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def train(
         ranking=ranking,
         team=team,
     )
-    folder = config.out / "training"
+    folder = config.out / TRAINING_NAME
     depths = [blocks(model, student.sites) for model in task.models]
     with (
         accelerated(task.models, student, config.training, team),

@@ -47,6 +47,9 @@ from .weight_changes import is_plain
 COPIED_BYTES = 64e6
 """A model that is no larger in fp32 is trained on copies of its weights, in fp32."""
 
+_TEXT = "text_embedding.0.weight"
+"""Wan's first layer for prompts [dim, text_dim], in which their width is seen."""
+
 _EVERY_PROMPT = 5
 """Of LinVideo's 300 prompts a node learns with each fifth: more than it makes videos, as a rule."""
 
@@ -235,7 +238,20 @@ class HostSubject:
             with torch.inference_mode():
                 comfy.model_management.load_models_gpu([self.model])
         device = self.device if self.family.refines_prompts else "cpu"
+        self._check_width(branches)
         return read_conditions(self.model.model, *branches.values(), self.video, device)
+
+    def _check_width(self, branches: dict[str, Any]) -> None:
+        """Raise ValueError for prompts that another text encoder has encoded."""
+        if _TEXT not in self.shapes:
+            return
+        width = self.shapes[_TEXT][1]
+        for name, entries in branches.items():
+            if other := [rows.shape[-1] for rows, _ in entries if rows.shape[-1] != width]:
+                raise ValueError(
+                    f"{name} is {other[0]} numbers wide, but this model takes {width}: connect the "
+                    "text encoder that belongs to it"
+                )
 
     def _encode(self, prompts: list[str], clip: Any, negative: list[Any] | None) -> list[Any]:
         if self.is_demo:

@@ -51,12 +51,15 @@ class LiveProgress:
         config: TransferConfig,
         latent_format: Any,
         video: Video,
+        forecast: str,
     ) -> None:
+        """forecast: a sentence on all of it, which stays under the words on the stage."""
         self._student = student
         self._subject = subject
         self._config = config
         self._latent_format = latent_format
         self._video = video
+        self._forecast = forecast
         self._bar = comfy.utils.ProgressBar(100)
         self._clock = _StageClock()
         self._estimate: Tensor | None = None
@@ -71,7 +74,11 @@ class LiveProgress:
         try:
             yield
         except comfy.model_management.InterruptProcessingException:
-            say(f"stopped while {self._clock.words}: all of it is kept, queue again to go on")
+            kept = "what was finished is kept, queue again to go on"
+            say(f"stopped while {self._clock.stage}: {kept}")
+            raise
+        except Exception:
+            say(f"ended by an error while {self._clock.stage}; ComfyUI shows what is wrong")
             raise
         finally:
             hook.remove()
@@ -97,7 +104,7 @@ class LiveProgress:
         # 100 is for the caller: ComfyUI takes it as the end.
         value = min(99, first + (last - first) * done // max(1, total))
         self._bar.update_absolute(value, 100, preview)
-        say(words)
+        say(f"{words[:1].upper()}{words[1:]}.\n{self._forecast}")
 
     @torch.no_grad()
     def _draw(
@@ -164,7 +171,7 @@ class _StageClock:
     """Where a stage stands and how long it will take, in words."""
 
     def __init__(self) -> None:
-        self.words = "beginning"
+        self.stage = "beginning"
         self._stage = ""
         self._begun, self._first = 0.0, 0
 
@@ -174,13 +181,13 @@ class _StageClock:
         if stage != self._stage:
             self._stage, self._begun, self._first = stage, now, done
         *_, meaning, unit = _STAGES[stage]
-        self.words = f"{meaning}: {unit} {min(done + 1, total)} of {total}"
+        self.stage = words = f"{meaning}: {unit} {min(done + 1, total)} of {total}"
         seconds, counted = now - self._begun, done - self._first
         if counted and done < total:
-            self.words += f", {show_time(seconds * (total - done) / counted)} left"
+            words += f", {show_time(seconds * (total - done) / counted)} left"
         if counted and done == total:
             logger.info("LinVideo: %s: %d %ss in %.2f s", stage, counted, unit, seconds)
-        return self.words
+        return words
 
     def leave_out(self, seconds: float) -> None:
         """Do not count seconds that went into a picture."""

@@ -20,6 +20,7 @@ import comfy.model_management
 import folder_paths
 import torch
 
+from ..linvideo_core import artifact
 from ..linvideo_core.artifact import ArtifactError
 from ..linvideo_core.artifact.names import check_name
 from ..linvideo_core.config import override
@@ -43,6 +44,12 @@ logger = logging.getLogger(__name__)
 _INPUTS = {"out": "name", "guidance_scale": "cfg", "num_trajectories": "num_videos"}
 _FIELDS = {node: core for core, node in _INPUTS.items()}
 _SIZES = ("width", "height", "frames", "seed")
+# What a run belongs to beside its settings, when it is another.
+_OTHERS = {
+    "weights": "another model, or with other LoRAs in it",
+    "conditions": "other prompts or conditioning",
+    "latent-shape": "another video size",
+}
 # What follows from other settings is not compared: those are.
 _FREE_FIELDS = ("out", "device", "shard_size", "teacher_folder", *settings_by_steps(1))
 _TEACHER_FOLDER = "linvideo_teacher"
@@ -85,8 +92,11 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
             latent_shape=host.video.latent_shape,
             transfer=config,
         )
-        check_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+        _check_run(identity)
         made = config.out / ARTIFACT_NAME
+        if made.exists() and not _is_whole(made):
+            # What it was made from is there: it is written again.
+            made.unlink()
         target = _find_target(config.out.name, made)
         if not made.exists():
             _train(host, config, identity)
@@ -123,6 +133,11 @@ def make_config(
         "evaluate_samples": 0,
         "teacher_folder": out.parent.with_name(_TEACHER_FOLDER),
     }
+    fewest = TransferConfig().trajectories.states_per_trajectory
+    if values["sampler_steps"] < fewest:
+        raise ValueError(
+            f"sampler_steps {values['sampler_steps']} given; at least {fewest} are needed"
+        )
     config = override(TransferConfig(), values)
     is_large = not host.is_copied(config)
     by_size = {
@@ -131,6 +146,29 @@ def make_config(
         "precision": "bf16" if is_large and host.training_dtype == torch.bfloat16 else "fp32",
     }
     return override(config, by_size)
+
+
+def _check_run(identity: HostRun) -> None:
+    """Raise ValueError, in one sentence, where the name belongs to a transfer that differs."""
+    out = identity.transfer.out
+    try:
+        check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    except ValueError as error:
+        found = next((what for name, what in _OTHERS.items() if f"--{name} " in str(error)), None)
+        if found is None:
+            raise
+        raise ValueError(
+            f"the transfer {out.name!r} was begun with {found}: give this one another name, or "
+            "that one what it was begun with"
+        ) from error
+
+
+def _is_whole(made: Path) -> bool:
+    try:
+        artifact.load(made)
+    except ArtifactError:
+        return False
+    return True
 
 
 def _begun_with(folder: Path) -> float | None:
@@ -147,19 +185,22 @@ def _find_target(name: str, made: Path) -> Path:
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
     target = folder / f"{name}.safetensors"
     if target.exists() and not (made.exists() and filecmp.cmp(made, target, shallow=False)):
+        why = "is not what this transfer made"
+        if not made.exists():
+            why = f"what it was made from is not in output/{FOLDER}/{name}"
         raise ValueError(
-            f"models/{FOLDER}/{target.name} exists and was not made by this transfer: choose "
-            "another name, or move that file away"
+            f"models/{FOLDER}/{target.name} exists, but {why}: choose another name, move that "
+            "file away, or apply it as it is"
         )
     return target
 
 
 def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None:
     with _tidied(), host.subject(config) as subject:
-        _say_what_it_takes(host, subject, config)
+        takes = _say_what_it_takes(host, subject, config)
         student = Student(subject, config.student, seed=config.seed)
-        open_run(config.out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-        progress = LiveProgress(student, subject, config, host.latent_format, host.video)
+        open_run(config.out, identity, ignore=_FREE_FIELDS)
+        progress = LiveProgress(student, subject, config, host.latent_format, host.video, takes)
         with progress.watching():
             linearize(student, subject, config, config.precision, progress)
 
@@ -182,22 +223,27 @@ def _collect() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def _say_what_it_takes(host: HostSubject, subject: Subject, config: TransferConfig) -> None:
-    """Measure a few calls, and show on the node what the whole will take.
+def _say_what_it_takes(host: HostSubject, subject: Subject, config: TransferConfig) -> str:
+    """Measure a few calls, show on the node what is to come takes, and return the sentence.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
     say("a few calls are measured, to tell what this takes")
-    found = forecast(subject, config, config.precision)
+    try:
+        found = forecast(subject, config, config.precision)
+    except comfy.model_management.InterruptProcessingException:
+        say("stopped before it had begun; queue again to begin, or to go on where it was")
+        raise
     total = comfy.model_management.get_total_memory(host.device)
     if found.device_bytes is not None:
         # The weights are ComfyUI's, and beside what PyTorch counts.
         found = dataclasses.replace(
             found, device_bytes=found.device_bytes + host.model.model_size()
         )
-    sentence = f"this takes {found.sentence(total)}"
+    sentence = f"This takes {found.sentence(total)}."
     logger.info("LinVideo: %s", sentence)
     say(sentence)
+    return sentence
 
 
 @contextlib.contextmanager
@@ -212,7 +258,9 @@ def _in_the_artists_words() -> Iterator[None]:
     except ArtifactError:
         raise
     except ValueError as error:
-        problem = ValueError(re.sub(r"--([a-z][a-z-]+)", _name_input, str(error)))
+        # Which a node decides itself.
+        words = str(error).replace(" give --activation-checkpointing,", "")
+        problem = ValueError(re.sub(r"--([a-z][a-z-]+)", _name_input, words))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise

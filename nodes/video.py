@@ -139,4 +139,10 @@ def _find_shape(latent_format: Any, inputs: dict[str, Any]) -> tuple[int, ...]:
     space_ratio = getattr(latent_format, "spacial_downscale_ratio", 8)
     size = given_size(inputs, USUAL_SIZE)
     num_frames = (size["frames"] - 1) // time_ratio + 1
-    return (num_channels, num_frames, *(size[side] // space_ratio for side in ("height", "width")))
+    sides = tuple(size[side] // space_ratio for side in ("height", "width"))
+    if min(sides) < 2:
+        raise ValueError(
+            f"videos of {size['width']} x {size['height']} pixels given; at least "
+            f"{2 * space_ratio} x {2 * space_ratio} are needed"
+        )
+    return (num_channels, num_frames, *sides)

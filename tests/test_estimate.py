@@ -53,6 +53,9 @@ def test_each_stage_takes_its_calls() -> None:
     assert told(config_of(choice="first")).training == 100 * 20
     assert told(config_of(), num_students=2).training == 2 * found.training
     assert told(config_of(evaluate_samples=2)).comparing == 3 * 2 * 50 * 2
+    begun = told(config_of(warm_start_steps=9), num_done=10)
+    assert begun.training == 20 * 30 + 70 * 20 and begun.warm_start == 0
+    assert told(config_of(), num_done=60).training == 40 * 20
     one, ten = (told(config_of(warm_start_steps=n)).warm_start for n in (1, 10))
     assert 0 < one < 4 * 2 and ten == pytest.approx(10 * one)
     four = told(config_of(warm_start_steps=10), num_processes=4)

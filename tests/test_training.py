@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from linvideo_core.checkpoints import CHECKPOINT_NAME, finished_steps
 from linvideo_core.task import ParameterGroup
 from linvideo_core.training import TrainingConfig, fit, learning_rate_share, seed_step
 
@@ -395,3 +396,12 @@ def test_impossible_settings_are_refused_by_flag(options: dict[str, float]) -> N
     flag = "--" + next(iter(options)).replace("_", "-")
     with pytest.raises(ValueError, match=flag):
         TrainingConfig(**options)
+
+
+def test_the_steps_that_are_kept_can_be_told_of_any_folder(tmp_path: Path) -> None:
+    assert finished_steps(tmp_path / "none") == 0
+    fit(LeastSquares(SETTINGS), SETTINGS, tmp_path, seed=0)
+    assert finished_steps(tmp_path) == SETTINGS.steps
+    path = tmp_path / CHECKPOINT_NAME
+    path.write_bytes(path.read_bytes()[:20])
+    assert finished_steps(tmp_path) == 0

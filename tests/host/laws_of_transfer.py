@@ -250,12 +250,26 @@ def a_name_belongs_to_one_transfer() -> None:
         for setting, changes in {
             "steps 1 and 300": {"steps": 300},
             "cfg 3.0 and 2.0": {"cfg": 2.0},
-            "conditions": {"negative": [[encode_prompts(["seven"]), {}]]},
+            "with other prompts": {"negative": [[encode_prompts(["seven"]), {}]]},
         }.items():
             message = _complaint(_run, **{**usual, **changes})
             assert setting in message and "another name" in message, message
         message = _complaint(run, _with_lora(_demo()[0]), _inputs(**usual))
-        assert "weights" in message and "another name" in message
+        assert "with another model" in message and "another name" in message
+        size = {"latent": {"samples": torch.zeros(1, LATENT_SHAPE[0], 2, 8, 16)}}
+        message = _complaint(_run, **usual, **size)
+        assert "another video size" in message and "/" not in message
+
+
+def a_damaged_result_is_written_again() -> None:
+    with _folders() as folder:
+        made = _run()
+        result = folder / "output" / "linvideo" / "law" / "linearized.safetensors"
+        result.write_bytes(result.read_bytes()[:500])
+        (folder / "models" / "law.safetensors").unlink()
+        again = _run()
+    for tensor, expected in zip(_tensors(again), _tensors(made), strict=True):
+        assert torch.equal(tensor, expected)
 
 
 def _with_lora(model: Any) -> Any:
@@ -498,6 +512,8 @@ def what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
             "no prompt": {"positive": []},
             "one is needed": {"negative": [[torch.cat([prompt, prompt]), {}]]},
             "'area'": {"positive": [[prompt, {"area": (1, 1, 0, 0)}]]},
+            "numbers wide": {"positive": [[prompt[..., :7], {}]]},
+            "at least 8 are needed": {"sampler_steps": 1},
             "tokens long": {"positive": [[prompt[:, :4], {}]]},
             "[1, 4, 8, 8]": {"latent": {"samples": torch.zeros(1, 4, 8, 8)}},
             "[1, 4, 7, 16, 16]": {"latent": {"samples": torch.zeros(1, 4, 7, 16, 16)}},

@@ -55,6 +55,12 @@ DRAWN = """() => {
     return drawn;
 }"""
 VISIBLE = "() => { app.canvas.ds.computeVisibleArea(); return [...app.canvas.visible_area] }"
+WORDS = """() => {
+    const node = app.graph.nodes.find(({ type }) => type === "LinVideo");
+    const words = node.widgets.find(({ name }) => name === "$$node-text-preview");
+    const [, needed] = node.computeSize();
+    return { text: words?.value ?? "", room: words?.computedHeight, height: node.size[1], needed };
+}"""
 LINEARIZE = """() => {
     const node = app.graph.nodes.find(({ type }) => type === "LinVideo");
     const values = Object.fromEntries(node.widgets.map(({ name, value }) => [name, value]));
@@ -194,8 +200,12 @@ def test_a_template_opens_whole_and_readable_on_a_laptop(name: str, page: Any) -
         assert top <= y and y + node_height <= top + height
 
 
-def test_run_on_the_demo_shows_a_video(page: Any, artists_server: Server) -> None:
+def test_run_on_the_demo_shows_a_video_and_what_differs(page: Any, artists_server: Server) -> None:
     open_template(page, DEMO)
+    page.evaluate(
+        "() => app.graph.nodes.filter(({ type }) => type === 'KSampler').forEach("
+        "(node) => { node.widgets.find(({ name }) => name === 'cfg').value = 7 })"
+    )
     page.get_by_role("button", name="Run", exact=True).first.click()
     page.wait_for_function(
         "() => app.graph.nodes.some(({ type, imgs }) => /WEBP/.test(type) && imgs)"
@@ -203,6 +213,11 @@ def test_run_on_the_demo_shows_a_video(page: Any, artists_server: Server) -> Non
     (answer,) = artists_server.ask("/history").values()
     assert answer["status"]["status_str"] == "success", answer["status"]
     assert_nothing_is_wrong(page)
+    page.wait_for_function(f"() => ({WORDS})().text.includes('Sampled: cfg 7')")
+    page.evaluate(SETTLED)
+    said = page.evaluate(WORDS)
+    assert said["room"] >= 15 * len(said["text"].split("\n"))
+    assert said["height"] >= said["needed"]
 
 
 def choose(page: Any, widget: str, value: str) -> None:

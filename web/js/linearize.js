@@ -3,13 +3,25 @@
  *
  * ComfyUI makes the widgets of a mode anew whenever the mode is chosen, and drops its links. What
  * the other modes held waits in the node's properties, so it is saved with the workflow.
+ *
+ * The node also grows as far as what it says and shows needs: ComfyUI leaves two lines for words.
  */
 
+import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const NODE = "LinVideo";
 const MODE = "mode";
 const PROPERTY = "other modes";
+
+const TRANSFER = "run the transfer now";
+const WORDS = "$$node-text-preview";
+const PICTURE = "$$canvas-image-preview";
+/** Of the graph's units: a line and a letter of the words, what is around them, a picture. */
+const LINE = 18;
+const LETTER = 6.2;
+const MARGIN = 50;
+const PICTURE_HEIGHT = 430;
 
 let files = [];
 
@@ -105,8 +117,40 @@ class ModeMemory {
   }
 }
 
+function allNodes() {
+  const graphs = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
+  return graphs.flatMap((graph) => graph.nodes).filter(({ type }) => type === NODE);
+}
+
+/** Make a node as high as its words and, while it trains, its picture need; never lower. */
+function makeRoom(node) {
+  const find = (wanted) => node.widgets.find(({ name }) => name === wanted);
+  const words = find(WORDS);
+  if (words) {
+    const letters = (node.size[0] - MARGIN) / LETTER;
+    const lines = String(words.value).split("\n").map(({ length }) => Math.ceil(length / letters));
+    const height = LINE * (1 + lines.reduce((sum, count) => sum + Math.max(1, count), 0));
+    words.options.getMinHeight = () => height;
+  }
+  const picture = find(PICTURE);
+  if (picture && find(MODE).value === TRANSFER) {
+    picture.computeLayoutSize = () => ({ minHeight: PICTURE_HEIGHT, minWidth: 1 });
+  }
+  const [, height] = node.computeSize();
+  if (height > node.size[1]) node.setSize([node.size[0], height]);
+  node.setDirtyCanvas(true, true);
+}
+
 app.registerExtension({
   name: "LinVideo.Linearize",
+
+  setup() {
+    // After ComfyUI's own listeners have made the widgets of words and pictures.
+    const grow = () => setTimeout(() => allNodes().forEach(makeRoom));
+    for (const event of ["progress_text", "executed", "b_preview_with_metadata"]) {
+      api.addEventListener(event, grow);
+    }
+  },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== NODE) return;
@@ -119,8 +163,6 @@ app.registerExtension({
   },
 
   refreshComboInNodes() {
-    const graphs = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
-    const nodes = graphs.flatMap((graph) => graph.nodes);
-    nodes.filter(({ type }) => type === NODE).forEach(refreshFiles);
+    allNodes().forEach(refreshFiles);
   },
 });
