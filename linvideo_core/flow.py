@@ -4,6 +4,7 @@
 predicts the velocity `u = noise - x0`. Every conversion of the project lives here, once.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -79,3 +80,71 @@ def sample_euler(
             on_step(i, latents, velocity)
         latents = euler_step(latents, velocity, sigma, sigma_next)
     return latents
+
+
+@torch.no_grad()
+def sample_few_step(
+    velocity_fn: VelocityFn,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    generator: torch.Generator,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Predict x0 at each of `sigmas` [steps + 1] but the last, then noise it to the next.
+
+    noise: [B, C, F, H, W] at the first sigma.
+    generator: draws the fresh noise on its own device, none for a next sigma of 0. It must not
+        repeat the noise that sampling starts from: ComfyUI's lcm takes the next seed on a CPU.
+    on_step: called after each prediction with (step index, latents, x0).
+
+    Returns the latents at the last sigma: the last x0 where that is 0.
+    """
+    latents = noise
+    # Asked here, where it costs a GPU no wait.
+    is_renoised = (sigmas[1:] > 0).tolist()
+    sigmas = sigmas.to(noise.device)
+    for i in range(len(sigmas) - 1):
+        sigma, sigma_next = (s.expand(noise.shape[0]) for s in (sigmas[i], sigmas[i + 1]))
+        x0 = velocity_to_x0(latents, velocity_fn(latents, sigma), sigma)
+        if on_step is not None:
+            on_step(i, latents, x0)
+        latents = x0
+        if is_renoised[i]:
+            fresh = torch.randn(
+                x0.shape, generator=generator, device=generator.device, dtype=x0.dtype
+            )
+            latents = add_noise(x0, fresh.to(x0.device), sigma_next)
+    return latents
+
+
+_RENOISE_SEED = 0x7E58_0000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one model is sampled.
+
+    sigmas: [steps + 1], falling to 0; is_few_step: by prediction and fresh noise, not by Euler.
+    guidance_scale: 1 for a model that has its guidance baked in.
+    """
+
+    sigmas: Tensor
+    guidance_scale: float
+    is_few_step: bool = False
+
+    def sample(
+        self,
+        velocity_fn: VelocityFn,
+        noise: Tensor,
+        *,
+        seed: int,
+        on_step: Callable[[int, Tensor, Tensor], None],
+    ) -> Tensor:
+        """Return the latents [B, ...] that noise [B, ...] becomes; seed: of the renoising."""
+        if not self.is_few_step:
+            return sample_euler(velocity_fn, noise, self.sigmas, on_step=on_step)
+        generator = torch.Generator().manual_seed(_RENOISE_SEED + seed)
+        return sample_few_step(
+            velocity_fn, noise, self.sigmas, generator=generator, on_step=on_step
+        )

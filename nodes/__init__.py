@@ -13,7 +13,7 @@ NODES = {
     "few_step": ("LinVideoFewStepSampler", "LinVideoFewStepSigmas"),
     "file_nodes": ("LinVideoSave", "LinVideoLoad", "LinVideoShowFile"),
     "softmax_backend": ("LinVideoSoftmaxBackend",),
-    "prompts": ("LinVideoExportPrompts",),
+    "export_prompts": ("LinVideoExportPrompts",),
     "demo": ("LinVideoDemo", "LinVideoDemoDecode"),
 }
 
@@ -23,7 +23,7 @@ class LinVideoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes; a file that cannot be loaded costs its own nodes only."""
-        from .files import register_folder
+        from .model_folder import register_folder
 
         register_folder()
         found = []

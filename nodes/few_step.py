@@ -13,7 +13,7 @@ from comfy_extras.nodes_custom_sampler import SamplerCustom
 from torch import Tensor
 
 from ..linvideo_core.artifact import Artifact, ArtifactHeader
-from .hook import KEY
+from .patching.injection import KEY
 from .schema import LinVideo, make_schema
 
 _SAMPLER = "lcm"

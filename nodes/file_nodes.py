@@ -4,9 +4,16 @@ from comfy_api.latest import io, ui
 
 from ..linvideo_core import artifact
 from ..linvideo_core.artifact import Artifact
-from ..linvideo_core.artifact.description import describe
-from .datasheet import show_datasheet
-from .files import FOLDER, choose_path, find_file, fingerprint, list_files, shown_name
+from ..linvideo_core.artifact.summary import describe
+from .model_folder import (
+    FOLDER,
+    choose_path,
+    find_file,
+    fingerprint,
+    list_files,
+    show_datasheet,
+    shown_name,
+)
 from .schema import LinVideo, make_schema
 
 

@@ -6,13 +6,12 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..linvideo_core import artifact
-from .datasheet import show_datasheet
-from .files import find_file, fingerprint, list_files
-from .hook import KEY
-from .patching import linearize
-from .sampled_as import find_guidance
+from .model_folder import find_file, fingerprint, list_files, show_datasheet
+from .patching.apply import linearize
+from .patching.injection import KEY
 from .schema import LinVideo, make_input, make_schema
-from .transfer_inputs import read_transfer_inputs, transfer_inputs
+from .transfer.guidance import find_guidance
+from .transfer.inputs import read_transfer_inputs, transfer_inputs
 
 APPLY = "apply a saved file"
 APPLY_INPUT = "apply a connected LINVIDEO"
@@ -142,7 +141,7 @@ def _find_artifact(
     if mode["mode"] == APPLY:
         return artifact.load(find_file(mode["file"]))
     # On use: what trains and draws takes a second to import.
-    from .transfer import run
+    from .transfer.pipeline import run
 
     made = _MADE[mode["name"]] = run(model, read_transfer_inputs(mode), guidance_scale)
     return artifact.load(made)

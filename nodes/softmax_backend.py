@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..linvideo_core.kernels import softmax_attention
-from .attention_call import override_self_attention
+from .patching.attention_override import override_self_attention
 from .schema import make_schema
 
 _KERNELS = {"cuDNN": "cudnn", "FlashAttention": "flash"}

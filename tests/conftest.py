@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linvideo_core.artifact import Artifact, extract
-from linvideo_core.config import override
-from linvideo_core.linearization import TransferConfig
 from linvideo_core.models.wan import WanConfig, WanModel
-from linvideo_core.student import Student, StudentConfig
-from linvideo_core.subject import Subject
+from linvideo_core.run.config import override
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.student import Student, StudentConfig
 
 LATENT_SHAPE = (4, 2, 6, 4)
 TEXT_DIM = 16

@@ -1,4 +1,4 @@
-"""What every process of tests/test_parallel.py runs: small trainings, alone or as a team.
+"""What every process of tests/training/test_fsdp.py runs: small trainings, alone or as a team.
 
 torchrun --nproc-per-node 2 tests/team_program.py FOLDER NAME,NAME,... [DEVICE]
 """
@@ -20,22 +20,24 @@ from conftest import make_subject, make_wan
 from safetensors.torch import save_file
 from torch import nn
 
-from linvideo_core import artifact, distill, parallel
-from linvideo_core.adapters import blocks
-from linvideo_core.config import run_command
-from linvideo_core.distillation import DistillationConfig, make_student
-from linvideo_core.linearization import TransferConfig, linearize
-from linvideo_core.models.rounded import place
-from linvideo_core.objectives import ObjectiveConfig
-from linvideo_core.progress import Progress, silent
-from linvideo_core.selection import SelectionConfig
-from linvideo_core.sensitivity import SensitivityConfig
-from linvideo_core.student import Student, StudentConfig, twin
-from linvideo_core.subject import Subject
-from linvideo_core.team import Team
-from linvideo_core.training import TrainingConfig
-from linvideo_core.trajectories import TrajectoryConfig
-from linvideo_core.warm_start import WarmStartConfig
+from linvideo_core import artifact
+from linvideo_core.distill import cli as distill
+from linvideo_core.distill.task import DistillationConfig, make_student
+from linvideo_core.models.attention_sites import blocks
+from linvideo_core.models.quantized import place
+from linvideo_core.run.config import run_command
+from linvideo_core.run.progress import Progress, silent
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.trajectories import TrajectoryConfig
+from linvideo_core.training import fsdp
+from linvideo_core.training.process_group import Team
+from linvideo_core.training.trainer import TrainingConfig
+from linvideo_core.transfer.layer_selection.rules import SelectionConfig
+from linvideo_core.transfer.layer_selection.sensitivity import SensitivityConfig
+from linvideo_core.transfer.objectives import ObjectiveConfig
+from linvideo_core.transfer.pipeline import TransferConfig, linearize
+from linvideo_core.transfer.student import Student, StudentConfig, twin
+from linvideo_core.transfer.warm_start import WarmStartConfig
 
 STOP_AT = 2
 TRANSFER = TransferConfig(
@@ -203,7 +205,7 @@ SCENARIOS: dict[str, Callable[[Path, Team, str], None]] = {
 def main() -> None:
     """Run the scenarios that are named, each in a folder of its name or of another, `NAME=TO`."""
     torch.set_num_threads(1)
-    team = parallel.assemble()
+    team = fsdp.assemble()
     folder, jobs, *device = sys.argv[1:]
     for job in jobs.split(","):
         name, _, to = job.partition("=")
@@ -212,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(parallel.together(main))
+    run_command(fsdp.together(main))

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from linvideo_core import distill, evaluate, transfer
+from linvideo_core.distill import cli as distill
+from linvideo_core.evaluate import cli as evaluate
+from linvideo_core.transfer import cli as transfer
 from tests.conftest import make_subject, make_wan, save_inputs
 
 pytestmark = pytest.mark.gpu

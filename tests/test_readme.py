@@ -13,7 +13,8 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
-OURS = [command for command in COMMANDS if command.startswith("python -m linvideo_core")]
+PACKAGES = ("linvideo_core", "benchmarks", "research")
+OURS = [c for c in COMMANDS if c.startswith(tuple(f"python -m {name}" for name in PACKAGES))]
 
 
 def test_readme_shows_the_main_job_and_the_tests_with_their_installation() -> None:

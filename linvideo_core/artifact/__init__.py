@@ -7,12 +7,12 @@ it wants to be. A file is untrusted: everything
 in it is checked, and every complaint is an `ArtifactError` of one sentence.
 """
 
+from .apply import Applied, apply, check, extract, transfer_into, warn_of_other_weights
 from .base_weights import BaseWeights, WeightsMatch, compare_weights
-from .contents import Artifact, ArtifactHeader
 from .fields import ArtifactError
 from .file import load, save
+from .header import Artifact, ArtifactHeader
 from .sampled import find_differences
-from .transplant import Applied, apply, check, extract, transfer_into, warn_of_other_weights
 from .usage import Usage
 
 __all__ = [

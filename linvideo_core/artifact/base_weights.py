@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from ..adapters.sketch import sketch_distance
-from .contents import ArtifactHeader
+from ..models.sketch import sketch_distance
+from .header import ArtifactHeader
 
 _SAME, _CLOSE = 0.005, 0.1
 
@@ -13,7 +13,7 @@ _SAME, _CLOSE = 0.005, 0.1
 class BaseWeights:
     """What tells a model's own weights from others, as far as they could be read.
 
-    digest, sketch: of `adapters.weights_digest` and `adapters.weights_sketch`; empty where unread.
+    digest, sketch: of `attention_sites.weights_digest` and `weights_sketch`; empty where unread.
     bits: that a weight takes in the model.
     """
 
@@ -49,7 +49,7 @@ class WeightsMatch:
 def compare_weights(header: ArtifactHeader, found: BaseWeights) -> WeightsMatch:
     """Compare what a file says of the weights it was made from with a model's.
 
-    Sketches decide where both have one (see `adapters.sketch` for what roundings measure).
+    Sketches decide where both have one (see `models.sketch` for what roundings measure).
     """
     if header.weights_digest == found.digest:
         return WeightsMatch("same", 0.0)

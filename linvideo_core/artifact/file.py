@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..storage import write_tensors
-from .contents import DTYPES, FORMAT_VERSION, Artifact, ArtifactHeader
+from ..run.files import write_tensors
 from .fields import ArtifactError
+from .header import DTYPES, FORMAT_VERSION, Artifact, ArtifactHeader
 from .usage import read_usage
 
 _OURS = "linvideo."

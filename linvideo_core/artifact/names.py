@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from .contents import ArtifactError
+from .header import ArtifactError
 
 SUFFIX = ".safetensors"
 

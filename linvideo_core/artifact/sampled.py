@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ..flow import make_sigmas
-from .contents import ArtifactHeader
-from .description import describe_size
+from .header import ArtifactHeader
+from .summary import describe_size
 from .usage import Usage
 
 _NEAR_LEVEL = 2e-3

@@ -1,18 +1,29 @@
 """The embedded default: a small, really trained Wan text-to-video of moving handwritten digits.
 
-In the order of the flow:
-    digits    clips of a handwritten digit that moves in one of eight directions (training data)
-    codec     frames <-> latents, a fixed space-to-depth that stands where a video VAE stands
-    prompts   prompt -> prompt embeddings, from a stored table of word vectors
-    judge     a video classifier that says which digit moves where
-    sampling  prompts and noise -> clips, with guidance; their measures; a picture of them
-    flow_matching  training of the model: loss, schedule, averaged weights
-    train     the command that made every file in weights/
+    codec       frames <-> latents, a fixed space-to-depth that stands where a video VAE stands
+    prompts     prompt -> prompt embeddings, from a stored table of word vectors
+    classifier  which digit moves where in a clip
 
-Sampling and judging need the stored weights alone; only training needs scikit-learn.
+The stored weights are all that these need; `research/demo_model` is what made them.
 """
 
+import math
 from pathlib import Path
+
+NUM_FRAMES, FRAME_SIZE = 28, 32
+"""Of a clip: frames, and the pixels of a side."""
+
+# Word -> unit vector (x to the right, y downwards); the order is the order of motion labels.
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "right": (1.0, 0.0),
+    "left": (-1.0, 0.0),
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+    "up-right": (math.sqrt(0.5), -math.sqrt(0.5)),
+    "up-left": (-math.sqrt(0.5), -math.sqrt(0.5)),
+    "down-right": (math.sqrt(0.5), math.sqrt(0.5)),
+    "down-left": (-math.sqrt(0.5), math.sqrt(0.5)),
+}
 
 DEMO_GUIDANCE_SCALE = 3.0
 """The guidance at which the embedded model is sampled wherever no other is asked for."""

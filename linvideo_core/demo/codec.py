@@ -7,7 +7,7 @@ them, so its 16 channels see local motion.
 from einops import rearrange
 from torch import Tensor
 
-from .digits import FRAME_SIZE, NUM_FRAMES
+from . import FRAME_SIZE, NUM_FRAMES
 
 TIME_PATCH, SPACE_PATCH = 4, 2
 LATENT_SHAPE = (

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import weights_path
-from .digits import DIRECTIONS
+from . import DIRECTIONS, weights_path
 
 TEXT_DIM = 4096
 NUM_TOKENS = 8

@@ -11,8 +11,8 @@ import os
 import torch
 from torch import Tensor
 
-from . import operators
-from . import rotary as rotary_operator
+from . import custom_ops
+from . import qk_norm_rope as rotary_operator
 from .softmax import softmax_attention
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", *operators.BACKENDS)
+BACKENDS = ("auto", *custom_ops.BACKENDS)
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 HEAD_DIMS, FEATURE_RATIOS = (64, 128), (1, 2)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,7 +67,7 @@ def linear_attention(
     if is_joint:
         unknown = "the fused kernels know the feature map 'hedgehog' alone"
     chosen = _choose(backend, query.device, unknown)
-    return operators.linear_attention(query, key, value, query_map, key_map, chosen, is_joint)[0]
+    return custom_ops.linear_attention(query, key, value, query_map, key_map, chosen, is_joint)[0]
 
 
 def norm_rotary(

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .naming import KNOWN, describe_stranger, official_names
-from .rounded import place
-from .stored import StoredTensor, find_tensors
+from .key_names import KNOWN, describe_stranger, official_names
+from .quantized import place
+from .shards import StoredTensor, find_tensors
 from .wan import WanConfig, WanModel
 
 _NOT_TEXT_TO_VIDEO = {

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import option
-from .denoiser import TIMESTEP_SCALE
+from ..run.config import option
+from .velocity import TIMESTEP_SCALE
 
 HIGH, LOW = SIDES = ("high_noise", "low_noise")
 

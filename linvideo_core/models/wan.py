@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention import SoftmaxAttention
 from ..kernels import norm_rotary
+from .attention import SoftmaxAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..progress import Progress, silent
-from ..storage import write_tensors
+from ..run.files import write_tensors
+from ..run.progress import Progress, silent
 
 STAGE = "encoding prompts"
 _KEPT_EVERY = 32

@@ -4,9 +4,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from ..config import option
-from ..memory import Need, check_memory
-from ..progress import Progress, silent
+from ..run.config import option
+from ..run.memory import Need, check_memory
+from ..run.progress import Progress, silent
 from . import NEGATIVE_PROMPT, default_prompts, read_prompts
 from .embeddings import PromptEmbeds, encode_once, find_identity, identity_of, read_embeds
 from .text_encoder import MAX_TOKENS, TextEncoder, computed_in, open_encoder

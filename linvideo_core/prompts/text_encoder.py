@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..models.stored import StoredTensor, find_tensors
+from ..models.shards import StoredTensor, find_tensors
 
 MAX_TOKENS = 512
 EXTRA = ("transformers", "sentencepiece", "ftfy")

@@ -18,12 +18,12 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy_extras import nodes_custom_sampler
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
-from linvideo_pack.linvideo_core.few_step import sample_few_step
-from linvideo_pack.linvideo_core.lora_file import load_lora, with_lora
-from linvideo_pack.linvideo_core.models.denoiser import bind_guided
-from linvideo_pack.nodes import files
+from linvideo_pack.linvideo_core.evaluate.lora_file import load_lora, with_lora
+from linvideo_pack.linvideo_core.flow import sample_few_step
+from linvideo_pack.linvideo_core.models.velocity import bind_guided
+from linvideo_pack.nodes import model_folder
 from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.patching.apply import linearize
 from safetensors.torch import save_file
 from stage import assert_close, collect_warnings, device, load_headless, lora, merge_lora
 from stage import demo as _demo
@@ -37,7 +37,7 @@ _SEED = 7
 @functools.cache
 def _distilled() -> Artifact:
     """The shipped file of four steps."""
-    return artifact.load(files.find_file(files.SHIPPED_FEW_STEP))
+    return artifact.load(model_folder.find_file(model_folder.SHIPPED_FEW_STEP))
 
 
 def _sample(model: Any, steps: int, **settings: Any) -> Tensor:

@@ -13,7 +13,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 from linvideo_pack.linvideo_core.artifact import ArtifactError
-from linvideo_pack.nodes import demo, files
+from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.file_nodes import LinVideoLoad, LinVideoSave, LinVideoShowFile
 from linvideo_pack.nodes.linearize import APPLY, APPLY_INPUT, LinVideoLinearize
 from stage import shipped as _shipped
@@ -27,16 +27,16 @@ folder_paths.set_temp_directory(_PREVIEWS.name)
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     """An empty folder in place of models/linvideo."""
-    kept = folder_paths.folder_names_and_paths.get(files.FOLDER)
+    kept = folder_paths.folder_names_and_paths.get(model_folder.FOLDER)
     with tempfile.TemporaryDirectory() as folder:
-        folder_paths.folder_names_and_paths[files.FOLDER] = ([folder], {".safetensors"})
+        folder_paths.folder_names_and_paths[model_folder.FOLDER] = ([folder], {".safetensors"})
         try:
             yield Path(folder)
         finally:
-            folder_paths.folder_names_and_paths.pop(files.FOLDER)
-            folder_paths.filename_list_cache.pop(files.FOLDER, None)
+            folder_paths.folder_names_and_paths.pop(model_folder.FOLDER)
+            folder_paths.filename_list_cache.pop(model_folder.FOLDER, None)
             if kept is not None:
-                folder_paths.folder_names_and_paths[files.FOLDER] = kept
+                folder_paths.folder_names_and_paths[model_folder.FOLDER] = kept
 
 
 def _save(name: str, *, overwrite: bool = False) -> str:
@@ -56,7 +56,7 @@ def _complaint(function: Callable[..., Any], *arguments: Any) -> str:
 def what_is_saved_is_what_is_loaded() -> None:
     with _folder():
         name = _save("mine")
-        assert name == "mine.safetensors" and name in files.list_files()
+        assert name == "mine.safetensors" and name in model_folder.list_files()
         (loaded,) = LinVideoLoad.execute(name).result
     assert loaded.header == _shipped().header
     for kind in ("feature_maps", "low_rank"):
@@ -79,7 +79,7 @@ def a_file_is_never_replaced_unless_asked() -> None:
 def folders_in_a_name_are_made() -> None:
     with _folder() as folder:
         name = str(Path("wan", "480p", "mine.safetensors"))
-        assert _save("wan/480p\\mine") == name and name in files.list_files()
+        assert _save("wan/480p\\mine") == name and name in model_folder.list_files()
         assert (folder / "wan" / "480p" / "mine.safetensors").is_file()
         (loaded,) = LinVideoLoad.execute(name).result
         assert loaded.header == _shipped().header
@@ -92,7 +92,7 @@ def a_name_that_leads_out_or_is_none_is_refused() -> None:
     with tempfile.TemporaryDirectory() as outside, _folder() as folder:
         for name in [*bad, f"{outside}/mine", f"/{outside}/mine", f"\\\\{outside[1:]}\\mine"]:
             assert "filename" in _complaint(_save, name), name
-            assert "filename" in _complaint(files.choose_prompts_path, name), name
+            assert "filename" in _complaint(model_folder.choose_prompts_path, name), name
         assert not list(folder.iterdir()) and not list(Path(outside).iterdir())
         assert not (folder.parent / "mine.safetensors").exists()
 
@@ -113,14 +113,19 @@ def a_folder_in_a_files_place_is_one_sentence() -> None:
 def a_folder_that_is_gone_costs_its_own_files_alone() -> None:
     with _folder() as folder:
         _save("mine")
-        assert "mine.safetensors" in files.list_files()
+        assert "mine.safetensors" in model_folder.list_files()
         folder.rename(folder.with_name("moved"))
         try:
-            assert files.list_files() == [files.SHIPPED, files.SHIPPED_FEW_STEP]
-            assert LinVideoLoad.execute(files.SHIPPED).result[0].header == _shipped().header
-            assert files.fingerprint(files.SHIPPED)
-            assert "not in models/linvideo" in _complaint(files.fingerprint, "mine.safetensors")
-            assert _save("again") == "again.safetensors" in files.list_files()
+            assert model_folder.list_files() == [
+                model_folder.SHIPPED,
+                model_folder.SHIPPED_FEW_STEP,
+            ]
+            assert LinVideoLoad.execute(model_folder.SHIPPED).result[0].header == _shipped().header
+            assert model_folder.fingerprint(model_folder.SHIPPED)
+            assert "not in models/linvideo" in _complaint(
+                model_folder.fingerprint, "mine.safetensors"
+            )
+            assert _save("again") == "again.safetensors" in model_folder.list_files()
         finally:
             shutil.rmtree(folder.with_name("moved"))
 
@@ -131,14 +136,14 @@ def _extra_paths(text: str) -> Iterator[Path]:
     known = folder_paths.folder_names_and_paths
     before = dict(known)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as undo:
-        undo.callback(folder_paths.filename_list_cache.pop, files.FOLDER, None)
+        undo.callback(folder_paths.filename_list_cache.pop, model_folder.FOLDER, None)
         undo.callback(known.update, before)
         undo.callback(known.clear)
         undo.callback(setattr, folder_paths, "models_dir", folder_paths.models_dir)
         undo.callback(setattr, args, "extra_model_paths_config", args.extra_model_paths_config)
         folder_paths.models_dir = str(Path(name, "models"))
         known["loras"] = ([str(Path(name, "models", "loras"))], {".safetensors"})
-        known.pop(files.FOLDER, None)
+        known.pop(model_folder.FOLDER, None)
         path = Path(name, "paths.yaml")
         path.write_text(text)
         args.extra_model_paths_config = [[str(path)]]
@@ -163,19 +168,21 @@ def the_folders_come_in_comfyuis_own_order() -> None:
     """
     with _extra_paths(textwrap.dedent(text)) as folder:
         for _ in range(2):
-            files.register_folder()
-            ours, loras = (folder_paths.get_folder_paths(kind) for kind in (files.FOLDER, "loras"))
+            model_folder.register_folder()
+            ours, loras = (
+                folder_paths.get_folder_paths(kind) for kind in (model_folder.FOLDER, "loras")
+            )
             assert ours == [path.replace("loras", "linvideo") for path in loras], ours
         assert ours[0] == str(folder / "last" / "linvideo")
-        assert _save("mine") == "mine.safetensors" in files.list_files()
+        assert _save("mine") == "mine.safetensors" in model_folder.list_files()
         assert (folder / "last" / "linvideo" / "mine.safetensors").is_file()
 
 
 def a_folder_that_is_only_searched_is_not_saved_into() -> None:
     with _extra_paths("searched: {linvideo: here}") as folder:
-        files.register_folder()
+        model_folder.register_folder()
         expected = [str(folder / "models" / "linvideo"), str(folder / "here")]
-        assert folder_paths.get_folder_paths(files.FOLDER) == expected
+        assert folder_paths.get_folder_paths(model_folder.FOLDER) == expected
 
 
 def the_picture_is_an_image_and_the_words_name_the_layers() -> None:
@@ -190,7 +197,7 @@ def a_connected_file_gives_the_same_latents_as_a_chosen_one() -> None:
     model, positive, negative, latent = demo.LinVideoDemo.execute("three", "left", 1).result
     noise = comfy.sample.prepare_noise(latent["samples"], 1)
     modes = (
-        {"mode": APPLY, "file": files.SHIPPED, "strength": 0.5, "keep_first_steps": 0},
+        {"mode": APPLY, "file": model_folder.SHIPPED, "strength": 0.5, "keep_first_steps": 0},
         {"mode": APPLY_INPUT, "linvideo": _shipped(), "strength": 0.5, "keep_first_steps": 0},
     )
     samples, reports = [], []
@@ -209,7 +216,12 @@ def the_report_says_the_strength() -> None:
     weak, strong = (
         LinVideoLinearize.execute(
             model,
-            {"mode": APPLY, "file": files.SHIPPED, "strength": strength, "keep_first_steps": 0},
+            {
+                "mode": APPLY,
+                "file": model_folder.SHIPPED,
+                "strength": strength,
+                "keep_first_steps": 0,
+            },
         ).result[2]
         for strength in (0.5, 1.0)
     )

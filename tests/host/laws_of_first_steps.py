@@ -16,7 +16,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from linvideo_pack.linvideo_core.artifact import ArtifactError
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.patching.apply import linearize
 from stage import (
     STEPS,
     assert_close,

@@ -9,9 +9,9 @@ import comfy.ops
 import torch
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact import Artifact
-from linvideo_pack.linvideo_core.attention import LinearAttention, LinearForm
-from linvideo_pack.nodes.feature_maps import LayerMaps
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.linvideo_core.models.attention import LinearAttention, LinearForm
+from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.linear_layers import LayerMaps
 from stage import (
     STEPS,
     assert_close,

@@ -19,8 +19,8 @@ import laws_of_variants
 import laws_of_watch
 import torch
 from comfy.ldm.flux.layers import EmbedND
-from linvideo_pack.nodes.families import wan_fused
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.families import wan_fused
 from stage import assert_close, demo, device, made_with_weights, sample, shipped
 from torch import Tensor, nn
 

@@ -24,20 +24,20 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from laws_of_transfer import _folders
 from linvideo_pack.linvideo_core import artifact
-from linvideo_pack.linvideo_core.artifact.description import describe_size
+from linvideo_pack.linvideo_core.artifact.summary import describe_size
 from linvideo_pack.linvideo_core.flow import make_sigmas, sample_euler
-from linvideo_pack.linvideo_core.models.denoiser import bind_guided
-from linvideo_pack.linvideo_core.student import Student, StudentConfig
-from linvideo_pack.linvideo_core.subject import Subject
-from linvideo_pack.nodes import host_subject
-from linvideo_pack.nodes.conditions import Conditions
-from linvideo_pack.nodes.families import host_family
-from linvideo_pack.nodes.frozen_weights import freeze
-from linvideo_pack.nodes.hook import KEY
-from linvideo_pack.nodes.host_model import HostModel
-from linvideo_pack.nodes.host_subject import HostSubject
-from linvideo_pack.nodes.patching import linearize
-from linvideo_pack.nodes.transfer import make_config, run
+from linvideo_pack.linvideo_core.models.velocity import bind_guided
+from linvideo_pack.linvideo_core.teacher.teacher import Subject
+from linvideo_pack.linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.families import host_family
+from linvideo_pack.nodes.patching.injection import KEY
+from linvideo_pack.nodes.transfer import host_teacher
+from linvideo_pack.nodes.transfer.conditioning import Conditions
+from linvideo_pack.nodes.transfer.frozen_weights import freeze
+from linvideo_pack.nodes.transfer.host_model import HostModel
+from linvideo_pack.nodes.transfer.host_teacher import HostSubject
+from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from stage import TOLERANCES, assert_close, complaint, device
 from torch import Tensor
 from variants import FHW, minimax_h3, random_tensor
@@ -140,7 +140,7 @@ def _compare(model: Any, inputs: dict[str, Any]) -> None:
         timesteps = 1000 * torch.tensor(sigmas, device=device())
         found = subject.model(latents.clone(), timesteps, prompts)
     # What is not copied computes in bf16 on a GPU.
-    is_exact = device().type == "cpu" or host_subject.COPIED_BYTES
+    is_exact = device().type == "cpu" or host_teacher.COPIED_BYTES
     tolerance = _TOLERANCE if is_exact else TOLERANCES[torch.float16]
     for part in (slice(_NUM_VIDEO), slice(_NUM_VIDEO, None)):
         assert_close(found[:, 0, 0, 0, part], torch.cat(expected)[:, 0, part], tolerance)
@@ -149,12 +149,12 @@ def _compare(model: Any, inputs: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _uncopied() -> Iterator[None]:
     """Train beside ComfyUI's own weights, as models of real size are."""
-    usual = host_subject.COPIED_BYTES
-    host_subject.COPIED_BYTES = 0
+    usual = host_teacher.COPIED_BYTES
+    host_teacher.COPIED_BYTES = 0
     try:
         yield
     finally:
-        host_subject.COPIED_BYTES = usual
+        host_teacher.COPIED_BYTES = usual
 
 
 def the_teacher_is_comfyuis_model_for_prompts_of_any_length() -> None:

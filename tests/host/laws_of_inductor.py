@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.patching.apply import linearize
 from stage import assert_close, demo, relative_difference, sample, shipped, tolerance_of
 from torch._dynamo.utils import counters
 

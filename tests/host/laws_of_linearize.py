@@ -26,9 +26,10 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_pack.linvideo_core.demo import codec, weights_path
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
-from linvideo_pack.nodes import demo, files, hook
+from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.patching import injection
+from linvideo_pack.nodes.patching.apply import linearize
 from stage import (
     STEPS,
     assert_close,
@@ -101,7 +102,7 @@ def the_teacher_gives_the_latents_of_the_headless_core() -> None:
 
 
 def the_linearized_model_gives_the_latents_of_the_headless_core() -> None:
-    latents = sample(_apply_file(files.SHIPPED).result[0])
+    latents = sample(_apply_file(model_folder.SHIPPED).result[0])
     assert_close(latents, _sample_headless(_shipped()))
     assert float((latents - _teacher_latents()).norm()) > 1
 
@@ -274,19 +275,19 @@ def injecting_or_ejecting_twice_is_the_same_as_once() -> None:
     linearized = linearize(_demo()[0], _shipped())
     blocks = linearized.model.diffusion_model.blocks
     assert not _hooked(linearized)
-    hook.inject(linearized)
+    injection.inject(linearized)
     once = [blocks[i].self_attn.forward for i in _shipped().header.layers]
-    hook.inject(linearized)
+    injection.inject(linearized)
     assert _hooked(linearized) == list(_shipped().header.site_names)
-    hook.eject(linearized)
-    hook.eject(linearized)
+    injection.eject(linearized)
+    injection.eject(linearized)
     assert not _hooked(linearized)
-    hook.inject(linearized)
+    injection.inject(linearized)
     assert all(
         blocks[i].self_attn.forward is forward
         for i, forward in zip(_shipped().header.layers, once, strict=True)
     )
-    hook.eject(linearized)
+    injection.eject(linearized)
 
 
 def the_feature_maps_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
@@ -319,9 +320,9 @@ def a_file_for_another_model_is_refused_with_both_names() -> None:
 
 def a_missing_damaged_or_foreign_file_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        folder_paths.folder_names_and_paths[files.FOLDER] = ([folder], {".safetensors"})
-        undo.callback(folder_paths.folder_names_and_paths.pop, files.FOLDER)
-        whole = files.find_file(files.SHIPPED).read_bytes()
+        folder_paths.folder_names_and_paths[model_folder.FOLDER] = ([folder], {".safetensors"})
+        undo.callback(folder_paths.folder_names_and_paths.pop, model_folder.FOLDER)
+        whole = model_folder.find_file(model_folder.SHIPPED).read_bytes()
         (Path(folder) / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
         foreign = weights_path("prompts.safetensors").read_bytes()
         (Path(folder) / "foreign.safetensors").write_bytes(foreign)

@@ -19,7 +19,7 @@ import torch
 from linvideo_pack.linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
 from linvideo_pack.linvideo_core.prompts.embeddings import read_embeds
 from linvideo_pack.linvideo_core.prompts.text_encoder import cut, read_encoder
-from linvideo_pack.nodes.prompts import LinVideoExportPrompts
+from linvideo_pack.nodes.export_prompts import LinVideoExportPrompts
 from safetensors.torch import save_file
 from stage import complaint as _complaint
 from stage import made_with_weights

@@ -21,9 +21,9 @@ from comfy.weight_adapter import LoRAAdapter
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.nodes import demo as demo_nodes
-from linvideo_pack.nodes.base_weights import compare_base, describe_base, sketch_base
-from linvideo_pack.nodes.hook import KEY
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.base_weights import compare_base, describe_base, sketch_base
+from linvideo_pack.nodes.patching.injection import KEY
 from stage import (
     STEPS,
     assert_close,

@@ -19,7 +19,7 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.flow import make_sigmas
 from linvideo_pack.nodes import demo as demo_nodes
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.softmax_backend import LinVideoSoftmaxBackend
 from stage import (
     GUIDANCE,

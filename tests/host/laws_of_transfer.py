@@ -23,18 +23,23 @@ import folder_paths
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from linvideo_pack.linvideo_core import artifact
-from linvideo_pack.linvideo_core.config import override
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.demo.prompts import encode_prompts, make_prompt
-from linvideo_pack.linvideo_core.student import PARAMETERS, Student, StudentConfig, TransferTask
-from linvideo_pack.linvideo_core.subject import Subject, SubjectConfig, load_subject
-from linvideo_pack.linvideo_core.training import seed_step
-from linvideo_pack.linvideo_core.trajectories import collect
-from linvideo_pack.nodes import demo, files
-from linvideo_pack.nodes.host_subject import HostSubject
+from linvideo_pack.linvideo_core.run.config import override
+from linvideo_pack.linvideo_core.teacher.teacher import Subject, SubjectConfig, load_subject
+from linvideo_pack.linvideo_core.teacher.trajectories import collect
+from linvideo_pack.linvideo_core.training.trainer import seed_step
+from linvideo_pack.linvideo_core.transfer.student import (
+    PARAMETERS,
+    Student,
+    StudentConfig,
+    TransferTask,
+)
+from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
-from linvideo_pack.nodes.patching import linearize
-from linvideo_pack.nodes.transfer import make_config, run
+from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.transfer.host_teacher import HostSubject
+from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from stage import MODEL_OF_SHAPES, device, tolerance_of
 from torch import Tensor
 
@@ -102,13 +107,15 @@ def _folders() -> Iterator[Path]:
         folder = Path(name)
         undo.callback(folder_paths.set_output_directory, folder_paths.get_output_directory())
         folder_paths.set_output_directory(str(folder / "output"))
-        before = folder_paths.folder_names_and_paths.get(files.FOLDER)
+        before = folder_paths.folder_names_and_paths.get(model_folder.FOLDER)
         if before is None:
-            undo.callback(folder_paths.folder_names_and_paths.pop, files.FOLDER)
+            undo.callback(folder_paths.folder_names_and_paths.pop, model_folder.FOLDER)
         else:
-            undo.callback(folder_paths.folder_names_and_paths.__setitem__, files.FOLDER, before)
+            undo.callback(
+                folder_paths.folder_names_and_paths.__setitem__, model_folder.FOLDER, before
+            )
         models = [str(folder / "models")]
-        folder_paths.folder_names_and_paths[files.FOLDER] = (models, {".safetensors"})
+        folder_paths.folder_names_and_paths[model_folder.FOLDER] = (models, {".safetensors"})
         yield folder
 
 
@@ -177,7 +184,7 @@ def a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() -> None
 
 
 def _shipped_digest() -> str:
-    return artifact.load(files.find_file(files.SHIPPED)).header.weights_digest
+    return artifact.load(model_folder.find_file(model_folder.SHIPPED)).header.weights_digest
 
 
 def an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
@@ -522,7 +529,7 @@ def what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
             "without folders": {"name": "a/b"},
         }.items():
             assert word in _complaint(_run, **changes), word
-        linear = linearize(_demo()[0], artifact.load(files.find_file(files.SHIPPED)))
+        linear = linearize(_demo()[0], artifact.load(model_folder.find_file(model_folder.SHIPPED)))
         assert "linearized already" in _complaint(run, linear, _inputs())
         wan = _make_wan(folder, torch.float32)
         message = _complaint(run, wan, _wan_inputs(positive=None))

@@ -16,10 +16,10 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact import Artifact, Usage
 from linvideo_pack.nodes import demo as demo_nodes
-from linvideo_pack.nodes import files
-from linvideo_pack.nodes.base_weights import compare_base, describe_base
-from linvideo_pack.nodes.hook import KEY
-from linvideo_pack.nodes.patching import linearize
+from linvideo_pack.nodes import model_folder
+from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.base_weights import compare_base, describe_base
+from linvideo_pack.nodes.patching.injection import KEY
 from server import PromptServer
 from stage import (
     GUIDANCE,
@@ -205,7 +205,7 @@ def _said_with(guider: Any) -> list[str]:
 
 
 def a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> None:
-    made = artifact.load(files.find_file(files.SHIPPED_FEW_STEP))
+    made = artifact.load(model_folder.find_file(model_folder.SHIPPED_FEW_STEP))
     usage = Usage(**{**_MADE_AT, "guidance_scale": 1.0, "steps": 4, "sampler": "lcm"})
     header = dataclasses.replace(made.header, format_version=3, usage=usage)
     linearized = linearize(demo()[0], dataclasses.replace(made, header=header))

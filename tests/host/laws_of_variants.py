@@ -25,13 +25,14 @@ import comfy.ops
 import comfy.sample
 import comfy.sd
 import torch
-from linvideo_pack.linvideo_core import adapters
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader
 from linvideo_pack.linvideo_core.kernels import linear_attention
-from linvideo_pack.nodes.attention_call import answer
-from linvideo_pack.nodes.families import host_family
-from linvideo_pack.nodes.patching import linearize
-from linvideo_pack.nodes.watch import _warn_of_joining_inputs
+from linvideo_pack.linvideo_core.models import attention_sites
+from linvideo_pack.linvideo_core.models.families import FAMILIES, identify
+from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.attention_override import answer
+from linvideo_pack.nodes.patching.call_checks import _warn_of_joining_inputs
+from linvideo_pack.nodes.patching.families import host_family
 from stage import TOLERANCES
 from torch import Tensor, nn
 from variants import FHW, build, minimax_h3, random_tensor
@@ -52,11 +53,11 @@ def _clip_vision(tokens: int = 257) -> SimpleNamespace:
 
 
 def _make_artifact(patcher: Any) -> Artifact:
-    family, sites = adapters.identify(adapters.shapes_of(patcher.model.diffusion_model))
+    family, sites = identify(attention_sites.shapes_of(patcher.model.diffusion_model))
     chosen = [sites[layer] for layer in _LINEAR]
     header = ArtifactHeader(
         family=family.name,
-        fingerprint=adapters.fingerprint(family, sites),
+        fingerprint=attention_sites.fingerprint(family, sites),
         weights_digest="0" * 16,
         num_layers=len(sites),
         layers=tuple(site.layer for site in chosen),
@@ -146,7 +147,7 @@ def _warnings() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("linvideo_pack.nodes.watch")
+    logger = logging.getLogger("linvideo_pack.nodes.patching.call_checks")
     logger.addHandler(handler)
     _warn_of_joining_inputs.cache_clear()
     try:
@@ -389,7 +390,7 @@ def attention_that_linear_attention_is_not_is_refused() -> None:
 
 
 def every_family_of_the_core_is_known_to_the_nodes() -> None:
-    for family in adapters.families():
+    for family in FAMILIES:
         assert host_family(family.name).name == family.name
 
 
@@ -424,6 +425,6 @@ def a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:
     try:
         linearize(stranger, artifact)
     except ArtifactError as error:
-        assert all(family.name in str(error) for family in adapters.families())
+        assert all(family.name in str(error) for family in FAMILIES)
     else:
         raise AssertionError("nothing was refused")

@@ -22,10 +22,10 @@ from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
-from linvideo_pack.linvideo_core.models.denoiser import VelocityFn, bind_guided
-from linvideo_pack.linvideo_core.subject import SubjectConfig, load_subject
+from linvideo_pack.linvideo_core.models.velocity import VelocityFn, bind_guided
+from linvideo_pack.linvideo_core.teacher.teacher import SubjectConfig, load_subject
 from linvideo_pack.nodes import demo as demo_nodes
-from linvideo_pack.nodes import files
+from linvideo_pack.nodes import model_folder
 from torch import Tensor, nn
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.6e-1}
@@ -125,7 +125,7 @@ def demo() -> tuple[Any, Any, Any, Any]:
 @functools.cache
 def shipped() -> Artifact:
     """Return the file that comes with the pack."""
-    return artifact.load(files.find_file(files.SHIPPED))
+    return artifact.load(model_folder.find_file(model_folder.SHIPPED))
 
 
 def sample(

@@ -13,13 +13,7 @@ from linvideo_core import artifact
 from linvideo_core.demo import weights_path
 from linvideo_core.models.wan import WanModel
 from tests.host.server import WORKFLOW_SECONDS, Server
-from tests.host.test_server import (
-    TRAINS_SINCE,
-    make_load,
-    make_save,
-    make_transfer,
-    make_workflow,
-)
+from tests.host.test_server import TRAINS_SINCE, make_load, make_save, make_transfer, make_workflow
 from tests.host.test_workflows import TINY, make_linvideo_file
 
 pytestmark = pytest.mark.host

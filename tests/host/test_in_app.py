@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import in_app
-from benchmarks.in_app import InAppConfig
+from benchmarks.in_app import cli as in_app
+from benchmarks.in_app.cli import InAppConfig
 from tests.host.conftest import Host
 
 pytestmark = pytest.mark.host

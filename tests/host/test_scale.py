@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from linvideo_core import benchmark
-from linvideo_core.benchmark import ScaleConfig
+from benchmarks.models import cli as benchmark
+from benchmarks.models.cli import ScaleConfig
 from tests.host.conftest import Host
 
 pytestmark = pytest.mark.host

@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from linvideo_core import adapters, artifact
+from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactHeader
+from linvideo_core.models import attention_sites
+from linvideo_core.models.families import identify
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.prompts import NEGATIVE_PROMPT
 from tests.host.recording import tell_workflow
@@ -175,11 +177,11 @@ def save_vae(path: str) -> None:
 
 def make_linvideo_file(model: WanModel) -> Artifact:
     """Return random feature maps for one layer of a model."""
-    family, sites = adapters.identify(adapters.shapes_of(model))
+    family, sites = identify(attention_sites.shapes_of(model))
     site = sites[LINEAR_LAYER]
     header = ArtifactHeader(
         family=family.name,
-        fingerprint=adapters.fingerprint(family, sites),
+        fingerprint=attention_sites.fingerprint(family, sites),
         weights_digest="0" * 16,
         num_layers=len(sites),
         layers=(site.layer,),

@@ -1,0 +1,1 @@
+"""Transfers in a real ComfyUI server: `python -m benchmarks.in_app`."""

@@ -1,0 +1,182 @@
+"""Measure transfers in a real ComfyUI server: `python -m benchmarks.in_app --comfyui PATH`.
+
+Each row is a case of `cases.py`, measured on its own in a server with the pack: seconds a training
+step, the process's memory at its peak, whether the result samples and the model comes back. Models
+have random weights in the published shapes. A row that fails says why, and the others go on; rows
+of the same name replace earlier ones in --out, or with --record in results.
+    python -m benchmarks.in_app --comfyui ~/ComfyUI --record
+    python -m benchmarks.in_app --comfyui ~/ComfyUI --rows demo,1.3b-bf16,1.3b-headless
+    python -m benchmarks.in_app --comfyui ~/ComfyUI --cpu --rows 1.3b-bf16
+"""
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.models.comfyui import read_version
+from linvideo_core.run.config import option, parse, positive, to_flags, to_json
+from linvideo_core.run.records import RESULTS_FOLDER, check_parts, read_record, write_part
+from linvideo_core.run.tables import format_value, render_table
+
+from .cases import Case, choose, list_cases
+from .comfyui_server import Installation
+from .measuring import KINDS
+from .workbench import NotHereError, Workbench
+
+RECORD_NAME = "in_app.json"
+TITLE = "Transfers in a real ComfyUI server, and the same by the core alone, with random weights"
+COLUMNS = ("what", "frames", "where", "seconds_per_step", "peak_gb", "ok", "seconds", "error")
+
+_HEADLESS, _SAME_IN_APP = "1.3b-headless", "1.3b-bf16"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InAppConfig:
+    """Which rows are measured, and where."""
+
+    comfyui: Path | None = option(None, "folder of a ComfyUI; needed")
+    python: Path | None = option(None, "interpreter with ComfyUI's requirements; none: this one")
+    gguf_pack: Path | None = option(None, "folder of a pack with UnetLoaderGGUF")
+    rows: str = option("", "rows to measure, such as demo,14b-81; none: all")
+    frames: int | None = option(None, "frames of every row but the demo's; none: each row's own")
+    steps: int | None = option(None, "training steps of those rows; none: each row's own")
+    limit: float = option(300.0, "seconds that a row may take")
+    cpu: bool = option(False, "measure on the CPU, with models of next to no size")
+    out: Path = option(Path("runs/in-app"), "folder of the servers, their logs, and the record")
+    record: bool = option(False, "write results/in_app.json, not the one in --out")
+
+    def __post_init__(self) -> None:
+        positive(self, "limit")
+        for name in ("frames", "steps"):
+            if getattr(self, name) is not None:
+                positive(self, name)
+        choose(self.rows, list_cases())
+
+    @property
+    def cases(self) -> list[Case]:
+        """The cases as they are measured here."""
+        chosen = choose(self.rows, list_cases())
+        given = {"frames": self.frames, "steps": self.steps}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return [self._adapt(case, changes) for case in chosen]
+
+    def _adapt(self, case: Case, changes: Mapping[str, int]) -> Case:
+        if self.cpu:
+            case = case.on_cpu()
+        return case if case.kind == "demo" else dataclasses.replace(case, **changes)
+
+
+def run(config: InAppConfig, tell: Callable[[Row], None] = lambda row: None) -> dict[str, Any]:
+    """Measure every row and write the record after each; return it.
+
+    tell: hears of each row when it is measured.
+
+    Raises ValueError, before anything is measured, for bad input, for a missing GPU, and where the
+    record has rows of another device.
+    """
+    installation = _find(config)
+    device = "cpu" if config.cpu else "cuda"
+    if not config.cpu and not torch.cuda.is_available():
+        raise ValueError("no GPU was found; give --cpu to measure models of next to no size")
+    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
+    check_parts(path, device)
+    shutil.rmtree(config.out / "comfyui", ignore_errors=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    bench = Workbench(installation, config.out.absolute(), device)
+    measured: dict[str, Row] = {}
+    try:
+        for case in config.cases:
+            row, details = measure(case, bench, config.limit)
+            measured[case.name] = row
+            _compare(measured)
+            _write(path, row, details, config, device)
+            tell(row)
+            bench.tidy()
+    finally:
+        bench.stop()
+        shutil.rmtree(bench.folder, ignore_errors=True)
+    return read_record(path)
+
+
+def measure(case: Case, bench: Workbench, limit: float) -> tuple[Row, dict[str, Any]]:
+    """Return a case's row, and what is kept beside it; of one that fails, why and what it has."""
+    begin = time.monotonic()
+    bench.deadline = begin + limit
+    row = {**case.told(), "seconds_per_step": None, "peak_gb": None}
+    found: dict[str, Any] = {}
+    try:
+        if case.needs_gpu and bench.device == "cpu":
+            raise NotHereError("needs a GPU")
+        KINDS[case.kind](case, bench, found)
+    except NotHereError as reason:
+        found |= {"ok": None, "error": f"not measured: {reason}"}
+    except Exception as error:
+        found |= {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    stages = [dataclasses.asdict(stage) for stage in found.pop("stages", [])]
+    return {**row, "seconds": time.monotonic() - begin, **found}, {"stages": stages}
+
+
+def _find(config: InAppConfig) -> Installation:
+    if config.comfyui is None:
+        raise ValueError("--comfyui was not given; name the folder of a ComfyUI")
+    root = config.comfyui.expanduser().absolute()
+    read_version(root)
+    packs = (config.gguf_pack,) if config.gguf_pack is not None else ()
+    if missing := [path for path in packs if not (path / "__init__.py").is_file()]:
+        raise ValueError(f"--gguf-pack {missing[0]} given, which holds no pack of nodes")
+    python = (config.python or Path(sys.executable)).expanduser().absolute()
+    return Installation(root=root, python=python, packs=packs)
+
+
+def _compare(measured: Mapping[str, Row]) -> None:
+    """Say in the headless row how many times as long a step takes in the app, in the same run."""
+    headless, in_app = (measured.get(name, {}) for name in (_HEADLESS, _SAME_IN_APP))
+    seconds = [row.get("seconds_per_step") for row in (in_app, headless)]
+    if all(seconds) and in_app["frames"] == headless["frames"]:
+        headless["app_over_headless"] = seconds[0] / seconds[1]
+
+
+def _write(
+    path: Path, row: Row, details: Mapping[str, Any], config: InAppConfig, device: str
+) -> None:
+    flags = to_flags(
+        config, without=["comfyui", "python", "gguf_pack", "rows", "limit", "out", "record"]
+    )
+    write_part(
+        path,
+        row["what"],
+        title=TITLE,
+        command=f"python -m benchmarks.in_app --comfyui PATH {flags}".strip(),
+        rows=[row],
+        device=device,
+        details={"comfyui": read_version(config.comfyui.expanduser()), **details},
+    )
+
+
+def _show(row: Row) -> None:
+    told = {name: value for name, value in row.items() if value not in (None, "")}
+    words = (f"{name} {format_value(value)}" for name, value in told.items())
+    sys.stdout.write(f"{', '.join(words)}\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, measure, show each row as it ends and a short table last."""
+    config, is_dry_run = parse(InAppConfig, argv, description=__doc__.splitlines()[0])
+    if is_dry_run:
+        sys.stdout.write(to_json(config))
+        return
+    record = run(config, _show)
+    rows = [{name: row.get(name) for name in COLUMNS} for row in record["rows"]]
+    sys.stdout.write(f"\n{render_table(rows)}")
+
+
+command = main

@@ -1,0 +1,107 @@
+"""The same transfer by the core alone, in a process of its own."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.models.sizes import GUIDANCE_SCALE, Size
+from linvideo_core.run.config import override
+from linvideo_core.run.devices import resolve_precision
+from linvideo_core.run.files import write_json, write_tensors
+from linvideo_core.teacher.teacher import load_subject
+from linvideo_core.transfer.pipeline import TransferConfig, linearize
+from linvideo_core.transfer.quality import settings_by_steps, settings_for
+from linvideo_core.transfer.student import Student
+
+from .memory_meter import Peak, watching
+
+_TRAINING = "training"
+
+
+class StepClock:
+    """Hears of a training's steps; `seconds` a step, as the server's log counts them."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: float | None = None
+        self._begun, self._first = 0.0, 0
+
+    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
+        """Take the time at the first report of the training and at the last."""
+        if stage != _TRAINING:
+            return
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        now = time.monotonic()
+        if not self._begun:
+            self._begun, self._first = now, done
+        elif done == total:
+            self.seconds = (now - self._begun) / (done - self._first)
+
+
+def describe_transfer(size: Size, frames: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flat settings of the transfer that the node runs with `settings`, its names."""
+    draft = settings_for("draft", is_embedded=False, num_layers=size.config.num_layers)
+    renamed = {"num_videos": "num_trajectories"}
+    return {
+        **draft,
+        **{renamed.get(name, name): value for name, value in settings.items()},
+        **settings_by_steps(settings["steps"]),
+        "guidance_scale": GUIDANCE_SCALE,
+        "shift": size.shift,
+        "shard_size": 1,
+        "activation_checkpointing": True,
+        "num_frames": frames,
+        "height": size.height,
+        "width": size.width,
+    }
+
+
+def write_prompts(path: Path, size: Size) -> None:
+    """Write one prompt and a negative one of random numbers."""
+    shape = (2, size.prompt_tokens, size.config.text_dim)
+    embeds = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    write_tensors(path, {"prompt_embeds": embeds[:1], "negative_embeds": embeds[1]})
+
+
+def train(values: Mapping[str, Any], result: Path) -> None:
+    """Run the stages of a transfer; write seconds a step, or why there are none, as JSON."""
+    try:
+        config = override(TransferConfig(), values)
+        subject = load_subject(config.subject, config.out, config.device).to(config.device)
+        student = Student(subject, config.student, seed=config.seed)
+        clock = StepClock(config.device)
+        precision = resolve_precision(config.precision, config.device)
+        linearize(student, subject, config, precision, clock)
+        write_json(result, {"seconds_per_step": clock.seconds})
+    except Exception as error:
+        write_json(result, {"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def measure(
+    values: Mapping[str, Any], result: Path, read: Callable[[int], int | None], deadline: float
+) -> tuple[float, Peak]:
+    """Run `train` in a process of its own; return its seconds a step and its memory's peak.
+
+    read: (process id) -> bytes.
+
+    Raises RuntimeError where it fails, or takes longer than `deadline`.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=train, args=(values, result))
+    process.start()
+    with watching(lambda: read(process.pid)) as peak:
+        process.join(max(0.0, deadline - time.monotonic()))
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise RuntimeError("the time limit was reached and the headless training stopped")
+    told = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    if "error" in told or process.exitcode:
+        raise RuntimeError(told.get("error", f"it ended with exit code {process.exitcode}"))
+    return told["seconds_per_step"], peak

@@ -1,0 +1,286 @@
+"""How each kind of case is measured: what is queued, and what is read off the result."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.models.comfyui import PACK
+
+from . import graphs, headless
+from .cases import H3_TEXT_DIM, Case, h3_sizes
+from .checkpoints import GGUF
+from .comfyui_server import PromptError, Server, Stage, find_error
+from .memory_meter import watching
+from .workbench import NotHereError, Workbench
+
+TEMPLATE = PACK / "workflows" / "3 Make a file (no download).json"
+
+_TRAINING = "training"
+_SHORT_DEMO = {
+    "steps": 4,
+    "batch_size": 1,
+    "warm_start_steps": 2,
+    "num_videos": 2,
+    "sampler_steps": 8,
+}
+_H3_VIDEO = {"width": 832, "height": 480}
+_H3_TINY_VIDEO = {"width": 64, "height": 64}
+_PROMPT_TOKENS = 64
+
+Found = dict[str, Any]
+
+
+def measure_transfer(case: Case, bench: Workbench, found: Found) -> None:
+    """Make a file of a Wan, sample with it, and see that the model comes back."""
+    file, weight_dtype = _checkpoint_of(case, bench)
+    server = bench.server(case.flags, case.free_gb)
+    video = graphs.describe_video(case.video, case.frames)
+    graph = {**graphs.load_wan(file, weight_dtype, case.video.shift), **video}
+    _measure_in_server(case, bench, server, graph, len(case.video.layers), found)
+
+
+def measure_minimax_h3(case: Case, bench: Workbench, found: Found) -> None:
+    """The same of a MiniMax-H3."""
+    file = f"{case.name}.safetensors"
+    bench.write_minimax_h3(file, h3_sizes(case))
+    prompts = graphs.draw_prompts(_PROMPT_TOKENS, case.sizes.get("text_dim", H3_TEXT_DIM))
+    is_tiny = "hidden_size" in case.sizes
+    sides = _H3_TINY_VIDEO if is_tiny else _H3_VIDEO
+    latent = graphs.empty_minimax_h3(sides["width"], sides["height"], case.frames)
+    graph = {**graphs.load_minimax_h3(file), **prompts, **latent}
+    target = case.sizes["num_layers"] // 2
+    _measure_in_server(case, bench, bench.server(), graph, target, found)
+
+
+def measure_demo(case: Case, bench: Workbench, found: Found) -> None:
+    """Run the template that makes a file of the embedded model, then judge the student."""
+    server = bench.server()
+    is_short = bench.device == "cpu"
+    settings = _settings(server, _SHORT_DEMO) if is_short else None
+    graph = graphs.transfer_demo("demo", _quality_of(TEMPLATE), settings)
+    _train(server, graph, bench, found)
+    made = server.folder / "models" / "linvideo" / "demo.safetensors"
+    found |= judge(made, bench, is_short=is_short)
+
+
+def measure_interrupt(case: Case, bench: Workbench, found: Found) -> None:
+    """Interrupt a training, see how soon it ends and what the node says, and continue it."""
+    file, weight_dtype = _checkpoint_of(case, bench)
+    server = bench.server(case.flags, case.free_gb)
+    steps = 5 * case.steps if bench.device == "cpu" else case.steps
+    graph = {
+        **graphs.load_wan(file, weight_dtype, case.video.shift),
+        **graphs.describe_video(case.video, case.frames),
+        **_transfer(case, server, steps, len(case.video.layers)),
+        **graphs.sample("linear", 2, case.name),
+    }
+    started = server.queue(graph)
+    folder = server.folder / "output" / "linvideo" / case.name / _TRAINING
+    _wait_for(folder / "metrics.jsonl", server, started, bench.deadline)
+    begin = time.monotonic()
+    server.ask("/interrupt", {})
+    history = server.wait(started, bench.deadline)
+    seconds = time.monotonic() - begin
+    if find_error(history) != "the graph was interrupted":
+        raise PromptError(f"it was to be interrupted: {find_error(history) or 'it has finished'}")
+    found |= {"interrupt_seconds": seconds, "words": _last_words(server), "steps": steps}
+    _train(server, graph, bench, found)
+    continued = next(stage.count for stage in found["stages"] if stage.name == _TRAINING)
+    found["ok"] = continued < steps
+
+
+def measure_headless(case: Case, bench: Workbench, found: Found) -> None:
+    """Train with the same settings without ComfyUI; no server takes memory meanwhile."""
+    file, _ = bench.checkpoint(case.video, case.dtype)
+    bench.stop()
+    out = bench.out / "headless"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    prompts = out / "prompts.safetensors"
+    headless.write_prompts(prompts, case.video)
+    settings = _lengths(case.steps) | {"target": len(case.video.layers), "lora_rank": 32}
+    values = headless.describe_transfer(case.video, case.frames, settings) | {
+        "frozen": case.dtype if bench.device == "cuda" else "fp32",
+        "model": bench.models / file,
+        "prompts": prompts,
+        "out": out / "run",
+        "device": bench.device,
+    }
+    bench.begin_memory()
+    begin = time.monotonic()
+    result = out / "result.json"
+    seconds, peak = headless.measure(values, result, bench.read_memory, bench.deadline)
+    found |= {
+        "seconds_per_step": seconds,
+        "peak_gb": peak.gb,
+        "ok": True,
+        "steps": case.steps,
+        "seconds": time.monotonic() - begin,
+    }
+
+
+KINDS: dict[str, Callable[[Case, Workbench, Found], None]] = {
+    "transfer": measure_transfer,
+    "minimax_h3": measure_minimax_h3,
+    "demo": measure_demo,
+    "interrupt": measure_interrupt,
+    "headless": measure_headless,
+}
+"""Kind of a case -> what measures it.
+
+It puts into the last argument what the row says beside the case's own columns, and `stages` as the
+log told them, as soon as it is known: a case that fails later keeps what it has.
+"""
+
+
+def judge(made: Path, bench: Workbench, *, is_short: bool) -> Found:
+    """Compare a file of the embedded model with its teacher, by the core's own command."""
+    out = bench.out / "evaluate"
+    lengths = ("2", "8", "2") if is_short else ("100", "50", "100")
+    words = [word for pair in zip(_LENGTH_FLAGS, lengths, strict=True) for word in pair]
+    command = [sys.executable, "-m", "linvideo_core.evaluate", "--artifact", str(made), *words]
+    left = max(1.0, bench.deadline - time.monotonic())
+    try:
+        finished = subprocess.run(
+            [*command, "--out", str(out), "--device", bench.device],
+            cwd=PACK,
+            capture_output=True,
+            text=True,
+            timeout=left,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError("the time limit was reached and evaluate stopped") from error
+    if finished.returncode:
+        raise RuntimeError(f"evaluate: {finished.stderr.strip().splitlines()[-1]}")
+    evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    rows = {row["model"]: row for row in evaluation["rows"]}
+    student = {name: rows["student"][name] for name in ("digit", "motion", "velocity_error")}
+    return student | {f"teacher_{name}": rows["teacher"][name] for name in ("digit", "motion")}
+
+
+_LENGTH_FLAGS = ("--num-samples", "--steps", "--batch-size")
+
+
+def _checkpoint_of(case: Case, bench: Workbench) -> tuple[str, str]:
+    if case.dtype == GGUF and not bench.installation.packs:
+        raise NotHereError("a pack that loads GGUF is needed: give --gguf-pack")
+    return bench.checkpoint(case.video, case.dtype)
+
+
+def _measure_in_server(
+    case: Case,
+    bench: Workbench,
+    server: Server,
+    graph: graphs.Nodes,
+    target: int,
+    found: Found,
+) -> None:
+    """Sample the model, make a file of it, sample with that, sample the model again.
+
+    graph: what gives `model`, `positive`, `negative` and `latent`.
+    """
+    base, linear = f"{case.name}_base", f"{case.name}_linear"
+    if case.is_base_checked:
+        # The first sampling after a model was loaded may differ from all later ones.
+        for number in (1, 2):
+            sampled = {**graph, **graphs.sample("model", 2, base)}
+            server.run(graphs.again(sampled, number), bench.deadline)
+    training = _transfer(case, server, case.steps, target)
+    sampled = {**graph, **training, **graphs.sample("linear", 2, linear)}
+    found["steps"] = case.steps
+    _train(server, sampled, bench, found)
+    latents = _read_latents(server, linear)
+    found["ok"] = is_finite = all(bool(x.isfinite().all()) for x in latents)
+    if case.is_base_checked:
+        before = _read_latents(server, base)
+        server.run(graphs.again({**graph, **graphs.sample("model", 2, base)}, 3), bench.deadline)
+        is_restored = all(map(torch.equal, before, _read_latents(server, base)))
+        change = max(map(_relative_difference, latents, before))
+        found |= {"change": change, "base_restored": is_restored}
+        found["ok"] = is_finite and is_restored and change > 0
+
+
+def _train(server: Server, graph: graphs.Nodes, bench: Workbench, found: Found) -> None:
+    """Run a graph with a transfer; find its seconds, its peak and what the log says of it.
+
+    Of one that fails, the peak and the stages until then.
+    """
+    since, begin = server.log_size(), time.monotonic()
+    with watching(lambda: bench.read_memory(server.process.pid)) as peak:
+        try:
+            server.run(graph, bench.deadline)
+        finally:
+            stages = server.stages(since)
+            found |= {
+                "seconds_per_step": _seconds_per_step(stages),
+                "peak_gb": peak.gb,
+                "seconds": time.monotonic() - begin,
+                "stages": stages,
+            }
+    if found["seconds_per_step"] is None:
+        raise RuntimeError("the server's log does not say how long the training took")
+    found["ok"] = True
+
+
+def _seconds_per_step(stages: list[Stage]) -> float | None:
+    trained = [stage for stage in stages if stage.name == _TRAINING]
+    return trained[-1].seconds / trained[-1].count if trained else None
+
+
+def _lengths(steps: int) -> dict[str, int]:
+    return {"steps": steps, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2}
+
+
+def _transfer(case: Case, server: Server, steps: int, target: int) -> graphs.Nodes:
+    settings = {"target": target, "learning_rate": 1e-4, **_lengths(steps)}
+    return graphs.transfer(case.name, _settings(server, {}), settings)
+
+
+def _settings(server: Server, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return all inputs of LinVideo Transfer Settings: as it is added, but for what is chosen."""
+    (node,) = server.ask("/object_info/LinVideoTransferSettings").values()
+    defaults = {name: told[1].get("default") for name, told in node["input"]["required"].items()}
+    return defaults | chosen
+
+
+def _quality_of(workflow: Path) -> str:
+    nodes = json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
+    (values,) = (n["widgets_values"] for n in nodes if n["type"] == "LinVideo")
+    return values[2]
+
+
+def _read_latents(server: Server, tag: str) -> list[torch.Tensor]:
+    path = server.folder / "output" / "benchmark" / f"{tag}.safetensors"
+    return list(load_file(path).values())
+
+
+def _relative_difference(latents: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (latents.double() - expected.double()).norm()
+    return float(difference / expected.double().norm())
+
+
+def _wait_for(path: Path, server: Server, prompt_id: str, deadline: float) -> None:
+    """Wait until a file is there; what ends or takes too long before that is an error."""
+    while not path.exists():
+        history = server.ask(f"/history/{prompt_id}")
+        if prompt_id in history:
+            raise PromptError(find_error(history[prompt_id]) or "it ended before it was trained")
+        if time.monotonic() > deadline:
+            server.wait(prompt_id, deadline)
+        time.sleep(0.02)
+
+
+def _last_words(server: Server) -> str | None:
+    """Return what a node said last under itself."""
+    path = server.folder / "output" / "benchmark" / "words.jsonl"
+    if not path.exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["words"]

@@ -1,0 +1,1 @@
+"""The kernels against other attention: `python -m benchmarks.kernels`."""

@@ -1,0 +1,5 @@
+"""`python -m benchmarks.kernels`, see `cli`."""
+
+from linvideo_core.run.launch import launch
+
+launch(__package__)

@@ -1,0 +1,141 @@
+"""Who is compared: the fused kernels, the definition eager and compiled, softmax, public packages.
+
+All take query, key, value [B, L, N, D] and both maps [N, D, M/2], which softmax passes over, and
+return [B, L, N, D].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from linvideo_core.kernels import linear_attention, reference
+from linvideo_core.kernels.softmax import softmax_attention
+
+Attend = Callable[..., Tensor]
+
+# Name in the tables -> of the kernel; PyTorch's own FlashAttention is the second.
+_SOFTMAX = {"sdpa": "default", "fa2": "flash", "cudnn": "cudnn"}
+
+
+# Largest error of value or gradient that is timed, for tensors in bf16.
+TOLERANCE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """An implementation; `kind` names its definition: linear, softmax, or causal."""
+
+    name: str
+    kind: str
+    attend: Attend
+    is_differentiable: bool = True
+    tolerance: float = TOLERANCE
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether the feature maps matter to it."""
+        return self.kind != "softmax"
+
+
+def make_contenders(backend: str = "triton") -> list[Contender]:
+    """Return what PyTorch and we have, the fused kernels first.
+
+    backend: of the door, for the contender "fused".
+    """
+    softmax = [
+        Contender(name, "softmax", functools.partial(_attend_softmax, kernel))
+        for name, kernel in _SOFTMAX.items()
+    ]
+    return [
+        Contender("fused", "linear", functools.partial(linear_attention, backend=backend)),
+        Contender("eager", "linear", reference.linear_attention),
+        Contender("compile", "linear", _make_compiled(reference.linear_attention)),
+        # Forward alone: every further compilation takes longer than all measurements of its shape.
+        Contender(
+            "compile_half", "linear", _make_compiled(_attend_in_own_dtype), is_differentiable=False
+        ),
+        *softmax,
+    ]
+
+
+def find_public() -> tuple[list[Contender], list[str]]:
+    """Return the public packages that can be loaded, and a sentence for each that cannot."""
+    found, absent = [], []
+    for name, make in _PUBLIC.items():
+        try:
+            found.append(make())
+        except ModuleNotFoundError as error:
+            absent.append(f"{name} is not compared: {error}")
+        except Exception as error:
+            # Installed, but not for this PyTorch, Triton or card: it may fail in any way.
+            absent.append(f"{name} is not compared: it cannot be loaded, {error!r}")
+    return found, absent
+
+
+def _attend_in_own_dtype(
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+) -> Tensor:
+    """Return linear attention whose matrix products are made in value's dtype, not in fp32."""
+
+    def map_features(x: Tensor, feature_map: Tensor) -> Tensor:
+        projected = torch.einsum("blnd,ndm->blnm", x, feature_map.to(x.dtype)).float()
+        features = [projected.softmax(dim=-1), (-projected).softmax(dim=-1)]
+        return torch.cat(features, dim=-1).to(value.dtype)
+
+    query, key = map_features(query, query_map), map_features(key, key_map)
+    # As in the definition: averages cannot overflow.
+    state = torch.einsum("blnm,blnd->bnmd", key, value / key.shape[1])
+    normaliser = key.float().mean(dim=1)
+    numerator = torch.einsum("blnm,bnmd->blnd", query, state)
+    denominator = torch.einsum("blnm,bnm->bln", query.float(), normaliser)
+    return (numerator / denominator.unsqueeze(-1)).to(value.dtype)
+
+
+def _make_compiled(attend_eagerly: Attend) -> Attend:
+    compiled = torch.compile(attend_eagerly, dynamic=False)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        # A backward pass that is repeated must not write over what the forward pass kept for it.
+        with torch._functorch.config.patch(donated_buffer=False):
+            return compiled(*inputs)
+
+    return attend
+
+
+def _attend_softmax(kernel: str, query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+    return softmax_attention(query, key, value, kernel)
+
+
+def _make_fla() -> Contender:
+    """Return flash-linear-attention's chunked kernel: causal, not normalised, Hedgehog in PyTorch.
+
+    It has no kernel that is not causal.
+    """
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+    ) -> Tensor:
+        features = (reference.hedgehog(query, query_map), reference.hedgehog(key, key_map))
+        query, key = (x.to(value.dtype) for x in features)
+        return chunk_linear_attn(query, key, value, scale=1.0, normalize=False)[0]
+
+    return Contender("fla", "causal", attend, is_differentiable=False)
+
+
+def _make_sage() -> Contender:
+    """Return SageAttention's softmax on 8-bit tensor cores."""
+    from sageattention import sageattn
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+        return sageattn(query, key, value, tensor_layout="NHD", is_causal=False)
+
+    # It rounds queries, keys and weights to 8 bits.
+    return Contender("sage", "softmax", attend, is_differentiable=False, tolerance=3e-2)
+
+
+_PUBLIC = {"fla": _make_fla, "sageattention": _make_sage}

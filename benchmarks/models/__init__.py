@@ -1,0 +1,1 @@
+"""Whole models at published sizes: `python -m benchmarks.models`."""

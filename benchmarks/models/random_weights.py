@@ -1,0 +1,93 @@
+"""A Wan of any size with random weights, made on its device and in its dtype."""
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from linvideo_core.models.quantized import FrozenConfig, place
+from linvideo_core.models.wan import WanModel
+
+from .sizes import Size
+
+
+def make_random_wan(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> WanModel:
+    """Return a frozen model whose parameters never existed elsewhere or in another dtype."""
+    with torch.device("meta"):
+        model = WanModel(size.config)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    fill_random(model.named_parameters(), seed)
+    return model
+
+
+def make_held_wan(size: Size, device: torch.device, held: FrozenConfig, seed: int) -> WanModel:
+    """Return a frozen model whose weights are held as those of a --model of one's own.
+
+    They are drawn and rounded on the device, one at a time; blocks to be offloaded are on the CPU.
+    """
+    with torch.device("meta"):
+        model = WanModel(size.config)
+    drawn = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+    for part, group in itertools.groupby(drawn, key=lambda item: item[0].split(".")[:2]):
+        for name, shape in group:
+            value = torch.empty(shape, device=device)
+            fill_random([(name, value)], seed)
+            place(model, name, value, held.frozen)
+        if part[0] == "blocks" and int(part[1]) < held.offload_blocks:
+            model.get_submodule(".".join(part)).cpu()
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def fill_random(parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:
+    """Overwrite parameters in place; what a name gets depends on the name and the seed alone.
+
+    Matrices keep the scale of what they multiply, norms are near 1; nothing is zero, because
+    multiplying zeros takes less power, and so less time, than real weights do.
+    """
+    for name, parameter in parameters:
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(_seed_of(name, seed))
+        if name.endswith("modulation"):
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        elif parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            mean, std = (1.0, 0.1) if name.endswith("weight") else (0.0, 0.02)
+            parameter.normal_(mean, std, generator=generator)
+
+
+def make_random_maps(
+    layer: int, heads: int, head_dim: int, device: torch.device, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return random feature maps of a layer, [N, D, D/2] bf16 each: as many features as D."""
+    maps = []
+    for side in ("query", "key"):
+        generator = torch.Generator(device).manual_seed(_seed_of(f"{layer}.{side}", seed))
+        size = (heads, head_dim, head_dim // 2)
+        drawn = torch.randn(size, generator=generator, device=device) * head_dim**-0.75
+        maps.append(drawn.to(torch.bfloat16))
+    return maps[0], maps[1]
+
+
+def draw_inputs(size: Size, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random latents [1, C, F, H, W] and two prompts [1, S, text_dim], fp32."""
+    settings = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    latents = torch.randn(1, *size.latent_shape, **settings)
+    prompt, negative = (
+        torch.randn(1, size.prompt_tokens, size.config.text_dim, **settings) for _ in range(2)
+    )
+    return latents, prompt, negative
+
+
+def count_bytes(modules: Iterable[nn.Module]) -> int:
+    """Return the bytes of modules' parameters, each counted once."""
+    parameters = {id(x): x for module in modules for x in module.parameters()}
+    return sum(x.numel() * x.element_size() for x in parameters.values())
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")

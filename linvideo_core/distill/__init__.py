@@ -1,0 +1,1 @@
+"""Distil a linearized model to few steps: `python -m linvideo_core.distill`."""

@@ -1,0 +1,300 @@
+"""Distil a linear student to a few steps: its three roles and the task of training it (DMD2).
+
+generator: the student, linear where its file says so; it makes x0 in one call at each of `sigmas`.
+real_score: the softmax teacher with guidance, frozen.
+fake_score: the critic, softmax, which learns the flow of the student's videos; conditional alone.
+With LoRA all three stand on the teacher's one copy of the weights.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import Artifact
+from ..demo import DEMO_GUIDANCE_SCALE
+from ..flow import add_noise, make_sigmas, velocity_to_x0
+from ..models import lora
+from ..models.attention_sites import checkpoint_activations
+from ..models.velocity import bind, bind_guided
+from ..run.config import option, positive
+from ..teacher.teacher import Subject
+from ..training.process_group import ALONE, Team
+from ..training.trainer import ParameterGroup, TrainingConfig
+from ..transfer.objectives import dmd2
+from ..transfer.student import Student, StudentConfig, twin
+from ..transfer.warm_start import feature_maps
+from .rollout import draw_exits, simulate_backward
+from .teacher_statistics import Endings, Likeness
+
+_BETAS = (0.0, 0.999)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How many steps, and how generator and critic are trained for them."""
+
+    num_steps: int = option(4, "steps that the distilled model samples in")
+    train: str = option("lora", "weights that are trained and saved", choices=("lora", "full"))
+    rank: int = option(32, "least rank of the weight changes (train lora); a file's own is kept")
+    critic_steps: int = option(5, "critic updates for each update of the student")
+    critic_learning_rate: float = option(2e-4, "peak learning rate of the critic")
+    real_guidance_scale: float = option(
+        DEMO_GUIDANCE_SCALE, "guidance baked in: of the real score, u + scale (c - u)"
+    )
+    motion_weight: float = option(0.0, "weight of a loss that holds motion at the teacher's")
+    regression_weight: float = option(
+        0.0, "weight of a loss that leads stored states to the teacher's own videos"
+    )
+
+    def __post_init__(self) -> None:
+        positive(self, "num_steps", "rank", "critic_steps", "critic_learning_rate")
+        for name in ("motion_weight", "regression_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} given; a number from 0 "
+                    "upwards is needed"
+                )
+
+
+def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
+    """Raise ValueError when a batch holds no video for each of the steps."""
+    if training.batch_size < config.num_steps:
+        raise ValueError(
+            f"--batch-size {training.batch_size} given; --num-steps {config.num_steps} or more is "
+            "needed, a video for each step"
+        )
+
+
+def make_student(
+    subject: Subject, artifact: Artifact, config: DistillationConfig, *, seed: int
+) -> Student:
+    """Return a student whose layers are hardened as the artifact's, with untrained feature maps.
+
+    Raises ValueError when the artifact changes whole weights, which LoRA cannot carry on.
+    """
+    header = artifact.header
+    if config.train == "lora" and header.parameters == "full":
+        raise ValueError(
+            "--train lora was given for a file that changes whole weights; use --train full"
+        )
+    settings = StudentConfig(
+        parameters=config.train,
+        lora_rank=max(config.rank, header.lora_rank),
+        feature_ratio=header.feature_dim // _head_dim(artifact),
+        form=header.form,
+    )
+    student = Student(subject, settings, seed=seed)
+    for layer, module in student.mixed.items():
+        module.harden("linear" if layer in header.layers else "softmax")
+    return student
+
+
+@torch.no_grad()
+def start_from(student: Student, artifact: Artifact) -> None:
+    """Give a student of `make_student` what the artifact holds: maps and weight changes.
+
+    Low-rank changes go on being trained as they are: they fill the first directions of the
+    student's, and where it has more, those begin at zero.
+    """
+    for layer in artifact.header.layers:
+        linear = student.mixed[layer].linear
+        for name, found in artifact.linear_tensors(layer).items():
+            linear.get_parameter(name).copy_(found)
+    for name, delta in artifact.deltas.items():
+        parameter = student.model.get_parameter(name)
+        parameter += delta.to(parameter)
+    for name, (down, up) in artifact.low_rank.items():
+        layer = student.model.get_submodule(name)
+        if student.config.parameters == "full":
+            layer.weight += (up.float() @ down.float()).to(layer.weight)
+        else:
+            layer.lora.down[: len(down)] = down
+            layer.lora.up[:, : len(down)] = up
+
+
+def _head_dim(artifact: Artifact) -> int:
+    return next(iter(artifact.feature_maps.values()))[0].shape[1]
+
+
+class DistillationTask:
+    """The task: a critic update at each step, and in its turn one of the student."""
+
+    def __init__(
+        self,
+        student: Student,
+        subject: Subject,
+        likeness: Likeness,
+        config: DistillationConfig,
+        *,
+        training: TrainingConfig,
+        shift: float,
+        precision: str,
+        seed: int,
+        endings: Endings | None = None,
+        team: Team = ALONE,
+    ) -> None:
+        """likeness: how the teacher's videos are, to log what the student's have of it.
+
+        endings: where its trajectories lead, for the regression loss.
+        """
+        self.student = student
+        self.subject = subject
+        self.likeness = likeness
+        self.endings = endings
+        self.config = config
+        self.training = training
+        self.shift = shift
+        self.precision = precision
+        self.team = team
+        self.sigmas = make_sigmas(config.num_steps, shift)
+        self.critic, self._critic_names = self._make_critic(seed)
+        if training.activation_checkpointing:
+            for model in (student.model, self.critic):
+                checkpoint_activations(model, student.sites)
+
+    def _make_critic(self, seed: int) -> tuple[nn.Module, list[str]]:
+        if self.config.train == "full":
+            critic = copy.deepcopy(self.subject.model).float().requires_grad_(True)
+            return critic, [name for name, _ in critic.named_parameters()]
+        critic = twin(self.subject.model)
+        family, rank = self.student.family, self.student.config.lora_rank
+        given = (family.trainable_prefix, rank, seed + 1, self.subject.prompt_embeds.device)
+        changes = lora.attach(critic, *given, is_frozen=family.is_frozen)
+        return critic, [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
+
+    @property
+    def critic_weights(self) -> dict[str, nn.Parameter]:
+        """The critic's trainable weights by name, as they are now; see `Student.weights`."""
+        return {f"critic.{name}": self.critic.get_parameter(name) for name in self._critic_names}
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """All models that a step calls."""
+        return [self.subject.model, self.student.model, self.critic]
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return the student's weights and feature maps, then the critic's weights."""
+        maps = {
+            name: parameter
+            for name, parameter in feature_maps(self.student.mixed).items()
+            if self.student.mixed[int(name.partition(".")[0])].choice == "linear"
+        }
+        mine = {"every": self.config.critic_steps, "betas": _BETAS, "player": "generator"}
+        critic_rate = self.config.critic_learning_rate
+        return [
+            ParameterGroup(self.student.weights, self.training.learning_rate, **mine),
+            ParameterGroup(maps, self.training.map_learning_rate, **mine),
+            ParameterGroup(self.critic_weights, critic_rate, betas=_BETAS, player="critic"),
+        ]
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Return the critic's loss, plus the student's at every `critic_steps`-th step."""
+        is_generator_turn = step % self.config.critic_steps == 0
+        latents, prompt_embeds, exits, on_device = self._arrive(generator)
+        sigma = self.sigmas[exits].to(latents.device)
+        if is_generator_turn:
+            x0, losses = self._learn(latents, sigma, prompt_embeds, generator)
+        else:
+            with torch.no_grad():
+                x0 = self._predict(latents, sigma, prompt_embeds)
+        draw, shape = self.team.draw, x0.shape[1:]
+        sigma = draw(len(x0), lambda n: dmd2.draw_score_sigma(n, self.shift, on_device))
+        noise = draw(
+            len(x0), lambda n: torch.randn(n, *shape, generator=on_device, device=x0.device)
+        )
+        noisy = add_noise(x0.detach(), noise, sigma)
+        fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, sigma)
+        critic_loss = dmd2.critic_loss(fake_velocity, x0, noise)
+        metrics = {"critic_loss": critic_loss.detach(), **self._compare(x0.detach(), exits)}
+        if not is_generator_turn:
+            return critic_loss, metrics
+        with torch.no_grad():
+            real_velocity = self._guided(prompt_embeds)(noisy, sigma)
+        push = dmd2.distribution_push(x0, noisy, sigma, real_velocity, fake_velocity)
+        losses["generator"] = dmd2.generator_loss(x0, push)
+        metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
+        weights = {"generator": 1.0, "motion": self.config.motion_weight}
+        weights["regression"] = self.config.regression_weight
+        return critic_loss + sum(weights[name] * loss for name, loss in losses.items()), metrics
+
+    def _arrive(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+        """Take random prompts to where the student is called last, each at its own exit.
+
+        Returns latents [B, C, F, H, W], prompts [B, S, T], exits [B], a generator on the device: of
+        a team, this process's share of them.
+        """
+        device = self.subject.prompt_embeds.device
+        B = self.training.batch_size
+        prompt = torch.randint(len(self.subject.prompts), (B,), generator=generator)
+        prompt_embeds = self.subject.prompt_embeds[self.team.share(prompt).to(device)]
+        exits = draw_exits(B, self.config.num_steps, generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
+        on_device = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(B, *self.subject.latent_shape, generator=on_device, device=device)
+        latents = simulate_backward(
+            lambda count: self._bind(self.student.model, prompt_embeds[:count]),
+            self.team.share(noise),
+            self.sigmas,
+            exits,
+            generator=on_device,
+            team=self.team,
+        )
+        return latents, prompt_embeds, self.team.share(exits), on_device
+
+    def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+        velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
+        return velocity_to_x0(latents, velocity, sigma)
+
+    def _learn(
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return x0 with a gradient, and the losses that ask no score.
+
+        States that are regressed to their endings join the same call of the student.
+        """
+        B, losses = len(latents), {}
+        if self.endings is not None:
+            states, levels, wanted = self.endings.draw(B, generator, latents.device, self.team)
+            latents, sigma = torch.cat([latents, states.latents]), torch.cat([sigma, levels])
+            prompt_embeds = torch.cat([prompt_embeds, self.subject.prompt_embeds[states.prompt]])
+        predicted = self._predict(latents, sigma, prompt_embeds)
+        x0 = predicted[:B]
+        if self.endings is not None:
+            losses["regression"] = dmd2.regression_loss(predicted[B:], wanted)
+        if self.config.motion_weight:
+            losses["motion"] = self.likeness.motion_ratio(x0, self.team).log().square()
+        return x0, losses
+
+    def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
+        """Return what of the teacher's variety all x0 have, and of its motion the last step's."""
+        count = int((exits == self.config.num_steps - 1).sum())
+        return {
+            "spread_ratio": self.likeness.spread_ratio(x0, self.team),
+            "motion_ratio": self.likeness.motion_ratio(x0[:count], self.team),
+        }
+
+    def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> Any:
+        return bind(model, prompt_embeds, precision=self.precision)
+
+    def _guided(self, prompt_embeds: Tensor) -> Any:
+        return bind_guided(
+            self.subject.model,
+            prompt_embeds,
+            self.subject.negative_embeds.expand_as(prompt_embeds),
+            self.config.real_guidance_scale,
+            precision=self.precision,
+        )
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows a step."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing but the parameters must survive a restart."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""

@@ -1,0 +1,1 @@
+"""Sample models on equal terms and measure them: `python -m linvideo_core.evaluate`."""

@@ -1,0 +1,225 @@
+"""Compare models that sample the same prompts from the same noise: a teacher and its students."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import artifact as artifact_files
+from ..artifact.summary import count_bytes
+from ..flow import Recipe
+from ..models.attention import LinearAttention, LinearForm
+from ..models.attention_sites import AttentionSite, install, restore, shapes_of
+from ..models.families import identify
+from ..run.files import write_json
+from ..run.progress import Progress, silent
+from ..teacher.teacher import Subject
+from . import plots, video_files
+from .entrants import Lineup
+from .sampler import NUM_SHOWN, Bench, CompareConfig, Row
+
+EVALUATION_NAME = "evaluation.json"
+STEPS_NAME = "steps.png"
+SWAPPED_SEED = 0
+
+_CAPTIONS = {"swapped": "before training", "student": "after training"}
+
+Students = Mapping[str, contextlib.AbstractContextManager[nn.Module]]
+"""Name -> a context that yields the model; `contextlib.nullcontext(model)` for a ready one."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Comparison:
+    """Evidence about several models that sampled the same prompts from the same noise.
+
+    rows: one a model, the teacher first: how many of its layers are linear, its measures by name.
+    velocity_rows: `model`, `sigma`, `velocity_error`, `velocity_cosine` of each student.
+    frames: model -> [K, F, h, w] in [0, 1] of the first few samples, on the CPU; prompts: theirs.
+    """
+
+    settings: CompareConfig
+    rows: list[Row]
+    velocity_rows: list[Row]
+    frames: dict[str, Tensor]
+    prompts: list[str]
+
+
+def compare(
+    subject: Subject,
+    students: Students,
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+    recipes: Mapping[str, Recipe] | None = None,
+) -> Comparison:
+    """Sample the teacher, then every student, and measure them; on the subject's device.
+
+    recipes: name -> how that student is sampled; the others as the settings say, which alone makes
+        their velocities comparable with the teacher's.
+
+    A student's context is entered once, after the teacher was sampled: it may change
+    `subject.model` in place as long as leaving it gives the teacher back.
+    """
+    bench = Bench(subject, settings, seed=seed, precision=precision, progress=progress)
+    teacher = bench.sample("teacher", subject.model, is_teacher=True)
+    bench.describe(teacher)
+    result = Comparison(
+        settings=settings,
+        rows=[bench.measure(teacher, teacher, None)],
+        velocity_rows=[],
+        frames={"teacher": teacher.frames[:NUM_SHOWN].clone()},
+        prompts=bench.prompts[:NUM_SHOWN],
+    )
+    for name, context in students.items():
+        with context as model:
+            recipe = (recipes or {}).get(name)
+            samples = bench.sample(name, model, recipe=recipe)
+            velocity_rows = [] if recipe else bench.compare_velocities(name, model)
+        bench.describe(samples)
+        result.rows.append(bench.measure(samples, teacher, velocity_rows))
+        result.velocity_rows += velocity_rows
+        result.frames[name] = samples.frames[:NUM_SHOWN].clone()
+    return result
+
+
+@contextlib.contextmanager
+def swap(
+    model: nn.Module, layers: Sequence[int], feature_dim: int, form: LinearForm | None = None
+) -> Iterator[nn.Module]:
+    """Make layers linear without any training: initial feature maps, no weight changes."""
+    _, sites = identify(shapes_of(model))
+    chosen = [site for site in sites if site.layer in layers]
+    generator = torch.Generator().manual_seed(SWAPPED_SEED)
+    device = next(model.parameters()).device
+
+    def make(site: AttentionSite) -> LinearAttention:
+        linear = LinearAttention(site.num_heads, site.head_dim, feature_dim, form)
+        linear.init_weights(generator)
+        return linear.requires_grad_(False).to(device)
+
+    originals = install(model, chosen, make)
+    try:
+        yield model
+    finally:
+        restore(model, chosen, originals)
+
+
+def compare_artifact(
+    subject: Subject,
+    artifact: artifact_files.Artifact,
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare the teacher, the teacher with the same layers merely swapped, and the student.
+
+    The student's row also has `bytes`, those of the artifact's tensors.
+    """
+    header = artifact.header
+    students = {
+        "swapped": swap(subject.model, header.layers, header.feature_dim, header.form),
+        "student": artifact_files.transfer_into(subject.model, artifact),
+    }
+    comparison = compare(
+        subject, students, settings, seed=seed, precision=precision, progress=progress
+    )
+    comparison.rows[-1]["bytes"] = sum(count_bytes(artifact).values())
+    return comparison
+
+
+def compare_few_step(
+    subject: Subject,
+    lineup: Lineup,
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare steps against quality, as `compare` does: the teacher at all steps and a line-up."""
+    how = {"seed": seed, "precision": precision, "progress": progress}
+    result = compare(subject, lineup.students, settings, recipes=lineup.recipes, **how)
+    for name in lineup.unseen:
+        del result.frames[name]
+    return result
+
+
+def compare_experts(
+    subject: Subject,
+    made: Mapping[str, artifact_files.Artifact],
+    settings: CompareConfig,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare two experts with their students, two models at work on each video.
+
+    subject: its model is `models.experts.Experts`; made: the file of each side.
+    """
+
+    @contextlib.contextmanager
+    def both(*, is_trained: bool) -> Iterator[nn.Module]:
+        with contextlib.ExitStack() as stack:
+            for side, found in made.items():
+                expert, header = subject.model.get_submodule(side), found.header
+                stack.enter_context(
+                    artifact_files.transfer_into(expert, found)
+                    if is_trained
+                    else swap(expert, header.layers, header.feature_dim, header.form)
+                )
+            yield subject.model
+
+    students = {"swapped": both(is_trained=False), "student": both(is_trained=True)}
+    return compare(subject, students, settings, seed=seed, precision=precision, progress=progress)
+
+
+def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
+    """Write the video_files, then evaluation.json; return what that holds.
+
+    Models of several numbers of steps are drawn by them, in steps.png.
+    `settings`, `rows` and `velocity_rows`, as in `Comparison`.
+    """
+    save_pictures(comparison, folder)
+    if len({row["steps"] for row in comparison.rows}) > 1:
+        plots.plot_steps(comparison.rows, folder / STEPS_NAME)
+    result = {
+        "settings": dataclasses.asdict(comparison.settings),
+        "rows": comparison.rows,
+        "velocity_rows": comparison.velocity_rows,
+    }
+    write_json(folder / EVALUATION_NAME, result)
+    return result
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Return what `save_comparison` wrote into a folder; None where there is nothing whole."""
+    try:
+        result = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    keys = ("settings", "rows", "velocity_rows")
+    return result if isinstance(result, dict) and all(key in result for key in keys) else None
+
+
+def save_pictures(comparison: Comparison, folder: Path) -> None:
+    """Write samples.png, samples.gif and velocity_error.png, in a reader's words."""
+    frames = {_caption(name): clips for name, clips in comparison.frames.items()}
+    video_files.save_strip(frames, comparison.prompts, folder / "samples.png")
+    video_files.save_animation(frames, comparison.prompts, folder / "samples.gif")
+    if comparison.velocity_rows:
+        rows = [row | {"model": _caption(row["model"])} for row in comparison.velocity_rows]
+        plots.plot_velocity_error(rows, folder / "velocity_error.png")
+
+
+def _caption(name: str) -> str:
+    return _CAPTIONS.get(name, name.replace("_", " "))

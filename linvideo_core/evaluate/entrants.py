@@ -1,0 +1,139 @@
+"""Who is compared where steps stand against quality: at all, at few by Euler, at few distilled."""
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import artifact as artifact_files
+from ..artifact import Artifact, transfer_into
+from ..demo import weights_path
+from ..flow import Recipe, make_sigmas
+from .lora_file import LoraFile, fit_lora, with_lora
+from .sampler import CompareConfig
+
+
+def load_first_stage(path: Path | None) -> Artifact:
+    """Load a linearized file; none: the embedded model's own.
+
+    Raises ArtifactError or ValueError, in one sentence, for a damaged one or one that was
+    distilled already.
+    """
+    path = path or weights_path("linearized.safetensors")
+    artifact = artifact_files.load(path)
+    if artifact.header.sigmas:
+        raise ValueError(
+            f"{path} is distilled already; give the file that `transfer` made, with any number of "
+            "steps"
+        )
+    return artifact
+
+
+def load_second_stages(paths: Sequence[Path], first: Artifact) -> dict[str, Artifact]:
+    """Load files that were distilled from `first`, by their names in a comparison.
+
+    Raises ArtifactError or ValueError, in one sentence, for a damaged one, one that is not
+    distilled, one with other linear layers than `first`, and two of one name.
+    """
+    made: dict[str, Artifact] = {}
+    for path in paths:
+        artifact = artifact_files.load(path)
+        if not artifact.header.sigmas:
+            raise ValueError(f"{path} is not distilled; give a file that `distill` made")
+        mine, theirs = (list(found.header.layers) for found in (artifact, first))
+        if mine != theirs:
+            raise ValueError(
+                f"{path} has the linear layers {mine}, the linearized file {theirs}; give the "
+                "file that it was distilled from as --artifact"
+            )
+        if (name := name_of(artifact)) in made:
+            raise ValueError(
+                f"{path} is a second {name}; give one file of each number of stages and steps"
+            )
+        made[name] = artifact
+    return made
+
+
+def name_of(artifact: Artifact) -> str:
+    """Return how a comparison calls a distilled file: "distilled_4" or "single_stage_4"."""
+    is_single = artifact.header.provenance.get("stages") == 1
+    return f"{'single_stage' if is_single else 'distilled'}_{len(artifact.header.sigmas) - 1}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewStepLora:
+    """A LoRA that makes the teacher sample in few steps, and how: at `sigmas` [steps + 1]."""
+
+    file: LoraFile
+    strength: float
+    sigmas: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """Who is compared beside the teacher at all its steps.
+
+    students: name -> a context that yields the model, to be entered once.
+    recipes: name -> how that one is sampled; the others as the teacher.
+    unseen: names of those without pictures.
+    """
+
+    students: Mapping[str, contextlib.AbstractContextManager[nn.Module]]
+    recipes: Mapping[str, Recipe]
+    unseen: Collection[str]
+
+
+def line_up(
+    model: nn.Module,
+    linearized: Artifact,
+    distilled: Mapping[str, Artifact],
+    settings: CompareConfig,
+    *,
+    plain_steps: Sequence[int] = (),
+    lora: FewStepLora | None = None,
+) -> Lineup:
+    """Line up the student of a teacher at all steps, then both at few, as `distilled` and `lora`.
+
+    model: the teacher.
+    distilled: name -> a file with sigmas. The model "linearized_N_plain" takes as many Euler steps
+        with guidance as one of them without having been distilled.
+    plain_steps: numbers of Euler steps that teacher ("teacher_N_plain") and student also take,
+        without pictures.
+    lora: added to the teacher ("teacher_lora_N") and to the linearized model, without guidance.
+    """
+    students = {"linearized": transfer_into(model, linearized)}
+    recipes = {}
+    own_steps = {len(made.header.sigmas) - 1 for made in distilled.values()}
+    for steps in sorted(own_steps | set(plain_steps), reverse=True):
+        sigmas = make_sigmas(steps, settings.shift)
+        plain = Recipe(sigmas=sigmas, guidance_scale=settings.guidance_scale)
+        recipes |= {f"{name}_{steps}_plain": plain for name in ("linearized", "teacher")}
+        students[f"linearized_{steps}_plain"] = transfer_into(model, linearized)
+        if steps in plain_steps:
+            students[f"teacher_{steps}_plain"] = contextlib.nullcontext(model)
+    for name, made in distilled.items():
+        students[name] = transfer_into(model, made)
+        recipes[name] = _few_step(torch.tensor(made.header.sigmas))
+    if lora is not None:
+        # Once for both, so that what does not fit is told once.
+        lora = dataclasses.replace(lora, file=fit_lora(lora.file, model))
+        name = f"lora_{len(lora.sigmas) - 1}"
+        recipes |= {f"{of}_{name}": _few_step(lora.sigmas) for of in ("linearized", "teacher")}
+        students[f"teacher_{name}"] = with_lora(model, lora.file, strength=lora.strength)
+        students[f"linearized_{name}"] = _with_both(model, linearized, lora)
+    unseen = {f"teacher_{steps}_plain" for steps in plain_steps}
+    unseen |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
+    return Lineup(students=students, recipes=recipes, unseen=unseen)
+
+
+def _few_step(sigmas: Tensor) -> Recipe:
+    return Recipe(sigmas=sigmas, guidance_scale=1.0, is_few_step=True)
+
+
+@contextlib.contextmanager
+def _with_both(model: nn.Module, linearized: Artifact, lora: FewStepLora) -> Iterator[nn.Module]:
+    with transfer_into(model, linearized), with_lora(model, lora.file, strength=lora.strength):
+        yield model

@@ -1,0 +1,56 @@
+"""Describe videos by what the teacher's own middle layer makes of them: no other network is needed.
+
+A diffusion model's activations at low noise tell content as a trained classifier's do (Tang et al.
+2023), so a Frechet distance on them works for any model and any kind of video.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..flow import add_noise
+from ..models.attention import LinearAttention, MixedAttention
+from ..models.attention_sites import attention_at, shapes_of
+from ..models.experts import expert_at
+from ..models.families import identify
+from ..models.velocity import bind
+
+# Enough noise for the model to be at home, little enough for it to see what is there.
+SIGMA = 0.25
+
+
+@torch.no_grad()
+def teacher_features(
+    teacher: nn.Module, latents: Tensor, noise: Tensor, embeds: Tensor, *, precision: str = "fp32"
+) -> Tensor:
+    """Return the output of the middle layer's self-attention, averaged over tokens.
+
+    The layer in the middle of the model's attention sites, at sigma 0.25: there [B, L, N, D] is
+    what every family's attention gives, after normalisation, so no few huge channels of the
+    residual stream decide.
+
+    teacher: whole: softmax at every site.
+    latents: [B, C, F, H, W], x0. noise: alike; the same for all models that are compared.
+    embeds: [S, T], one prompt for all, such as the negative one, so that prompts tell nothing.
+
+    Returns [B, N D] fp32.
+    Raises ValueError where the model has linear layers: it is no teacher then.
+    """
+    expert = expert_at(teacher, SIGMA)
+    _, sites = identify(shapes_of(expert))
+    modules = [attention_at(expert, site) for site in sites]
+    if any(isinstance(module, LinearAttention | MixedAttention) for module in modules):
+        raise ValueError("the model has linear layers; features are taken from the teacher alone")
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(output.float().mean(dim=1).flatten(1))
+
+    sigma = torch.full((len(latents),), SIGMA, device=latents.device)
+    velocity_fn = bind(teacher, embeds.expand(len(latents), -1, -1), precision=precision)
+    hook = modules[len(modules) // 2].register_forward_hook(keep)
+    try:
+        velocity_fn(add_noise(latents, noise, sigma), sigma)
+    finally:
+        hook.remove()
+    (features,) = found
+    return features

@@ -1,0 +1,343 @@
+"""Launching the fused kernels: how tokens are split, how large blocks are, what is allocated.
+
+No launch depends on the length, so a new length compiles nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .triton_kernels import (
+    add_map_gradients_kernel,
+    add_splits_kernel,
+    backward_key_kernel,
+    backward_query_kernel,
+    map_kernel,
+    reduce_kernel,
+)
+
+# Splits fill the card, but their partial states may not take more than this; they are given back
+# before the output or the next gradient is allocated, those of the maps' gradients in the end.
+_MAX_PARTIAL_BYTES = 36 * 2**20
+# Programs are dealt out in waves: more waves leave less of the card idle in the last one, but each
+# program reads the states and the map anew.
+_WAVES = (1, 2, 4)
+# Features of a state that one program adds up.
+_ROWS = 8
+# Elements of a map's gradient that one program adds up.
+_TILE = 256
+
+# Features lie in [0, 1]: bf16 keeps their small values, where fp16 would round them to nothing.
+_FEATURE_DTYPES = {
+    torch.float16: torch.bfloat16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float32: torch.float32,
+}
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class Launch(NamedTuple):
+    """Tokens of a block, warps, pipeline stages, programs that share a multiprocessor."""
+
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# Chosen on an H200, fastest first; a card with less shared memory takes a later one, and so do fp32
+# and M = 2D, which need more of it.
+_LAUNCHES = {
+    "reduce keys": (
+        Launch(64, 4, 2, 2),
+        Launch(128, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 2),
+    ),
+    "reduce queries": (
+        Launch(32, 4, 3, 2),
+        Launch(128, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 2),
+    ),
+    "map": (Launch(64, 4, 3, 2), Launch(64, 4, 2, 2), Launch(64, 4, 1, 2), Launch(32, 4, 1, 2)),
+    "backward": (
+        Launch(128, 8, 2, 1),
+        Launch(64, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 1),
+    ),
+    "backward, maps frozen": (
+        Launch(64, 4, 1, 2),
+        Launch(64, 8, 1, 1),
+        Launch(64, 4, 1, 1),
+        Launch(32, 4, 1, 1),
+    ),
+}
+_first_launch: dict[tuple[Any, ...], int] = {}
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output [B, L, N, D], means [B, N, M, D] and normaliser [B, N, M] fp32.
+
+    query, key, value: [B, L, N, D], last axis contiguous. query_map, key_map: [N, D, M/2].
+    """
+    query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
+    means, normaliser = _call("reduce keys", _run_reduce, key_map, key, value)
+    out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
+    _call("map", _run_map, query_map, query, means, out, normaliser)
+    return out, means, normaliser
+
+
+def backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    means: Tensor,
+    normaliser: Tensor,
+    *,
+    needs_map_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and both maps, in their dtypes; 0 if unwanted.
+
+    upstream: [B, L, N, D], the output's gradient; means and normaliser as `forward` gave them.
+    """
+    maps = (query_map, key_map)
+    query_map, key_map = (x.to(value.dtype).contiguous() for x in maps)
+    kind = "backward" if needs_map_gradients else "backward, maps frozen"
+    settings = {"needs_map_gradient": needs_map_gradients}
+    dq, rows, query_parts = _call(
+        kind, _run_backward_query, query_map, query, upstream, means, normaliser, **settings
+    )
+    states, sums = _call(
+        "reduce queries",
+        _run_reduce,
+        query_map,
+        query,
+        upstream,
+        rows,
+        normaliser,
+        num_keys=key.shape[1],
+    )
+    dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    _call("map", _run_map, key_map, key, states, dv)
+    dk, key_parts = _call(kind, _run_backward_key, key_map, key, value, states, sums, **settings)
+    if needs_map_gradients:
+        return dq, dk, dv, *_add_map_gradients((query_parts, key_parts), maps)
+    return dq, dk, dv, *(x.new_zeros(x.shape) for x in maps)
+
+
+def _add_map_gradients(
+    parts: tuple[Tensor, Tensor], maps: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the maps' gradients [N, D, H] from their parts [B, N, splits, D, H], in one launch."""
+    B, N, _, D, H = parts[0].shape
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in maps)
+    add_map_gradients_kernel[D * H // _TILE, N, 2](
+        *parts, *gradients, B, parts[0].shape[2], parts[1].shape[2], D * H, _TILE,
+        num_warps=4, **_chain(parts[0].device),
+    )  # fmt: skip
+    return gradients
+
+
+def _run_reduce(
+    launch: Launch,
+    feature_map: Tensor,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor | None = None,
+    normaliser: Tensor | None = None,
+    *,
+    num_keys: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return a side's state [B, N, M, D] and sums [B, N, M] fp32, both divided by sum_j b_jm.
+
+    Keys: means and normaliser. Queries, which have `rows`: G and c; num_keys is the keys' L.
+    """
+    B, L, N, D = x.shape
+    H = feature_map.shape[2]
+    is_query = rows is not None
+    features = _FEATURE_DTYPES[feature_map.dtype]
+    splits, split_length = _split(L, B * N, launch, x.device, state_bytes=8 * H * (D + 1))
+    state_parts = _fp32(x, B, N, splits, 2 * H, D)
+    sum_parts = _fp32(x, B, N, splits, 2 * H)
+    rows, counts = (rows, normaliser) if is_query else (sum_parts, sum_parts)
+    reduce_kernel[splits, B * N](
+        x, y, rows, feature_map, counts, state_parts, sum_parts,
+        *x.stride()[:3], *y.stride()[:3], L, split_length, N,
+        D, H, launch.tokens, _TRITON_DTYPES[features], _precision(feature_map), is_query,
+        num_warps=launch.warps, num_stages=launch.stages, **_chain(x.device, is_query),
+    )  # fmt: skip
+    states = torch.empty(B, N, 2 * H, D, dtype=features, device=x.device)
+    sums = _fp32(x, B, N, 2 * H)
+    add_splits_kernel[2 * H // _ROWS, B * N](
+        state_parts, sum_parts, counts, states, sums,
+        num_keys if is_query else L, splits, 2 * H, D, _ROWS, is_query,
+        num_warps=4, **_chain(x.device, is_query),
+    )  # fmt: skip
+    return states, sums
+
+
+def _run_map(
+    launch: Launch,
+    feature_map: Tensor,
+    x: Tensor,
+    states: Tensor,
+    out: Tensor,
+    normaliser: Tensor | None = None,
+) -> None:
+    """Write features times states to `out`; with a normaliser the features are weights."""
+    B, L, N, D = x.shape
+    is_query = normaliser is not None
+    splits, split_length = _split(L, B * N, launch, x.device)
+    map_kernel[splits, B * N](
+        x, feature_map, states, normaliser if is_query else states, out,
+        *x.stride()[:3], *out.stride()[:3], L, split_length, N,
+        D, feature_map.shape[2], launch.tokens, _precision(feature_map), is_query,
+        num_warps=launch.warps, num_stages=launch.stages, **_chain(x.device, not is_query),
+    )  # fmt: skip
+
+
+def _run_backward_query(
+    launch: Launch,
+    query_map: Tensor,
+    query: Tensor,
+    upstream: Tensor,
+    means: Tensor,
+    normaliser: Tensor,
+    *,
+    needs_map_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, the queries' rows [B, N, L, 4] for `_run_reduce`, and the map's gradients.
+
+    They are fp32, [B, N, splits, D, H], and yet to be added up.
+    """
+    B, L, N, D = query.shape
+    splits, split_length, parts = _split_map_gradient(
+        query, query_map, launch, wanted=needs_map_gradient
+    )
+    dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    rows = _fp32(query, B, N, L, 4)
+    backward_query_kernel[splits, B * N](
+        query, upstream, query_map, means, normaliser, dquery, rows, parts,
+        *query.stride()[:3], *upstream.stride()[:3], *dquery.stride()[:3], L, split_length, N,
+        D, query_map.shape[2], launch.tokens, _precision(query_map), needs_map_gradient,
+        num_warps=launch.warps, num_stages=launch.stages, **_chain(query.device),
+    )  # fmt: skip
+    return dquery, rows, parts
+
+
+def _run_backward_key(
+    launch: Launch,
+    key_map: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    sums: Tensor,
+    *,
+    needs_map_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return dk and the map's gradients, as `_run_backward_query` does."""
+    B, L, N, D = key.shape
+    splits, split_length, parts = _split_map_gradient(
+        key, key_map, launch, wanted=needs_map_gradient
+    )
+    dkey = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    backward_key_kernel[splits, B * N](
+        key, value, key_map, states, sums, dkey, parts,
+        *key.stride()[:3], *value.stride()[:3], *dkey.stride()[:3], L, split_length, N,
+        D, key_map.shape[2], launch.tokens, _precision(key_map), needs_map_gradient,
+        num_warps=launch.warps, num_stages=launch.stages, **_chain(key.device),
+    )  # fmt: skip
+    return dkey, parts
+
+
+def _call(
+    kind: str,
+    run: Callable[..., Any],
+    feature_map: Tensor,
+    x: Tensor,
+    *arguments: Any,
+    **settings: Any,
+) -> Any:
+    """Run a kernel with the first launch of its kind that this card has the memory for."""
+    launches = _LAUNCHES[kind]
+    key = (run, kind, x.device, feature_map.dtype, *feature_map.shape[1:])
+    is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
+    first = _first_launch.get(key, int(is_wide))
+    for i, launch in enumerate(launches[first:], start=first):
+        try:
+            result = run(launch, feature_map, x, *arguments, **settings)
+        except OutOfResources:
+            if i + 1 == len(launches):
+                raise
+        else:
+            _first_launch[key] = i
+            return result
+    raise AssertionError("the last launch either returns or raises")
+
+
+def _chain(device: torch.device, is_backward: bool = True) -> dict[str, bool]:
+    """Return how a kernel is launched: in backward as a dependent of the one before.
+
+    Forward's three are not chained: on an H200 they took 2 % longer with 12 heads.
+    """
+    is_chained = is_backward and _can_chain(device)
+    return {"IS_CHAINED": is_chained, **({"launch_pdl": True} if is_chained else {})}
+
+
+def _precision(feature_map: Tensor) -> str:
+    """Return how products of fp32 are made: on tensor cores, in three parts, exact to 1e-6."""
+    return "tf32x3" if feature_map.dtype == torch.float32 else "tf32"
+
+
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _split(
+    length: int, num_heads: int, launch: Launch, device: torch.device, *, state_bytes: int = 0
+) -> tuple[int, int]:
+    """Return how many splits of the tokens fill the card best, and their length, whole blocks."""
+    wave = launch.programs * _num_multiprocessors(device)
+    most = _MAX_PARTIAL_BYTES // state_bytes if state_bytes else max(_WAVES) * wave
+    programs = [min(wave * waves, most) // num_heads * num_heads for waves in _WAVES]
+    fullest = max(programs, key=lambda count: count / (triton.cdiv(count, wave) * wave or 1))
+    blocks = triton.cdiv(length, launch.tokens)
+    splits = max(1, min(blocks, fullest // num_heads))
+    split_length = triton.cdiv(blocks, splits) * launch.tokens
+    return triton.cdiv(length, split_length), split_length
+
+
+def _split_map_gradient(
+    x: Tensor, feature_map: Tensor, launch: Launch, *, wanted: bool
+) -> tuple[int, int, Tensor]:
+    """Return splits, their length, and room for their map's gradients [B, N, splits, D, H]."""
+    B, L, N, D = x.shape
+    H = feature_map.shape[2]
+    splits, split_length = _split(L, B * N, launch, x.device, state_bytes=4 * D * H * wanted)
+    return splits, split_length, _fp32(x, B, N, splits if wanted else 0, D, H)
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # Triton's interpreter: a few programs, so that splits are exercised
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _can_chain(device: torch.device) -> bool:
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)

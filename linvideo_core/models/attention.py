@@ -1,0 +1,176 @@
+"""Attention modules that take the place of one another: softmax, Hedgehog linear, their mixture.
+
+All map `query, key, value [B, L, N, D] -> [B, L, N, D]`, after qk-norm and RoPE.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import FEATURE_MAPS, linear_attention, softmax_attention
+from ..run.config import option
+
+MAP_SHARINGS = ("per_head", "shared")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearForm:
+    """What linear attention is made of, beside the number of its features.
+
+    The default is the paper's; each part added starts as if it were not there.
+    """
+
+    feature_map: str = option(
+        "hedgehog", "hedgehog_joint: one softmax over both signs of xW", choices=FEATURE_MAPS
+    )
+    map_sharing: str = option("per_head", "a map W a head, or one a layer", choices=MAP_SHARINGS)
+    output_gate: bool = option(False, "scale each head's output by a gate that its query opens")
+    window: int = option(0, "tokens of a local softmax beside the linear part; 0: none")
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or self.window == 1:
+            raise ValueError(f"--window {self.window} given; 0, or 2 or more tokens are needed")
+
+
+class SoftmaxAttention(nn.Module):
+    """Quadratic attention through PyTorch's fused kernels."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend over all keys, scaled by 1/sqrt(D)."""
+        return softmax_attention(query, key, value)
+
+
+def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Softmax attention within blocks of `window` tokens that follow one another: O(L window).
+
+    Tokens lie frame by frame, row by row; the last block is shorter where L is no multiple.
+    Raises ValueError where queries and keys are not the same tokens.
+    """
+    B, L, N, D = query.shape
+    if key.shape[1] != L:
+        raise ValueError(f"{L} queries and {key.shape[1]} keys given; a window needs as many")
+    whole = L - L % window
+    parts = []
+    for start, end, size in ((0, whole, window), (whole, L, L - whole)):
+        if end > start:
+            blocks = (x[:, start:end].reshape(-1, size, N, D) for x in (query, key, value))
+            query_blocks, key_blocks, value_blocks = (x.transpose(1, 2) for x in blocks)
+            out = F.scaled_dot_product_attention(query_blocks, key_blocks, value_blocks)
+            parts.append(out.transpose(1, 2).reshape(B, end - start, N, D))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def attend_linearly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    gate: Tensor | None = None,
+    window_mix: Tensor | None = None,
+    *,
+    form: LinearForm,
+) -> Tensor:
+    """Compute linear attention in a form, from its tensors.
+
+    query_map, key_map: [N, D, M/2], or [1, D, M/2] where heads share them.
+    gate: [N, D] or none; each head's output is scaled by `2 sigmoid(gate . q)`, the head-wise
+        output gate of Gated Attention (arXiv 2505.06708) twice over, so that 0 changes nothing. It
+        reads the query because attention sees no other input, and because a scale that reads
+        nothing is part of the output projection already.
+    window_mix: [N] or none; the output lies `tanh(window_mix)` of the way from linear attention to
+        the softmax of its window (the zero-initialised gate of Flamingo, arXiv 2204.14198).
+
+    Returns [B, L, N, D] in value's dtype.
+    """
+    if form.map_sharing == "shared":
+        query_map, key_map = (x.expand(query.shape[2], -1, -1) for x in (query_map, key_map))
+    out = linear_attention(query, key, value, query_map, key_map, feature_map=form.feature_map)
+    if window_mix is not None:
+        local = window_attention(query, key, value, form.window).to(out.dtype)
+        out = torch.lerp(out, local, window_mix.tanh().to(out.dtype).unsqueeze(-1))
+    if gate is not None:
+        opening = torch.einsum("blnd,nd->bln", query, gate.to(query.dtype))
+        out = out * (2 * opening.sigmoid()).to(out.dtype).unsqueeze(-1)
+    return out
+
+
+class LinearAttention(nn.Module):
+    """Linear attention with a learnable Hedgehog map for queries and one for keys."""
+
+    def __init__(
+        self, num_heads: int, head_dim: int, feature_dim: int, form: LinearForm | None = None
+    ) -> None:
+        """feature_dim is M, even: the map W of each side is [num_heads or 1, head_dim, M/2]."""
+        super().__init__()
+        if feature_dim < 2 or feature_dim % 2:
+            raise ValueError(f"feature_dim {feature_dim} given; an even number >= 2 is needed")
+        self.form = form or LinearForm()
+        num_maps = 1 if self.form.map_sharing == "shared" else num_heads
+        self.query_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
+        self.key_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
+        gate = nn.Parameter(torch.zeros(num_heads, head_dim)) if self.form.output_gate else None
+        self.register_parameter("gate", gate)
+        window_mix = nn.Parameter(torch.zeros(num_heads)) if self.form.window else None
+        self.register_parameter("window_mix", window_mix)
+        self.init_weights()
+
+    @property
+    def feature_dim(self) -> int:
+        """M, the number of features of a query or key."""
+        return 2 * self.query_map.shape[-1]
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Start both sides from one orthogonal map, so that phi(q) phi(k) grows with q k.
+
+        A quarter power of D on each side folds the 1/sqrt(D) of softmax attention into W. Gate and
+        window start at 0, where neither changes anything.
+        """
+        num_maps, D, half = self.query_map.shape
+        size = max(D, half)
+        for index in range(num_maps):
+            gaussian = torch.randn(size, size, generator=generator)
+            orthogonal = torch.linalg.qr(gaussian).Q[:D, :half] * D**-0.25
+            for feature_map in (self.query_map, self.key_map):
+                feature_map.data[index] = orthogonal
+        for added in (self.gate, self.window_mix):
+            if added is not None:
+                nn.init.zeros_(added)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend in O(L)."""
+        maps, added = (self.query_map, self.key_map), (self.gate, self.window_mix)
+        return attend_linearly(query, key, value, *maps, *added, form=self.form)
+
+
+class MixedAttention(nn.Module):
+    """`r softmax + (1 - r) linear`, with the learnable layer score r (LinVideo eq. 5).
+
+    r = 1 is softmax, r = 0 is linear. Selection hardens a layer by setting `choice`, after which
+    only the chosen branch is computed.
+    """
+
+    def __init__(self, linear: LinearAttention, layer_score: float) -> None:
+        super().__init__()
+        self.linear = linear
+        self.softmax = SoftmaxAttention()
+        self.layer_score = nn.Parameter(torch.tensor(float(layer_score)))
+        self.choice: str | None = None
+
+    def harden(self, choice: str) -> None:
+        """Compute only "linear" or only "softmax" from now on."""
+        if choice not in ("linear", "softmax"):
+            raise ValueError(f"choice {choice!r} given; 'linear' or 'softmax' is expected")
+        self.choice = choice
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Mix both branches, or compute the chosen one."""
+        if self.choice == "linear":
+            return self.linear(query, key, value)
+        softmax = self.softmax(query, key, value)
+        if self.choice == "softmax":
+            return softmax
+        linear = self.linear(query, key, value)
+        return torch.lerp(linear, softmax, self.layer_score.to(softmax.dtype))

@@ -1,0 +1,201 @@
+"""Where a model keeps its self-attention, and how another attention is put there and taken out.
+
+A model family is one file that makes a `ModelFamily`; nothing else in the project knows a
+family's parameter names.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .sketch import sketch, sketched_rows
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_DIGEST, _SKETCH = "linvideo_weights_digest", "linvideo_weights_sketch"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One self-attention layer: its place in the depth, the module's name, its heads."""
+
+    layer: int
+    name: str
+    num_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFamily:
+    """What LinVideo must know of an architecture.
+
+    find_sites: parameter shapes -> the self-attention sites in depth order, empty for a stranger.
+    trainable_prefix: parameters under it belong to the transformer's blocks and may be trained.
+    frozen_parts: parts of names under it that stay as they are all the same.
+    feed_forward: the weight of a block that widens tokens [wide, dim], by which memory is told.
+    sketched: linear layers of a site whose weights stand for the model's in `weights_sketch`.
+    """
+
+    name: str
+    find_sites: Callable[[Shapes], list[AttentionSite]]
+    trainable_prefix: str
+    feed_forward: str
+    sketched: tuple[str, ...]
+    frozen_parts: tuple[str, ...] = ()
+
+    def trainable(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of those parameters that may be trained."""
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if name.startswith(self.trainable_prefix) and not self.is_frozen(name)
+        }
+
+    def is_frozen(self, name: str) -> bool:
+        """Say whether a parameter or a module stays as it is, though its block is trained."""
+        return any(part in name for part in self.frozen_parts)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the parameter shapes of a model, the form in which families recognise it."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def fingerprint(family: ModelFamily, sites: list[AttentionSite]) -> str:
+    """Describe the architecture that a file fits, in words that an error can show."""
+    site = sites[0]
+    return f"{family.name}, {len(sites)} layers, {site.num_heads} heads of {site.head_dim}"
+
+
+def keep_identity(model: nn.Module, digest: str, sketch: tuple[float, ...]) -> None:
+    """Let a model whose weights are rounded go by the weights that it was rounded from.
+
+    digest, sketch: theirs, of `weights_digest` and `weights_sketch`.
+    """
+    setattr(model, _DIGEST, digest)
+    setattr(model, _SKETCH, sketch)
+
+
+def weights_digest(model: nn.Module, sites: list[AttentionSite]) -> str:
+    """Return 16 hex digits that tell one set of weights from another of the same architecture.
+
+    A rounded model has that of the checkpoint it was read from, see `keep_identity`.
+    """
+    if _DIGEST in vars(model):
+        return vars(model)[_DIGEST]
+    return digest_weights(map(model.get_parameter, digested_weights(model, sites)))
+
+
+def digested_weights(model: nn.Module, sites: list[AttentionSite]) -> list[str]:
+    """Return the names of the weights that `weights_digest` looks at, in order.
+
+    Those of the first and the last site; a layer's bias last, whichever its class registers first.
+    """
+    names = []
+    for site in (sites[0], sites[-1]):
+        module = model.get_submodule(site.name)
+        for prefix, layer in module.named_modules(prefix=site.name):
+            own = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+            names += sorted(own, key=lambda name: name.endswith(".bias"))
+    return names
+
+
+def digest_weights(weights: Iterable[Tensor]) -> str:
+    """Return 16 hex digits of weights in the order of `digested_weights`."""
+    digest = hashlib.blake2b(digest_size=8)
+    for weight in weights:
+        digest.update(weight.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sketched_weights(family: ModelFamily, sites: list[AttentionSite]) -> list[str]:
+    """Return the names of the weights that `weights_sketch` looks at, in order."""
+    ends = (sites[0], sites[-1])
+    return [f"{site.name}.{layer}.weight" for site in ends for layer in family.sketched]
+
+
+def weights_sketch(
+    model: nn.Module, family: ModelFamily, sites: list[AttentionSite]
+) -> tuple[float, ...]:
+    """Return numbers that tell how far a model's weights are from others, see `sketch`.
+
+    A rounded model has those of the checkpoint it was read from, see `keep_identity`.
+    """
+    if _SKETCH in vars(model):
+        return vars(model)[_SKETCH]
+    weights = map(model.get_parameter, sketched_weights(family, sites))
+    return sketch(weight[sketched_rows(weight.shape)] for weight in weights)
+
+
+def install(
+    model: nn.Module, sites: list[AttentionSite], make: Callable[[AttentionSite], nn.Module]
+) -> dict[int, nn.Module]:
+    """Put `make(site)` in the place of each site's attention.
+
+    Returns the modules that stood there, by layer, for `restore`.
+    """
+    originals = {}
+    for site in sites:
+        owner = model.get_submodule(site.name)
+        originals[site.layer] = owner.attention
+        owner.attention = make(site)
+    return originals
+
+
+def restore(
+    model: nn.Module, sites: list[AttentionSite], originals: Mapping[int, nn.Module]
+) -> None:
+    """Undo `install`."""
+    for site in sites:
+        model.get_submodule(site.name).attention = originals[site.layer]
+
+
+def attention_at(model: nn.Module, site: AttentionSite) -> nn.Module:
+    """Return the attention module that stands at a site."""
+    return model.get_submodule(site.name).attention
+
+
+def trainable_weights(
+    model: nn.Module, family: ModelFamily, sites: list[AttentionSite]
+) -> dict[str, Tensor]:
+    """Return the model's own parameters that a transfer may change, without installed attention."""
+    installed = tuple(f"{site.name}.attention." for site in sites)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(family.trainable_prefix)
+        and not name.startswith(installed)
+        and not family.is_frozen(name)
+    }
+
+
+def blocks(model: nn.Module, sites: list[AttentionSite]) -> list[nn.Module]:
+    """Return the transformer blocks that hold the sites, in depth order."""
+    return [model.get_submodule(site.name.rpartition(".")[0]) for site in sites]
+
+
+def checkpoint_activations(model: nn.Module, sites: list[AttentionSite]) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    for block in blocks(model, sites):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def compiled_blocks(models: Iterable[nn.Module], sites: list[AttentionSite]) -> Iterator[None]:
+    """Compile the blocks of some models while the context lasts; alike blocks share their code."""
+    compiled = [block for model in models for block in blocks(model, sites)]
+    # One entry a kind of attention, batch size and gradient mode: more than the default of 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in compiled:
+        block.forward = torch.compile(block.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        for block in compiled:
+            del block.forward

@@ -1,0 +1,93 @@
+"""The folder of one run: it explains itself, and repeating the command continues in it."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import to_json
+from .files import write_text
+
+CONFIG_NAME = "config.json"
+
+
+def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = "") -> None:
+    """Create the folder with `config.json`, or check that it belongs to the same config.
+
+    See `check_run`.
+    """
+    path = folder / CONFIG_NAME
+    if path.exists():
+        check_run(folder, config, ignore=ignore, new_run=new_run)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_json(config))
+
+
+def check_run(
+    folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = ""
+) -> None:
+    """Make sure that a folder, if it holds a run, holds one of the same config.
+
+    ignore: field names that may differ between the first call and a later one.
+    new_run: what another folder would still have of this one, to be told.
+
+    A setting that the run does not name is younger than the run, which was made as its default
+    says.
+
+    Raises ValueError naming the first setting that differs, or a file where the folder should be.
+    """
+    path = folder / CONFIG_NAME
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file and a folder is needed; choose another --out")
+    if not path.exists():
+        return
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete {folder} or choose another --out"
+        ) from error
+    found = {**dict(_defaults(config)), **dict(_leaves(tree))}
+    for name, value in _leaves(json.loads(to_json(config))):
+        if name not in ignore and found.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{folder} was made with {flag} {found.get(name)} and {value} was given; choose "
+                f"another --out{new_run}, or give what it was made with to continue it"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_whole_rows(path: Path, *, before: int) -> list[str]:
+    """Return the lines of a metrics.jsonl, if there is one, up to a step; none cut short."""
+    if not path.exists():
+        return []
+    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < before]
+
+
+def _defaults(config: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            # As JSON gives it back.
+            yield field.name, json.loads(json.dumps(field.default, default=str))
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield name, value

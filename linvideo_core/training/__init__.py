@@ -1,0 +1,1 @@
+"""Train any task on any number of processes; nothing here knows attention."""

@@ -1,0 +1,324 @@
+"""fit(): accumulate, clip, step, average, log, checkpoint, resume. Knows nothing of attention.
+
+Every random draw of a step comes from a generator seeded by (seed, step), so an interrupted run
+that is started again ends in the same weights as an unbroken one. Of what is drawn for the whole
+batch each process of a team takes its share; gradients and metrics are means over all of them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..run.config import fraction, option, positive
+from ..run.folder import read_whole_rows
+from ..run.progress import Progress, silent
+from .checkpoint import Checkpoint, CheckpointFiles, Watch
+from .process_group import ALONE, Team
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters by name that share a peak learning rate.
+
+    every: steps between two of their updates, where players train in turns: the loss reaches them
+        at its multiples alone, and their average counts those.
+    betas: AdamW's, of the gradient's average and of its square's.
+    player: groups of one player have their gradients clipped together.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+    every: int = 1
+    betas: tuple[float, float] = (0.9, 0.99)
+    player: str = ""
+
+
+class Task(Protocol):
+    """What is trained: parameters, a loss, and what else must survive a restart."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return the trainable parameters; names are unique over all groups."""
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Return the loss of one forward pass and figures to log."""
+
+    def after_step(self, step: int) -> None:
+        """React to a finished optimiser step."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides parameters, as JSON."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The optimiser's settings, and how often progress is written down."""
+
+    steps: int = option(300, "optimiser steps")
+    batch_size: int = option(4, "samples of one forward pass, over all GPUs together")
+    accumulation: int = option(1, "forward passes for one optimiser step")
+    learning_rate: float = option(5e-4, "peak learning rate of the weights")
+    map_learning_rate: float = option(2e-3, "peak learning rate of the feature maps")
+    warmup_steps: int = option(20, "steps of linear warm-up; a cosine to zero follows")
+    clip_norm: float = option(1.0, "gradients are scaled down to this norm")
+    ema_decay: float = option(0.99, "decay of the weight average that is kept as the result")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
+    checkpoint_every: int = option(50, "steps between checkpoints")
+    log_every: int = option(5, "steps between rows of metrics.jsonl")
+    compile: bool = option(False, "compile the blocks: a minute at the start, then much faster")
+    cuda_graphs: bool = option(False, "replay a small model's kernels without launching each")
+    activation_checkpointing: bool = option(False, "recompute blocks backward to save memory")
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch_size", "accumulation", "learning_rate", "map_learning_rate")
+        positive(self, "clip_norm", "checkpoint_every", "log_every")
+        fraction(self, "ema_decay")
+        if self.cuda_graphs and self.activation_checkpointing:
+            raise ValueError(
+                "--cuda-graphs and --activation-checkpointing given; graphs keep all activations: "
+                "leave one of them out"
+            )
+
+
+def seed_step(seed: int, step: int) -> torch.Generator:
+    """Return the generator of one training step, independent of all steps before it."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def learning_rate_share(step: int, config: TrainingConfig) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def fit(
+    task: Task,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    stage: str = "training",
+    progress: Progress = silent,
+    watch: Watch | None = None,
+    team: Team = ALONE,
+) -> None:
+    """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
+
+    Leaves `metrics.jsonl` and a checkpoint in `folder`, and the averaged weights in the task's
+    parameters. Whatever stops it between, such as a `progress` that raises, finds the finished
+    steps in the checkpoint; of a team, where all stop after the same step.
+
+    watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
+    team: the processes that train together; the task draws for all and computes this one's share.
+
+    Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last
+    checkpoint from before it is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(task, config, folder, watch, team)
+    first = run.resume()
+    with team.heeding_stops(), run.kept_when_stopped():
+        progress(stage, first, config.steps)
+        for step in range(first, config.steps):
+            row = run.take_step(step, seed_step(seed, step))
+            is_last = step + 1 == config.steps
+            if step % config.log_every == 0 or is_last:
+                run.log(step, row)
+            progress(stage, step + 1, config.steps, **run.shown)
+            if (step + 1) % config.checkpoint_every == 0 or is_last:
+                run.save()
+            team.stop_together()
+    run.keep_average()
+
+
+class _Diverged(ValueError):
+    """What was trained is lost from here on: it must not replace the last good checkpoint."""
+
+
+class _Run:
+    """The mutable state of one fit: parameters, optimiser, average, files.
+
+    num_finished: steps that parameters, optimiser, average and task all hold; None between.
+    num_saved: steps that the checkpoint holds; shown: the figures that progress last reported.
+    """
+
+    def __init__(
+        self, task: Task, config: TrainingConfig, folder: Path, watch: Watch | None, team: Team
+    ) -> None:
+        self.task = task
+        self.config = config
+        self.watch = watch
+        self.team = team
+        self.files = CheckpointFiles(folder, None if watch is None else watch.delay, team)
+        self.metrics_path = folder / "metrics.jsonl"
+        self.groups = groups = task.parameter_groups()
+        self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(g.parameters.values()), "betas": g.betas} for g in groups],
+            weight_decay=config.weight_decay,
+            foreach=team.size > 1 or None,  # One by one, sharded parameters take long to ask.
+        )
+        self.num_finished: int | None = 0
+        self.num_saved = 0
+        self.shown: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def kept_when_stopped(self) -> Iterator[None]:
+        """Write the finished steps down before an error or an interruption goes on its way.
+
+        A step that was stopped while it changed the parameters is dropped, and all since the last
+        checkpoint.
+        """
+        try:
+            yield
+        except _Diverged:
+            raise
+        # KeyboardInterrupt and a host's own interruption are no Exception.
+        except BaseException as error:
+            has_more = self.num_finished is not None and self.num_finished > self.num_saved
+            if has_more and self.team.is_agreed(error):
+                try:
+                    self.save()
+                except (OSError, ValueError) as reason:
+                    logger.warning("the last steps are not kept: %s", reason)
+            raise
+
+    def take_step(self, step: int, generator: torch.Generator) -> dict[str, Any]:
+        """Run one optimiser step; return what to log, still as tensors."""
+        share = learning_rate_share(step, self.config)
+        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            settings["lr"] = group.learning_rate * share
+        total = torch.zeros(())
+        metrics: dict[str, Any] = {}
+        for _ in range(self.config.accumulation):
+            loss, metrics = self.task.loss(step, generator)
+            (loss / self.config.accumulation).backward()
+            total = total.to(loss.device) + loss.detach() / self.config.accumulation
+        self.team.average_gradients(self.parameters.values())
+        norms = self._clip()
+        self.num_finished = None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step(step)
+        self._follow(step)
+        self.num_finished = step + 1
+        return {"loss": total, **norms, "learning_rate_share": share, **metrics}
+
+    def _clip(self) -> dict[str, Tensor]:
+        """Scale the gradients of each player down; return their norms before, to be logged."""
+        norms = {}
+        for player in dict.fromkeys(group.player for group in self.groups):
+            mine = [g.parameters for g in self.groups if g.player == player]
+            parameters = [p for parameters in mine for p in parameters.values()]
+            name = f"{player}_gradient_norm" if player else "gradient_norm"
+            norms[name] = self.team.clip_gradients(parameters, self.config.clip_norm)
+        return norms
+
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        """Move the average of every group whose turn it was."""
+        for group in self.groups:
+            turn, rest = divmod(step, group.every)
+            if not rest:
+                average = [self.average[name] for name in group.parameters]
+                current = [parameter.detach() for parameter in group.parameters.values()]
+                decay = min(self.config.ema_decay, (1 + turn) / (10 + turn))
+                torch._foreach_lerp_(average, current, 1 - decay)
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl in plain numbers."""
+        row = self.team.mean_row(row)
+        plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
+        if not math.isfinite(plain["loss"]):
+            raise self._diverged(f"the loss became {plain['loss']} at step {step}")
+        self.files.see_row(step)
+        if self.watch is not None and (fault := self.watch(plain)):
+            self.files.return_to_good()
+            raise self._diverged(f"{fault} at step {step}")
+        if self.team.is_first:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **plain}) + "\n")
+        self.shown = {"loss": plain["loss"]}
+
+    def save(self) -> None:
+        """Write the checkpoint of the finished steps."""
+        step = self.num_finished
+        if name := self.team.find_not_finite(self.parameters):
+            raise self._diverged(f"{name} is no longer finite after step {step}")
+        tensors = {f"average/{n}": t for n, t in self.average.items()}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameter/{name}"] = parameter
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam/{key}/{name}": value for key, value in state.items()}
+        self.files.write(Checkpoint(step=step, tensors=tensors, state=self.task.state()))
+        self.num_saved = step
+
+    def _diverged(self, what: str) -> _Diverged:
+        advice = "start again with another --out and a lower --learning-rate"
+        return _Diverged(f"{what}; {self.files.describe()}: {advice}")
+
+    def resume(self) -> int:
+        """Take the checkpoint's state, drop later metrics; return the number of finished steps."""
+        if (path := self.files.path) is None:
+            if self.team.is_first:
+                self.metrics_path.unlink(missing_ok=True)
+            return 0
+        try:
+            checkpoint = self.files.read(self.parameters)
+            self._restore(checkpoint.tensors)
+            self.task.load_state(checkpoint.state)
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} cannot be continued from ({error}); delete it to start this stage again"
+            ) from error
+        step = self.num_finished = self.num_saved = checkpoint.step
+        self._drop_metrics_from(step)
+        if step < self.config.steps:
+            logger.info("continuing from step %d of %d", step, self.config.steps)
+        return step
+
+    @torch.no_grad()
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            self.average[name].copy_(tensors[f"average/{name}"])
+            if f"adam/step/{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"adam/step/{name}"].cpu(),
+                    "exp_avg": tensors[f"adam/exp_avg/{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"adam/exp_avg_sq/{name}"].to(parameter.device),
+                }
+
+    def _drop_metrics_from(self, step: int) -> None:
+        rows = read_whole_rows(self.metrics_path, before=step)
+        # All have read before one writes.
+        self.team.wait()
+        if self.team.is_first and self.metrics_path.exists():
+            self.metrics_path.write_text("".join(rows), encoding="utf-8")
+        for row in map(json.loads, rows if self.watch else ()):
+            self.files.see_row(row["step"])
+            self.watch(row)
+
+    @torch.no_grad()
+    def keep_average(self) -> None:
+        """Replace the parameters by their average."""
+        self.files.finish()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.average[name])

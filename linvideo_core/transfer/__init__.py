@@ -1,0 +1,1 @@
+"""Make chosen layers linear: `python -m linvideo_core.transfer`."""

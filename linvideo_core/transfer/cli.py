@@ -1,0 +1,315 @@
+"""Linearize a video model: `python -m linvideo_core.transfer`.
+
+Without arguments the embedded model is linearized on whatever machine this is, in minutes.
+    python -m linvideo_core.transfer --preset gpu
+    python -m linvideo_core.transfer --model wan.safetensors --text-encoder umt5_xxl.safetensors
+Wan 2.2's two experts are linearized together, the second being --low-noise-model. Repeating a
+command continues where it stopped. The run folder holds config.json, metrics, checkpoints, the
+result, linearized.safetensors, and the evidence: pictures and evaluation.json, which compare what
+was saved with its teacher. What the teacher sampled lies beside it, in the folder `teacher`, and
+serves every run with the same model, prompts, size and sampler.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import artifact
+from ..evaluate.comparison import (
+    EVALUATION_NAME,
+    Comparison,
+    compare_artifact,
+    compare_experts,
+    read_evaluation,
+    save_comparison,
+)
+from ..models.experts import HIGH, LOW
+from ..run.config import parse, to_json
+from ..run.devices import resolve_device, resolve_precision
+from ..run.folder import CONFIG_NAME, check_run, open_run
+from ..run.memory import LOWER_RUN, explained
+from ..run.progress import Progress, TqdmProgress, silent
+from ..run.tables import show_table
+from ..teacher.teacher import Subject, load_subject, open_subject
+from ..teacher.trajectories import USED_AGAIN
+from ..training import fsdp
+from ..training.process_group import ALONE, Team
+from .estimate import forecast
+from .evaluation import compare_config, draw_training, is_evaluated
+from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
+from .layer_selection.order import LAYER_ORDER_NAME
+from .layer_selection.rules import check_layers
+from .layer_selection.sensitivity import RANKING_NAME
+from .pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from .preflight import Footprint, check_transfer
+from .student import Student
+
+logger = logging.getLogger(__name__)
+
+# What a repeated command may change: none of it decides the artifact.
+_FREE_FIELDS = (
+    "out",
+    "teacher_folder",
+    "shard_size",
+    "offload_blocks",
+    "evaluate_samples",
+    "evaluate_batch_size",
+)
+_SHOWN = (
+    "model",
+    "linear_layers",
+    "layers",
+    "digit",
+    "motion",
+    "frechet",
+    "motion_energy",
+    "velocity_error",
+    "seconds_per_video",
+)
+_FILES = {
+    ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
+    EXPERT_NAMES[HIGH]: "the LINVIDEO file of the high-noise expert",
+    EXPERT_NAMES[LOW]: "the LINVIDEO file of the low-noise expert",
+    "samples.gif": "the same videos by the teacher, before and after training",
+    "samples.png": "their frames side by side",
+    "layer_scores.png": "how training chose the layers",
+    RANKING_NAME: "how much each layer alone changes the velocity",
+    LAYER_ORDER_NAME: "how far the learned choice agrees with that ranking",
+    "losses.png": "how training went",
+    "velocity_error.png": "how far the model is from its teacher, by noise level",
+    EVALUATION_NAME: "every measure",
+}
+
+
+_HOME = {
+    "out": Path("runs/home"),
+    "frozen": "bf16",
+    "activation_checkpointing": True,
+    "guidance_scale": 5.0,
+    "shard_size": 1,
+    "steps": 3000,
+    "evaluate_samples": 2,
+    "evaluate_batch_size": 1,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "num_trajectories": 24,
+        "warm_start_steps": 40,
+        "steps": 200,
+        "batch_size": 6,
+        "learning_rate": 2e-3,
+        "layer_score_learning_rate": 0.03,
+        "warmup_steps": 20,
+        "ema_decay": 0.99,
+        "checkpoint_every": 25,
+        "log_every": 5,
+    },
+    # A small model keeps a GPU waiting for its kernels: a batch of 256 takes no longer than of 64.
+    "gpu": {
+        "out": Path("runs/transfer-gpu"),
+        "num_trajectories": 2048,
+        "shard_size": 256,
+        "warm_start_steps": 300,
+        "steps": 2500,
+        "batch_size": 256,
+        "learning_rate": 2e-3,
+        "layer_score_learning_rate": 0.01,
+        "warmup_steps": 100,
+        "ema_decay": 0.998,
+        "compile": True,
+        "checkpoint_every": 500,
+        "log_every": 25,
+        "evaluate_samples": 1000,
+        "evaluate_batch_size": 250,
+    },
+    # Wan 1.3B and 14B at 480p on one card of a home, see docs/home.md.
+    "home-24gb": {**_HOME, "target": 16, "batch_size": 2, "accumulation": 2},
+    "home-48gb": {**_HOME, "target": 22, "batch_size": 1, "accumulation": 4, "offload_blocks": 32},
+}
+
+
+def run(config: TransferConfig, progress: Progress = silent, team: Team = ALONE) -> Path:
+    """Run every stage that `config.out` does not hold yet; return the artifact's path.
+
+    Of two experts that is the high-noise one's; `list_artifacts` has both.
+
+    team: the processes that train together; what follows on training is the first one's alone.
+
+    Raises ValueError or FileNotFoundError, in one sentence, for bad input.
+    """
+    paths = list_artifacts(config)
+    is_made = all(path.exists() for path in paths) and (config.out / CONFIG_NAME).exists()
+    if is_made:
+        open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+        if is_evaluated(config.evidence, config.out):
+            logger.info("%s is finished: nothing was left to do", config.out)
+            return paths[0]
+    team.check_batch(config.training.batch_size)
+    device = team.place(resolve_device(config.device))
+    precision = resolve_precision(config.precision, device)
+    check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    make = _run_experts if config.experts.low_noise_model is not None else _run_one
+    comparison = make(config, device, precision, progress, is_made, team)
+    if comparison is not None:
+        save_comparison(comparison, config.out)
+    return paths[0]
+
+
+def list_artifacts(config: TransferConfig) -> list[Path]:
+    """Return where a run's files are or will be: one, or one an expert."""
+    if config.experts.low_noise_model is None:
+        return [config.out / ARTIFACT_NAME]
+    return [config.out / name for name in EXPERT_NAMES.values()]
+
+
+def _run_one(
+    config: TransferConfig,
+    device: str,
+    precision: str,
+    progress: Progress,
+    is_made: bool,
+    team: Team,
+) -> Comparison | None:
+    """Make the file unless it is made; return the comparison with its teacher, if still to do."""
+    path = config.out / ARTIFACT_NAME
+    draft = open_subject(config.subject)
+    footprint = None
+    if draft is not None:
+        footprint = check_transfer(draft, config, device, precision, team.size)
+    with team.in_turn():
+        subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
+    if not is_made:
+        # Several processes share a training that none of them could hold alone.
+        _forecast(subject, config, precision, footprint, team, tries_training=team.size == 1)
+        student = Student(subject, config.student, seed=config.seed)
+        check_layers(config.selection, list(student.mixed))
+        with team.in_turn():
+            open_run(config.out, config, ignore=_FREE_FIELDS)
+        linearize(student, subject, config, precision, progress, team=team)
+    if not team.disband():
+        return None
+    made = artifact.load(path)
+    draw_training(config.out, made.header.layers, config.selection, config.training.steps)
+    if is_evaluated(config.evidence, config.out):
+        return None
+    logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
+    # What ships is what is measured: the saved file, in a model that is not compiled.
+    return compare_artifact(
+        subject,
+        made,
+        compare_config(config.evidence, config.trajectories),
+        seed=config.seed,
+        precision=precision,
+        progress=progress,
+    )
+
+
+def _run_experts(
+    config: TransferConfig,
+    device: str,
+    precision: str,
+    progress: Progress,
+    is_made: bool,
+    team: Team,
+) -> Comparison | None:
+    """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
+    drafts = check_experts(config, device, precision)
+    with team.in_turn():
+        subject = load_experts(drafts, config, device, progress)
+    if not is_made:
+        footprint = check_transfer(drafts[HIGH], config, device, precision)
+        _forecast(subject, config, precision, footprint, team, tries_training=False, num_students=2)
+        with team.in_turn():
+            open_run(config.out, config, ignore=_FREE_FIELDS)
+        names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
+        linearize_experts(subject, names, config, precision, progress, team)
+    if not team.disband() or is_evaluated(config.evidence, config.out):
+        return None
+    logger.info("comparing both experts with their students on %s in %s", device, precision)
+    return compare_experts(
+        subject,
+        {side: artifact.load(config.out / name) for side, name in EXPERT_NAMES.items()},
+        compare_config(config.evidence, config.trajectories),
+        seed=config.seed,
+        precision=precision,
+        progress=progress,
+    )
+
+
+def _forecast(
+    subject: Subject,
+    config: TransferConfig,
+    precision: str,
+    footprint: Footprint | None,
+    team: Team,
+    *,
+    tries_training: bool,
+    num_students: int = 1,
+) -> None:
+    """Log what a run that has not trained yet takes; the embedded model's needs little of anything.
+
+    Raises ValueError, in one sentence, where a disk has too little room.
+    """
+    if any(config.out.glob("**/training")):
+        return
+    known = {} if footprint is None else dataclasses.asdict(footprint)
+    forecast(
+        subject,
+        config,
+        precision,
+        tries_training=tries_training and not subject.is_demo,
+        num_processes=team.size,
+        num_students=num_students,
+        **known,
+    )
+
+
+def summarize(config: TransferConfig) -> str:
+    """Say for a reader what a finished run has made: the table, then the files."""
+    lines = []
+    for path in list_artifacts(config):
+        header = artifact.load(path).header
+        layers = ", ".join(map(str, header.layers))
+        whose = header.provenance.get("expert", "")
+        lines.append(
+            f"{len(header.layers)} of {header.num_layers} layers "
+            f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
+        )
+    lines.append("")
+    if config.evidence.evaluate_samples and (found := read_evaluation(config.out)):
+        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
+        lines += [show_table(rows), "swapped: the same layers linear, without any training", ""]
+    lines.append(f"{config.out} holds")
+    width = 2 + max(len(name) for name in _FILES if (config.out / name).exists())
+    for name, meaning in _FILES.items():
+        if (config.out / name).exists():
+            lines.append(f"  {name:<{max(24, width)}}{meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, run the transfer with progress bars, say what was made."""
+    team = fsdp.assemble()
+    with team.in_turn():
+        config, is_dry_run = parse(
+            TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
+        )
+    if is_dry_run:
+        sys.stdout.write(to_json(config) if team.is_first else "")
+        return
+    try:
+        with TqdmProgress(is_shown=team.is_first) as progress, explained(LOWER_RUN):
+            run(config, progress, team)
+    except KeyboardInterrupt:
+        if team.is_first:
+            sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        sys.exit(130)
+    if team.is_first:
+        sys.stdout.write(f"\n{summarize(config)}")
+
+
+command = fsdp.together(main)

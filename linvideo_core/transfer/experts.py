@@ -1,0 +1,194 @@
+"""Linearize Wan 2.2's two experts: trajectories of both, then a student and a file of each.
+
+A trajectory starts with the high-noise expert, which hands it on to the low-noise one at the
+boundary. Each expert's student learns at its own noise levels only. The high-noise expert's grid
+ends at the level that its last step leads to, where the other takes over: objectives compare at
+every level of a grid but its last, so a jump of theirs ends at the expert's last own level at the
+latest. Beyond, the student's velocity is never sampled with and its teacher never learned one. The
+low-noise expert's grid begins at its own first level, and its jumps, which go down, stay its own.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import artifact
+from ..artifact import Artifact
+from ..flow import make_sigmas
+from ..models.experts import HIGH, LOW, SIDES, Experts, is_high_noise
+from ..models.quantized import count_frozen_bytes
+from ..models.velocity import TIMESTEP_SCALE
+from ..run.config import override
+from ..run.memory import Need, check_memory
+from ..run.progress import Progress
+from ..teacher.sampling import spread_edges
+from ..teacher.teacher import Draft, Subject, open_subject
+from ..teacher.trajectories import States, Trajectories, collect
+from ..training.process_group import ALONE, Team
+from .evaluation import draw_training
+from .pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from .preflight import check_transfer
+from .student import Student
+
+logger = logging.getLogger(__name__)
+
+EXPERT_NAMES = {side: f"linearized_{side}.safetensors" for side in SIDES}
+
+
+class OwnStates(Trajectories):
+    """The states of trajectories that lie at one expert's noise levels, on its own grid.
+
+    sigmas: from the expert's first level to where its last step leads; steps count from its first.
+    """
+
+    def __init__(self, whole: Trajectories, side: str, boundary: float) -> None:
+        """Open no file: `whole` keeps them."""
+        self._whole = whole
+        own = own_steps(whole.sigmas, side, boundary)
+        self._picks = own[whole.steps()].nonzero().squeeze(1)
+        self._first = int(own.nonzero()[0])
+        self.sigmas = own_sigmas(whole.sigmas, side, boundary)
+        self.guidance_scale = whole.guidance_scale
+        share = len(self._picks) / len(whole)
+        self.states_per_trajectory = max(1, round(share * whole.states_per_trajectory))
+
+    def __len__(self) -> int:
+        """Return the number of the expert's states."""
+        return len(self._picks)
+
+    def take(self, picks: Tensor, device: torch.device | str) -> States:
+        """Bring the states `picks` [B] int64, in [0, len), to `device` in fp32."""
+        states = self._whole.take(self._picks[picks], device)
+        return dataclasses.replace(states, step=states.step - self._first)
+
+    def steps(self) -> Tensor:
+        """Return the index into `sigmas` of every state, [len] int64."""
+        return self._whole.steps()[self._picks] - self._first
+
+
+def own_steps(sigmas: Tensor, side: str, boundary: float) -> Tensor:
+    """Return [steps] bool: at which of a grid's steps [steps + 1] an expert works."""
+    is_high = is_high_noise(TIMESTEP_SCALE * sigmas[:-1], boundary)
+    return is_high if side == HIGH else ~is_high
+
+
+def own_sigmas(sigmas: Tensor, side: str, boundary: float) -> Tensor:
+    """Return an expert's part of a grid [steps + 1]: its levels, and where its last step leads."""
+    own = own_steps(sigmas, side, boundary).nonzero().squeeze(1)
+    return sigmas[int(own[0]) : int(own[-1]) + 2]
+
+
+def check_experts(config: TransferConfig, device: str, precision: str) -> dict[str, Draft]:
+    """Read the headers of both experts, and return their drafts by side.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for what cannot work.
+    """
+    settings, boundary = config.trajectories, config.experts.boundary
+    if config.objective.objective == "dmd":
+        raise ValueError(
+            "--objective dmd was given with --low-noise-model; it judges clean videos, which the "
+            "high-noise expert never makes: give another objective"
+        )
+    drafts = {
+        side: open_subject(override(config.subject, {"model": path}))
+        for side, path in ((HIGH, config.subject.model), (LOW, config.experts.low_noise_model))
+    }
+    if drafts[HIGH].checkpoint.config != drafts[LOW].checkpoint.config:
+        raise ValueError(
+            f"{config.subject.model} and {config.experts.low_noise_model} differ in architecture; "
+            "two experts of one model are needed"
+        )
+    sigmas = make_sigmas(settings.sampler_steps, settings.shift)
+    num_high = int(own_steps(sigmas, HIGH, boundary).sum())
+    edges = spread_edges(settings.states_per_trajectory, settings.sampler_steps)
+    # One state is kept of each stratum: some stratum must lie on each side of the boundary.
+    if edges[1] > num_high or edges[-2] < num_high:
+        raise ValueError(
+            f"--boundary {boundary:g} given; of {settings.sampler_steps} sampler steps {num_high} "
+            f"are above it, too few or too many to keep {settings.states_per_trajectory} states "
+            "of each trajectory on both sides: raise --states-per-trajectory, or change --shift"
+        )
+    check_transfer(drafts[HIGH], config, device, precision)
+    size = count_frozen_bytes(drafts[HIGH].shapes, config.subject.held.frozen)
+    advice = "choose smaller models or a machine with more memory"
+    check_memory([Need("each of two experts", size)] * 2, "cpu", advice)
+    return drafts
+
+
+def load_experts(
+    drafts: Mapping[str, Draft], config: TransferConfig, device: str, progress: Progress
+) -> Subject:
+    """Return both experts as one subject; its prompts are on `device`, its weights on the CPU."""
+    high = drafts[HIGH].load(config.out, device, progress)
+    low = drafts[LOW].load_model()
+    boundary = config.experts.boundary
+    return dataclasses.replace(
+        high,
+        name=f"{high.name} down to {boundary:g}, then {drafts[LOW].checkpoint.path.stem}",
+        model=Experts(high.model, low, boundary),
+        prompt_embeds=high.prompt_embeds.to(device),
+        negative_embeds=high.negative_embeds.to(device),
+    )
+
+
+def linearize_experts(
+    subject: Subject,
+    names: Mapping[str, str],
+    config: TransferConfig,
+    precision: str,
+    progress: Progress,
+    team: Team = ALONE,
+) -> None:
+    """Sample with both experts, then train each one's student and save its file in `config.out`.
+
+    subject: of `load_experts`; names: what each expert's file is called.
+    """
+    trajectories = collect(
+        subject,
+        config.trajectories,
+        config.trajectories.folder_beside(config.out),
+        seed=config.seed,
+        precision=precision,
+        progress=progress,
+        team=team,
+    )
+    for side in SIDES:
+        path = config.out / EXPERT_NAMES[side]
+        if path.exists():
+            continue
+        own = OwnStates(trajectories, side, config.experts.boundary)
+        expert = dataclasses.replace(
+            subject,
+            name=names[side],
+            model=subject.model.fetch(side, subject.prompt_embeds.device),
+        )
+        mine = override(config, {"out": config.out / side})
+        student = Student(expert, config.student, seed=config.seed)
+        told = _name_stages(side, progress)
+        linearize(student, expert, mine, precision, told, trajectories=own, team=team)
+        if not team.is_first:
+            continue
+        made = artifact.load(mine.out / ARTIFACT_NAME)
+        draw_training(mine.out, made.header.layers, config.selection, config.training.steps)
+        artifact.save(_with_range(made, side, config.experts.boundary), path)
+
+
+def _with_range(made: Artifact, side: str, boundary: float) -> Artifact:
+    """Return a file that says at which noise levels its model works."""
+    above, below = (1.0, boundary) if side == HIGH else (boundary, 0.0)
+    header = dataclasses.replace(
+        made.header,
+        usage=dataclasses.replace(made.header.usage, sigma_from=above, sigma_to=below),
+        provenance={**made.header.provenance, "expert": side},
+    )
+    return dataclasses.replace(made, header=header)
+
+
+def _name_stages(side: str, progress: Progress) -> Progress:
+    def told(stage: str, done: int, total: int, **metrics: float) -> None:
+        progress(f"{side.replace('_', ' ')}: {stage}", done, total, **metrics)
+
+    return told

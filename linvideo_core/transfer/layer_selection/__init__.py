@@ -1,0 +1,1 @@
+"""Which layers become linear: learned scores, a rule, or measured sensitivity."""

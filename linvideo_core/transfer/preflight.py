@@ -1,0 +1,227 @@
+"""What a run can be refused for by headers and arithmetic alone, before anything long begins."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..models import lora
+from ..models.attention_sites import AttentionSite, ModelFamily, Shapes
+from ..models.families import identify
+from ..models.quantized import FROZEN, FrozenConfig, count_frozen_bytes
+from ..models.wan import WanConfig
+from ..run.memory import (
+    FP32,
+    Need,
+    Transformer,
+    check_memory,
+    count,
+    count_low_rank,
+    fits,
+    training_needs,
+)
+from ..teacher.teacher import Draft
+from ..teacher.trajectories import TrajectoryConfig
+from ..training.trainer import TrainingConfig
+from .evaluation import EvidenceConfig
+from .frozen_weights import check_held_alone
+from .layer_selection.rules import check_layers
+from .objectives import needs_critic
+from .pipeline import TransferConfig
+
+
+class RunConfig(Protocol):
+    """What the configs of a transfer and of a distillation have in common."""
+
+    @property
+    def trajectories(self) -> TrajectoryConfig:
+        """How the teacher is sampled."""
+
+    @property
+    def training(self) -> TrainingConfig:
+        """How the student is trained."""
+
+    @property
+    def evidence(self) -> EvidenceConfig:
+        """What is sampled in the end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a run that was not refused takes at least.
+
+    num_trained: numbers that are trained.
+    memory_bytes: of the CPU; device_bytes: of a GPU, None without one.
+    """
+
+    num_trained: int
+    memory_bytes: int
+    device_bytes: int | None
+
+
+def check_transfer(
+    draft: Draft, config: TransferConfig, device: str, precision: str, num_processes: int = 1
+) -> Footprint:
+    """Return what a transfer of a subject takes.
+
+    Raises ValueError, in one sentence, when it cannot work.
+    """
+    check_held_alone(draft.held, num_processes)
+    family, sites = identify(draft.shapes)
+    check_layers(config.selection, [site.layer for site in sites])
+    student = config.student
+    num_trained = sum(count_maps(site, student.feature_ratio) for site in sites)
+    num_trained += count_weights(draft, family, student.parameters, student.lora_rank)
+    return check_footprint(
+        draft,
+        config,
+        device,
+        precision,
+        num_trained=num_trained,
+        num_graphs=1,
+        all_trained=student.parameters == "full" or needs_critic(config.objective),
+        num_processes=num_processes,
+        may_offload=num_processes == 1 and config.experts.low_noise_model is None,
+    )
+
+
+def count_weights(draft: Draft, family: ModelFamily, parameters: str, rank: int) -> int:
+    """Return how many of a model's own weights are trained; parameters: as `--parameters`."""
+    if parameters == "full":
+        return count(draft.shapes, family.trainable_prefix)
+    if parameters == "lora":
+        lora.check_rank(draft.shapes, family.trainable_prefix, rank)
+        return count_low_rank(draft.shapes, family.trainable_prefix, rank)
+    return 0
+
+
+def count_maps(site: AttentionSite, feature_ratio: int) -> int:
+    """Return the numbers of a layer's feature maps."""
+    return site.num_heads * site.head_dim * site.head_dim * feature_ratio
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training whose memory can be told beforehand, from shapes alone.
+
+    shapes: of the model's parameters. num_tokens: L of one video.
+    num_trained, num_graphs, batch_size, sampled_together: see `memory.training_needs`.
+    """
+
+    config: WanConfig
+    shapes: Shapes
+    num_tokens: int
+    num_trained: int
+    num_graphs: int
+    batch_size: int
+    sampled_together: int
+    precision: str
+
+    def needs(self, held: FrozenConfig, is_checkpointed: bool) -> list[Need]:
+        """Return what must be on the device at once, the weights held as `held` says."""
+        return training_needs(
+            Transformer(
+                dim=self.config.dim,
+                ffn_dim=self.config.ffn_dim,
+                num_layers=self.config.num_layers,
+                num_tokens=self.num_tokens,
+                stream_bytes=FP32 if held.frozen == "fp32" else 2,
+            ),
+            weight_bytes=count_device_bytes(self.shapes, held),
+            num_trained=self.num_trained,
+            num_graphs=self.num_graphs,
+            batch_size=self.batch_size,
+            sampled_together=self.sampled_together,
+            is_checkpointed=is_checkpointed,
+            precision=self.precision,
+        )
+
+    def find_flags(
+        self, held: FrozenConfig, others: Sequence[Need], device: str, *, may_offload: bool
+    ) -> str:
+        """Return the flags with which it fits a device beside `others`; "" where none are enough.
+
+        What keeps the weights most precise comes first: bf16, offloading, fp8, both.
+        """
+        for frozen in FROZEN[FROZEN.index(held.frozen) :]:
+            most = self.config.num_layers if may_offload and frozen != "fp32" else 0
+            for num_blocks in range(held.offload_blocks, max(most, held.offload_blocks) + 1):
+                found = FrozenConfig(frozen=frozen, offload_blocks=num_blocks)
+                if not fits([_on_host(self.shapes, found, device)], "cpu"):
+                    break
+                if fits([*self.needs(found, True), *others], device):
+                    return f"--activation-checkpointing {found.given}".rstrip()
+        return ""
+
+
+def _on_host(shapes: Shapes, held: FrozenConfig, device: str) -> Need:
+    """Return what is in CPU memory: the whole model first, then the blocks that stay there."""
+    reading = count_frozen_bytes(shapes, held.frozen)
+    block = count_frozen_bytes(shapes, held.frozen, "blocks.0.")
+    if device.startswith("cuda"):
+        # PyTorch gives out page-locked memory in powers of two.
+        block = 2 ** math.ceil(math.log2(block))
+    waiting = block * held.offload_blocks
+    if waiting > reading:
+        return Need("the offloaded blocks, page-locked", waiting, "lower --offload-blocks")
+    return Need("the model while it is read", reading)
+
+
+def count_device_bytes(shapes: Shapes, held: FrozenConfig) -> int:
+    """Return the bytes of frozen weights on the device: of offloaded blocks, those of two."""
+    total = count_frozen_bytes(shapes, held.frozen)
+    if held.offload_blocks:
+        block = count_frozen_bytes(shapes, held.frozen, "blocks.0.")
+        total -= block * max(0, held.offload_blocks - 2)
+    return total
+
+
+def check_footprint(
+    draft: Draft,
+    config: RunConfig,
+    device: str,
+    precision: str,
+    *,
+    num_trained: int,
+    num_graphs: int,
+    all_trained: bool,
+    num_processes: int,
+    may_offload: bool,
+) -> Footprint:
+    """Return what a run takes at least; the parameters are of `memory.training_needs`.
+
+    Raises ValueError, in one sentence, when it does not fit.
+    """
+    advice = "choose a smaller model or a machine with more memory"
+    if not all_trained and draft.held.frozen != FROZEN[-1]:
+        advice = f"give --frozen {FROZEN[-1]}, or {advice}"
+    on_host = _on_host(draft.shapes, draft.held, device)
+    check_memory([on_host], "cpu", advice)
+    model = draft.checkpoint.config
+    patches = zip(draft.latent_shape[1:], model.patch_size, strict=True)
+    plan = Plan(
+        config=model,
+        shapes=draft.shapes,
+        num_tokens=math.prod(-(-size // patch) for size, patch in patches),
+        num_trained=num_trained,
+        num_graphs=num_graphs,
+        batch_size=config.training.batch_size // num_processes,
+        sampled_together=max(
+            min(config.trajectories.shard_size, config.trajectories.num_trajectories),
+            min(config.evidence.evaluate_batch_size, config.evidence.evaluate_samples),
+        ),
+        precision=precision,
+    )
+    prompts = draft.source.need(device)
+    needs = [*plan.needs(draft.held, config.training.activation_checkpointing), prompts]
+    flags = ""
+    if not all_trained and not fits(needs, device):
+        flags = plan.find_flags(draft.held, [prompts], device, may_offload=may_offload)
+    check_memory(needs, device, flags=flags)
+    on_device = sum(need.num_bytes for need in needs)
+    if device == "cpu":
+        least = max(on_device, on_host.num_bytes)
+        return Footprint(num_trained=num_trained, memory_bytes=least, device_bytes=None)
+    return Footprint(
+        num_trained=num_trained, memory_bytes=on_host.num_bytes, device_bytes=on_device
+    )

@@ -1,0 +1,279 @@
+"""Run a transfer inside ComfyUI: from a graph's MODEL to a file in models/linvideo.
+
+The run folder `<output>/linvideo/<name>` keeps samples, checkpoints and the result, and belongs to
+one model with one set of inputs: queueing them again continues, or finds the finished file.
+"""
+
+import contextlib
+import dataclasses
+import filecmp
+import gc
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import torch
+
+from ...linvideo_core import artifact
+from ...linvideo_core.artifact import ArtifactError
+from ...linvideo_core.artifact.names import check_name
+from ...linvideo_core.run.config import override
+from ...linvideo_core.run.files import replacing
+from ...linvideo_core.run.folder import CONFIG_NAME, check_run, open_run
+from ...linvideo_core.run.memory import is_out_of_memory
+from ...linvideo_core.teacher.teacher import Subject
+from ...linvideo_core.teacher.trajectories import USED_AGAIN
+from ...linvideo_core.transfer.estimate import forecast
+from ...linvideo_core.transfer.layer_selection.rules import check_target
+from ...linvideo_core.transfer.pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from ...linvideo_core.transfer.quality import settings_by_steps, settings_for
+from ...linvideo_core.transfer.student import Student
+from ..model_folder import FOLDER
+from .host_teacher import HostSubject
+from .live_preview import LiveProgress, say
+
+logger = logging.getLogger(__name__)
+
+# How an input is called where the core names its flag.
+_INPUTS = {"out": "name", "guidance_scale": "cfg", "num_trajectories": "num_videos"}
+_FIELDS = {node: core for core, node in _INPUTS.items()}
+_SIZES = ("width", "height", "frames", "seed")
+# What a run belongs to beside its settings, when it is another.
+_OTHERS = {
+    "weights": "another model, or with other LoRAs in it",
+    "conditions": "other prompts or conditioning",
+    "latent-shape": "another video size",
+}
+# What follows from other settings is not compared: those are.
+_FREE_FIELDS = ("out", "device", "shard_size", "teacher_folder", *settings_by_steps(1))
+_TEACHER_FOLDER = "linvideo_teacher"
+"""In ComfyUI's output folder: the teacher's videos, for every transfer that can use them."""
+_LOWER = (
+    "lower batch_size, frames, width and height, or lora_rank, and give it another name; the "
+    "videos that were made to learn from are used again where they fit"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostRun:
+    """What a run folder belongs to: the graph's model and conditioning beside the settings.
+
+    weights, conditions: digests; latent_shape: (C, F, H, W).
+    """
+
+    weights: str
+    conditions: str
+    latent_shape: tuple[int, ...]
+    transfer: TransferConfig
+
+
+def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None) -> Path:
+    """Return the file of a transfer of a ModelPatcher, made now unless it is there already.
+
+    inputs: by name, see `read_transfer_inputs`. guidance_scale: with which the graph samples the
+    result, None if unknown. The model is left as it is.
+
+    Raises ValueError or RuntimeError, in one sentence, for bad input or too little memory, and
+    ComfyUI's own exception on Interrupt; what was trained until then is kept.
+    """
+    with _in_the_artists_words(), torch.inference_mode(False), torch.enable_grad():
+        host = HostSubject(model, inputs)
+        config = make_config(inputs, host, guidance_scale)
+        check_target(config.selection, len(host.sites))
+        identity = HostRun(
+            weights=host.weights_digest(),
+            conditions=host.conditions.digest(),
+            latent_shape=host.video.latent_shape,
+            transfer=config,
+        )
+        _check_run(identity)
+        made = config.out / ARTIFACT_NAME
+        if made.exists() and not _is_whole(made):
+            # What it was made from is there: it is written again.
+            made.unlink()
+        target = _find_target(config.out.name, made)
+        if not made.exists():
+            _train(host, config, identity)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as temporary:
+                shutil.copyfile(made, temporary)
+        return target
+
+
+def make_config(
+    inputs: dict[str, Any], host: HostSubject, guidance_scale: float | None = None
+) -> TransferConfig:
+    """Return the core's settings: an expert's where they are given, else what suits the model.
+
+    Raises ValueError for a setting that is out of range or a name that cannot be a file's.
+    """
+    name = check_name(inputs["name"], is_single=True)
+    values = settings_for(inputs["quality"], is_embedded=host.is_demo, num_layers=len(host.sites))
+    out = Path(folder_paths.get_output_directory()) / FOLDER / name
+    # A run that was begun keeps its guidance, whatever its result is tried with since.
+    guidance_scale = _begun_with(out) or guidance_scale
+    if guidance_scale is not None:
+        values["guidance_scale"] = guidance_scale
+    expert = inputs["settings"] or {}
+    given = {name: value for name, value in expert.items() if name not in _SIZES and value != 0}
+    values |= {_FIELDS.get(name, name): value for name, value in given.items()}
+    values |= {
+        **settings_by_steps(values["steps"]),
+        "seed": expert.get("seed", 0),
+        "shift": host.shift,
+        "device": str(host.device),
+        "out": out,
+        "evaluate_samples": 0,
+        "teacher_folder": out.parent.with_name(_TEACHER_FOLDER),
+    }
+    fewest = TransferConfig().trajectories.states_per_trajectory
+    if values["sampler_steps"] < fewest:
+        raise ValueError(
+            f"sampler_steps {values['sampler_steps']} given; at least {fewest} are needed"
+        )
+    config = override(TransferConfig(), values)
+    is_large = not host.is_copied(config)
+    by_size = {
+        "shard_size": 1 if is_large else config.training.batch_size,
+        "activation_checkpointing": is_large,
+        "precision": "bf16" if is_large and host.training_dtype == torch.bfloat16 else "fp32",
+    }
+    return override(config, by_size)
+
+
+def _check_run(identity: HostRun) -> None:
+    """Raise ValueError, in one sentence, where the name belongs to a transfer that differs."""
+    out = identity.transfer.out
+    try:
+        check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    except ValueError as error:
+        found = next((what for name, what in _OTHERS.items() if f"--{name} " in str(error)), None)
+        if found is None:
+            raise
+        raise ValueError(
+            f"the transfer {out.name!r} was begun with {found}: give this one another name, or "
+            "that one what it was begun with"
+        ) from error
+
+
+def _is_whole(made: Path) -> bool:
+    try:
+        artifact.load(made)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _begun_with(folder: Path) -> float | None:
+    """Return the guidance of the run that a folder holds, None where it holds none to be read."""
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return float(config["transfer"]["trajectories"]["guidance_scale"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _find_target(name: str, made: Path) -> Path:
+    """Return where the result goes; what lies there already must be this very run's."""
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    target = folder / f"{name}.safetensors"
+    if target.exists() and not (made.exists() and filecmp.cmp(made, target, shallow=False)):
+        why = "is not what this transfer made"
+        if not made.exists():
+            why = f"what it was made from is not in output/{FOLDER}/{name}"
+        raise ValueError(
+            f"models/{FOLDER}/{target.name} exists, but {why}: choose another name, move that "
+            "file away, or apply it as it is"
+        )
+    return target
+
+
+def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None:
+    with _tidied(), host.subject(config) as subject:
+        takes = _say_what_it_takes(host, subject, config)
+        student = Student(subject, config.student, seed=config.seed)
+        open_run(config.out, identity, ignore=_FREE_FIELDS)
+        progress = LiveProgress(student, subject, config, host.latent_format, host.video, takes)
+        with progress.watching():
+            linearize(student, subject, config, config.precision, progress)
+
+
+@contextlib.contextmanager
+def _tidied() -> Iterator[None]:
+    """Give memory back: before, what a transfer that failed has left, and after one that did not.
+
+    An error or an interruption still refers to it all, and goes on its way at once.
+    """
+    _collect()
+    yield
+    _collect()
+
+
+def _collect() -> None:
+    # A layer's forward refers to the layer: only the collector takes the two apart.
+    gc.collect()
+    comfy.model_management.cleanup_models()
+    comfy.model_management.soft_empty_cache()
+
+
+def _say_what_it_takes(host: HostSubject, subject: Subject, config: TransferConfig) -> str:
+    """Measure a few calls, show on the node what is to come takes, and return the sentence.
+
+    Raises ValueError, in one sentence, where a disk has too little room.
+    """
+    say("a few calls are measured, to tell what this takes")
+    try:
+        found = forecast(subject, config, config.precision)
+    except comfy.model_management.InterruptProcessingException:
+        say("stopped before it had begun; queue again to begin, or to go on where it was")
+        raise
+    total = comfy.model_management.get_total_memory(host.device)
+    if found.device_bytes is not None:
+        # The weights are ComfyUI's, and beside what PyTorch counts.
+        found = dataclasses.replace(
+            found, device_bytes=found.device_bytes + host.model.model_size()
+        )
+    sentence = f"This takes {found.sentence(total)}."
+    logger.info("LinVideo: %s", sentence)
+    say(sentence)
+    return sentence
+
+
+@contextlib.contextmanager
+def _in_the_artists_words() -> Iterator[None]:
+    """Raise the core's errors with inputs' names in place of its flags, and explain lack of memory.
+
+    They are raised outside of `except`, where the frames that hold the model are let go of.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except ValueError as error:
+        # Which a node decides itself.
+        words = str(error).replace(" give --activation-checkpointing,", "")
+        problem = ValueError(re.sub(r"--([a-z][a-z-]+)", _name_input, words))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        problem = RuntimeError(f"there is not enough memory for this transfer: {_LOWER}")
+    if problem is not None:
+        raise problem
+
+
+def _name_input(flag: re.Match) -> str:
+    name = flag[1].replace("-", "_")
+    return _INPUTS.get(name, name)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    is_host_oom = getattr(comfy.model_management, "is_oom", lambda _: False)
+    return is_out_of_memory(error) or is_host_oom(error)

@@ -1,0 +1,1 @@
+"""What made the evidence: run from a checkout, never shipped."""

@@ -1,0 +1,1 @@
+"""Declared runs on the embedded model: `python -m research.ablations`."""

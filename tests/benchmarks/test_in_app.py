@@ -1,0 +1,170 @@
+"""The benchmark of transfers in ComfyUI: its files, its reading of a log, rows that fail."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.in_app import cli as in_app
+from benchmarks.in_app.cases import list_cases
+from benchmarks.in_app.checkpoints import Entry, quantise_q8_0, write_safetensors, write_wan
+from benchmarks.in_app.cli import InAppConfig
+from benchmarks.in_app.comfyui_server import Server, Stage
+from benchmarks.in_app.headless import describe_transfer
+from benchmarks.in_app.memory_meter import resident, watching
+from benchmarks.models.comfyui import PACK
+from benchmarks.models.sizes import SIZES
+from linvideo_core.run.config import override
+from linvideo_core.run.records import RecordsConfig, read_record
+from linvideo_core.run.records import run as render
+from linvideo_core.transfer.pipeline import TransferConfig
+
+TINY = SIZES["tiny"]
+LOG = """
+LinVideo: sampling the teacher: 1 videos in 12.34 s
+LinVideo: training: 8 steps in 25.30 s
+another line, training: 9 steps in 1.00 s
+"""
+
+
+@pytest.fixture
+def broken_host(tmp_path: Path) -> Path:
+    """A checkout that looks like ComfyUI and ends as soon as it is started."""
+    root = tmp_path / "host"
+    for name in ("comfy/ldm/wan/model.py", "comfy/sample.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "comfyui_version.py").write_text('__version__ = "1.2.3"\n')
+    (root / "main.py").write_text("raise SystemExit('no such thing as a lunch')\n")
+    return root
+
+
+def test_rows_that_fail_say_why_and_the_record_can_be_shown(
+    broken_host: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    config = InAppConfig(
+        comfyui=broken_host,
+        cpu=True,
+        out=tmp_path / "out",
+        rows="demo,1.3b-fp8,1.3b-gguf,14b-33-24gb",
+    )
+    record = in_app.run(config, lambda row: told.append(row["what"]))
+    by_name = {row["what"]: row for row in record["rows"]}
+    assert list(by_name) == told == ["demo", "1.3b-fp8", "1.3b-gguf", "14b-33-24gb"]
+    assert all("no such thing as a lunch" in by_name[name]["error"] for name in told[:2])
+    assert [by_name[name]["ok"] for name in told] == [False, False, None, None]
+    assert "--gguf-pack" in by_name["1.3b-gguf"]["error"]
+    assert record["command"] == "python -m benchmarks.in_app --comfyui PATH --cpu"
+    assert record["details"]["parts"]["demo"]["comfyui"] == "1.2.3"
+    page = tmp_path / "in_app.md"
+    page.write_bytes((PACK / "docs" / "in_app.md").read_bytes())
+    render(RecordsConfig(page=page, results=tmp_path / "out"))
+    assert "| 1.3b-fp8 | tiny Wan | fp8 | 17 | comfyui |" in page.read_text(encoding="utf-8")
+
+
+def test_a_row_measured_again_replaces_its_own_alone(broken_host: Path, tmp_path: Path) -> None:
+    for rows in ("demo,1.3b-gguf", "demo"):
+        in_app.run(InAppConfig(comfyui=broken_host, cpu=True, out=tmp_path / "out", rows=rows))
+    record = read_record(tmp_path / "out" / "in_app.json")
+    assert sorted(row["what"] for row in record["rows"]) == ["1.3b-gguf", "demo"]
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--rows nothing given; one of demo, "):
+        InAppConfig(rows="demo,nothing")
+    with pytest.raises(ValueError, match="--comfyui was not given"):
+        in_app.run(InAppConfig(cpu=True, out=tmp_path))
+    with pytest.raises(ValueError, match="holds no comfy"):
+        in_app.run(InAppConfig(comfyui=tmp_path, cpu=True, out=tmp_path))
+
+
+def test_names_of_rows_are_their_own() -> None:
+    names = [case.name for case in list_cases()]
+    assert len(set(names)) == len(names)
+
+
+def test_the_log_tells_of_stages_after_a_place(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("LinVideo: training: 2 steps in 1.00 s\n")
+    server = Server(process=None, address="", folder=tmp_path, log=log)
+    since = server.log_size()
+    with log.open("a") as file:
+        file.write(LOG)
+    assert server.stages(since) == [
+        Stage("sampling the teacher", 1, 12.34),
+        Stage("training", 8, 25.3),
+    ]
+
+
+def test_every_form_of_a_checkpoint_stands_for_the_same_weights(tmp_path: Path) -> None:
+    read: dict[str, dict[str, torch.Tensor]] = {}
+    for form in ("bf16", "fp16", "fp8_scaled"):
+        write_wan(tmp_path / f"{form}.safetensors", TINY, form, "cpu")
+        read[form] = load_file(tmp_path / f"{form}.safetensors")
+    assert read["bf16"].keys() == read["fp16"].keys()
+    for name in ("blocks.1.self_attn.q.weight", "blocks.0.ffn.0.weight"):
+        scale = read["fp8_scaled"][f"{name.removesuffix('weight')}scale_weight"]
+        weight = read["fp8_scaled"][name]
+        assert weight.dtype == torch.float8_e4m3fn and scale.shape == (1,)
+        assert_close(weight.float() * scale, read["fp16"][name].float(), 0.04)
+    for name in ("head.head.weight", "blocks.0.norm3.weight", "patch_embedding.weight"):
+        assert read["fp8_scaled"][name].dtype == torch.float16
+        assert_close(read["fp8_scaled"][name].float(), read["fp16"][name].float(), 1e-3)
+
+
+def test_q8_0_stands_for_its_weights() -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    packed = quantise_q8_0(weight)
+    assert packed.shape == (6, 2 * 34) and packed.dtype == torch.uint8
+    blocks = packed.unflatten(-1, (2, 34))
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()
+    numbers = blocks[..., 2:].contiguous().view(torch.int8).float()
+    assert_close((scale * numbers).flatten(-2), weight, 0.01)
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_not_begun(tmp_path: Path) -> None:
+    def make() -> torch.Tensor:
+        raise AssertionError("it was made")
+
+    huge = Entry("weight", torch.float32, (2**50,), make)
+    with pytest.raises(ValueError, match="and the disk has"):
+        write_safetensors(tmp_path / "huge.safetensors", [huge])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peak_is_seen_while_it_lasts() -> None:
+    def read() -> int | None:
+        return resident(os.getpid())
+
+    if (before := read()) is None:
+        pytest.skip("this system does not tell how much memory a process has")
+    with watching(read) as peak:
+        held: Callable[[], int] = torch.ones(60_000_000, dtype=torch.uint8).numel
+        torch.ones(1).sum()
+        watched_until(lambda: peak.num_bytes > before + held() // 2)
+    assert peak.num_bytes > before + 30_000_000
+
+
+def test_the_headless_transfer_has_the_settings_of_the_nodes() -> None:
+    settings = {"steps": 8, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2}
+    values = describe_transfer(TINY, 17, {**settings, "target": 2, "lora_rank": 32})
+    config = override(TransferConfig(), values)
+    assert (config.training.steps, config.training.batch_size) == (8, 1)
+    assert config.trajectories.num_trajectories == 1 and config.trajectories.sampler_steps == 8
+    assert config.training.activation_checkpointing and config.trajectories.shift == TINY.shift
+    assert config.selection.target == 2 and config.subject.num_frames == 17
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def watched_until(is_true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not is_true() and time.monotonic() < end:
+        time.sleep(0.05)

@@ -1,0 +1,265 @@
+"""The GPU benchmark is honest: agreement first, then floors and ratios of what was measured."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.kernels import agreement, floors, speed
+from benchmarks.kernels.baselines import Contender, find_public, make_contenders
+from benchmarks.kernels.cli import MODULES
+from benchmarks.kernels.floors import BACKWARD, FORWARD, FROZEN, Measured, Shape
+from benchmarks.kernels.speed import Setting
+from benchmarks.kernels.timing import Call, CudaInstruments
+
+MODULE = next(iter(MODULES))
+EAGER_MODULE = {MODULE: MODULES[MODULE]}
+SHAPE = Shape(33, 2)
+
+
+class WallInstruments:
+    """A CPU's clock; allocated memory is not known."""
+
+    def milliseconds(self, call: Call) -> float:
+        started = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - started)
+
+    def extra_mb(self, call: Call) -> float:
+        return math.nan
+
+
+def make_setting() -> Setting:
+    return Setting(WallInstruments(), torch.device("cpu"), torch.float32)
+
+
+def contenders_of(*names: str) -> list[Contender]:
+    """Return contenders that run on a CPU, the fused kernels as the reference."""
+    return [c for c in make_contenders(backend="reference") if c.name in names]
+
+
+def say_nothing(stage: str, done: int, total: int) -> None:
+    """Draw nothing."""
+
+
+def test_the_floor_is_what_must_be_moved_over_the_bandwidth() -> None:
+    # 4 or 7 tensors of 32760 x 12 x 128 in bf16, at 4.3 TB/s.
+    shape = Shape(32760, 12)
+    forward = floors.floor_milliseconds(shape, FORWARD, 2, 4.3e12)
+    assert forward == pytest.approx(0.0936, rel=1e-3)
+    assert floors.floor_milliseconds(shape, MODULE, 2, 4.3e12) == forward
+    for step in (BACKWARD, FROZEN):
+        assert floors.floor_milliseconds(shape, step, 2, 4.3e12) == pytest.approx(1.75 * forward)
+    assert floors.floor_milliseconds(shape, FORWARD, 4, 8.6e12) == pytest.approx(forward)
+
+
+def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
+    times = {
+        ("fused", FORWARD, 1): 2.0, ("fused", BACKWARD, 1): 4.0, ("fused", FROZEN, 1): 3.0,
+        ("fused", "module", 1): 2.5, ("fused", MODULE, 1): 5.0,
+        ("eager", FORWARD, 1): 10.0, ("eager", FROZEN, 1): 9.0, ("eager", MODULE, 1): 15.0,
+        ("sdpa", FORWARD, 0): 100.0, ("sdpa", BACKWARD, 0): 300.0, ("sdpa", MODULE, 0): 110.0,
+        ("sdpa", floors.KITCHEN, 0): 105.0,
+    }  # fmt: skip
+    measured = [
+        Measured(SHAPE, step, ratio, name, milliseconds, 1.5)
+        for (name, step, ratio), milliseconds in times.items()
+    ]
+    errors = [
+        {"contender": "fused", "ratio": 1, "tokens": 5, "forward": 1e-3, "key": 2e-3},
+        {"contender": "fused", "ratio": 1, "tokens": 6, "forward": 3e-3, "key_map": 4e-3},
+        {"contender": "fused", "ratio": 2, "tokens": 5, "forward": 9e-3},
+        {"contender": "eager", "ratio": 1, "tokens": 5, "forward": 5e-3},
+    ]
+    bandwidth = 4 * 33 * 2 * 128 * 2 * 1000  # the floor of forward is 1 ms
+    rows = floors.assemble_rows(measured, errors, bandwidth, 2, MODULE)
+    assert [row["pass"] for row in rows] == [FORWARD, BACKWARD, FROZEN, "module", MODULE]
+    assert list(rows[0]) == [
+        "shape", "pass", "features", "milliseconds", "floor_ratio", "vs_compile",
+        "vs_compile_half", "vs_eager", "vs_fla", "vs_sdpa", "vs_fa2", "vs_cudnn", "vs_sage",
+        "vs_kitchen", "extra_mb", "relative_error", "eager_error",
+    ]  # fmt: skip
+    forward, backward, frozen, module, eager_module = rows
+    assert (forward["shape"], forward["features"], forward["extra_mb"]) == ("33 x 2", "D", 1.5)
+    assert forward["floor_ratio"] == pytest.approx(2.0)
+    assert backward["floor_ratio"] == pytest.approx(4 / 1.75)
+    assert (forward["vs_eager"], forward["vs_sdpa"], forward["vs_compile"]) == (5.0, 50.0, None)
+    assert (backward["vs_eager"], backward["vs_sdpa"]) == (None, 75.0)
+    assert (frozen["vs_eager"], frozen["vs_sdpa"]) == (3.0, 100.0)
+    assert (module["vs_eager"], module["vs_sdpa"]) == (6.0, 44.0)
+    assert (eager_module["vs_eager"], eager_module["vs_sdpa"]) == (3.0, 22.0)
+    assert (module["vs_kitchen"], forward["vs_kitchen"]) == (42.0, None)
+    assert (forward["relative_error"], forward["eager_error"]) == (3e-3, 5e-3)
+    assert (backward["relative_error"], frozen["relative_error"]) == (4e-3, 2e-3)
+
+
+def test_softmax_in_chunks_is_softmax_in_value_and_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agreement, "_CHUNK", 7)
+    inputs = [x.double() for x in speed.make_inputs(SHAPE, 1, make_setting())]
+    upstream = torch.randn(inputs[0].shape, dtype=torch.float64)
+    exact = agreement.compute_softmax(inputs, upstream)
+    [softmax] = contenders_of("sdpa")
+    errors = agreement.compare(softmax, inputs, upstream, exact)
+    assert errors.keys() == {"forward", "query", "key", "value"}
+    assert max(errors.values()) < 1e-12
+
+
+def test_causal_attention_sees_no_later_token() -> None:
+    inputs = speed.make_inputs(SHAPE, 1, make_setting())
+    exact = agreement.compute_causal(inputs, inputs[0])
+    changed = [inputs[0], *(x.clone() for x in inputs[1:3]), *inputs[3:]]
+    for x in changed[1:3]:
+        x[:, 20:] = 1.0
+    found = agreement.compute_causal(changed, inputs[0])
+    assert torch.equal(found.output[:, :20], exact.output[:, :20])
+    assert not torch.allclose(found.output[:, 20:], exact.output[:, 20:])
+
+
+def test_every_contender_agrees_in_value_and_gradients() -> None:
+    contenders = contenders_of("fused", "eager", "sdpa", "compile_half")
+    agreeing, rows, left_out = speed.check_contenders(contenders, make_setting(), (32, 33), 2)
+    assert agreeing == contenders and not left_out
+    cells = {(row["contender"], row["ratio"], row["tokens"]) for row in rows}
+    assert len(rows) == len(cells) == 3 * 2 * 2 + 2
+    for row in rows:
+        gradients = agreement.INPUTS[: 5 if row["ratio"] else 3]
+        names = {"forward", *(gradients if row["contender"] != "compile_half" else ())}
+        assert row.keys() == {"contender", "ratio", "tokens", *names}
+        assert max(row[name] for name in names) < 1e-4
+
+
+def wrong(contender: Contender) -> Contender:
+    """Return a contender that is 2 percent off."""
+    return dataclasses.replace(contender, attend=lambda *x: 1.02 * contender.attend(*x))
+
+
+def test_every_module_agrees_with_eager_norm_and_rotation() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the benchmark itself checks the compiled kernels")
+    [own] = contenders_of("fused")
+    rows = speed.check_module(own, MODULES, make_setting(), 5, 2)
+    assert [row["ratio"] for row in rows] == [1, 1, 2, 2]
+    for row, step in zip(rows, [*MODULES, *MODULES], strict=True):
+        assert row[step] < 1e-4
+
+
+def test_a_module_that_is_wrong_is_not_timed() -> None:
+    [own] = contenders_of("fused")
+
+    def make_wrong(*where: object) -> speed.NormRotary:
+        return lambda x: x.unflatten(2, (2, 128))
+
+    with pytest.raises(RuntimeError, match="wrong differs from its definition"):
+        speed.check_module(own, {**EAGER_MODULE, "wrong": make_wrong}, make_setting(), 5, 2)
+
+
+def test_nothing_is_timed_where_our_own_kernels_are_wrong() -> None:
+    own, eager = contenders_of("fused", "eager")
+    with pytest.raises(RuntimeError, match="fused differs from its definition in fp64"):
+        speed.measure_speed(
+            [SHAPE], [32], [wrong(own), eager], EAGER_MODULE, make_setting(), say_nothing,
+            lengths=(32, 33),
+        )  # fmt: skip
+
+
+def test_a_rival_that_is_wrong_or_cannot_run_is_left_out_and_named() -> None:
+    def fail(*_: Tensor) -> Tensor:
+        raise RuntimeError("no kernel\nfor this card")
+
+    own, eager, sdpa = contenders_of("fused", "eager", "sdpa")
+    broken = dataclasses.replace(sdpa, attend=fail)
+    agreeing, _, left_out = speed.check_contenders(
+        [own, wrong(eager), broken], make_setting(), (32,), 2
+    )
+    assert agreeing == [own]
+    assert left_out[0].startswith("eager differs from its definition in fp64 by 2.0e-02 (")
+    assert left_out[1] == "sdpa cannot run: no kernel"
+    nan = dataclasses.replace(eager, attend=lambda *x: math.nan * eager.attend(*x))
+    agreeing, *_ = speed.check_contenders([own, nan], make_setting(), (32,), 2)
+    assert agreeing == [own]
+
+
+def test_a_rival_that_fails_at_a_size_costs_only_its_own_figure() -> None:
+    def fail(*_: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    own, eager = contenders_of("fused", "eager")
+    broken = dataclasses.replace(eager, attend=fail)
+    tasks = [speed.Task(SHAPE, FORWARD, 1, contender) for contender in (own, broken)]
+    measured, failed = speed.measure_all(tasks, make_setting(), say_nothing, "shapes")
+    assert [item.contender for item in measured] == ["fused"]
+    assert failed == ["eager, forward at 33 x 2: out of memory"]
+
+
+def test_a_public_package_is_compared_or_named() -> None:
+    found, absent = find_public()
+    assert len(found) + len(absent) == 2
+    for sentence in absent:
+        assert " is not compared: " in sentence
+
+
+def test_backward_is_timed_alone_with_and_without_the_maps() -> None:
+    [own] = contenders_of("fused")
+    for step, count in ((BACKWARD, 5), (FROZEN, 3)):
+        call = speed.make_call(speed.Task(SHAPE, step, 2, own), make_setting())
+        first, again = call(), call()
+        assert len(first) == count
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.slow
+def test_the_compiled_definition_is_differentiated_again_and_again() -> None:
+    [compiled] = contenders_of("compile")
+    call = speed.make_call(speed.Task(SHAPE, BACKWARD, 1, compiled), make_setting())
+    assert all(torch.equal(x, y) for x, y in zip(call(), call(), strict=True))
+
+
+def test_the_whole_measurement_runs_and_is_a_record(tmp_path: Path) -> None:
+    contenders = contenders_of("fused", "eager", "sdpa")
+    stages: list[tuple[str, int, int]] = []
+    measured = speed.measure_speed(
+        [SHAPE], [16, 32], contenders, EAGER_MODULE, make_setting(),
+        lambda *state: stages.append(state), lengths=(32, 33), num_copied=2**10,
+    )  # fmt: skip
+    steps = [FORWARD, BACKWARD, FROZEN, MODULE]
+    cells = [(row["pass"], row["features"]) for row in measured.rows]
+    assert cells == [(step, features) for step in steps for features in ("D", "2D")]
+    for row in measured.rows:
+        assert row["milliseconds"] > 0 and row["floor_ratio"] > 0
+        assert row["vs_eager"] > 0 and row["vs_sdpa"] > 0
+        assert row["vs_compile"] is None
+        assert 0 < row["relative_error"] < 1e-4
+    layers = [(row["tokens"], row["layer"]) for row in measured.over_tokens]
+    assert layers == [(n, layer) for n in (16, 32) for layer in ("linear", "softmax")]
+    assert {stage for stage, done, total in stages if done == total} == {
+        "agreement", "shapes", "over tokens",
+    }  # fmt: skip
+    json.dumps(measured.details)
+
+
+@pytest.mark.gpu
+def test_a_call_that_python_is_slow_to_make_is_timed_without_python() -> None:
+    x = torch.randn(2**10, device="cuda")
+
+    def call() -> Tensor:
+        time.sleep(0.005)
+        return x + 1
+
+    call()
+    assert CudaInstruments(runs=5, seconds=0.2).milliseconds(call) < 1
+
+
+@pytest.mark.gpu
+def test_extra_memory_is_what_a_call_takes_beyond_what_it_returns() -> None:
+    instruments = CudaInstruments(runs=1, seconds=0.1)
+    x = torch.randn(2**20, device="cuda")
+    assert instruments.extra_mb(lambda: x + 1) == 0
+    assert instruments.extra_mb(lambda: (x + 1).sum(0, keepdim=True)) == pytest.approx(4, rel=0.1)

@@ -1,0 +1,50 @@
+"""Where the teacher's trajectories end, and what few steps are to make of their states."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from linvideo_core.distill.teacher_statistics import Endings, end_of
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
+from linvideo_core.transfer.objectives import dmd2
+
+CONFIG = TrajectoryConfig(
+    num_trajectories=5, states_per_trajectory=3, sampler_steps=6, shard_size=2
+)
+
+
+@pytest.fixture
+def trajectories(subject: Subject, tmp_path: Path) -> Trajectories:
+    return collect(subject, CONFIG, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("min_sigma", [0.3, 0.8])
+def test_states_of_high_noise_alone_are_drawn_each_with_its_own_video(
+    trajectories: Trajectories, min_sigma: float
+) -> None:
+    endings = Endings(trajectories, min_sigma)
+    states, sigma, x0 = endings.draw(63, torch.Generator().manual_seed(0), "cpu")
+    assert bool((sigma >= min_sigma).all())
+    torch.testing.assert_close(sigma, trajectories.sigmas[states.step])
+    every = trajectories.take(torch.arange(len(trajectories)), "cpu")
+    for latents, ending in zip(states.latents, x0, strict=True):
+        pick = (every.latents == latents).flatten(1).all(dim=1).nonzero()[0]
+        torch.testing.assert_close(end_of(trajectories, pick, "cpu")[0], ending)
+
+
+def test_where_no_state_is_noisy_enough_the_sentence_says_what_to_give(
+    trajectories: Trajectories,
+) -> None:
+    with pytest.raises(ValueError, match=r"from 1.01 up; give more --states-per-trajectory"):
+        Endings(trajectories, 1.01)
+
+
+def test_regression_is_the_mean_distance_and_pulls_towards_the_ending() -> None:
+    x0 = torch.tensor([[1.0, -2.0], [0.5, 0.0]], requires_grad=True)
+    ending = torch.tensor([[0.0, 0.0], [0.5, 4.0]])
+    loss = dmd2.regression_loss(x0, ending)
+    assert loss.item() == pytest.approx(7 / 4)
+    loss.backward()
+    torch.testing.assert_close(x0.grad, torch.tensor([[0.25, -0.25], [0.0, -0.25]]))

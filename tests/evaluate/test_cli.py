@@ -1,0 +1,379 @@
+"""The comparison measures what it claims, on a tiny random Wan and on the shipped demo."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from linvideo_core import artifact
+from linvideo_core.demo import weights_path
+from linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
+from linvideo_core.demo.prompts import TEXT_DIM, encode_prompts
+from linvideo_core.evaluate import cli as evaluate
+from linvideo_core.evaluate import comparison, sampler
+from linvideo_core.evaluate.cli import EvaluateConfig
+from linvideo_core.evaluate.comparison import CompareConfig, compare, swap
+from linvideo_core.models.attention import LinearAttention
+from linvideo_core.models.attention_sites import install, shapes_of
+from linvideo_core.models.families import identify
+from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.run import records
+from linvideo_core.run.config import parse
+from linvideo_core.run.progress import silent
+from linvideo_core.teacher.teacher import Subject, SubjectConfig
+from tests.conftest import save_inputs
+
+TINY = WanConfig(dim=128, num_heads=1, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=32)
+SETTINGS = CompareConfig(num_samples=5, steps=3, batch_size=2)
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skip a test while the demo lacks one of its stored files."""
+    missing = [name for name in names if not weights_path(name).is_file()]
+    return pytest.mark.skipif(bool(missing), reason=f"the demo has no {', '.join(missing)} yet")
+
+
+@pytest.fixture
+def subject() -> Subject:
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = WanModel(TINY)
+        model.init_weights()
+        # A zero head would make every model predict the same.
+        nn.init.normal_(model.head.head.weight, std=0.1)
+    return Subject(
+        name="tiny",
+        model=model.eval().requires_grad_(False),
+        prompts=["one", "two", "three"],
+        prompt_embeds=torch.randn(3, 4, 16, generator=generator),
+        negative_embeds=torch.zeros(4, 16),
+        latent_shape=(16, 4, 4, 6),
+        decode=lambda latents: latents.mean(dim=1).sigmoid(),
+        is_demo=False,
+    )
+
+
+@pytest.fixture
+def own_files(subject: Subject, tmp_path: Path) -> dict[str, Path]:
+    """Return flags with files as a user has them: a model, its prompts, its LINVIDEO file."""
+    paths = {**save_inputs(subject, tmp_path), "--artifact": tmp_path / "artifact.safetensors"}
+    student = copy.deepcopy(subject.model)
+    _, sites = identify(shapes_of(student))
+    install(student, sites[:2], lambda site: LinearAttention(site.num_heads, site.head_dim, 128))
+    made = artifact.extract(
+        student,
+        subject.model,
+        parameters="feature_maps",
+        objective="velocity",
+        steps=0,
+        provenance={},
+    )
+    artifact.save(made, paths["--artifact"])
+    return paths
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_a_student_that_is_the_teacher_is_measured_as_perfect(subject: Subject) -> None:
+    students = {"student": contextlib.nullcontext(subject.model)}
+    teacher, student = compare(subject, students, SETTINGS, seed=0).rows
+    for row in (teacher, student):
+        assert row["distance_to_teacher"] == pytest.approx(0, abs=1e-5)
+        assert row["frechet_to_teacher"] == pytest.approx(0, abs=1e-5)
+        assert row["velocity_error"] == pytest.approx(0, abs=1e-5)
+        assert row["velocity_cosine"] == pytest.approx(1, abs=1e-5)
+        assert row["motion_ratio"] == pytest.approx(1, abs=1e-5)
+        assert row["motion_energy"] == pytest.approx(1, abs=1e-5)
+        assert row["frechet_teacher_features"] == pytest.approx(0, abs=1e-9)
+        assert row["spatial_spectrum_db"] == pytest.approx(0, abs=1e-5)
+        assert row["temporal_spectrum_db"] == pytest.approx(0, abs=1e-5)
+        assert row["diversity"] == pytest.approx(1, abs=1e-5)
+        assert row["seconds"] > 0
+
+
+def test_a_swapped_model_differs_and_gives_the_teacher_back(subject: Subject) -> None:
+    before = state_of(subject.model)
+    students = {"swapped": swap(subject.model, (0, 2), 128)}
+    swapped = compare(subject, students, SETTINGS, seed=0).rows[1]
+    assert (swapped["model"], swapped["linear_layers"], swapped["layers"]) == ("swapped", 2, 3)
+    assert swapped["distance_to_teacher"] > 1e-4
+    assert swapped["velocity_error"] > 1e-4
+    assert swapped["frechet_teacher_features"] > 1e-9
+    assert swapped["velocity_cosine"] < 1
+    after = subject.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_subject_without_a_judge_leaves_its_measures_out(subject: Subject) -> None:
+    (row,) = compare(subject, {}, SETTINGS, seed=0).rows
+    assert not {"digit", "motion", "frechet"} & set(row)
+
+
+def test_results_do_not_depend_on_the_batch_size(subject: Subject) -> None:
+    frames = []
+    for batch_size in (1, 5):
+        settings = dataclasses.replace(SETTINGS, batch_size=batch_size)
+        frames.append(compare(subject, {}, settings, seed=3).frames["teacher"])
+    torch.testing.assert_close(*frames, rtol=1e-4, atol=1e-5)
+
+
+def test_more_samples_begin_with_the_same_ones(subject: Subject) -> None:
+    few, many = (sampler.draw_noise(subject.latent_shape, count, 7) for count in (2, 5))
+    assert torch.equal(few, many[:2])
+    assert sampler.draw_prompts(3, 2, 7) == sampler.draw_prompts(3, 8, 7)[:2]
+
+
+def test_every_prompt_is_used_before_one_is_repeated() -> None:
+    chosen = sampler.draw_prompts(4, 10, 0)
+    assert sorted(chosen[:4]) == sorted(chosen[4:8]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("seeds", "shown"), [(1, False), (2, True)])
+def test_diversity_takes_samples_of_one_prompt(seeds: int, shown: bool, subject: Subject) -> None:
+    settings = dataclasses.replace(SETTINGS, num_samples=3, seeds_per_prompt=seeds)
+    (row,) = compare(subject, {}, settings, seed=0).rows
+    assert (row["diversity"] is not None) == shown
+    chosen = sampler.draw_prompts(4, 10, 0, repeats=2)
+    assert chosen == [prompt for prompt in sampler.draw_prompts(4, 5, 0) for _ in range(2)]
+
+
+def test_a_model_is_not_described_by_a_student(subject: Subject) -> None:
+    made = sampler.Bench(subject, SETTINGS, seed=0, precision="fp32", progress=silent)
+    samples = made.sample("teacher", subject.model, is_teacher=True)
+    assert "frechet_teacher_features" not in made.measure(samples, samples, None)
+    with swap(subject.model, (1,), 128), pytest.raises(ValueError, match="from the teacher alone"):
+        made.describe(samples)
+
+
+def test_progress_reaches_its_total_in_every_stage(subject: Subject) -> None:
+    last: dict[str, tuple[int, int]] = {}
+
+    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+        assert done > last.get(stage, (0, 0))[0]
+        last[stage] = (done, total)
+
+    students = {"student": contextlib.nullcontext(subject.model)}
+    compare(subject, students, SETTINGS, seed=0, progress=progress)
+    assert last == {"sampling teacher": (9, 9), "sampling student": (9, 9)}
+
+
+def test_velocity_rows_follow_the_noise_levels_of_the_sampler(subject: Subject) -> None:
+    students = {"student": contextlib.nullcontext(subject.model)}
+    rows = compare(subject, students, SETTINGS, seed=0).velocity_rows
+    sigmas = [row["sigma"] for row in rows]
+    assert len(rows) == SETTINGS.steps
+    assert sigmas[0] == 1 and sigmas == sorted(sigmas, reverse=True)
+
+
+def test_pictures_are_written_for_any_subject(subject: Subject, tmp_path: Path) -> None:
+    students = {"swapped": swap(subject.model, (1,), 128)}
+    comparison.save_pictures(compare(subject, students, SETTINGS, seed=0), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "samples.png",
+        "samples.gif",
+        "velocity_error.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--num-samples", "1"], "2 or more"),
+        (["--steps", "0"], "greater than 0"),
+        (["--plain-steps", "8;4"], "numbers such as"),
+        (["--model", "wan.safetensors"], "--artifact"),
+        (["--record", "true", "--artifact", "mine.safetensors"], "--record"),
+    ],
+)
+def test_bad_arguments_end_with_one_sentence_and_exit_code_2(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(arguments)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert reason in message and len(message.splitlines()) == 1
+
+
+def test_a_missing_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = EvaluateConfig(artifact=tmp_path / "none.safetensors", out=tmp_path / "out")
+    with pytest.raises(ValueError, match="does not exist"):
+        evaluate.run(config)
+    assert not config.out.exists()
+
+
+def test_a_record_names_the_command_that_measures_it_again() -> None:
+    given = ["--preset", "full", "--record", "true", "--seed", "3"]
+    config, _ = parse(EvaluateConfig, given, description="", presets=evaluate.PRESETS)
+    command = evaluate.describe_command(config)
+    again, _ = parse(EvaluateConfig, command.split()[3:], description="", presets=evaluate.PRESETS)
+    assert dataclasses.replace(again, out=config.out) == config
+
+
+def test_the_command_writes_tables_and_pictures_of_a_model_of_ones_own(
+    own_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    size = ["--num-frames", "13", "--height", "32", "--width", "48"]
+    few = ["--num-samples", "3", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    files = [str(word) for pair in own_files.items() for word in pair]
+    evaluate.main([*files, *size, *few, "--out", str(out)])
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "evaluation.json",
+        "samples.png",
+        "samples.gif",
+        "velocity_error.png",
+    }
+    rows = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["model"] for row in rows] == ["teacher", "swapped", "student"]
+    shown = capsys.readouterr().out
+    assert "distance to teacher" in shown and "student" in shown
+
+
+def distil(path: Path, out: Path, **changes: object) -> Path:
+    """Write a file as `distill` makes it from a linearized one, without any training."""
+    first = artifact.load(path)
+    changes = {"sigmas": (1.0, 0.6, 0.0), "provenance": {"stages": 2}} | changes
+    header = dataclasses.replace(first.header, **changes)
+    artifact.save(dataclasses.replace(first, header=header), out)
+    return out
+
+
+def few_step_config(own_files: dict[str, Path], *distilled: Path) -> EvaluateConfig:
+    return EvaluateConfig(
+        subject=SubjectConfig(
+            model=own_files["--model"],
+            prompts=own_files["--prompts"],
+            num_frames=13,
+            height=32,
+            width=48,
+        ),
+        comparison=CompareConfig(num_samples=4, steps=4, batch_size=4, seeds_per_prompt=2),
+        artifact=own_files["--artifact"],
+        distilled=",".join(map(str, distilled)),
+        plain_steps="3, 2",
+        out=own_files["--model"].parent / "out",
+        device="cpu",
+    )
+
+
+def test_steps_are_compared_with_quality_in_one_run_and_recorded(
+    own_files: dict[str, Path], subject: Subject, tmp_path: Path
+) -> None:
+    two = distil(own_files["--artifact"], tmp_path / "two.safetensors")
+    one = distil(own_files["--artifact"], tmp_path / "one.safetensors", provenance={"stages": 1})
+    config = few_step_config(own_files, two, one)
+    rows = evaluate.run(config)["rows"]
+    assert {row["model"]: row["steps"] for row in rows} == {
+        "teacher": 4,
+        "linearized": 4,
+        "linearized_3_plain": 3,
+        "teacher_3_plain": 3,
+        "linearized_2_plain": 2,
+        "teacher_2_plain": 2,
+        "distilled_2": 2,
+        "single_stage_2": 2,
+    }
+    assert (config.out / "steps.png").exists()
+    by_name = {row["model"]: row for row in rows}
+    # Same weights, same steps, yet another sampler: fresh noise instead of Euler's line.
+    assert by_name["distilled_2"]["distance_to_teacher"] > 1e-4
+    assert all(row["diversity"] > 0 and row["seconds_per_video"] > 0 for row in rows)
+    names = ["distilled_2", "single_stage_2"]
+    found = comparison.Comparison(
+        settings=config.comparison, rows=rows, velocity_rows=[], frames={}, prompts=[]
+    )
+    path = tmp_path / "results" / "few_step.json"
+    evaluate.record_few_step(path, found, names, config, torch.device("cpu"))
+    record = records.read_record(path)
+    assert [row["model"] for row in record["rows"]] == [
+        "teacher", "linearized", "linearized_2_plain", *names
+    ]  # fmt: skip
+    assert all(tuple(row) == evaluate.FEW_STEP_KEYS for row in record["rows"])
+    assert f"--distilled {two},{one}" in record["command"]
+    assert path.with_suffix(".png").exists()
+
+
+def test_files_of_the_wrong_stage_are_refused_in_one_sentence(
+    own_files: dict[str, Path], tmp_path: Path
+) -> None:
+    first = own_files["--artifact"]
+    two = distil(first, tmp_path / "two.safetensors")
+    for paths, reason in (
+        ([first], "is not distilled; give a file that `distill` made"),
+        ([two, two], "is a second distilled_2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            evaluate.run(few_step_config(own_files, *paths))
+    with pytest.raises(ValueError, match="is distilled already"):
+        evaluate.run(dataclasses.replace(few_step_config(own_files), artifact=two))
+
+
+def test_a_file_for_another_model_is_refused_before_sampling(
+    own_files: dict[str, Path], subject: Subject, tmp_path: Path
+) -> None:
+    smaller = WanModel(dataclasses.replace(TINY, num_layers=2))
+    save_file(smaller.state_dict(), own_files["--model"])
+    config = EvaluateConfig(
+        subject=SubjectConfig(model=own_files["--model"], prompts=own_files["--prompts"]),
+        artifact=own_files["--artifact"],
+        out=tmp_path / "out",
+    )
+    with pytest.raises(ValueError, match="made for"):
+        evaluate.run(config)
+    assert not config.out.exists()
+
+
+@needs("judge.safetensors", "prompts.safetensors")
+@pytest.mark.parametrize(("prompts", "is_labelled"), [(["a two moving up"], True), (["a"], False)])
+def test_the_demo_is_judged_and_its_labels_are_read_from_the_prompts(
+    prompts: list[str], is_labelled: bool, subject: Subject
+) -> None:
+    model = WanModel(dataclasses.replace(TINY, text_dim=TEXT_DIM)).eval().requires_grad_(False)
+    model.init_weights()
+    demo = dataclasses.replace(
+        subject,
+        model=model,
+        prompts=prompts,
+        prompt_embeds=encode_prompts(prompts),
+        negative_embeds=encode_prompts([""])[0],
+        latent_shape=LATENT_SHAPE,
+        decode=decode_latents,
+        is_demo=True,
+    )
+    settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
+    (row,) = compare(demo, {}, settings, seed=0).rows
+    assert row["frechet"] > 0
+    if is_labelled:
+        assert tuple(row)[: len(evaluate.RECORD_KEYS)] == evaluate.RECORD_KEYS
+    labels = {"digit", "motion"}
+    assert labels & set(row) == (labels if is_labelled else set())
+
+
+@needs("model.safetensors", "judge.safetensors", "linearized.safetensors")
+def test_the_shipped_student_is_closer_to_its_teacher_than_the_swapped_model(
+    tmp_path: Path,
+) -> None:
+    config = EvaluateConfig(
+        comparison=CompareConfig(num_samples=4, steps=6, batch_size=4),
+        out=tmp_path / "out",
+        device="cpu",
+    )
+    rows = {row["model"]: row for row in evaluate.run(config)["rows"]}
+    assert list(rows) == ["teacher", "swapped", "student"]
+    assert rows["student"]["velocity_error"] < rows["swapped"]["velocity_error"]
+    for name in ("distance_to_teacher", "frechet_teacher_features"):
+        assert rows["student"][name] < rows["swapped"][name]
+    assert "digit" in rows["student"]
+    assert json.loads((config.out / "evaluation.json").read_text())["rows"]

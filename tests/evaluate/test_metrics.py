@@ -1,0 +1,199 @@
+"""Measures give the known answer on clips and statistics that have one."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from linvideo_core.evaluate.metrics import (
+    accuracy,
+    diversity,
+    feature_statistics,
+    flicker,
+    frame_difference,
+    frechet_distance,
+    frechet_distance_of,
+    latent_features,
+    sample_distance,
+    velocity_error,
+    velocity_error_by_sigma,
+)
+
+EXACT = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def moving_bar(speed: int, *, num_frames: int = 9, width: int = 64) -> Tensor:
+    """Return [1, F, 4, width]: a bright bar 20 pixels wide that moves to the right."""
+    frames = torch.zeros(1, num_frames, 4, width)
+    for f in range(num_frames):
+        frames[:, f, :, f * speed : f * speed + 20] = 1
+    return frames
+
+
+def random_cov(dim: int, seed: int) -> Tensor:
+    root = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed)).double()
+    return root @ root.T / dim
+
+
+def test_a_static_clip_has_no_motion_and_no_flicker() -> None:
+    still = torch.rand(2, 1, 5, 7).expand(2, 6, 5, 7)
+    assert frame_difference(still).tolist() == [0, 0]
+    torch.testing.assert_close(flicker(still), torch.zeros(2), **EXACT)
+
+
+def test_doubled_speed_doubles_the_frame_difference() -> None:
+    slow, fast = frame_difference(moving_bar(2)), frame_difference(moving_bar(4))
+    torch.testing.assert_close(slow, torch.tensor([2 * 2 / 64]), **EXACT)
+    torch.testing.assert_close(fast, 2 * slow, **EXACT)
+
+
+def test_motion_at_even_brightness_is_not_flicker() -> None:
+    torch.testing.assert_close(flicker(moving_bar(3)), torch.zeros(1), **EXACT)
+
+
+@pytest.mark.parametrize("depth", [0.05, 0.3, 1.0])
+def test_flicker_is_the_depth_of_alternating_brightness(depth: float) -> None:
+    signs = torch.tensor([1.0, -1.0] * 4)
+    frames = (0.4 * (1 + depth * signs)).view(1, 8, 1, 1).expand(1, 8, 3, 5)
+    torch.testing.assert_close(flicker(frames), torch.tensor([depth]), **EXACT)
+
+
+def test_an_even_fade_and_a_black_clip_do_not_flicker() -> None:
+    fade = torch.linspace(0.1, 0.9, 7).view(1, 7, 1, 1).expand(1, 7, 3, 3)
+    torch.testing.assert_close(flicker(fade), torch.zeros(1), **EXACT)
+    assert flicker(torch.zeros(1, 7, 3, 3)).item() == 0
+
+
+def test_too_few_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 or more"):
+        frame_difference(torch.zeros(1, 1, 3, 3))
+    with pytest.raises(ValueError, match="3 or more"):
+        flicker(torch.zeros(1, 2, 3, 3))
+
+
+def test_frechet_distance_of_identical_statistics_is_zero() -> None:
+    mean, cov = torch.randn(9).double(), random_cov(9, seed=0)
+    assert frechet_distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift() -> None:
+    mean, cov = torch.randn(9).double(), random_cov(9, seed=1)
+    shift = torch.arange(9).double() / 4
+    expected = shift.square().sum().item()
+    assert frechet_distance(mean, cov, mean + shift, cov) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_commuting_covariances_matches_its_closed_form() -> None:
+    a, b = torch.tensor([4.0, 9.0, 0.0]), torch.tensor([1.0, 1.0, 4.0])
+    expected = (a.sqrt() - b.sqrt()).square().sum().item()
+    zero = torch.zeros(3)
+    assert frechet_distance(zero, a.diag(), zero, b.diag()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_is_symmetric_and_infinite_where_a_side_is_not_finite() -> None:
+    mean, a, b = torch.zeros(5), random_cov(5, seed=2), random_cov(5, seed=3)
+    forth, back = frechet_distance(mean, a, mean, b), frechet_distance(mean, b, mean, a)
+    assert forth == pytest.approx(back, rel=1e-9)
+    assert frechet_distance(mean, a * math.nan, mean, b) == math.inf
+
+
+@pytest.mark.parametrize(("rows", "others", "dim"), [(40, 25, 7), (5, 9, 63), (2, 2, 1)])
+def test_frechet_distance_of_samples_is_that_of_their_statistics(
+    rows: int, others: int, dim: int
+) -> None:
+    a, b = torch.randn(rows, dim), 2 * torch.randn(others, dim) + 0.5
+    expected = frechet_distance(*feature_statistics(a), *feature_statistics(b))
+    assert frechet_distance_of(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance_of(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance_of(a, a + 3) == pytest.approx(9 * dim, rel=1e-5)
+    assert frechet_distance_of(a * math.nan, b) == math.inf
+    with pytest.raises(ValueError, match="1 sample given"):
+        frechet_distance_of(a, b[:1])
+
+
+def test_frechet_distance_of_gaussian_samples_nears_its_closed_form() -> None:
+    a = torch.randn(20_000, 3).double()
+    scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.0, 1.0, -2.0])
+    b = torch.randn(20_000, 3).double() * scale + shift
+    expected = 5 + (scale - 1).square().sum().item()
+    assert frechet_distance(*feature_statistics(a), *feature_statistics(b)) == pytest.approx(
+        expected, rel=0.03
+    )
+
+
+def test_diversity_is_zero_for_identical_samples_and_their_distance_otherwise() -> None:
+    one = torch.randn(1, 4, 3, 5, 5)
+    assert diversity(one.expand(6, 4, 3, 5, 5), [0, 0, 1, 1, 1, 2]) == 0
+    pair = torch.cat([one, one + 0.5, one - 7])
+    assert diversity(pair, [3, 3, 1]) == pytest.approx(0.5, rel=1e-5)
+    # Prompt 1's pairs lie 1, 1 and 2 apart, prompt 2's pair 4: prompts count alike.
+    steps = torch.tensor([0.0, 1.0, 2.0, 0.0, 4.0]).view(5, 1)
+    assert diversity(steps, [1, 1, 1, 2, 2]) == pytest.approx((4 / 3 + 4) / 2)
+
+
+def test_unrelated_samples_lie_root_two_deviations_apart_and_single_ones_tell_nothing() -> None:
+    samples = 3 * torch.randn(12, 20_000)
+    assert diversity(samples, [0] * 6 + [1] * 6) == pytest.approx(3 * math.sqrt(2), rel=0.01)
+    assert diversity(samples, list(range(12))) is None
+
+
+def test_feature_statistics_are_those_of_the_rows() -> None:
+    features = torch.tensor([[0.0, 2.0], [2.0, 2.0], [4.0, 8.0]])
+    mean, cov = feature_statistics(features)
+    assert mean.tolist() == [2, 4]
+    assert cov.tolist() == [[4, 6], [6, 12]]
+    assert feature_statistics(features[:, :1])[1].shape == (1, 1)
+    with pytest.raises(ValueError, match="2 or more"):
+        feature_statistics(features[:1])
+
+
+def test_latent_features_tell_look_contrast_and_motion_of_each_channel() -> None:
+    latents = torch.zeros(1, 2, 3, 2, 2)
+    latents[:, 0] = 5
+    latents[:, 1] = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1)
+    look, contrast, motion = latent_features(latents).view(3, 2)
+    torch.testing.assert_close(look, torch.tensor([5, 1 / 3]), **EXACT)
+    assert contrast[0] == 0 and contrast[1] > 0
+    assert motion.tolist() == [0, 1]
+    assert latent_features(latents[:, :, :1]).isfinite().all()
+
+
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    logits = torch.tensor([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [5.0, 1.0]])
+    assert accuracy(logits, torch.tensor([1, 0, 0, 0])) == 0.75
+
+
+def test_sample_distance_is_relative_to_the_reference() -> None:
+    reference = torch.randn(2, 3, 4)
+    torch.testing.assert_close(sample_distance(reference, reference), torch.zeros(2), **EXACT)
+    torch.testing.assert_close(
+        sample_distance(1.25 * reference, reference), torch.full((2,), 0.25), **EXACT
+    )
+
+
+def test_velocity_error_separates_length_from_direction() -> None:
+    reference = torch.randn(1, 2, 3, 4, 4)
+    error, cosine = velocity_error(2 * reference, reference)
+    torch.testing.assert_close(error, torch.ones(1), **EXACT)
+    torch.testing.assert_close(cosine, torch.ones(1), **EXACT)
+    error, cosine = velocity_error(-reference, reference)
+    torch.testing.assert_close(error, torch.full((1,), 2.0), **EXACT)
+    torch.testing.assert_close(cosine, -torch.ones(1), **EXACT)
+
+
+def test_velocity_error_by_sigma_asks_at_each_level_with_its_own_sigma() -> None:
+    sigmas = torch.tensor([1.0, 0.5, 0.25])
+    states = torch.randn(3, 2, 4, 3, 5, 5)
+
+    def scaled(latents: Tensor, sigma: Tensor) -> Tensor:
+        return latents * (1 + sigma.view(-1, 1, 1, 1, 1))
+
+    errors, cosines = velocity_error_by_sigma(scaled, states, states, sigmas)
+    torch.testing.assert_close(errors, sigmas[:, None].expand(3, 2), **EXACT)
+    torch.testing.assert_close(cosines, torch.ones(3, 2), **EXACT)

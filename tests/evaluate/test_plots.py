@@ -1,0 +1,150 @@
+"""Pictures are whole files of the right shape, whatever the run looked like."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from linvideo_core.evaluate import plots, video_files
+from linvideo_core.run.progress import TqdmProgress
+
+SIZE = (4, 7, 12, 10)  # B, F, H, W: odd, not square
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def videos() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(SIZE, generator=generator) for name in ("before", "after", "teacher")}
+
+
+def metrics(num_layers: int) -> list[dict]:
+    return [
+        {"step": step, "loss": 1 / (step + 1), "objective_loss": 0.5 / (step + 1)}
+        | ({"layer_scores": [layer / num_layers for layer in range(num_layers)]} if step else {})
+        for step in range(5)
+    ]
+
+
+def is_blank(path: Path) -> bool:
+    with Image.open(path) as image:
+        low, high = image.convert("L").getextrema()
+    return low == high
+
+
+@pytest.mark.parametrize("num_layers", [1, 10, 40])
+def test_layer_scores_are_drawn_for_any_depth(tmp_path: Path, num_layers: int) -> None:
+    path = tmp_path / "new" / "scores.png"
+    plots.plot_layer_scores(metrics(num_layers), path, target=3, hardened_at=2)
+    assert not is_blank(path)
+
+
+def test_losses_are_drawn_for_one_row_and_for_negative_values(tmp_path: Path) -> None:
+    path = tmp_path / "losses.png"
+    for rows in (metrics(2), metrics(2)[:1], [{"step": 0, "loss": -1.0}, {"step": 1, "loss": 0.5}]):
+        plots.plot_losses(rows, path)
+        assert not is_blank(path)
+
+
+def test_velocity_error_is_drawn_for_several_models(tmp_path: Path) -> None:
+    rows = [
+        {"model": model, "sigma": sigma, "velocity_error": error, "velocity_cosine": 1 - error**2}
+        for model, error in (("swapped", 0.9), ("student", 0.1))
+        for sigma in (1.0, 0.5, 0.1)
+    ]
+    plots.plot_velocity_error(rows, tmp_path / "error.png")
+    assert not is_blank(tmp_path / "error.png")
+
+
+def test_quality_by_steps_is_drawn_with_and_without_a_judge(tmp_path: Path) -> None:
+    rows = [
+        {"model": model, "steps": steps, "frechet_teacher_features": value, "motion_energy": value}
+        for model, steps, value in (
+            ("teacher", 50, 0.0), ("teacher_4_plain", 4, 3.0), ("distilled_4", 4, 0.5)
+        )
+    ]  # fmt: skip
+    for judged in ({}, {"frechet": 0.5, "motion": None}):
+        plots.plot_steps([row | judged for row in rows], tmp_path / "steps.png")
+        assert not is_blank(tmp_path / "steps.png")
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        lambda path: plots.plot_layer_scores([{"step": 0, "loss": 1.0}], path, target=1),
+        lambda path: plots.plot_losses([], path),
+        lambda path: plots.plot_velocity_error([], path),
+        lambda path: plots.plot_steps([], path),
+    ],
+)
+def test_a_plot_of_nothing_is_refused(tmp_path: Path, plot) -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot(tmp_path / "plot.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_animation_holds_every_frame_and_the_fade_and_loops(tmp_path: Path) -> None:
+    path = tmp_path / "samples.gif"
+    video_files.save_animation(videos(), [f"prompt {i}" for i in range(4)], path)
+    with Image.open(path) as image:
+        assert image.n_frames == SIZE[1] + 3
+        assert image.info["loop"] == 0
+
+
+def test_a_strip_shows_every_second_frame_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "samples.png"
+    clips = {"before": torch.zeros(1, 5, 96, 96), "after": torch.zeros(1, 5, 96, 96)}
+    clips["after"][:, ::2] = 0.5
+    video_files.save_strip(clips, ["prompt"], path)
+    with Image.open(path) as image:
+        counts = image.convert("L").histogram()
+    assert counts[128] >= 3 * 96 * 96
+    assert counts[0] >= 3 * 96 * 96
+
+
+def test_values_outside_the_range_or_not_finite_are_drawn_as_black_or_white(tmp_path: Path) -> None:
+    clip = torch.tensor([float("nan"), -3.0, 7.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    video_files.save_strip({"student": clip}, ["prompt"], tmp_path / "strip.png")
+    assert not is_blank(tmp_path / "strip.png")
+
+
+def test_a_long_caption_is_cut_to_the_picture(tmp_path: Path) -> None:
+    sizes = set()
+    for caption in ("short", "long " * 200):
+        video_files.save_strip({"a": torch.rand(1, 4, 8, 8)}, [caption], tmp_path / "strip.png")
+        with Image.open(tmp_path / "strip.png") as image:
+            sizes.add(image.size)
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("clips", "captions"),
+    [
+        ({"a": torch.zeros(2, 3, 4, 4), "b": torch.zeros(2, 3, 4, 5)}, ["x", "y"]),
+        ({"a": torch.zeros(2, 3, 4, 4)}, ["x"]),
+        ({"a": torch.zeros(2, 3, 4)}, ["x", "y"]),
+        ({}, []),
+    ],
+)
+def test_videos_that_do_not_match_are_refused(tmp_path: Path, clips: dict, captions: list) -> None:
+    for save in (video_files.save_strip, video_files.save_animation):
+        with pytest.raises(ValueError, match="one shape"):
+            save(clips, captions, tmp_path / "picture")
+
+
+def test_a_progress_bar_closes_with_its_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with TqdmProgress() as progress:
+        for done in range(1, 4):
+            progress("sampling", done, 3)
+        progress("sampling", 3, 3)
+        progress("training", 41, 100, loss=0.25)
+        progress("training", 42, 100, loss=0.125)
+    shown = capsys.readouterr().err
+    assert "sampling: 100%" in shown and "3/3" in shown
+    assert shown.count("3/3") == 1
+    assert "42/100" in shown and "loss=0.125" in shown
+    assert shown.endswith("\n")

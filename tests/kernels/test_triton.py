@@ -1,0 +1,321 @@
+"""The fused kernels and their operator: the definition's value and gradient, wherever they run.
+
+Without a GPU the kernels run in Triton's interpreter, which rounds to bf16 towards zero.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from linvideo_core.kernels import custom_ops, linear_attention, reference
+
+pytest.importorskip("triton")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+# Relative error against fp64 of value and gradients, by dtype.
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2 if IS_INTERPRETED else 1e-2}
+TOLERANCE[torch.float16] = TOLERANCE[torch.bfloat16]
+NAMES = ("query", "key", "value", "query_map", "key_map")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _poison_what_is_never_written() -> Iterator[None]:
+    """Fill new tensors with NaN, so that an element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(
+    query_length: int,
+    key_length: int,
+    *,
+    head_dim: int = 64,
+    ratio: int = 1,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[Tensor, ...]:
+    """Return query, key, value of two heads and both maps of trained models' size."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (query_length, key_length, key_length)
+    tokens = [torch.randn(batch, n, 2, head_dim, generator=generator).to(dtype) for n in lengths]
+    half = ratio * head_dim // 2
+    maps = [torch.randn(2, head_dim, half, generator=generator) / head_dim**0.5 for _ in "qk"]
+    return tuple(x.to(device).requires_grad_(True) for x in (*tokens, *maps))
+
+
+def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
+    """Return the norm of the difference over the norm of what is expected, or over `scale`."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm()) / max(float(expected.norm()), scale, 1e-12)
+
+
+def assert_is_the_definition(inputs: tuple[Tensor, ...], backend: str) -> None:
+    exact = [x.detach().double().requires_grad_(True) for x in inputs]
+    expected = reference.linear_attention(*exact)
+    generator = torch.Generator().manual_seed(9)
+    upstream = torch.randn(expected.shape, generator=generator).to(inputs[2])
+    expected.backward(upstream.double())
+    found = linear_attention(*inputs, backend=backend)
+    found.backward(upstream)
+    dtype = inputs[2].dtype
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert error(found.detach(), expected.detach()) < TOLERANCE[dtype]
+    # With one key the output is its value: all other gradients are zero and have no scale.
+    scale = max(float(x.grad.norm()) for x in exact) if inputs[1].shape[1] == 1 else 0.0
+    for name, x, y in zip(NAMES, inputs, exact, strict=True):
+        assert x.grad.dtype == x.dtype
+        assert error(x.grad, y.grad, scale) < TOLERANCE[dtype], name
+
+
+KNOWN = [
+    pytest.param(head_dim, ratio, dtype, id=f"D{head_dim}-x{ratio}-{dtype}")
+    for head_dim in (64, 128)
+    for ratio in (1, 2)
+    for dtype in TOLERANCE
+    if head_dim == 64 or dtype != torch.float32
+]
+
+
+@pytest.mark.parametrize(("head_dim", "ratio", "dtype"), KNOWN)
+@pytest.mark.parametrize(("query_length", "key_length"), [(63, 130), (1, 63), (130, 1)])
+def test_fused_is_the_definition_in_value_and_gradient(
+    query_length: int, key_length: int, head_dim: int, ratio: int, dtype: torch.dtype, device: str
+) -> None:
+    settings = {"head_dim": head_dim, "ratio": ratio, "dtype": dtype, "device": device}
+    assert_is_the_definition(make_inputs(query_length, key_length, **settings), "triton")
+
+
+def test_fused_is_the_definition_over_several_splits(device: str) -> None:
+    assert_is_the_definition(make_inputs(1000, 1000, batch=1, device=device), "triton")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_any_strides_give_the_same(backend: str, device: str) -> None:
+    query, key, value, *maps = make_inputs(70, 70, device=device)
+    expected = linear_attention(query, key, value, *maps, backend=backend)
+    # One projection for all three, heads before tokens, and a last axis that is not contiguous.
+    packed = torch.stack([query, key, value], dim=2)
+    sliced = packed.unbind(2)
+    by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    scattered = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (query, key, value)]
+    for views in (sliced, by_head, scattered):
+        found = linear_attention(*views, *maps, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_fused_is_the_same_bit_for_bit_every_time(device: str) -> None:
+    gradients = []
+    for _ in range(2):
+        inputs = make_inputs(500, 500, dtype=torch.bfloat16, device=device)
+        output = linear_attention(*inputs, backend="triton")
+        output.square().sum().backward()
+        gradients.append([output.detach(), *(x.grad for x in inputs)])
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_values_far_from_one_neither_overflow_nor_vanish(backend: str, device: str) -> None:
+    query, key, value, *maps = make_inputs(63, 63, device=device)
+    expected = reference.linear_attention(query, key, value, *maps)
+    for scale in (1e-4, 1e3):
+        found = linear_attention(query, key, (scale * value).half(), *maps, backend=backend)
+        assert error(found, scale * expected) < TOLERANCE[torch.float16]
+    sharp = [40 * x for x in maps]
+    found = linear_attention(query, key, value, *sharp, backend=backend)
+    assert error(found, reference.linear_attention(query, key, value, *sharp)) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_query_that_meets_no_key_is_finite(backend: str, device: str) -> None:
+    query, key, value, *maps = make_inputs(63, 63, device=device)
+    sharp = [1000 * x for x in maps]
+    inputs = [x.detach().requires_grad_() for x in (query, key, 1e3 * value, *sharp)]
+    output = linear_attention(*inputs, backend=backend)
+    (1e3 * output).sum().backward()
+    assert output.isfinite().all() and all(x.grad.isfinite().all() for x in inputs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_frozen_map_gets_no_gradient(backend: str, device: str) -> None:
+    *tokens, query_map, key_map = make_inputs(63, 63, device=device)
+    query_map.requires_grad_(False)
+    linear_attention(*tokens, query_map, key_map, backend=backend).sum().backward()
+    assert query_map.grad is None and key_map.grad is not None
+    linear_attention(*tokens, query_map, key_map.detach(), backend=backend).sum().backward()
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_MAX_CHUNK_FEATURES", 2 * 2 * 64 * 17)
+    assert_is_the_definition(make_inputs(100, 61), "reference")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_operators_keep_pytorchs_contract(backend: str, device: str) -> None:
+    inputs = make_inputs(9, 21, dtype=torch.bfloat16, device=device)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(custom_ops.linear_attention, (*inputs, backend), test_utils=checks)
+
+
+def test_the_operator_keeps_pytorchs_contract_for_a_joint_map_that_heads_share() -> None:
+    query, key, value, *maps = make_inputs(9, 21)
+    N = query.shape[2]
+    inputs = (query, key, value, *(m[:1].detach().expand(N, -1, -1) for m in maps))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*inputs, "reference", True)
+    torch.library.opcheck(custom_ops.linear_attention, arguments, test_utils=checks)
+
+
+def test_a_map_that_heads_share_is_one_a_head_with_its_gradients_summed(device: str) -> None:
+    tokens, maps = make_inputs(9, 21, device=device)[:3], make_inputs(9, 21, device=device)[3:]
+    N = tokens[0].shape[2]
+    shared = [m[:1].detach().requires_grad_(True) for m in maps]
+    copies = [m.detach().repeat(N, 1, 1).requires_grad_(True) for m in shared]
+    found = linear_attention(*tokens, *(m.expand(N, -1, -1) for m in shared), backend="triton")
+    expected = linear_attention(*tokens, *copies, backend="triton")
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for one, each in zip(shared, copies, strict=True):
+        torch.testing.assert_close(one.grad, each.grad.sum(dim=0, keepdim=True))
+
+
+def test_a_joint_map_is_the_references_alone_and_auto_takes_it_there(device: str) -> None:
+    inputs = make_inputs(9, 21, device=device)
+    with pytest.raises(ValueError, match="know the feature map 'hedgehog' alone"):
+        linear_attention(*inputs, feature_map="hedgehog_joint", backend="triton")
+    found = linear_attention(*inputs, feature_map="hedgehog_joint")
+    torch.testing.assert_close(found, reference.linear_attention(*inputs, is_joint=True))
+
+
+def test_chunks_change_nothing_with_a_joint_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(100, 61)
+    found = linear_attention(*inputs, feature_map="hedgehog_joint", backend="reference")
+    monkeypatch.setattr(reference, "_MAX_CHUNK_FEATURES", 2 * 2 * 64 * 17)
+    chunked = linear_attention(*inputs, feature_map="hedgehog_joint", backend="reference")
+    torch.testing.assert_close(chunked, found)
+    torch.testing.assert_close(found, reference.linear_attention(*inputs, is_joint=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_it_compiles_as_one_graph_and_once(backend: str, device: str) -> None:
+    torch._dynamo.reset()
+    frames = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=frames, fullgraph=True, dynamic=False)
+    def compiled(*inputs: Tensor) -> Tensor:
+        return linear_attention(*inputs, backend=backend).square()
+
+    for _ in range(2):
+        inputs = make_inputs(21, 21, device=device)
+        compiled(*inputs).sum().backward()
+        gradients = [x.grad for x in inputs]
+        for x in inputs:
+            x.grad = None
+        linear_attention(*inputs, backend=backend).square().sum().backward()
+        for x, gradient in zip(inputs, gradients, strict=True):
+            torch.testing.assert_close(x.grad, gradient)
+    assert frames.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_recomputed_activations_and_autocast_change_nothing(backend: str, device: str) -> None:
+    def gradients(*, recompute: bool, autocast: bool) -> list[Tensor]:
+        inputs = make_inputs(33, 33, device=device)
+
+        def attend(*inputs: Tensor) -> Tensor:
+            return linear_attention(*inputs, backend=backend)
+
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            if recompute:
+                output = checkpoint(attend, *inputs, use_reentrant=False)
+            else:
+                output = attend(*inputs)
+        output.square().sum().backward()
+        return [output.detach(), *(x.grad for x in inputs)]
+
+    plain = gradients(recompute=False, autocast=False)
+    for settings in ((True, False), (False, True), (True, True)):
+        found = gradients(recompute=settings[0], autocast=settings[1])
+        for x, y in zip(plain, found, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_queries_in_fp32_beside_values_in_bf16_are_taken(device: str) -> None:
+    query, key, value, *maps = make_inputs(63, 63, device=device)
+    found = linear_attention(query, key, value.bfloat16(), *maps, backend="triton")
+    assert found.dtype == torch.bfloat16
+    assert error(found, reference.linear_attention(query, key, value, *maps)) < 2e-2
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_it() -> None:
+    inputs = make_inputs(500, 500, dtype=torch.bfloat16, device="cuda")
+    inputs = [x.detach() for x in inputs]
+    expected = linear_attention(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = linear_attention(*inputs)
+    output.zero_()
+    graph.replay()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+def test_auto_is_fused_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = make_inputs(63, 63, dtype=torch.bfloat16, device="cuda")
+    assert torch.equal(linear_attention(*inputs), linear_attention(*inputs, backend="triton"))
+
+
+def test_auto_on_a_cpu_is_the_reference_whatever_triton_says() -> None:
+    inputs = make_inputs(63, 63)
+    assert torch.equal(linear_attention(*inputs), linear_attention(*inputs, backend="reference"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"head_dim": 32}, r"head dims \(64, 128\)"),
+        ({"ratio": 4}, "as many or twice as many"),
+        ({"head_dim": 128}, "no float32 at head dim 128"),
+    ],
+)
+def test_triton_is_refused_where_it_cannot_run(settings: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        linear_attention(*make_inputs(5, 5, **settings), backend="triton")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda' given; one of auto, triton, reference"):
+        linear_attention(*make_inputs(5, 5), backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_dtypes_that_are_no_numbers_of_a_model_are_refused(dtype: torch.dtype) -> None:
+    query, *rest = (x.detach() for x in make_inputs(5, 5))
+    with pytest.raises(ValueError, match="fp16, bf16 or fp32"):
+        linear_attention(query.to(dtype), *rest)
+    with pytest.raises(ValueError, match="query and key alike"):
+        linear_attention(query.half(), *rest)
+
+
+def test_no_token_is_refused() -> None:
+    query, key, value, *maps = make_inputs(5, 5)
+    with pytest.raises(ValueError, match="at least one token"):
+        linear_attention(query[:, :0], key, value, *maps)

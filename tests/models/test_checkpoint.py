@@ -1,0 +1,269 @@
+"""Every published form of a Wan checkpoint is the same model; anything else is one sentence."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from linvideo_core.models.checkpoint import load_wan, open_wan
+from linvideo_core.models.key_names import from_diffusers, official_names
+from linvideo_core.models.wan import WanConfig, WanModel
+
+Tensors = dict[str, Tensor]
+STEM = "diffusion_pytorch_model"
+
+
+def diffusers_names(num_layers: int) -> list[str]:
+    """Return the parameters of diffusers' WanTransformer3DModel, text-to-video, spelled out."""
+    embedder = "condition_embedder"
+    layers = [
+        f"{embedder}.time_embedder.linear_1",
+        f"{embedder}.time_embedder.linear_2",
+        f"{embedder}.time_proj",
+        f"{embedder}.text_embedder.linear_1",
+        f"{embedder}.text_embedder.linear_2",
+        "patch_embedding",
+        "proj_out",
+    ]
+    bare = ["scale_shift_table"]
+    for block in (f"blocks.{i}" for i in range(num_layers)):
+        for attention in (f"{block}.attn1", f"{block}.attn2"):
+            layers += [f"{attention}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+            bare += [f"{attention}.norm_q.weight", f"{attention}.norm_k.weight"]
+        layers += [f"{block}.norm2", f"{block}.ffn.net.0.proj", f"{block}.ffn.net.2"]
+        bare.append(f"{block}.scale_shift_table")
+    return bare + [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+
+
+def as_official(wan: WanModel) -> Tensors:
+    return {name: tensor.clone() for name, tensor in wan.state_dict().items()}
+
+
+def as_comfyui(wan: WanModel) -> Tensors:
+    return {f"model.diffusion_model.{n}": t for n, t in as_official(wan).items()} | {
+        "vae.decoder.bias": torch.zeros(3)
+    }
+
+
+def as_diffusers(wan: WanModel) -> Tensors:
+    tensors = as_official(wan)
+    return {n: tensors[from_diffusers(n)] for n in diffusers_names(wan.config.num_layers)}
+
+
+FORMS: dict[str, Callable[[WanModel], Tensors]] = {
+    "official": as_official,
+    "comfyui": as_comfyui,
+    "diffusers": as_diffusers,
+}
+
+
+def write_shards(folder: Path, tensors: Tensors, *, count: int = 3) -> Path:
+    """Write a checkpoint in shards, each tensor in any of them, with its index; return that."""
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(count):
+        file = f"{STEM}-{i + 1:05d}-of-{count:05d}.safetensors"
+        part = {name: tensors[name] for name in names[i::count]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / f"{STEM}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+def find_single(folder: Path, tensors: Tensors) -> Path:
+    save_file(tensors, folder / "wan.safetensors")
+    return folder / "wan.safetensors"
+
+
+def find_folder(folder: Path, tensors: Tensors) -> Path:
+    find_single(folder, tensors)
+    return folder
+
+
+def find_pipeline(folder: Path, tensors: Tensors) -> Path:
+    for name in ("transformer", "vae"):
+        (folder / name).mkdir()
+    save_file({"decoder.bias": torch.zeros(3)}, folder / "vae" / f"{STEM}.safetensors")
+    write_shards(folder / "transformer", tensors)
+    return folder
+
+
+def find_sharded_folder(folder: Path, tensors: Tensors) -> Path:
+    write_shards(folder, tensors)
+    return folder
+
+
+def find_shards_without_index(folder: Path, tensors: Tensors) -> Path:
+    write_shards(folder, tensors).unlink()
+    return folder
+
+
+def find_any_shard(folder: Path, tensors: Tensors) -> Path:
+    return write_shards(folder, tensors).with_name(f"{STEM}-00002-of-00003.safetensors")
+
+
+PLACES = (
+    find_single,
+    find_folder,
+    find_pipeline,
+    write_shards,
+    find_sharded_folder,
+    find_shards_without_index,
+    find_any_shard,
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_in_every_place_is_the_same_velocity(
+    form: str,
+    place: Callable[[Path, Tensors], Path],
+    wan: WanModel,
+    inputs: tuple[Tensor, ...],
+    tmp_path: Path,
+) -> None:
+    loaded = load_wan(place(tmp_path, FORMS[form](wan)))
+    assert loaded.config == wan.config
+    torch.testing.assert_close(loaded(*inputs), wan(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_layers", [30, 40])
+def test_diffusers_names_map_one_to_one_onto_every_parameter(num_layers: int) -> None:
+    with torch.device("meta"):
+        needed = set(WanModel(WanConfig(num_layers=num_layers)).state_dict())
+    theirs = diffusers_names(num_layers)
+    assert len(theirs) == len(needed)
+    assert set(official_names(theirs).values()) == needed
+    assert not needed & set(theirs) - {"patch_embedding.weight", "patch_embedding.bias"}
+
+
+def test_loading_keeps_no_second_copy_of_a_file_that_needs_no_cast(
+    wan: WanModel, tmp_path: Path
+) -> None:
+    path = find_single(tmp_path, as_official(wan))
+    mapped = {t.data_ptr() for t in load_wan(path).parameters()}
+    size = path.stat().st_size
+    # All lie within one mapping of the file, not in memory of their own.
+    assert max(mapped) - min(mapped) < size
+
+
+def _remove(*numbers: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for number in numbers:
+            (folder / f"{STEM}-{number:05d}-of-00003.safetensors").unlink()
+
+    return change
+
+
+def _damage_index(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / f"{STEM}.safetensors.index.json").write_text(text) and None
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "one shard missing": (_remove(2), r"1 of 3 shards are missing in .*-00002-of-00003"),
+    "two shards missing": (_remove(1, 3), r"2 of 3 .*-00001-of-00003.*-00003-of-00003"),
+    "an index that is none": (_damage_index("[]"), "is not an index of shards"),
+    "an index of nothing": (_damage_index('{"weight_map": {}}'), "is not an index of shards"),
+    "an index that is cut": (_damage_index('{"weight_map": {"a"'), "is not an index of shards"),
+    "an index that leads out": (
+        _damage_index('{"weight_map": {"a": "../b.safetensors"}}'),
+        "is not an index of shards",
+    ),
+    "a shard of another checkpoint": (
+        lambda folder: save_file(
+            {"head.modulation": torch.zeros(1, 2, 128), "x": torch.zeros(1)},
+            folder / f"{STEM}-00002-of-00003.safetensors",
+        ),
+        "head.modulation|does not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_shards_are_named_in_one_sentence(name: str, wan: WanModel, tmp_path: Path) -> None:
+    change, words = BROKEN[name]
+    write_shards(tmp_path, as_official(wan))
+    change(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        open_wan(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_checkpoints_in_a_folder_are_named(wan: WanModel, tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(as_official(wan), tmp_path / name)
+    with pytest.raises(ValueError, match=r"holds a\.safetensors, b\.safetensors"):
+        open_wan(tmp_path)
+
+
+def test_a_folder_of_two_experts_asks_for_one(wan: WanModel, tmp_path: Path) -> None:
+    for names in (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")):
+        folder = tmp_path / names[0]
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            save_file(as_official(wan), folder / name / "wan.safetensors")
+        with pytest.raises(ValueError, match=f"folders of safetensors, {', '.join(names)}"):
+            open_wan(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_a_quantised_file_is_refused_before_it_is_read(
+    dtype: torch.dtype, wan: WanModel, tmp_path: Path
+) -> None:
+    tensors = as_comfyui(wan)
+    name = "model.diffusion_model.blocks.0.self_attn.q.weight"
+    tensors[name] = tensors[name].to(dtype)
+    tensors[name.replace("weight", "scale_weight")] = torch.ones(())
+    with pytest.raises(ValueError, match="a quantised model; give the fp16, bf16 or fp32"):
+        open_wan(find_single(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".bin", ".gguf"])
+def test_pickles_and_gguf_are_refused_unread(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"wan{suffix}"
+    path.write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match="safetensors"):
+        open_wan(path)
+
+
+def test_image_to_video_says_where_it_can_be_trained(wan: WanModel, tmp_path: Path) -> None:
+    tensors = as_official(wan)
+    tensors["patch_embedding.weight"] = torch.zeros(128, 36, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"36 channels in, 4 out.*run the transfer now"):
+        open_wan(find_single(tmp_path, tensors))
+    theirs = as_diffusers(wan) | {"condition_embedder.image_embedder.norm1.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match="Wan image-to-video checkpoint"):
+        open_wan(find_single(tmp_path, theirs))
+
+
+STRANGERS = {
+    "linvideo.blocks.0.self_attn.query_map": "a LINVIDEO file",
+    "diffusion_model.blocks.0.self_attn.q.lora_down.weight": "a LoRA",
+    "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": "a LoRA",
+    "prompt_embeds": "prompt embeddings",
+    "blocks.0.attn.qkv_proj.weight audio_patch_proj.weight": "MiniMax-H3",
+    "double_blocks.0.img_mod.lin.weight txt_in.individual_token_refiner.blocks.0.x": "HunyuanVideo",
+    "double_blocks.0.img_mod.lin.weight": "Flux",
+    "patchify_proj.weight transformer_blocks.0.attn1.to_q.weight": "LTX-Video",
+    "model.diffusion_model.input_blocks.0.0.weight": "U-Net",
+    "shared.weight": "T5 text encoder",
+    "token_embedding.weight blocks.0.attn.q.weight": "T5 text encoder",
+    "decoder.conv1.weight": "video autoencoder",
+    "transformer_blocks.0.attn1.to_q.weight": "another family",
+    "something.weight": "its tensors are called 'something.weight'",
+}
+
+
+@pytest.mark.parametrize("names", STRANGERS)
+def test_a_file_of_another_family_is_called_by_its_name(names: str, tmp_path: Path) -> None:
+    path = find_single(tmp_path, {name: torch.zeros(2) for name in names.split()})
+    with pytest.raises(ValueError, match=re.escape(STRANGERS[names])) as caught:
+        open_wan(path)
+    assert "known are Wan 2.1 and 2.2" in str(caught.value)
+    assert "\n" not in str(caught.value)

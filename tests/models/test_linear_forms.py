@@ -1,0 +1,344 @@
+"""Every form of linear attention is its definition, starts as the plain one, and fits a file."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from linvideo_core import artifact
+from linvideo_core.artifact import Artifact, ArtifactError, Usage
+from linvideo_core.artifact.summary import count_bytes, describe
+from linvideo_core.evaluate.comparison import CompareConfig, compare_artifact
+from linvideo_core.models.attention import LinearAttention, LinearForm, window_attention
+from linvideo_core.models.wan import WanModel
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
+from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
+from linvideo_core.transfer.layer_selection.rules import SelectionConfig
+from linvideo_core.transfer.objectives import ObjectiveConfig
+from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
+from linvideo_core.transfer.warm_start import feature_maps
+
+PARTS = {
+    "joint": {"feature_map": "hedgehog_joint"},
+    "shared": {"map_sharing": "shared"},
+    "gate": {"output_gate": True},
+    "window": {"window": 5},
+}
+FORMS = {
+    "plain": LinearForm(),
+    **{name: LinearForm(**part) for name, part in PARTS.items()},
+    "all": LinearForm(**{k: v for part in PARTS.values() for k, v in part.items()}),
+}
+NEW_FORMS = [name for name in FORMS if name != "plain"]
+# Relative error of the whole tensor against fp64.
+TOLERANCE = 1e-5
+SIDES = ("query_map", "key_map")
+N, D = 3, 16
+
+
+def make_linear(
+    form: LinearForm, *, feature_dim: int = D, is_trained: bool = True
+) -> LinearAttention:
+    """Return linear attention whose every part is at work if it is trained."""
+    linear = LinearAttention(N, D, feature_dim, form)
+    generator = torch.Generator().manual_seed(1)
+    linear.init_weights(generator)
+    if is_trained:
+        for parameter in linear.parameters():
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    return linear
+
+
+def make_tokens(length: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, length, N, D, generator=generator) for _ in range(3)]
+
+
+def features(x: Tensor, feature_map: Tensor, kind: str) -> Tensor:
+    """Return the features of one head's tokens [B, L, D] as the form's definition has them."""
+    projected = x @ feature_map
+    if kind == "hedgehog":
+        return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
+    signs = torch.cat([projected, -projected], dim=-1).exp()
+    return signs / signs.sum(dim=-1, keepdim=True)
+
+
+def definition(
+    form: LinearForm, query: Tensor, key: Tensor, value: Tensor, state: dict[str, Tensor]
+) -> Tensor:
+    """Compute a form head by head, with whole attention matrices."""
+    L = query.shape[1]
+    heads = []
+    for n in range(N):
+        q, k, v = (x[:, :, n] for x in (query, key, value))
+        maps = (state[side][0 if form.map_sharing == "shared" else n] for side in SIDES)
+        q_features, k_features = (
+            features(x, w, form.feature_map) for x, w in zip((q, k), maps, strict=True)
+        )
+        matrix = q_features @ k_features.transpose(1, 2)
+        matrix = matrix / matrix.sum(dim=-1, keepdim=True)
+        if form.window:
+            block = torch.arange(L) // form.window
+            logits = q @ k.transpose(1, 2) / math.sqrt(D)
+            local = logits.masked_fill(block[:, None] != block, -math.inf).softmax(-1)
+            share = state["window_mix"][n].tanh()
+            matrix = (1 - share) * matrix + share * local
+        out = matrix @ v
+        if form.output_gate:
+            out = out * 2 / (1 + (-(q @ state["gate"][n])).exp()).unsqueeze(-1)
+        heads.append(out)
+    return torch.stack(heads, dim=2)
+
+
+@pytest.mark.parametrize("length", [1, 4, 63])
+@pytest.mark.parametrize("feature_dim", [D, 2 * D])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_form_is_its_definition_in_value_and_gradient(
+    form: LinearForm, feature_dim: int, length: int
+) -> None:
+    linear = make_linear(form, feature_dim=feature_dim)
+    tokens = [x.requires_grad_(True) for x in make_tokens(length)]
+    exact_tokens = [x.detach().double().requires_grad_(True) for x in tokens]
+    state = {n: p.detach().double().requires_grad_(True) for n, p in linear.named_parameters()}
+    expected = definition(form, *exact_tokens, state)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
+    expected.backward(upstream.double())
+    found = linear(*tokens)
+    found.backward(upstream)
+
+    difference = (found.detach().double() - expected.detach()).norm()
+    assert float(difference) <= TOLERANCE * float(expected.detach().norm())
+    pairs = [(x.grad, exact.grad) for x, exact in zip(tokens, exact_tokens, strict=True)]
+    pairs += [(p.grad, state[name].grad) for name, p in linear.named_parameters()]
+    # With one token the output is its value: gradients of all else vanish and have no scale.
+    scale = max(float(exact.norm()) for _, exact in pairs) if length == 1 else 0.0
+    for index, (gradient, exact) in enumerate(pairs):
+        difference = float((gradient.double() - exact).norm())
+        assert difference <= TOLERANCE * max(float(exact.norm()), scale), index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", ["gate", "window"])
+def test_gate_and_window_start_as_if_they_were_not_there(part: str, dtype: torch.dtype) -> None:
+    tokens = [x.to(dtype) for x in make_tokens(63)]
+    plain, added = (make_linear(FORMS[name], is_trained=False) for name in ("plain", part))
+    assert torch.equal(added(*tokens), plain(*tokens))
+    added(*tokens).float().square().sum().backward()
+    for parameter in added.parameters():
+        assert float(parameter.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("window", [2, 7, 63, 64, 1000])
+def test_a_window_sees_its_own_block_alone(window: int) -> None:
+    query, key, value = make_tokens(63)
+    found = window_attention(query, key, value, window)
+    key[:, 40], value[:, 40] = -key[:, 40], 5.0
+    changed = window_attention(query, key, value, window)
+    is_changed = (found != changed).any(dim=-1).any(dim=-1).any(dim=0)
+    block = torch.arange(63) // window
+    assert torch.equal(is_changed, block == block[40])
+
+
+def test_a_window_needs_as_many_keys_as_queries() -> None:
+    with pytest.raises(ValueError, match="5 queries and 7 keys"):
+        window_attention(make_tokens(5)[0], *make_tokens(7)[1:], 3)
+
+
+@pytest.mark.parametrize("window", [-3, 1])
+def test_an_impossible_window_is_refused_by_flag(window: int) -> None:
+    with pytest.raises(ValueError, match=f"--window {window} given"):
+        LinearForm(window=window)
+
+
+def test_shared_maps_are_one_a_layer_and_give_heads_their_own_features() -> None:
+    shared, single = make_linear(FORMS["shared"]), make_linear(FORMS["plain"])
+    assert shared.query_map.shape == (1, D, D // 2)
+    for side in SIDES:
+        getattr(single, side).data[:] = getattr(shared, side).detach()
+    tokens = make_tokens(63)
+    assert torch.equal(shared(*tokens), single(*tokens))
+
+
+@pytest.fixture
+def wide_subject(subject: Subject, wide_wan: WanModel) -> Subject:
+    """A teacher of two heads: shared maps differ from one a head."""
+    return dataclasses.replace(subject, model=wide_wan.eval().requires_grad_(False))
+
+
+def make_student(subject: Subject, form: LinearForm, parameters: str = "feature_maps") -> Student:
+    """Return a student whose layers 0 and 2 are linear, every part at work."""
+    config = StudentConfig(parameters=parameters, lora_rank=4, form=form)
+    student = Student(subject, config, seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for layer, mixed in student.mixed.items():
+        mixed.harden("softmax" if layer == 1 else "linear")
+        for parameter in mixed.linear.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return student
+
+
+def extract(student: Student, subject: Subject) -> Artifact:
+    settings = {"objective": "adm", "steps": 3, "provenance": {}}
+    return artifact.extract(
+        student.model, subject.model, parameters=student.config.parameters, **settings
+    )
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_saved_form_gives_the_students_velocity(
+    form: LinearForm, wide_subject: Subject, inputs: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    student = make_student(wide_subject, form)
+    before, expected = wide_subject.model(*inputs), student.model(*inputs)
+    path = tmp_path / "a.safetensors"
+    artifact.save(extract(student, wide_subject), path, dtype=torch.float32)
+    loaded = artifact.load(path)
+    assert loaded.header.form == form
+    applied = artifact.apply(loaded, wide_subject.model)
+    assert torch.equal(wide_subject.model(*inputs), expected)
+    applied.remove()
+    assert torch.equal(wide_subject.model(*inputs), before)
+    assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_file_has_what_its_form_asks_for_and_the_version_that_says_it_all(
+    name: str, wide_subject: Subject, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.save(extract(make_student(wide_subject, FORMS[name]), wide_subject), path)
+    with safe_open(path, framework="pt") as file:
+        entries, names = file.metadata(), set(file.keys())
+    assert entries["linvideo.format_version"] == "3"
+    suffixes = {n.rpartition(".")[2] for n in names}
+    added = {"gate": {"gate"}, "window": {"window_mix"}, "all": {"gate", "window_mix"}}
+    assert suffixes == {*SIDES, *added.get(name, set())}
+
+
+@pytest.mark.parametrize("name", NEW_FORMS)
+def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_subject: Subject) -> None:
+    made = extract(make_student(wide_subject, FORMS[name]), wide_subject)
+    plain = extract(make_student(wide_subject, LinearForm()), wide_subject)
+    assert describe(made)["feature maps"] != describe(plain)["feature maps"]
+    per_layer = {"joint": 0, "shared": -2 * 128 * 64, "gate": 2 * 128, "window": 2}
+    expected = sum(per_layer.values()) if name == "all" else per_layer[name]
+    difference = count_bytes(made)["feature maps"] - count_bytes(plain)["feature maps"]
+    assert difference == 2 * 4 * expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format_version": "1"}, "'linvideo.map_sharing' is unknown"),
+        ({"format_version": "4"}, "update LinVideo"),
+        ({"format_version": "[2]"}, "format_version is"),
+        ({"map_sharing": '"per_layer"'}, "map_sharing is 'per_layer'; one of per_head, shared"),
+        ({"map_sharing": '"per_head"'}, r"\[1, 128, 64\].* needs \[2, 128, 64\]"),
+        ({"feature_map": '"relu"'}, "feature_map is 'relu'"),
+        ({"output_gate": "1"}, "output_gate is 1; true or false"),
+        ({"output_gate": "false"}, "output gate of layer 0 is there, yet"),
+        ({"window": "0"}, "window mix of layer 0 is there, yet"),
+        ({"window": "1"}, "window is 1; 0, or 2 or more"),
+        ({"window": "-5"}, "window is -5"),
+        ({"window": "true"}, "window is True"),
+        ({"window": "1e99"}, "window is 1e"),
+        ({"window": None}, "'linvideo.window' is missing"),
+        ({"gate": None}, "output gate of layer 0 is missing"),
+        ({"window_mix": None}, "window mix of layer 0 is missing"),
+        ({"gate": torch.zeros(2)}, r"shape \[2\]; \[N, D\] is expected"),
+        ({"window_mix": torch.zeros(2, 1)}, r"shape \[2, 1\]; \[N\] is expected"),
+        ({"gate": torch.zeros(1, 128)}, r"\[1, 128\].* needs \[2, 128\]"),
+        ({"window_mix": torch.zeros(3)}, r"\[3\].* needs \[2\]"),
+        ({"gate": torch.full((2, 128), math.nan)}, "gate' holds NaN"),
+        ({"query_map": torch.zeros(2, 128, 64)}, r"\[1, D, 64\] is expected.* shared"),
+    ],
+)
+def test_a_defect_of_a_form_is_named_in_one_sentence(
+    changes: dict[str, str | Tensor | None],
+    sentence: str,
+    wide_subject: Subject,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.save(extract(make_student(wide_subject, FORMS["all"]), wide_subject), path)
+    with safe_open(path, framework="pt") as file:
+        entries = file.metadata()
+    tensors = load_file(path)
+    for name, value in changes.items():
+        tensor_name = f"linvideo.blocks.0.self_attn.{name}"
+        if isinstance(value, str):
+            entries[f"linvideo.{name}"] = value
+        elif value is None:
+            tensors.pop(tensor_name, None)
+            entries.pop(f"linvideo.{name}", None)
+        else:
+            tensors[tensor_name] = value
+    save_file(tensors, path, metadata=entries)
+    with pytest.raises(ArtifactError, match=sentence) as caught:
+        artifact.apply(artifact.load(path), wide_subject.model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_whose_version_does_not_know_its_form_is_refused(wide_subject: Subject) -> None:
+    made = extract(make_student(wide_subject, LinearForm()), wide_subject).header
+    header = dataclasses.replace(made, format_version=1, usage=Usage(), weights_sketch=())
+    for part in PARTS.values():
+        with pytest.raises(ArtifactError, match="format_version is 1; 2 is expected"):
+            dataclasses.replace(header, **part)
+
+
+def test_a_student_of_two_forms_is_refused(wide_subject: Subject) -> None:
+    student = make_student(wide_subject, LinearForm())
+    student.mixed[2].linear.form = FORMS["joint"]
+    with pytest.raises(ArtifactError, match="differ in form"):
+        extract(student, wide_subject)
+
+
+@pytest.fixture
+def trajectories(wide_subject: Subject, tmp_path: Path) -> Trajectories:
+    settings = TrajectoryConfig(
+        num_trajectories=2, states_per_trajectory=2, sampler_steps=4, shard_size=2
+    )
+    return collect(wide_subject, settings, tmp_path / "trajectories", seed=0)
+
+
+@pytest.mark.parametrize("name", NEW_FORMS)
+def test_every_part_of_a_form_is_trained(
+    name: str, wide_subject: Subject, trajectories: Trajectories, tmp_path: Path
+) -> None:
+    training = TrainingConfig(steps=2, batch_size=2, warmup_steps=0)
+    config = StudentConfig(parameters="feature_maps", form=FORMS[name])
+    task = TransferTask(
+        Student(wide_subject, config, seed=0),
+        wide_subject,
+        trajectories,
+        selection=SelectionConfig(target=2, choice="alternate"),
+        objective=ObjectiveConfig(),
+        training=training,
+        precision="fp32",
+        layers=[0, 2],
+    )
+    before = {n: p.detach().clone() for n, p in feature_maps(task.student.mixed).items()}
+    assert {n.partition(".")[2] for n in before} == {
+        n for n, _ in make_linear(FORMS[name]).named_parameters()
+    }
+    loss, _ = task.loss(0, seed_step(0, 0))
+    assert bool(torch.isfinite(loss))
+    fit(task, training, tmp_path / "training", seed=0)
+    for parameter_name, parameter in feature_maps(task.student.mixed).items():
+        is_linear = not parameter_name.startswith("1.")
+        assert torch.equal(parameter, before[parameter_name]) != is_linear, parameter_name
+
+
+def test_the_students_row_has_the_bytes_of_its_tensors(wide_subject: Subject) -> None:
+    made = extract(make_student(wide_subject, FORMS["all"], "lora"), wide_subject)
+    settings = CompareConfig(num_samples=2, steps=2, batch_size=2)
+    teacher, swapped, student = compare_artifact(wide_subject, made, settings, seed=0).rows
+    assert student["bytes"] == sum(count_bytes(made).values())
+    assert "bytes" not in teacher and "bytes" not in swapped

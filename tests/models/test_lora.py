@@ -1,0 +1,123 @@
+"""Low-rank changes start at nothing and leave the layer's own names alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from linvideo_core.models import lora
+from linvideo_core.models.wan import WanModel
+
+
+@torch.no_grad()
+def fill(changes: dict[str, lora.LowRank]) -> None:
+    torch.manual_seed(2)
+    for change in changes.values():
+        change.up.normal_(std=0.02)
+
+
+def test_a_change_starts_at_zero(wan: WanModel, inputs: tuple[Tensor, ...]) -> None:
+    before = wan(*inputs)
+    lora.attach(wan, "blocks.", 4, seed=0)
+    torch.testing.assert_close(wan(*inputs), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rank", "is_merged"), [(4, False), (32, True)])
+def test_a_change_acts_as_up_times_down_added_to_the_weight(
+    wan: WanModel, inputs: tuple[Tensor, ...], rank: int, is_merged: bool
+) -> None:
+    merged = copy.deepcopy(wan)
+    changes = lora.attach(wan, "blocks.", rank, seed=0)
+    layers = [wan.get_submodule(name) for name in changes]
+    assert all(isinstance(layer, lora.MergedLinear) == is_merged for layer in layers)
+    fill(changes)
+    with torch.no_grad():
+        for name, change in changes.items():
+            merged.get_submodule(name).weight += change.up @ change.down
+        found, expected = wan(*inputs), merged(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_linear_layer_under_the_prefix_and_none_elsewhere_is_changed(wan: WanModel) -> None:
+    linear = [n for n, m in wan.named_modules() if isinstance(m, nn.Linear)]
+    changes = lora.attach(wan, "blocks.", 4, seed=0)
+    assert list(changes) == [name for name in linear if name.startswith("blocks.")]
+    assert len(changes) == 3 * 10
+
+
+def test_a_layer_that_is_to_stay_gets_no_change(wan: WanModel) -> None:
+    changes = lora.attach(wan, "blocks.", 4, seed=0, is_frozen=lambda name: ".ffn.0." in name)
+    assert changes and not any(name.endswith(".ffn.0") for name in changes)
+    assert any(name.endswith(".ffn.2") for name in changes)
+    assert not hasattr(wan.blocks[0].ffn[0], "lora")
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_the_layers_own_parameters_keep_their_names_and_are_frozen(
+    wan: WanModel, rank: int
+) -> None:
+    before = {name for name, _ in wan.named_parameters()}
+    lora.attach(wan, "blocks.", rank, seed=0)
+    own = {n: p for n, p in wan.named_parameters() if ".lora." not in n}
+    assert set(own) == before
+    assert not any(parameter.requires_grad for parameter in own.values())
+    added = {n: p for n, p in wan.named_parameters() if ".lora." in n}
+    assert all(parameter.requires_grad for parameter in added.values())
+    assert all(name.endswith((".lora.down", ".lora.up")) for name in added)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_the_gradient_is_that_of_the_merged_weight(
+    wan: WanModel, inputs: tuple[Tensor, ...], rank: int
+) -> None:
+    merged = copy.deepcopy(wan)
+    changes = lora.attach(wan, "blocks.", rank, seed=0)
+    fill(changes)
+    wan(*inputs).square().mean().backward()
+    for name, change in changes.items():
+        weight = merged.get_submodule(name).weight
+        weight.data += (change.up @ change.down).detach()
+    merged(*inputs).square().mean().backward()
+    for name, change in changes.items():
+        gradient = merged.get_submodule(name).weight.grad
+        for found, expected in (
+            (change.up.grad, gradient @ change.down.T),
+            (change.down.grad, change.up.T @ gradient),
+        ):
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_only_the_change_receives_a_gradient(
+    wan: WanModel, inputs: tuple[Tensor, ...], rank: int
+) -> None:
+    fill(lora.attach(wan, "blocks.", rank, seed=0))
+    wan(*inputs).square().sum().backward()
+    for name, parameter in wan.named_parameters():
+        assert (parameter.grad is not None) == (".lora." in name), name
+
+
+def test_the_seed_decides_the_start(wan: WanModel) -> None:
+    starts = [lora.attach(copy.deepcopy(wan), "blocks.", 4, seed=seed) for seed in (0, 0, 1)]
+    name = "blocks.1.ffn.0"
+    first, again, other = (start[name].down for start in starts)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (4, 128)
+    assert starts[0][name].up.shape == (96, 4)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_a_change_is_kept_in_fp32_and_acts_in_the_layers_dtype(wan: WanModel, rank: int) -> None:
+    changes = lora.attach(wan.bfloat16(), "blocks.", rank, seed=0)
+    assert {p.dtype for change in changes.values() for p in change.parameters()} == {torch.float32}
+    layer = wan.blocks[0].ffn[0]
+    assert layer(torch.ones(1, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_rank_beyond_the_full_rank_is_refused_with_the_layers_name(wan: WanModel) -> None:
+    lora.attach(copy.deepcopy(wan), "blocks.", 96, seed=0)
+    with pytest.raises(ValueError, match=r"--lora-rank 97 exceeds 96, the full rank of blocks.0"):
+        lora.attach(wan, "blocks.", 97, seed=0)

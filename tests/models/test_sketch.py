@@ -1,0 +1,159 @@
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from linvideo_core.artifact import ArtifactHeader, BaseWeights, compare_weights
+from linvideo_core.models import attention_sites
+from linvideo_core.models.families import identify
+from linvideo_core.models.sketch import SIZE, sketch, sketch_distance, sketched_rows
+from linvideo_core.teacher.teacher import SubjectConfig, load_subject
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return load_subject(SubjectConfig()).model
+
+
+def sketch_of(model: nn.Module) -> tuple[float, ...]:
+    return attention_sites.weights_sketch(model, *identify(attention_sites.shapes_of(model)))
+
+
+def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data = change(parameter.data)
+    return other
+
+
+def rounded(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda weight: weight.to(dtype).float()
+
+
+def rounded_in_steps(num_steps: int) -> Callable[[Tensor], Tensor]:
+    """Round a tensor to whole multiples of its largest value over `num_steps`."""
+
+    def change(weight: Tensor) -> Tensor:
+        step = weight.abs().max() / num_steps
+        return (weight / step).round() * step
+
+    return change
+
+
+def rounded_in_blocks(weight: Tensor, num_steps: int = 7) -> Tensor:
+    """Round blocks of 32 to 4 bits, as GGUF's Q4 does."""
+    if weight.numel() % 32:
+        return weight
+    blocks = weight.reshape(-1, 32)
+    step = blocks.abs().amax(dim=1, keepdim=True) / num_steps
+    return ((blocks / step).round() * step).nan_to_num().reshape(weight.shape)
+
+
+def finetuned(amount: float, *, rank: int = 0) -> Callable[[Tensor], Tensor]:
+    """Change a tensor by `amount` of its norm, a matrix by a low-rank one if `rank` is given."""
+    generator = torch.Generator().manual_seed(3)
+
+    def change(weight: Tensor) -> Tensor:
+        noise = torch.randn(weight.shape, generator=generator)
+        if rank and weight.ndim == 2:
+            factors = ((weight.shape[0], rank), (rank, weight.shape[1]))
+            noise = torch.mm(*(torch.randn(shape, generator=generator) for shape in factors))
+        return weight + amount * weight.norm() / noise.norm() * noise
+
+    return change
+
+
+def random(weight: Tensor) -> Tensor:
+    return torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+
+
+@pytest.mark.parametrize(
+    ("change", "bits", "kind"),
+    [
+        pytest.param(rounded(torch.float16), 16, "same", id="fp16"),
+        pytest.param(rounded(torch.bfloat16), 16, "same", id="bf16"),
+        pytest.param(rounded(torch.float8_e4m3fn), 8, "close", id="fp8"),
+        pytest.param(rounded(torch.float8_e5m2), 8, "close", id="fp8_e5m2"),
+        pytest.param(rounded_in_steps(127), 8, "close", id="int8"),
+        pytest.param(rounded_in_blocks, 4.5, "close", id="4 bits"),
+        pytest.param(finetuned(0.02, rank=8), 16, "close", id="a weak LoRA"),
+        pytest.param(finetuned(0.3, rank=8), 16, "other", id="a strong LoRA"),
+        pytest.param(finetuned(0.3), 8, "other", id="another finetune, in fp8"),
+        pytest.param(random, 16, "other", id="other weights"),
+        pytest.param(random, 4.5, "other", id="other weights, in 4 bits"),
+    ],
+)
+def test_a_rounding_is_told_from_other_weights(
+    model: nn.Module, change: Callable[[Tensor], Tensor], bits: float, kind: str
+) -> None:
+    other = changed(model, change)
+    family, sites = identify(attention_sites.shapes_of(model))
+    match = compare_weights(header_of(model), BaseWeights(sketch=sketch_of(other), bits=bits))
+    assert match.kind == kind
+    names = attention_sites.sketched_weights(family, sites)
+    pairs = [(model.get_parameter(name), other.get_parameter(name)) for name in names]
+    true = math.sqrt(
+        sum(float((a / a.norm() - b / b.norm()).square().sum()) for a, b in pairs) / len(pairs)
+    )
+    print(f"{match.distance:.4f}, really {true:.4f}")
+    assert match.distance == pytest.approx(true, rel=0.25, abs=1e-4)
+
+
+def header_of(model: nn.Module, **changes: Any) -> ArtifactHeader:
+    family, sites = identify(attention_sites.shapes_of(model))
+    return ArtifactHeader(
+        **{
+            "format_version": 3,
+            "family": family.name,
+            "fingerprint": attention_sites.fingerprint(family, sites),
+            "weights_digest": attention_sites.weights_digest(model, sites),
+            "weights_sketch": sketch_of(model),
+            "layers": (0,),
+            "site_names": (sites[0].name,),
+            "num_layers": len(sites),
+            "feature_dim": 6,
+            "parameters": "feature_maps",
+            "objective": "adm",
+            "steps": 5,
+            **changes,
+        }
+    )
+
+
+def test_without_a_sketch_only_plain_weights_are_known_to_be_others(model: nn.Module) -> None:
+    header = header_of(model, weights_sketch=())
+    assert compare_weights(header, BaseWeights(digest=header.weights_digest)).kind == "same"
+    assert compare_weights(header, BaseWeights(digest="0" * 16)).kind == "other"
+    assert compare_weights(header, BaseWeights(digest="0" * 16, bits=8)).kind == "unknown"
+    assert compare_weights(header, BaseWeights(sketch=sketch_of(model))).kind == "unknown"
+    assert compare_weights(header_of(model), BaseWeights()).kind == "unknown"
+
+
+def test_a_match_is_one_sentence_with_the_distance(model: nn.Module) -> None:
+    other = sketch_of(changed(model, finetuned(0.3)))
+    text = str(compare_weights(header_of(model), BaseWeights(sketch=other)))
+    assert "about 2" in text or "about 3" in text
+    assert "another finetune, or the other one of two experts" in text and "\n" not in text
+
+
+def test_a_sketch_is_of_fixed_numbers_whatever_the_dtype() -> None:
+    weight = torch.arange(-5000.0, 5000.0).reshape(100, 100)
+    found = sketch([weight, weight.T])
+    assert len(found) == SIZE and found == sketch([weight.double(), weight.T])
+    assert found[:3] == (0.01559, -0.1403, 0.14022)
+    assert sketch_distance(found, sketch([2 * weight, weight.T])) == 0
+
+
+def test_large_weights_are_looked_at_in_evenly_spread_rows() -> None:
+    rows = range(5120)[sketched_rows((5120, 5120))]
+    assert len(rows) * 5120 < 2**18 + 5120 and rows[-1] > 5000
+    assert range(128)[sketched_rows((128, 128))] == range(128)
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf"), 0.0])
+def test_what_has_no_norm_has_no_sketch(fault: float) -> None:
+    assert sketch([torch.ones(4, 4), torch.full((4, 4), fault)]) == ()

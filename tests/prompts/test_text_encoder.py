@@ -1,0 +1,270 @@
+"""Prompts become what Wan's own text encoder makes of them, once, from files that people have."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from linvideo_core.models.wan import WanModel
+from linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
+from linvideo_core.prompts.embeddings import read_embeds
+from linvideo_core.prompts.sources import EMBEDS_NAME, PromptConfig, find_source
+from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder
+from linvideo_core.run.config import override
+from linvideo_core.teacher.teacher import SubjectConfig, open_subject
+from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer.pipeline import TransferConfig
+
+transformers = pytest.importorskip(
+    "transformers", reason="encoding prompts needs the extra packages transformers, sentencepiece"
+)
+for name in ("sentencepiece", "ftfy"):
+    pytest.importorskip(name, reason=f"encoding prompts needs the extra package {name}")
+
+TEXT_DIM = 16
+TEXTS = ["A red kite dives &amp; climbs,\n  again", "a boat"]
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 90 pieces, numbered as UMT5's: pad 0, end 1, unknown 2."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("pieces")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(default_prompts()), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=90, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return folder / "spiece.model"
+
+
+@pytest.fixture(scope="module")
+def umt5() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(
+        vocab_size=90, d_model=TEXT_DIM, d_kv=4, d_ff=24, num_layers=3, num_heads=2
+    )
+    model = transformers.UMT5EncoderModel(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    del tensors["encoder.embed_tokens.weight"]
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def pipeline(
+    umt5: nn.Module, sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A diffusers pipeline's folder, as far as text goes, saved by `transformers` in shards."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    umt5.save_pretrained(folder / "text_encoder", max_shard_size="4KB")
+    assert len(list((folder / "text_encoder").glob("*.safetensors"))) > 1
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(sentencepiece_model.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(
+    umt5: nn.Module, sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """ComfyUI's one file, with the tokenizer in it."""
+    path = tmp_path_factory.mktemp("single") / "umt5_xxl_fp16.safetensors"
+    pieces = torch.frombuffer(bytearray(sentencepiece_model.read_bytes()), dtype=torch.uint8)
+    save_file(tensors_of(umt5) | {"spiece_model": pieces}, path)
+    return path
+
+
+def tokens_of(model: Path, text: str) -> list[int]:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
+
+
+def as_wan_does(umt5: nn.Module, tokens: list[int]) -> Tensor:
+    """Return Wan's own way: padded to 512 with a mask, cut to the real length, zeros after."""
+    ids = torch.zeros(1, MAX_TOKENS, dtype=torch.long)
+    ids[0, : len(tokens)] = torch.tensor(tokens)
+    mask = (torch.arange(MAX_TOKENS) < len(tokens)).long()[None]
+    with torch.no_grad():
+        embeds = umt5(input_ids=ids, attention_mask=mask).last_hidden_state[0]
+    return embeds * mask[0].unsqueeze(1)
+
+
+@pytest.mark.parametrize("form", ["pipeline", "single"])
+def test_embeddings_are_the_encoders_own_output_with_zeros_after_the_text(
+    form: str,
+    umt5: nn.Module,
+    sentencepiece_model: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A red kite dives &amp;  climbs\n\na boat\n", encoding="utf-8")
+    config = PromptConfig(text_encoder=request.getfixturevalue(form), negative_prompt="")
+    found = find_source(prompts, config).read(tmp_path, device="cpu")
+    expected = [
+        as_wan_does(umt5, [*tokens_of(sentencepiece_model, text), 1])
+        for text in ("A red kite dives & climbs", "a boat", "")
+    ]
+    assert found.prompts == ["A red kite dives &amp;  climbs", "a boat"]
+    torch.testing.assert_close(found.prompt_embeds, torch.stack(expected[:2]), **TOLERANCE)
+    torch.testing.assert_close(found.negative_embeds, expected[2], **TOLERANCE)
+    assert torch.equal(found.prompt_embeds == 0, torch.stack(expected[:2]) == 0)
+
+
+def test_a_fast_tokenizer_says_what_its_library_says(pipeline: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "boat": 4}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    fast.enable_truncation(3)
+    fast.enable_padding(length=8)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    encoder = open_encoder(pipeline, tmp_path)
+    assert cut(encoder.load("cpu").tokenize("a boat a kite")) == [3, 4, 3, 2, 1]
+
+
+def test_a_text_is_cleaned_and_cut_as_in_wans_pipeline() -> None:
+    assert clean("  a &amp;amp; b\u00a0\n c ") == "a & b c"
+    assert clean("â€œquotedâ€\x9d") == '"quoted"'
+    assert cut([5, 6, 1]) == cut([5, 6]) == [5, 6, 1]
+    assert cut([]) == [1]
+    long = cut([7] * 600 + [1])
+    assert len(long) == MAX_TOKENS and long[-2:] == [7, 1]
+
+
+def test_prompts_are_encoded_once_for_an_encoder_and_its_words(
+    pipeline: Path, single: Path, tmp_path: Path
+) -> None:
+    stages: list[tuple[int, int]] = []
+
+    def read(**changes: object) -> None:
+        stages.clear()
+        config = PromptConfig(**{"text_encoder": pipeline, "negative_prompt": "", **changes})
+        source = find_source(words, config)
+        source.read(
+            tmp_path, device="cpu", progress=lambda s, done, n, **_: stages.append((done, n))
+        )
+
+    words = tmp_path / "words.txt"
+    words.write_text("one\ntwo\n")
+    read()
+    assert stages == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    read()
+    assert stages == []
+    read(negative_prompt="still")
+    assert stages
+    words.write_text("one\nthree\n")
+    read(negative_prompt="still")
+    assert stages
+    assert {path.name for path in tmp_path.iterdir()} == {"words.txt", EMBEDS_NAME}
+
+
+def test_without_a_file_the_prompts_and_the_negative_are_linvideos_own(
+    pipeline: Path,
+) -> None:
+    source = find_source(None, PromptConfig(text_encoder=pipeline))
+    assert source.prompts == default_prompts() and source.negative == NEGATIVE_PROMPT
+
+
+def test_a_transfer_encodes_into_its_folder_before_the_model_is_read(
+    wan: WanModel, pipeline: Path, tmp_path: Path
+) -> None:
+    save_file(wan.state_dict(), tmp_path / "wan.safetensors")
+    (tmp_path / "words.txt").write_text("a dog runs\na cat jumps\n")
+    values = {
+        "model": tmp_path / "wan.safetensors",
+        "prompts": tmp_path / "words.txt",
+        "text_encoder": pipeline,
+        "out": tmp_path / "run",
+        "num_frames": 5,
+        "height": 32,
+        "width": 32,
+        "num_trajectories": 2,
+        "states_per_trajectory": 2,
+        "sampler_steps": 4,
+        "target": 1,
+        "warm_start_steps": 1,
+        "steps": 2,
+        "batch_size": 1,
+        "lora_rank": 2,
+        "evaluate_samples": 0,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    config = override(TransferConfig(), values)
+    seen: list[str] = []
+    transfer.run(config, lambda stage, *_, **__: seen.append(stage))
+    assert seen[0] == "encoding prompts"
+    embeds = read_embeds(tmp_path / "run" / EMBEDS_NAME)
+    assert embeds.prompts == ["a dog runs", "a cat jumps"]
+    assert embeds.prompt_embeds.shape == (2, MAX_TOKENS, TEXT_DIM)
+    stored = load_file(tmp_path / "run" / EMBEDS_NAME)["prompt_embeds"]
+    assert stored.shape[1] < MAX_TOKENS, "the padding is not stored"
+
+
+def sentence(config: SubjectConfig) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        open_subject(config)
+    message = str(caught.value)
+    assert message and "\n" not in message and len(message) < 500
+    return message
+
+
+def test_an_encoder_that_does_not_fit_is_refused_by_its_headers(
+    wan: WanModel, umt5: nn.Module, pipeline: Path, single: Path, tmp_path: Path
+) -> None:
+    save_file(wan.state_dict(), tmp_path / "wan.safetensors")
+
+    def refuse(encoder: Path, **changes: object) -> str:
+        text = PromptConfig(text_encoder=encoder, **changes)
+        return sentence(SubjectConfig(model=tmp_path / "wan.safetensors", text=text))
+
+    def write(name: str, tensors: dict[str, Tensor]) -> Path:
+        save_file(tensors, tmp_path / name)
+        return tmp_path / name
+
+    pickled = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+    pickled.write_bytes(b"\x80\x04")
+    assert "pickle" in refuse(pickled) and "umt5_xxl_fp16.safetensors" in refuse(pickled)
+    assert "does not exist" in refuse(tmp_path / "none")
+    tensors = tensors_of(umt5)
+    assert "--tokenizer" in refuse(write("bare.safetensors", tensors))
+    bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    t5 = {name: tensor for name, tensor in tensors.items() if name != bias}
+    assert "T5 is another encoder" in refuse(write("t5.safetensors", t5))
+    assert "not a UMT5 encoder" in refuse(tmp_path / "wan.safetensors")
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    rounded = tensors | {name: tensors[name].to(torch.float8_e4m3fn)}
+    assert "F8_E4M3, a quantised encoder" in refuse(write("fp8.safetensors", rounded))
+    wide = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=90, d_model=24, d_kv=4, d_ff=24, num_layers=1, num_heads=2
+        )
+    )
+    pieces = load_file(single)["spiece_model"]
+    path = write("wide.safetensors", tensors_of(wide) | {"spiece_model": pieces})
+    assert "gives embeddings of width 24" in refuse(path)
+    index = pipeline / "text_encoder" / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"]["more"] = "model-00009-of-00009.safetensors"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / index.name).write_text(json.dumps(names))
+    assert "shards are missing" in refuse(copy)

@@ -1,0 +1,194 @@
+"""Dataclasses become flags, JSON and presets."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linvideo_core.run.config import (
+    fraction,
+    option,
+    override,
+    parse,
+    positive,
+    run_command,
+    to_json,
+)
+from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import pipeline
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Settings of a room."""
+
+    num_cylinders: int = option(4, "how many")
+    power: float = option(1.5, "how strong, 100 % of it")
+    kind: str = option("diesel", "which", choices=("diesel", "petrol"))
+
+    def __post_init__(self) -> None:
+        positive(self, "num_cylinders", "power")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Car:
+    """Settings of a command, which nests those of a room."""
+
+    engine: Engine = dataclasses.field(default_factory=Engine)
+    out: Path = option(Path("here"), "where")
+    manual: Path | None = option(None, "a book")
+    is_fast: bool = option(False, "whether")
+    share: float = option(0.5, "part")
+
+    def __post_init__(self) -> None:
+        fraction(self, "share")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "city": {},
+    "race": {"num_cylinders": 12, "is_fast": True, "share": 1.0},
+}
+
+
+def read(*argv: str) -> Car:
+    return parse(Car, argv, description="Drive.", presets=PRESETS)[0]
+
+
+def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        read(*argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_without_flags_the_defaults_hold() -> None:
+    config, is_dry_run = parse(Car, [], description="Drive.")
+    assert config == Car()
+    assert not is_dry_run
+
+
+def test_flags_reach_fields_at_any_depth() -> None:
+    config = read(
+        *("--num-cylinders", "6", "--power", "2e-1", "--kind", "petrol"),
+        *("--out", "there", "--manual", "book.txt", "--is-fast", "true"),
+    )
+    assert config == Car(
+        engine=Engine(num_cylinders=6, power=0.2, kind="petrol"),
+        out=Path("there"),
+        manual=Path("book.txt"),
+        is_fast=True,
+    )
+
+
+def test_a_preset_changes_defaults_and_flags_change_the_preset() -> None:
+    race = read("--preset", "race")
+    assert (race.engine.num_cylinders, race.is_fast, race.share) == (12, True, 1.0)
+    changed = read("--num-cylinders", "8", "--preset", "race", "--is-fast", "false")
+    assert (changed.engine.num_cylinders, changed.is_fast, changed.share) == (8, False, 1.0)
+
+
+def test_the_first_preset_is_the_default() -> None:
+    assert read() == read("--preset", "city")
+
+
+def test_dry_run_is_told_apart() -> None:
+    assert parse(Car, ["--dry-run"], description="Drive.") == (Car(), True)
+
+
+def test_json_nests_as_the_dataclasses_do() -> None:
+    tree = json.loads(to_json(Car(manual=Path("book.txt"))))
+    assert tree == {
+        "engine": {"num_cylinders": 4, "power": 1.5, "kind": "diesel"},
+        "out": "here",
+        "manual": "book.txt",
+        "is_fast": False,
+        "share": 0.5,
+    }
+    assert json.loads(to_json(Car()))["manual"] is None
+
+
+def test_override_replaces_flat_names_and_leaves_the_original() -> None:
+    car = Car()
+    changed = override(car, {"power": 3.0, "share": 0.1})
+    assert (changed.engine.power, changed.share) == (3.0, 0.1)
+    assert (car.engine.power, car.share) == (1.5, 0.5)
+
+
+def test_override_checks_what_it_makes() -> None:
+    with pytest.raises(ValueError, match="--power -1 given"):
+        override(Car(), {"power": -1})
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--num-cylinders", "0"), "--num-cylinders 0 given; a number greater than 0"),
+        (("--power", "nan"), "--power nan given"),
+        (("--share", "1.01"), "--share 1.01 given; a number from 0 to 1"),
+        (("--num-cylinders", "six"), "six"),
+        (("--kind", "steam"), "steam"),
+        (("--is-fast", "yes"), "yes"),
+        (("--preset", "moon"), "moon"),
+        (("--wings", "2"), "--wings"),
+        (("--power",), "--power"),
+        (("stray",), "stray"),
+    ],
+)
+def test_a_bad_argument_is_one_sentence_and_exit_code_two(
+    argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert words in refused(capsys, *argv)
+
+
+def test_help_names_every_flag_with_its_text_and_default(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--num-cylinders", "how many (default: 4)", "--manual", "100 % of it"):
+        assert words in text
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, FileNotFoundError])
+def test_what_a_user_can_put_right_ends_in_one_sentence(
+    kind: type[Exception], capsys: pytest.CaptureFixture
+) -> None:
+    def main() -> None:
+        raise kind("put it right")
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: put it right\n"
+
+
+def test_a_fault_of_the_program_keeps_its_trace() -> None:
+    def main() -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        run_command(main)
+    assert logging.getLogger().handlers
+
+
+def leaf_names(config: object) -> list[str]:
+    names = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        names += leaf_names(value) if dataclasses.is_dataclass(value) else [field.name]
+    return names
+
+
+def test_the_transfers_flags_are_unique_and_its_presets_name_nothing_else() -> None:
+    names = leaf_names(pipeline.TransferConfig())
+    assert len(set(names)) == len(names)
+    for preset in transfer.PRESETS.values():
+        assert set(preset) <= set(names)
+        override(pipeline.TransferConfig(), {"model": Path("wan.safetensors"), **preset})

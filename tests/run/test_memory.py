@@ -1,0 +1,331 @@
+"""Too little memory is said before anything long begins, and what fits is not refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models.sizes import SIZES
+from linvideo_core.distill import cli as distill
+from linvideo_core.models.attention_sites import checkpoint_activations, shapes_of
+from linvideo_core.models.quantized import FROZEN, FrozenConfig, count_frozen_bytes, place
+from linvideo_core.models.velocity import bind
+from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.run import memory
+from linvideo_core.run.config import override
+from linvideo_core.run.memory import (
+    Need,
+    Transformer,
+    check_memory,
+    count,
+    count_low_rank,
+    explained,
+    free_bytes,
+    show_gb,
+    training_needs,
+)
+from linvideo_core.teacher.teacher import Subject, open_subject
+from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.preflight import Plan, check_transfer
+from linvideo_core.transfer.student import Student, StudentConfig
+from tests.conftest import TEXT_DIM, save_inputs
+
+HUGE = 10**18
+
+
+def test_a_device_that_has_enough_is_not_refused() -> None:
+    free = free_bytes("cpu")
+    assert free is None or 0 < free < 10**15
+    check_memory([Need("a byte", 1), Need("another", 1)], "cpu")
+    check_memory([Need("anything", HUGE)], "meta")
+
+
+@pytest.mark.skipif(free_bytes("cpu") is None, reason="this system does not tell its free memory")
+def test_a_refusal_says_what_is_needed_what_is_free_and_what_to_lower() -> None:
+    needs = [Need("the weights", 10**9), Need("a step", HUGE, "lower --batch-size")]
+    with pytest.raises(ValueError) as caught:
+        check_memory(needs, "cpu")
+    message = str(caught.value)
+    assert message.startswith("cpu has ") and "\n" not in message
+    assert "a step 1,000,000,000.0 GB, the weights 1.0 GB): lower --batch-size" in message
+    with pytest.raises(ValueError, match="choose another --device"):
+        check_memory([Need("the weights", HUGE)], "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_that_runs_out_all_the_same_ends_in_one_sentence(device: str) -> None:
+    with pytest.raises(ValueError) as caught, explained("lower --batch-size"):
+        torch.empty(2**50, dtype=torch.uint8, device=device)
+    message = str(caught.value)
+    assert message.startswith("memory ran out") and message.endswith(": lower --batch-size")
+    assert "\n" not in message
+    assert ("of the GPU's in use" in message) == torch.cuda.is_available()
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="must match"), explained("lower --batch-size"):
+        torch.ones(2) + torch.ones(3)
+
+
+@pytest.mark.gpu
+def test_what_the_allocator_holds_unused_counts_as_free() -> None:
+    before = free_bytes("cuda")
+    held = torch.empty(2**28, device="cuda", dtype=torch.uint8)
+    assert before - free_bytes("cuda") >= 2**28
+    del held
+    assert abs(free_bytes("cuda") - before) < 2**26
+
+
+def test_bytes_are_said_in_units_that_can_be_read() -> None:
+    assert [show_gb(n) for n in (2e9, 3e6)] == ["2.0 GB", "3.0 MB"]
+
+
+def needs_of(wan: WanConfig, tokens: int, stream_bytes: int = 4, **changes: Any) -> dict[str, int]:
+    settings = {
+        "weight_bytes": 0,
+        "num_trained": 0,
+        "num_graphs": 1,
+        "batch_size": 1,
+        "sampled_together": 0,
+        "is_checkpointed": False,
+        "precision": "fp32",
+        **changes,
+    }
+    model = Transformer(
+        dim=wan.dim,
+        ffn_dim=wan.ffn_dim,
+        num_layers=wan.num_layers,
+        num_tokens=tokens,
+        stream_bytes=stream_bytes,
+    )
+    return {need.what: need.num_bytes for need in training_needs(model, **settings)}
+
+
+def round_weights(model: nn.Module, frozen: str) -> None:
+    for name, parameter in list(model.named_parameters()):
+        place(model, name, parameter.detach(), frozen)
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("parameters", ["feature_maps", "lora"])
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_one(
+    frozen: str, parameters: str, precision: str, is_checkpointed: bool, subject: Subject
+) -> None:
+    round_weights(subject.model, frozen)
+    student = Student(subject, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
+    for module in student.mixed.values():
+        module.harden("softmax")
+    if is_checkpointed:
+        checkpoint_activations(student.model, student.sites)
+    own = {parameter.data_ptr() for parameter in student.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    latents = torch.randn(1, 4, 4, 24, 24).requires_grad_()
+    velocity_fn = bind(student.model, torch.randn(1, 5, TEXT_DIM), precision=precision)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        velocity_fn(latents, torch.tensor([0.5]))
+    stream_bytes = 4 if frozen == "fp32" else 2
+    settings = {"precision": precision, "is_checkpointed": is_checkpointed}
+    settings |= {"stream_bytes": stream_bytes}
+    wan = subject.model.config
+    estimate = needs_of(wan, 4 * 12 * 12, **settings)["a training step's activations"]
+    if is_checkpointed:
+        # The block at work is recomputed in the backward pass, which does not run here.
+        one = dataclasses.replace(wan, num_layers=1)
+        one_block = needs_of(one, 4 * 12 * 12, precision=precision, stream_bytes=stream_bytes)
+        estimate -= one_block["a training step's activations"]
+    found = sum(kept.values())
+    assert estimate <= found <= 2.5 * estimate, found / estimate
+
+
+def test_what_is_trained_counts_as_the_student_frees_it(subject: Subject) -> None:
+    student = Student(subject, StudentConfig(lora_rank=3), seed=0)
+    shapes = {name: tuple(p.shape) for name, p in subject.model.named_parameters()}
+    assert count_low_rank(shapes, "blocks.", 3) == sum(p.numel() for p in student.weights.values())
+    full = Student(subject, StudentConfig(parameters="full"), seed=0)
+    assert count(shapes, "blocks.") == sum(p.numel() for p in full.weights.values())
+    assert count(shapes) == sum(p.numel() for p in subject.model.parameters())
+
+
+def test_sampling_and_training_do_not_add_up() -> None:
+    few, many = (
+        needs_of(WanConfig(), 32760, num_trained=10**6, sampled_together=n) for n in (1, 64)
+    )
+    assert "the sampling of the teacher" in many and "the sampling of the teacher" not in few
+
+
+def test_wan_14b_at_480p_needs_more_than_a_home_card_and_less_than_a_node() -> None:
+    wan = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+    sizes = {"weight_bytes": 4 * 14_288_491_584, "num_trained": 10**8, "precision": "bf16"}
+    needs = needs_of(wan, 32760, is_checkpointed=True, **sizes)
+    assert 48e9 < sum(needs.values()) < 140e9
+
+
+@pytest.fixture
+def files(subject: Subject, tmp_path: Path) -> dict[str, Any]:
+    paths = save_inputs(subject, tmp_path)
+    return {
+        "model": paths["--model"],
+        "prompts": paths["--prompts"],
+        "target": 1,
+        "lora_rank": 2,
+        "device": "cpu",
+        "precision": "fp32",
+        "out": tmp_path / "run",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_frames": 4 * 10**7 + 1, "shard_size": 1}, "lower --batch-size"),
+        ({"batch_size": 10**9}, "lower --batch-size, give --activation-checkpointing"),
+        ({"shard_size": 10**9, "num_trajectories": 10**9}, "lower --shard-size"),
+    ],
+)
+@pytest.mark.skipif(free_bytes("cpu") is None, reason="this system does not tell its free memory")
+def test_a_transfer_that_cannot_fit_is_refused_before_anything_is_made(
+    changes: dict[str, Any], words: str, files: dict[str, Any]
+) -> None:
+    values = {"evaluate_samples": 0, **files, **changes}
+    with pytest.raises(ValueError) as caught:
+        transfer.run(override(TransferConfig(), values))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not files["out"].exists()
+
+
+@pytest.mark.skipif(free_bytes("cpu") is None, reason="this system does not tell its free memory")
+def test_a_distillation_that_cannot_fit_is_refused_before_anything_is_made(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    small = {
+        "num_frames": 5,
+        "height": 32,
+        "width": 32,
+        "num_trajectories": 2,
+        "states_per_trajectory": 2,
+        "sampler_steps": 4,
+        "warm_start_steps": 0,
+        "steps": 1,
+        "evaluate_samples": 0,
+    }
+    made = transfer.run(override(TransferConfig(), files | small))
+    values = {**files, **small, "artifact": made, "rank": 2, "out": tmp_path / "few"}
+    del values["target"], values["lora_rank"]
+    config = override(distill.DistillConfig(artifact=made), {**values, "batch_size": 10**9})
+    with pytest.raises(ValueError, match="lower --batch-size"):
+        distill.run(config)
+    assert not config.out.exists()
+
+
+def plan_of(name: str, batch_size: int) -> Plan:
+    """Return the plan of a transfer at a real size, LoRA of rank 32."""
+    size = SIZES[name]
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(size.config))
+    maps = size.config.num_layers * size.config.dim * 128
+    return Plan(
+        config=size.config,
+        shapes=shapes,
+        num_tokens=size.tokens,
+        num_trained=count_low_rank(shapes, "blocks.", 32) + maps,
+        num_graphs=1,
+        batch_size=batch_size,
+        sampled_together=1,
+        precision="bf16",
+    )
+
+
+# What the peak of a step's activations was of the least, on the CPU's allocator (docs/home.md).
+@pytest.mark.parametrize(
+    ("preset", "name", "card_gb", "activations"),
+    [("home-24gb", "1.3b-480p", 24, 1.5), ("home-48gb", "14b-480p", 48, 1.3)],
+)
+def test_the_presets_for_homes_leave_their_card_a_tenth(
+    preset: str, name: str, card_gb: int, activations: float
+) -> None:
+    config = override(
+        TransferConfig(), {"model": Path("wan"), "device": "cpu", **transfer.PRESETS[preset]}
+    )
+    plan = plan_of(name, config.training.batch_size)
+    needs = plan.needs(config.subject.held, config.training.activation_checkpointing)
+    total = sum(
+        need.num_bytes * (activations if "activations" in need.what else 1) for need in needs
+    )
+    assert total < 0.9 * card_gb * 2**30
+    assert config.selection.target == len(SIZES[name].layers)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "flags"),
+    [
+        (100, "--activation-checkpointing"),
+        (60, "--activation-checkpointing --frozen bf16"),
+        (48, "--activation-checkpointing --frozen bf16 --offload-blocks 8"),
+        (20, ""),
+    ],
+)
+def test_a_plan_finds_the_flags_that_cost_least_of_those_that_fit(
+    free_gb: float, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cpu": 10**12, "cuda": int(free_gb * 1e9)}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
+    plan = plan_of("14b-480p", 1)
+    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True) == flags
+
+
+def test_weights_that_the_computers_own_memory_cannot_hold_are_not_proposed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = {"cpu": int(20e9), "cuda": int(40e9)}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
+    plan = plan_of("14b-480p", 1)
+    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
+    assert found == "--activation-checkpointing --frozen fp8"
+    free["cuda"] = int(30e9)
+    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
+    assert found.startswith("--activation-checkpointing --frozen fp8 --offload-blocks")
+    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=False) == ""
+
+
+def test_page_locked_blocks_count_as_what_they_really_take(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"frozen": "bf16", "offload_blocks": 3, "activation_checkpointing": True}
+    config = override(TransferConfig(), {**files, **values, "evaluate_samples": 0})
+    draft = open_subject(config.subject)
+    block = count_frozen_bytes(draft.shapes, "bf16", "blocks.0.")
+    assert count_frozen_bytes(draft.shapes, "bf16") < 3 * 2**19 and block < 2**19
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**19 - 1)
+    with pytest.raises(ValueError, match=r"page-locked 1\.6 MB.*lower --offload-blocks"):
+        check_transfer(draft, config, "cuda", "bf16")
+
+
+def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(TransferConfig(), {**files, "evaluate_samples": 0, "num_trajectories": 1})
+    draft = open_subject(config.subject)
+    told = []
+
+    def free_bytes(device: object) -> int:
+        return 10**12 if not told else told[0]
+
+    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+    check_transfer(draft, config, "cpu", "fp32")
+    told.append(1_500_000_000)
+    with pytest.raises(ValueError, match="it would fit with --activation-checkpointing") as caught:
+        check_transfer(draft, config, "cpu", "fp32")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,328 @@
+"""Two processes train as one does; they stop, fail and continue together, on CPUs and on GPUs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import team_program as program
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from linvideo_core.training.checkpoint import find_checkpoint
+from linvideo_core.training.fsdp import Unit, assemble, find_owners, forwards_kept, group_sharing
+from linvideo_core.training.process_group import ALONE, Team
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_SECONDS = 300
+
+# What `parallel` promises for the same global batch: of each metric, and of each tensor the norm
+# of the difference in norms of what training changed.
+METRIC_TOLERANCE = 1e-4
+WEIGHT_TOLERANCE = 2e-3
+
+SCENARIOS = (
+    "transfer",
+    "transfer_all_weights",
+    "transfer_by_ranking",
+    "transfer_rounded",
+    "distil",
+    "distil_one_video_each",
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(*argv: str) -> subprocess.CompletedProcess:
+    """Run a program in two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [sys.executable, *launcher, *argv],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """What both teams compute on; of GPUs each process has one of its own."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(device: str, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what one process and two made of the same trainings, under `one` and `two`.
+
+    `two/one_to_two` was begun by one process and finished by two, `one/two_to_one` the reverse.
+    """
+    folder = tmp_path_factory.mktemp("teams")
+    one, two = folder / "one", folder / "two"
+    program.stop_transfer(two / "one_to_two", ALONE, device)
+    jobs = [
+        *SCENARIOS,
+        "share_one_copy",
+        f"stop_transfer={one / 'two_to_one'}",
+        "transfer=one_to_two",
+    ]
+    finished = torchrun("tests/team_program.py", str(two), ",".join(jobs), device)
+    assert finished.returncode == 0, finished.stderr
+    for name in SCENARIOS:
+        program.SCENARIOS[name](one / name, ALONE, device)
+    (one / "two_to_one" / "before").write_text(find_checkpoint(one / "two_to_one/training").name)
+    program.transfer(one / "two_to_one", ALONE, device)
+    return folder
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Return what a training made: the student's whole weights, or a distilled file."""
+    path = folder / "student.safetensors"
+    return load_file(path if path.exists() else folder / "distilled.safetensors")
+
+
+def distance(found: Path, expected: Path) -> float:
+    """Return how far two trainings' results lie apart, in norms of what training changed."""
+    one, two = read(expected), read(found)
+    assert one.keys() == two.keys()
+    teacher = expected / "teacher.safetensors"
+    before = load_file(teacher) if teacher.exists() else {}
+    shares = [0.0]
+    for name, tensor in one.items():
+        tensor = tensor.float()
+        # Adapters start at zero or at a known draw: their own norm is that of their change.
+        change = (tensor - before[name].float() if name in before else tensor).norm()
+        difference = (two[name].float() - tensor).norm()
+        assert change or not difference, name
+        shares.append((difference / change.clamp_min(1e-12)).item())
+    return max(shares)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_train_the_same_global_batch_as_one(name: str, folder: Path) -> None:
+    one, two = folder / "one" / name, folder / "two" / name
+    assert distance(two, one) < WEIGHT_TOLERANCE
+    for stage in ("warm_start", "training"):
+        path = one / stage / "metrics.jsonl"
+        if stage == "warm_start" and not path.exists():
+            continue
+        rows, found = (
+            [json.loads(line) for line in text.splitlines()]
+            for text in (path.read_text(), (two / stage / "metrics.jsonl").read_text())
+        )
+        assert len(rows) == len(found) > 1
+        for row, other in zip(rows, found, strict=True):
+            assert row.keys() == other.keys()
+            for key in row:
+                expected = torch.tensor(row[key], dtype=torch.float64)
+                difference = (torch.tensor(other[key], dtype=torch.float64) - expected).abs()
+                assert (difference <= METRIC_TOLERANCE * expected.abs() + 1e-7).all(), key
+
+
+def test_training_moved_something(folder: Path) -> None:
+    for name in SCENARIOS[:2]:
+        weights = read(folder / "one" / name)
+        teacher = load_file(folder / "one" / name / "teacher.safetensors")
+        changed = [n for n in weights if n not in teacher or not weights[n].equal(teacher[n])]
+        assert len(changed) > 10
+
+
+def test_two_processes_sample_the_same_trajectories_bit_for_bit(folder: Path) -> None:
+    root = folder / "one"
+    names = [path.relative_to(root) for path in root.glob("transfer/teacher/*/*.safetensors")]
+    assert len(names) == 3
+    for name in names:
+        one, two = (load_file(folder / team / name) for team in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_roles_share_one_copy_of_the_frozen_weights_and_each_process_holds_its_part(
+    folder: Path,
+) -> None:
+    whole, held = json.loads((folder / "two" / "share_one_copy" / "shares.json").read_text())
+    # What has one row, such as the maps of one head, is the first process's.
+    assert 0.5 <= held / whole < 0.55
+
+
+def test_the_teacher_comes_out_of_the_shards_as_it_went_in(folder: Path) -> None:
+    teacher = program.make_teacher().model.state_dict()
+    for name in SCENARIOS[:3]:
+        found = load_file(folder / "two" / name / "teacher.safetensors")
+        assert all(torch.equal(found[key], teacher[key]) for key in teacher)
+
+
+@pytest.mark.parametrize("way", ["one/two_to_one", "two/one_to_two"])
+def test_a_training_continues_on_another_number_of_processes(way: str, folder: Path) -> None:
+    assert distance(folder / way, folder / "one" / "transfer") < WEIGHT_TOLERANCE
+    rows = (folder / way / "training" / "metrics.jsonl").read_text().splitlines()
+    steps = program.TRANSFER.training.steps
+    assert [json.loads(row)["step"] for row in rows] == list(range(steps))
+
+
+def test_one_process_asked_to_stop_stops_both_after_the_same_step_and_keeps_it(
+    folder: Path,
+) -> None:
+    kept = (folder / "one" / "two_to_one" / "before").read_text()
+    assert kept == f"checkpoint-{program.STOP_AT:08d}"
+
+
+def test_a_newer_checkpoint_takes_the_place_of_one_in_the_other_form(folder: Path) -> None:
+    for way, kind in (("one/two_to_one", ".safetensors"), ("two/one_to_two", "")):
+        names = {path.name for path in (folder / way / "training").iterdir()}
+        expected = (
+            f"checkpoint{kind}" if kind else f"checkpoint-{program.TRANSFER.training.steps:08d}"
+        )
+        assert names == {expected, "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("damage", ["a missing shard", "a cut shard", "no state"])
+def test_damaged_shards_are_named_in_one_sentence(
+    damage: str, folder: Path, device: str, tmp_path: Path
+) -> None:
+    source = folder / "two" / "transfer"
+    for name in ("teacher", "warm_start", "training"):
+        subprocess.run(["cp", "-r", source / name, tmp_path / name], check=True)
+    checkpoint = find_checkpoint(tmp_path / "training")
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    assert len(shards) == 2
+    if damage == "a missing shard":
+        shards[1].unlink()
+    elif damage == "a cut shard":
+        shards[1].write_bytes(shards[1].read_bytes()[:-9])
+    else:
+        (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be continued from") as caught:
+        program.transfer(tmp_path, ALONE, device)
+    assert str(checkpoint) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--batch-size", "3"], "--batch-size 3 given to 2 processes"),
+        (["--steps", "0"], "--steps 0 given"),
+    ],
+)
+def test_what_all_processes_refuse_is_said_once(
+    flags: list[str], sentence: str, tmp_path: Path
+) -> None:
+    argv = ["-m", "linvideo_core.transfer", "--out", str(tmp_path / "new"), *flags]
+    finished = torchrun(*argv)
+    assert finished.returncode != 0
+    said = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, finished.stderr
+    assert sentence in said[0]
+    assert not (tmp_path / "new").exists()
+
+
+def start_ranks(folder: Path, port: int) -> list[subprocess.Popen]:
+    """Start both processes of a transfer as torchrun does, without its watch over them."""
+    return [
+        subprocess.Popen(
+            [sys.executable, "tests/team_program.py", str(folder), "transfer_long"],
+            cwd=ROOT,
+            env=environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def find_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_after_a_process_is_killed_the_other_says_so_and_the_same_command_continues(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "transfer_long"
+    first, second = start_ranks(tmp_path, find_port())
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while find_checkpoint(out / "training") is None:
+        assert first.poll() is None and second.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    _, errors = first.communicate(timeout=TIMEOUT_SECONDS)
+    assert first.returncode == 2
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "the same command continues from the last checkpoint" in said[0]
+    assert "Traceback" not in errors
+    assert not (out / "student.safetensors").exists()
+
+    for process in start_ranks(tmp_path, find_port()):
+        _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode == 0, errors
+    program.SCENARIOS["transfer_long"](tmp_path / "alone", ALONE)
+    assert distance(out, tmp_path / "alone") < WEIGHT_TOLERANCE
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert assemble() is ALONE
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1, 5), (2, 5), (3, 7), (4, 2)])
+def test_shares_are_disjoint_and_make_up_the_whole_batch(size: int, rows: int) -> None:
+    class Member(Team):
+        def __init__(self, rank: int) -> None:
+            self.rank, self.size = rank, size
+
+    parts = [Member(rank).share(torch.arange(rows)) for rank in range(size)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(rows))
+    drawn = [Member(rank).draw(2, torch.arange) for rank in range(size)]
+    assert all(len(part) == 2 for part in drawn)
+    assert sorted(torch.cat(drawn).tolist()) == list(range(2 * size))
+    with (
+        pytest.raises(ValueError, match=f"given to {size} processes")
+        if size > 1
+        else (pytest.raises(ZeroDivisionError))
+    ):
+        Member(0).check_batch(size + 1)
+        raise ZeroDivisionError
+
+
+def test_modules_that_share_parameters_are_one_unit_and_keep_their_forward() -> None:
+    first, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    twin = nn.Linear(2, 3)
+    twin.weight = first.weight
+    assert group_sharing([first, other, twin]) == [[first, twin], [other]]
+    owners = find_owners([nn.Sequential(first, other), twin])
+    assert sorted(map(len, owners)) == [1, 1, 1, 1, 2]
+    x = torch.ones(1, 2)
+    expected = twin(x)
+    with forwards_kept([first, twin]):
+        unit = Unit([first, twin])
+        seen = []
+        unit.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+        unit.take_calls()
+        assert torch.equal(twin(x), expected)
+        assert seen == [1]
+    assert "forward" not in first.__dict__ and "forward" not in twin.__dict__

@@ -1,0 +1,146 @@
+"""What a training step has in memory at its peak, as PyTorch's CPU allocator gives it out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from linvideo_core.models.attention_sites import checkpoint_activations
+from linvideo_core.models.quantized import FROZEN, place
+from linvideo_core.models.velocity import bind
+from linvideo_core.run.memory import Transformer, training_needs
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
+from linvideo_core.training.trainer import TrainingConfig, seed_step
+from linvideo_core.transfer.layer_selection.rules import SelectionConfig
+from linvideo_core.transfer.objectives import ObjectiveConfig
+from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
+from linvideo_core.transfer.warm_start import WarmStart
+from tests.allocations import peak_bytes
+from tests.conftest import TEXT_DIM, make_subject, make_wan
+
+NUM_LAYERS, DIM = 5, 128
+SHAPE, NUM_TOKENS = (4, 4, 40, 40), 4 * 20 * 20
+NARROW = 2  # Bytes of a number in bf16.
+
+
+@pytest.fixture
+def large() -> Subject:
+    """A teacher whose activations are far larger than its weights."""
+    return make_large(NUM_LAYERS)
+
+
+def make_large(num_layers: int, frozen: str = "fp32") -> Subject:
+    model = make_wan(num_layers=num_layers)
+    for name, parameter in list(model.named_parameters()):
+        place(model, name, parameter.detach(), frozen)
+    subject = make_subject(model)
+    subject.latent_shape = SHAPE
+    return subject
+
+
+def sample(subject: Subject, folder: Path) -> Trajectories:
+    settings = TrajectoryConfig(
+        num_trajectories=1, states_per_trajectory=2, sampler_steps=4, guidance_scale=2.0
+    )
+    return collect(subject, settings, folder, seed=0)
+
+
+def peak_of_call(subject: Subject, choice: str | None, *, is_checkpointed: bool) -> int:
+    """Return the peak of a call in bf16 and its way back, all layers of one kind."""
+    student = Student(subject, StudentConfig(lora_rank=2), seed=0)
+    for module in student.mixed.values():
+        module.choice = choice
+    if is_checkpointed:
+        checkpoint_activations(student.model, student.sites)
+    velocity_fn = bind(student.model, torch.randn(1, 5, TEXT_DIM), precision="bf16")
+    latents, sigma = torch.randn(1, *SHAPE), torch.tensor([0.5])
+    return peak_bytes(lambda: velocity_fn(latents, sigma).square().mean().backward())
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_layer_that_mixes_keeps_two_outputs_more_than_one_that_does_not(
+    is_checkpointed: bool, large: Subject
+) -> None:
+    """Recomputed, one layer at a time does."""
+    alone, mixed = (
+        peak_of_call(large, choice, is_checkpointed=is_checkpointed) for choice in ("softmax", None)
+    )
+    num_keeping = 1 if is_checkpointed else NUM_LAYERS
+    outputs = 2 * num_keeping * NUM_TOKENS * DIM * NARROW
+    assert alone < mixed <= alone + 2.5 * outputs
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_the_passes_before_the_one_that_learns_leave_nothing_behind(
+    is_checkpointed: bool, large: Subject, tmp_path: Path
+) -> None:
+    """`adm` asks the student by both branches and the teacher first; `velocity` asks nobody."""
+    trajectories = sample(large, tmp_path)
+    peaks = {}
+    for objective in ("velocity", "adm"):
+        task = TransferTask(
+            Student(large, StudentConfig(lora_rank=2), seed=0),
+            large,
+            trajectories,
+            selection=SelectionConfig(target=1),
+            objective=ObjectiveConfig(objective=objective),
+            training=TrainingConfig(batch_size=1, activation_checkpointing=is_checkpointed),
+            precision="bf16",
+        )
+        peaks[objective] = peak_bytes(lambda task=task: task.loss(0, seed_step(0, 0))[0].backward())
+    assert peaks["adm"] <= 1.01 * peaks["velocity"]
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step(
+    frozen: str, tmp_path: Path
+) -> None:
+    """The maps' gradients alone grow with the layers."""
+    peaks = {}
+    for num_layers in (2, NUM_LAYERS):
+        subject = make_large(num_layers, frozen)
+        student = Student(subject, StudentConfig(lora_rank=2), seed=0)
+        task = WarmStart(
+            student.model,
+            student.mixed,
+            subject,
+            sample(subject, tmp_path / str(num_layers)),
+            batch_size=1,
+            prompt_dropout=0.0,
+            learning_rate=1e-2,
+            precision="bf16",
+        )
+        peaks[num_layers] = peak_bytes(
+            lambda task=task: task.loss(0, seed_step(0, 0))[0].backward()
+        )
+    gradients = (NUM_LAYERS - 2) * 2 * DIM * DIM // 2 * 4
+    assert peaks[NUM_LAYERS] <= peaks[2] + gradients + NUM_TOKENS * DIM
+    assert peaks[NUM_LAYERS] <= peak_of_call(subject, None, is_checkpointed=True)
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_the_peak_of_a_step_is_no_less_than_it_was_told_and_no_twice_as_much(
+    frozen: str, is_checkpointed: bool
+) -> None:
+    large = make_large(NUM_LAYERS, frozen)
+    wan = large.model.config
+    needs = training_needs(
+        Transformer(
+            dim=wan.dim,
+            ffn_dim=wan.ffn_dim,
+            num_layers=wan.num_layers,
+            num_tokens=NUM_TOKENS,
+            stream_bytes=4 if frozen == "fp32" else 2,
+        ),
+        weight_bytes=0,
+        num_trained=0,
+        num_graphs=1,
+        batch_size=1,
+        sampled_together=0,
+        is_checkpointed=is_checkpointed,
+        precision="bf16",
+    )
+    told = sum(need.num_bytes for need in needs)
+    assert told <= peak_of_call(large, None, is_checkpointed=is_checkpointed) <= 2 * told

@@ -1,0 +1,242 @@
+"""A block whose weights wait in CPU memory computes what it does with its own, to the last bit."""
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from linvideo_core import artifact
+from linvideo_core.distill import cli as distill
+from linvideo_core.models.attention_sites import checkpoint_activations
+from linvideo_core.models.checkpoint import load_wan
+from linvideo_core.run.config import override
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.student import Student, StudentConfig, twin
+from tests.allocations import peak_bytes
+from tests.conftest import LATENT_SHAPE, TEXT_DIM, make_subject, make_wan, small_transfer
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(params=["fp32", "bf16", "fp8"])
+def held(request: pytest.FixtureRequest, subject: Subject, tmp_path: Path) -> Subject:
+    """The tiny teacher, its weights held in every way."""
+    save_file(subject.model.state_dict(), tmp_path / "wan.safetensors")
+    model = load_wan(tmp_path / "wan.safetensors", frozen=request.param)
+    subject.model = model.eval().requires_grad_(False)
+    return subject
+
+
+def move(subject: Subject, num_blocks: int, device: str = "cpu") -> Subject:
+    """Return the subject on a device, some blocks of a copy of it offloaded."""
+    own = copy.copy(subject)
+    own.model, own.offload_blocks = copy.deepcopy(subject.model), num_blocks
+    return own.to(device)
+
+
+def gradients(subject: Subject, inputs: Inputs, parameters: str) -> dict[str, Tensor]:
+    """Return the loss and the gradients of a student whose layers are all mixed."""
+    student = make_student(subject, parameters)
+    loss = student.model(*(x.to(subject.prompt_embeds.device) for x in inputs)).square().mean()
+    loss.backward()
+    found = {n: p.grad.cpu() for n, p in student.model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach().cpu(), **found}
+
+
+def make_student(subject: Subject, parameters: str) -> Student:
+    student = Student(subject, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
+    for module in student.mixed.values():
+        torch.nn.init.constant_(module.layer_score, 0.5)
+    for name, weight in student.weights.items():
+        if name.endswith("up"):
+            torch.nn.init.constant_(weight, 0.01)
+    checkpoint_activations(student.model, student.sites)
+    return student
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+@pytest.mark.parametrize("parameters", ["lora", "feature_maps"])
+def test_loss_and_gradients_are_the_same_bit_for_bit(
+    num_blocks: int, parameters: str, held: Subject, inputs: Inputs
+) -> None:
+    expected = gradients(held, inputs, parameters)
+    found = gradients(move(held, num_blocks), inputs, parameters)
+    assert found.keys() == expected.keys() and len(found) > 3
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+def test_a_device_computes_the_same_with_offloaded_blocks(
+    num_blocks: int, held: Subject, inputs: Inputs
+) -> None:
+    expected = gradients(move(held, 0, "cuda"), inputs, "lora")
+    own = move(held, num_blocks, "cuda")
+    assert all(p.is_cpu and p.is_pinned() for p in own.model.blocks[0].parameters())
+    for _ in range(3):
+        found = gradients(own, inputs, "lora")
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+
+
+def test_twins_share_the_weights_and_keep_their_own_attention(
+    subject: Subject, inputs: Inputs
+) -> None:
+    own = move(subject, 2)
+    expected, student = own.model(*inputs), Student(own, StudentConfig(lora_rank=2), seed=0)
+    for theirs, mine in zip(own.model.parameters(), twin(own.model).parameters(), strict=True):
+        assert theirs is mine
+    for module in student.mixed.values():
+        module.harden("linear")
+    assert not torch.equal(student.model(*inputs), expected)
+    assert torch.equal(own.model(*inputs), expected)
+    assert torch.equal(expected, subject.model(*inputs))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 5])
+def test_no_more_than_two_blocks_at_a_time_are_there(num_blocks: int) -> None:
+    subject = make_subject(make_wan(num_layers=5))
+    inputs = torch.randn(1, *LATENT_SHAPE), torch.tensor([500.0]), torch.randn(1, 5, TEXT_DIM)
+    own = move(subject, num_blocks)
+    block = sum(p.nbytes for p in subject.model.blocks[0].parameters())
+    peaks = []
+    for teacher in (subject, own):
+        model = make_student(teacher, "feature_maps").model
+        peaks.append(peak_bytes(lambda model=model: model(*inputs).square().mean().backward()))
+    assert 0 < peaks[1] - peaks[0] < 2.2 * block
+
+
+@pytest.mark.gpu
+def test_a_device_holds_no_more_than_two_blocks_at_a_time() -> None:
+    subject = make_subject(make_wan(num_layers=8, num_heads=4))
+    inputs = torch.randn(1, *LATENT_SHAPE), torch.tensor([500.0]), torch.randn(1, 5, TEXT_DIM)
+    inputs = tuple(x.cuda() for x in inputs)
+    block = sum(p.nbytes for p in subject.model.blocks[0].parameters())
+    peaks = []
+    for num_blocks in (0, 8):
+        # Models hold themselves in cycles, also those of other tests.
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        model = make_student(move(subject, num_blocks, "cuda"), "feature_maps").model
+        model(*inputs).square().mean().backward()
+        torch.cuda.reset_peak_memory_stats()
+        model(*inputs).square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del model
+    assert peaks[0] - peaks[1] > 5.5 * block
+
+
+def test_what_was_copied_ahead_is_not_used_when_it_is_out_of_date(
+    subject: Subject, linearized: artifact.Artifact, inputs: Inputs
+) -> None:
+    own = move(subject, 3)
+    student = make_student(own, "feature_maps")
+    calls = []
+
+    def fail_on_the_way_back(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise StopError
+
+    student.model.blocks[1].self_attn.register_forward_hook(fail_on_the_way_back)
+    with pytest.raises(StopError):
+        student.model(*inputs).square().mean().backward()
+    # Block 0 would have been next.
+    with artifact.transfer_into(own.model, linearized):
+        found = own.model(*inputs)
+    with artifact.transfer_into(subject.model, linearized):
+        assert torch.equal(found, subject.model(*inputs))
+
+
+def test_a_change_in_place_is_seen_by_the_next_call(
+    subject: Subject, linearized: artifact.Artifact, inputs: Inputs
+) -> None:
+    own = move(subject, 3)
+    before = own.model(*inputs)
+    with artifact.transfer_into(own.model, linearized):
+        found = own.model(*inputs)
+    with artifact.transfer_into(subject.model, linearized):
+        assert torch.equal(found, subject.model(*inputs))
+    assert torch.equal(own.model(*inputs), before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TransferConfig:
+    save_file(make_wan().state_dict(), tmp_path / "wan.safetensors")
+    values = {"steps": 4, "checkpoint_every": 2, "activation_checkpointing": True}
+    return small_transfer(tmp_path / "wan.safetensors", **values)
+
+
+class StopError(Exception):
+    """Stands for an interruption."""
+
+
+def stop_at(step: int) -> Any:
+    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+        if stage == "training" and done == step:
+            raise StopError
+
+    return progress
+
+
+def test_a_transfer_and_a_distillation_with_offloaded_blocks_make_the_same_files(
+    config: TransferConfig, tmp_path: Path
+) -> None:
+    made = {}
+    for num_blocks in (0, 2):
+        values = {"offload_blocks": num_blocks, "frozen": "fp8"}
+        first = transfer.run(override(config, {**values, "out": tmp_path / f"t{num_blocks}"}))
+        few = {
+            name: getattr(config.subject, name)
+            for name in ("model", "prompts", "num_frames", "height", "width")
+        }
+        few |= {"batch_size": 4, "steps": 2, "rank": 2, "activation_checkpointing": True}
+        few |= {"num_trajectories": 2, "states_per_trajectory": 2, "sampler_steps": 4}
+        few |= {"evaluate_samples": 2, "device": "cpu", "out": tmp_path / f"d{num_blocks}"}
+        start = distill.DistillConfig(artifact=first)
+        second = distill.run(override(start, {**few, **values, "artifact": first}))
+        made[num_blocks] = [load_file(path) for path in (first, second)]
+    for one, other in zip(made[0], made[2], strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_a_run_is_continued_with_another_number_of_offloaded_blocks(
+    config: TransferConfig, tmp_path: Path
+) -> None:
+    config = override(config, {"frozen": "bf16", "evaluate_samples": 0})
+    whole = transfer.run(override(config, {"out": tmp_path / "whole"}))
+    broken = override(config, {"out": tmp_path / "broken", "offload_blocks": 3})
+    with pytest.raises(StopError):
+        transfer.run(broken, stop_at(3))
+    resumed = transfer.run(override(broken, {"offload_blocks": 1}))
+    expected, found = load_file(whole), load_file(resumed)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"offload_blocks": 4}, "has 3 blocks"),
+        ({"offload_blocks": 1, "compile": True}, "--compile given"),
+        ({"offload_blocks": 1, "activation_checkpointing": False}, "give both"),
+        ({"offload_blocks": 1, "low_noise_model": Path("low")}, "with --low-noise-model"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_sentence(
+    changes: dict[str, Any], words: str, config: TransferConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        transfer.run(override(config, {**changes, "out": tmp_path / "never"}))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "never").exists()

@@ -1,0 +1,173 @@
+"""What a run is said to take: measured calls times how many there are, and what the disk has."""
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linvideo_core.run.config import override
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.trajectories import TrajectoryConfig, collect, count_bytes, count_missing
+from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer.estimate import Estimate, count_checkpoint_bytes, estimate, forecast
+from linvideo_core.transfer.pace import Pace, time_run, time_teacher
+from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.student import Student
+from linvideo_core.transfer.warm_start import feature_maps
+from tests.conftest import save_inputs, small_transfer
+
+PACE = Pace(call=2.0, selecting=30.0, hardened=20.0)
+
+
+def config_of(**changes: Any) -> TransferConfig:
+    values = {
+        "num_trajectories": 10,
+        "sampler_steps": 50,
+        "warm_start_steps": 0,
+        "steps": 100,
+        "selection_share": 0.3,
+        "batch_size": 4,
+        "evaluate_samples": 0,
+        **changes,
+    }
+    return override(TransferConfig(), values)
+
+
+def told(config: TransferConfig, **changes: Any) -> Estimate:
+    return estimate(config, PACE, **{"num_missing": 10, "disk_bytes": 10**9, **changes})
+
+
+def test_each_stage_takes_its_calls() -> None:
+    found = told(config_of())
+    assert found.sampling == 10 * 50 * 2
+    assert found.training == 30 * 30 + 70 * 20
+    assert found.warm_start == found.comparing == 0
+    assert found.seconds == 3600 * found.hours == 3300
+    assert told(config_of(), num_missing=0).sampling == 0
+    assert told(config_of(accumulation=3)).training == 3 * found.training
+    assert told(config_of(choice="first")).training == 100 * 20
+    assert told(config_of(), num_students=2).training == 2 * found.training
+    assert told(config_of(evaluate_samples=2)).comparing == 3 * 2 * 50 * 2
+    begun = told(config_of(warm_start_steps=9), num_done=10)
+    assert begun.training == 20 * 30 + 70 * 20 and begun.warm_start == 0
+    assert told(config_of(), num_done=60).training == 40 * 20
+    one, ten = (told(config_of(warm_start_steps=n)).warm_start for n in (1, 10))
+    assert 0 < one < 4 * 2 and ten == pytest.approx(10 * one)
+    four = told(config_of(warm_start_steps=10), num_processes=4)
+    assert four.sampling == 3 * 50 * 2 and four.warm_start == pytest.approx(ten / 4)
+
+
+def test_a_step_that_was_not_tried_is_counted_in_calls() -> None:
+    pace = Pace.from_call(0.5, 2)
+    # Wan 1.3B on an H100: a call takes 0.505 s, a pass of two videos 8.8 s and 6.1 s.
+    assert pace.selecting == pytest.approx(8.8, rel=0.1)
+    assert pace.hardened == pytest.approx(6.1, rel=0.1)
+
+
+def test_the_sentence_says_hours_and_sizes_in_units_that_can_be_read() -> None:
+    values = {"sampling": 3960.0, "warm_start": 360.0, "training": 4320.0, "comparing": 0.0}
+    found = Estimate(**values, disk_bytes=3 * 10**9, device_bytes=17 * 10**9)
+    assert found.sentence(80 * 10**9) == (
+        "about 2.4 hours (1.1 sampling the teacher, 1.3 training); 17.0 GB of the GPU, which has "
+        "80.0 GB, 3.0 GB of disk"
+    )
+    short = dataclasses.replace(found, sampling=0.0, training=60.0, comparing=30.0)
+    short = dataclasses.replace(short, device_bytes=None, memory_bytes=2 * 10**9)
+    assert short.sentence() == (
+        "about 7.5 minutes (7.0 training, 0.5 comparing); 2.0 GB of memory, 3.0 GB of disk"
+    )
+
+
+def test_calls_and_passes_are_measured_and_leave_the_subject_as_it_was(
+    subject: Subject, tmp_path: Path
+) -> None:
+    config = config_of(target=1, lora_rank=2, out=tmp_path, shard_size=3)
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    sizes: list[int] = []
+    hook = subject.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    assert time_teacher(subject, config.trajectories, "fp32") > 0
+    hook.remove()
+    assert set(sizes) == {2 * 3}
+    pace = time_run(subject, config, "fp32")
+    assert min(pace.call, pace.selecting, pace.hardened) > 0
+    student = Student(subject, config.student, seed=0)
+    parts = [*student.weights.values(), *feature_maps(student.mixed).values()]
+    # And a score a layer.
+    assert pace.num_trained == sum(p.numel() for p in parts) + 3
+    after = subject.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(p.requires_grad or p.grad is not None for p in subject.model.parameters())
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_what_is_missing_is_counted(subject: Subject, tmp_path: Path) -> None:
+    settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
+    how = {"seed": 0, "precision": "fp32"}
+    assert count_missing(subject, settings, tmp_path, **how) == 3
+    collect(subject, settings, tmp_path, seed=0)
+    assert count_missing(subject, settings, tmp_path, **how) == 0
+    more = dataclasses.replace(settings, num_trajectories=7)
+    assert count_missing(subject, more, tmp_path, **how) == 4
+
+
+def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(target=1, out=tmp_path / "runs" / "a")
+    samples = count_bytes(config.trajectories, subject.latent_shape)
+    settings = {"tries_training": False, "num_trained": 10**6}
+    needed = samples + count_checkpoint_bytes(10**6)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert forecast(subject, config, "fp32", **settings).disk_bytes == needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(ValueError, match=r"samples and the checkpoints take .*: free") as caught:
+        forecast(subject, config, "fp32", **settings)
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+def test_checkpoints_take_no_more_than_they_were_said_to(subject: Subject, tmp_path: Path) -> None:
+    config = small_transfer(save_inputs(subject, tmp_path)["--model"], out=tmp_path / "run")
+    transfer.run(config)
+    student = Student(subject, config.student, seed=0)
+    parts = [*student.weights.values(), *feature_maps(student.mixed).values()]
+    at_most = count_checkpoint_bytes(sum(p.numel() for p in parts) + 3)
+    found = (config.out / "training" / "checkpoint.safetensors").stat().st_size
+    assert 2 * found < at_most + 2**17
+
+
+def test_the_command_says_what_it_takes_before_the_teacher_is_sampled(
+    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_transfer(save_inputs(subject, tmp_path)["--model"], out=tmp_path / "run")
+    said: list[str] = []
+
+    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
+        if not said:
+            said.extend(record.getMessage() for record in caplog.records)
+
+    with caplog.at_level(logging.INFO, logger="linvideo_core"):
+        transfer.run(config, progress)
+    assert [line for line in said if line.startswith("this run takes about")]
+
+
+def test_memory_that_is_too_small_for_a_step_is_found_before_the_teacher_is_sampled(
+    subject: Subject, tmp_path: Path
+) -> None:
+    config = config_of(target=1, out=tmp_path / "run")
+
+    def fail(module: object, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+
+    subject.model.blocks[0].register_forward_pre_hook(fail)
+    time_teacher(subject, config.trajectories, "fp32")
+    with pytest.raises(torch.OutOfMemoryError):
+        forecast(subject, config, "fp32")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "teacher").exists()

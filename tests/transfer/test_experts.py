@@ -1,0 +1,264 @@
+"""Wan 2.2's two experts: one trajectory, two students, each at its own noise levels."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from linvideo_core import artifact
+from linvideo_core.evaluate.comparison import read_evaluation
+from linvideo_core.flow import make_sigmas, sample_euler
+from linvideo_core.models.experts import HIGH, LOW, SIDES, Experts
+from linvideo_core.models.velocity import TIMESTEP_SCALE, bind, bind_guided
+from linvideo_core.run.config import override
+from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
+from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer.experts import EXPERT_NAMES, OwnStates, linearize_experts, own_sigmas
+from linvideo_core.transfer.objectives import Batch, ObjectiveConfig, Players, make_objective
+from linvideo_core.transfer.pipeline import TransferConfig
+from tests.conftest import TEXT_DIM, make_wan
+
+BOUNDARY = 0.8
+SETTINGS = TrajectoryConfig(
+    num_trajectories=4, states_per_trajectory=4, sampler_steps=12, shift=3.0, shard_size=2
+)
+
+
+@pytest.fixture
+def experts() -> Experts:
+    models = [make_wan(seed=seed).eval().requires_grad_(False) for seed in (1, 2)]
+    return Experts(*models, BOUNDARY)
+
+
+@pytest.fixture
+def pair(subject: Subject, experts: Experts) -> Subject:
+    return dataclasses.replace(subject, name="pair", model=experts)
+
+
+def test_each_sample_goes_to_the_expert_of_its_noise_level(experts: Experts) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 4, 2, 6, 4, generator=generator)
+    prompts = torch.randn(4, 5, TEXT_DIM, generator=generator)
+    sigma = torch.tensor([1.0, BOUNDARY, BOUNDARY - 1e-3, 0.1])
+    found = bind(experts, prompts)(latents, sigma)
+    for i, side in enumerate((HIGH, HIGH, LOW, LOW)):
+        one = slice(i, i + 1)
+        expected = bind(getattr(experts, side), prompts[one])(latents[one], sigma[one])
+        torch.testing.assert_close(found[one], expected)
+
+
+def test_a_trajectory_changes_experts_at_the_boundary(pair: Subject, tmp_path: Path) -> None:
+    collect(pair, SETTINGS, tmp_path, seed=3)
+    shard = load_file(next(tmp_path.glob("*/videos-000000-000001.safetensors")))
+    noise = []
+    for video in range(2):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + video)
+        torch.randint(3, (), generator=generator)
+        noise.append(torch.randn(pair.latent_shape, generator=generator))
+    sigmas = make_sigmas(SETTINGS.sampler_steps, SETTINGS.shift)
+    velocities = {
+        side: bind_guided(
+            getattr(pair.model, side),
+            pair.prompt_embeds[shard["prompt"]],
+            pair.negative_embeds.expand(2, -1, -1),
+            SETTINGS.guidance_scale,
+        )
+        for side in SIDES
+    }
+    met: dict[int, Tensor] = {}
+    sample_euler(
+        lambda x, s: velocities[HIGH if s[0] >= BOUNDARY else LOW](x, s),
+        torch.stack(noise),
+        sigmas,
+        on_step=lambda i, latents, _: met.update({i: latents}),
+    )
+    for video in range(2):
+        for state, step in zip(shard["latents"][video], shard["step"][video], strict=True):
+            expected = met[int(step)][video].half()
+            torch.testing.assert_close(state, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_experts_share_all_states_and_none_twice(pair: Subject, tmp_path: Path) -> None:
+    whole = collect(pair, SETTINGS, tmp_path, seed=3)
+    own = {side: OwnStates(whole, side, BOUNDARY) for side in SIDES}
+    assert sum(map(len, own.values())) == len(whole)
+    for side, states in own.items():
+        taken = states.take(torch.arange(len(states)), "cpu")
+        assert torch.equal(taken.step, states.steps())
+        sigma = states.sigmas[taken.step]
+        first = 0 if side == HIGH else len(whole.sigmas) - len(states.sigmas)
+        assert torch.equal(sigma, whole.sigmas[taken.step + first])
+        assert bool(((sigma >= BOUNDARY) == (side == HIGH)).all())
+        drawn = states.draw(64, torch.Generator().manual_seed(0), "cpu")
+        assert set(drawn.step.tolist()) <= set(taken.step.tolist())
+
+
+@pytest.mark.parametrize("objective", ["adm", "adm_literal", "velocity"])
+@pytest.mark.parametrize("side", SIDES)
+def test_no_objective_compares_beyond_the_boundary(objective: str, side: str) -> None:
+    sigmas = make_sigmas(SETTINGS.sampler_steps, SETTINGS.shift)
+    grid = own_sigmas(sigmas, side, BOUNDARY)
+    own = [s for s in sigmas[:-1].tolist() if (s >= BOUNDARY) == (side == HIGH)]
+    assert grid[:-1].tolist() == own and grid[-1] < own[-1]
+    asked: list[Tensor] = []
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        asked.append(sigma)
+        return latents * scale
+
+    scale = torch.tensor(0.5, requires_grad=True)
+    players = Players(
+        student=velocity, student_guided=velocity, teacher=velocity, part=lambda _: players
+    )
+    generator = torch.Generator().manual_seed(0)
+    loss = make_objective(ObjectiveConfig(objective=objective, max_jump=9), grid)
+    for _ in range(40):
+        picks = torch.randint(len(grid) - 1, (8,), generator=generator)
+        latents = torch.randn(8, 1, 1, 2, 2, generator=generator)
+        batch = Batch(latents=latents, velocity=latents, step=picks)
+        loss(batch, players, 0, generator)
+    sigma = torch.cat(asked)
+    assert bool(((sigma >= BOUNDARY) == (side == HIGH)).all())
+    assert set(sigma.tolist()) == set(own)
+
+
+def config_of(out: Path, **changes: Any) -> TransferConfig:
+    values = {
+        "num_trajectories": 4,
+        "states_per_trajectory": 4,
+        "sampler_steps": 12,
+        "shard_size": 2,
+        "boundary": BOUNDARY,
+        "target": 2,
+        "warm_start_steps": 2,
+        "steps": 5,
+        "batch_size": 2,
+        "lora_rank": 2,
+        "device": "cpu",
+        "precision": "fp32",
+        "out": out,
+        **changes,
+    }
+    return override(TransferConfig(), values)
+
+
+class Stop(BaseException):
+    """Interrupts a run."""
+
+
+def test_each_student_meets_its_own_noise_levels_only_and_its_file_says_which(
+    pair: Subject, tmp_path: Path
+) -> None:
+    met: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+    for side in SIDES:
+        # The student's copy of the modules has the hook, too.
+        hook = lambda _, args, side=side: met[side].append(args[1])  # noqa: E731
+        getattr(pair.model, side).register_forward_pre_hook(hook)
+    names = {side: f"my_{side}" for side in SIDES}
+    before = {n: p.clone() for n, p in pair.model.state_dict().items()}
+    config = config_of(tmp_path)
+    linearize_experts(pair, names, config, "fp32", lambda *_, **__: None)
+    timesteps = {side: torch.cat(found) for side, found in met.items()}
+    assert bool((timesteps[HIGH] >= TIMESTEP_SCALE * BOUNDARY).all())
+    assert bool((timesteps[LOW] < TIMESTEP_SCALE * BOUNDARY).all())
+    for name, parameter in pair.model.state_dict().items():
+        assert torch.equal(parameter, before[name])
+    for side, above, below in ((HIGH, 1.0, BOUNDARY), (LOW, BOUNDARY, 0.0)):
+        header = artifact.load(tmp_path / EXPERT_NAMES[side]).header
+        assert (header.usage.sigma_from, header.usage.sigma_to) == (above, below)
+        assert header.usage.steps == config.trajectories.sampler_steps
+        assert header.provenance["expert"] == side
+        assert header.provenance["model"] == names[side]
+        assert len(header.layers) == 2
+    digests = {
+        artifact.load(tmp_path / name).header.weights_digest for name in EXPERT_NAMES.values()
+    }
+    assert len(digests) == 2
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Any]:
+    """Flags of a transfer of both experts from files."""
+    for name, seed in (("high", 1), ("low", 2)):
+        save_file(make_wan(seed=seed).state_dict(), tmp_path / f"{name}.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(4, 5, TEXT_DIM, generator=generator)
+    tensors = {"prompt_embeds": embeds[:3].clone(), "negative_embeds": embeds[3].clone()}
+    save_file(tensors, tmp_path / "prompts.safetensors")
+    return {
+        "model": tmp_path / "high.safetensors",
+        "low_noise_model": tmp_path / "low.safetensors",
+        "prompts": tmp_path / "prompts.safetensors",
+        "num_frames": 5,
+        "height": 32,
+        "width": 32,
+        "evaluate_samples": 2,
+        "evaluate_batch_size": 2,
+    }
+
+
+def test_one_command_makes_both_files_and_continues_where_it_stopped(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    def stop(stage: str, done: int, total: int, **metrics: float) -> None:
+        if stage == "low noise: training" and done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        transfer.run(config_of(tmp_path / "run", **files), stop)
+    assert (tmp_path / "run" / EXPERT_NAMES[HIGH]).exists()
+    assert not (tmp_path / "run" / EXPERT_NAMES[LOW]).exists()
+    config = config_of(tmp_path / "run", **files)
+    transfer.run(config)
+    whole = config_of(tmp_path / "whole", **files)
+    transfer.run(whole)
+    for name in EXPERT_NAMES.values():
+        found, expected = (load_file(config.out / name) for config in (config, whole))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    rows = read_evaluation(whole.out)["rows"]
+    assert [row["model"] for row in rows] == ["teacher", "swapped", "student"]
+    assert [(row["linear_layers"], row["layers"]) for row in rows] == [(0, 6), (4, 6), (4, 6)]
+    summary = transfer.summarize(whole)
+    assert "of the high_noise expert" in summary and "of the low_noise expert" in summary
+    stages: list[str] = []
+    transfer.run(whole, lambda stage, *_, **__: stages.append(stage))
+    assert stages == []
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "a critic's objective": ({"objective": "dmd"}, "--objective dmd was given"),
+    "a boundary that no level is below": ({"boundary": 0.05}, "--boundary 0.05 given; of 12"),
+    "too few states for both": ({"states_per_trajectory": 1}, "--states-per-trajectory"),
+    "a missing expert": ({"low_noise_model": Path("none.safetensors")}, "none.safetensors"),
+    "a target beyond the layers": ({"target": 4}, "--target 4 given"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_is_one_sentence_before_anything_is_made(
+    name: str, files: dict[str, Any], tmp_path: Path
+) -> None:
+    changes, words = BAD[name]
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        transfer.run(config_of(tmp_path / "run", **{**files, **changes}))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_of_two_architectures_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    save_file(make_wan(num_layers=4).state_dict(), tmp_path / "low.safetensors")
+    with pytest.raises(ValueError, match="differ in architecture"):
+        transfer.run(config_of(tmp_path / "run", **files))
+
+
+def test_a_second_expert_without_the_first_is_refused() -> None:
+    with pytest.raises(ValueError, match="--low-noise-model was given without --model"):
+        config_of(Path("run"), low_noise_model=Path("low.safetensors"))
+    with pytest.raises(ValueError, match=r"--boundary 1\.0 given"):
+        config_of(Path("run"), boundary=1.0)
