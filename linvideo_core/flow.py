@@ -1,4 +1,4 @@
-"""Rectified-flow arithmetic: noise levels, noising, conversions, guidance, the Euler sampler.
+"""Rectified-flow arithmetic: noise levels, noising, conversions, guidance, samplers.
 
 `sigma` (t in the papers) is the noise level in [0, 1]: `x_t = (1 - t) x0 + t noise`. The network
 predicts the velocity `u = noise - x0`. Every conversion of the project lives here, once.

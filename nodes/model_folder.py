@@ -1,4 +1,4 @@
-"""Where LINVIDEO files lie: `models/linvideo/`, and the demo's own two in the pack."""
+"""Where LINVIDEO files lie: `models/linvideo/`, the demo's own two in the pack, and how a file looks."""
 
 import contextlib
 import itertools
@@ -15,16 +15,6 @@ from torch import Tensor
 from ..linvideo_core.artifact import Artifact, ArtifactError
 from ..linvideo_core.artifact.names import SUFFIX, place_file
 from ..linvideo_core.demo import weights_path
-
-
-def show_datasheet(artifact: Artifact, *, note: str = "") -> Tensor:
-    """Draw an artifact as an IMAGE [1, H, W, 3] fp32, 0 to 1; `note` stands at its foot."""
-    # Drawing loads matplotlib, which would make every start of ComfyUI slower.
-    from ..linvideo_core.artifact.picture import draw_datasheet
-
-    picture = np.array(draw_datasheet(artifact, note=note))
-    return torch.from_numpy(picture).float().div(255)[None]
-
 
 FOLDER = "linvideo"
 SHIPPED = "demo (comes with LinVideo)"
@@ -143,3 +133,12 @@ def _find_free(path: Path) -> Path:
     """Return the path, or if it is taken the first with a number that is not."""
     numbered = (path.with_name(f"{path.stem}_{i:05}_{SUFFIX}") for i in itertools.count(1))
     return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))
+
+
+def show_datasheet(artifact: Artifact, *, note: str = "") -> Tensor:
+    """Draw an artifact as an IMAGE [1, H, W, 3] fp32, 0 to 1; `note` stands at its foot."""
+    # Drawing loads matplotlib, which would make every start of ComfyUI slower.
+    from ..linvideo_core.artifact.picture import draw_datasheet
+
+    picture = np.array(draw_datasheet(artifact, note=note))
+    return torch.from_numpy(picture).float().div(255)[None]

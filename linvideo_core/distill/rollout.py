@@ -1,7 +1,4 @@
-"""The sampler of few-step models: predict the clean video, add fresh noise, predict again.
-
-It is the loop of consistency and DMD2 models; ComfyUI calls it `lcm`.
-"""
+"""What a few-step generator meets when it is sampled, for its training: DMD2's simulation."""
 
 from collections.abc import Callable
 

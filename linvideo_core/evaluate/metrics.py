@@ -19,7 +19,7 @@ from .spectrum import log_spectral_distance, spatial_spectrum, temporal_spectrum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoStatistics:
-    """Means over one model's videos: see `motion`, `evaluation` and `spectrum`."""
+    """Means over one model's videos: see `motion` and `spectrum`."""
 
     motion_energy: float
     frame_difference: float
