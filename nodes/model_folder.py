@@ -1,4 +1,4 @@
-"""Where LINVIDEO files lie: `models/linvideo/`, the demo's own two in the pack, and how a file looks."""
+"""Where LINVIDEO files lie: `models/linvideo/`, the demo's own two in the pack; how one looks."""
 
 import contextlib
 import itertools
