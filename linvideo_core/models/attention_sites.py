@@ -39,6 +39,7 @@ class ModelFamily:
     trainable_prefix: parameters under it belong to the transformer's blocks and may be trained.
     frozen_parts: parts of names under it that stay as they are all the same.
     feed_forward: the weight of a block that widens tokens [wide, dim], by which memory is told.
+    prompts: the weight that takes prompts [dim, text_dim]; "" where there is no single one.
     sketched: linear layers of a site whose weights stand for the model's in `weights_sketch`.
     """
 
@@ -48,6 +49,7 @@ class ModelFamily:
     feed_forward: str
     sketched: tuple[str, ...]
     frozen_parts: tuple[str, ...] = ()
+    prompts: str = ""
 
     def trainable(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Return the shapes of those parameters that may be trained."""

@@ -12,6 +12,14 @@ from .files import write_text
 CONFIG_NAME = "config.json"
 
 
+class OtherRunError(ValueError):
+    """A folder's run was made with other settings; name: of the field that differs first."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = "") -> None:
     """Create the folder with `config.json`, or check that it belongs to the same config.
 
@@ -36,7 +44,8 @@ def check_run(
     A setting that the run does not name is younger than the run, which was made as its default
     says.
 
-    Raises ValueError naming the first setting that differs, or a file where the folder should be.
+    Raises OtherRunError naming the first setting that differs, and ValueError for a file where the
+    folder should be.
     """
     path = folder / CONFIG_NAME
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -56,9 +65,10 @@ def check_run(
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
+            raise OtherRunError(
+                name,
                 f"{folder} was made with {flag} {found.get(name)} and {value} was given; choose "
-                f"another --out{new_run}, or give what it was made with to continue it"
+                f"another --out{new_run}, or give what it was made with to continue it",
             )
 
 

@@ -47,9 +47,6 @@ from .host_model import HostModel
 COPIED_BYTES = 64e6
 """A model that is no larger in fp32 is trained on copies of its weights, in fp32."""
 
-_TEXT = "text_embedding.0.weight"
-"""Wan's first layer for prompts [dim, text_dim], in which their width is seen."""
-
 _EVERY_PROMPT = 5
 """Of LinVideo's 300 prompts a node learns with each fifth: more than it makes videos, as a rule."""
 
@@ -243,9 +240,9 @@ class HostSubject:
 
     def _check_width(self, branches: dict[str, Any]) -> None:
         """Raise ValueError for prompts that another text encoder has encoded."""
-        if _TEXT not in self.shapes:
+        if self.known.prompts not in self.shapes:
             return
-        width = self.shapes[_TEXT][1]
+        width = self.shapes[self.known.prompts][1]
         for name, entries in branches.items():
             if other := [rows.shape[-1] for rows, _ in entries if rows.shape[-1] != width]:
                 raise ValueError(

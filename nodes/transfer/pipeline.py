@@ -25,7 +25,7 @@ from ...linvideo_core.artifact import ArtifactError
 from ...linvideo_core.artifact.names import check_name
 from ...linvideo_core.run.config import override
 from ...linvideo_core.run.files import replacing
-from ...linvideo_core.run.folder import CONFIG_NAME, check_run, open_run
+from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, open_run
 from ...linvideo_core.run.memory import is_out_of_memory
 from ...linvideo_core.teacher.teacher import Subject
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
@@ -48,7 +48,7 @@ _SIZES = ("width", "height", "frames", "seed")
 _OTHERS = {
     "weights": "another model, or with other LoRAs in it",
     "conditions": "other prompts or conditioning",
-    "latent-shape": "another video size",
+    "latent_shape": "another video size",
 }
 # What follows from other settings is not compared: those are.
 _FREE_FIELDS = ("out", "device", "shard_size", "teacher_folder", *settings_by_steps(1))
@@ -153,10 +153,10 @@ def _check_run(identity: HostRun) -> None:
     out = identity.transfer.out
     try:
         check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-    except ValueError as error:
-        found = next((what for name, what in _OTHERS.items() if f"--{name} " in str(error)), None)
-        if found is None:
+    except OtherRunError as error:
+        if error.name not in _OTHERS:
             raise
+        found = _OTHERS[error.name]
         raise ValueError(
             f"the transfer {out.name!r} was begun with {found}: give this one another name, or "
             "that one what it was begun with"

@@ -28,4 +28,5 @@ FAMILY = ModelFamily(
     trainable_prefix="blocks.",
     feed_forward=".ffn.0.weight",
     sketched=("q", "v"),
+    prompts="text_embedding.0.weight",
 )
