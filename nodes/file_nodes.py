@@ -11,7 +11,7 @@ from .model_folder import (
     find_file,
     fingerprint,
     list_files,
-    show_datasheet,
+    show_summary,
     shown_name,
 )
 from .schema import LinVideo, make_schema
@@ -53,7 +53,7 @@ class LinVideoSave(io.ComfyNode):
         path = choose_path(filename, overwrite=overwrite)
         artifact.save(linvideo, path)
         name = shown_name(path)
-        picture = show_datasheet(linvideo, note=f"saved as models/{FOLDER}/{name}")
+        picture = show_summary(linvideo, note=f"saved as models/{FOLDER}/{name}")
         return io.NodeOutput(name, ui=ui.PreviewImage(picture, cls=cls))
 
 
@@ -113,6 +113,6 @@ class LinVideoShowFile(io.ComfyNode):
     @classmethod
     def execute(cls, linvideo: Artifact) -> io.NodeOutput:
         """Draw the file and say the same in words."""
-        picture = show_datasheet(linvideo)
+        picture = show_summary(linvideo)
         text = "\n".join(f"{name}: {fact}" for name, fact in describe(linvideo).items())
         return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))

@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..linvideo_core import artifact
-from .model_folder import find_file, fingerprint, list_files, show_datasheet
+from .model_folder import find_file, fingerprint, list_files, show_summary
 from .patching.apply import linearize
 from .patching.injection import KEY
 from .schema import LinVideo, make_input, make_schema
@@ -129,7 +129,7 @@ class LinVideoLinearize(io.ComfyNode):
         report = linearized.get_attachment(KEY).report
         report.show()
         found = report.text.splitlines()[1:]
-        picture = show_datasheet(applied, note="\n".join([note, *found]))
+        picture = show_summary(applied, note="\n".join([note, *found]))
         return io.NodeOutput(linearized, applied, picture, ui=ui.PreviewText(report.text))
 
 

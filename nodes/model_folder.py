@@ -135,10 +135,10 @@ def _find_free(path: Path) -> Path:
     return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))
 
 
-def show_datasheet(artifact: Artifact, *, note: str = "") -> Tensor:
+def show_summary(artifact: Artifact, *, note: str = "") -> Tensor:
     """Draw an artifact as an IMAGE [1, H, W, 3] fp32, 0 to 1; `note` stands at its foot."""
     # Drawing loads matplotlib, which would make every start of ComfyUI slower.
-    from ..linvideo_core.artifact.picture import draw_datasheet
+    from ..linvideo_core.artifact.picture import draw_summary
 
-    picture = np.array(draw_datasheet(artifact, note=note))
+    picture = np.array(draw_summary(artifact, note=note))
     return torch.from_numpy(picture).float().div(255)[None]

@@ -35,7 +35,7 @@ from linvideo_core.run.files import write_json
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
 from linvideo_core.run.records import RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import render_table
-from linvideo_core.teacher.teacher import SubjectConfig, load_subject
+from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from linvideo_core.transfer.noise_levels import fitted_gain
 
 NAME = "flow_gain.json"
@@ -45,7 +45,7 @@ NAME = "flow_gain.json"
 class FlowGainConfig:
     """Whose flow, whose errors, and at how many noise levels."""
 
-    subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     artifact: Path | None = option(None, "LINVIDEO file that errs; none: the embedded model's own")
     videos: int = option(16, "videos that the teacher samples")
     points: int = option(12, "grid points at which the student takes a step, the first included")
@@ -64,9 +64,9 @@ class FlowGainConfig:
             raise ValueError(
                 f"--points {self.points} given; at most --steps {self.steps} can be measured"
             )
-        if self.subject.model is not None and self.artifact is None:
+        if self.teacher.model is not None and self.artifact is None:
             raise ValueError("--model was given without --artifact; give the file made for it")
-        if self.record and (self.subject != SubjectConfig() or self.artifact is not None):
+        if self.record and (self.teacher != TeacherConfig() or self.artifact is not None):
             raise ValueError(
                 "--record was given with --model, --prompts or --artifact; the record is of the "
                 "embedded model and its own file"
@@ -144,20 +144,20 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     made = load_first_stage(config.artifact)
-    subject = load_subject(config.subject, config.out, device, progress).to(device)
-    artifact_files.check(made, shapes_of(subject.model))
-    noise = draw_noise(subject.latent_shape, config.videos, config.seed).to(device)
-    picks = draw_prompts(len(subject.prompt_embeds), config.videos, config.seed)
-    prompt_embeds = subject.prompt_embeds[picks]
-    negative_embeds = subject.negative_embeds.expand_as(prompt_embeds)
+    teacher = load_teacher(config.teacher, config.out, device, progress).to(device)
+    artifact_files.check(made, shapes_of(teacher.model))
+    noise = draw_noise(teacher.latent_shape, config.videos, config.seed).to(device)
+    picks = draw_prompts(len(teacher.prompt_embeds), config.videos, config.seed)
+    prompt_embeds = teacher.prompt_embeds[picks]
+    negative_embeds = teacher.negative_embeds.expand_as(prompt_embeds)
     velocity = bind_guided(
-        subject.model, prompt_embeds, negative_embeds, config.guidance_scale, precision=precision
+        teacher.model, prompt_embeds, negative_embeds, config.guidance_scale, precision=precision
     )
     sigmas = make_sigmas(config.steps, config.shift).to(device)
     states, velocities = _sample(velocity, noise, sigmas, "the teacher", progress)
     points = torch.linspace(0, config.steps - 1, config.points).round().int().tolist()
     # The same modules compute both, so the student answers all at once and is gone.
-    with artifact_files.transfer_into(subject.model, made), torch.no_grad():
+    with artifact_files.transfer_into(teacher.model, made), torch.no_grad():
         errors = {
             point: velocity(states[point], sigmas[point].expand(config.videos)) - velocities[point]
             for point in points

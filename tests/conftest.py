@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from linvideo_core.artifact import Artifact, extract
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.transfer.pipeline import TransferConfig
 from linvideo_core.transfer.student import Student, StudentConfig
 
@@ -82,15 +82,15 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture
-def subject(wan: WanModel) -> Subject:
+def teacher(wan: WanModel) -> Teacher:
     """The frozen `wan` as a teacher with three prompts."""
-    return make_subject(wan)
+    return make_teacher(wan)
 
 
-def make_subject(wan: WanModel) -> Subject:
+def make_teacher(wan: WanModel) -> Teacher:
     """Return a model, frozen, as a teacher with three prompts."""
     generator = torch.Generator().manual_seed(6)
-    return Subject(
+    return Teacher(
         name="tiny",
         model=wan.eval().requires_grad_(False),
         prompts=["one", "two", "three"],
@@ -102,26 +102,26 @@ def make_subject(wan: WanModel) -> Subject:
     )
 
 
-def save_inputs(subject: Subject, folder: Path) -> dict[str, Path]:
+def save_inputs(teacher: Teacher, folder: Path) -> dict[str, Path]:
     """Write a teacher's checkpoint and prompts as a user has them; return them by their flags."""
     paths = {f"--{name}": folder / f"{name}.safetensors" for name in ("model", "prompts")}
-    save_file(subject.model.state_dict(), paths["--model"])
-    embeds = {"prompt_embeds": subject.prompt_embeds, "negative_embeds": subject.negative_embeds}
+    save_file(teacher.model.state_dict(), paths["--model"])
+    embeds = {"prompt_embeds": teacher.prompt_embeds, "negative_embeds": teacher.negative_embeds}
     save_file(embeds, paths["--prompts"])
     return paths
 
 
 @pytest.fixture
-def linearized(subject: Subject) -> Artifact:
+def linearized(teacher: Teacher) -> Artifact:
     """A file of two linear layers with random low-rank changes, as a transfer leaves it."""
-    student = Student(subject, StudentConfig(lora_rank=2), seed=3)
+    student = Student(teacher, StudentConfig(lora_rank=2), seed=3)
     for layer, module in student.mixed.items():
         module.harden("linear" if layer in (0, 2) else "softmax")
     for i, parameter in enumerate(student.weights.values()):
         generator = torch.Generator().manual_seed(i)
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     return extract(
-        student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
+        student.model, teacher.model, parameters="lora", objective="adm", steps=1, provenance={}
     )
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from linvideo_core.distill import cli as distill
 from linvideo_core.evaluate import cli as evaluate
 from linvideo_core.transfer import cli as transfer
-from tests.conftest import make_subject, make_wan, save_inputs
+from tests.conftest import make_teacher, make_wan, save_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -32,16 +32,16 @@ HELD = {
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
     """Return flags with a checkpoint and its prompts."""
-    files = save_inputs(make_subject(make_wan()), tmp_path)
+    files = save_inputs(make_teacher(make_wan()), tmp_path)
     return [*(str(word) for pair in files.items() for word in pair), *VIDEOS.split()]
 
 
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("frozen_weights", HELD)
 def test_a_checkpoint_is_linearized_distilled_and_evaluated(
-    held: str, flags: list[str], tmp_path: Path
+    frozen_weights: str, flags: list[str], tmp_path: Path
 ) -> None:
     made = tmp_path / "linear" / "linearized.safetensors"
-    own = [*flags, *TRAINING.split(), *HELD[held].split()]
+    own = [*flags, *TRAINING.split(), *HELD[frozen_weights].split()]
     transfer.main([*own, *LINEARIZED.split(), "--out", str(made.parent)])
     few = tmp_path / "few" / "distilled.safetensors"
     distill.main([*own, *DISTILLED.split(), "--artifact", str(made), "--out", str(few.parent)])

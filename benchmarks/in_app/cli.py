@@ -90,32 +90,32 @@ def run(config: InAppConfig, tell: Callable[[Row], None] = lambda row: None) -> 
     check_parts(path, device)
     shutil.rmtree(config.out / "comfyui", ignore_errors=True)
     config.out.mkdir(parents=True, exist_ok=True)
-    bench = Workbench(installation, config.out.absolute(), device)
+    evaluator = Workbench(installation, config.out.absolute(), device)
     measured: dict[str, Row] = {}
     try:
         for case in config.cases:
-            row, details = measure(case, bench, config.limit)
+            row, details = measure(case, evaluator, config.limit)
             measured[case.name] = row
             _compare(measured)
             _write(path, row, details, config, device)
             tell(row)
-            bench.tidy()
+            evaluator.tidy()
     finally:
-        bench.stop()
-        shutil.rmtree(bench.folder, ignore_errors=True)
+        evaluator.stop()
+        shutil.rmtree(evaluator.folder, ignore_errors=True)
     return read_record(path)
 
 
-def measure(case: Case, bench: Workbench, limit: float) -> tuple[Row, dict[str, Any]]:
+def measure(case: Case, evaluator: Workbench, limit: float) -> tuple[Row, dict[str, Any]]:
     """Return a case's row, and what is kept beside it; of one that fails, why and what it has."""
     begin = time.monotonic()
-    bench.deadline = begin + limit
+    evaluator.deadline = begin + limit
     row = {**case.told(), "seconds_per_step": None, "peak_gb": None}
     found: dict[str, Any] = {}
     try:
-        if case.needs_gpu and bench.device == "cpu":
+        if case.needs_gpu and evaluator.device == "cpu":
             raise NotHereError("needs a GPU")
-        KINDS[case.kind](case, bench, found)
+        KINDS[case.kind](case, evaluator, found)
     except NotHereError as reason:
         found |= {"ok": None, "error": f"not measured: {reason}"}
     except Exception as error:

@@ -13,7 +13,7 @@ from benchmarks.models.sizes import GUIDANCE_SCALE, Size
 from linvideo_core.run.config import override
 from linvideo_core.run.devices import resolve_precision
 from linvideo_core.run.files import write_json, write_tensors
-from linvideo_core.teacher.teacher import load_subject
+from linvideo_core.teacher.teacher import load_teacher
 from linvideo_core.transfer.pipeline import TransferConfig, linearize
 from linvideo_core.transfer.quality import settings_by_steps, settings_for
 from linvideo_core.transfer.student import Student
@@ -73,11 +73,11 @@ def train(values: Mapping[str, Any], result: Path) -> None:
     """Run the stages of a transfer; write seconds a step, or why there are none, as JSON."""
     try:
         config = override(TransferConfig(), values)
-        subject = load_subject(config.subject, config.out, config.device).to(config.device)
-        student = Student(subject, config.student, seed=config.seed)
+        teacher = load_teacher(config.teacher, config.out, config.device).to(config.device)
+        student = Student(teacher, config.student, seed=config.seed)
         clock = StepClock(config.device)
         precision = resolve_precision(config.precision, config.device)
-        linearize(student, subject, config, precision, clock)
+        linearize(student, teacher, config, precision, clock)
         write_json(result, {"seconds_per_step": clock.seconds})
     except Exception as error:
         write_json(result, {"error": f"{type(error).__name__}: {error}"})

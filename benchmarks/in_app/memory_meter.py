@@ -80,9 +80,9 @@ def smaller_card(free_gb: float | None) -> Iterator[None]:
     taken = free - int(free_gb * GB)
     if taken < 0:
         raise ValueError(f"{free_gb:g} GB are to be left free and the GPU has {free / GB:.1f}")
-    held = torch.empty(taken, dtype=torch.uint8, device="cuda")
+    frozen_weights = torch.empty(taken, dtype=torch.uint8, device="cuda")
     try:
         yield
     finally:
-        del held
+        del frozen_weights
         torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from ..kernels.baselines import Contender, make_contenders
 from ..kernels.speed import Setting as KernelSetting
 from ..kernels.speed import check_contenders
 from .sizes import Size
-from .subject import HeadlessSubject, Setting, Subject
+from .teachers import HeadlessSubject, Setting, Teacher
 from .variants import Variant, plan_variants
 
 _LENGTHS, _HEADS = (1000,), 2
@@ -50,14 +50,14 @@ def check_headless(
     size: Size, softmax: Mapping[str, Contender], setting: Setting, *, compiled: bool = False
 ) -> list[Row]:
     """Check arranged models of a size's width, two layers deep; compiled: with and without that."""
-    subject = HeadlessSubject(shrink(size), softmax, setting)
-    return check_subject(subject, list(softmax), setting, compiled=compiled)
+    teacher = HeadlessSubject(shrink(size), softmax, setting)
+    return check_subject(teacher, list(softmax), setting, compiled=compiled)
 
 
 def check_subject(
-    subject: Subject, softmax: Sequence[str], setting: Setting, *, compiled: bool = False
+    teacher: Teacher, softmax: Sequence[str], setting: Setting, *, compiled: bool = False
 ) -> list[Row]:
-    """Compare a shrunk subject's variants with our plain model and with linear layers in fp32.
+    """Compare a shrunk teacher's variants with our plain model and with linear layers in fp32.
 
     All layers softmax must give what the plain model gives, whatever backend computes them; linear
     layers must give what the plain PyTorch definition gives in our model of the same weights.
@@ -65,21 +65,21 @@ def check_subject(
     Returns the error of each variant.
     Raises RuntimeError for a variant that is wrong.
     """
-    expected = _compute_expected(subject.size, setting)
+    expected = _compute_expected(teacher.size, setting)
     rows = []
-    for variant in plan_variants(softmax, len(subject.size.layers), compiled=compiled):
+    for variant in plan_variants(softmax, len(teacher.size.layers), compiled=compiled):
         try:
-            found = subject.with_call(variant, lambda call: call())
+            found = teacher.with_call(variant, lambda call: call())
         except Exception:
             # What cannot be compiled is named when it is to be timed.
             if not variant.is_compiled:
                 raise
             continue
         error = relative_error(found, expected[variant.num_linear].to(found.device))
-        rows.append({"where": subject.where, **dataclasses.asdict(variant), "error": error})
+        rows.append({"where": teacher.where, **dataclasses.asdict(variant), "error": error})
         if not error < _TOLERANCE[setting.dtype]:
             raise RuntimeError(
-                f"{subject.where}: {variant} differs from the plain model by {error:.1e}; "
+                f"{teacher.where}: {variant} differs from the plain model by {error:.1e}; "
                 "nothing was timed"
             )
     return rows
@@ -89,9 +89,9 @@ def check_subject(
 def _compute_expected(size: Size, setting: Setting) -> dict[int, Tensor]:
     """Return the plain model's velocity, and in fp32 that of the model with its linear layers."""
     softmax = {"default": next(c for c in make_contenders() if c.name == "sdpa")}
-    subject = HeadlessSubject(size, softmax, setting)
-    plain = subject.call_model()
+    teacher = HeadlessSubject(size, softmax, setting)
+    plain = teacher.call_model()
     # At this head dim the definition in plain PyTorch computes fp32, on every device.
-    subject.model.float()
+    teacher.model.float()
     variant = Variant(num_linear=len(size.layers), kept="default")
-    return {0: plain, variant.num_linear: subject.with_call(variant, lambda call: call())}
+    return {0: plain, variant.num_linear: teacher.with_call(variant, lambda call: call())}

@@ -35,7 +35,7 @@ from .agreement import check_headless, check_kernels
 from .measuring import Patience
 from .runs import RECORD_NAME, RECORD_TITLE, list_commands, merge_runs
 from .sizes import SIZES, Size
-from .subject import HeadlessSubject, Setting
+from .teachers import HeadlessSubject, Setting
 from .variants import BASELINES, find_softmax, plan_variants
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def _measure_over_tokens(
                 size, setting, config.patience, path, progress, _facts(setting)
             ),
         )
-        rows += lengths.tell_rows(size, found)
+        rows += lengths.to_rows(size, found)
     return rows
 
 
@@ -267,7 +267,7 @@ def _write(
         _PART,
         title=RECORD_TITLE,
         command=" && ".join(list_commands(runs, COMMAND, _USUAL[config.device]["shapes"])),
-        rows=[row for run_found in runs for row in table.tell_rows(run_found)],
+        rows=[row for run_found in runs for row in table.to_rows(run_found)],
         device=config.device,
         details={"runs": runs, "over_tokens": over_tokens, "slopes": slopes},
     )

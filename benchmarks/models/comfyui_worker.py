@@ -33,7 +33,7 @@ from .comfyui import PROGRESS, read_version
 from .measuring import Patience, free_memory, measure_subject
 from .random_weights import count_bytes, draw_inputs, fill_random, make_random_maps
 from .sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
-from .subject import SIGMA, Call, Setting, T
+from .teachers import SIGMA, Call, Setting, T
 from .variants import Variant, find_softmax, plan_variants
 
 
@@ -45,10 +45,10 @@ def run(job: Mapping[str, Any]) -> None:
     found, absent = find_softmax(job["softmax"], device.type)
     softmax, kernels, left_out = check_kernels(found, setting)
     with torch.inference_mode():  # as ComfyUI runs nodes
-        models = check_subject(HostSubject(shrink(size), softmax, setting), list(softmax), setting)
+        models = check_subject(HostTeacher(shrink(size), softmax, setting), list(softmax), setting)
         free_memory()
         measure_subject(
-            HostSubject(size, softmax, setting),
+            HostTeacher(size, softmax, setting),
             plan_variants(list(softmax), len(size.layers), compiled=False),
             Patience(**job["patience"]),
             device,
@@ -68,7 +68,7 @@ def _tell(stage: str, done: int, total: int, **_: float) -> None:
     sys.stdout.flush()
 
 
-class HostSubject:
+class HostTeacher:
     """ComfyUI's own Wan with random weights, in a ModelPatcher."""
 
     def __init__(self, size: Size, softmax: Mapping[str, Contender], setting: Setting) -> None:

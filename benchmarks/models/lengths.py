@@ -9,7 +9,7 @@ from linvideo_core.run.progress import Progress
 
 from .measuring import Patience, measure_subject
 from .sizes import Size
-from .subject import HeadlessSubject, Setting
+from .teachers import HeadlessSubject, Setting
 from .variants import Variant, find_softmax
 
 LAYERS = ("softmax", "linearized")
@@ -35,11 +35,11 @@ def measure_length(
     softmax, _ = find_softmax(["default"], setting.device.type)
     variants = [Variant(num_linear=n, kept="default") for n in (0, len(size.layers))]
     patience = dataclasses.replace(patience, video_seconds=0.0)
-    subject = HeadlessSubject(size, softmax, setting)
-    measure_subject(subject, variants, patience, setting.device, path, progress, facts)
+    teacher = HeadlessSubject(size, softmax, setting)
+    measure_subject(teacher, variants, patience, setting.device, path, progress, facts)
 
 
-def tell_rows(size: Size, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def to_rows(size: Size, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Turn what `measure_length` wrote into points of the picture."""
     return [
         {

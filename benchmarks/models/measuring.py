@@ -1,4 +1,4 @@
-"""Time every variant of one subject in one run, and keep what was measured as it comes."""
+"""Time every variant of one teacher in one run, and keep what was measured as it comes."""
 
 import dataclasses
 import gc
@@ -16,7 +16,7 @@ from linvideo_core.run.progress import Progress
 from ..kernels.timing import LONGEST_SPIN, METHOD, CpuInstruments, CudaInstruments, Instruments
 from .arithmetic import count_flops
 from .sizes import VIDEO_STEPS, Size
-from .subject import Call, Subject
+from .teachers import Call, Teacher
 from .variants import Variant
 
 SAMPLED, COMPUTED = "sampled", "computed"
@@ -66,7 +66,7 @@ class Measured:
 
 
 def measure(
-    subject: Subject, variant: Variant, instruments: Instruments, video_seconds: float
+    teacher: Teacher, variant: Variant, instruments: Instruments, video_seconds: float
 ) -> Measured:
     """Measure one variant; its first call, which may compile, gives the memory and no time.
 
@@ -81,16 +81,16 @@ def measure(
 
         return instruments.extra_mb(keep_output), instruments.milliseconds(keep_output)
 
-    extra_mb, milliseconds = subject.with_call(variant, use)
+    extra_mb, milliseconds = teacher.with_call(variant, use)
     if not outputs.pop().isfinite().all():
         raise RuntimeError(
-            f"{subject.where}, {subject.size.name}: {variant} gives no finite output"
+            f"{teacher.where}, {teacher.size.name}: {variant} gives no finite output"
         )
     computed, how = _BRANCHES * VIDEO_STEPS * milliseconds / 1000, COMPUTED
     # One pair of videos shows whether calls add up to them: that of the default path.
     if variant.kept == "default" and not variant.is_compiled and computed <= video_seconds:
-        computed, how = subject.with_video(variant, instruments.once) / 1000, SAMPLED
-    weights = subject.weight_bytes(variant)
+        computed, how = teacher.with_video(variant, instruments.once) / 1000, SAMPLED
+    weights = teacher.weight_bytes(variant)
     return Measured(
         **dataclasses.asdict(variant),
         seconds=milliseconds / 1000,
@@ -102,7 +102,7 @@ def measure(
 
 
 def measure_subject(
-    subject: Subject,
+    teacher: Teacher,
     plan: Sequence[Variant],
     patience: Patience,
     device: torch.device,
@@ -117,25 +117,25 @@ def measure_subject(
     A softmax backend that cannot run is left out and named; what the default cannot do is raised.
     """
     instruments = patience.make_instruments(device.type)
-    work = [max(1, count_flops(subject.size, v.num_linear) // 10**12) for v in plan]
+    work = [max(1, count_flops(teacher.size, v.num_linear) // 10**12) for v in plan]
     measured, left_out = [], []
     kept = {"method": METHOD if device.type == "cuda" else "median of calls in a row"}
-    kept |= {"where": subject.where, "size": subject.size.name, **details, **subject.describe()}
+    kept |= {"where": teacher.where, "size": teacher.size.name, **details, **teacher.describe()}
     for i, variant in enumerate(plan):
-        progress(f"{subject.where}, {subject.size.name}", sum(work[:i]), sum(work))
+        progress(f"{teacher.where}, {teacher.size.name}", sum(work[:i]), sum(work))
         try:
-            measured.append(measure(subject, variant, instruments, patience.video_seconds))
+            measured.append(measure(teacher, variant, instruments, patience.video_seconds))
         except Exception as error:
             # Whatever a rival cannot do, the others can still be measured.
             if variant.kept == "default" and not variant.is_compiled:
                 raise
             reason = (str(error) or repr(error)).splitlines()[0]
-            left_out.append(f"{subject.where}, {subject.size.name}, {variant.kept}: {reason}")
+            left_out.append(f"{teacher.where}, {teacher.size.name}, {variant.kept}: {reason}")
         rows = [dataclasses.asdict(item) for item in measured]
         is_complete = i + 1 == len(plan)
         write_json(path, {"is_complete": is_complete, **kept, "left_out": left_out, "rows": rows})
         free_memory()
-    progress(f"{subject.where}, {subject.size.name}", sum(work), sum(work))
+    progress(f"{teacher.where}, {teacher.size.name}", sum(work), sum(work))
 
 
 def read_measured(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:

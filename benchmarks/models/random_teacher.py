@@ -6,7 +6,7 @@ import torch
 
 from linvideo_core.models.quantized import FrozenConfig
 from linvideo_core.run.files import write_tensors
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig
 
 from .random_weights import make_held_wan
@@ -15,23 +15,25 @@ from .sizes import GUIDANCE_SCALE, VIDEO_STEPS, Size
 _NUM_STATES, _NUM_PROMPTS = 8, 4
 
 
-def make_random_subject(size: Size, device: str, held: FrozenConfig, seed: int) -> Subject:
+def make_random_subject(
+    size: Size, device: str, frozen_weights: FrozenConfig, seed: int
+) -> Teacher:
     """Return a frozen teacher of random weights with random prompts, on a device."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (_NUM_PROMPTS + 1, size.prompt_tokens, size.config.text_dim)
     embeds = torch.randn(shape, generator=generator, device=device)
-    subject = Subject(
+    teacher = Teacher(
         name=f"random {size.model}",
-        model=make_held_wan(size, torch.device(device), held, seed),
+        model=make_held_wan(size, torch.device(device), frozen_weights, seed),
         prompts=[f"prompt {i}" for i in range(_NUM_PROMPTS)],
         prompt_embeds=embeds[:-1],
         negative_embeds=embeds[-1],
         latent_shape=size.latent_shape,
         decode=lambda latents: latents.mean(dim=1),
         is_demo=False,
-        offload_blocks=held.offload_blocks,
+        offload_blocks=frozen_weights.offload_blocks,
     )
-    return subject.to(device)
+    return teacher.to(device)
 
 
 def draw_states(size: Size, path: Path, seed: int) -> Trajectories:

@@ -22,7 +22,9 @@ def make_random_wan(size: Size, device: torch.device, dtype: torch.dtype, seed: 
     return model
 
 
-def make_held_wan(size: Size, device: torch.device, held: FrozenConfig, seed: int) -> WanModel:
+def make_held_wan(
+    size: Size, device: torch.device, frozen_weights: FrozenConfig, seed: int
+) -> WanModel:
     """Return a frozen model whose weights are held as those of a --model of one's own.
 
     They are drawn and rounded on the device, one at a time; blocks to be offloaded are on the CPU.
@@ -34,8 +36,8 @@ def make_held_wan(size: Size, device: torch.device, held: FrozenConfig, seed: in
         for name, shape in group:
             value = torch.empty(shape, device=device)
             fill_random([(name, value)], seed)
-            place(model, name, value, held.frozen)
-        if part[0] == "blocks" and int(part[1]) < held.offload_blocks:
+            place(model, name, value, frozen_weights.frozen)
+        if part[0] == "blocks" and int(part[1]) < frozen_weights.offload_blocks:
             model.get_submodule(".".join(part)).cpu()
     return model.requires_grad_(False).eval()
 

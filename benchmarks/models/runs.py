@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .sizes import SIZES
-from .subject import HeadlessSubject
+from .teachers import HeadlessSubject
 
 RECORD_NAME = "scale.json"
 RECORD_TITLE = "Whole models with random weights: denoiser calls, 50-step videos, training steps"

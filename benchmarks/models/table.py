@@ -10,7 +10,7 @@ from .sizes import SIZES, Size
 Row = dict[str, Any]
 
 
-def tell_rows(run: Mapping[str, Any]) -> list[Row]:
+def to_rows(run: Mapping[str, Any]) -> list[Row]:
     """Turn what `measuring` kept of a run into the record's rows."""
     measured = [Measured(**row) for row in run["rows"]]
     return assemble_rows(SIZES[run["size"]], run["where"], measured, run["device"])

@@ -35,6 +35,7 @@ from linvideo_core.run.devices import (
     resolve_precision,
 )
 from linvideo_core.run.memory import explained, number_of_gpu
+from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
 from linvideo_core.run.records import (
     RESULTS_FOLDER,
@@ -44,11 +45,10 @@ from linvideo_core.run.records import (
     write_part,
 )
 from linvideo_core.run.tables import render_table
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training import fsdp
-from linvideo_core.training.process_group import ALONE, Team
 from linvideo_core.training.trainer import TrainingConfig, fit
-from linvideo_core.transfer.frozen_weights import check_held, check_held_alone
+from linvideo_core.transfer.frozen_weights import check_frozen_weights, check_offload_alone
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
 from linvideo_core.transfer.objectives import ObjectiveConfig
 from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
@@ -166,7 +166,7 @@ class StepsConfig:
     )
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     batch_per_gpu: int = option(1, "videos of a step on each GPU")
-    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     recomputed: bool = option(True, "recompute blocks backward to save memory")
     compile: bool = option(False, "compile the blocks")
     untimed_steps: int = option(2, "steps before the first one that is timed")
@@ -184,17 +184,19 @@ class StepsConfig:
         positive(self, "batch_per_gpu", "untimed_steps", "timed_steps")
         if self.cap_gb is not None:
             positive(self, "cap_gb")
-        if self.held.offload_blocks and not self.recomputed:
+        if self.frozen_weights.offload_blocks and not self.recomputed:
             raise ValueError(
-                f"--offload-blocks {self.held.offload_blocks} was given with --recomputed false; "
-                "the way back would keep all blocks on the device: leave one of them out"
+                f"--offload-blocks {self.frozen_weights.offload_blocks} was given with "
+                "--recomputed false; the way back would keep all blocks on the device: leave "
+                "one of them out"
             )
         training = TrainingConfig(activation_checkpointing=self.recomputed, compile=self.compile)
         is_full = self.student.parameters == "full"
-        check_held(self.held, training, "--parameters full" if is_full else "")
-        if self.held.offload_blocks > (most := SIZES[self.size].config.num_layers):
+        check_frozen_weights(self.frozen_weights, training, "--parameters full" if is_full else "")
+        if self.frozen_weights.offload_blocks > (most := SIZES[self.size].config.num_layers):
             raise ValueError(
-                f"--offload-blocks {self.held.offload_blocks} given; {self.size} has {most} blocks"
+                f"--offload-blocks {self.frozen_weights.offload_blocks} given; {self.size} has "
+                f"{most} blocks"
             )
 
 
@@ -251,7 +253,7 @@ def count_step_flops(size: Size, *, phase: str, parameters: str) -> int:
 
 
 def measure_steps(
-    subject: Subject,
+    teacher: Teacher,
     size: Size,
     phase: str,
     config: StepsConfig,
@@ -259,19 +261,19 @@ def measure_steps(
     device: str,
     precision: str,
     progress: Progress,
-    team: Team,
+    processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Train for a few steps as `transfer` does; return a row of the table without its speed-up."""
     folder = config.out / "steps"
-    if team.is_first:
+    if processes.is_first:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    team.wait()
+    processes.wait()
     num_steps = config.untimed_steps + config.timed_steps
     is_hardened = phase == "hardened"
     training = TrainingConfig(
         steps=num_steps,
-        batch_size=config.batch_per_gpu * team.size,
+        batch_size=config.batch_per_gpu * processes.size,
         checkpoint_every=num_steps,
         log_every=num_steps,
         warmup_steps=1,
@@ -280,25 +282,25 @@ def measure_steps(
     )
     layers = list(size.layers) if is_hardened else None
     listed = ",".join(map(str, size.layers)) if is_hardened else None
-    student = Student(subject, config.student, seed=config.seed)
+    student = Student(teacher, config.student, seed=config.seed)
     task = TransferTask(
         student,
-        subject,
-        draw_states(size, folder / f"states-{team.rank}.safetensors", config.seed),
+        teacher,
+        draw_states(size, folder / f"states-{processes.rank}.safetensors", config.seed),
         selection=SelectionConfig(target=len(size.layers), layers=listed, selection_share=1.0),
         # Every video moves on: of a batch of one, half of the steps would otherwise be cheap.
         objective=ObjectiveConfig(anchor_share=0.0),
         training=training,
         precision=precision,
         layers=layers,
-        team=team,
+        processes=processes,
     )
     clock = _Clock(device, config.untimed_steps, progress)
-    compiled = [student.model, subject.model] if config.compile else []
+    compiled = [student.model, teacher.model] if config.compile else []
     depths = [blocks(model, student.sites) for model in task.models]
-    with compiled_blocks(compiled, student.sites), team.sharded(task.models, depths):
-        fit(task, training, folder / "fit", seed=config.seed, progress=clock, team=team)
-    return _make_row(size, phase, config, team.size, clock)
+    with compiled_blocks(compiled, student.sites), processes.sharded(task.models, depths):
+        fit(task, training, folder / "fit", seed=config.seed, progress=clock, processes=processes)
+    return _make_row(size, phase, config, processes.size, clock)
 
 
 def _make_row(
@@ -322,8 +324,8 @@ def _make_row(
         "gpus": gpus,
         "phase": phase,
         "trained": config.student.parameters,
-        "frozen": config.held.frozen,
-        "offloaded": config.held.offload_blocks,
+        "frozen": config.frozen_weights.frozen,
+        "offloaded": config.frozen_weights.offload_blocks,
         "recomputed": config.recomputed,
         "compiled": config.compile,
         "batch_per_gpu": config.batch_per_gpu,
@@ -332,32 +334,34 @@ def _make_row(
 
 
 def run(
-    config: StepsConfig, progress: Progress = silent, team: Team = ALONE
+    config: StepsConfig, progress: Progress = silent, processes: ProcessGroup = SINGLE_PROCESS
 ) -> dict[str, Any] | None:
     """Measure, and write the record; return it, None on all processes but the first.
 
     Raises ValueError, before anything is measured, where the record has rows of another device.
     """
-    device = team.place(resolve_device(config.device))
+    device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     size = SIZES[config.size]
-    check_held_alone(config.held, team.size)
+    check_offload_alone(config.frozen_weights, processes.size)
     path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
     check_parts(path, device)
     rows = []
     with capped(device, config.cap_gb):
         for phase in PHASES if config.phase == "both" else (config.phase,):
-            subject = make_random_subject(size, device, config.held, config.seed)
+            teacher = make_random_subject(size, device, config.frozen_weights, config.seed)
             settings = {"device": device, "precision": precision, "progress": progress}
-            rows.append(measure_steps(subject, size, phase, config, **settings, team=team))
-            del subject
+            rows.append(
+                measure_steps(teacher, size, phase, config, **settings, processes=processes)
+            )
+            del teacher
             gc.collect()
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
-    if not team.disband():
+    if not processes.destroy():
         return None
     shutil.rmtree(config.out / "steps", ignore_errors=True)
-    return _write(path, {"command": _told(config, team.size), "rows": rows}, device)
+    return _write(path, {"command": _told(config, processes.size), "rows": rows}, device)
 
 
 def _told(config: StepsConfig, gpus: int) -> str:
@@ -384,14 +388,14 @@ def _write(path: Path, run_found: Mapping[str, Any], device: str) -> dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure with a progress bar, show the table."""
-    team = fsdp.assemble()
-    with team.in_turn():
+    processes = fsdp.init_process_group()
+    with processes.in_turn():
         config, is_dry_run = parse(StepsConfig, argv, description=__doc__.splitlines()[0])
     if is_dry_run:
-        sys.stdout.write(to_json(config) if team.is_first else "")
+        sys.stdout.write(to_json(config) if processes.is_first else "")
         return
-    with TqdmProgress(is_shown=team.is_first) as progress, explained(LOWER_STEPS):
-        record = run(config, progress, team)
+    with TqdmProgress(is_shown=processes.is_first) as progress, explained(LOWER_STEPS):
+        record = run(config, progress, processes)
     if record is not None:
         rows = [row for row in record["rows"] if row["what"] == _PART]
         hours = record["details"]["parts"][_PART]["gpu_hours"]

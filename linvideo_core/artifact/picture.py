@@ -52,7 +52,7 @@ class _Page:
         return self.image.crop((0, 0, _WIDTH, self.y + _MARGIN))
 
 
-def draw_datasheet(artifact: Artifact, *, note: str = "") -> Image.Image:
+def draw_summary(artifact: Artifact, *, note: str = "") -> Image.Image:
     """Draw an artifact as a picture [H, 1024] in RGB; its height follows from what it says.
 
     note: lines at the foot, such as what the artifact was applied to.

@@ -24,18 +24,18 @@ from ..evaluate.comparison import (
     read_evaluation,
     save_comparison,
 )
-from ..evaluate.entrants import line_up, load_first_stage, name_of
+from ..evaluate.entrants import find_entrants, load_first_stage, name_of
 from ..models.attention_sites import shapes_of
 from ..run.config import parse, to_json
 from ..run.devices import resolve_device, resolve_precision
 from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
 from ..run.memory import LOWER_RUN, explained
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import Progress, TqdmProgress, silent
 from ..run.tables import show_table
-from ..teacher.teacher import load_subject, open_subject
+from ..teacher.teacher import load_teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
 from ..training import fsdp
-from ..training.process_group import ALONE, Team
 from ..transfer.evaluation import compare_config, is_evaluated
 from .pipeline import ARTIFACT_NAME, DistillConfig, distill
 from .preflight import check_distillation
@@ -102,10 +102,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) -> Path:
+def run(
+    config: DistillConfig, progress: Progress = silent, processes: ProcessGroup = SINGLE_PROCESS
+) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
 
-    team: the processes that train together; what follows on training is the first one's alone.
+    processes: that train together; what follows on training is the first one's alone.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input, or when training goes
     wrong; its last good checkpoint is kept.
@@ -114,36 +116,36 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
     is_made = path.exists() and (config.out / CONFIG_NAME).exists()
     if is_made:
         open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-        if is_evaluated(config.evidence, config.out):
+        if is_evaluated(config.evaluation, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return path
-    team.check_batch(config.training.batch_size)
-    device = team.place(resolve_device(config.device))
+    processes.check_batch(config.training.batch_size)
+    device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     first = load_first_stage(config.artifact)
     check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-    draft = open_subject(config.subject)
+    draft = open_teacher(config.teacher)
     if draft is not None:
-        check_distillation(draft, config, first, device, precision, team.size)
-    with team.in_turn():
-        subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
-    artifact_files.check(first, shapes_of(subject.model))
+        check_distillation(draft, config, first, device, precision, processes.size)
+    with processes.in_turn():
+        teacher = load_teacher(draft or config.teacher, config.out, device, progress).to(device)
+    artifact_files.check(first, shapes_of(teacher.model))
     if not is_made:
-        student = make_student(subject, first, config.distillation, seed=config.seed)
-        with team.in_turn():
+        student = make_student(teacher, first, config.distillation, seed=config.seed)
+        with processes.in_turn():
             open_run(config.out, config, ignore=_FREE_FIELDS)
-        artifact_files.warn_of_other_weights(first, subject.model)
-        distill(student, subject, first, config, precision, progress, team)
+        artifact_files.warn_of_other_weights(first, teacher.model)
+        distill(student, teacher, first, config, precision, progress, processes)
     metrics_path = config.out / "training" / "metrics.jsonl"
-    if team.is_first and metrics_path.exists():
+    if processes.is_first and metrics_path.exists():
         plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
-    if team.disband() and not is_evaluated(config.evidence, config.out):
+    if processes.destroy() and not is_evaluated(config.evaluation, config.out):
         logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         made = artifact_files.load(path)
-        settings = compare_config(config.evidence, config.trajectories)
-        lineup = line_up(subject.model, first, {name_of(made): made}, settings)
+        settings = compare_config(config.evaluation, config.trajectories)
+        lineup = find_entrants(teacher.model, first, {name_of(made): made}, settings)
         how = {"seed": config.seed, "precision": precision, "progress": progress}
-        comparison = compare_few_step(subject, lineup, settings, **how)
+        comparison = compare_few_step(teacher, lineup, settings, **how)
         save_comparison(comparison, config.out)
     return path
 
@@ -151,7 +153,7 @@ def run(config: DistillConfig, progress: Progress = silent, team: Team = ALONE) 
 def summarize(config: DistillConfig) -> str:
     """Say for a reader what a finished run has made: the table, then the files."""
     lines = []
-    if config.evidence.evaluate_samples and (found := read_evaluation(config.out)):
+    if config.evaluation.evaluate_samples and (found := read_evaluation(config.out)):
         rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
         lines += [show_table(rows), ""]
     lines.append(f"{config.out} holds")
@@ -163,22 +165,22 @@ def summarize(config: DistillConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, distil with progress bars, say what was made."""
-    team = fsdp.assemble()
-    with team.in_turn():
+    processes = fsdp.init_process_group()
+    with processes.in_turn():
         config, is_dry_run = parse(
             DistillConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
         )
     if is_dry_run:
-        sys.stdout.write(to_json(config) if team.is_first else "")
+        sys.stdout.write(to_json(config) if processes.is_first else "")
         return
     try:
-        with TqdmProgress(is_shown=team.is_first) as progress, explained(LOWER_RUN):
-            run(config, progress, team)
+        with TqdmProgress(is_shown=processes.is_first) as progress, explained(LOWER_RUN):
+            run(config, progress, processes)
     except KeyboardInterrupt:
-        if team.is_first:
+        if processes.is_first:
             sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
         sys.exit(130)
-    if team.is_first:
+    if processes.is_first:
         sys.stdout.write(f"\n{summarize(config)}")
 
 

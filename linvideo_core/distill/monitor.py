@@ -20,7 +20,7 @@ _WORDS = {
 }
 
 
-class Health:
+class TrainingMonitor:
     """What `fit` asks of every row of metrics; its memory is the rows.
 
     A spike: the critic's loss, median of the last 5 rows, is over 10 times its running median.

@@ -4,8 +4,8 @@ from typing import Protocol
 
 from ..artifact import Artifact, check
 from ..models.families import identify
-from ..teacher.teacher import Draft
-from ..transfer.frozen_weights import check_held_alone
+from ..teacher.teacher import TeacherCheckpoint
+from ..transfer.frozen_weights import check_offload_alone
 from ..transfer.preflight import (
     Footprint,
     RunConfig,
@@ -25,7 +25,7 @@ class FewStepConfig(RunConfig, Protocol):
 
 
 def check_distillation(
-    draft: Draft,
+    draft: TeacherCheckpoint,
     config: FewStepConfig,
     artifact: Artifact,
     device: str,
@@ -36,7 +36,7 @@ def check_distillation(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    check_held_alone(draft.held, num_processes)
+    check_offload_alone(draft.frozen_weights, num_processes)
     distillation = config.distillation
     linear = check(artifact, draft.shapes)
     family, _ = identify(draft.shapes)

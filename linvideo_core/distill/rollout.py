@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..flow import VelocityFn, add_noise, velocity_to_x0
-from ..training.process_group import ALONE, Team
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 def draw_exits(num_samples: int, num_steps: int, generator: torch.Generator) -> Tensor:
@@ -27,7 +27,7 @@ def simulate_backward(
     exits: Tensor,
     *,
     generator: torch.Generator,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:
     """Take each sample to where `sample_few_step` calls the model for the step of its exit.
 
@@ -43,7 +43,7 @@ def simulate_backward(
     latents = noise.clone()
     for i in range(int(exits[0])):
         is_left = exits > i
-        count, num_left = int(team.share(is_left).sum()), int(is_left.sum())
+        count, num_left = int(processes.share(is_left).sum()), int(is_left.sum())
         # Sharded models are called by all processes alike: one with no sample left calls along.
         calling = max(count, 1)
         sigma, sigma_next = (s.to(noise.device).expand(calling) for s in sigmas[i : i + 2])
@@ -52,6 +52,6 @@ def simulate_backward(
         fresh = torch.randn(
             (num_left, *x0.shape[1:]), generator=generator, device=generator.device, dtype=x0.dtype
         )
-        fresh = team.share(fresh).to(x0.device)
+        fresh = processes.share(fresh).to(x0.device)
         latents[:count] = add_noise(x0[:count], fresh, sigma_next[:count])
     return latents

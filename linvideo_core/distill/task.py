@@ -20,14 +20,14 @@ from ..models import lora
 from ..models.attention_sites import checkpoint_activations
 from ..models.velocity import bind, bind_guided
 from ..run.config import option, positive
-from ..teacher.teacher import Subject
-from ..training.process_group import ALONE, Team
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..teacher.teacher import Teacher
 from ..training.trainer import ParameterGroup, TrainingConfig
 from ..transfer.objectives import dmd2
 from ..transfer.student import Student, StudentConfig, twin
 from ..transfer.warm_start import feature_maps
 from .rollout import draw_exits, simulate_backward
-from .teacher_statistics import Endings, Likeness
+from .teacher_statistics import Endpoints, TeacherStatistics
 
 _BETAS = (0.0, 0.999)
 
@@ -69,7 +69,7 @@ def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
 
 
 def make_student(
-    subject: Subject, artifact: Artifact, config: DistillationConfig, *, seed: int
+    teacher: Teacher, artifact: Artifact, config: DistillationConfig, *, seed: int
 ) -> Student:
     """Return a student whose layers are hardened as the artifact's, with untrained feature maps.
 
@@ -86,7 +86,7 @@ def make_student(
         feature_ratio=header.feature_dim // _head_dim(artifact),
         form=header.form,
     )
-    student = Student(subject, settings, seed=seed)
+    student = Student(teacher, settings, seed=seed)
     for layer, module in student.mixed.items():
         module.harden("linear" if layer in header.layers else "softmax")
     return student
@@ -125,30 +125,30 @@ class DistillationTask:
     def __init__(
         self,
         student: Student,
-        subject: Subject,
-        likeness: Likeness,
+        teacher: Teacher,
+        likeness: TeacherStatistics,
         config: DistillationConfig,
         *,
         training: TrainingConfig,
         shift: float,
         precision: str,
         seed: int,
-        endings: Endings | None = None,
-        team: Team = ALONE,
+        endings: Endpoints | None = None,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """likeness: how the teacher's videos are, to log what the student's have of it.
 
         endings: where its trajectories lead, for the regression loss.
         """
         self.student = student
-        self.subject = subject
+        self.teacher = teacher
         self.likeness = likeness
         self.endings = endings
         self.config = config
         self.training = training
         self.shift = shift
         self.precision = precision
-        self.team = team
+        self.processes = processes
         self.sigmas = make_sigmas(config.num_steps, shift)
         self.critic, self._critic_names = self._make_critic(seed)
         if training.activation_checkpointing:
@@ -157,11 +157,11 @@ class DistillationTask:
 
     def _make_critic(self, seed: int) -> tuple[nn.Module, list[str]]:
         if self.config.train == "full":
-            critic = copy.deepcopy(self.subject.model).float().requires_grad_(True)
+            critic = copy.deepcopy(self.teacher.model).float().requires_grad_(True)
             return critic, [name for name, _ in critic.named_parameters()]
-        critic = twin(self.subject.model)
+        critic = twin(self.teacher.model)
         family, rank = self.student.family, self.student.config.lora_rank
-        given = (family.trainable_prefix, rank, seed + 1, self.subject.prompt_embeds.device)
+        given = (family.trainable_prefix, rank, seed + 1, self.teacher.prompt_embeds.device)
         changes = lora.attach(critic, *given, is_frozen=family.is_frozen)
         return critic, [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
 
@@ -173,7 +173,7 @@ class DistillationTask:
     @property
     def models(self) -> list[nn.Module]:
         """All models that a step calls."""
-        return [self.subject.model, self.student.model, self.critic]
+        return [self.teacher.model, self.student.model, self.critic]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the student's weights and feature maps, then the critic's weights."""
@@ -200,7 +200,7 @@ class DistillationTask:
         else:
             with torch.no_grad():
                 x0 = self._predict(latents, sigma, prompt_embeds)
-        draw, shape = self.team.draw, x0.shape[1:]
+        draw, shape = self.processes.draw, x0.shape[1:]
         sigma = draw(len(x0), lambda n: dmd2.draw_score_sigma(n, self.shift, on_device))
         noise = draw(
             len(x0), lambda n: torch.randn(n, *shape, generator=on_device, device=x0.device)
@@ -224,26 +224,26 @@ class DistillationTask:
         """Take random prompts to where the student is called last, each at its own exit.
 
         Returns latents [B, C, F, H, W], prompts [B, S, T], exits [B], a generator on the device: of
-        a team, this process's share of them.
+        a process group, this process's share of them.
         """
-        device = self.subject.prompt_embeds.device
+        device = self.teacher.prompt_embeds.device
         B = self.training.batch_size
-        prompt = torch.randint(len(self.subject.prompts), (B,), generator=generator)
-        prompt_embeds = self.subject.prompt_embeds[self.team.share(prompt).to(device)]
+        prompt = torch.randint(len(self.teacher.prompts), (B,), generator=generator)
+        prompt_embeds = self.teacher.prompt_embeds[self.processes.share(prompt).to(device)]
         exits = draw_exits(B, self.config.num_steps, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
         on_device = torch.Generator(device).manual_seed(seed)
-        noise = torch.randn(B, *self.subject.latent_shape, generator=on_device, device=device)
+        noise = torch.randn(B, *self.teacher.latent_shape, generator=on_device, device=device)
         latents = simulate_backward(
             lambda count: self._bind(self.student.model, prompt_embeds[:count]),
-            self.team.share(noise),
+            self.processes.share(noise),
             self.sigmas,
             exits,
             generator=on_device,
-            team=self.team,
+            processes=self.processes,
         )
-        return latents, prompt_embeds, self.team.share(exits), on_device
+        return latents, prompt_embeds, self.processes.share(exits), on_device
 
     def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
@@ -258,23 +258,23 @@ class DistillationTask:
         """
         B, losses = len(latents), {}
         if self.endings is not None:
-            states, levels, wanted = self.endings.draw(B, generator, latents.device, self.team)
+            states, levels, wanted = self.endings.draw(B, generator, latents.device, self.processes)
             latents, sigma = torch.cat([latents, states.latents]), torch.cat([sigma, levels])
-            prompt_embeds = torch.cat([prompt_embeds, self.subject.prompt_embeds[states.prompt]])
+            prompt_embeds = torch.cat([prompt_embeds, self.teacher.prompt_embeds[states.prompt]])
         predicted = self._predict(latents, sigma, prompt_embeds)
         x0 = predicted[:B]
         if self.endings is not None:
             losses["regression"] = dmd2.regression_loss(predicted[B:], wanted)
         if self.config.motion_weight:
-            losses["motion"] = self.likeness.motion_ratio(x0, self.team).log().square()
+            losses["motion"] = self.likeness.motion_ratio(x0, self.processes).log().square()
         return x0, losses
 
     def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
         """Return what of the teacher's variety all x0 have, and of its motion the last step's."""
         count = int((exits == self.config.num_steps - 1).sum())
         return {
-            "spread_ratio": self.likeness.spread_ratio(x0, self.team),
-            "motion_ratio": self.likeness.motion_ratio(x0[:count], self.team),
+            "spread_ratio": self.likeness.spread_ratio(x0, self.processes),
+            "motion_ratio": self.likeness.motion_ratio(x0[:count], self.processes),
         }
 
     def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> Any:
@@ -282,9 +282,9 @@ class DistillationTask:
 
     def _guided(self, prompt_embeds: Tensor) -> Any:
         return bind_guided(
-            self.subject.model,
+            self.teacher.model,
             prompt_embeds,
-            self.subject.negative_embeds.expand_as(prompt_embeds),
+            self.teacher.negative_embeds.expand_as(prompt_embeds),
             self.config.real_guidance_scale,
             precision=self.precision,
         )

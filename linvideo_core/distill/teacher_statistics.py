@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..flow import guide, velocity_to_x0
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..teacher.trajectories import States, Trajectories
-from ..training.process_group import ALONE, Team
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Likeness:
+class TeacherStatistics:
     """How varied the teacher's videos are and how much they move, to hold others against.
 
     spread: standard deviation over the videos, averaged over the latents' elements.
@@ -21,24 +21,24 @@ class Likeness:
     spread: float
     motion: float
 
-    def spread_ratio(self, x0: Tensor, team: Team = ALONE) -> Tensor:
-        """Return the variety of the team's x0 [B, C, F, H, W], B > 1, as a share of the teacher's.
+    def spread_ratio(self, x0: Tensor, processes: ProcessGroup = SINGLE_PROCESS) -> Tensor:
+        """Return the variety of x0 [B, C, F, H, W], B > 1, as a share of the teacher's.
 
-        No gradient is right where the team is of many.
+        No gradient is right where there are several processes.
         """
-        return _spread(x0, team) / self.spread
+        return _spread(x0, processes) / self.spread
 
-    def motion_ratio(self, x0: Tensor, team: Team = ALONE) -> Tensor:
-        """Return the motion of the team's x0 [B, C, F, H, W] as a share of the teacher's.
+    def motion_ratio(self, x0: Tensor, processes: ProcessGroup = SINGLE_PROCESS) -> Tensor:
+        """Return the motion of all processes' x0 [B, C, F, H, W] as a share of the teacher's.
 
         1 for stills. A process of many may have none: B = 0.
         """
         if not self.motion:
             return torch.ones((), device=x0.device)
-        return team.mean(_motion(x0), weight=len(x0)) / self.motion
+        return processes.mean(_motion(x0), weight=len(x0)) / self.motion
 
 
-class Endings:
+class Endpoints:
     """States of the teacher's trajectories with the videos that they end in.
 
     The ways of few large steps: what a few-step model is to make of the state in one call.
@@ -63,13 +63,13 @@ class Endings:
         num_samples: int,
         generator: torch.Generator,
         device: torch.device | str,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> tuple[States, Tensor, Tensor]:
         """Return states, their noise levels [B], and the videos x0 [B, C, F, H, W].
 
-        team: of whose draw this process keeps `num_samples`.
+        process group: of whose draw this process keeps `num_samples`.
         """
-        picks = team.draw(
+        picks = processes.draw(
             num_samples,
             lambda n: self.picks[torch.randint(len(self.picks), (n,), generator=generator)],
         )
@@ -78,11 +78,11 @@ class Endings:
         return states, sigma, end_of(self.trajectories, picks, device)
 
 
-def measure_likeness(trajectories: Trajectories) -> Likeness:
+def measure_likeness(trajectories: Trajectories) -> TeacherStatistics:
     """Measure the videos at the ends of all stored trajectories."""
     picks = torch.arange(0, len(trajectories), trajectories.states_per_trajectory)
     videos = end_of(trajectories, picks, "cpu")
-    return Likeness(spread=_spread(videos).item(), motion=_motion(videos).item())
+    return TeacherStatistics(spread=_spread(videos).item(), motion=_motion(videos).item())
 
 
 def end_of(trajectories: Trajectories, picks: Tensor, device: torch.device | str) -> Tensor:
@@ -102,8 +102,8 @@ def guided_x0(trajectories: Trajectories, states: States) -> Tensor:
     return velocity_to_x0(states.latents, velocity, sigma)
 
 
-def _spread(x: Tensor, team: Team = ALONE) -> Tensor:
-    return team.std(x.float()).mean()
+def _spread(x: Tensor, processes: ProcessGroup = SINGLE_PROCESS) -> Tensor:
+    return processes.std(x.float()).mean()
 
 
 def _motion(x: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ from ..run.memory import explained
 from ..run.progress import Progress, TqdmProgress, silent
 from ..run.records import RESULTS_FOLDER, write_record
 from ..run.tables import show_table
-from ..teacher.teacher import SubjectConfig, load_subject
+from ..teacher.teacher import TeacherConfig, load_teacher
 from .comparison import Comparison, compare_artifact, compare_few_step, save_comparison
-from .entrants import FewStepLora, line_up, load_first_stage, load_second_stages
+from .entrants import FewStepLora, find_entrants, load_first_stage, load_second_stages
 from .lora_file import load_lora
 from .plots import plot_steps
 from .sampler import CompareConfig
@@ -70,7 +70,7 @@ FEW_STEP_KEYS = (
 class EvaluateConfig:
     """Which student is compared, and where the evidence goes."""
 
-    subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     comparison: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
     distilled: str = option(
@@ -95,9 +95,9 @@ class EvaluateConfig:
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
-        if self.subject.model is not None and self.artifact is None:
+        if self.teacher.model is not None and self.artifact is None:
             raise ValueError("--model was given without --artifact; give the file made for it")
-        is_own = self.subject == SubjectConfig() and self.artifact is None and self.lora is None
+        is_own = self.teacher == TeacherConfig() and self.artifact is None and self.lora is None
         if self.record and not is_own:
             raise ValueError(
                 "--record was given with --model, --prompts, --artifact or --lora; the record is "
@@ -164,21 +164,21 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     if config.lora is not None:
         file, sigmas = load_lora(config.lora), config.levels_of_lora()
         lora = FewStepLora(file=file, strength=config.lora_strength, sigmas=sigmas)
-    subject = load_subject(config.subject, config.out, device, progress).to(device)
+    teacher = load_teacher(config.teacher, config.out, device, progress).to(device)
     for artifact in (first, *distilled.values()):
-        artifact_files.check(artifact, shapes_of(subject.model))
+        artifact_files.check(artifact, shapes_of(teacher.model))
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "config.json", to_json(config))
-    logger.info("comparing %s with its students on %s in %s", subject.name, device, precision)
+    logger.info("comparing %s with its students on %s in %s", teacher.name, device, precision)
     how = {"seed": config.seed, "precision": precision, "progress": progress}
     if distilled or lora:
         steps = config.numbers_of_plain_steps()
-        lineup = line_up(
-            subject.model, first, distilled, config.comparison, plain_steps=steps, lora=lora
+        lineup = find_entrants(
+            teacher.model, first, distilled, config.comparison, plain_steps=steps, lora=lora
         )
-        comparison = compare_few_step(subject, lineup, config.comparison, **how)
+        comparison = compare_few_step(teacher, lineup, config.comparison, **how)
     else:
-        comparison = compare_artifact(subject, first, config.comparison, **how)
+        comparison = compare_artifact(teacher, first, config.comparison, **how)
     result = save_comparison(comparison, config.out)
     if config.record and distilled:
         record_few_step(FEW_STEP_RECORD_PATH, comparison, list(distilled), config, device)

@@ -18,10 +18,10 @@ from ..models.attention_sites import AttentionSite, install, restore, shapes_of
 from ..models.families import identify
 from ..run.files import write_json
 from ..run.progress import Progress, silent
-from ..teacher.teacher import Subject
+from ..teacher.teacher import Teacher
 from . import plots, video_files
-from .entrants import Lineup
-from .sampler import NUM_SHOWN, Bench, CompareConfig, Row
+from .entrants import Entrants
+from .sampler import NUM_SHOWN, CompareConfig, Evaluator, Row
 
 EVALUATION_NAME = "evaluation.json"
 STEPS_NAME = "steps.png"
@@ -50,7 +50,7 @@ class Comparison:
 
 
 def compare(
-    subject: Subject,
+    teacher: Teacher,
     students: Students,
     settings: CompareConfig,
     *,
@@ -59,31 +59,31 @@ def compare(
     progress: Progress = silent,
     recipes: Mapping[str, Recipe] | None = None,
 ) -> Comparison:
-    """Sample the teacher, then every student, and measure them; on the subject's device.
+    """Sample the teacher, then every student, and measure them; on the teacher's device.
 
     recipes: name -> how that student is sampled; the others as the settings say, which alone makes
         their velocities comparable with the teacher's.
 
     A student's context is entered once, after the teacher was sampled: it may change
-    `subject.model` in place as long as leaving it gives the teacher back.
+    `teacher.model` in place as long as leaving it gives the teacher back.
     """
-    bench = Bench(subject, settings, seed=seed, precision=precision, progress=progress)
-    teacher = bench.sample("teacher", subject.model, is_teacher=True)
-    bench.describe(teacher)
+    evaluator = Evaluator(teacher, settings, seed=seed, precision=precision, progress=progress)
+    reference = evaluator.sample("teacher", teacher.model, is_teacher=True)
+    evaluator.describe(reference)
     result = Comparison(
         settings=settings,
-        rows=[bench.measure(teacher, teacher, None)],
+        rows=[evaluator.measure(reference, reference, None)],
         velocity_rows=[],
-        frames={"teacher": teacher.frames[:NUM_SHOWN].clone()},
-        prompts=bench.prompts[:NUM_SHOWN],
+        frames={"teacher": reference.frames[:NUM_SHOWN].clone()},
+        prompts=evaluator.prompts[:NUM_SHOWN],
     )
     for name, context in students.items():
         with context as model:
             recipe = (recipes or {}).get(name)
-            samples = bench.sample(name, model, recipe=recipe)
-            velocity_rows = [] if recipe else bench.compare_velocities(name, model)
-        bench.describe(samples)
-        result.rows.append(bench.measure(samples, teacher, velocity_rows))
+            samples = evaluator.sample(name, model, recipe=recipe)
+            velocity_rows = [] if recipe else evaluator.compare_velocities(name, model)
+        evaluator.describe(samples)
+        result.rows.append(evaluator.measure(samples, reference, velocity_rows))
         result.velocity_rows += velocity_rows
         result.frames[name] = samples.frames[:NUM_SHOWN].clone()
     return result
@@ -112,7 +112,7 @@ def swap(
 
 
 def compare_artifact(
-    subject: Subject,
+    teacher: Teacher,
     artifact: artifact_files.Artifact,
     settings: CompareConfig,
     *,
@@ -126,19 +126,19 @@ def compare_artifact(
     """
     header = artifact.header
     students = {
-        "swapped": swap(subject.model, header.layers, header.feature_dim, header.form),
-        "student": artifact_files.transfer_into(subject.model, artifact),
+        "swapped": swap(teacher.model, header.layers, header.feature_dim, header.form),
+        "student": artifact_files.transfer_into(teacher.model, artifact),
     }
     comparison = compare(
-        subject, students, settings, seed=seed, precision=precision, progress=progress
+        teacher, students, settings, seed=seed, precision=precision, progress=progress
     )
     comparison.rows[-1]["bytes"] = sum(count_bytes(artifact).values())
     return comparison
 
 
 def compare_few_step(
-    subject: Subject,
-    lineup: Lineup,
+    teacher: Teacher,
+    lineup: Entrants,
     settings: CompareConfig,
     *,
     seed: int,
@@ -147,14 +147,14 @@ def compare_few_step(
 ) -> Comparison:
     """Compare steps against quality, as `compare` does: the teacher at all steps and a line-up."""
     how = {"seed": seed, "precision": precision, "progress": progress}
-    result = compare(subject, lineup.students, settings, recipes=lineup.recipes, **how)
+    result = compare(teacher, lineup.students, settings, recipes=lineup.recipes, **how)
     for name in lineup.unseen:
         del result.frames[name]
     return result
 
 
 def compare_experts(
-    subject: Subject,
+    teacher: Teacher,
     made: Mapping[str, artifact_files.Artifact],
     settings: CompareConfig,
     *,
@@ -164,23 +164,23 @@ def compare_experts(
 ) -> Comparison:
     """Compare two experts with their students, two models at work on each video.
 
-    subject: its model is `models.experts.Experts`; made: the file of each side.
+    teacher: its model is `models.experts.Experts`; made: the file of each side.
     """
 
     @contextlib.contextmanager
     def both(*, is_trained: bool) -> Iterator[nn.Module]:
         with contextlib.ExitStack() as stack:
             for side, found in made.items():
-                expert, header = subject.model.get_submodule(side), found.header
+                expert, header = teacher.model.get_submodule(side), found.header
                 stack.enter_context(
                     artifact_files.transfer_into(expert, found)
                     if is_trained
                     else swap(expert, header.layers, header.feature_dim, header.form)
                 )
-            yield subject.model
+            yield teacher.model
 
     students = {"swapped": both(is_trained=False), "student": both(is_trained=True)}
-    return compare(subject, students, settings, seed=seed, precision=precision, progress=progress)
+    return compare(teacher, students, settings, seed=seed, precision=precision, progress=progress)
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class FewStepLora:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lineup:
+class Entrants:
     """Who is compared beside the teacher at all its steps.
 
     students: name -> a context that yields the model, to be entered once.
@@ -86,7 +86,7 @@ class Lineup:
     unseen: Collection[str]
 
 
-def line_up(
+def find_entrants(
     model: nn.Module,
     linearized: Artifact,
     distilled: Mapping[str, Artifact],
@@ -94,7 +94,7 @@ def line_up(
     *,
     plain_steps: Sequence[int] = (),
     lora: FewStepLora | None = None,
-) -> Lineup:
+) -> Entrants:
     """Line up the student of a teacher at all steps, then both at few, as `distilled` and `lora`.
 
     model: the teacher.
@@ -126,7 +126,7 @@ def line_up(
         students[f"linearized_{name}"] = _with_both(model, linearized, lora)
     unseen = {f"teacher_{steps}_plain" for steps in plain_steps}
     unseen |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
-    return Lineup(students=students, recipes=recipes, unseen=unseen)
+    return Entrants(students=students, recipes=recipes, unseen=unseen)
 
 
 def _few_step(sigmas: Tensor) -> Recipe:

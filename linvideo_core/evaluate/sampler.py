@@ -24,7 +24,7 @@ from ..models.families import identify
 from ..models.velocity import bind_guided
 from ..run.config import option, positive
 from ..run.progress import Progress
-from ..teacher.teacher import Subject
+from ..teacher.teacher import Teacher
 from . import metrics
 from .features import teacher_features
 from .metrics import VideoStatistics, compare_videos, ratio, summarize_videos
@@ -116,33 +116,33 @@ class Samples:
         return summarize_videos(self.frames)
 
 
-class Bench:
+class Evaluator:
     """What all models share: prompts, noise, noise levels, the judge, the teacher's states."""
 
     def __init__(
         self,
-        subject: Subject,
+        teacher: Teacher,
         settings: CompareConfig,
         *,
         seed: int,
         precision: str,
         progress: Progress,
     ) -> None:
-        self.subject = subject
+        self.teacher = teacher
         self.settings = settings
         self.seed = seed
         self.precision = precision
         self.progress = progress
-        self.device = subject.prompt_embeds.device
+        self.device = teacher.prompt_embeds.device
         self.sigmas = make_sigmas(settings.steps, settings.shift)
         repeats = settings.seeds_per_prompt
         self.prompt_index = draw_prompts(
-            len(subject.prompts), settings.num_samples, seed, repeats=repeats
+            len(teacher.prompts), settings.num_samples, seed, repeats=repeats
         )
-        self.prompts = [subject.prompts[i] for i in self.prompt_index]
-        self.noise = draw_noise(subject.latent_shape, settings.num_samples, seed)
-        self.judge: Judge | None = load_judge(self.device) if subject.is_demo else None
-        self.labels = read_labels(self.prompts) if subject.is_demo else None
+        self.prompts = [teacher.prompts[i] for i in self.prompt_index]
+        self.noise = draw_noise(teacher.latent_shape, settings.num_samples, seed)
+        self.judge: Judge | None = load_judge(self.device) if teacher.is_demo else None
+        self.labels = read_labels(self.prompts) if teacher.is_demo else None
         levels = torch.linspace(0, settings.steps - 1, min(_NUM_STATE_LEVELS, settings.steps))
         self.levels = levels.round().long().tolist()
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
@@ -153,11 +153,11 @@ class Bench:
         """Return the guided velocity function of a model for some of the samples."""
         if guidance_scale is None:
             guidance_scale = self.settings.guidance_scale
-        prompt_embeds = self.subject.prompt_embeds[self.prompt_index[part]]
+        prompt_embeds = self.teacher.prompt_embeds[self.prompt_index[part]]
         return bind_guided(
             model,
             prompt_embeds,
-            self.subject.negative_embeds.expand_as(prompt_embeds),
+            self.teacher.negative_embeds.expand_as(prompt_embeds),
             guidance_scale,
             precision=self.precision,
         )
@@ -197,19 +197,19 @@ class Bench:
         return _join(made)
 
     def describe(self, samples: Samples) -> None:
-        """Add the teacher's features of the samples; the subject's model is the teacher now.
+        """Add the teacher's features of the samples; the teacher's model is the teacher now.
 
         Raises ValueError where it is not: inside of a student's context.
         """
         count, size = len(samples.latents), self.settings.batch_size
-        noise = draw_noise(self.subject.latent_shape, count, _FEATURE_SEED + self.seed)
+        noise = draw_noise(self.teacher.latent_shape, count, _FEATURE_SEED + self.seed)
         parts = zip(samples.latents.split(size), noise.split(size), strict=True)
         samples.teacher_features = torch.cat(
             [
                 teacher_features(
-                    self.subject.model,
+                    self.teacher.model,
                     *(x.to(self.device) for x in part),
-                    self.subject.negative_embeds,
+                    self.teacher.negative_embeds,
                     precision=self.precision,
                 ).cpu()
                 for part in parts
@@ -288,7 +288,7 @@ class Bench:
 
     @torch.no_grad()
     def _judge(self, latents: Tensor) -> dict[str, Tensor | None]:
-        frames = self.subject.decode(latents).float()
+        frames = self.teacher.decode(latents).float()
         if self.judge is None:
             digit_logits = motion_logits = None
             features = metrics.latent_features(latents)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..flow import sample_euler
 from ..models.velocity import bind_guided
-from .teacher import Subject
+from .teacher import Teacher
 
 KEPT = ("latents", "conditional", "unconditional")
 
@@ -35,15 +35,15 @@ class Sampling:
 
 @torch.no_grad()
 def sample_videos(
-    subject: Subject, sampling: Sampling, videos: range, say_step: Callable[[int], None]
+    teacher: Teacher, sampling: Sampling, videos: range, say_step: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """Sample videos together.
 
     Returns state and both branches' velocities [videos, kept, C, F, H, W] fp16, the step
     [videos, kept] that each is of, and the index [videos] of the prompt.
     """
-    device = subject.prompt_embeds.device
-    drawn = [_draw_video(subject, sampling, video) for video in videos]
+    device = teacher.prompt_embeds.device
+    drawn = [_draw_video(teacher, sampling, video) for video in videos]
     prompt, noise, kept_steps = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     kept: dict[str, list[Tensor]] = {name: [] for name in KEPT}
     branches: list[Tensor] = []
@@ -60,9 +60,9 @@ def sample_videos(
 
     order: list[Tensor] = []
     velocity_fn = bind_guided(
-        subject.model,
-        subject.prompt_embeds[prompt.to(device)],
-        subject.negative_embeds.expand(len(videos), -1, -1),
+        teacher.model,
+        teacher.prompt_embeds[prompt.to(device)],
+        teacher.negative_embeds.expand(len(videos), -1, -1),
         sampling.guidance_scale,
         precision=sampling.precision,
         on_branches=on_branches,
@@ -80,11 +80,11 @@ def spread_edges(num_kept: int, num_steps: int) -> Tensor:
     return torch.linspace(0, num_steps, num_kept + 1).round().long()
 
 
-def _draw_video(subject: Subject, sampling: Sampling, video: int) -> tuple[Tensor, Tensor, Tensor]:
+def _draw_video(teacher: Teacher, sampling: Sampling, video: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a video's prompt [], noise [C, F, H, W] and the steps [kept] that are kept of it."""
     generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + video)
-    prompt = torch.randint(len(subject.prompts), (), generator=generator)
-    noise = torch.randn(subject.latent_shape, generator=generator)
+    prompt = torch.randint(len(teacher.prompts), (), generator=generator)
+    noise = torch.randn(teacher.latent_shape, generator=generator)
     return prompt, noise, _spread(sampling.num_kept, sampling.num_steps, generator)
 
 

@@ -31,7 +31,7 @@ class Holding:
     rows: Tensor
 
     @property
-    def num_held(self) -> int:
+    def num_found(self) -> int:
         """How many of the videos are there."""
         return int((self.rows >= 0).sum())
 

@@ -1,4 +1,4 @@
-"""The subject of a transfer: a frozen teacher with the prompts and latents it is sampled with."""
+"""The teacher of a transfer: a frozen teacher with the prompts and latents it is sampled with."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ _SPACE_COMPRESSION = {16: 8, 48: 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SubjectConfig:
+class TeacherConfig:
     """Which model, with which prompts, at which size."""
 
     model: Path | None = option(None, "Wan text-to-video safetensors; none: the embedded model")
@@ -43,7 +43,7 @@ class SubjectConfig:
         None, "prompts, one a line, or a safetensors file of embeddings; none: those of LinVideo"
     )
     text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     num_frames: int = option(81, "video frames, for a --model of your own")
     height: int = option(480, "video height in pixels, for a --model of your own")
     width: int = option(832, "video width in pixels, for a --model of your own")
@@ -57,15 +57,15 @@ class SubjectConfig:
                 raise ValueError(
                     f"--{name} {getattr(self, name)} given; a multiple of 16 is needed"
                 )
-        if self.model is None and self.held.given:
+        if self.model is None and self.frozen_weights.given:
             raise ValueError(
-                f"{self.held.given} is for a --model of one's own, and none was given: give "
-                "--model, or leave it out"
+                f"{self.frozen_weights.given} is for a --model of one's own, and none was "
+                "given: give --model, or leave it out"
             )
 
 
 @dataclasses.dataclass(kw_only=True)
-class Subject:
+class Teacher:
     """A teacher ready to be sampled.
 
     prompt_embeds: [P, S, T]; negative_embeds: [S, T], the unconditional branch's prompt.
@@ -115,7 +115,7 @@ class Subject:
         ratio = _SPACE_COMPRESSION.get(C, 8)
         return _TIME_COMPRESSION * (F - 1) + 1, ratio * H, ratio * W
 
-    def to(self, device: torch.device | str) -> "Subject":
+    def to(self, device: torch.device | str) -> "Teacher":
         """Move the teacher and its prompts; once, where blocks are offloaded."""
         if self.offload_blocks:
             _, sites = identify(shapes_of(self.model))
@@ -130,8 +130,8 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Draft:
-    """A subject of one's own whose files' headers were read and fit; `load` takes its time.
+class TeacherCheckpoint:
+    """A teacher of one's own whose files' headers were read and fit; `load` takes its time.
 
     shapes: of the model's parameters, by name.
     held: how its frozen weights are.
@@ -140,20 +140,20 @@ class Draft:
     checkpoint: Checkpoint
     source: PromptSource
     latent_shape: tuple[int, int, int, int]
-    held: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The model's parameter shapes, the form in which families recognise it."""
         return {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
 
-    def load(self, folder: Path, device: str = "cpu", progress: Progress = silent) -> Subject:
-        """Return the subject on the CPU, frozen, its weights held as the config says.
+    def load(self, folder: Path, device: str = "cpu", progress: Progress = silent) -> Teacher:
+        """Return the teacher on the CPU, frozen, its weights held as the config says.
 
         Prompts that must be encoded are: on `device`, into `folder`, before the model is read.
         """
         embeds = self.source.read(folder, device=device, progress=progress)
-        return Subject(
+        return Teacher(
             name=self.checkpoint.path.stem,
             model=self.load_model(),
             prompts=embeds.prompts,
@@ -162,14 +162,14 @@ class Draft:
             latent_shape=self.latent_shape,
             decode=_preview,
             is_demo=False,
-            offload_blocks=self.held.offload_blocks,
-            sampled_as=self.held.frozen,
+            offload_blocks=self.frozen_weights.offload_blocks,
+            sampled_as=self.frozen_weights.frozen,
         )
 
     def load_model(self) -> nn.Module:
         """Return the model alone, on the CPU, frozen; it goes by its checkpoint's weights."""
-        model = self.checkpoint.load(frozen=self.held.frozen).eval().requires_grad_(False)
-        if self.held.frozen != "fp32":
+        model = self.checkpoint.load(frozen=self.frozen_weights.frozen).eval().requires_grad_(False)
+        if self.frozen_weights.frozen != "fp32":
             family, sites = identify(self.shapes)
             whole = self.checkpoint.load(under=[f"{site.name}." for site in (sites[0], sites[-1])])
             sketch = weights_sketch(whole, family, sites)
@@ -177,7 +177,7 @@ class Draft:
         return model
 
 
-def open_subject(config: SubjectConfig) -> Draft | None:
+def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
     """Read the headers of all that a --model of one's own needs; None for the embedded model.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
@@ -196,9 +196,9 @@ def open_subject(config: SubjectConfig) -> Draft | None:
             f"{source.path} {source.verb} embeddings of width {source.width}; "
             f"{config.model} takes {checkpoint.config.text_dim}"
         )
-    if config.held.offload_blocks > checkpoint.config.num_layers:
+    if config.frozen_weights.offload_blocks > checkpoint.config.num_layers:
         raise ValueError(
-            f"--offload-blocks {config.held.offload_blocks} given; {config.model} has "
+            f"--offload-blocks {config.frozen_weights.offload_blocks} given; {config.model} has "
             f"{checkpoint.config.num_layers} blocks"
         )
     ratio = _SPACE_COMPRESSION.get(checkpoint.config.in_channels, 8)
@@ -208,7 +208,7 @@ def open_subject(config: SubjectConfig) -> Draft | None:
                 f"--{name} {getattr(config, name)} given; {config.model} needs a multiple of "
                 f"{2 * ratio}"
             )
-    return Draft(
+    return TeacherCheckpoint(
         checkpoint=checkpoint,
         source=source,
         latent_shape=(
@@ -217,30 +217,30 @@ def open_subject(config: SubjectConfig) -> Draft | None:
             config.height // ratio,
             config.width // ratio,
         ),
-        held=config.held,
+        frozen_weights=config.frozen_weights,
     )
 
 
-def load_subject(
-    config: SubjectConfig | Draft,
+def load_teacher(
+    config: TeacherConfig | TeacherCheckpoint,
     folder: Path = Path(),
     device: str = "cpu",
     progress: Progress = silent,
-) -> Subject:
+) -> Teacher:
     """Load the embedded model or the one that `config` names, frozen, on the CPU.
 
     folder, device: where a text file's prompts are kept and encoded, see `Draft.load`.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
     """
-    draft = config if isinstance(config, Draft) else open_subject(config)
+    draft = config if isinstance(config, TeacherCheckpoint) else open_teacher(config)
     return _load_demo(config.prompts) if draft is None else draft.load(folder, device, progress)
 
 
-def _load_demo(prompts_path: Path | None) -> Subject:
+def _load_demo(prompts_path: Path | None) -> Teacher:
     prompts = all_prompts() if prompts_path is None else read_prompts(prompts_path)
     model = load_wan(demo.weights_path("model.safetensors"))
-    return Subject(
+    return Teacher(
         name="demo",
         model=model.eval().requires_grad_(False),
         prompts=prompts,

@@ -24,11 +24,11 @@ from ..flow import make_sigmas
 from ..run.config import option, positive
 from ..run.files import check_space, write_tensors
 from ..run.memory import show_gb
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import Progress, silent
-from ..training.process_group import ALONE, Team
 from .sampling import KEPT, Sampling, sample_videos
 from .shards import Holding, find_videos, name_shard
-from .teacher import Subject
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +122,12 @@ class Trajectories:
         batch_size: int,
         generator: torch.Generator,
         device: torch.device | str,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
         weights: Tensor | None = None,
     ) -> States:
         """Pick `batch_size` states and bring them to `device` in fp32.
 
-        Of a team's batch, the states of this process's share.
+        Of a process group's batch, the states of this process's share.
 
         weights: how likely each state is, of `weigh`; none: as any other.
         """
@@ -135,7 +135,7 @@ class Trajectories:
             picks = torch.randint(len(self), (batch_size,), generator=generator)
         else:
             picks = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
-        return self.take(team.share(picks), device)
+        return self.take(processes.share(picks), device)
 
     def weigh(self, density: Tensor) -> Tensor:
         """Return how likely each state is, [len]: a level's share is split among its states.
@@ -166,33 +166,33 @@ class Trajectories:
 
 
 def collect(
-    subject: Subject,
+    teacher: Teacher,
     config: TrajectoryConfig,
     root: Path,
     *,
     seed: int,
     precision: str = "fp32",
     progress: Progress = silent,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Trajectories:
     """Sample what is missing of the teacher's videos below `root`, and open them.
 
     They lie in a folder that is called after what decides them; of another shard size or of fewer
-    videos they serve as well. The processes of a team share what is missing. Progress is said at
+    videos they serve as well. Several processes share what is missing. Progress is said at
     each of the sampler's steps; one that raises costs the shard in the making.
 
     Raises ValueError, in one sentence, when the disk is too full or the folder holds a file of
     something else.
     """
-    kept = _Kept(subject, config, root, seed, precision)
-    held, total = kept.find(), config.num_trajectories
-    chunks = held.split_missing(config.shard_size)
+    kept = _Kept(teacher, config, root, seed, precision)
+    frozen_weights, total = kept.find(), config.num_trajectories
+    chunks = frozen_weights.split_missing(config.shard_size)
     # All have looked before one writes.
-    team.wait()
+    processes.wait()
     if chunks:
-        num_bytes = count_bytes(config, subject.latent_shape, total - held.num_held)
+        num_bytes = count_bytes(config, teacher.latent_shape, total - frozen_weights.num_found)
         check_space([(kept.folder, num_bytes, "the teacher's samples")])
-        _announce(kept.folder, held.num_held, total, num_bytes)
+        _announce(kept.folder, frozen_weights.num_found, total, num_bytes)
         kept.folder.mkdir(parents=True, exist_ok=True)
     sampling = Sampling(
         sigmas=make_sigmas(config.sampler_steps, config.shift),
@@ -201,8 +201,8 @@ def collect(
         seed=seed,
         precision=precision,
     )
-    done = held.num_held
-    mine = set(team.share(torch.arange(len(chunks))).tolist())
+    done = frozen_weights.num_found
+    mine = set(processes.share(torch.arange(len(chunks))).tolist())
     for number, videos in enumerate(chunks):
         progress(STAGE, done, total)
         path = kept.folder / name_shard(videos)
@@ -212,19 +212,19 @@ def collect(
             def say_step(step: int, done: int = done, size: int = len(videos)) -> None:
                 progress(STAGE, done + size * step // config.sampler_steps, total)
 
-            tensors = sample_videos(subject, sampling, videos, say_step)
+            tensors = sample_videos(teacher, sampling, videos, say_step)
             write_tensors(path, tensors, {"identity": kept.identity})
         done += len(videos)
-    team.wait()
+    processes.wait()
     progress(STAGE, total, total)
     return _open(kept, config)
 
 
 def count_missing(
-    subject: Subject, config: TrajectoryConfig, root: Path, *, seed: int, precision: str
+    teacher: Teacher, config: TrajectoryConfig, root: Path, *, seed: int, precision: str
 ) -> int:
     """Return how many videos `collect` would have to sample."""
-    return config.num_trajectories - _Kept(subject, config, root, seed, precision).find().num_held
+    return config.num_trajectories - _Kept(teacher, config, root, seed, precision).find().num_found
 
 
 def count_bytes(
@@ -236,8 +236,10 @@ def count_bytes(
     return count * tensors * torch.float16.itemsize
 
 
-def _announce(folder: Path, num_held: int, total: int, num_bytes: int) -> None:
-    there = f"{num_held} of {total} videos are there, the others take" if num_held else "they take"
+def _announce(folder: Path, num_found: int, total: int, num_bytes: int) -> None:
+    there = (
+        f"{num_found} of {total} videos are there, the others take" if num_found else "they take"
+    )
     logger.info(
         "the teacher's samples are kept in %s for every run that can use them: %s %s; the folder "
         "may be deleted when no run needs it",
@@ -248,23 +250,23 @@ def _announce(folder: Path, num_held: int, total: int, num_bytes: int) -> None:
 
 
 def _open(kept: "_Kept", config: TrajectoryConfig) -> Trajectories:
-    held = kept.find()
-    if held.num_held < config.num_trajectories:
+    frozen_weights = kept.find()
+    if frozen_weights.num_found < config.num_trajectories:
         raise ValueError(
             f"{kept.folder} lost files while the teacher was sampled; repeat the command"
         )
-    return Trajectories(held.paths, config, held.rows)
+    return Trajectories(frozen_weights.paths, config, frozen_weights.rows)
 
 
 class _Kept:
     """Samples on disk: what decides them, as JSON, and the folder that is called after it."""
 
     def __init__(
-        self, subject: Subject, config: TrajectoryConfig, root: Path, seed: int, precision: str
+        self, teacher: Teacher, config: TrajectoryConfig, root: Path, seed: int, precision: str
     ) -> None:
         sampler = {name: float(getattr(config, name)) for name in _DECISIVE}
         others = {"form": _FORM, "precision": precision, "seed": seed}
-        self.identity = json.dumps({**subject.describe(), **sampler, **others})
+        self.identity = json.dumps({**teacher.describe(), **sampler, **others})
         self.folder = root / hashlib.blake2b(self.identity.encode(), digest_size=6).hexdigest()
         self._num_videos = config.num_trajectories
 
@@ -272,9 +274,9 @@ class _Kept:
         return find_videos(self.folder, self.identity, self._num_videos)
 
 
-def find_usage(subject: Subject, config: TrajectoryConfig) -> Usage:
+def find_usage(teacher: Teacher, config: TrajectoryConfig) -> Usage:
     """Say how a student wants to be used: as its teacher was sampled."""
-    num_frames, height, width = subject.video_size
+    num_frames, height, width = teacher.video_size
     return Usage(
         width=width,
         height=height,

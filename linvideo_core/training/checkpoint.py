@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..run.files import remove, write_json, write_tensors
+from ..run.process_group import ProcessGroup
 from .fsdp import load_shards, save_shards
-from .process_group import Team
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 _FOLDER = "checkpoint-{:08d}"
@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def name_checkpoint(step: int, *, is_file: bool) -> str:
-    """Return how a checkpoint of a process alone, or of a team, is called in its folder."""
+    """Return how a checkpoint of one process, or of several, is called in its folder."""
     return CHECKPOINT_NAME if is_file else _FOLDER.format(step)
 
 
@@ -55,10 +55,10 @@ def finished_steps(folder: Path) -> int:
         return 0
 
 
-def read_checkpoint(path: Path, like: Mapping[str, Tensor], team: Team) -> Checkpoint:
+def read_checkpoint(path: Path, like: Mapping[str, Tensor], processes: ProcessGroup) -> Checkpoint:
     """Read what `find_checkpoint` found.
 
-    like: the parameters by name; a team's tensors become shards as theirs.
+    like: the parameters by name; a process group's tensors become shards as theirs.
 
     Raises ValueError, KeyError or SafetensorError for one that is damaged.
     """
@@ -67,10 +67,10 @@ def read_checkpoint(path: Path, like: Mapping[str, Tensor], team: Team) -> Check
         sizes = {name: (path / name).stat().st_size for name in _shards_in(path)}
         if found["shards"] != sizes:
             raise ValueError(f"it holds the shards {sizes} and was left with {found['shards']}")
-        tensors = load_shards(path, like, is_alone=team.size == 1)
+        tensors = load_shards(path, like, is_alone=processes.size == 1)
         return Checkpoint(step=found["step"], tensors=tensors, state=found["state"])
     step, state = _read_file(path)
-    if team.size > 1:
+    if processes.size > 1:
         tensors = load_shards(path.parent, like, is_alone=False)
         return Checkpoint(step=step, tensors=tensors, state=state)
     with safe_open(path, framework="pt") as file:
@@ -78,24 +78,24 @@ def read_checkpoint(path: Path, like: Mapping[str, Tensor], team: Team) -> Check
     return Checkpoint(step=step, tensors=tensors, state=state)
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, team: Team) -> None:
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, processes: ProcessGroup) -> None:
     """Write a checkpoint, then take earlier ones away.
 
     Raises OSError where that fails; the earlier one is then intact.
     """
-    if team.size == 1:
+    if processes.size == 1:
         metadata = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
         write_tensors(folder / CHECKPOINT_NAME, checkpoint.tensors, metadata)
         _remove_folders(folder, but=None)
         return
     path = folder / _FOLDER.format(checkpoint.step)
     part = path.with_name(f".{path.name}.part")
-    if team.is_first:
+    if processes.is_first:
         remove(part)
         part.mkdir()
-    team.wait()
+    processes.wait()
     save_shards(part, checkpoint.tensors)
-    if team.is_first:
+    if processes.is_first:
         shards = {name: (part / name).stat().st_size for name in _shards_in(part)}
         state = {"step": checkpoint.step, "state": checkpoint.state, "shards": shards}
         write_json(part / _STATE_NAME, state)
@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, team: Team) -> None:
         os.replace(part, path)
         _remove_folders(folder, but=path)
         (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
-    team.wait()
+    processes.wait()
 
 
 def _read_file(path: Path) -> tuple[int, dict[str, Any]]:
@@ -129,7 +129,7 @@ def _remove_folders(folder: Path, *, but: Path | None) -> None:
 _EARLIER = "checkpoint_before_"
 
 
-class Watch(Protocol):
+class Monitor(Protocol):
     """What looks at a training's metrics while it runs.
 
     delay: rows within which a fault is found, its first row included.
@@ -144,20 +144,20 @@ class Watch(Protocol):
 class CheckpointFiles:
     """The last checkpoint in a folder; beside it those back to one that any fault comes after.
 
-    Every process of a team calls alike; the first one alone moves files.
+    Every process of a process group calls alike; the first one alone moves files.
     """
 
-    def __init__(self, folder: Path, delay: int | None, team: Team) -> None:
+    def __init__(self, folder: Path, delay: int | None, processes: ProcessGroup) -> None:
         """delay: rows of metrics within which a fault is found, its first row included.
 
         None: no fault is looked for, and one checkpoint is enough.
         """
         self.folder = folder
-        self.team = team
+        self.processes = processes
         self._delay = delay
         # One row more than the delay: a checkpoint's first row is of its own weights.
         self._recent: deque[int] = deque(maxlen=(delay or 0) + 1)
-        with team.in_turn():
+        with processes.in_turn():
             if self.path is None and (earlier := self._earlier()):
                 # It was stopped between the two halves of `write`.
                 self._put_back(max(earlier), earlier)
@@ -175,19 +175,19 @@ class CheckpointFiles:
 
     def read(self, like: Mapping[str, Tensor]) -> Checkpoint:
         """Return the last checkpoint; see `read_checkpoint`."""
-        checkpoint = read_checkpoint(self.path, like, self.team)
+        checkpoint = read_checkpoint(self.path, like, self.processes)
         self._step = checkpoint.step
         return checkpoint
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; drop those that no fault can lead back to."""
         if self._delay is not None:
-            with self.team.in_turn():
-                if self.team.is_first and (path := self.path):
+            with self.processes.in_turn():
+                if self.processes.is_first and (path := self.path):
                     path.replace(path.with_name(f"{_EARLIER}{self._step}{path.suffix}"))
-        write_checkpoint(self.folder, checkpoint, self.team)
+        write_checkpoint(self.folder, checkpoint, self.processes)
         self._step = checkpoint.step
-        if self.team.is_first:
+        if self.processes.is_first:
             earlier = self._earlier()
             best = max(filter(self._is_good, earlier), default=0)
             for step, path in earlier.items():
@@ -200,8 +200,8 @@ class CheckpointFiles:
 
     def return_to_good(self) -> None:
         """After a fault in the last row: leave the last checkpoint from before it, or none."""
-        with self.team.in_turn():
-            if not self.team.is_first:
+        with self.processes.in_turn():
+            if not self.processes.is_first:
                 return
             earlier = self._earlier()
             if not self._is_good(self._step):
@@ -214,7 +214,7 @@ class CheckpointFiles:
 
     def finish(self) -> None:
         """Drop what only an unfinished training needs."""
-        if self.team.is_first:
+        if self.processes.is_first:
             for path in self._earlier().values():
                 remove(path)
 

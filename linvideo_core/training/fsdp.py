@@ -1,8 +1,9 @@
 """Many processes, one run: the only file that knows torch.distributed.
 
-`torchrun --nproc-per-node N -m linvideo_core.transfer ...` starts N processes that `assemble` makes
-a team. Models are written for one device; here their parameters are sharded from outside with
-PyTorch's FSDP2 (`fully_shard`), block by block, and checkpoints are PyTorch's DCP.
+`torchrun --nproc-per-node N -m linvideo_core.transfer ...` starts N processes, which
+`init_process_group` joins. Models are written for one device; here their parameters are sharded
+from outside with PyTorch's FSDP2 (`fully_shard`), block by block, and checkpoints are PyTorch's
+DCP.
 
 The same global batch gives the same results on any number of processes up to the order of sums. In
 fp32, on the small models of the tests, metrics agree within 1e-4 and what training did to each
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .process_group import ALONE, Team, is_sharded, whole_of
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup, is_sharded, whole_of
 
 Owners = list[tuple[nn.Module, str]]
 """The modules that hold one parameter, each with its name there."""
@@ -101,11 +102,11 @@ _TIMEOUT = datetime.timedelta(days=7)
 _FAILED = "linvideo/failed"
 
 
-def assemble() -> Team:
-    """Return the team of the processes that torchrun started with this one; alone without it."""
+def init_process_group() -> ProcessGroup:
+    """Return the processes that torchrun started with this one; without it, this one alone."""
     given = [os.environ.get(name) for name in _STARTED_BY_TORCHRUN]
     if not all(given) or int(os.environ["WORLD_SIZE"]) == 1:
-        return ALONE
+        return SINGLE_PROCESS
     return _Ranks()
 
 
@@ -122,10 +123,10 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
             _leave(error.code or 0)
             raise
         except Exception as error:
-            team = _Ranks.present
-            if team is None:
+            processes = _Ranks.present
+            if processes is None:
                 raise
-            if not team.fails_first():
+            if not processes.fails_first():
                 # What others say of a failed process is its echo.
                 _leave(1)
             if _is_lost_process(error) and not sys.flags.dev_mode:
@@ -140,7 +141,7 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _leave(code: int) -> None:
-    """End a process that was in a team at once; return in one that was always alone.
+    """End a process that was in a process group at once; return in one that was always alone.
 
     Python's own end takes groups and meshes down in no order, and their threads may abort the
     process, now and then; torchrun would then end the first one in the middle of its evaluation.
@@ -153,10 +154,10 @@ def _leave(code: int) -> None:
 
 
 class StoppedTogetherError(KeyboardInterrupt):
-    """All processes of a team stop after the same step."""
+    """All processes of a process group stop after the same step."""
 
 
-class _Ranks(Team):
+class _Ranks(ProcessGroup):
     """Processes that torchrun started, each with a device of its own."""
 
     present: "_Ranks | None" = None
@@ -255,7 +256,7 @@ class _Ranks(Team):
             self.wait()
 
     @contextlib.contextmanager
-    def heeding_stops(self) -> Iterator[None]:
+    def graceful_shutdown(self) -> Iterator[None]:
         def ask(number: int, frame: Any) -> None:
             self._is_asked_to_stop = True
 
@@ -276,7 +277,7 @@ class _Ranks(Team):
     def is_agreed(self, error: BaseException) -> bool:
         return isinstance(error, StoppedTogetherError)
 
-    def disband(self) -> bool:
+    def destroy(self) -> bool:
         self.wait()
         self.dist.destroy_process_group()
         _Ranks.present = None
@@ -292,7 +293,7 @@ class _Ranks(Team):
 
 
 def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into a folder, each process of the team its part, in a safetensors file.
+    """Write tensors into a folder, each process its part, in a safetensors file.
 
     DCP's usual form pickles its index; this one has none.
 
@@ -308,11 +309,11 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_shards(folder: Path, like: Mapping[str, Tensor], *, is_alone: bool) -> dict[str, Tensor]:
-    """Read the safetensors files of a folder, which a team of any size or a process alone wrote.
+    """Read the safetensors files of a folder, which any number of processes wrote.
 
     like: tensors by the last part of a name, after its last slash; what is read becomes sharded as
         they are, and is whole without one.
-    is_alone: no team is asked.
+    is_alone: no process group is asked.
 
     Nothing is unpickled.
 

@@ -2,7 +2,7 @@
 
 Every random draw of a step comes from a generator seeded by (seed, step), so an interrupted run
 that is started again ends in the same weights as an unbroken one. Of what is drawn for the whole
-batch each process of a team takes its share; gradients and metrics are means over all of them.
+batch each process takes its share; gradients and metrics are means over all of them.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..run.config import fraction, option, positive
 from ..run.folder import read_whole_rows
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import Progress, silent
-from .checkpoint import Checkpoint, CheckpointFiles, Watch
-from .process_group import ALONE, Team
+from .checkpoint import Checkpoint, CheckpointFiles, Monitor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,25 +115,25 @@ def fit(
     seed: int,
     stage: str = "training",
     progress: Progress = silent,
-    watch: Watch | None = None,
-    team: Team = ALONE,
+    monitor: Monitor | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
 
     Leaves `metrics.jsonl` and a checkpoint in `folder`, and the averaged weights in the task's
     parameters. Whatever stops it between, such as a `progress` that raises, finds the finished
-    steps in the checkpoint; of a team, where all stop after the same step.
+    steps in the checkpoint; of a process group, where all stop after the same step.
 
     watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
-    team: the processes that train together; the task draws for all and computes this one's share.
+    processes: that train together; the task draws for all and computes this one's share.
 
     Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last
     checkpoint from before it is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(task, config, folder, watch, team)
+    run = _Run(task, config, folder, monitor, processes)
     first = run.resume()
-    with team.heeding_stops(), run.kept_when_stopped():
+    with processes.graceful_shutdown(), run.kept_when_stopped():
         progress(stage, first, config.steps)
         for step in range(first, config.steps):
             row = run.take_step(step, seed_step(seed, step))
@@ -143,7 +143,7 @@ def fit(
             progress(stage, step + 1, config.steps, **run.shown)
             if (step + 1) % config.checkpoint_every == 0 or is_last:
                 run.save()
-            team.stop_together()
+            processes.stop_together()
     run.keep_average()
 
 
@@ -159,13 +159,18 @@ class _Run:
     """
 
     def __init__(
-        self, task: Task, config: TrainingConfig, folder: Path, watch: Watch | None, team: Team
+        self,
+        task: Task,
+        config: TrainingConfig,
+        folder: Path,
+        monitor: Monitor | None,
+        processes: ProcessGroup,
     ) -> None:
         self.task = task
         self.config = config
-        self.watch = watch
-        self.team = team
-        self.files = CheckpointFiles(folder, None if watch is None else watch.delay, team)
+        self.monitor = monitor
+        self.processes = processes
+        self.files = CheckpointFiles(folder, None if monitor is None else monitor.delay, processes)
         self.metrics_path = folder / "metrics.jsonl"
         self.groups = groups = task.parameter_groups()
         self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
@@ -173,7 +178,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters.values()), "betas": g.betas} for g in groups],
             weight_decay=config.weight_decay,
-            foreach=team.size > 1 or None,  # One by one, sharded parameters take long to ask.
+            foreach=processes.size > 1 or None,  # One by one, sharded parameters take long to ask.
         )
         self.num_finished: int | None = 0
         self.num_saved = 0
@@ -193,7 +198,7 @@ class _Run:
         # KeyboardInterrupt and a host's own interruption are no Exception.
         except BaseException as error:
             has_more = self.num_finished is not None and self.num_finished > self.num_saved
-            if has_more and self.team.is_agreed(error):
+            if has_more and self.processes.is_agreed(error):
                 try:
                     self.save()
                 except (OSError, ValueError) as reason:
@@ -211,7 +216,7 @@ class _Run:
             loss, metrics = self.task.loss(step, generator)
             (loss / self.config.accumulation).backward()
             total = total.to(loss.device) + loss.detach() / self.config.accumulation
-        self.team.average_gradients(self.parameters.values())
+        self.processes.average_gradients(self.parameters.values())
         norms = self._clip()
         self.num_finished = None
         self.optimizer.step()
@@ -228,7 +233,7 @@ class _Run:
             mine = [g.parameters for g in self.groups if g.player == player]
             parameters = [p for parameters in mine for p in parameters.values()]
             name = f"{player}_gradient_norm" if player else "gradient_norm"
-            norms[name] = self.team.clip_gradients(parameters, self.config.clip_norm)
+            norms[name] = self.processes.clip_gradients(parameters, self.config.clip_norm)
         return norms
 
     @torch.no_grad()
@@ -244,15 +249,15 @@ class _Run:
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl in plain numbers."""
-        row = self.team.mean_row(row)
+        row = self.processes.mean_row(row)
         plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in row.items()}
         if not math.isfinite(plain["loss"]):
             raise self._diverged(f"the loss became {plain['loss']} at step {step}")
         self.files.see_row(step)
-        if self.watch is not None and (fault := self.watch(plain)):
+        if self.monitor is not None and (fault := self.monitor(plain)):
             self.files.return_to_good()
             raise self._diverged(f"{fault} at step {step}")
-        if self.team.is_first:
+        if self.processes.is_first:
             with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **plain}) + "\n")
         self.shown = {"loss": plain["loss"]}
@@ -260,7 +265,7 @@ class _Run:
     def save(self) -> None:
         """Write the checkpoint of the finished steps."""
         step = self.num_finished
-        if name := self.team.find_not_finite(self.parameters):
+        if name := self.processes.find_not_finite(self.parameters):
             raise self._diverged(f"{name} is no longer finite after step {step}")
         tensors = {f"average/{n}": t for n, t in self.average.items()}
         for name, parameter in self.parameters.items():
@@ -277,7 +282,7 @@ class _Run:
     def resume(self) -> int:
         """Take the checkpoint's state, drop later metrics; return the number of finished steps."""
         if (path := self.files.path) is None:
-            if self.team.is_first:
+            if self.processes.is_first:
                 self.metrics_path.unlink(missing_ok=True)
             return 0
         try:
@@ -309,12 +314,12 @@ class _Run:
     def _drop_metrics_from(self, step: int) -> None:
         rows = read_whole_rows(self.metrics_path, before=step)
         # All have read before one writes.
-        self.team.wait()
-        if self.team.is_first and self.metrics_path.exists():
+        self.processes.wait()
+        if self.processes.is_first and self.metrics_path.exists():
             self.metrics_path.write_text("".join(rows), encoding="utf-8")
-        for row in map(json.loads, rows if self.watch else ()):
+        for row in map(json.loads, rows if self.monitor else ()):
             self.files.see_row(row["step"])
-            self.watch(row)
+            self.monitor(row)
 
     @torch.no_grad()
     def keep_average(self) -> None:

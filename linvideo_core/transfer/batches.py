@@ -5,9 +5,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..teacher.teacher import Subject
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
-from ..training.process_group import ALONE, Team
 from .objectives import Batch
 
 
@@ -26,31 +26,35 @@ class PromptedBatch:
 
 
 def draw_batch(
-    subject: Subject,
+    teacher: Teacher,
     trajectories: Trajectories,
     batch_size: int,
     prompt_dropout: float,
     generator: torch.Generator,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     weights: Tensor | None = None,
 ) -> PromptedBatch:
     """Draw stored states and assign a share `prompt_dropout` of them to the unconditional branch.
 
-    batch_size: of the whole team, whose every process draws all and keeps its share.
+    batch_size: of the whole process group, whose every process draws all and keeps its share.
     weights: of the stored states, as `Trajectories.draw` takes them.
 
     Sampling calls both branches, so both are trained: guidance multiplies the error of either.
     """
-    device = subject.prompt_embeds.device
-    states = trajectories.draw(batch_size, generator, device, team, weights)
-    is_dropped = team.share(torch.rand(batch_size, generator=generator) < prompt_dropout).to(device)
-    prompt_embeds = subject.prompt_embeds[states.prompt]
-    negative_embeds = subject.negative_embeds.expand_as(prompt_embeds)
+    device = teacher.prompt_embeds.device
+    states = trajectories.draw(batch_size, generator, device, processes, weights)
+    is_dropped = processes.share(torch.rand(batch_size, generator=generator) < prompt_dropout).to(
+        device
+    )
+    prompt_embeds = teacher.prompt_embeds[states.prompt]
+    negative_embeds = teacher.negative_embeds.expand_as(prompt_embeds)
     velocity = torch.where(
         is_dropped.view(-1, 1, 1, 1, 1), states.unconditional, states.conditional
     )
     return PromptedBatch(
-        batch=Batch(latents=states.latents, velocity=velocity, step=states.step, team=team),
+        batch=Batch(
+            latents=states.latents, velocity=velocity, step=states.step, processes=processes
+        ),
         branch_embeds=torch.where(is_dropped.view(-1, 1, 1), negative_embeds, prompt_embeds),
         prompt_embeds=prompt_embeds,
         negative_embeds=negative_embeds,

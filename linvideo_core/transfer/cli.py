@@ -31,12 +31,12 @@ from ..run.config import parse, to_json
 from ..run.devices import resolve_device, resolve_precision
 from ..run.folder import CONFIG_NAME, check_run, open_run
 from ..run.memory import LOWER_RUN, explained
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import Progress, TqdmProgress, silent
 from ..run.tables import show_table
-from ..teacher.teacher import Subject, load_subject, open_subject
+from ..teacher.teacher import Teacher, load_teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
 from ..training import fsdp
-from ..training.process_group import ALONE, Team
 from .estimate import forecast
 from .evaluation import compare_config, draw_training, is_evaluated
 from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
@@ -132,12 +132,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: TransferConfig, progress: Progress = silent, team: Team = ALONE) -> Path:
+def run(
+    config: TransferConfig, progress: Progress = silent, processes: ProcessGroup = SINGLE_PROCESS
+) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
 
     Of two experts that is the high-noise one's; `list_artifacts` has both.
 
-    team: the processes that train together; what follows on training is the first one's alone.
+    processes: that train together; what follows on training is the first one's alone.
 
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
@@ -145,15 +147,15 @@ def run(config: TransferConfig, progress: Progress = silent, team: Team = ALONE)
     is_made = all(path.exists() for path in paths) and (config.out / CONFIG_NAME).exists()
     if is_made:
         open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-        if is_evaluated(config.evidence, config.out):
+        if is_evaluated(config.evaluation, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return paths[0]
-    team.check_batch(config.training.batch_size)
-    device = team.place(resolve_device(config.device))
+    processes.check_batch(config.training.batch_size)
+    device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     make = _run_experts if config.experts.low_noise_model is not None else _run_one
-    comparison = make(config, device, precision, progress, is_made, team)
+    comparison = make(config, device, precision, progress, is_made, processes)
     if comparison is not None:
         save_comparison(comparison, config.out)
     return paths[0]
@@ -172,36 +174,38 @@ def _run_one(
     precision: str,
     progress: Progress,
     is_made: bool,
-    team: Team,
+    processes: ProcessGroup,
 ) -> Comparison | None:
     """Make the file unless it is made; return the comparison with its teacher, if still to do."""
     path = config.out / ARTIFACT_NAME
-    draft = open_subject(config.subject)
+    draft = open_teacher(config.teacher)
     footprint = None
     if draft is not None:
-        footprint = check_transfer(draft, config, device, precision, team.size)
-    with team.in_turn():
-        subject = load_subject(draft or config.subject, config.out, device, progress).to(device)
+        footprint = check_transfer(draft, config, device, precision, processes.size)
+    with processes.in_turn():
+        teacher = load_teacher(draft or config.teacher, config.out, device, progress).to(device)
     if not is_made:
         # Several processes share a training that none of them could hold alone.
-        _forecast(subject, config, precision, footprint, team, tries_training=team.size == 1)
-        student = Student(subject, config.student, seed=config.seed)
+        _forecast(
+            teacher, config, precision, footprint, processes, tries_training=processes.size == 1
+        )
+        student = Student(teacher, config.student, seed=config.seed)
         check_layers(config.selection, list(student.mixed))
-        with team.in_turn():
+        with processes.in_turn():
             open_run(config.out, config, ignore=_FREE_FIELDS)
-        linearize(student, subject, config, precision, progress, team=team)
-    if not team.disband():
+        linearize(student, teacher, config, precision, progress, processes=processes)
+    if not processes.destroy():
         return None
     made = artifact.load(path)
     draw_training(config.out, made.header.layers, config.selection, config.training.steps)
-    if is_evaluated(config.evidence, config.out):
+    if is_evaluated(config.evaluation, config.out):
         return None
     logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
     # What ships is what is measured: the saved file, in a model that is not compiled.
     return compare_artifact(
-        subject,
+        teacher,
         made,
-        compare_config(config.evidence, config.trajectories),
+        compare_config(config.evaluation, config.trajectories),
         seed=config.seed,
         precision=precision,
         progress=progress,
@@ -214,26 +218,28 @@ def _run_experts(
     precision: str,
     progress: Progress,
     is_made: bool,
-    team: Team,
+    processes: ProcessGroup,
 ) -> Comparison | None:
     """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
     drafts = check_experts(config, device, precision)
-    with team.in_turn():
-        subject = load_experts(drafts, config, device, progress)
+    with processes.in_turn():
+        teacher = load_experts(drafts, config, device, progress)
     if not is_made:
         footprint = check_transfer(drafts[HIGH], config, device, precision)
-        _forecast(subject, config, precision, footprint, team, tries_training=False, num_students=2)
-        with team.in_turn():
+        _forecast(
+            teacher, config, precision, footprint, processes, tries_training=False, num_students=2
+        )
+        with processes.in_turn():
             open_run(config.out, config, ignore=_FREE_FIELDS)
         names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
-        linearize_experts(subject, names, config, precision, progress, team)
-    if not team.disband() or is_evaluated(config.evidence, config.out):
+        linearize_experts(teacher, names, config, precision, progress, processes)
+    if not processes.destroy() or is_evaluated(config.evaluation, config.out):
         return None
     logger.info("comparing both experts with their students on %s in %s", device, precision)
     return compare_experts(
-        subject,
+        teacher,
         {side: artifact.load(config.out / name) for side, name in EXPERT_NAMES.items()},
-        compare_config(config.evidence, config.trajectories),
+        compare_config(config.evaluation, config.trajectories),
         seed=config.seed,
         precision=precision,
         progress=progress,
@@ -241,11 +247,11 @@ def _run_experts(
 
 
 def _forecast(
-    subject: Subject,
+    teacher: Teacher,
     config: TransferConfig,
     precision: str,
     footprint: Footprint | None,
-    team: Team,
+    processes: ProcessGroup,
     *,
     tries_training: bool,
     num_students: int = 1,
@@ -258,11 +264,11 @@ def _forecast(
         return
     known = {} if footprint is None else dataclasses.asdict(footprint)
     forecast(
-        subject,
+        teacher,
         config,
         precision,
-        tries_training=tries_training and not subject.is_demo,
-        num_processes=team.size,
+        tries_training=tries_training and not teacher.is_demo,
+        num_processes=processes.size,
         num_students=num_students,
         **known,
     )
@@ -280,7 +286,7 @@ def summarize(config: TransferConfig) -> str:
             f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
         )
     lines.append("")
-    if config.evidence.evaluate_samples and (found := read_evaluation(config.out)):
+    if config.evaluation.evaluate_samples and (found := read_evaluation(config.out)):
         rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
         lines += [show_table(rows), "swapped: the same layers linear, without any training", ""]
     lines.append(f"{config.out} holds")
@@ -293,22 +299,22 @@ def summarize(config: TransferConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, run the transfer with progress bars, say what was made."""
-    team = fsdp.assemble()
-    with team.in_turn():
+    processes = fsdp.init_process_group()
+    with processes.in_turn():
         config, is_dry_run = parse(
             TransferConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
         )
     if is_dry_run:
-        sys.stdout.write(to_json(config) if team.is_first else "")
+        sys.stdout.write(to_json(config) if processes.is_first else "")
         return
     try:
-        with TqdmProgress(is_shown=team.is_first) as progress, explained(LOWER_RUN):
-            run(config, progress, team)
+        with TqdmProgress(is_shown=processes.is_first) as progress, explained(LOWER_RUN):
+            run(config, progress, processes)
     except KeyboardInterrupt:
-        if team.is_first:
+        if processes.is_first:
             sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
         sys.exit(130)
-    if team.is_first:
+    if processes.is_first:
         sys.stdout.write(f"\n{summarize(config)}")
 
 

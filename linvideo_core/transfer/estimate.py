@@ -10,7 +10,7 @@ import torch
 
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb
-from ..teacher.teacher import Subject
+from ..teacher.teacher import Teacher
 from ..teacher.trajectories import count_bytes, count_missing
 from ..training.checkpoint import finished_steps
 from .layer_selection.rules import count_selection_steps
@@ -90,7 +90,7 @@ def estimate(
     disk_bytes: of samples and checkpoints. num_students: one an expert.
     device_bytes: at least, where the pace does not know the peak; memory_bytes: of the CPU.
     """
-    training, evidence = config.training, config.evidence
+    training, evaluation = config.training, config.evaluation
     steps = config.trajectories.sampler_steps
     selecting = 0
     if config.selection.rule == "learned":
@@ -102,7 +102,7 @@ def estimate(
     warm_steps = 0 if num_done else config.warm_start.warm_start_steps
     warm_start = warm_steps * share * _WARM_START * pace.call
     # The teacher, the layers merely swapped, and the student; the first process alone.
-    comparing = 3 * evidence.evaluate_samples * steps * pace.call
+    comparing = 3 * evaluation.evaluate_samples * steps * pace.call
     return Estimate(
         sampling=-(-num_missing // num_processes) * steps * pace.call,
         warm_start=num_students * warm_start,
@@ -120,7 +120,7 @@ def count_checkpoint_bytes(num_trained: int) -> int:
 
 
 def forecast(
-    subject: Subject,
+    teacher: Teacher,
     config: TransferConfig,
     precision: str,
     *,
@@ -139,16 +139,16 @@ def forecast(
     """
     root = config.trajectories.folder_beside(config.out)
     settings = {"seed": config.seed, "precision": precision}
-    num_missing = count_missing(subject, config.trajectories, root, **settings)
+    num_missing = count_missing(teacher, config.trajectories, root, **settings)
     pace = time_run(
-        subject,
+        teacher,
         config,
         precision,
         tries_training=tries_training,
         num_processes=num_processes,
     )
     num_trained = pace.num_trained or num_trained
-    samples = count_bytes(config.trajectories, subject.latent_shape, num_missing)
+    samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
     checkpoints = num_students * count_checkpoint_bytes(num_trained)
     check_space(
         [(root, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
@@ -164,7 +164,7 @@ def forecast(
         device_bytes=device_bytes,
         memory_bytes=memory_bytes,
     )
-    device = subject.prompt_embeds.device
+    device = teacher.prompt_embeds.device
     total = None
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

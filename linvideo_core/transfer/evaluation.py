@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvidenceConfig:
+class EvaluationConfig:
     """How much is sampled to compare the result with its teacher, by the teacher's own sampler."""
 
     evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
@@ -31,7 +31,7 @@ class EvidenceConfig:
             )
 
 
-def compare_config(config: EvidenceConfig, trajectories: TrajectoryConfig) -> CompareConfig:
+def compare_config(config: EvaluationConfig, trajectories: TrajectoryConfig) -> CompareConfig:
     """Return how the comparison samples: as the teacher's trajectories were sampled."""
     return CompareConfig(
         num_samples=config.evaluate_samples,
@@ -42,7 +42,7 @@ def compare_config(config: EvidenceConfig, trajectories: TrajectoryConfig) -> Co
     )
 
 
-def is_evaluated(config: EvidenceConfig, folder: Path) -> bool:
+def is_evaluated(config: EvaluationConfig, folder: Path) -> bool:
     """Say whether a run folder holds the comparison that is asked for, if any is."""
     if not config.evaluate_samples:
         return True

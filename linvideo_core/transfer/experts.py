@@ -23,11 +23,11 @@ from ..models.quantized import count_frozen_bytes
 from ..models.velocity import TIMESTEP_SCALE
 from ..run.config import override
 from ..run.memory import Need, check_memory
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import Progress
 from ..teacher.sampling import spread_edges
-from ..teacher.teacher import Draft, Subject, open_subject
+from ..teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
 from ..teacher.trajectories import States, Trajectories, collect
-from ..training.process_group import ALONE, Team
 from .evaluation import draw_training
 from .pipeline import ARTIFACT_NAME, TransferConfig, linearize
 from .preflight import check_transfer
@@ -81,7 +81,9 @@ def own_sigmas(sigmas: Tensor, side: str, boundary: float) -> Tensor:
     return sigmas[int(own[0]) : int(own[-1]) + 2]
 
 
-def check_experts(config: TransferConfig, device: str, precision: str) -> dict[str, Draft]:
+def check_experts(
+    config: TransferConfig, device: str, precision: str
+) -> dict[str, TeacherCheckpoint]:
     """Read the headers of both experts, and return their drafts by side.
 
     Raises FileNotFoundError or ValueError, in one sentence, for what cannot work.
@@ -93,12 +95,12 @@ def check_experts(config: TransferConfig, device: str, precision: str) -> dict[s
             "high-noise expert never makes: give another objective"
         )
     drafts = {
-        side: open_subject(override(config.subject, {"model": path}))
-        for side, path in ((HIGH, config.subject.model), (LOW, config.experts.low_noise_model))
+        side: open_teacher(override(config.teacher, {"model": path}))
+        for side, path in ((HIGH, config.teacher.model), (LOW, config.experts.low_noise_model))
     }
     if drafts[HIGH].checkpoint.config != drafts[LOW].checkpoint.config:
         raise ValueError(
-            f"{config.subject.model} and {config.experts.low_noise_model} differ in architecture; "
+            f"{config.teacher.model} and {config.experts.low_noise_model} differ in architecture; "
             "two experts of one model are needed"
         )
     sigmas = make_sigmas(settings.sampler_steps, settings.shift)
@@ -112,16 +114,16 @@ def check_experts(config: TransferConfig, device: str, precision: str) -> dict[s
             "of each trajectory on both sides: raise --states-per-trajectory, or change --shift"
         )
     check_transfer(drafts[HIGH], config, device, precision)
-    size = count_frozen_bytes(drafts[HIGH].shapes, config.subject.held.frozen)
+    size = count_frozen_bytes(drafts[HIGH].shapes, config.teacher.frozen_weights.frozen)
     advice = "choose smaller models or a machine with more memory"
     check_memory([Need("each of two experts", size)] * 2, "cpu", advice)
     return drafts
 
 
 def load_experts(
-    drafts: Mapping[str, Draft], config: TransferConfig, device: str, progress: Progress
-) -> Subject:
-    """Return both experts as one subject; its prompts are on `device`, its weights on the CPU."""
+    drafts: Mapping[str, TeacherCheckpoint], config: TransferConfig, device: str, progress: Progress
+) -> Teacher:
+    """Return both experts as one teacher; its prompts are on `device`, its weights on the CPU."""
     high = drafts[HIGH].load(config.out, device, progress)
     low = drafts[LOW].load_model()
     boundary = config.experts.boundary
@@ -135,25 +137,25 @@ def load_experts(
 
 
 def linearize_experts(
-    subject: Subject,
+    teacher: Teacher,
     names: Mapping[str, str],
     config: TransferConfig,
     precision: str,
     progress: Progress,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Sample with both experts, then train each one's student and save its file in `config.out`.
 
-    subject: of `load_experts`; names: what each expert's file is called.
+    teacher: of `load_experts`; names: what each expert's file is called.
     """
     trajectories = collect(
-        subject,
+        teacher,
         config.trajectories,
         config.trajectories.folder_beside(config.out),
         seed=config.seed,
         precision=precision,
         progress=progress,
-        team=team,
+        processes=processes,
     )
     for side in SIDES:
         path = config.out / EXPERT_NAMES[side]
@@ -161,15 +163,15 @@ def linearize_experts(
             continue
         own = OwnStates(trajectories, side, config.experts.boundary)
         expert = dataclasses.replace(
-            subject,
+            teacher,
             name=names[side],
-            model=subject.model.fetch(side, subject.prompt_embeds.device),
+            model=teacher.model.fetch(side, teacher.prompt_embeds.device),
         )
         mine = override(config, {"out": config.out / side})
         student = Student(expert, config.student, seed=config.seed)
         told = _name_stages(side, progress)
-        linearize(student, expert, mine, precision, told, trajectories=own, team=team)
-        if not team.is_first:
+        linearize(student, expert, mine, precision, told, trajectories=own, processes=processes)
+        if not processes.is_first:
             continue
         made = artifact.load(mine.out / ARTIFACT_NAME)
         draw_training(mine.out, made.header.layers, config.selection, config.training.steps)

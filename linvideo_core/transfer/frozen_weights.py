@@ -4,19 +4,22 @@ from ..models.quantized import FrozenConfig
 from ..training.trainer import TrainingConfig
 
 
-def check_held(held: FrozenConfig, training: TrainingConfig, all_trained_by: str = "") -> None:
+def check_frozen_weights(
+    frozen_weights: FrozenConfig, training: TrainingConfig, all_trained_by: str = ""
+) -> None:
     """Raise ValueError, in one sentence, for settings of a training that contradict one another.
 
     all_trained_by: the flag that trains whole weights; "" where there is none.
     """
-    if held.given and all_trained_by:
+    if frozen_weights.given and all_trained_by:
         raise ValueError(
-            f"{held.given} was given with {all_trained_by}, which trains whole weights in fp32; "
-            "only frozen ones can be held otherwise: leave one of them out"
+            f"{frozen_weights.given} was given with {all_trained_by}, "
+            "which trains whole weights in fp32; only frozen ones can be held otherwise: leave one "
+            "of them out"
         )
-    if not held.offload_blocks:
+    if not frozen_weights.offload_blocks:
         return
-    flag = f"--offload-blocks {held.offload_blocks}"
+    flag = f"--offload-blocks {frozen_weights.offload_blocks}"
     if not training.activation_checkpointing:
         raise ValueError(
             f"{flag} was given without --activation-checkpointing; the way back would keep the "
@@ -26,10 +29,10 @@ def check_held(held: FrozenConfig, training: TrainingConfig, all_trained_by: str
         raise ValueError(f"{flag} and --compile given; they do not work together: leave one out")
 
 
-def check_held_alone(held: FrozenConfig, num_processes: int) -> None:
+def check_offload_alone(frozen_weights: FrozenConfig, num_processes: int) -> None:
     """Raise ValueError, in one sentence, where several processes cannot hold weights so."""
-    if held.offload_blocks and num_processes > 1:
+    if frozen_weights.offload_blocks and num_processes > 1:
         raise ValueError(
-            f"--offload-blocks {held.offload_blocks} was given to {num_processes} processes, which "
-            "hold a part of each block already: leave it out"
+            f"--offload-blocks {frozen_weights.offload_blocks} was given to {num_processes} "
+            "processes, which hold a part of each block already: leave it out"
         )

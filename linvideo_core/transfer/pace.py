@@ -12,7 +12,7 @@ from torch import Tensor
 from ..flow import make_sigmas
 from ..models.velocity import bind_guided
 from ..run.memory import FP32
-from ..teacher.teacher import Subject
+from ..teacher.teacher import Teacher
 from ..teacher.trajectories import States, Trajectories, TrajectoryConfig
 from ..training.trainer import seed_step
 from .layer_selection.rules import SelectionConfig
@@ -53,29 +53,29 @@ class Pace:
         return cls(call=seconds, selecting=_SELECTING * of_batch, hardened=_HARDENED * of_batch)
 
 
-def time_teacher(subject: Subject, config: TrajectoryConfig, precision: str) -> float:
+def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> float:
     """Measure the seconds of a guided call of the teacher, of one video of as many as together.
 
     Raises what the first long stage would: memory that is too small is found here.
     """
     size = min(config.shard_size, config.num_trajectories)
-    device = subject.prompt_embeds.device
+    device = teacher.prompt_embeds.device
     velocity_fn = bind_guided(
-        subject.model,
-        subject.prompt_embeds[:1].expand(size, -1, -1),
-        subject.negative_embeds.expand(size, -1, -1),
+        teacher.model,
+        teacher.prompt_embeds[:1].expand(size, -1, -1),
+        teacher.negative_embeds.expand(size, -1, -1),
         config.guidance_scale,
         precision=precision,
         on_branches=lambda conditional, unconditional: None,
     )
-    latents = torch.randn(size, *subject.latent_shape, generator=seed_step(0, 0)).to(device)
+    latents = torch.randn(size, *teacher.latent_shape, generator=seed_step(0, 0)).to(device)
     sigma = torch.ones(size, device=device)
     with torch.no_grad():
         return _time(lambda: velocity_fn(latents, sigma), device) / size
 
 
 def time_run(
-    subject: Subject,
+    teacher: Teacher,
     config: TransferConfig,
     precision: str,
     *,
@@ -86,18 +86,18 @@ def time_run(
 
     tries_training: else a pass is counted in calls; num_processes share a batch.
 
-    The subject is left as it was; memory that is too small is found here. Nothing is compiled for
+    The teacher is left as it was; memory that is too small is found here. Nothing is compiled for
     it: a run that is will be faster.
     """
-    device = subject.prompt_embeds.device
+    device = teacher.prompt_embeds.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    call = time_teacher(subject, config.trajectories, precision)
+    call = time_teacher(teacher, config.trajectories, precision)
     pace = Pace.from_call(call, config.training.batch_size // num_processes)
     if not tries_training:
         return pace
     try:
-        pace = _time_training(subject, config, precision, pace)
+        pace = _time_training(teacher, config, precision, pace)
     finally:
         # A layer's forward refers to the layer: only the collector takes the two apart.
         gc.collect()
@@ -111,12 +111,12 @@ def time_run(
 class RandomStates(Trajectories):
     """Noise in place of a teacher's states, to measure what a training step takes."""
 
-    def __init__(self, subject: Subject, config: TrajectoryConfig) -> None:
+    def __init__(self, teacher: Teacher, config: TrajectoryConfig) -> None:
         """Open no file."""
         self.states_per_trajectory = config.states_per_trajectory
         self.guidance_scale = config.guidance_scale
         self.sigmas = make_sigmas(config.sampler_steps, config.shift)
-        self._shape = subject.latent_shape
+        self._shape = teacher.latent_shape
 
     def __len__(self) -> int:
         """Return how many levels there are, one state each."""
@@ -139,13 +139,13 @@ class RandomStates(Trajectories):
         )
 
 
-def _time_training(subject: Subject, config: TransferConfig, precision: str, pace: Pace) -> Pace:
+def _time_training(teacher: Teacher, config: TransferConfig, precision: str, pace: Pace) -> Pace:
     """Return the pace with the seconds of a pass while layers are chosen and after."""
-    student = Student(subject, config.student, seed=config.seed)
+    student = Student(teacher, config.student, seed=config.seed)
     task = TransferTask(
         student,
-        subject,
-        RandomStates(subject, config.trajectories),
+        teacher,
+        RandomStates(teacher, config.trajectories),
         selection=SelectionConfig(target=config.selection.target),
         objective=config.objective,
         training=config.training,
@@ -154,7 +154,7 @@ def _time_training(subject: Subject, config: TransferConfig, precision: str, pac
     parameters = [p for group in task.parameter_groups() for p in group.parameters.values()]
     seconds = []
     for _ in range(2):
-        seconds.append(_time(_passes_of(task), subject.prompt_embeds.device))
+        seconds.append(_time(_passes_of(task), teacher.prompt_embeds.device))
         for number, module in enumerate(student.mixed.values()):
             module.harden("linear" if number < config.selection.target else "softmax")
     return dataclasses.replace(

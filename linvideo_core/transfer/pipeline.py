@@ -17,13 +17,13 @@ from ..models.attention_sites import blocks
 from ..models.experts import ExpertsConfig
 from ..run.config import option
 from ..run.devices import device_option, precision_option
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import Progress
-from ..teacher.teacher import Subject, SubjectConfig
+from ..teacher.teacher import Teacher, TeacherConfig
 from ..teacher.trajectories import Trajectories, TrajectoryConfig, collect, find_usage
-from ..training.process_group import ALONE, Team
 from ..training.trainer import TrainingConfig, fit
-from .evaluation import EvidenceConfig
-from .frozen_weights import check_held
+from .evaluation import EvaluationConfig
+from .frozen_weights import check_frozen_weights
 from .layer_selection.rules import SelectionConfig, choose_layers
 from .layer_selection.sensitivity import RANKING_NAME, SensitivityConfig, measure, rank
 from .objectives import ObjectiveConfig, needs_critic
@@ -41,7 +41,7 @@ TRAINING_NAME = "training"
 class TransferConfig:
     """Everything that decides the result of a transfer."""
 
-    subject: SubjectConfig = dataclasses.field(default_factory=SubjectConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
@@ -50,85 +50,85 @@ class TransferConfig:
     sensitivity: SensitivityConfig = dataclasses.field(default_factory=SensitivityConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    evidence: EvidenceConfig = dataclasses.field(default_factory=EvidenceConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     out: Path = option(Path("runs/transfer"), "run folder")
     seed: int = option(0, "seed of everything random")
     device: str = device_option()
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
-        if self.experts.low_noise_model is not None and self.subject.model is None:
+        if self.experts.low_noise_model is not None and self.teacher.model is None:
             raise ValueError(
                 "--low-noise-model was given without --model; give --model the high-noise expert"
             )
-        held = self.subject.held
-        if held.offload_blocks and self.experts.low_noise_model is not None:
+        frozen_weights = self.teacher.frozen_weights
+        if frozen_weights.offload_blocks and self.experts.low_noise_model is not None:
             raise ValueError(
-                f"--offload-blocks {held.offload_blocks} was given with --low-noise-model; one of "
-                "two experts waits in CPU memory as a whole: leave it out"
+                f"--offload-blocks {frozen_weights.offload_blocks} was given with "
+                "--low-noise-model; one of two experts waits in CPU memory as a whole: leave it out"
             )
         is_full = self.student.parameters == "full"
         by = "--parameters full" if is_full else ""
         if needs_critic(self.objective):
             by = f"--objective {self.objective.objective}"
-        check_held(held, self.training, by)
+        check_frozen_weights(frozen_weights, self.training, by)
 
 
 def linearize(
     student: Student,
-    subject: Subject,
+    teacher: Teacher,
     config: TransferConfig,
     precision: str,
     progress: Progress,
     trajectories: Trajectories | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Sample the teacher, train its student, save the artifact in `config.out`.
 
     trajectories: the teacher's, where several runs share them; none: sampled into `config.out`.
-    team: the processes that do it together, each with a subject and a student of its own.
+    process group: the processes that do it together, each with a teacher and a student of its own.
     """
-    device = subject.prompt_embeds.device
-    logger.info("linearizing %s on %s in %s, into %s", subject.name, device, precision, config.out)
+    device = teacher.prompt_embeds.device
+    logger.info("linearizing %s on %s in %s, into %s", teacher.name, device, precision, config.out)
     if trajectories is None:
         trajectories = collect(
-            subject,
+            teacher,
             config.trajectories,
             config.trajectories.folder_beside(config.out),
             seed=config.seed,
             precision=precision,
             progress=progress,
-            team=team,
+            processes=processes,
         )
-    train(student, subject, trajectories, config, precision, progress, team)
-    if not team.is_first:
+    train(student, teacher, trajectories, config, precision, progress, processes)
+    if not processes.is_first:
         return
     made = artifact.extract(
         student.model,
-        subject.model,
+        teacher.model,
         parameters=config.student.parameters,
         objective=config.objective.objective,
         steps=config.training.steps,
-        provenance=provenance(config, subject),
-        usage=find_usage(subject, config.trajectories),
+        provenance=provenance(config, teacher),
+        usage=find_usage(teacher, config.trajectories),
     )
     artifact.save(made, config.out / ARTIFACT_NAME)
 
 
 def train(
     student: Student,
-    subject: Subject,
+    teacher: Teacher,
     trajectories: Trajectories,
     config: TransferConfig,
     precision: str,
     progress: Progress,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Warm-start the feature maps, then select layers, before or while the student trains."""
     fit_feature_maps(
         student.model,
         student.mixed,
-        subject,
+        teacher,
         trajectories,
         config.warm_start,
         config.training,
@@ -137,12 +137,12 @@ def train(
         precision=precision,
         seed=config.seed,
         progress=progress,
-        team=team,
+        processes=processes,
     )
-    ranking = rank_layers(student, subject, trajectories, config, precision, progress, team)
+    ranking = rank_layers(student, teacher, trajectories, config, precision, progress, processes)
     task = TransferTask(
         student,
-        subject,
+        teacher,
         trajectories,
         selection=config.selection,
         objective=config.objective,
@@ -150,25 +150,25 @@ def train(
         precision=precision,
         layers=choose_layers(config.selection, list(student.mixed), config.seed, ranking),
         ranking=ranking,
-        team=team,
+        processes=processes,
     )
     folder = config.out / TRAINING_NAME
     depths = [blocks(model, student.sites) for model in task.models]
     with (
-        accelerated(task.models, student, config.training, team),
-        team.sharded(task.models, depths),
+        accelerated(task.models, student, config.training, processes),
+        processes.sharded(task.models, depths),
     ):
-        fit(task, config.training, folder, seed=config.seed, progress=progress, team=team)
+        fit(task, config.training, folder, seed=config.seed, progress=progress, processes=processes)
 
 
 def rank_layers(
     student: Student,
-    subject: Subject,
+    teacher: Teacher,
     trajectories: Trajectories,
     config: TransferConfig,
     precision: str,
     progress: Progress,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> list[int] | None:
     """Return the layers from the least to the most sensitive; None where nothing asks for it.
 
@@ -179,19 +179,19 @@ def rank_layers(
     errors = measure(
         student.model,
         student.mixed,
-        subject,
+        teacher,
         trajectories,
         config.sensitivity,
         config.out / RANKING_NAME,
         batch_size=config.training.batch_size,
         precision=precision,
         progress=progress,
-        team=team,
+        processes=processes,
     )
     return rank(errors, config.sensitivity)
 
 
-def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
+def provenance(config: TransferConfig, teacher: Teacher) -> dict[str, Any]:
     """Say where an artifact comes from, for its header."""
     choice = config.selection.rule
     if config.selection.needs_ranking:
@@ -201,8 +201,8 @@ def provenance(config: TransferConfig, subject: Subject) -> dict[str, Any]:
         "linvideo": __version__,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "model": subject.name,
+        "model": teacher.name,
         "choice": choice,
         "seed": config.seed,
-        **config.subject.held.provenance,
+        **config.teacher.frozen_weights.provenance,
     }

@@ -20,11 +20,11 @@ from ..run.memory import (
     fits,
     training_needs,
 )
-from ..teacher.teacher import Draft
+from ..teacher.teacher import TeacherCheckpoint
 from ..teacher.trajectories import TrajectoryConfig
 from ..training.trainer import TrainingConfig
-from .evaluation import EvidenceConfig
-from .frozen_weights import check_held_alone
+from .evaluation import EvaluationConfig
+from .frozen_weights import check_offload_alone
 from .layer_selection.rules import check_layers
 from .objectives import needs_critic
 from .pipeline import TransferConfig
@@ -42,7 +42,7 @@ class RunConfig(Protocol):
         """How the student is trained."""
 
     @property
-    def evidence(self) -> EvidenceConfig:
+    def evaluation(self) -> EvaluationConfig:
         """What is sampled in the end."""
 
 
@@ -60,13 +60,17 @@ class Footprint:
 
 
 def check_transfer(
-    draft: Draft, config: TransferConfig, device: str, precision: str, num_processes: int = 1
+    draft: TeacherCheckpoint,
+    config: TransferConfig,
+    device: str,
+    precision: str,
+    num_processes: int = 1,
 ) -> Footprint:
-    """Return what a transfer of a subject takes.
+    """Return what a transfer of a teacher takes.
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    check_held_alone(draft.held, num_processes)
+    check_offload_alone(draft.frozen_weights, num_processes)
     family, sites = identify(draft.shapes)
     check_layers(config.selection, [site.layer for site in sites])
     student = config.student
@@ -85,7 +89,7 @@ def check_transfer(
     )
 
 
-def count_weights(draft: Draft, family: ModelFamily, parameters: str, rank: int) -> int:
+def count_weights(draft: TeacherCheckpoint, family: ModelFamily, parameters: str, rank: int) -> int:
     """Return how many of a model's own weights are trained; parameters: as `--parameters`."""
     if parameters == "full":
         return count(draft.shapes, family.trainable_prefix)
@@ -117,7 +121,7 @@ class Plan:
     sampled_together: int
     precision: str
 
-    def needs(self, held: FrozenConfig, is_checkpointed: bool) -> list[Need]:
+    def needs(self, frozen_weights: FrozenConfig, is_checkpointed: bool) -> list[Need]:
         """Return what must be on the device at once, the weights held as `held` says."""
         return training_needs(
             Transformer(
@@ -125,9 +129,9 @@ class Plan:
                 ffn_dim=self.config.ffn_dim,
                 num_layers=self.config.num_layers,
                 num_tokens=self.num_tokens,
-                stream_bytes=FP32 if held.frozen == "fp32" else 2,
+                stream_bytes=FP32 if frozen_weights.frozen == "fp32" else 2,
             ),
-            weight_bytes=count_device_bytes(self.shapes, held),
+            weight_bytes=count_device_bytes(self.shapes, frozen_weights),
             num_trained=self.num_trained,
             num_graphs=self.num_graphs,
             batch_size=self.batch_size,
@@ -137,15 +141,22 @@ class Plan:
         )
 
     def find_flags(
-        self, held: FrozenConfig, others: Sequence[Need], device: str, *, may_offload: bool
+        self,
+        frozen_weights: FrozenConfig,
+        others: Sequence[Need],
+        device: str,
+        *,
+        may_offload: bool,
     ) -> str:
         """Return the flags with which it fits a device beside `others`; "" where none are enough.
 
         What keeps the weights most precise comes first: bf16, offloading, fp8, both.
         """
-        for frozen in FROZEN[FROZEN.index(held.frozen) :]:
+        for frozen in FROZEN[FROZEN.index(frozen_weights.frozen) :]:
             most = self.config.num_layers if may_offload and frozen != "fp32" else 0
-            for num_blocks in range(held.offload_blocks, max(most, held.offload_blocks) + 1):
+            for num_blocks in range(
+                frozen_weights.offload_blocks, max(most, frozen_weights.offload_blocks) + 1
+            ):
                 found = FrozenConfig(frozen=frozen, offload_blocks=num_blocks)
                 if not fits([_on_host(self.shapes, found, device)], "cpu"):
                     break
@@ -154,30 +165,30 @@ class Plan:
         return ""
 
 
-def _on_host(shapes: Shapes, held: FrozenConfig, device: str) -> Need:
+def _on_host(shapes: Shapes, frozen_weights: FrozenConfig, device: str) -> Need:
     """Return what is in CPU memory: the whole model first, then the blocks that stay there."""
-    reading = count_frozen_bytes(shapes, held.frozen)
-    block = count_frozen_bytes(shapes, held.frozen, "blocks.0.")
+    reading = count_frozen_bytes(shapes, frozen_weights.frozen)
+    block = count_frozen_bytes(shapes, frozen_weights.frozen, "blocks.0.")
     if device.startswith("cuda"):
         # PyTorch gives out page-locked memory in powers of two.
         block = 2 ** math.ceil(math.log2(block))
-    waiting = block * held.offload_blocks
+    waiting = block * frozen_weights.offload_blocks
     if waiting > reading:
         return Need("the offloaded blocks, page-locked", waiting, "lower --offload-blocks")
     return Need("the model while it is read", reading)
 
 
-def count_device_bytes(shapes: Shapes, held: FrozenConfig) -> int:
+def count_device_bytes(shapes: Shapes, frozen_weights: FrozenConfig) -> int:
     """Return the bytes of frozen weights on the device: of offloaded blocks, those of two."""
-    total = count_frozen_bytes(shapes, held.frozen)
-    if held.offload_blocks:
-        block = count_frozen_bytes(shapes, held.frozen, "blocks.0.")
-        total -= block * max(0, held.offload_blocks - 2)
+    total = count_frozen_bytes(shapes, frozen_weights.frozen)
+    if frozen_weights.offload_blocks:
+        block = count_frozen_bytes(shapes, frozen_weights.frozen, "blocks.0.")
+        total -= block * max(0, frozen_weights.offload_blocks - 2)
     return total
 
 
 def check_footprint(
-    draft: Draft,
+    draft: TeacherCheckpoint,
     config: RunConfig,
     device: str,
     precision: str,
@@ -193,9 +204,9 @@ def check_footprint(
     Raises ValueError, in one sentence, when it does not fit.
     """
     advice = "choose a smaller model or a machine with more memory"
-    if not all_trained and draft.held.frozen != FROZEN[-1]:
+    if not all_trained and draft.frozen_weights.frozen != FROZEN[-1]:
         advice = f"give --frozen {FROZEN[-1]}, or {advice}"
-    on_host = _on_host(draft.shapes, draft.held, device)
+    on_host = _on_host(draft.shapes, draft.frozen_weights, device)
     check_memory([on_host], "cpu", advice)
     model = draft.checkpoint.config
     patches = zip(draft.latent_shape[1:], model.patch_size, strict=True)
@@ -208,15 +219,15 @@ def check_footprint(
         batch_size=config.training.batch_size // num_processes,
         sampled_together=max(
             min(config.trajectories.shard_size, config.trajectories.num_trajectories),
-            min(config.evidence.evaluate_batch_size, config.evidence.evaluate_samples),
+            min(config.evaluation.evaluate_batch_size, config.evaluation.evaluate_samples),
         ),
         precision=precision,
     )
     prompts = draft.source.need(device)
-    needs = [*plan.needs(draft.held, config.training.activation_checkpointing), prompts]
+    needs = [*plan.needs(draft.frozen_weights, config.training.activation_checkpointing), prompts]
     flags = ""
     if not all_trained and not fits(needs, device):
-        flags = plan.find_flags(draft.held, [prompts], device, may_offload=may_offload)
+        flags = plan.find_flags(draft.frozen_weights, [prompts], device, may_offload=may_offload)
     check_memory(needs, device, flags=flags)
     on_device = sum(need.num_bytes for need in needs)
     if device == "cpu":

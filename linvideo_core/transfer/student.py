@@ -23,9 +23,9 @@ from ..models.attention_sites import (
 from ..models.families import identify
 from ..models.velocity import bind, bind_guided
 from ..run.config import option, positive
-from ..teacher.teacher import Subject
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
-from ..training.process_group import ALONE, Team
 from ..training.trainer import ParameterGroup, TrainingConfig
 from .batches import PromptedBatch, draw_batch
 from .layer_selection.rules import Selection, SelectionConfig
@@ -58,13 +58,13 @@ class Student:
     mixed: layer -> its mixed attention.
     """
 
-    def __init__(self, subject: Subject, config: StudentConfig, *, seed: int) -> None:
+    def __init__(self, teacher: Teacher, config: StudentConfig, *, seed: int) -> None:
         """Raises ValueError for a model of an unknown family or a rank that is too large."""
         self.config = config
-        self.family, self.sites = identify(shapes_of(subject.model))
+        self.family, self.sites = identify(shapes_of(teacher.model))
         is_full = config.parameters == "full"
-        self.model = copy.deepcopy(subject.model).float() if is_full else twin(subject.model)
-        device = subject.prompt_embeds.device
+        self.model = copy.deepcopy(teacher.model).float() if is_full else twin(teacher.model)
+        device = teacher.prompt_embeds.device
         generator = torch.Generator().manual_seed(seed)
 
         def mix(site: AttentionSite) -> MixedAttention:
@@ -111,16 +111,19 @@ def twin(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def accelerated(
-    models: Sequence[nn.Module], student: Student, config: TrainingConfig, team: Team = ALONE
+    models: Sequence[nn.Module],
+    student: Student,
+    config: TrainingConfig,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[None]:
     """Compile or replay a training's models, as its settings ask, while the context lasts.
 
-    Raises ValueError for a team's models that are to be replayed.
+    Raises ValueError for a process group's models that are to be replayed.
     """
-    if config.cuda_graphs and team.size > 1:
+    if config.cuda_graphs and processes.size > 1:
         raise ValueError(
-            f"--cuda-graphs was given to {team.size} processes; graphs hold no messages between "
-            "them: leave it out"
+            f"--cuda-graphs was given to {processes.size} processes; graphs hold no messages "
+            "between them: leave it out"
         )
     with contextlib.ExitStack() as stack:
         if config.compile:
@@ -140,7 +143,7 @@ class TransferTask:
     def __init__(
         self,
         student: Student,
-        subject: Subject,
+        teacher: Teacher,
         trajectories: Trajectories,
         *,
         selection: SelectionConfig,
@@ -149,17 +152,17 @@ class TransferTask:
         precision: str,
         layers: Sequence[int] | None = None,
         ranking: Sequence[int] | None = None,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.student = student
-        self.subject = subject
+        self.teacher = teacher
         self.trajectories = trajectories
         self.selection = Selection(student.mixed, selection, training.steps, layers, ranking)
         self.selection_config = selection
         self.objective_config = objective
         self.training = training
         self.precision = precision
-        self.team = team
+        self.processes = processes
         self.objective = make_objective(objective, trajectories.sigmas, training.steps)
         self.weights: Tensor | None = None
         if objective.levels != "even":
@@ -167,7 +170,7 @@ class TransferTask:
             self.weights = trajectories.weigh(density)
         self.critic: nn.Module | None = None
         if needs_critic(objective):
-            self.critic = copy.deepcopy(subject.model).float().requires_grad_(True)
+            self.critic = copy.deepcopy(teacher.model).float().requires_grad_(True)
         if training.activation_checkpointing:
             checkpoint_activations(student.model, student.sites)
 
@@ -175,7 +178,7 @@ class TransferTask:
     def models(self) -> list[nn.Module]:
         """All models that a step calls."""
         critic = [self.critic] if self.critic is not None else []
-        return [self.subject.model, self.student.model, *critic]
+        return [self.teacher.model, self.student.model, *critic]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return weights, feature maps, layer scores if learned, and the critic if there is one."""
@@ -193,12 +196,12 @@ class TransferTask:
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Return the objective on a fresh batch plus the selection losses."""
         drawn = draw_batch(
-            self.subject,
+            self.teacher,
             self.trajectories,
             self.training.batch_size,
             self.objective_config.prompt_dropout,
             generator,
-            self.team,
+            self.processes,
             self.weights,
         )
         players = self._players(drawn, slice(None))
@@ -219,7 +222,7 @@ class TransferTask:
                 self.trajectories.guidance_scale,
                 precision=self.precision,
             ),
-            teacher=bind(self.subject.model, branch, precision=self.precision),
+            teacher=bind(self.teacher.model, branch, precision=self.precision),
             part=lambda part: self._players(drawn, part),
             critic=self.critic and bind(self.critic, branch, precision=self.precision),
         )

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..models.attention import MixedAttention
 from ..models.velocity import autocast, bind
 from ..run.config import option
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import Progress
-from ..teacher.teacher import Subject
+from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
-from ..training.process_group import ALONE, Team
 from ..training.trainer import ParameterGroup, TrainingConfig, fit
 from .batches import draw_batch
 
@@ -50,24 +50,24 @@ class WarmStart:
         self,
         student: nn.Module,
         mixed: Mapping[int, MixedAttention],
-        subject: Subject,
+        teacher: Teacher,
         trajectories: Trajectories,
         *,
         batch_size: int,
         prompt_dropout: float,
         learning_rate: float,
         precision: str,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.student = student
         self.mixed = mixed
-        self.subject = subject
+        self.teacher = teacher
         self.trajectories = trajectories
         self.batch_size = batch_size
         self.prompt_dropout = prompt_dropout
         self.learning_rate = learning_rate
         self.precision = precision
-        self.team = team
+        self.processes = processes
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the feature maps of every layer."""
@@ -76,12 +76,12 @@ class WarmStart:
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Return the mean over layers of `|linear - softmax|^2 / |softmax|^2`."""
         drawn = draw_batch(
-            self.subject,
+            self.teacher,
             self.trajectories,
             self.batch_size,
             self.prompt_dropout,
             generator,
-            self.team,
+            self.processes,
         )
         errors: dict[MixedAttention, list[Tensor]] = {m: [] for m in self.mixed.values()}
         gradients: dict[nn.Parameter, Tensor] = {}
@@ -114,7 +114,7 @@ class WarmStart:
         """
         with torch.enable_grad():
             linear = module.linear(*(x.detach() for x in args))
-            error = _relative_error(linear, output.detach(), self.team)
+            error = _relative_error(linear, output.detach(), self.processes)
             share = error / len(self.mixed)
         del linear
         with autocast(output.device, "fp32"):
@@ -131,10 +131,10 @@ class WarmStart:
         """Nothing to take back."""
 
 
-def _relative_error(linear: Tensor, softmax: Tensor, team: Team) -> Tensor:
-    """Return `|linear - softmax|^2 / |softmax|^2`, whose size is the whole team's."""
+def _relative_error(linear: Tensor, softmax: Tensor, processes: ProcessGroup) -> Tensor:
+    """Return `|linear - softmax|^2 / |softmax|^2`, whose size is the whole process group's."""
     target = softmax.float()
-    size = team.mean(target.square().mean())
+    size = processes.mean(target.square().mean())
     return (linear.float() - target).square().mean() / size
 
 
@@ -172,7 +172,7 @@ def _watched(
 def fit_feature_maps(
     student: nn.Module,
     mixed: Mapping[int, MixedAttention],
-    subject: Subject,
+    teacher: Teacher,
     trajectories: Trajectories,
     config: WarmStartConfig,
     training: TrainingConfig,
@@ -182,29 +182,37 @@ def fit_feature_maps(
     precision: str,
     seed: int,
     progress: Progress,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Train the feature maps for as many steps as `config` says.
 
-    Every process of a team holds its models whole: they are frozen, and the maps are small.
+    Every process holds its models whole: they are frozen, and the maps are small.
     """
     if not config.warm_start_steps:
         return
     task = WarmStart(
         student,
         mixed,
-        subject,
+        teacher,
         trajectories,
         batch_size=training.batch_size,
         prompt_dropout=prompt_dropout,
         learning_rate=config.warm_start_learning_rate,
         precision=precision,
-        team=team,
+        processes=processes,
     )
     steps = config.warm_start_steps
     warmup_steps = round(_WARMUP_SHARE * steps)
     settings = dataclasses.replace(training, steps=steps, warmup_steps=warmup_steps, accumulation=1)
-    fit(task, settings, folder, seed=seed, stage="warm start", progress=progress, team=team)
+    fit(
+        task,
+        settings,
+        folder,
+        seed=seed,
+        stage="warm start",
+        progress=progress,
+        processes=processes,
+    )
 
 
 def feature_maps(mixed: Mapping[int, MixedAttention]) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""A graph's MODEL as the subject of a transfer: what it is, and a twin that can be trained.
+"""A graph's MODEL as the teacher of a transfer: what it is, and a twin that can be trained.
 
 The MODEL itself is only looked at, and lends the twin its weights: see `frozen_weights`.
 """
@@ -30,7 +30,7 @@ from ...linvideo_core.run.memory import (
     count_low_rank,
     training_needs,
 )
-from ...linvideo_core.teacher.teacher import Subject
+from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.transfer.objectives import needs_critic
 from ...linvideo_core.transfer.pipeline import TransferConfig
 from ...linvideo_core.transfer.student import StudentConfig
@@ -54,7 +54,7 @@ TRAINABLE_SINCE = "0.25"
 """The first ComfyUI that was tried; `in_training` makes its operations have a backward pass."""
 
 
-class HostSubject:
+class HostTeacher:
     """Everything a transfer needs to know of a MODEL and of what is connected beside it.
 
     sites: its self-attention layers; video: what it makes; shift: of its noise levels.
@@ -99,7 +99,7 @@ class HostSubject:
         return digest.hexdigest()
 
     @contextlib.contextmanager
-    def subject(self, config: TransferConfig) -> Iterator[Subject]:
+    def teacher(self, config: TransferConfig) -> Iterator[Teacher]:
         """Load the model, and lend a twin of it that can be trained, for a while.
 
         Raises ValueError, in one sentence, where a transfer with these settings cannot fit.
@@ -118,7 +118,7 @@ class HostSubject:
         finally:
             comfy.model_management.in_training = was_in_training
 
-    def _make_subject(self, is_copied: bool) -> Subject:
+    def _make_subject(self, is_copied: bool) -> Teacher:
         base_model = self.model.model
         twin = freeze(base_model.diffusion_model, self.device, is_copied=is_copied)
         dtype = torch.float32 if is_copied else self.training_dtype
@@ -133,7 +133,7 @@ class HostSubject:
         )
         base = describe_base(self.model)
         attention_sites.keep_identity(model, base.digest, base.sketch)
-        return Subject(
+        return Teacher(
             name=_name(self.model, self.is_demo),
             model=model,
             prompts=[f"prompt {i}" for i in range(len(self.conditions.prompt_embeds))],

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...linvideo_core.flow import make_sigmas, sample_euler
 from ...linvideo_core.models.velocity import TIMESTEP_SCALE, bind_guided
 from ...linvideo_core.run.folder import read_metrics
-from ...linvideo_core.teacher.teacher import Subject
+from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.transfer.pipeline import TransferConfig
 from ...linvideo_core.transfer.preview import draw_preview
 from ...linvideo_core.transfer.student import Student
@@ -47,7 +47,7 @@ class LiveProgress:
     def __init__(
         self,
         student: Student,
-        subject: Subject,
+        teacher: Teacher,
         config: TransferConfig,
         latent_format: Any,
         video: Video,
@@ -55,7 +55,7 @@ class LiveProgress:
     ) -> None:
         """forecast: a sentence on all of it, which stays under the words on the stage."""
         self._student = student
-        self._subject = subject
+        self._subject = teacher
         self._config = config
         self._latent_format = latent_format
         self._video = video
@@ -136,17 +136,17 @@ class LiveProgress:
         """Sample one video in a few steps; none where this format has no quick preview."""
         if self._latent_format.latent_rgb_factors is None:
             return []
-        subject, settings = self._subject, self._config.trajectories
+        teacher, settings = self._subject, self._config.trajectories
         generator = torch.Generator().manual_seed(self._config.seed)
-        noise = torch.randn(1, *subject.latent_shape, generator=generator)
+        noise = torch.randn(1, *teacher.latent_shape, generator=generator)
         velocity_fn = bind_guided(
             model,
-            subject.prompt_embeds[:1],
-            subject.negative_embeds.unsqueeze(0),
+            teacher.prompt_embeds[:1],
+            teacher.negative_embeds.unsqueeze(0),
             settings.guidance_scale,
         )
         sigmas = make_sigmas(_SAMPLER_STEPS, settings.shift)
-        latents = sample_euler(velocity_fn, noise.to(subject.prompt_embeds.device), sigmas)
+        latents = sample_euler(velocity_fn, noise.to(teacher.prompt_embeds.device), sigmas)
         return self._show(latents)
 
     def _show(self, latents: Tensor) -> list[Image.Image]:

@@ -27,7 +27,7 @@ from ...linvideo_core.run.config import override
 from ...linvideo_core.run.files import replacing
 from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, open_run
 from ...linvideo_core.run.memory import is_out_of_memory
-from ...linvideo_core.teacher.teacher import Subject
+from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
 from ...linvideo_core.transfer.estimate import forecast
 from ...linvideo_core.transfer.layer_selection.rules import check_target
@@ -35,7 +35,7 @@ from ...linvideo_core.transfer.pipeline import ARTIFACT_NAME, TransferConfig, li
 from ...linvideo_core.transfer.quality import settings_by_steps, settings_for
 from ...linvideo_core.transfer.student import Student
 from ..model_folder import FOLDER
-from .host_teacher import HostSubject
+from .host_teacher import HostTeacher
 from .live_preview import LiveProgress, say
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
     ComfyUI's own exception on Interrupt; what was trained until then is kept.
     """
     with _in_the_artists_words(), torch.inference_mode(False), torch.enable_grad():
-        host = HostSubject(model, inputs)
+        host = HostTeacher(model, inputs)
         config = make_config(inputs, host, guidance_scale)
         check_target(config.selection, len(host.sites))
         identity = HostRun(
@@ -108,7 +108,7 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
 
 
 def make_config(
-    inputs: dict[str, Any], host: HostSubject, guidance_scale: float | None = None
+    inputs: dict[str, Any], host: HostTeacher, guidance_scale: float | None = None
 ) -> TransferConfig:
     """Return the core's settings: an expert's where they are given, else what suits the model.
 
@@ -195,14 +195,14 @@ def _find_target(name: str, made: Path) -> Path:
     return target
 
 
-def _train(host: HostSubject, config: TransferConfig, identity: HostRun) -> None:
-    with _tidied(), host.subject(config) as subject:
-        takes = _say_what_it_takes(host, subject, config)
-        student = Student(subject, config.student, seed=config.seed)
+def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None:
+    with _tidied(), host.teacher(config) as teacher:
+        takes = _say_what_it_takes(host, teacher, config)
+        student = Student(teacher, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
-        progress = LiveProgress(student, subject, config, host.latent_format, host.video, takes)
+        progress = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
         with progress.watching():
-            linearize(student, subject, config, config.precision, progress)
+            linearize(student, teacher, config, config.precision, progress)
 
 
 @contextlib.contextmanager
@@ -223,14 +223,14 @@ def _collect() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def _say_what_it_takes(host: HostSubject, subject: Subject, config: TransferConfig) -> str:
+def _say_what_it_takes(host: HostTeacher, teacher: Teacher, config: TransferConfig) -> str:
     """Measure a few calls, show on the node what is to come takes, and return the sentence.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
     say("a few calls are measured, to tell what this takes")
     try:
-        found = forecast(subject, config, config.precision)
+        found = forecast(teacher, config, config.precision)
     except comfy.model_management.InterruptProcessingException:
         say("stopped before it had begun; queue again to begin, or to go on where it was")
         raise

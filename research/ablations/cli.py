@@ -27,7 +27,7 @@ from linvideo_core.run.folder import check_run, open_run
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
 from linvideo_core.run.records import REPOSITORY, RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import format_value
-from linvideo_core.teacher.teacher import SubjectConfig, open_subject
+from linvideo_core.teacher.teacher import TeacherConfig, open_teacher
 from linvideo_core.transfer.objectives import OBJECTIVES
 from linvideo_core.transfer.pipeline import TransferConfig
 
@@ -89,7 +89,7 @@ class AblateConfig:
             )
         if self.transfer.experts.low_noise_model is not None:
             raise ValueError("--low-noise-model given; an ablation compares runs of one model")
-        if self.record and self.transfer.subject != SubjectConfig():
+        if self.record and self.transfer.teacher != TeacherConfig():
             raise ValueError(
                 "--record was given with --model or --prompts; the record is of the embedded model"
             )
@@ -149,7 +149,7 @@ def run(config: AblateConfig, progress: Progress = silent) -> dict[str, Any]:
     # A row that cannot be is refused before anything is made.
     rows = list_runs(tables, config.transfer, seeds, dict.fromkeys(OBJECTIVES, 1.0))
     open_run(out, config, ignore=_FREE_FIELDS)
-    if (draft := open_subject(config.transfer.subject)) is not None:
+    if (draft := open_teacher(config.transfer.teacher)) is not None:
         # Once, for all workers.
         draft.source.read(out, device=resolve_device(config.transfer.device), progress=progress)
     plan = _read(out / PLAN_NAME) or {}

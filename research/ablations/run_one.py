@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from linvideo_core import artifact
-from linvideo_core.evaluate.sampler import Bench
+from linvideo_core.evaluate.sampler import Evaluator
 from linvideo_core.models.attention_sites import shapes_of
 from linvideo_core.models.families import identify
 from linvideo_core.run.config import override
@@ -19,7 +19,7 @@ from linvideo_core.run.devices import resolve_device, resolve_precision
 from linvideo_core.run.files import write_json
 from linvideo_core.run.folder import open_run, read_metrics
 from linvideo_core.run.progress import Progress
-from linvideo_core.teacher.teacher import load_subject
+from linvideo_core.teacher.teacher import load_teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.checkpoint import CHECKPOINT_NAME
 from linvideo_core.transfer.evaluation import compare_config
@@ -68,7 +68,7 @@ class TimeSteps:
 
 
 class Worker:
-    """One process of an ablation: it has the subject on its device and does one job at a time."""
+    """One process of an ablation: it has the teacher on its device and does one job at a time."""
 
     def __init__(
         self, config: TransferConfig, gap_samples: int, gap_points: int, progress: Progress
@@ -82,8 +82,8 @@ class Worker:
         self.progress = progress
         self.device = resolve_device(self.config.device)
         self.precision = resolve_precision(self.config.precision, self.device)
-        subject = load_subject(self.config.subject, self.config.out, self.device, progress)
-        self.subject = subject.to(self.device)
+        teacher = load_teacher(self.config.teacher, self.config.out, self.device, progress)
+        self.teacher = teacher.to(self.device)
         self._shared: dict[int, tuple[Trajectories, Reference]] = {}
 
     def __call__(self, job: SampleTeacher | TimeSteps | Run) -> Row:
@@ -101,15 +101,15 @@ class Worker:
                 # What this process merely keeps, the others on the card cannot use.
                 torch.cuda.empty_cache()
 
-    def _bench(self, seed: int) -> Bench:
+    def _evaluator(self, seed: int) -> Evaluator:
         settings = compare_config(self.config.evidence, self.config.trajectories)
-        return Bench(
-            self.subject, settings, seed=seed, precision=self.precision, progress=self.progress
+        return Evaluator(
+            self.teacher, settings, seed=seed, precision=self.precision, progress=self.progress
         )
 
     def _trajectories(self, seed: int) -> Trajectories:
         return collect(
-            self.subject,
+            self.teacher,
             self.config.trajectories,
             self.config.trajectories.teacher_folder
             or teacher_folder(self.config.out, seed) / "trajectories",
@@ -121,7 +121,7 @@ class Worker:
     def _sample_teacher(self, seed: int) -> Row:
         folder = teacher_folder(self.config.out, seed)
         self._trajectories(seed)
-        row = _tidy(sample_teacher(self._bench(seed), folder / SAMPLES_NAME))
+        row = _tidy(sample_teacher(self._evaluator(seed), folder / SAMPLES_NAME))
         self._measure_untrained(seed)
         write_json(folder / ROW_NAME, {"seed": seed, **row})
         return row
@@ -135,11 +135,11 @@ class Worker:
         _, reference = self._share(seed)
         if seed == self.config.seed:
             reference.keep_frames(reference.teacher, folder / FRAMES_NAME)
-        _, sites = identify(shapes_of(self.subject.model))
+        _, sites = identify(shapes_of(self.teacher.model))
         layers = [site.layer for site in sites][: self.config.selection.target]
         settings = self.config.student
         feature_dim = settings.feature_ratio * sites[0].head_dim
-        with swap(self.subject.model, layers, feature_dim, settings.form) as model:
+        with swap(self.teacher.model, layers, feature_dim, settings.form) as model:
             found = reference.measure(
                 UNTRAINED_NAME, model, frames=self._frames_of(folder / UNTRAINED_NAME, seed)
             )
@@ -153,7 +153,7 @@ class Worker:
     def _share(self, seed: int) -> tuple[Trajectories, Reference]:
         if seed not in self._shared:
             path = teacher_folder(self.config.out, seed) / SAMPLES_NAME
-            reference = read_teacher(self._bench(seed), path)
+            reference = read_teacher(self._evaluator(seed), path)
             self._shared[seed] = self._trajectories(seed), reference
         return self._shared[seed]
 
@@ -164,17 +164,17 @@ class Worker:
             self.progress(stage, done, total, **metrics)
             clock.hear(stage, done, total)
             if gap is not None and gap.is_due(stage, done):
-                with clock.held():
+                with clock.frozen_weights():
                     gap.write(done)
 
         shared, _ = self._share(run.config.seed)
-        linearize(student, self.subject, run.config, self.precision, progress, shared)
+        linearize(student, self.teacher, run.config, self.precision, progress, shared)
 
     def _make_row(self, run: Run) -> Row:
         config, folder = run.config, run.folder
         open_run(folder, config, ignore=("out",))
         _, reference = self._share(config.seed)
-        student = Student(self.subject, config.student, seed=config.seed)
+        student = Student(self.teacher, config.student, seed=config.seed)
         gap = None
         if self.gap_samples and run.is_followed and config.selection.rule == "learned":
             measure = reference.first(self.gap_samples).measure
@@ -192,7 +192,7 @@ class Worker:
         del student
         path = folder / ARTIFACT_NAME
         made = artifact.load(path)
-        with artifact.transfer_into(self.subject.model, made) as model:
+        with artifact.transfer_into(self.teacher.model, made) as model:
             frames = self._frames_of(folder, config.seed)
             row = _tidy(reference.measure("student", model, frames=frames))
         row |= {
@@ -226,7 +226,7 @@ class Worker:
         settings = {"steps": steps, "warm_start_steps": 0, "out": folder, **chosen}
         short = dataclasses.replace(run, config=override(run.config, settings))
         clock = TrainingClock(self.device, folder / "seconds.json", num_untimed=_UNTIMED_STEPS)
-        self._train(short, clock, None, Student(self.subject, short.config.student, seed=0))
+        self._train(short, clock, None, Student(self.teacher, short.config.student, seed=0))
         shutil.rmtree(folder)
         row = {"seconds_per_step": clock.seconds / steps}
         if is_cuda:

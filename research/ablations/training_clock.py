@@ -43,7 +43,7 @@ class TrainingClock:
             write_json(self.path, {"seconds": self.seconds})
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def frozen_weights(self) -> Iterator[None]:
         """Leave out the time of a block."""
         if self._first is None:
             yield

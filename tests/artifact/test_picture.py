@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linvideo_core.artifact import Artifact, ArtifactHeader
-from linvideo_core.artifact.picture import draw_datasheet
+from linvideo_core.artifact.picture import draw_summary
 from linvideo_core.artifact.summary import count_bytes, describe, headline
 
 
@@ -34,7 +34,7 @@ def make_artifact(num_layers: int = 10, **header: object) -> Artifact:
 
 
 def pixels(artifact: Artifact, note: str = "") -> np.ndarray:
-    return np.asarray(draw_datasheet(artifact, note=note))
+    return np.asarray(draw_summary(artifact, note=note))
 
 
 @pytest.mark.parametrize("num_layers", [1, 10, 30, 40, 61, 1000])

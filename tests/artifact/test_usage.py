@@ -9,10 +9,10 @@ from safetensors import safe_open
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage, find_differences
-from linvideo_core.artifact.picture import draw_datasheet
+from linvideo_core.artifact.picture import draw_summary
 from linvideo_core.artifact.summary import describe
 from linvideo_core.flow import make_sigmas
-from linvideo_core.teacher.teacher import SubjectConfig, load_subject
+from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, find_usage
 
 WAN = Usage(
@@ -121,7 +121,7 @@ def test_the_file_says_it_in_words_and_in_its_picture() -> None:
     few = describe(artifact_of(header_of(FEW_STEP, sigmas=GRID)))["sampling"]
     assert few.startswith("4 steps: sigmas 1, 0.9, 0.75, 0.5, 0; made at lcm, guidance 1")
     assert describe(artifact_of(header_of(Usage())))["video"] == "not said"
-    pictures = [draw_datasheet(artifact_of(header_of(usage))) for usage in (WAN, HIGH_NOISE)]
+    pictures = [draw_summary(artifact_of(header_of(usage))) for usage in (WAN, HIGH_NOISE)]
     assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
@@ -135,11 +135,11 @@ def test_the_file_says_it_in_words_and_in_its_picture() -> None:
 def test_a_students_usage_is_how_its_teacher_was_sampled(
     latent_shape: tuple[int, ...], size: tuple[int, ...]
 ) -> None:
-    subject = load_subject(SubjectConfig())
-    demo = find_usage(subject, TrajectoryConfig(guidance_scale=4.0, shift=5.0, sampler_steps=20))
+    teacher = load_teacher(TeacherConfig())
+    demo = find_usage(teacher, TrajectoryConfig(guidance_scale=4.0, shift=5.0, sampler_steps=20))
     assert (demo.width, demo.height, demo.num_frames) == (32, 32, 28)
     assert (demo.guidance_scale, demo.shift, demo.steps) == (4.0, 5.0, 20)
-    wan = dataclasses.replace(subject, is_demo=False, latent_shape=latent_shape)
+    wan = dataclasses.replace(teacher, is_demo=False, latent_shape=latent_shape)
     usage = find_usage(wan, TrajectoryConfig())
     assert (usage.width, usage.height, usage.num_frames) == size
 

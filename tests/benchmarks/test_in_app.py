@@ -144,9 +144,9 @@ def test_a_peak_is_seen_while_it_lasts() -> None:
     if (before := read()) is None:
         pytest.skip("this system does not tell how much memory a process has")
     with watching(read) as peak:
-        held: Callable[[], int] = torch.ones(60_000_000, dtype=torch.uint8).numel
+        frozen_weights: Callable[[], int] = torch.ones(60_000_000, dtype=torch.uint8).numel
         torch.ones(1).sum()
-        watched_until(lambda: peak.num_bytes > before + held() // 2)
+        watched_until(lambda: peak.num_bytes > before + frozen_weights() // 2)
     assert peak.num_bytes > before + 30_000_000
 
 
@@ -157,7 +157,7 @@ def test_the_headless_transfer_has_the_settings_of_the_nodes() -> None:
     assert (config.training.steps, config.training.batch_size) == (8, 1)
     assert config.trajectories.num_trajectories == 1 and config.trajectories.sampler_steps == 8
     assert config.training.activation_checkpointing and config.trajectories.shift == TINY.shift
-    assert config.selection.target == 2 and config.subject.num_frames == 17
+    assert config.selection.target == 2 and config.teacher.num_frames == 17
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

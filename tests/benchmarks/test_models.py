@@ -18,7 +18,7 @@ from benchmarks.models.measuring import COMPUTED, SAMPLED, Measured, Patience
 from benchmarks.models.random_weights import count_bytes, make_random_wan
 from benchmarks.models.runs import list_commands, merge_runs
 from benchmarks.models.sizes import SIZES, spread_layers
-from benchmarks.models.subject import HeadlessSubject, Setting
+from benchmarks.models.teachers import HeadlessSubject, Setting
 from benchmarks.models.variants import Variant, find_softmax, plan_variants
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command
@@ -103,11 +103,11 @@ def test_a_wrong_backend_is_never_timed() -> None:
 
 
 def test_a_subject_is_given_back_as_it_was() -> None:
-    subject = HeadlessSubject(SMALL, find_default(), CPU)
+    teacher = HeadlessSubject(SMALL, find_default(), CPU)
     with torch.inference_mode():
-        before = subject.call_model()
-        linear = subject.with_call(Variant(num_linear=1, kept="default"), lambda call: call())
-        assert torch.equal(subject.call_model(), before)
+        before = teacher.call_model()
+        linear = teacher.with_call(Variant(num_linear=1, kept="default"), lambda call: call())
+        assert torch.equal(teacher.call_model(), before)
     assert not torch.allclose(linear, before)
 
 
@@ -152,27 +152,27 @@ def test_ratios_are_to_the_softmax_model_of_the_same_run() -> None:
 
 
 def test_a_video_too_long_to_sample_is_computed_and_said_to_be() -> None:
-    subject = HeadlessSubject(dataclasses.replace(SMALL, num_frames=1), find_default(), CPU)
+    teacher = HeadlessSubject(dataclasses.replace(SMALL, num_frames=1), find_default(), CPU)
     instruments = ONCE.make_instruments("cpu")
     variant = Variant(num_linear=1, kept="default")
-    computed = measuring.measure(subject, variant, instruments, 0.0)
+    computed = measuring.measure(teacher, variant, instruments, 0.0)
     assert computed.video == COMPUTED
     assert computed.video_seconds == pytest.approx(100 * computed.seconds)
-    sampled = measuring.measure(subject, variant, instruments, math.inf)
+    sampled = measuring.measure(teacher, variant, instruments, math.inf)
     assert sampled.video == SAMPLED and sampled.video_seconds > 0
-    assert sampled.weights_gb > subject.weight_bytes(Variant(num_linear=0, kept="default")) / 2**30
+    assert sampled.weights_gb > teacher.weight_bytes(Variant(num_linear=0, kept="default")) / 2**30
 
 
 def test_an_interrupted_run_is_measured_anew_and_a_finished_one_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    subject = HeadlessSubject(SMALL, find_default(), CPU)
+    teacher = HeadlessSubject(SMALL, find_default(), CPU)
     plan = plan_variants(["default"], 1, compiled=False)
 
     def stop(stage: str, done: int, total: int, **_: float) -> None:
         if done:
             raise KeyboardInterrupt
 
-    arguments, facts = (subject, plan, ONCE, CPU.device, path), {"device": "this", "torch": "2"}
+    arguments, facts = (teacher, plan, ONCE, CPU.device, path), {"device": "this", "torch": "2"}
     with pytest.raises(KeyboardInterrupt):
         measuring.measure_subject(*arguments, stop, facts)
     assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 1
@@ -211,7 +211,7 @@ def test_a_size_measured_later_joins_the_table_and_replaces_its_own_rows(tmp_pat
         make_run("1.3b-480p", "headless", 1.0, "--runs 9"),
     ]
     runs = merge_runs(earlier, new, facts, path)
-    rows = [row for run in runs for row in table.tell_rows(run)]
+    rows = [row for run in runs for row in table.to_rows(run)]
     assert [(row["model"], row["where"], row["seconds"]) for row in rows] == [
         ("Wan 1.3B", "headless", 1.0), ("Wan 14B", "headless", 2.0), ("Wan 14B", "ComfyUI 1", 4.0),
     ]  # fmt: skip

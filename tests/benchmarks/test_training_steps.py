@@ -73,8 +73,8 @@ def test_gpu_hours_weigh_both_phases_by_their_share_of_the_steps() -> None:
 
 def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts() -> None:
     size = dataclasses.replace(SIZES["tiny"], layers=())
-    subject = make_random_subject(size, "cpu", FrozenConfig(), 0)
-    student = Student(subject, StudentConfig(lora_rank=1), seed=0)
+    teacher = make_random_subject(size, "cpu", FrozenConfig(), 0)
+    student = Student(teacher, StudentConfig(lora_rank=1), seed=0)
     for module in student.mixed.values():
         module.harden("softmax")
     latents, sigma = torch.randn(1, *size.latent_shape), torch.tensor([0.5])
@@ -83,7 +83,7 @@ def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts()
     # The fused softmax of a CPU is work that torch does not count.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
-            out = bind(student.model, subject.prompt_embeds[:1])(latents, sigma)
+            out = bind(student.model, teacher.prompt_embeds[:1])(latents, sigma)
         assert counter.get_total_flops() == pytest.approx(forward, rel=0.03)
         with FlopCounterMode(display=False) as counter:
             # The first block needs no gradient of what goes into it.
@@ -136,7 +136,7 @@ def test_steps_are_measured_in_every_way_to_hold_frozen_weights(
         config = StepsConfig(
             size="tiny",
             student=StudentConfig(lora_rank=1),
-            held=FrozenConfig(frozen=frozen, offload_blocks=num_blocks),
+            frozen_weights=FrozenConfig(frozen=frozen, offload_blocks=num_blocks),
             untimed_steps=1,
             timed_steps=1,
             device="cpu",
@@ -150,11 +150,17 @@ def test_steps_are_measured_in_every_way_to_hold_frozen_weights(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"held": FrozenConfig(offload_blocks=31)}, "1.3b-480p has 30 blocks"),
-        ({"held": FrozenConfig(offload_blocks=3), "recomputed": False}, "--recomputed false"),
-        ({"held": FrozenConfig(offload_blocks=3), "compile": True}, "--compile given"),
+        ({"frozen_weights": FrozenConfig(offload_blocks=31)}, "1.3b-480p has 30 blocks"),
         (
-            {"held": FrozenConfig(frozen="fp8"), "student": StudentConfig(parameters="full")},
+            {"frozen_weights": FrozenConfig(offload_blocks=3), "recomputed": False},
+            "--recomputed false",
+        ),
+        ({"frozen_weights": FrozenConfig(offload_blocks=3), "compile": True}, "--compile given"),
+        (
+            {
+                "frozen_weights": FrozenConfig(frozen="fp8"),
+                "student": StudentConfig(parameters="full"),
+            },
             "--parameters full",
         ),
         ({"cap_gb": -1.0}, "greater than 0"),

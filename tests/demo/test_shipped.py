@@ -13,7 +13,7 @@ from linvideo_core.evaluate.entrants import load_second_stages
 from linvideo_core.evaluate.sampler import draw_noise, draw_prompts, read_labels
 from linvideo_core.flow import sample_few_step
 from linvideo_core.models.velocity import bind
-from linvideo_core.teacher.teacher import SubjectConfig, load_subject
+from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from research.demo_model.sampling import measure_clips
 
 PATH, FEW_STEP_PATH = (weights_path(f"{name}.safetensors") for name in ("linearized", "distilled"))
@@ -29,17 +29,17 @@ def test_the_shipped_few_step_file_draws_what_was_asked_in_four_calls_without_gu
 ) -> None:
     made = load_second_stages([FEW_STEP_PATH], shipped)["distilled_4"]
     assert len(made.header.sigmas) == 5 and FEW_STEP_PATH.stat().st_size <= 4_000_000
-    subject = load_subject(SubjectConfig())
-    picks = draw_prompts(len(subject.prompts), 8, seed=3)
-    digits, directions = read_labels([subject.prompts[i] for i in picks])
-    with artifact.transfer_into(subject.model, made) as model, torch.no_grad():
+    teacher = load_teacher(TeacherConfig())
+    picks = draw_prompts(len(teacher.prompts), 8, seed=3)
+    digits, directions = read_labels([teacher.prompts[i] for i in picks])
+    with artifact.transfer_into(teacher.model, made) as model, torch.no_grad():
         latents = sample_few_step(
-            bind(model, subject.prompt_embeds[picks]),
-            draw_noise(subject.latent_shape, 8, seed=3),
+            bind(model, teacher.prompt_embeds[picks]),
+            draw_noise(teacher.latent_shape, 8, seed=3),
             torch.tensor(made.header.sigmas),
             generator=torch.Generator().manual_seed(4),
         )
-    found = measure_clips(load_judge(), subject.decode(latents), digits, directions)
+    found = measure_clips(load_judge(), teacher.decode(latents), digits, directions)
     assert found["digit_accuracy"] >= 7 / 8 and found["motion_accuracy"] >= 7 / 8
 
 
@@ -54,7 +54,7 @@ def test_the_shipped_file_is_small_and_makes_half_of_the_layers_linear(
 def test_the_shipped_files_were_made_from_the_shipped_model(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = load_subject(SubjectConfig()).model
+    model = load_teacher(TeacherConfig()).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     artifact.apply(artifact.load(path), model).remove()
     assert not caplog.records
@@ -65,8 +65,8 @@ def test_the_shipped_files_were_made_from_the_shipped_model(
 def test_the_shipped_student_is_far_closer_to_its_teacher_than_swapped_layers(
     shipped: artifact.Artifact,
 ) -> None:
-    subject = load_subject(SubjectConfig())
+    teacher = load_teacher(TeacherConfig())
     settings = CompareConfig(num_samples=3, steps=8, batch_size=3)
-    _, swapped, student = compare_artifact(subject, shipped, settings, seed=3).rows
+    _, swapped, student = compare_artifact(teacher, shipped, settings, seed=3).rows
     assert student["velocity_error"] < swapped["velocity_error"] / 2
     assert student["distance_to_teacher"] < swapped["distance_to_teacher"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
 from linvideo_core.distill import cli as distill
-from linvideo_core.distill.monitor import Health
+from linvideo_core.distill.monitor import TrainingMonitor
 from linvideo_core.distill.rollout import draw_exits, simulate_backward
 from linvideo_core.distill.task import (
     DistillationConfig,
@@ -20,18 +20,18 @@ from linvideo_core.distill.task import (
     make_student,
     start_from,
 )
-from linvideo_core.distill.teacher_statistics import Endings, Likeness
+from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
 from linvideo_core.evaluate.entrants import load_first_stage
 from linvideo_core.flow import add_noise, make_sigmas, sample_few_step, velocity_to_x0
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.progress import silent
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
 from linvideo_core.training.trainer import ParameterGroup, TrainingConfig, fit
 from linvideo_core.transfer.objectives import dmd2
 from linvideo_core.transfer.student import Student
 
-LIKENESS = Likeness(spread=1.0, motion=1.0)
+LIKENESS = TeacherStatistics(spread=1.0, motion=1.0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -101,7 +101,7 @@ def test_the_generator_is_trained_on_what_it_meets_in_sampling(exit_step: int) -
 
 
 def feed(rows: list[dict[str, float]]) -> str | None:
-    health = Health()
+    health = TrainingMonitor()
     faults = [health({"spread_ratio": 1.0, "motion_ratio": 1.0, **row}) for row in rows]
     return next((fault for fault in faults if fault), None)
 
@@ -183,7 +183,7 @@ def test_a_fault_ends_training_at_the_last_checkpoint_from_before_it(
 ) -> None:
     """A checkpoint follows every second step; the fault began `delay - 1` rows earlier."""
     with pytest.raises(ValueError, match=f"the videos became alike at step {at}; the last good"):
-        fit(Player(), settings(9), tmp_path, seed=0, watch=Finder(at, delay))
+        fit(Player(), settings(9), tmp_path, seed=0, monitor=Finder(at, delay))
     found = load_file(tmp_path / "checkpoint.safetensors")
     with pytest.raises(Stop):
         fit(Player(), settings(9), tmp_path / "other", seed=0, progress=stopper(kept))
@@ -197,9 +197,9 @@ def test_a_fault_from_the_start_leaves_no_checkpoint_and_a_whole_run_leaves_one(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match="no good checkpoint is there"):
-        fit(Player(), settings(9), tmp_path, seed=0, watch=Finder(5, 6))
+        fit(Player(), settings(9), tmp_path, seed=0, monitor=Finder(5, 6))
     assert not list(tmp_path.glob("*.safetensors"))
-    fit(Player(), settings(9), tmp_path, seed=0, watch=Finder(10, 2))
+    fit(Player(), settings(9), tmp_path, seed=0, monitor=Finder(10, 2))
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["checkpoint.safetensors"]
 
 
@@ -218,56 +218,56 @@ def stopper(at: int) -> Callable[..., None]:
 
 
 def make_task(
-    student: Student, subject: Subject, *, endings: Endings | None = None, **options: Any
+    student: Student, teacher: Teacher, *, endings: Endpoints | None = None, **options: Any
 ) -> DistillationTask:
     return DistillationTask(
-        student, subject, LIKENESS, DistillationConfig(rank=4, num_steps=2, **options),
+        student, teacher, LIKENESS, DistillationConfig(rank=4, num_steps=2, **options),
         training=TrainingConfig(batch_size=4), shift=3.0, precision="fp32", seed=0,
         endings=endings,
     )  # fmt: skip
 
 
 def test_a_student_starts_as_the_file_that_it_was_given(
-    subject: Subject, linearized: Artifact
+    teacher: Teacher, linearized: Artifact
 ) -> None:
-    student = make_student(subject, linearized, DistillationConfig(rank=4), seed=0)
+    student = make_student(teacher, linearized, DistillationConfig(rank=4), seed=0)
     start_from(student, linearized)
-    latents, sigma = draw(2, *subject.latent_shape), torch.tensor([0.3, 0.8])
-    prompts = subject.prompt_embeds[:2]
+    latents, sigma = draw(2, *teacher.latent_shape), torch.tensor([0.3, 0.8])
+    prompts = teacher.prompt_embeds[:2]
     with torch.no_grad():
         found = bind(student.model, prompts)(latents, sigma)
-        with artifact.transfer_into(subject.model, linearized) as model:
+        with artifact.transfer_into(teacher.model, linearized) as model:
             expected = bind(model, prompts)(latents, sigma)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_three_roles_stand_on_one_copy_of_the_weights(
-    subject: Subject, linearized: Artifact
+    teacher: Teacher, linearized: Artifact
 ) -> None:
-    student = make_student(subject, linearized, DistillationConfig(rank=4), seed=0)
-    task = make_task(student, subject)
-    frozen = {p.data_ptr() for p in subject.model.parameters()}
+    student = make_student(teacher, linearized, DistillationConfig(rank=4), seed=0)
+    task = make_task(student, teacher)
+    frozen = {p.data_ptr() for p in teacher.model.parameters()}
     for model in (student.model, task.critic):
         mine = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
         assert mine <= frozen and len(mine) > 10
     loss, metrics = task.loss(0, torch.Generator().manual_seed(0))
     loss.backward()
     assert {"critic_loss", "generator_loss", "motion_ratio", "spread_ratio"} <= metrics.keys()
-    assert all(p.grad is None for p in subject.model.parameters())
+    assert all(p.grad is None for p in teacher.model.parameters())
     assert any(p.grad is not None and p.grad.any() for p in student.weights.values())
     assert any(p.grad is not None and p.grad.any() for p in task.critic_weights.values())
 
 
 def test_regression_joins_the_students_turn_and_no_other(
-    subject: Subject, linearized: Artifact, tmp_path: Path
+    teacher: Teacher, linearized: Artifact, tmp_path: Path
 ) -> None:
     settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
-    endings = Endings(collect(subject, settings, tmp_path, seed=0), 0.4)
-    student = make_student(subject, linearized, DistillationConfig(rank=4), seed=0)
+    endings = Endpoints(collect(teacher, settings, tmp_path, seed=0), 0.4)
+    student = make_student(teacher, linearized, DistillationConfig(rank=4), seed=0)
     options = {"critic_steps": 2, "regression_weight": 0.5}
     losses = {}
     for kind in (None, endings):
-        task = make_task(student, subject, endings=kind, **options)
+        task = make_task(student, teacher, endings=kind, **options)
         for step in (0, 1):
             losses[kind, step] = task.loss(step, torch.Generator().manual_seed(step))
     (loss, metrics), (plain, _) = losses[endings, 0], losses[None, 0]
@@ -291,17 +291,17 @@ def config_of(out: Path) -> distill.DistillConfig:
     )
 
 
-def run(subject: Subject, first: Artifact, out: Path, progress: Any = silent) -> Artifact:
+def run(teacher: Teacher, first: Artifact, out: Path, progress: Any = silent) -> Artifact:
     config = config_of(out)
-    student = make_student(subject, first, config.distillation, seed=0)
-    distill.distill(student, subject, first, config, "fp32", progress)
+    student = make_student(teacher, first, config.distillation, seed=0)
+    distill.distill(student, teacher, first, config, "fp32", progress)
     return artifact.load(out / distill.ARTIFACT_NAME)
 
 
 def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_steps(
-    subject: Subject, linearized: Artifact, tmp_path: Path
+    teacher: Teacher, linearized: Artifact, tmp_path: Path
 ) -> None:
-    whole = run(subject, linearized, tmp_path / "whole")
+    whole = run(teacher, linearized, tmp_path / "whole")
     assert whole.header.sigmas == pytest.approx(make_sigmas(2, 3.0).tolist())
     assert list(whole.header.layers) == [0, 2] and whole.header.objective == "dmd2"
     assert whole.header.provenance["transfer objective"] == "adm"
@@ -309,8 +309,8 @@ def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_s
     assert (usage.guidance_scale, usage.shift, usage.steps, usage.sampler) == (1, 3, 2, "lcm")
     for at in (1, 3):
         with pytest.raises(Stop):
-            run(subject, linearized, tmp_path / f"at{at}", stopper(at))
-        resumed = run(subject, linearized, tmp_path / f"at{at}")
+            run(teacher, linearized, tmp_path / f"at{at}", stopper(at))
+        resumed = run(teacher, linearized, tmp_path / f"at{at}")
         files = [tmp_path / name / distill.ARTIFACT_NAME for name in ("whole", f"at{at}")]
         expected, found = (load_file(path) for path in files)
         assert expected.keys() == found.keys() and resumed.header.layers == whole.header.layers
@@ -319,9 +319,9 @@ def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_s
 
 
 def test_a_distilled_file_is_not_distilled_again(
-    subject: Subject, linearized: Artifact, tmp_path: Path
+    teacher: Teacher, linearized: Artifact, tmp_path: Path
 ) -> None:
-    run(subject, linearized, tmp_path)
+    run(teacher, linearized, tmp_path)
     with pytest.raises(ValueError, match="is distilled already; give the file that `transfer`"):
         load_first_stage(tmp_path / distill.ARTIFACT_NAME)
 

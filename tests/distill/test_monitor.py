@@ -15,10 +15,10 @@ from linvideo_core.distill import cli as distill
 from linvideo_core.distill.cli import DistillConfig
 from linvideo_core.distill.task import DistillationConfig
 from linvideo_core.models.wan import WanConfig, WanModel
-from linvideo_core.teacher.teacher import SubjectConfig, load_subject
+from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig
 from linvideo_core.training.trainer import TrainingConfig
-from linvideo_core.transfer.evaluation import EvidenceConfig
+from linvideo_core.transfer.evaluation import EvaluationConfig
 from linvideo_core.transfer.student import Student, StudentConfig
 
 TINY = WanConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=32, text_dim=16, freq_dim=32)
@@ -36,21 +36,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts = {"prompt_embeds": torch.randn(3, 4, 16), "negative_embeds": torch.zeros(4, 16)}
     save_file(model.state_dict(), folder / "model.safetensors")
     save_file(prompts, folder / "prompts.safetensors")
-    subject = load_subject(subject_config(folder))
-    student = Student(subject, StudentConfig(parameters="feature_maps"), seed=0)
+    teacher = load_teacher(subject_config(folder))
+    student = Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
     for layer, module in student.mixed.items():
         module.harden("softmax" if layer else "linear")
     made = artifact.extract(
-        student.model, subject.model, parameters="feature_maps", objective="adm", steps=1,
+        student.model, teacher.model, parameters="feature_maps", objective="adm", steps=1,
         provenance={},
     )  # fmt: skip
     artifact.save(made, folder / "linearized.safetensors")
     return folder
 
 
-def subject_config(folder: Path) -> SubjectConfig:
+def subject_config(folder: Path) -> TeacherConfig:
     names = {name: folder / f"{name}.safetensors" for name in ("model", "prompts")}
-    return SubjectConfig(**names, num_frames=5, height=32, width=32)
+    return TeacherConfig(**names, num_frames=5, height=32, width=32)
 
 
 def distil(
@@ -58,12 +58,12 @@ def distil(
 ) -> tuple[str, int | None, list[dict[str, Any]]]:
     """Run the command; return its sentence, the kept checkpoint's step, the rows of metrics."""
     config = DistillConfig(
-        subject=subject_config(files),
+        teacher=subject_config(files),
         artifact=files / "linearized.safetensors",
         out=out,
         device="cpu",
         precision="fp32",
-        evidence=EvidenceConfig(evaluate_samples=0),
+        evaluation=EvaluationConfig(evaluate_samples=0),
         trajectories=TrajectoryConfig(
             num_trajectories=4, states_per_trajectory=2, sampler_steps=4, shard_size=4, shift=1.0
         ),

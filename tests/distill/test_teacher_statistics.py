@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from linvideo_core.distill.teacher_statistics import Endings, end_of
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.distill.teacher_statistics import Endpoints, end_of
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
 from linvideo_core.transfer.objectives import dmd2
 
@@ -16,15 +16,15 @@ CONFIG = TrajectoryConfig(
 
 
 @pytest.fixture
-def trajectories(subject: Subject, tmp_path: Path) -> Trajectories:
-    return collect(subject, CONFIG, tmp_path, seed=0)
+def trajectories(teacher: Teacher, tmp_path: Path) -> Trajectories:
+    return collect(teacher, CONFIG, tmp_path, seed=0)
 
 
 @pytest.mark.parametrize("min_sigma", [0.3, 0.8])
 def test_states_of_high_noise_alone_are_drawn_each_with_its_own_video(
     trajectories: Trajectories, min_sigma: float
 ) -> None:
-    endings = Endings(trajectories, min_sigma)
+    endings = Endpoints(trajectories, min_sigma)
     states, sigma, x0 = endings.draw(63, torch.Generator().manual_seed(0), "cpu")
     assert bool((sigma >= min_sigma).all())
     torch.testing.assert_close(sigma, trajectories.sigmas[states.step])
@@ -38,7 +38,7 @@ def test_where_no_state_is_noisy_enough_the_sentence_says_what_to_give(
     trajectories: Trajectories,
 ) -> None:
     with pytest.raises(ValueError, match=r"from 1.01 up; give more --states-per-trajectory"):
-        Endings(trajectories, 1.01)
+        Endpoints(trajectories, 1.01)
 
 
 def test_regression_is_the_mean_distance_and_pulls_towards_the_ending() -> None:

@@ -26,7 +26,7 @@ from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run import records
 from linvideo_core.run.config import parse
 from linvideo_core.run.progress import silent
-from linvideo_core.teacher.teacher import Subject, SubjectConfig
+from linvideo_core.teacher.teacher import Teacher, TeacherConfig
 from tests.conftest import save_inputs
 
 TINY = WanConfig(dim=128, num_heads=1, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=32)
@@ -40,7 +40,7 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def subject() -> Subject:
+def teacher() -> Teacher:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def subject() -> Subject:
         model.init_weights()
         # A zero head would make every model predict the same.
         nn.init.normal_(model.head.head.weight, std=0.1)
-    return Subject(
+    return Teacher(
         name="tiny",
         model=model.eval().requires_grad_(False),
         prompts=["one", "two", "three"],
@@ -61,15 +61,15 @@ def subject() -> Subject:
 
 
 @pytest.fixture
-def own_files(subject: Subject, tmp_path: Path) -> dict[str, Path]:
+def own_files(teacher: Teacher, tmp_path: Path) -> dict[str, Path]:
     """Return flags with files as a user has them: a model, its prompts, its LINVIDEO file."""
-    paths = {**save_inputs(subject, tmp_path), "--artifact": tmp_path / "artifact.safetensors"}
-    student = copy.deepcopy(subject.model)
+    paths = {**save_inputs(teacher, tmp_path), "--artifact": tmp_path / "artifact.safetensors"}
+    student = copy.deepcopy(teacher.model)
     _, sites = identify(shapes_of(student))
     install(student, sites[:2], lambda site: LinearAttention(site.num_heads, site.head_dim, 128))
     made = artifact.extract(
         student,
-        subject.model,
+        teacher.model,
         parameters="feature_maps",
         objective="velocity",
         steps=0,
@@ -83,10 +83,10 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_a_student_that_is_the_teacher_is_measured_as_perfect(subject: Subject) -> None:
-    students = {"student": contextlib.nullcontext(subject.model)}
-    teacher, student = compare(subject, students, SETTINGS, seed=0).rows
-    for row in (teacher, student):
+def test_a_student_that_is_the_teacher_is_measured_as_perfect(teacher: Teacher) -> None:
+    students = {"student": contextlib.nullcontext(teacher.model)}
+    reference, student = compare(teacher, students, SETTINGS, seed=0).rows
+    for row in (reference, student):
         assert row["distance_to_teacher"] == pytest.approx(0, abs=1e-5)
         assert row["frechet_to_teacher"] == pytest.approx(0, abs=1e-5)
         assert row["velocity_error"] == pytest.approx(0, abs=1e-5)
@@ -100,35 +100,35 @@ def test_a_student_that_is_the_teacher_is_measured_as_perfect(subject: Subject) 
         assert row["seconds"] > 0
 
 
-def test_a_swapped_model_differs_and_gives_the_teacher_back(subject: Subject) -> None:
-    before = state_of(subject.model)
-    students = {"swapped": swap(subject.model, (0, 2), 128)}
-    swapped = compare(subject, students, SETTINGS, seed=0).rows[1]
+def test_a_swapped_model_differs_and_gives_the_teacher_back(teacher: Teacher) -> None:
+    before = state_of(teacher.model)
+    students = {"swapped": swap(teacher.model, (0, 2), 128)}
+    swapped = compare(teacher, students, SETTINGS, seed=0).rows[1]
     assert (swapped["model"], swapped["linear_layers"], swapped["layers"]) == ("swapped", 2, 3)
     assert swapped["distance_to_teacher"] > 1e-4
     assert swapped["velocity_error"] > 1e-4
     assert swapped["frechet_teacher_features"] > 1e-9
     assert swapped["velocity_cosine"] < 1
-    after = subject.model.state_dict()
+    after = teacher.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_subject_without_a_judge_leaves_its_measures_out(subject: Subject) -> None:
-    (row,) = compare(subject, {}, SETTINGS, seed=0).rows
+def test_a_subject_without_a_judge_leaves_its_measures_out(teacher: Teacher) -> None:
+    (row,) = compare(teacher, {}, SETTINGS, seed=0).rows
     assert not {"digit", "motion", "frechet"} & set(row)
 
 
-def test_results_do_not_depend_on_the_batch_size(subject: Subject) -> None:
+def test_results_do_not_depend_on_the_batch_size(teacher: Teacher) -> None:
     frames = []
     for batch_size in (1, 5):
         settings = dataclasses.replace(SETTINGS, batch_size=batch_size)
-        frames.append(compare(subject, {}, settings, seed=3).frames["teacher"])
+        frames.append(compare(teacher, {}, settings, seed=3).frames["teacher"])
     torch.testing.assert_close(*frames, rtol=1e-4, atol=1e-5)
 
 
-def test_more_samples_begin_with_the_same_ones(subject: Subject) -> None:
-    few, many = (sampler.draw_noise(subject.latent_shape, count, 7) for count in (2, 5))
+def test_more_samples_begin_with_the_same_ones(teacher: Teacher) -> None:
+    few, many = (sampler.draw_noise(teacher.latent_shape, count, 7) for count in (2, 5))
     assert torch.equal(few, many[:2])
     assert sampler.draw_prompts(3, 2, 7) == sampler.draw_prompts(3, 8, 7)[:2]
 
@@ -139,45 +139,45 @@ def test_every_prompt_is_used_before_one_is_repeated() -> None:
 
 
 @pytest.mark.parametrize(("seeds", "shown"), [(1, False), (2, True)])
-def test_diversity_takes_samples_of_one_prompt(seeds: int, shown: bool, subject: Subject) -> None:
+def test_diversity_takes_samples_of_one_prompt(seeds: int, shown: bool, teacher: Teacher) -> None:
     settings = dataclasses.replace(SETTINGS, num_samples=3, seeds_per_prompt=seeds)
-    (row,) = compare(subject, {}, settings, seed=0).rows
+    (row,) = compare(teacher, {}, settings, seed=0).rows
     assert (row["diversity"] is not None) == shown
     chosen = sampler.draw_prompts(4, 10, 0, repeats=2)
     assert chosen == [prompt for prompt in sampler.draw_prompts(4, 5, 0) for _ in range(2)]
 
 
-def test_a_model_is_not_described_by_a_student(subject: Subject) -> None:
-    made = sampler.Bench(subject, SETTINGS, seed=0, precision="fp32", progress=silent)
-    samples = made.sample("teacher", subject.model, is_teacher=True)
+def test_a_model_is_not_described_by_a_student(teacher: Teacher) -> None:
+    made = sampler.Evaluator(teacher, SETTINGS, seed=0, precision="fp32", progress=silent)
+    samples = made.sample("teacher", teacher.model, is_teacher=True)
     assert "frechet_teacher_features" not in made.measure(samples, samples, None)
-    with swap(subject.model, (1,), 128), pytest.raises(ValueError, match="from the teacher alone"):
+    with swap(teacher.model, (1,), 128), pytest.raises(ValueError, match="from the teacher alone"):
         made.describe(samples)
 
 
-def test_progress_reaches_its_total_in_every_stage(subject: Subject) -> None:
+def test_progress_reaches_its_total_in_every_stage(teacher: Teacher) -> None:
     last: dict[str, tuple[int, int]] = {}
 
     def progress(stage: str, done: int, total: int, **metrics: float) -> None:
         assert done > last.get(stage, (0, 0))[0]
         last[stage] = (done, total)
 
-    students = {"student": contextlib.nullcontext(subject.model)}
-    compare(subject, students, SETTINGS, seed=0, progress=progress)
+    students = {"student": contextlib.nullcontext(teacher.model)}
+    compare(teacher, students, SETTINGS, seed=0, progress=progress)
     assert last == {"sampling teacher": (9, 9), "sampling student": (9, 9)}
 
 
-def test_velocity_rows_follow_the_noise_levels_of_the_sampler(subject: Subject) -> None:
-    students = {"student": contextlib.nullcontext(subject.model)}
-    rows = compare(subject, students, SETTINGS, seed=0).velocity_rows
+def test_velocity_rows_follow_the_noise_levels_of_the_sampler(teacher: Teacher) -> None:
+    students = {"student": contextlib.nullcontext(teacher.model)}
+    rows = compare(teacher, students, SETTINGS, seed=0).velocity_rows
     sigmas = [row["sigma"] for row in rows]
     assert len(rows) == SETTINGS.steps
     assert sigmas[0] == 1 and sigmas == sorted(sigmas, reverse=True)
 
 
-def test_pictures_are_written_for_any_subject(subject: Subject, tmp_path: Path) -> None:
-    students = {"swapped": swap(subject.model, (1,), 128)}
-    comparison.save_pictures(compare(subject, students, SETTINGS, seed=0), tmp_path)
+def test_pictures_are_written_for_any_subject(teacher: Teacher, tmp_path: Path) -> None:
+    students = {"swapped": swap(teacher.model, (1,), 128)}
+    comparison.save_pictures(compare(teacher, students, SETTINGS, seed=0), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "samples.png",
         "samples.gif",
@@ -252,7 +252,7 @@ def distil(path: Path, out: Path, **changes: object) -> Path:
 
 def few_step_config(own_files: dict[str, Path], *distilled: Path) -> EvaluateConfig:
     return EvaluateConfig(
-        subject=SubjectConfig(
+        teacher=TeacherConfig(
             model=own_files["--model"],
             prompts=own_files["--prompts"],
             num_frames=13,
@@ -269,7 +269,7 @@ def few_step_config(own_files: dict[str, Path], *distilled: Path) -> EvaluateCon
 
 
 def test_steps_are_compared_with_quality_in_one_run_and_recorded(
-    own_files: dict[str, Path], subject: Subject, tmp_path: Path
+    own_files: dict[str, Path], teacher: Teacher, tmp_path: Path
 ) -> None:
     two = distil(own_files["--artifact"], tmp_path / "two.safetensors")
     one = distil(own_files["--artifact"], tmp_path / "one.safetensors", provenance={"stages": 1})
@@ -321,12 +321,12 @@ def test_files_of_the_wrong_stage_are_refused_in_one_sentence(
 
 
 def test_a_file_for_another_model_is_refused_before_sampling(
-    own_files: dict[str, Path], subject: Subject, tmp_path: Path
+    own_files: dict[str, Path], teacher: Teacher, tmp_path: Path
 ) -> None:
     smaller = WanModel(dataclasses.replace(TINY, num_layers=2))
     save_file(smaller.state_dict(), own_files["--model"])
     config = EvaluateConfig(
-        subject=SubjectConfig(model=own_files["--model"], prompts=own_files["--prompts"]),
+        teacher=TeacherConfig(model=own_files["--model"], prompts=own_files["--prompts"]),
         artifact=own_files["--artifact"],
         out=tmp_path / "out",
     )
@@ -338,12 +338,12 @@ def test_a_file_for_another_model_is_refused_before_sampling(
 @needs("judge.safetensors", "prompts.safetensors")
 @pytest.mark.parametrize(("prompts", "is_labelled"), [(["a two moving up"], True), (["a"], False)])
 def test_the_demo_is_judged_and_its_labels_are_read_from_the_prompts(
-    prompts: list[str], is_labelled: bool, subject: Subject
+    prompts: list[str], is_labelled: bool, teacher: Teacher
 ) -> None:
     model = WanModel(dataclasses.replace(TINY, text_dim=TEXT_DIM)).eval().requires_grad_(False)
     model.init_weights()
     demo = dataclasses.replace(
-        subject,
+        teacher,
         model=model,
         prompts=prompts,
         prompt_embeds=encode_prompts(prompts),

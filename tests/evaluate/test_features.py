@@ -11,25 +11,25 @@ from linvideo_core.flow import add_noise
 from linvideo_core.models.attention_sites import attention_at, shapes_of
 from linvideo_core.models.families import identify
 from linvideo_core.models.velocity import TIMESTEP_SCALE
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 
 
-def draw(subject: Subject, count: int, seed: int) -> Tensor:
+def draw(teacher: Teacher, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, *subject.latent_shape, generator=generator)
+    return torch.randn(count, *teacher.latent_shape, generator=generator)
 
 
-def test_features_are_the_middle_layers_attention_averaged_over_tokens(subject: Subject) -> None:
-    latents, noise = draw(subject, 2, 0), draw(subject, 2, 1)
-    features = teacher_features(subject.model, latents, noise, subject.negative_embeds)
-    _, sites = identify(shapes_of(subject.model))
+def test_features_are_the_middle_layers_attention_averaged_over_tokens(teacher: Teacher) -> None:
+    latents, noise = draw(teacher, 2, 0), draw(teacher, 2, 1)
+    features = teacher_features(teacher.model, latents, noise, teacher.negative_embeds)
+    _, sites = identify(shapes_of(teacher.model))
     seen: list[Tensor] = []
-    middle = attention_at(subject.model, sites[1])
+    middle = attention_at(teacher.model, sites[1])
     hook = middle.register_forward_hook(lambda module, args, output: seen.append(output))
     sigma = torch.full((2,), SIGMA)
     with torch.no_grad():
-        embeds = subject.negative_embeds.expand(2, -1, -1)
-        subject.model(add_noise(latents, noise, sigma), TIMESTEP_SCALE * sigma, embeds)
+        embeds = teacher.negative_embeds.expand(2, -1, -1)
+        teacher.model(add_noise(latents, noise, sigma), TIMESTEP_SCALE * sigma, embeds)
     hook.remove()
     _, tokens, heads, dim = seen[0].shape
     expected = torch.stack([clip.view(tokens, heads * dim).mean(dim=0) for clip in seen[0]])
@@ -38,13 +38,13 @@ def test_features_are_the_middle_layers_attention_averaged_over_tokens(subject: 
     assert not middle._forward_hooks
 
 
-def test_bf16_changes_features_far_less_than_other_videos_do(subject: Subject) -> None:
-    noise = draw(subject, 6, 1)
+def test_bf16_changes_features_far_less_than_other_videos_do(teacher: Teacher) -> None:
+    noise = draw(teacher, 6, 1)
 
     def describe(seed: int, precision: str) -> Tensor:
-        latents = draw(subject, 6, seed)
-        embeds = subject.negative_embeds
-        return teacher_features(subject.model, latents, noise, embeds, precision=precision)
+        latents = draw(teacher, 6, seed)
+        embeds = teacher.negative_embeds
+        return teacher_features(teacher.model, latents, noise, embeds, precision=precision)
 
     exact, rounded, other = describe(0, "fp32"), describe(0, "bf16"), describe(2, "fp32")
     assert rounded.dtype == torch.float32
@@ -52,13 +52,13 @@ def test_bf16_changes_features_far_less_than_other_videos_do(subject: Subject) -
     assert near < 0.02 * far
 
 
-def test_features_of_a_student_are_refused_and_no_hook_is_left(subject: Subject) -> None:
-    latents = draw(subject, 2, 0)
+def test_features_of_a_student_are_refused_and_no_hook_is_left(teacher: Teacher) -> None:
+    latents = draw(teacher, 2, 0)
     with (
-        swap(subject.model, (0,), 128) as model,
+        swap(teacher.model, (0,), 128) as model,
         pytest.raises(ValueError, match="the model has linear layers"),
     ):
-        teacher_features(model, latents, latents, subject.negative_embeds)
+        teacher_features(model, latents, latents, teacher.negative_embeds)
     with pytest.raises(ValueError, match="this model takes"):
-        teacher_features(subject.model, latents[:, :1], latents[:, :1], subject.negative_embeds)
-    assert not any(module._forward_hooks for module in subject.model.modules())
+        teacher_features(teacher.model, latents[:, :1], latents[:, :1], teacher.negative_embeds)
+    assert not any(module._forward_hooks for module in teacher.model.modules())

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
 from linvideo_core.evaluate.comparison import compare_few_step
-from linvideo_core.evaluate.entrants import FewStepLora, line_up
+from linvideo_core.evaluate.entrants import FewStepLora, find_entrants
 from linvideo_core.evaluate.lora_file import load_lora, with_lora
 from linvideo_core.evaluate.sampler import CompareConfig
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 
 RANK, ALPHA, STRENGTH = 3, 6.0, 0.7
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.2.ffn.0")
@@ -51,10 +51,10 @@ def save_lora(
 
 
 @pytest.fixture
-def lora_path(subject: Subject, tmp_path: Path) -> Path:
+def lora_path(teacher: Teacher, tmp_path: Path) -> Path:
     names = [f"diffusion_model.{name}" for name in LAYERS]
     return save_lora(
-        subject.model, tmp_path / "lora.safetensors", names,
+        teacher.model, tmp_path / "lora.safetensors", names,
         up="lora_up", down="lora_down", alpha=ALPHA,
     )  # fmt: skip
 
@@ -71,9 +71,9 @@ def lora_path(subject: Subject, tmp_path: Path) -> Path:
     ],
 )
 def test_alpha_over_rank_times_up_down_is_added_under_any_naming(
-    names: list[str], up: str, down: str, alpha: float | None, subject: Subject, tmp_path: Path
+    names: list[str], up: str, down: str, alpha: float | None, teacher: Teacher, tmp_path: Path
 ) -> None:
-    model, before = subject.model, weights_of(subject.model)
+    model, before = teacher.model, weights_of(teacher.model)
     path = save_lora(model, tmp_path / "x.safetensors", names, up=up, down=down, alpha=alpha)
     scale = STRENGTH * (1 if alpha is None else alpha / RANK)
     changed = {
@@ -88,9 +88,9 @@ def test_alpha_over_rank_times_up_down_is_added_under_any_naming(
 
 
 def test_whole_changes_reach_weights_biases_and_bare_parameters(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
-    model, before = subject.model, weights_of(subject.model)
+    model, before = teacher.model, weights_of(teacher.model)
     changes = {
         "blocks.0.norm3.weight": "blocks.0.norm3.diff",
         "blocks.1.ffn.2.bias": "blocks.1.ffn.2.diff_b",
@@ -110,9 +110,9 @@ def test_whole_changes_reach_weights_biases_and_bare_parameters(
 
 
 def test_the_lora_half_of_our_own_file_is_what_the_file_does_to_the_weights(
-    subject: Subject, linearized: Artifact, tmp_path: Path
+    teacher: Teacher, linearized: Artifact, tmp_path: Path
 ) -> None:
-    path, model = tmp_path / "own.safetensors", subject.model
+    path, model = tmp_path / "own.safetensors", teacher.model
     artifact.save(linearized, path, dtype=torch.float32)
     before = weights_of(model)
     with artifact.transfer_into(model, artifact.load(path)):
@@ -124,16 +124,16 @@ def test_the_lora_half_of_our_own_file_is_what_the_file_does_to_the_weights(
     assert any(not torch.equal(found[name], x) for name, x in before.items())
 
 
-def test_strength_zero_is_exact(subject: Subject, lora_path: Path) -> None:
-    before = weights_of(subject.model)
-    with with_lora(subject.model, load_lora(lora_path), strength=0.0):
-        assert all(torch.equal(x, before[name]) for name, x in weights_of(subject.model).items())
+def test_strength_zero_is_exact(teacher: Teacher, lora_path: Path) -> None:
+    before = weights_of(teacher.model)
+    with with_lora(teacher.model, load_lora(lora_path), strength=0.0):
+        assert all(torch.equal(x, before[name]) for name, x in weights_of(teacher.model).items())
 
 
 def test_lora_and_linearized_file_come_in_any_order(
-    subject: Subject, linearized: Artifact, lora_path: Path
+    teacher: Teacher, linearized: Artifact, lora_path: Path
 ) -> None:
-    model, lora, before = subject.model, load_lora(lora_path), weights_of(subject.model)
+    model, lora, before = teacher.model, load_lora(lora_path), weights_of(teacher.model)
     with artifact.transfer_into(model, linearized), with_lora(model, lora):
         first = weights_of(model)
     with with_lora(model, lora), artifact.transfer_into(model, linearized):
@@ -181,22 +181,22 @@ def test_lora_and_linearized_file_come_in_any_order(
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused_in_one_sentence(
-    tensors: dict[str, tuple[int, ...]], reason: str, subject: Subject, tmp_path: Path
+    tensors: dict[str, tuple[int, ...]], reason: str, teacher: Teacher, tmp_path: Path
 ) -> None:
     path = tmp_path / "x.safetensors"
     save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
-    before = weights_of(subject.model)
+    before = weights_of(teacher.model)
     with (
         pytest.raises(ValueError, match=reason) as refused,
-        with_lora(subject.model, load_lora(path)),
+        with_lora(teacher.model, load_lora(path)),
     ):
         pass
     assert "\n" not in str(refused.value)
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(subject.model).items())
+    assert all(torch.equal(x, before[name]) for name, x in weights_of(teacher.model).items())
 
 
 def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
-    subject: Subject,
+    teacher: Teacher,
     linearized: Artifact,
     lora_path: Path,
     tmp_path: Path,
@@ -215,7 +215,7 @@ def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
     tensors = load_file(lora_path)
     tensors |= {f"diffusion_model.{name}": torch.ones(size) for name, size in strangers.items()}
     save_file(tensors, tmp_path / "more.safetensors")
-    model, more = subject.model, load_lora(tmp_path / "more.safetensors")
+    model, more = teacher.model, load_lora(tmp_path / "more.safetensors")
     caplog.clear()
     with with_lora(model, load_lora(lora_path)):
         expected = weights_of(model)
@@ -228,7 +228,7 @@ def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
     caplog.clear()
     sigmas = torch.tensor([1.0, 0.0])
     settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
-    lineup = line_up(
+    lineup = find_entrants(
         model, linearized, {}, settings, lora=FewStepLora(file=more, strength=1.0, sigmas=sigmas)
     )
     for name in ("teacher_lora_1", "linearized_lora_1"):
@@ -238,9 +238,9 @@ def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
 
 
 def test_a_change_of_modulation_is_said_to_be_left_out_by_comfyui(
-    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shape = subject.model.get_parameter("blocks.0.modulation").shape
+    shape = teacher.model.get_parameter("blocks.0.modulation").shape
     names = [f"diffusion_model.blocks.{i}.diff_m" for i in range(2)]
     save_file({name: torch.ones(shape) for name in names}, tmp_path / "x.safetensors")
     load_lora(tmp_path / "x.safetensors")
@@ -257,15 +257,15 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_few_step_lora_is_compared_on_teacher_and_linearized_model(
-    subject: Subject, linearized: Artifact, lora_path: Path
+    teacher: Teacher, linearized: Artifact, lora_path: Path
 ) -> None:
-    before = weights_of(subject.model)
+    before = weights_of(teacher.model)
     lora = FewStepLora(
         file=load_lora(lora_path), strength=1.0, sigmas=torch.tensor([1.0, 0.9, 0.6, 0.0])
     )
     settings = CompareConfig(num_samples=3, steps=4, batch_size=3)
-    lineup = line_up(subject.model, linearized, {}, settings, lora=lora)
-    rows = compare_few_step(subject, lineup, settings, seed=0).rows
+    lineup = find_entrants(teacher.model, linearized, {}, settings, lora=lora)
+    rows = compare_few_step(teacher, lineup, settings, seed=0).rows
     steps = {row["model"]: (row["steps"], row["linear_layers"]) for row in rows}
     assert steps == {
         "teacher": (4, 0),
@@ -275,4 +275,4 @@ def test_a_few_step_lora_is_compared_on_teacher_and_linearized_model(
     }
     distances = {row["distance_to_teacher"] for row in rows}
     assert len(distances) == 4
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(subject.model).items())
+    assert all(torch.equal(x, before[name]) for name, x in weights_of(teacher.model).items())

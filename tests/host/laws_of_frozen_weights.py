@@ -11,7 +11,7 @@ from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.transfer.student import Student, StudentConfig
 from linvideo_pack.nodes.demo import load_demo_model
 from linvideo_pack.nodes.transfer.frozen_weights import FrozenLinear, cast_weights, freeze
-from linvideo_pack.nodes.transfer.host_teacher import HostSubject
+from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config
 from stage import demo, device, needs_cpu, relative_difference, with_lora
 from torch import Tensor, nn
@@ -35,14 +35,14 @@ def _velocity_and_gradients(model: Any, is_copied: bool) -> tuple[Tensor, list[T
     """Return what a student computes in fp32 and the gradients of its low-rank changes."""
     with _learning():
         inputs = _inputs()
-        host = HostSubject(model, inputs)
+        host = HostTeacher(model, inputs)
         # Of a small model copies are made: beside the host's weights it must come out alike.
         host.is_copied = lambda _: is_copied
-        with host.subject(make_config(inputs, host)) as subject:
-            linears = [m for m in subject.model.blocks.modules() if isinstance(m, nn.Linear)]
+        with host.teacher(make_config(inputs, host)) as teacher:
+            linears = [m for m in teacher.model.blocks.modules() if isinstance(m, nn.Linear)]
             assert all(isinstance(m, FrozenLinear) for m in linears) != is_copied
-            subject.model._dtype = torch.float32
-            student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+            teacher.model._dtype = torch.float32
+            student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
             generator = torch.Generator().manual_seed(2)
             for weight in student.weights.values():
                 added = 0.02 * torch.randn(weight.shape, generator=generator)

@@ -27,7 +27,7 @@ from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact.summary import describe_size
 from linvideo_pack.linvideo_core.flow import make_sigmas, sample_euler
 from linvideo_pack.linvideo_core.models.velocity import bind_guided
-from linvideo_pack.linvideo_core.teacher.teacher import Subject
+from linvideo_pack.linvideo_core.teacher.teacher import Teacher
 from linvideo_pack.linvideo_core.transfer.student import Student, StudentConfig
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.families import host_family
@@ -36,7 +36,7 @@ from linvideo_pack.nodes.transfer import host_teacher
 from linvideo_pack.nodes.transfer.conditioning import Conditions
 from linvideo_pack.nodes.transfer.frozen_weights import freeze
 from linvideo_pack.nodes.transfer.host_model import HostModel
-from linvideo_pack.nodes.transfer.host_teacher import HostSubject
+from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from stage import TOLERANCES, assert_close, complaint, device
 from torch import Tensor
@@ -94,12 +94,12 @@ def _inputs(**changes: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _subject(model: Any, inputs: dict[str, Any]) -> Iterator[Subject]:
+def _subject(model: Any, inputs: dict[str, Any]) -> Iterator[Teacher]:
     """Lend the teacher of a transfer, outside of the inference mode that nodes run in."""
     with torch.inference_mode(False), torch.no_grad():
-        host = HostSubject(model, inputs)
-        with host.subject(make_config(inputs, host)) as subject:
-            yield subject
+        host = HostTeacher(model, inputs)
+        with host.teacher(make_config(inputs, host)) as teacher:
+            yield teacher
 
 
 @contextlib.contextmanager
@@ -135,10 +135,10 @@ def _compare(model: Any, inputs: dict[str, Any]) -> None:
         _velocity_of_host(model, entry, latent[0, 0], sigma)
         for entry, latent, sigma in zip(entries, latents.unsqueeze(1), sigmas, strict=True)
     ]
-    with _subject(model, inputs) as subject:
-        prompts = torch.cat([subject.prompt_embeds, subject.negative_embeds[None]])
+    with _subject(model, inputs) as teacher:
+        prompts = torch.cat([teacher.prompt_embeds, teacher.negative_embeds[None]])
         timesteps = 1000 * torch.tensor(sigmas, device=device())
-        found = subject.model(latents.clone(), timesteps, prompts)
+        found = teacher.model(latents.clone(), timesteps, prompts)
     # What is not copied computes in bf16 on a GPU.
     is_exact = device().type == "cpu" or host_teacher.COPIED_BYTES
     tolerance = _TOLERANCE if is_exact else TOLERANCES[torch.float16]
@@ -216,7 +216,7 @@ def _keyframes(seed: int = 11) -> dict[str, Any]:
 def first_and_last_frames_belong_to_the_teacher_and_tell_transfers_apart() -> None:
     _compare(_h3(), _with_options(**_keyframes()))
     given = [_with_options(**_keyframes()), _with_options(**_keyframes(seed=12)), _with_options()]
-    digests = [HostSubject(_h3(), inputs).conditions.digest() for inputs in given]
+    digests = [HostTeacher(_h3(), inputs).conditions.digest() for inputs in given]
     assert len(set(digests)) == 3
 
 
@@ -229,7 +229,7 @@ def references_belong_to_the_teacher() -> None:
 def frames_that_differ_between_prompts_are_refused() -> None:
     inputs = _with_options(**_keyframes())
     inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]
-    message = complaint(ValueError, HostSubject, _h3(), inputs)
+    message = complaint(ValueError, HostTeacher, _h3(), inputs)
     assert "the same first frame, last frame or references" in message
 
 
@@ -255,10 +255,10 @@ def a_sampling_by_the_core_is_comfyuis() -> None:
             disable_pbar=True,
             seed=1,
         ).unbind()
-        with _subject(model, inputs) as subject:
-            assert HostSubject(model, inputs).shift == shift
-            prompts = (subject.prompt_embeds[:1], subject.negative_embeds[None])
-            velocity = bind_guided(subject.model, *prompts, 3.0)
+        with _subject(model, inputs) as teacher:
+            assert HostTeacher(model, inputs).shift == shift
+            prompts = (teacher.prompt_embeds[:1], teacher.negative_embeds[None])
+            velocity = bind_guided(teacher.model, *prompts, 3.0)
             found = sample_euler(velocity, noise.to(device()), sigmas)
         scale = shift / {12.0: 3.0, 7.0: 2.0}[shift]
         assert_close(found[0, 0, 0, 0, :_NUM_VIDEO], expected[0].flatten(), _TOLERANCE)
@@ -272,7 +272,7 @@ def gradients_are_those_of_comfyuis_own_block() -> None:
         twin = freeze(_h3().model.diffusion_model, device(), is_copied=True).double()
         own = copy.deepcopy(twin).blocks[0]
         given = {"dtype": torch.float64, "family": host_family("minimax_h3"), "video": None}
-        HostModel(twin, HostSubject(_h3(), _inputs()).sites, Conditions(None, None), **given)
+        HostModel(twin, HostTeacher(_h3(), _inputs()).sites, Conditions(None, None), **given)
         trained = twin.blocks[0]
         x, *others = _block_inputs()
         weighted = random_tensor(*x.shape, seed=15).to(x)
@@ -339,14 +339,14 @@ def every_gradient_of_the_student_is_there_and_finite() -> None:
     timesteps = torch.tensor([900.0, 300.0], device=device())
     gradients = []
     for lends in (contextlib.nullcontext, _uncopied):
-        with lends(), _subject(_h3(), _inputs()) as subject, torch.enable_grad():
-            student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+        with lends(), _subject(_h3(), _inputs()) as teacher, torch.enable_grad():
+            student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
             for number, module in enumerate(student.mixed.values()):
                 module.layer_score.data.fill_(0.3 + 0.2 * number)
             for weight in student.weights.values():
                 weight.data.normal_(std=0.05, generator=torch.Generator(device()).manual_seed(2))
             student.model(
-                latents.clone(), timesteps, subject.prompt_embeds
+                latents.clone(), timesteps, teacher.prompt_embeds
             ).square().sum().backward()
             found = {n: p.grad for n, p in student.model.named_parameters() if p.requires_grad}
             assert not any("adaln" in name for name in found)
@@ -406,7 +406,7 @@ def the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
     ):
         inputs = _inputs(latent=None)
         inputs["settings"] |= given
-        video = HostSubject(_h3(), inputs).video
+        video = HostTeacher(_h3(), inputs).video
         samples = EmptyMiniMaxH3LatentAV.execute(*expected).result[0]["samples"]
         assert video.shapes == tuple(tuple(x.shape[1:]) for x in samples.unbind())
         num_frames = {124: 124, 40: 56, 4: 5}[expected[2]]
@@ -415,7 +415,7 @@ def the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
 
 def latents_without_sound_are_refused() -> None:
     latent = {"samples": torch.zeros(1, 24, *FHW)}
-    message = complaint(ValueError, HostSubject, _h3(), _inputs(latent=latent))
+    message = complaint(ValueError, HostTeacher, _h3(), _inputs(latent=latent))
     assert "Empty MiniMax H3 AV Latent" in message
     masked = {**_latent(), "noise_mask": torch.ones(1)}
-    assert "mask" in complaint(ValueError, HostSubject, _h3(), _inputs(latent=masked))
+    assert "mask" in complaint(ValueError, HostTeacher, _h3(), _inputs(latent=masked))

@@ -104,10 +104,10 @@ def _plain_weights(patcher: Any) -> dict[str, Tensor]:
 def _read_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return a layer's weight and bias, copied from wherever ComfyUI's own forward takes them."""
     settings = {"dtype": torch.float32, "device": device(), "bias_dtype": torch.float32}
-    weight, bias, held = comfy.ops.cast_bias_weight(layer, **settings, offloadable=True)
+    weight, bias, frozen_weights = comfy.ops.cast_bias_weight(layer, **settings, offloadable=True)
     weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
     copies = weight.clone(), None if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(layer, weight, bias, held)
+    comfy.ops.uncast_bias_weight(layer, weight, bias, frozen_weights)
     return copies
 
 

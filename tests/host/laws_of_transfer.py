@@ -26,7 +26,7 @@ from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.demo.prompts import encode_prompts, make_prompt
 from linvideo_pack.linvideo_core.run.config import override
-from linvideo_pack.linvideo_core.teacher.teacher import Subject, SubjectConfig, load_subject
+from linvideo_pack.linvideo_core.teacher.teacher import Teacher, TeacherConfig, load_teacher
 from linvideo_pack.linvideo_core.teacher.trajectories import collect
 from linvideo_pack.linvideo_core.training.trainer import seed_step
 from linvideo_pack.linvideo_core.transfer.student import (
@@ -38,7 +38,7 @@ from linvideo_pack.linvideo_core.transfer.student import (
 from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
 from linvideo_pack.nodes.patching.apply import linearize
-from linvideo_pack.nodes.transfer.host_teacher import HostSubject
+from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from stage import MODEL_OF_SHAPES, device, tolerance_of
 from torch import Tensor
@@ -289,9 +289,9 @@ def _with_lora(model: Any) -> Any:
 
 def a_loras_changes_are_part_of_the_teacher() -> None:
     model = _with_lora(_demo()[0])
-    with _teacher(model, _inputs()) as subject:
-        weight = subject.model.blocks[0].self_attn.q.weight.float().cpu()
-        plain = load_subject(SubjectConfig()).model.blocks[0].self_attn.q.weight
+    with _teacher(model, _inputs()) as teacher:
+        weight = teacher.model.blocks[0].self_attn.q.weight.float().cpu()
+        plain = load_teacher(TeacherConfig()).model.blocks[0].self_attn.q.weight
         torch.testing.assert_close(weight - plain, torch.full_like(plain, 0.02), atol=1e-6, rtol=0)
 
 
@@ -309,21 +309,21 @@ def weights_of_every_kind_can_be_trained_with_every_objective() -> None:
 
 
 @contextlib.contextmanager
-def _teacher(model: Any, inputs: dict[str, Any]) -> Iterator[Subject]:
+def _teacher(model: Any, inputs: dict[str, Any]) -> Iterator[Teacher]:
     """Lend the teacher of a transfer, outside of the inference mode that nodes run in."""
     with torch.inference_mode(False), torch.no_grad():
-        host = HostSubject(model, inputs)
-        with host.subject(make_config(inputs, host)) as subject:
-            yield subject
+        host = HostTeacher(model, inputs)
+        with host.teacher(make_config(inputs, host)) as teacher:
+            yield teacher
 
 
 def the_teacher_is_the_model_of_the_headless_core() -> None:
     latents, sigma = torch.randn(2, *LATENT_SHAPE), torch.tensor([0.9, 0.2])
-    with _teacher(_demo()[0], _inputs()) as subject:
-        prompts = subject.prompt_embeds[:2]
+    with _teacher(_demo()[0], _inputs()) as teacher:
+        prompts = teacher.prompt_embeds[:2]
         inputs = latents.to(device()), 1000 * sigma.to(device()), prompts
-        found = subject.model(*(x.clone() for x in inputs))
-        expected = load_subject(SubjectConfig()).model.to(device())(*inputs)
+        found = teacher.model(*(x.clone() for x in inputs))
+        expected = load_teacher(TeacherConfig()).model.to(device())(*inputs)
         _assert_close(found, expected)
 
 
@@ -336,17 +336,17 @@ def _assert_close(found: Tensor, expected: Tensor, tolerance: float = _TOLERANCE
 def recomputed_activations_give_the_same_gradients() -> None:
     gradients = []
     with torch.inference_mode(False), torch.enable_grad(), _folders() as folder:
-        host = HostSubject(_demo()[0], _inputs())
+        host = HostTeacher(_demo()[0], _inputs())
         for is_recomputed in (False, True):
             config = override(
                 make_config(_inputs(), host), {"activation_checkpointing": is_recomputed}
             )
-            with host.subject(config) as subject:
-                student = Student(subject, config.student, seed=0)
-                trajectories = collect(subject, config.trajectories, folder / "states", seed=0)
+            with host.teacher(config) as teacher:
+                student = Student(teacher, config.student, seed=0)
+                trajectories = collect(teacher, config.trajectories, folder / "states", seed=0)
                 rooms = ("selection", "objective", "training", "precision")
                 settings = {room: getattr(config, room) for room in rooms}
-                task = TransferTask(student, subject, trajectories, **settings)
+                task = TransferTask(student, teacher, trajectories, **settings)
                 task.loss(0, seed_step(0, 0))[0].backward()
                 gradients.append([p.grad for p in student.model.parameters() if p.requires_grad])
     assert len(gradients[0]) > 100
@@ -355,7 +355,7 @@ def recomputed_activations_give_the_same_gradients() -> None:
 
 
 def the_demos_own_prompts_and_size_are_used_where_nothing_is_connected() -> None:
-    host = HostSubject(_demo()[0], _inputs(positive=None, negative=None, latent=None))
+    host = HostTeacher(_demo()[0], _inputs(positive=None, negative=None, latent=None))
     assert host.video.latent_shape == LATENT_SHAPE and host.is_demo
     assert host.conditions.prompt_embeds.shape == (80, 8, 4096)
     assert torch.equal(host.conditions.negative_embeds, _demo()[2][0][0][0])
@@ -403,18 +403,18 @@ def a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_fo
         model = _make_wan(folder, torch.bfloat16)
         model.set_model_compute_dtype(torch.bfloat16)
         inputs = _wan_inputs()
-        host = HostSubject(model, inputs)
+        host = HostTeacher(model, inputs)
         assert host.video.latent_shape == (16, 3, 8, 8)
         latents = torch.randn(1, *host.video.latent_shape).to(device())
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
-        with _teacher(model, inputs) as subject:
-            found = subject.model(
+        with _teacher(model, inputs) as teacher:
+            found = teacher.model(
                 latents.clone(),
                 torch.tensor([1000.0], device=device()),
                 prompt.to(device()).clone(),
             )
-            student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+            student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
             assert {p.dtype for p in student.weights.values()} == {torch.float32}
         _assert_close(found, expected, 2e-2)
         made = artifact.load(run(model, _wan_inputs()))
@@ -437,13 +437,13 @@ def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
         inputs = _wan_inputs()
         for branch in ("positive", "negative"):
             inputs[branch] = [[prompt, dict(image)] for prompt, _ in inputs[branch]]
-        host = HostSubject(model, inputs)
+        host = HostTeacher(model, inputs)
         assert host.conditions.concat.shape == (1, 20, 3, 8, 8)
         latents = torch.randn(1, *host.video.latent_shape).to(device())
         prompt = host.conditions.prompt_embeds[:1]
         expected = _velocity_of_host(model, host.conditions, latents, prompt)
-        with _teacher(model, inputs) as subject:
-            found = subject.model(
+        with _teacher(model, inputs) as teacher:
+            found = teacher.model(
                 latents.clone(),
                 torch.tensor([1000.0], device=device()),
                 prompt.to(device()).clone(),
@@ -451,7 +451,7 @@ def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
         _assert_close(found, expected, tolerance_of(model))
         assert run(model, inputs).is_file()
         inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]
-        assert "the same start image" in _complaint(HostSubject, model, inputs)
+        assert "the same start image" in _complaint(HostTeacher, model, inputs)
 
 
 class _WordEncoder:
@@ -478,15 +478,15 @@ def listed_prompts_are_those_of_combined_text_encoder_nodes() -> None:
             usual = _wan_inputs(negative=[[prompt, dict(extra)] for prompt, _ in negative])
             listed = {"positive": None, "clip": _WordEncoder(), "prompts": _LIST}
             connected = [[encode_prompts([prompt]), dict(extra)] for prompt in _PROMPTS]
-            hosts = [HostSubject(model, {**usual, **x}) for x in (listed, {"positive": connected})]
+            hosts = [HostTeacher(model, {**usual, **x}) for x in (listed, {"positive": connected})]
             assert len({host.conditions.digest() for host in hosts}) == 1
             assert hosts[0].conditions.prompt_embeds.shape == (2, 8, 4096)
         assert run(model, {**usual, **listed}).is_file()
 
 
 def the_demo_reads_listed_prompts_itself() -> None:
-    listed = HostSubject(_demo()[0], _inputs(positive=None, prompts=_LIST))
-    connected = HostSubject(_demo()[0], _inputs(positive=[[encode_prompts(list(_PROMPTS)), {}]]))
+    listed = HostTeacher(_demo()[0], _inputs(positive=None, prompts=_LIST))
+    connected = HostTeacher(_demo()[0], _inputs(positive=[[encode_prompts(list(_PROMPTS)), {}]]))
     assert listed.conditions.digest() == connected.conditions.digest()
 
 
@@ -502,12 +502,12 @@ def a_list_of_prompts_that_cannot_be_used_is_refused() -> None:
 
 
 def the_shift_comes_from_the_models_sampling() -> None:
-    assert HostSubject(_demo()[0], _inputs()).shift == 3.0
+    assert HostTeacher(_demo()[0], _inputs()).shift == 3.0
     shifted = ModelSamplingSD3().patch(_demo()[0], 5.0)[0]
-    assert HostSubject(shifted, _inputs()).shift == 5.0
+    assert HostTeacher(shifted, _inputs()).shift == 5.0
     other = _demo()[0].clone()
     other.add_object_patch("model_sampling", torch.nn.Identity())
-    assert "sampling" in _complaint(HostSubject, other, _inputs())
+    assert "sampling" in _complaint(HostTeacher, other, _inputs())
 
 
 def what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:

@@ -23,7 +23,7 @@ from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.models.velocity import VelocityFn, bind_guided
-from linvideo_pack.linvideo_core.teacher.teacher import SubjectConfig, load_subject
+from linvideo_pack.linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes import model_folder
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def sample_again(model: Any) -> Tensor:
 
 def load_headless(weights: dict[str, Tensor] | None = None) -> nn.Module:
     """Return the demo's model of our core, with other weights if given."""
-    model = load_subject(SubjectConfig()).model
+    model = load_teacher(TeacherConfig()).model
     if weights is not None:
         model.load_state_dict(weights)
     return model

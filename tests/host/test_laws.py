@@ -1,4 +1,4 @@
-"""The laws of the nodes, `laws_of_<subject>.py`; one process of ComfyUI answers a file's laws."""
+"""The laws of the nodes, `laws_of_<teacher>.py`; one process of ComfyUI answers a file's laws."""
 
 import ast
 import json
@@ -17,12 +17,12 @@ FILES = {
     for file in sorted(Path(__file__).parent.glob("laws_of_*.py"))
 }
 LAWS = {
-    subject: [
+    teacher: [
         node.name
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     ]
-    for subject, file in FILES.items()
+    for teacher, file in FILES.items()
 }
 
 Examine = Callable[[str], dict[str, dict[str, str]]]
@@ -32,38 +32,38 @@ Examine = Callable[[str], dict[str, dict[str, str]]]
 def examine(
     request: pytest.FixtureRequest, host: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Examine]:
-    """Return what became of each law of a subject.
+    """Return what became of each law of a teacher.
 
-    All subjects that were asked for are examined from the first question on, side by side: each
+    All teachers that were asked for are examined from the first question on, side by side: each
     keeps one core busy, and of many cores it has four.
     """
 
-    def run(subject: str, results: Path) -> dict[str, dict[str, str]]:
-        host.examine(FILES[subject], results)
+    def run(teacher: str, results: Path) -> dict[str, dict[str, str]]:
+        host.examine(FILES[teacher], results)
         return json.loads(results.read_text())
 
     asked = [item for item in request.session.items if item.path == request.path]
-    subjects = dict.fromkeys(item.callspec.params["subject"] for item in asked)
+    subjects = dict.fromkeys(item.callspec.params["teacher"] for item in asked)
     with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 4)) as pool:
         outcomes = {
-            subject: pool.submit(run, subject, tmp_path_factory.mktemp(subject) / "outcomes.json")
-            for subject in subjects
+            teacher: pool.submit(run, teacher, tmp_path_factory.mktemp(teacher) / "outcomes.json")
+            for teacher in subjects
         }
-        yield lambda subject: outcomes[subject].result()
+        yield lambda teacher: outcomes[teacher].result()
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize(
-    ("subject", "law"), [(subject, law) for subject, laws in LAWS.items() for law in laws]
+    ("teacher", "law"), [(teacher, law) for teacher, laws in LAWS.items() for law in laws]
 )
-def test_inside_comfyui(subject: str, law: str, examine: Examine) -> None:
-    outcome = examine(subject)[law]
+def test_inside_comfyui(teacher: str, law: str, examine: Examine) -> None:
+    outcome = examine(teacher)[law]
     if "failed" in outcome:
         pytest.fail(outcome["failed"], pytrace=False)
     if "skipped" in outcome:
         pytest.skip(outcome["skipped"])
 
 
-@pytest.mark.parametrize("subject", LAWS)
-def test_every_law_was_examined(subject: str, examine: Examine) -> None:
-    assert list(examine(subject)) == LAWS[subject]
+@pytest.mark.parametrize("teacher", LAWS)
+def test_every_law_was_examined(teacher: str, examine: Examine) -> None:
+    assert list(examine(teacher)) == LAWS[teacher]

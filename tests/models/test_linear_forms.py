@@ -16,7 +16,7 @@ from linvideo_core.artifact.summary import count_bytes, describe
 from linvideo_core.evaluate.comparison import CompareConfig, compare_artifact
 from linvideo_core.models.attention import LinearAttention, LinearForm, window_attention
 from linvideo_core.models.wan import WanModel
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
 from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
@@ -166,15 +166,15 @@ def test_shared_maps_are_one_a_layer_and_give_heads_their_own_features() -> None
 
 
 @pytest.fixture
-def wide_subject(subject: Subject, wide_wan: WanModel) -> Subject:
+def wide_subject(teacher: Teacher, wide_wan: WanModel) -> Teacher:
     """A teacher of two heads: shared maps differ from one a head."""
-    return dataclasses.replace(subject, model=wide_wan.eval().requires_grad_(False))
+    return dataclasses.replace(teacher, model=wide_wan.eval().requires_grad_(False))
 
 
-def make_student(subject: Subject, form: LinearForm, parameters: str = "feature_maps") -> Student:
+def make_student(teacher: Teacher, form: LinearForm, parameters: str = "feature_maps") -> Student:
     """Return a student whose layers 0 and 2 are linear, every part at work."""
     config = StudentConfig(parameters=parameters, lora_rank=4, form=form)
-    student = Student(subject, config, seed=0)
+    student = Student(teacher, config, seed=0)
     generator = torch.Generator().manual_seed(2)
     for layer, mixed in student.mixed.items():
         mixed.harden("softmax" if layer == 1 else "linear")
@@ -183,16 +183,16 @@ def make_student(subject: Subject, form: LinearForm, parameters: str = "feature_
     return student
 
 
-def extract(student: Student, subject: Subject) -> Artifact:
+def extract(student: Student, teacher: Teacher) -> Artifact:
     settings = {"objective": "adm", "steps": 3, "provenance": {}}
     return artifact.extract(
-        student.model, subject.model, parameters=student.config.parameters, **settings
+        student.model, teacher.model, parameters=student.config.parameters, **settings
     )
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_saved_form_gives_the_students_velocity(
-    form: LinearForm, wide_subject: Subject, inputs: tuple[Tensor, ...], tmp_path: Path
+    form: LinearForm, wide_subject: Teacher, inputs: tuple[Tensor, ...], tmp_path: Path
 ) -> None:
     student = make_student(wide_subject, form)
     before, expected = wide_subject.model(*inputs), student.model(*inputs)
@@ -209,7 +209,7 @@ def test_a_saved_form_gives_the_students_velocity(
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_file_has_what_its_form_asks_for_and_the_version_that_says_it_all(
-    name: str, wide_subject: Subject, tmp_path: Path
+    name: str, wide_subject: Teacher, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
     artifact.save(extract(make_student(wide_subject, FORMS[name]), wide_subject), path)
@@ -222,7 +222,7 @@ def test_a_file_has_what_its_form_asks_for_and_the_version_that_says_it_all(
 
 
 @pytest.mark.parametrize("name", NEW_FORMS)
-def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_subject: Subject) -> None:
+def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_subject: Teacher) -> None:
     made = extract(make_student(wide_subject, FORMS[name]), wide_subject)
     plain = extract(make_student(wide_subject, LinearForm()), wide_subject)
     assert describe(made)["feature maps"] != describe(plain)["feature maps"]
@@ -262,7 +262,7 @@ def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_subject: Subj
 def test_a_defect_of_a_form_is_named_in_one_sentence(
     changes: dict[str, str | Tensor | None],
     sentence: str,
-    wide_subject: Subject,
+    wide_subject: Teacher,
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.safetensors"
@@ -285,7 +285,7 @@ def test_a_defect_of_a_form_is_named_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_whose_version_does_not_know_its_form_is_refused(wide_subject: Subject) -> None:
+def test_a_header_whose_version_does_not_know_its_form_is_refused(wide_subject: Teacher) -> None:
     made = extract(make_student(wide_subject, LinearForm()), wide_subject).header
     header = dataclasses.replace(made, format_version=1, usage=Usage(), weights_sketch=())
     for part in PARTS.values():
@@ -293,7 +293,7 @@ def test_a_header_whose_version_does_not_know_its_form_is_refused(wide_subject: 
             dataclasses.replace(header, **part)
 
 
-def test_a_student_of_two_forms_is_refused(wide_subject: Subject) -> None:
+def test_a_student_of_two_forms_is_refused(wide_subject: Teacher) -> None:
     student = make_student(wide_subject, LinearForm())
     student.mixed[2].linear.form = FORMS["joint"]
     with pytest.raises(ArtifactError, match="differ in form"):
@@ -301,7 +301,7 @@ def test_a_student_of_two_forms_is_refused(wide_subject: Subject) -> None:
 
 
 @pytest.fixture
-def trajectories(wide_subject: Subject, tmp_path: Path) -> Trajectories:
+def trajectories(wide_subject: Teacher, tmp_path: Path) -> Trajectories:
     settings = TrajectoryConfig(
         num_trajectories=2, states_per_trajectory=2, sampler_steps=4, shard_size=2
     )
@@ -310,7 +310,7 @@ def trajectories(wide_subject: Subject, tmp_path: Path) -> Trajectories:
 
 @pytest.mark.parametrize("name", NEW_FORMS)
 def test_every_part_of_a_form_is_trained(
-    name: str, wide_subject: Subject, trajectories: Trajectories, tmp_path: Path
+    name: str, wide_subject: Teacher, trajectories: Trajectories, tmp_path: Path
 ) -> None:
     training = TrainingConfig(steps=2, batch_size=2, warmup_steps=0)
     config = StudentConfig(parameters="feature_maps", form=FORMS[name])
@@ -336,7 +336,7 @@ def test_every_part_of_a_form_is_trained(
         assert torch.equal(parameter, before[parameter_name]) != is_linear, parameter_name
 
 
-def test_the_students_row_has_the_bytes_of_its_tensors(wide_subject: Subject) -> None:
+def test_the_students_row_has_the_bytes_of_its_tensors(wide_subject: Teacher) -> None:
     made = extract(make_student(wide_subject, FORMS["all"], "lora"), wide_subject)
     settings = CompareConfig(num_samples=2, steps=2, batch_size=2)
     teacher, swapped, student = compare_artifact(wide_subject, made, settings, seed=0).rows

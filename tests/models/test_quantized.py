@@ -17,7 +17,7 @@ from linvideo_core.models.quantized import FROZEN, Float8Linear, count_frozen_by
 from linvideo_core.models.velocity import bind
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import Subject, SubjectConfig, load_subject
+from linvideo_core.teacher.teacher import Teacher, TeacherConfig, load_teacher
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.student import Student, StudentConfig, twin
 from tests.conftest import TEXT_DIM, small_transfer
@@ -90,8 +90,8 @@ def test_the_gradient_of_fp8_reaches_the_input_alone_and_keeps_no_wide_weight() 
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_bytes_are_counted_as_they_are_held(frozen: str, path: Path) -> None:
     model = load_wan(path, frozen=frozen)
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert held == count_frozen_bytes(shapes_of(model), frozen)
+    frozen_weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert frozen_weights == count_frozen_bytes(shapes_of(model), frozen)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -105,24 +105,24 @@ def test_a_rounded_model_goes_by_the_digest_of_its_checkpoint(
         "negative_embeds": torch.zeros(5, TEXT_DIM),
     }
     save_file(embeds, tmp_path / "p.safetensors")
-    config = SubjectConfig(model=tmp_path / "w.safetensors", prompts=tmp_path / "p.safetensors")
-    whole = load_subject(config).model
-    rounded = load_subject(override(config, {"frozen": frozen})).model
+    config = TeacherConfig(model=tmp_path / "w.safetensors", prompts=tmp_path / "p.safetensors")
+    whole = load_teacher(config).model
+    rounded = load_teacher(override(config, {"frozen": frozen})).model
     _, sites = identify(shapes_of(whole))
     assert weights_digest(twin(rounded), sites) == weights_digest(whole, sites)
 
 
 @pytest.mark.parametrize("frozen", ROUNDED)
 def test_a_file_changes_a_rounded_model_as_a_whole_one_and_is_taken_out_bit_for_bit(
-    frozen: str, path: Path, linearized: artifact.Artifact, subject: Subject, inputs: Inputs
+    frozen: str, path: Path, linearized: artifact.Artifact, teacher: Teacher, inputs: Inputs
 ) -> None:
     model = load_wan(path, frozen=frozen).requires_grad_(False)
-    before, whole_before = model(*inputs), subject.model(*inputs)
+    before, whole_before = model(*inputs), teacher.model(*inputs)
     with (
         artifact.transfer_into(model, linearized),
-        artifact.transfer_into(subject.model, linearized),
+        artifact.transfer_into(teacher.model, linearized),
     ):
-        expected, found = subject.model(*inputs), model(*inputs)
+        expected, found = teacher.model(*inputs), model(*inputs)
     assert relative(found, expected) <= TOLERANCE[frozen]
     change = expected - whole_before
     assert relative(found - before, change) < 0.5 < relative(torch.zeros_like(change), change)
@@ -183,11 +183,11 @@ def test_what_does_not_go_together_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_student_on_fp8_learns_in_fp32(path: Path, subject: Subject) -> None:
+def test_a_student_on_fp8_learns_in_fp32(path: Path, teacher: Teacher) -> None:
     model = load_wan(path, frozen="fp8").eval().requires_grad_(False)
-    rounded = copy.copy(subject)
+    rounded = copy.copy(teacher)
     rounded.model = model
     student = Student(rounded, StudentConfig(lora_rank=2), seed=0)
-    whole = Student(subject, StudentConfig(lora_rank=2), seed=0)
+    whole = Student(teacher, StudentConfig(lora_rank=2), seed=0)
     assert student.weights.keys() == whole.weights.keys()
     assert {p.dtype for p in student.weights.values()} == {torch.float32}

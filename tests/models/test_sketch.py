@@ -11,12 +11,12 @@ from linvideo_core.artifact import ArtifactHeader, BaseWeights, compare_weights
 from linvideo_core.models import attention_sites
 from linvideo_core.models.families import identify
 from linvideo_core.models.sketch import SIZE, sketch, sketch_distance, sketched_rows
-from linvideo_core.teacher.teacher import SubjectConfig, load_subject
+from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return load_subject(SubjectConfig()).model
+    return load_teacher(TeacherConfig()).model
 
 
 def sketch_of(model: nn.Module) -> tuple[float, ...]:

@@ -70,8 +70,8 @@ def test_the_prompts_move_in_many_ways() -> None:
         "stop-motion",
         "slow",
     )
-    for subject in subjects:
-        assert sum(subject in prompt.lower() for prompt in prompts) >= 3, subject
+    for teacher in subjects:
+        assert sum(teacher in prompt.lower() for prompt in prompts) >= 3, teacher
 
 
 def test_the_negative_prompt_asks_for_stillness_and_flaws() -> None:

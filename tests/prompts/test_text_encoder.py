@@ -14,7 +14,7 @@ from linvideo_core.prompts.embeddings import read_embeds
 from linvideo_core.prompts.sources import EMBEDS_NAME, PromptConfig, find_source
 from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import SubjectConfig, open_subject
+from linvideo_core.teacher.teacher import TeacherConfig, open_teacher
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.pipeline import TransferConfig
 
@@ -219,9 +219,9 @@ def test_a_transfer_encodes_into_its_folder_before_the_model_is_read(
     assert stored.shape[1] < MAX_TOKENS, "the padding is not stored"
 
 
-def sentence(config: SubjectConfig) -> str:
+def sentence(config: TeacherConfig) -> str:
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        open_subject(config)
+        open_teacher(config)
     message = str(caught.value)
     assert message and "\n" not in message and len(message) < 500
     return message
@@ -234,7 +234,7 @@ def test_an_encoder_that_does_not_fit_is_refused_by_its_headers(
 
     def refuse(encoder: Path, **changes: object) -> str:
         text = PromptConfig(text_encoder=encoder, **changes)
-        return sentence(SubjectConfig(model=tmp_path / "wan.safetensors", text=text))
+        return sentence(TeacherConfig(model=tmp_path / "wan.safetensors", text=text))
 
     def write(name: str, tensors: dict[str, Tensor]) -> Path:
         save_file(tensors, tmp_path / name)

@@ -100,7 +100,7 @@ def test_the_clock_counts_training_without_what_it_held(tmp_path: Path) -> None:
     clock = TrainingClock("cpu", tmp_path / "seconds.json")
     clock.hear("warm start", 0, 4)
     clock.hear("training", 0, 4)
-    with clock.held():
+    with clock.frozen_weights():
         time.sleep(0.3)
     clock.hear("training", 4, 4)
     assert 0 <= clock.seconds < 0.3

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from linvideo_core.evaluate.sampler import Bench, CompareConfig
+from linvideo_core.evaluate.sampler import CompareConfig, Evaluator
 from linvideo_core.run.progress import silent
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
 from linvideo_core.transfer.student import Student, StudentConfig
 from research.ablations.frame_cache import read_frames
@@ -19,9 +19,9 @@ SETTINGS = CompareConfig(num_samples=4, steps=3, batch_size=2)
 
 
 def test_mixed_and_rounded_are_measured_once_and_the_student_is_left_as_it_was(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
-    student = Student(subject, StudentConfig(parameters="feature_maps"), seed=0)
+    student = Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
     for module, score in zip(student.mixed.values(), (0.6, 0.9, 0.1), strict=True):
         module.layer_score.data.fill_(score)
     seen: dict[str, list[str | None]] = {}
@@ -46,9 +46,9 @@ def test_mixed_and_rounded_are_measured_once_and_the_student_is_left_as_it_was(
 
 
 def test_the_gap_is_measured_at_moments_spread_over_the_selection(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
-    student = Student(subject, StudentConfig(parameters="feature_maps"), seed=0)
+    student = Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
     config, path = SelectionConfig(target=2, selection_share=0.5), tmp_path / "gap.json"
 
     def make() -> HardeningGap:
@@ -65,29 +65,31 @@ def test_the_gap_is_measured_at_moments_spread_over_the_selection(
 
 
 def test_a_student_measured_against_kept_samples_has_the_row_of_one_bench(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
-    def make_bench() -> Bench:
-        return Bench(subject, SETTINGS, seed=5, precision="fp32", progress=silent)
+    def make_evaluator() -> Evaluator:
+        return Evaluator(teacher, SETTINGS, seed=5, precision="fp32", progress=silent)
 
     path = tmp_path / "samples.safetensors"
-    own = sample_teacher(make_bench(), path)
+    own = sample_teacher(make_evaluator(), path)
     assert own["frechet_to_teacher"] == 0
-    other = Student(subject, StudentConfig(parameters="feature_maps"), seed=0)
+    other = Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
     for module in other.mixed.values():
         module.harden("linear")
-    reference = read_teacher(make_bench(), path)
+    reference = read_teacher(make_evaluator(), path)
     found = reference.measure("student", other.model, frames=tmp_path / "new" / "frames")
-    bench = make_bench()
-    teacher = bench.sample("teacher", subject.model, is_teacher=True)
-    samples = bench.sample("student", other.model)
-    expected = bench.measure(samples, teacher, bench.compare_velocities("student", other.model))
+    evaluator = make_evaluator()
+    reference_row = evaluator.sample("teacher", teacher.model, is_teacher=True)
+    samples = evaluator.sample("student", other.model)
+    expected = evaluator.measure(
+        samples, reference_row, evaluator.compare_velocities("student", other.model)
+    )
     assert found.keys() == expected.keys()
     frames, prompts = read_frames(tmp_path / "new" / "frames")
-    assert prompts == bench.prompts[: len(frames)]
+    assert prompts == evaluator.prompts[: len(frames)]
     assert torch.allclose(frames, samples.frames[: len(frames)].clamp(0, 1), atol=1 / 255)
     for key in ("frechet_to_teacher", "distance_to_teacher", "velocity_error"):
         assert found[key] == pytest.approx(expected[key]) and found[key] > 0
     few = reference.first(2).measure("student", other.model)
     assert few["distance_to_teacher"] > 0 and "velocity_error" not in few
-    assert torch.equal(reference.first(2).teacher.latents, teacher.latents[:2])
+    assert torch.equal(reference.first(2).teacher.latents, reference_row.latents[:2])

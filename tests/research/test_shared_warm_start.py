@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from linvideo_core.run.config import override
 from linvideo_core.run.progress import silent
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.transfer.pipeline import ARTIFACT_NAME, TransferConfig, linearize
 from linvideo_core.transfer.student import Student
 from research.ablations.shared_warm_start import sharing
@@ -26,7 +26,7 @@ SETTINGS = {
 }
 
 
-def train(subject: Subject, out: Path, shared: Path | None, **changes: object) -> list[str]:
+def train(teacher: Teacher, out: Path, shared: Path | None, **changes: object) -> list[str]:
     """Run a transfer; return the stages whose steps were really taken."""
     config = override(TransferConfig(), {**SETTINGS, "out": out, **changes})
     taken: list[str] = []
@@ -35,20 +35,20 @@ def train(subject: Subject, out: Path, shared: Path | None, **changes: object) -
         if 0 < done < total and stage not in taken:
             taken.append(stage)
 
-    student = Student(subject, config.student, seed=config.seed)
+    student = Student(teacher, config.student, seed=config.seed)
     if shared is None:
-        linearize(student, subject, config, "fp32", silent)
+        linearize(student, teacher, config, "fp32", silent)
         return taken
     with sharing(shared, config):
-        linearize(student, subject, config, "fp32", progress)
+        linearize(student, teacher, config, "fp32", progress)
     return taken
 
 
-def test_what_borrows_ends_as_what_fitted_its_own(subject: Subject, tmp_path: Path) -> None:
+def test_what_borrows_ends_as_what_fitted_its_own(teacher: Teacher, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
-    assert "warm start" in train(subject, tmp_path / "first", shared, objective="velocity")
-    assert "warm start" not in train(subject, tmp_path / "second", shared)
-    train(subject, tmp_path / "alone", None)
+    assert "warm start" in train(teacher, tmp_path / "first", shared, objective="velocity")
+    assert "warm start" not in train(teacher, tmp_path / "second", shared)
+    train(teacher, tmp_path / "alone", None)
     borrowed, own = (load_file(tmp_path / n / ARTIFACT_NAME) for n in ("second", "alone"))
     assert borrowed.keys() == own.keys()
     for name, tensor in own.items():
@@ -59,14 +59,14 @@ def test_what_borrows_ends_as_what_fitted_its_own(subject: Subject, tmp_path: Pa
     "changes", [{"seed": 1}, {"feature_ratio": 2}, {"batch_size": 2}, {"warm_start_steps": 3}]
 )
 def test_another_fit_is_not_borrowed(
-    subject: Subject, tmp_path: Path, changes: dict[str, int]
+    teacher: Teacher, tmp_path: Path, changes: dict[str, int]
 ) -> None:
-    train(subject, tmp_path / "first", tmp_path / "shared")
-    assert "warm start" in train(subject, tmp_path / "second", tmp_path / "shared", **changes)
+    train(teacher, tmp_path / "first", tmp_path / "shared")
+    assert "warm start" in train(teacher, tmp_path / "second", tmp_path / "shared", **changes)
     assert len(list((tmp_path / "shared").iterdir())) == 2
 
 
-def test_without_a_warm_start_nothing_is_kept(subject: Subject, tmp_path: Path) -> None:
+def test_without_a_warm_start_nothing_is_kept(teacher: Teacher, tmp_path: Path) -> None:
     config = override(TransferConfig(), {"warm_start_steps": 0, "out": tmp_path / "run"})
     with sharing(tmp_path / "shared", config):
         pass

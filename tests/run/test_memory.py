@@ -27,7 +27,7 @@ from linvideo_core.run.memory import (
     show_gb,
     training_needs,
 )
-from linvideo_core.teacher.teacher import Subject, open_subject
+from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.pipeline import TransferConfig
 from linvideo_core.transfer.preflight import Plan, check_transfer
@@ -74,9 +74,9 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 @pytest.mark.gpu
 def test_what_the_allocator_holds_unused_counts_as_free() -> None:
     before = free_bytes("cuda")
-    held = torch.empty(2**28, device="cuda", dtype=torch.uint8)
+    frozen_weights = torch.empty(2**28, device="cuda", dtype=torch.uint8)
     assert before - free_bytes("cuda") >= 2**28
-    del held
+    del frozen_weights
     assert abs(free_bytes("cuda") - before) < 2**26
 
 
@@ -116,10 +116,10 @@ def round_weights(model: nn.Module, frozen: str) -> None:
 @pytest.mark.parametrize("parameters", ["feature_maps", "lora"])
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_one(
-    frozen: str, parameters: str, precision: str, is_checkpointed: bool, subject: Subject
+    frozen: str, parameters: str, precision: str, is_checkpointed: bool, teacher: Teacher
 ) -> None:
-    round_weights(subject.model, frozen)
-    student = Student(subject, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
+    round_weights(teacher.model, frozen)
+    student = Student(teacher, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
     for module in student.mixed.values():
         module.harden("softmax")
     if is_checkpointed:
@@ -139,7 +139,7 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_on
     stream_bytes = 4 if frozen == "fp32" else 2
     settings = {"precision": precision, "is_checkpointed": is_checkpointed}
     settings |= {"stream_bytes": stream_bytes}
-    wan = subject.model.config
+    wan = teacher.model.config
     estimate = needs_of(wan, 4 * 12 * 12, **settings)["a training step's activations"]
     if is_checkpointed:
         # The block at work is recomputed in the backward pass, which does not run here.
@@ -150,13 +150,13 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_on
     assert estimate <= found <= 2.5 * estimate, found / estimate
 
 
-def test_what_is_trained_counts_as_the_student_frees_it(subject: Subject) -> None:
-    student = Student(subject, StudentConfig(lora_rank=3), seed=0)
-    shapes = {name: tuple(p.shape) for name, p in subject.model.named_parameters()}
+def test_what_is_trained_counts_as_the_student_frees_it(teacher: Teacher) -> None:
+    student = Student(teacher, StudentConfig(lora_rank=3), seed=0)
+    shapes = {name: tuple(p.shape) for name, p in teacher.model.named_parameters()}
     assert count_low_rank(shapes, "blocks.", 3) == sum(p.numel() for p in student.weights.values())
-    full = Student(subject, StudentConfig(parameters="full"), seed=0)
+    full = Student(teacher, StudentConfig(parameters="full"), seed=0)
     assert count(shapes, "blocks.") == sum(p.numel() for p in full.weights.values())
-    assert count(shapes) == sum(p.numel() for p in subject.model.parameters())
+    assert count(shapes) == sum(p.numel() for p in teacher.model.parameters())
 
 
 def test_sampling_and_training_do_not_add_up() -> None:
@@ -174,8 +174,8 @@ def test_wan_14b_at_480p_needs_more_than_a_home_card_and_less_than_a_node() -> N
 
 
 @pytest.fixture
-def files(subject: Subject, tmp_path: Path) -> dict[str, Any]:
-    paths = save_inputs(subject, tmp_path)
+def files(teacher: Teacher, tmp_path: Path) -> dict[str, Any]:
+    paths = save_inputs(teacher, tmp_path)
     return {
         "model": paths["--model"],
         "prompts": paths["--prompts"],
@@ -260,7 +260,7 @@ def test_the_presets_for_homes_leave_their_card_a_tenth(
         TransferConfig(), {"model": Path("wan"), "device": "cpu", **transfer.PRESETS[preset]}
     )
     plan = plan_of(name, config.training.batch_size)
-    needs = plan.needs(config.subject.held, config.training.activation_checkpointing)
+    needs = plan.needs(config.teacher.frozen_weights, config.training.activation_checkpointing)
     total = sum(
         need.num_bytes * (activations if "activations" in need.what else 1) for need in needs
     )
@@ -305,7 +305,7 @@ def test_page_locked_blocks_count_as_what_they_really_take(
 ) -> None:
     values = {"frozen": "bf16", "offload_blocks": 3, "activation_checkpointing": True}
     config = override(TransferConfig(), {**files, **values, "evaluate_samples": 0})
-    draft = open_subject(config.subject)
+    draft = open_teacher(config.teacher)
     block = count_frozen_bytes(draft.shapes, "bf16", "blocks.0.")
     assert count_frozen_bytes(draft.shapes, "bf16") < 3 * 2**19 and block < 2**19
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**19 - 1)
@@ -317,7 +317,7 @@ def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = override(TransferConfig(), {**files, "evaluate_samples": 0, "num_trajectories": 1})
-    draft = open_subject(config.subject)
+    draft = open_teacher(config.teacher)
     told = []
 
     def free_bytes(device: object) -> int:

@@ -9,15 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import process_group_program as program
 import pytest
-import team_program as program
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
 from linvideo_core.training.checkpoint import find_checkpoint
-from linvideo_core.training.fsdp import Unit, assemble, find_owners, forwards_kept, group_sharing
-from linvideo_core.training.process_group import ALONE, Team
+from linvideo_core.training.fsdp import (
+    Unit,
+    find_owners,
+    forwards_kept,
+    group_sharing,
+    init_process_group,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +64,7 @@ def torchrun(*argv: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """What both teams compute on; of GPUs each process has one of its own."""
+    """What both process groups compute on; of GPUs each process has one of its own."""
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     return request.param
@@ -70,21 +76,21 @@ def folder(device: str, one_thread: None, tmp_path_factory: pytest.TempPathFacto
 
     `two/one_to_two` was begun by one process and finished by two, `one/two_to_one` the reverse.
     """
-    folder = tmp_path_factory.mktemp("teams")
+    folder = tmp_path_factory.mktemp("processes")
     one, two = folder / "one", folder / "two"
-    program.stop_transfer(two / "one_to_two", ALONE, device)
+    program.stop_transfer(two / "one_to_two", SINGLE_PROCESS, device)
     jobs = [
         *SCENARIOS,
         "share_one_copy",
         f"stop_transfer={one / 'two_to_one'}",
         "transfer=one_to_two",
     ]
-    finished = torchrun("tests/team_program.py", str(two), ",".join(jobs), device)
+    finished = torchrun("tests/process_group_program.py", str(two), ",".join(jobs), device)
     assert finished.returncode == 0, finished.stderr
     for name in SCENARIOS:
-        program.SCENARIOS[name](one / name, ALONE, device)
+        program.SCENARIOS[name](one / name, SINGLE_PROCESS, device)
     (one / "two_to_one" / "before").write_text(find_checkpoint(one / "two_to_one/training").name)
-    program.transfer(one / "two_to_one", ALONE, device)
+    program.transfer(one / "two_to_one", SINGLE_PROCESS, device)
     return folder
 
 
@@ -145,7 +151,7 @@ def test_two_processes_sample_the_same_trajectories_bit_for_bit(folder: Path) ->
     names = [path.relative_to(root) for path in root.glob("transfer/teacher/*/*.safetensors")]
     assert len(names) == 3
     for name in names:
-        one, two = (load_file(folder / team / name) for team in ("one", "two"))
+        one, two = (load_file(folder / processes / name) for processes in ("one", "two"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
 
@@ -153,9 +159,11 @@ def test_two_processes_sample_the_same_trajectories_bit_for_bit(folder: Path) ->
 def test_roles_share_one_copy_of_the_frozen_weights_and_each_process_holds_its_part(
     folder: Path,
 ) -> None:
-    whole, held = json.loads((folder / "two" / "share_one_copy" / "shares.json").read_text())
+    whole, frozen_weights = json.loads(
+        (folder / "two" / "share_one_copy" / "shares.json").read_text()
+    )
     # What has one row, such as the maps of one head, is the first process's.
-    assert 0.5 <= held / whole < 0.55
+    assert 0.5 <= frozen_weights / whole < 0.55
 
 
 def test_the_teacher_comes_out_of_the_shards_as_it_went_in(folder: Path) -> None:
@@ -206,7 +214,7 @@ def test_damaged_shards_are_named_in_one_sentence(
     else:
         (checkpoint / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be continued from") as caught:
-        program.transfer(tmp_path, ALONE, device)
+        program.transfer(tmp_path, SINGLE_PROCESS, device)
     assert str(checkpoint) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -234,7 +242,7 @@ def start_ranks(folder: Path, port: int) -> list[subprocess.Popen]:
     """Start both processes of a transfer as torchrun does, without its watch over them."""
     return [
         subprocess.Popen(
-            [sys.executable, "tests/team_program.py", str(folder), "transfer_long"],
+            [sys.executable, "tests/process_group_program.py", str(folder), "transfer_long"],
             cwd=ROOT,
             env=environment(
                 RANK=str(rank),
@@ -278,20 +286,20 @@ def test_after_a_process_is_killed_the_other_says_so_and_the_same_command_contin
     for process in start_ranks(tmp_path, find_port()):
         _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode == 0, errors
-    program.SCENARIOS["transfer_long"](tmp_path / "alone", ALONE)
+    program.SCENARIOS["transfer_long"](tmp_path / "alone", SINGLE_PROCESS)
     assert distance(out, tmp_path / "alone") < WEIGHT_TOLERANCE
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert assemble() is ALONE
+    assert init_process_group() is SINGLE_PROCESS
     assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(("size", "rows"), [(1, 5), (2, 5), (3, 7), (4, 2)])
 def test_shares_are_disjoint_and_make_up_the_whole_batch(size: int, rows: int) -> None:
-    class Member(Team):
+    class Member(ProcessGroup):
         def __init__(self, rank: int) -> None:
             self.rank, self.size = rank, size
 

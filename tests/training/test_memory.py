@@ -9,7 +9,7 @@ from linvideo_core.models.attention_sites import checkpoint_activations
 from linvideo_core.models.quantized import FROZEN, place
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.memory import Transformer, training_needs
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
 from linvideo_core.training.trainer import TrainingConfig, seed_step
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
@@ -17,7 +17,7 @@ from linvideo_core.transfer.objectives import ObjectiveConfig
 from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
 from linvideo_core.transfer.warm_start import WarmStart
 from tests.allocations import peak_bytes
-from tests.conftest import TEXT_DIM, make_subject, make_wan
+from tests.conftest import TEXT_DIM, make_teacher, make_wan
 
 NUM_LAYERS, DIM = 5, 128
 SHAPE, NUM_TOKENS = (4, 4, 40, 40), 4 * 20 * 20
@@ -25,30 +25,30 @@ NARROW = 2  # Bytes of a number in bf16.
 
 
 @pytest.fixture
-def large() -> Subject:
+def large() -> Teacher:
     """A teacher whose activations are far larger than its weights."""
     return make_large(NUM_LAYERS)
 
 
-def make_large(num_layers: int, frozen: str = "fp32") -> Subject:
+def make_large(num_layers: int, frozen: str = "fp32") -> Teacher:
     model = make_wan(num_layers=num_layers)
     for name, parameter in list(model.named_parameters()):
         place(model, name, parameter.detach(), frozen)
-    subject = make_subject(model)
-    subject.latent_shape = SHAPE
-    return subject
+    teacher = make_teacher(model)
+    teacher.latent_shape = SHAPE
+    return teacher
 
 
-def sample(subject: Subject, folder: Path) -> Trajectories:
+def sample(teacher: Teacher, folder: Path) -> Trajectories:
     settings = TrajectoryConfig(
         num_trajectories=1, states_per_trajectory=2, sampler_steps=4, guidance_scale=2.0
     )
-    return collect(subject, settings, folder, seed=0)
+    return collect(teacher, settings, folder, seed=0)
 
 
-def peak_of_call(subject: Subject, choice: str | None, *, is_checkpointed: bool) -> int:
+def peak_of_call(teacher: Teacher, choice: str | None, *, is_checkpointed: bool) -> int:
     """Return the peak of a call in bf16 and its way back, all layers of one kind."""
-    student = Student(subject, StudentConfig(lora_rank=2), seed=0)
+    student = Student(teacher, StudentConfig(lora_rank=2), seed=0)
     for module in student.mixed.values():
         module.choice = choice
     if is_checkpointed:
@@ -60,7 +60,7 @@ def peak_of_call(subject: Subject, choice: str | None, *, is_checkpointed: bool)
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_a_layer_that_mixes_keeps_two_outputs_more_than_one_that_does_not(
-    is_checkpointed: bool, large: Subject
+    is_checkpointed: bool, large: Teacher
 ) -> None:
     """Recomputed, one layer at a time does."""
     alone, mixed = (
@@ -73,7 +73,7 @@ def test_a_layer_that_mixes_keeps_two_outputs_more_than_one_that_does_not(
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_the_passes_before_the_one_that_learns_leave_nothing_behind(
-    is_checkpointed: bool, large: Subject, tmp_path: Path
+    is_checkpointed: bool, large: Teacher, tmp_path: Path
 ) -> None:
     """`adm` asks the student by both branches and the teacher first; `velocity` asks nobody."""
     trajectories = sample(large, tmp_path)
@@ -99,13 +99,13 @@ def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step
     """The maps' gradients alone grow with the layers."""
     peaks = {}
     for num_layers in (2, NUM_LAYERS):
-        subject = make_large(num_layers, frozen)
-        student = Student(subject, StudentConfig(lora_rank=2), seed=0)
+        teacher = make_large(num_layers, frozen)
+        student = Student(teacher, StudentConfig(lora_rank=2), seed=0)
         task = WarmStart(
             student.model,
             student.mixed,
-            subject,
-            sample(subject, tmp_path / str(num_layers)),
+            teacher,
+            sample(teacher, tmp_path / str(num_layers)),
             batch_size=1,
             prompt_dropout=0.0,
             learning_rate=1e-2,
@@ -116,7 +116,7 @@ def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step
         )
     gradients = (NUM_LAYERS - 2) * 2 * DIM * DIM // 2 * 4
     assert peaks[NUM_LAYERS] <= peaks[2] + gradients + NUM_TOKENS * DIM
-    assert peaks[NUM_LAYERS] <= peak_of_call(subject, None, is_checkpointed=True)
+    assert peaks[NUM_LAYERS] <= peak_of_call(teacher, None, is_checkpointed=True)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)

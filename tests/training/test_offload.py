@@ -15,43 +15,43 @@ from linvideo_core.distill import cli as distill
 from linvideo_core.models.attention_sites import checkpoint_activations
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.pipeline import TransferConfig
 from linvideo_core.transfer.student import Student, StudentConfig, twin
 from tests.allocations import peak_bytes
-from tests.conftest import LATENT_SHAPE, TEXT_DIM, make_subject, make_wan, small_transfer
+from tests.conftest import LATENT_SHAPE, TEXT_DIM, make_teacher, make_wan, small_transfer
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(params=["fp32", "bf16", "fp8"])
-def held(request: pytest.FixtureRequest, subject: Subject, tmp_path: Path) -> Subject:
+def frozen_weights(request: pytest.FixtureRequest, teacher: Teacher, tmp_path: Path) -> Teacher:
     """The tiny teacher, its weights held in every way."""
-    save_file(subject.model.state_dict(), tmp_path / "wan.safetensors")
+    save_file(teacher.model.state_dict(), tmp_path / "wan.safetensors")
     model = load_wan(tmp_path / "wan.safetensors", frozen=request.param)
-    subject.model = model.eval().requires_grad_(False)
-    return subject
+    teacher.model = model.eval().requires_grad_(False)
+    return teacher
 
 
-def move(subject: Subject, num_blocks: int, device: str = "cpu") -> Subject:
-    """Return the subject on a device, some blocks of a copy of it offloaded."""
-    own = copy.copy(subject)
-    own.model, own.offload_blocks = copy.deepcopy(subject.model), num_blocks
+def move(teacher: Teacher, num_blocks: int, device: str = "cpu") -> Teacher:
+    """Return the teacher on a device, some blocks of a copy of it offloaded."""
+    own = copy.copy(teacher)
+    own.model, own.offload_blocks = copy.deepcopy(teacher.model), num_blocks
     return own.to(device)
 
 
-def gradients(subject: Subject, inputs: Inputs, parameters: str) -> dict[str, Tensor]:
+def gradients(teacher: Teacher, inputs: Inputs, parameters: str) -> dict[str, Tensor]:
     """Return the loss and the gradients of a student whose layers are all mixed."""
-    student = make_student(subject, parameters)
-    loss = student.model(*(x.to(subject.prompt_embeds.device) for x in inputs)).square().mean()
+    student = make_student(teacher, parameters)
+    loss = student.model(*(x.to(teacher.prompt_embeds.device) for x in inputs)).square().mean()
     loss.backward()
     found = {n: p.grad.cpu() for n, p in student.model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach().cpu(), **found}
 
 
-def make_student(subject: Subject, parameters: str) -> Student:
-    student = Student(subject, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
+def make_student(teacher: Teacher, parameters: str) -> Student:
+    student = Student(teacher, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
     for module in student.mixed.values():
         torch.nn.init.constant_(module.layer_score, 0.5)
     for name, weight in student.weights.items():
@@ -64,10 +64,10 @@ def make_student(subject: Subject, parameters: str) -> Student:
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
 @pytest.mark.parametrize("parameters", ["lora", "feature_maps"])
 def test_loss_and_gradients_are_the_same_bit_for_bit(
-    num_blocks: int, parameters: str, held: Subject, inputs: Inputs
+    num_blocks: int, parameters: str, frozen_weights: Teacher, inputs: Inputs
 ) -> None:
-    expected = gradients(held, inputs, parameters)
-    found = gradients(move(held, num_blocks), inputs, parameters)
+    expected = gradients(frozen_weights, inputs, parameters)
+    found = gradients(move(frozen_weights, num_blocks), inputs, parameters)
     assert found.keys() == expected.keys() and len(found) > 3
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -76,10 +76,10 @@ def test_loss_and_gradients_are_the_same_bit_for_bit(
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
 def test_a_device_computes_the_same_with_offloaded_blocks(
-    num_blocks: int, held: Subject, inputs: Inputs
+    num_blocks: int, frozen_weights: Teacher, inputs: Inputs
 ) -> None:
-    expected = gradients(move(held, 0, "cuda"), inputs, "lora")
-    own = move(held, num_blocks, "cuda")
+    expected = gradients(move(frozen_weights, 0, "cuda"), inputs, "lora")
+    own = move(frozen_weights, num_blocks, "cuda")
     assert all(p.is_cpu and p.is_pinned() for p in own.model.blocks[0].parameters())
     for _ in range(3):
         found = gradients(own, inputs, "lora")
@@ -88,9 +88,9 @@ def test_a_device_computes_the_same_with_offloaded_blocks(
 
 
 def test_twins_share_the_weights_and_keep_their_own_attention(
-    subject: Subject, inputs: Inputs
+    teacher: Teacher, inputs: Inputs
 ) -> None:
-    own = move(subject, 2)
+    own = move(teacher, 2)
     expected, student = own.model(*inputs), Student(own, StudentConfig(lora_rank=2), seed=0)
     for theirs, mine in zip(own.model.parameters(), twin(own.model).parameters(), strict=True):
         assert theirs is mine
@@ -98,34 +98,34 @@ def test_twins_share_the_weights_and_keep_their_own_attention(
         module.harden("linear")
     assert not torch.equal(student.model(*inputs), expected)
     assert torch.equal(own.model(*inputs), expected)
-    assert torch.equal(expected, subject.model(*inputs))
+    assert torch.equal(expected, teacher.model(*inputs))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 5])
 def test_no_more_than_two_blocks_at_a_time_are_there(num_blocks: int) -> None:
-    subject = make_subject(make_wan(num_layers=5))
+    teacher = make_teacher(make_wan(num_layers=5))
     inputs = torch.randn(1, *LATENT_SHAPE), torch.tensor([500.0]), torch.randn(1, 5, TEXT_DIM)
-    own = move(subject, num_blocks)
-    block = sum(p.nbytes for p in subject.model.blocks[0].parameters())
+    own = move(teacher, num_blocks)
+    block = sum(p.nbytes for p in teacher.model.blocks[0].parameters())
     peaks = []
-    for teacher in (subject, own):
-        model = make_student(teacher, "feature_maps").model
+    for each in (teacher, own):
+        model = make_student(each, "feature_maps").model
         peaks.append(peak_bytes(lambda model=model: model(*inputs).square().mean().backward()))
     assert 0 < peaks[1] - peaks[0] < 2.2 * block
 
 
 @pytest.mark.gpu
 def test_a_device_holds_no_more_than_two_blocks_at_a_time() -> None:
-    subject = make_subject(make_wan(num_layers=8, num_heads=4))
+    teacher = make_teacher(make_wan(num_layers=8, num_heads=4))
     inputs = torch.randn(1, *LATENT_SHAPE), torch.tensor([500.0]), torch.randn(1, 5, TEXT_DIM)
     inputs = tuple(x.cuda() for x in inputs)
-    block = sum(p.nbytes for p in subject.model.blocks[0].parameters())
+    block = sum(p.nbytes for p in teacher.model.blocks[0].parameters())
     peaks = []
     for num_blocks in (0, 8):
         # Models hold themselves in cycles, also those of other tests.
         gc.collect()
         before = torch.cuda.memory_allocated()
-        model = make_student(move(subject, num_blocks, "cuda"), "feature_maps").model
+        model = make_student(move(teacher, num_blocks, "cuda"), "feature_maps").model
         model(*inputs).square().mean().backward()
         torch.cuda.reset_peak_memory_stats()
         model(*inputs).square().mean().backward()
@@ -135,9 +135,9 @@ def test_a_device_holds_no_more_than_two_blocks_at_a_time() -> None:
 
 
 def test_what_was_copied_ahead_is_not_used_when_it_is_out_of_date(
-    subject: Subject, linearized: artifact.Artifact, inputs: Inputs
+    teacher: Teacher, linearized: artifact.Artifact, inputs: Inputs
 ) -> None:
-    own = move(subject, 3)
+    own = move(teacher, 3)
     student = make_student(own, "feature_maps")
     calls = []
 
@@ -152,19 +152,19 @@ def test_what_was_copied_ahead_is_not_used_when_it_is_out_of_date(
     # Block 0 would have been next.
     with artifact.transfer_into(own.model, linearized):
         found = own.model(*inputs)
-    with artifact.transfer_into(subject.model, linearized):
-        assert torch.equal(found, subject.model(*inputs))
+    with artifact.transfer_into(teacher.model, linearized):
+        assert torch.equal(found, teacher.model(*inputs))
 
 
 def test_a_change_in_place_is_seen_by_the_next_call(
-    subject: Subject, linearized: artifact.Artifact, inputs: Inputs
+    teacher: Teacher, linearized: artifact.Artifact, inputs: Inputs
 ) -> None:
-    own = move(subject, 3)
+    own = move(teacher, 3)
     before = own.model(*inputs)
     with artifact.transfer_into(own.model, linearized):
         found = own.model(*inputs)
-    with artifact.transfer_into(subject.model, linearized):
-        assert torch.equal(found, subject.model(*inputs))
+    with artifact.transfer_into(teacher.model, linearized):
+        assert torch.equal(found, teacher.model(*inputs))
     assert torch.equal(own.model(*inputs), before)
 
 
@@ -195,7 +195,7 @@ def test_a_transfer_and_a_distillation_with_offloaded_blocks_make_the_same_files
         values = {"offload_blocks": num_blocks, "frozen": "fp8"}
         first = transfer.run(override(config, {**values, "out": tmp_path / f"t{num_blocks}"}))
         few = {
-            name: getattr(config.subject, name)
+            name: getattr(config.teacher, name)
             for name in ("model", "prompts", "num_frames", "height", "width")
         }
         few |= {"batch_size": 4, "steps": 2, "rank": 2, "activation_checkpointing": True}

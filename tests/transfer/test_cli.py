@@ -19,7 +19,7 @@ from torch import nn
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.config import parse, to_json
 from linvideo_core.run.memory import free_bytes
-from linvideo_core.teacher.teacher import Subject, SubjectConfig, open_subject
+from linvideo_core.teacher.teacher import Teacher, TeacherConfig, open_teacher
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.cli import PRESETS, TransferConfig
 from tests.conftest import save_inputs, small_transfer
@@ -182,9 +182,9 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
 
 
 def test_another_run_with_other_training_settings_uses_the_samples_that_are_there(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
-    model_path = save_inputs(subject, tmp_path)["--model"]
+    model_path = save_inputs(teacher, tmp_path)["--model"]
     out = tmp_path / "runs" / "first"
     transfer.run(small_transfer(model_path, out=out))
     sampled: list[int] = []
@@ -350,7 +350,7 @@ def test_a_latent_of_a_5b_spans_twice_as_many_pixels(files: Path) -> None:
     size = {"num_frames": 5, "height": 64, "width": 96}
     for name, latent_shape in (("wan", (4, 2, 8, 12)), ("wan_5b", (48, 2, 4, 6))):
         paths = {"model": files / f"{name}.safetensors", "prompts": files / "prompts.safetensors"}
-        draft = open_subject(SubjectConfig(**paths, **size))
+        draft = open_teacher(TeacherConfig(**paths, **size))
         assert draft is not None and draft.latent_shape == latent_shape
 
 

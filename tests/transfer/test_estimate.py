@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, collect, count_bytes, count_missing
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.estimate import Estimate, count_checkpoint_bytes, estimate, forecast
@@ -84,58 +84,58 @@ def test_the_sentence_says_hours_and_sizes_in_units_that_can_be_read() -> None:
 
 
 def test_calls_and_passes_are_measured_and_leave_the_subject_as_it_was(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
     config = config_of(target=1, lora_rank=2, out=tmp_path, shard_size=3)
-    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
     sizes: list[int] = []
-    hook = subject.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    assert time_teacher(subject, config.trajectories, "fp32") > 0
+    hook = teacher.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    assert time_teacher(teacher, config.trajectories, "fp32") > 0
     hook.remove()
     assert set(sizes) == {2 * 3}
-    pace = time_run(subject, config, "fp32")
+    pace = time_run(teacher, config, "fp32")
     assert min(pace.call, pace.selecting, pace.hardened) > 0
-    student = Student(subject, config.student, seed=0)
+    student = Student(teacher, config.student, seed=0)
     parts = [*student.weights.values(), *feature_maps(student.mixed).values()]
     # And a score a layer.
     assert pace.num_trained == sum(p.numel() for p in parts) + 3
-    after = subject.model.state_dict()
+    after = teacher.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not any(p.requires_grad or p.grad is not None for p in subject.model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters())
     assert not list(tmp_path.iterdir())
 
 
-def test_only_what_is_missing_is_counted(subject: Subject, tmp_path: Path) -> None:
+def test_only_what_is_missing_is_counted(teacher: Teacher, tmp_path: Path) -> None:
     settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
     how = {"seed": 0, "precision": "fp32"}
-    assert count_missing(subject, settings, tmp_path, **how) == 3
-    collect(subject, settings, tmp_path, seed=0)
-    assert count_missing(subject, settings, tmp_path, **how) == 0
+    assert count_missing(teacher, settings, tmp_path, **how) == 3
+    collect(teacher, settings, tmp_path, seed=0)
+    assert count_missing(teacher, settings, tmp_path, **how) == 0
     more = dataclasses.replace(settings, num_trajectories=7)
-    assert count_missing(subject, more, tmp_path, **how) == 4
+    assert count_missing(teacher, more, tmp_path, **how) == 4
 
 
 def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(target=1, out=tmp_path / "runs" / "a")
-    samples = count_bytes(config.trajectories, subject.latent_shape)
+    samples = count_bytes(config.trajectories, teacher.latent_shape)
     settings = {"tries_training": False, "num_trained": 10**6}
     needed = samples + count_checkpoint_bytes(10**6)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    assert forecast(subject, config, "fp32", **settings).disk_bytes == needed
+    assert forecast(teacher, config, "fp32", **settings).disk_bytes == needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     with pytest.raises(ValueError, match=r"samples and the checkpoints take .*: free") as caught:
-        forecast(subject, config, "fp32", **settings)
+        forecast(teacher, config, "fp32", **settings)
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
-def test_checkpoints_take_no_more_than_they_were_said_to(subject: Subject, tmp_path: Path) -> None:
-    config = small_transfer(save_inputs(subject, tmp_path)["--model"], out=tmp_path / "run")
+def test_checkpoints_take_no_more_than_they_were_said_to(teacher: Teacher, tmp_path: Path) -> None:
+    config = small_transfer(save_inputs(teacher, tmp_path)["--model"], out=tmp_path / "run")
     transfer.run(config)
-    student = Student(subject, config.student, seed=0)
+    student = Student(teacher, config.student, seed=0)
     parts = [*student.weights.values(), *feature_maps(student.mixed).values()]
     at_most = count_checkpoint_bytes(sum(p.numel() for p in parts) + 3)
     found = (config.out / "training" / "checkpoint.safetensors").stat().st_size
@@ -143,9 +143,9 @@ def test_checkpoints_take_no_more_than_they_were_said_to(subject: Subject, tmp_p
 
 
 def test_the_command_says_what_it_takes_before_the_teacher_is_sampled(
-    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = small_transfer(save_inputs(subject, tmp_path)["--model"], out=tmp_path / "run")
+    config = small_transfer(save_inputs(teacher, tmp_path)["--model"], out=tmp_path / "run")
     said: list[str] = []
 
     def progress(stage: str, done: int, total: int, **metrics: float) -> None:
@@ -158,7 +158,7 @@ def test_the_command_says_what_it_takes_before_the_teacher_is_sampled(
 
 
 def test_memory_that_is_too_small_for_a_step_is_found_before_the_teacher_is_sampled(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
     config = config_of(target=1, out=tmp_path / "run")
 
@@ -166,8 +166,8 @@ def test_memory_that_is_too_small_for_a_step_is_found_before_the_teacher_is_samp
         if torch.is_grad_enabled():
             raise torch.OutOfMemoryError
 
-    subject.model.blocks[0].register_forward_pre_hook(fail)
-    time_teacher(subject, config.trajectories, "fp32")
+    teacher.model.blocks[0].register_forward_pre_hook(fail)
+    time_teacher(teacher, config.trajectories, "fp32")
     with pytest.raises(torch.OutOfMemoryError):
-        forecast(subject, config, "fp32")
+        forecast(teacher, config, "fp32")
     assert not (tmp_path / "run").exists() and not (tmp_path / "teacher").exists()

@@ -15,7 +15,7 @@ from linvideo_core.flow import make_sigmas, sample_euler
 from linvideo_core.models.experts import HIGH, LOW, SIDES, Experts
 from linvideo_core.models.velocity import TIMESTEP_SCALE, bind, bind_guided
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.experts import EXPERT_NAMES, OwnStates, linearize_experts, own_sigmas
@@ -36,8 +36,8 @@ def experts() -> Experts:
 
 
 @pytest.fixture
-def pair(subject: Subject, experts: Experts) -> Subject:
-    return dataclasses.replace(subject, name="pair", model=experts)
+def pair(teacher: Teacher, experts: Experts) -> Teacher:
+    return dataclasses.replace(teacher, name="pair", model=experts)
 
 
 def test_each_sample_goes_to_the_expert_of_its_noise_level(experts: Experts) -> None:
@@ -52,7 +52,7 @@ def test_each_sample_goes_to_the_expert_of_its_noise_level(experts: Experts) -> 
         torch.testing.assert_close(found[one], expected)
 
 
-def test_a_trajectory_changes_experts_at_the_boundary(pair: Subject, tmp_path: Path) -> None:
+def test_a_trajectory_changes_experts_at_the_boundary(pair: Teacher, tmp_path: Path) -> None:
     collect(pair, SETTINGS, tmp_path, seed=3)
     shard = load_file(next(tmp_path.glob("*/videos-000000-000001.safetensors")))
     noise = []
@@ -83,7 +83,7 @@ def test_a_trajectory_changes_experts_at_the_boundary(pair: Subject, tmp_path: P
             torch.testing.assert_close(state, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_the_experts_share_all_states_and_none_twice(pair: Subject, tmp_path: Path) -> None:
+def test_the_experts_share_all_states_and_none_twice(pair: Teacher, tmp_path: Path) -> None:
     whole = collect(pair, SETTINGS, tmp_path, seed=3)
     own = {side: OwnStates(whole, side, BOUNDARY) for side in SIDES}
     assert sum(map(len, own.values())) == len(whole)
@@ -152,7 +152,7 @@ class Stop(BaseException):
 
 
 def test_each_student_meets_its_own_noise_levels_only_and_its_file_says_which(
-    pair: Subject, tmp_path: Path
+    pair: Teacher, tmp_path: Path
 ) -> None:
     met: dict[str, list[Tensor]] = {side: [] for side in SIDES}
     for side in SIDES:

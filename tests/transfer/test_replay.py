@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from linvideo_core.models.velocity import bind
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training.trainer import TrainingConfig
 from linvideo_core.transfer.replay import replayed
 from linvideo_core.transfer.student import Student, StudentConfig, accelerated
 from tests.conftest import LATENT_SHAPE
 
 
-def draw(batch_size: int, subject: Subject, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw(batch_size: int, teacher: Teacher, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch_size, *LATENT_SHAPE, generator=generator)
     sigma = torch.rand(batch_size, generator=generator)
-    return latents.cuda(), sigma.cuda(), subject.prompt_embeds[:batch_size]
+    return latents.cuda(), sigma.cuda(), teacher.prompt_embeds[:batch_size]
 
 
 def differentiate(student: Student, inputs: tuple[Tensor, ...], precision: str) -> list[Tensor]:
@@ -29,24 +29,24 @@ def differentiate(student: Student, inputs: tuple[Tensor, ...], precision: str) 
     return [velocity.detach().clone(), *(g.clone() for g in gradients if g is not None)]
 
 
-def test_replay_on_a_cpu_is_refused_in_a_sentence(subject: Subject) -> None:
+def test_replay_on_a_cpu_is_refused_in_a_sentence(teacher: Teacher) -> None:
     with (
         pytest.raises(ValueError, match="--cuda-graphs was given on cpu"),
-        replayed([subject.model], tuple),
+        replayed([teacher.model], tuple),
     ):
         pass
-    assert "forward" not in vars(subject.model)
+    assert "forward" not in vars(teacher.model)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replay_gives_the_values_and_gradients_of_the_same_kernels(
-    subject: Subject, precision: str
+    teacher: Teacher, precision: str
 ) -> None:
-    subject = subject.to("cuda")
-    student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+    teacher = teacher.to("cuda")
+    student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
     first, *rest = student.mixed.values()
-    calls = [draw(size, subject, seed) for seed, size in enumerate((2, 3, 2, 3))]
+    calls = [draw(size, teacher, seed) for seed, size in enumerate((2, 3, 2, 3))]
     for choice in (None, "linear"):
         first.choice = choice
         expected = [differentiate(student, call, precision) for call in calls]
@@ -58,12 +58,12 @@ def test_replay_gives_the_values_and_gradients_of_the_same_kernels(
 
 
 @pytest.mark.gpu
-def test_compiled_blocks_are_replayed_with_the_same_values_and_gradients(subject: Subject) -> None:
-    subject = subject.to("cuda")
-    student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+def test_compiled_blocks_are_replayed_with_the_same_values_and_gradients(teacher: Teacher) -> None:
+    teacher = teacher.to("cuda")
+    student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
     for module in student.mixed.values():
         module.harden("linear")
-    call = draw(2, subject, 0)
+    call = draw(2, teacher, 0)
     expected = differentiate(student, call, "bf16")
     settings = TrainingConfig(compile=True, cuda_graphs=True)
     with accelerated([student.model], student, settings):
@@ -73,10 +73,10 @@ def test_compiled_blocks_are_replayed_with_the_same_values_and_gradients(subject
 
 
 @pytest.mark.gpu
-def test_a_choice_made_between_two_replays_is_seen(subject: Subject) -> None:
-    subject = subject.to("cuda")
-    student = Student(subject, StudentConfig(lora_rank=4), seed=0)
-    latents, sigma, prompt_embeds = draw(2, subject, 0)
+def test_a_choice_made_between_two_replays_is_seen(teacher: Teacher) -> None:
+    teacher = teacher.to("cuda")
+    student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
+    latents, sigma, prompt_embeds = draw(2, teacher, 0)
     velocity = bind(student.model, prompt_embeds)
     with torch.no_grad(), replayed([student.model], student.choices):
         results = []
@@ -90,16 +90,16 @@ def test_a_choice_made_between_two_replays_is_seen(subject: Subject) -> None:
 
 
 @pytest.mark.gpu
-def test_no_graph_outlives_its_replay(subject: Subject) -> None:
-    subject = subject.to("cuda")
-    student = Student(subject, StudentConfig(lora_rank=4), seed=0)
+def test_no_graph_outlives_its_replay(teacher: Teacher) -> None:
+    teacher = teacher.to("cuda")
+    student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
 
     def count_graphs() -> int:
         return sum(type(found) is torch.cuda.CUDAGraph for found in gc.get_objects())
 
     before = count_graphs()
     with replayed([student.model], student.choices):
-        differentiate(student, draw(2, subject, 0), "bf16")
+        differentiate(student, draw(2, teacher, 0), "bf16")
         assert count_graphs() > before
     # Not the memory in use: cuBLAS keeps a workspace for each stream that was captured on.
     assert count_graphs() == before

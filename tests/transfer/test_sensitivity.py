@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from linvideo_core import artifact
 from linvideo_core.models.velocity import bind
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
 from linvideo_core.training.trainer import TrainingConfig
 from linvideo_core.transfer import cli as transfer
@@ -32,23 +32,23 @@ VIDEOS = TrajectoryConfig(
 
 
 @pytest.fixture
-def trajectories(subject: Subject, tmp_path: Path) -> Trajectories:
-    return collect(subject, VIDEOS, tmp_path / "trajectories", seed=0)
+def trajectories(teacher: Teacher, tmp_path: Path) -> Trajectories:
+    return collect(teacher, VIDEOS, tmp_path / "trajectories", seed=0)
 
 
 @pytest.fixture
-def student(subject: Subject) -> Student:
-    return Student(subject, StudentConfig(parameters="feature_maps"), seed=0)
+def student(teacher: Teacher) -> Student:
+    return Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
 
 
 def measured(
-    student: Student, subject: Subject, trajectories: Trajectories, path: Path, **options: object
+    student: Student, teacher: Teacher, trajectories: Trajectories, path: Path, **options: object
 ) -> dict[int, float]:
     settings = {name: options.pop(name) for name in list(options) if "sensitivity" in name}
     return measure(
         student.model,
         student.mixed,
-        subject,
+        teacher,
         trajectories,
         SensitivityConfig(**settings),
         path,
@@ -58,14 +58,14 @@ def measured(
 
 @pytest.mark.parametrize("kind", MEASURES)
 def test_the_error_is_the_mean_over_stored_states_and_both_branches(
-    kind: str, subject: Subject, student: Student, trajectories: Trajectories, tmp_path: Path
+    kind: str, teacher: Teacher, student: Student, trajectories: Trajectories, tmp_path: Path
 ) -> None:
     path = tmp_path / "sensitivity.json"
-    errors = measured(student, subject, trajectories, path, sensitivity=kind, sensitivity_videos=2)
+    errors = measured(student, teacher, trajectories, path, sensitivity=kind, sensitivity_videos=2)
     alone, rest = ("linear", "softmax") if kind == "replace-one" else ("softmax", "linear")
     states = trajectories.take(torch.arange(4), "cpu")
-    prompts = subject.prompt_embeds[states.prompt]
-    negative = subject.negative_embeds.expand_as(prompts)
+    prompts = teacher.prompt_embeds[states.prompt]
+    negative = teacher.negative_embeds.expand_as(prompts)
     for layer, error in errors.items():
         for other, module in student.mixed.items():
             module.choice = alone if other == layer else rest
@@ -79,40 +79,40 @@ def test_the_error_is_the_mean_over_stored_states_and_both_branches(
 
 
 def test_a_layer_that_is_linear_at_no_cost_comes_first(
-    subject: Subject, student: Student, trajectories: Trajectories, tmp_path: Path
+    teacher: Teacher, student: Student, trajectories: Trajectories, tmp_path: Path
 ) -> None:
     # Layer 2's attention adds nothing to what follows.
     site = next(site for site in student.sites if site.layer == 2)
-    for model in (student.model, subject.model):
+    for model in (student.model, teacher.model):
         torch.nn.init.zeros_(model.get_submodule(site.name).o.weight)
-    exact = collect(subject, VIDEOS, tmp_path / "exact", seed=0)
+    exact = collect(teacher, VIDEOS, tmp_path / "exact", seed=0)
     path = tmp_path / "sensitivity.json"
-    errors = measured(student, subject, exact, path)
+    errors = measured(student, teacher, exact, path)
     # What is left is the fp16 of the stored states.
     assert errors[2] < 5e-3 < min(errors[0], errors[1])
     assert json.loads(path.read_text())["ranking"][0] == 2
 
 
 def test_the_layers_are_left_as_they_were_also_after_a_failure(
-    subject: Subject, student: Student, trajectories: Trajectories, tmp_path: Path
+    teacher: Teacher, student: Student, trajectories: Trajectories, tmp_path: Path
 ) -> None:
     choices = ("linear", None, "softmax")
     for module, choice in zip(student.mixed.values(), choices, strict=True):
         module.choice = choice
-    measured(student, subject, trajectories, tmp_path / "a.json")
+    measured(student, teacher, trajectories, tmp_path / "a.json")
     assert tuple(module.choice for module in student.mixed.values()) == choices
     with torch.no_grad():
         student.mixed[1].linear.query_map.fill_(float("nan"))
     with pytest.raises(ValueError, match="velocity error of layer 1 alone is nan"):
-        measured(student, subject, trajectories, tmp_path / "b.json")
+        measured(student, teacher, trajectories, tmp_path / "b.json")
     assert tuple(module.choice for module in student.mixed.values()) == choices
 
 
 def test_an_interrupted_ranking_measures_only_what_is_missing_and_ends_the_same(
-    subject: Subject, student: Student, trajectories: Trajectories, tmp_path: Path
+    teacher: Teacher, student: Student, trajectories: Trajectories, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole.json", tmp_path / "broken.json"
-    expected = measured(student, subject, trajectories, whole)
+    expected = measured(student, teacher, trajectories, whole)
     said: list[tuple[str, int, int]] = []
 
     def stop(stage: str, done: int, total: int, **_: float) -> None:
@@ -120,13 +120,13 @@ def test_an_interrupted_ranking_measures_only_what_is_missing_and_ends_the_same(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measured(student, subject, trajectories, broken, progress=stop)
+        measured(student, teacher, trajectories, broken, progress=stop)
     assert json.loads(broken.read_text())["ranking"] is None
 
     def say(stage: str, done: int, total: int, **_: float) -> None:
         said.append((stage, done, total))
 
-    assert measured(student, subject, trajectories, broken, progress=say) == expected
+    assert measured(student, teacher, trajectories, broken, progress=say) == expected
     assert said == [("ranking the layers", 2, 3), ("ranking the layers", 3, 3)]
     assert broken.read_bytes() == whole.read_bytes()
 
@@ -134,7 +134,7 @@ def test_an_interrupted_ranking_measures_only_what_is_missing_and_ends_the_same(
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"measure": 3}', '{"errors": {"x": null}}'])
 def test_a_damaged_ranking_is_made_again(
     content: str,
-    subject: Subject,
+    teacher: Teacher,
     student: Student,
     trajectories: Trajectories,
     tmp_path: Path,
@@ -142,10 +142,10 @@ def test_a_damaged_ranking_is_made_again(
 ) -> None:
     path = tmp_path / "sensitivity.json"
     path.write_text(content)
-    errors = measured(student, subject, trajectories, path, sensitivity_videos=1)
+    errors = measured(student, teacher, trajectories, path, sensitivity_videos=1)
     assert "is measured again" in caplog.text
     assert json.loads(path.read_text())["errors"] == {str(k): v for k, v in errors.items()}
-    again = measured(student, subject, trajectories, path, sensitivity_videos=2)
+    again = measured(student, teacher, trajectories, path, sensitivity_videos=2)
     assert again != errors
 
 
@@ -168,9 +168,9 @@ def transfer_config(out: Path, **selection: object) -> pipeline.TransferConfig:
     )
 
 
-def linearized(subject: Subject, config: pipeline.TransferConfig) -> artifact.Artifact:
-    student = Student(subject, config.student, seed=config.seed)
-    pipeline.linearize(student, subject, config, "fp32", lambda *_, **__: None)
+def linearized(teacher: Teacher, config: pipeline.TransferConfig) -> artifact.Artifact:
+    student = Student(teacher, config.student, seed=config.seed)
+    pipeline.linearize(student, teacher, config, "fp32", lambda *_, **__: None)
     return artifact.load(config.out / transfer.ARTIFACT_NAME)
 
 
@@ -193,11 +193,11 @@ def test_a_fixed_choice_decides_the_artifacts_layers_and_draws_no_scores(
     selection: dict[str, object],
     layers: tuple[int, ...],
     choice: str,
-    subject: Subject,
+    teacher: Teacher,
     tmp_path: Path,
 ) -> None:
     config = transfer_config(tmp_path / "run", **selection)
-    made = linearized(subject, config)
+    made = linearized(teacher, config)
     assert tuple(made.header.layers) == layers
     assert made.header.provenance["choice"] == choice
     rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
@@ -208,18 +208,18 @@ def test_a_fixed_choice_decides_the_artifacts_layers_and_draws_no_scores(
     assert not (config.out / "layer_scores.png").exists()
 
 
-def test_a_learned_choice_says_so_and_ranks_nothing(subject: Subject, tmp_path: Path) -> None:
+def test_a_learned_choice_says_so_and_ranks_nothing(teacher: Teacher, tmp_path: Path) -> None:
     config = transfer_config(tmp_path / "run", target=2)
-    made = linearized(subject, config)
+    made = linearized(teacher, config)
     assert made.header.provenance["choice"] == "learned"
     rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
     assert all(len(json.loads(row)["layer_scores"]) == 3 for row in rows)
     assert not (config.out / "sensitivity.json").exists()
 
 
-def test_learned_scores_start_from_the_ranking_of_the_run(subject: Subject, tmp_path: Path) -> None:
+def test_learned_scores_start_from_the_ranking_of_the_run(teacher: Teacher, tmp_path: Path) -> None:
     config = transfer_config(tmp_path / "run", score_start="ranking", target=2)
-    made = linearized(subject, config)
+    made = linearized(teacher, config)
     ranking = json.loads((config.out / "sensitivity.json").read_text())["ranking"]
     rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
     scores = json.loads(rows[0])["layer_scores"]
@@ -237,10 +237,10 @@ def test_learned_scores_start_from_the_ranking_of_the_run(subject: Subject, tmp_
 @pytest.mark.parametrize("stage", ["ranking the layers", "training"])
 @pytest.mark.parametrize("selection", [{"choice": "sensitivity"}, {"score_start": "ranking"}])
 def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_bit(
-    stage: str, selection: dict[str, str], subject: Subject, tmp_path: Path
+    stage: str, selection: dict[str, str], teacher: Teacher, tmp_path: Path
 ) -> None:
     config = transfer_config(tmp_path / "unbroken", target=2, **selection)
-    expected = linearized(subject, config)
+    expected = linearized(teacher, config)
     found = json.loads((config.out / "sensitivity.json").read_text())
     if config.selection.choice == "sensitivity":
         assert tuple(sorted(found["ranking"][:2])) == tuple(expected.header.layers)
@@ -252,10 +252,10 @@ def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_
         if (name, done) == (stage, 2):
             raise KeyboardInterrupt
 
-    student = Student(subject, config.student, seed=config.seed)
+    student = Student(teacher, config.student, seed=config.seed)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.linearize(student, subject, broken, "fp32", stop)
-    assert undated(linearized(subject, broken)) == undated(expected)
+        pipeline.linearize(student, teacher, broken, "fp32", stop)
+    assert undated(linearized(teacher, broken)) == undated(expected)
     left, right = (load_file(run.out / transfer.ARTIFACT_NAME) for run in (broken, config))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -264,7 +264,7 @@ def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_
 
 
 def test_every_stage_of_a_transfer_has_its_place_on_the_nodes_bar(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
     source = (Path(__file__).parents[2] / "nodes" / "transfer" / "live_preview.py").read_text(
         encoding="utf-8"
@@ -281,9 +281,9 @@ def test_every_stage_of_a_transfer_has_its_place_on_the_nodes_bar(
         said.append(stage)
 
     config = transfer_config(tmp_path / "run", score_start="ranking", target=1)
-    student = Student(subject, config.student, seed=0)
+    student = Student(teacher, config.student, seed=0)
     config.out.mkdir()
-    pipeline.linearize(student, subject, config, "fp32", say)
+    pipeline.linearize(student, teacher, config, "fp32", say)
     assert list(dict.fromkeys(said)) == list(places)
     ends = [end for place in places.values() for end in place[:2]]
     assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 100)

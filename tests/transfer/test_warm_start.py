@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linvideo_core.run.progress import silent
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
 from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
 from linvideo_core.transfer.student import Student, StudentConfig
@@ -24,17 +24,17 @@ SETTINGS = TrainingConfig(steps=30, batch_size=3, warmup_steps=2, log_every=1, c
 
 
 def make_task(
-    subject: Subject, folder: Path, parameters: str = "full", precision: str = "fp32"
+    teacher: Teacher, folder: Path, parameters: str = "full", precision: str = "fp32"
 ) -> WarmStart:
     settings = TrajectoryConfig(
         num_trajectories=3, states_per_trajectory=2, sampler_steps=5, shard_size=3
     )
-    student = Student(subject, StudentConfig(parameters=parameters, lora_rank=4), seed=0)
+    student = Student(teacher, StudentConfig(parameters=parameters, lora_rank=4), seed=0)
     return WarmStart(
         student.model,
         student.mixed,
-        subject,
-        collect(subject, settings, folder, seed=0),
+        teacher,
+        collect(teacher, settings, folder, seed=0),
         batch_size=3,
         prompt_dropout=0.3,
         learning_rate=1e-2,
@@ -48,9 +48,9 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("parameters", ["full", "lora"])
 def test_the_loss_falls_and_only_the_maps_move(
-    parameters: str, subject: Subject, tmp_path: Path
+    parameters: str, teacher: Teacher, tmp_path: Path
 ) -> None:
-    task = make_task(subject, tmp_path / "trajectories", parameters)
+    task = make_task(teacher, tmp_path / "trajectories", parameters)
     before = snapshot(task.student)
     fit(task, SETTINGS, tmp_path / "warm_start", seed=0)
     rows = (tmp_path / "warm_start" / "metrics.jsonl").read_text().splitlines()
@@ -61,8 +61,8 @@ def test_the_loss_falls_and_only_the_maps_move(
         assert torch.equal(tensor, before[name]) != is_map, name
 
 
-def test_the_loss_is_the_relative_error_of_each_layer(subject: Subject, tmp_path: Path) -> None:
-    task = make_task(subject, tmp_path)
+def test_the_loss_is_the_relative_error_of_each_layer(teacher: Teacher, tmp_path: Path) -> None:
+    task = make_task(teacher, tmp_path)
     seen: list[float] = []
 
     def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -78,9 +78,9 @@ def test_the_loss_is_the_relative_error_of_each_layer(subject: Subject, tmp_path
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_taken_layer_by_layer_are_those_of_the_loss_as_a_whole(
-    precision: str, subject: Subject, tmp_path: Path
+    precision: str, teacher: Teacher, tmp_path: Path
 ) -> None:
-    task = make_task(subject, tmp_path, precision=precision)
+    task = make_task(teacher, tmp_path, precision=precision)
     errors: list[Tensor] = []
     sizes: list[Tensor] = []
 
@@ -109,9 +109,9 @@ def test_gradients_taken_layer_by_layer_are_those_of_the_loss_as_a_whole(
 
 
 def test_a_model_that_takes_one_video_a_call_learns_from_all_of_a_batch(
-    subject: Subject, tmp_path: Path
+    teacher: Teacher, tmp_path: Path
 ) -> None:
-    task = make_task(subject, tmp_path)
+    task = make_task(teacher, tmp_path)
     errors: dict[nn.Module, list[Tensor]] = {module: [] for module in task.mixed.values()}
 
     def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -142,9 +142,9 @@ def test_a_model_that_takes_one_video_a_call_learns_from_all_of_a_batch(
 
 @pytest.mark.parametrize("choices", [(None, None, None), ("linear", None, "softmax")])
 def test_choices_are_restored_also_after_a_failure(
-    choices: tuple[str | None, ...], subject: Subject, tmp_path: Path
+    choices: tuple[str | None, ...], teacher: Teacher, tmp_path: Path
 ) -> None:
-    task = make_task(subject, tmp_path)
+    task = make_task(teacher, tmp_path)
     for module, choice in zip(task.mixed.values(), choices, strict=True):
         module.choice = choice
     loss, metrics = task.loss(0, seed_step(0, 0))
@@ -163,8 +163,8 @@ def test_choices_are_restored_also_after_a_failure(
     assert not any(module._forward_hooks for module in task.mixed.values())
 
 
-def test_layers_are_fitted_independently(subject: Subject, tmp_path: Path) -> None:
-    task = make_task(subject, tmp_path)
+def test_layers_are_fitted_independently(teacher: Teacher, tmp_path: Path) -> None:
+    task = make_task(teacher, tmp_path)
     _, before = task.loss(0, seed_step(0, 0))
     with torch.no_grad():
         task.mixed[0].linear.query_map.mul_(-3)
@@ -175,13 +175,13 @@ def test_layers_are_fitted_independently(subject: Subject, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("warmup_steps", [0, 100])
 def test_the_learning_rate_rises_in_a_tenth_of_its_own_steps_whatever_the_trainings_does(
-    warmup_steps: int, subject: Subject, tmp_path: Path
+    warmup_steps: int, teacher: Teacher, tmp_path: Path
 ) -> None:
-    task = make_task(subject, tmp_path / "trajectories")
+    task = make_task(teacher, tmp_path / "trajectories")
     fit_feature_maps(
         task.student,
         task.mixed,
-        subject,
+        teacher,
         task.trajectories,
         WarmStartConfig(warm_start_steps=20),
         dataclasses.replace(SETTINGS, steps=1000, warmup_steps=warmup_steps),
@@ -197,8 +197,8 @@ def test_the_learning_rate_rises_in_a_tenth_of_its_own_steps_whatever_the_traini
     assert shares[3:] == sorted(shares[3:], reverse=True) and 0 < shares[-1] < 0.01
 
 
-def test_the_maps_of_all_layers_have_unique_names(subject: Subject, tmp_path: Path) -> None:
-    task = make_task(subject, tmp_path)
+def test_the_maps_of_all_layers_have_unique_names(teacher: Teacher, tmp_path: Path) -> None:
+    task = make_task(teacher, tmp_path)
     maps = feature_maps(task.mixed)
     assert len(maps) == 6
     assert {id(p) for p in maps.values()} == {

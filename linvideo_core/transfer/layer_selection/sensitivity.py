@@ -24,10 +24,10 @@ from ...models.attention import MixedAttention
 from ...models.velocity import bind
 from ...run.config import option, positive
 from ...run.files import write_json
+from ...run.process_group import SINGLE_PROCESS, ProcessGroup
 from ...run.progress import Progress, silent
-from ...teacher.teacher import Subject
+from ...teacher.teacher import Teacher
 from ...teacher.trajectories import Trajectories
-from ...training.process_group import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class SensitivityConfig:
 def measure(
     model: nn.Module,
     mixed: Mapping[int, MixedAttention],
-    subject: Subject,
+    teacher: Teacher,
     trajectories: Trajectories,
     config: SensitivityConfig,
     path: Path,
@@ -60,7 +60,7 @@ def measure(
     batch_size: int,
     precision: str,
     progress: Progress = silent,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[int, float]:
     """Return the velocity error of every layer, written to `path` one by one.
 
@@ -72,7 +72,7 @@ def measure(
     num_states = config.sensitivity_videos * trajectories.states_per_trajectory
     picks = torch.arange(min(num_states, len(trajectories)))
     measured = {"measure": config.sensitivity, "states": len(picks)}
-    batches = team.share(picks).split(batch_size // team.size)
+    batches = processes.share(picks).split(batch_size // processes.size)
     errors = {layer: error for layer, error in _read(path, measured).items() if layer in mixed}
     alone, rest = ("linear", "softmax")[:: 1 if config.sensitivity == "replace-one" else -1]
     with _choices_kept(mixed):
@@ -83,7 +83,7 @@ def measure(
             for other, module in mixed.items():
                 module.harden(alone if other == layer else rest)
             error = mean_velocity_error(
-                model, subject, trajectories, batches, precision=precision, team=team
+                model, teacher, trajectories, batches, precision=precision, processes=processes
             )
             if not math.isfinite(error):
                 raise ValueError(
@@ -93,7 +93,7 @@ def measure(
             errors[layer] = error
             is_done = len(errors) == len(mixed)
             ranking = rank(errors, config) if is_done else None
-            if team.is_first:
+            if processes.is_first:
                 write_json(path, {**measured, "ranking": ranking, "errors": errors})
             progress(STAGE, len(errors), len(mixed))
     return errors
@@ -131,25 +131,25 @@ def read_ranking(path: Path) -> tuple[str, dict[int, float]] | None:
 @torch.no_grad()
 def mean_velocity_error(
     model: nn.Module,
-    subject: Subject,
+    teacher: Teacher,
     trajectories: Trajectories,
     batches: Sequence[Tensor],
     *,
     precision: str,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> float:
     """Return the mean of |u - v| / |v| over states and both guidance branches.
 
-    batches: numbers of stored states, as `Trajectories.take` takes them; of a team, those of this
-        process, and the mean is over all.
+    batches: numbers of stored states, as `Trajectories.take` takes them; of several processes,
+        this one's, and the mean is over all.
     """
-    device = subject.prompt_embeds.device
+    device = teacher.prompt_embeds.device
     errors: list[Tensor] = [torch.empty(0, dtype=torch.float64, device=device)]
     for picks in batches:
         states = trajectories.take(picks, device)
         sigma = trajectories.sigmas.to(device)[states.step]
-        prompt_embeds = subject.prompt_embeds[states.prompt]
-        negative_embeds = subject.negative_embeds.expand_as(prompt_embeds)
+        prompt_embeds = teacher.prompt_embeds[states.prompt]
+        negative_embeds = teacher.negative_embeds.expand_as(prompt_embeds)
         for embeds, reference in (
             (prompt_embeds, states.conditional),
             (negative_embeds, states.unconditional),
@@ -157,7 +157,7 @@ def mean_velocity_error(
             velocity = bind(model, embeds, precision=precision)(states.latents, sigma)
             errors.append(velocity_error(velocity, reference)[0].double())
     found = torch.cat(errors)
-    return team.mean(found.mean(), weight=len(found)).item()
+    return processes.mean(found.mean(), weight=len(found)).item()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...flow import euler_step
-from ...training.process_group import ALONE, Team
+from ...run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..noise_levels import level_density
 from .protocol import Batch, ObjectiveConfig, Players, mean_square
 
@@ -32,14 +32,14 @@ def draw_move(
     max_jump: int,
     num_steps: int,
     generator: torch.Generator,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:
     """Draw the grid index [B] that each sample moves to: 1 to `max_jump` points on, evenly.
 
     Where fewer points are left, among those; at the last index nothing moves.
     """
     room = (num_steps - 1 - step).clamp(max=max_jump)
-    share = team.draw(len(step), lambda n: torch.rand(n, generator=generator)).to(step.device)
+    share = processes.draw(len(step), lambda n: torch.rand(n, generator=generator)).to(step.device)
     return step + torch.minimum((share * room).long() + 1, room)
 
 
@@ -84,12 +84,12 @@ class AnytimeDistributionMatching:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; see `Objective`. The jump is guided, as in sampling; no gradient."""
         sigmas = self.sigmas.to(batch.latents.device)
-        num_samples = len(batch.step) * batch.team.size
+        num_samples = len(batch.step) * batch.processes.size
         num_of_all = count_anchored(num_samples, self.config.anchor_share, generator)
         # This process's rows are every `size`-th of the batch.
-        num_anchored = len(range(batch.team.rank, num_of_all, batch.team.size))
+        num_anchored = len(range(batch.processes.rank, num_of_all, batch.processes.size))
         reached = draw_move(
-            batch.step, self.config.max_jump, len(sigmas) - 1, generator, batch.team
+            batch.step, self.config.max_jump, len(sigmas) - 1, generator, batch.processes
         )
         anchored = batch.part(slice(num_anchored))
         latents, target = anchored.latents, anchored.velocity

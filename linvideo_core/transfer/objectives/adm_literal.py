@@ -38,7 +38,7 @@ class LiteralAnytimeDistributionMatching:
         """
         sigmas = self.sigmas.to(batch.latents.device)
         num_steps = len(sigmas) - 1
-        reached = draw_jump(batch.step, self.max_jump, 1, num_steps, generator, batch.team)
+        reached = draw_jump(batch.step, self.max_jump, 1, num_steps, generator, batch.processes)
         start, sigma = sigmas[batch.step], sigmas[reached]
         latents = euler_step(batch.latents, players.student(batch.latents, start), start, sigma)
         with torch.no_grad():

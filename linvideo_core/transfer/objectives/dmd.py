@@ -29,7 +29,7 @@ class DistributionMatchingDistillation:
         start = self.sigmas.to(device)[batch.step]
         with torch.set_grad_enabled(is_generator_turn):
             x0 = velocity_to_x0(batch.latents, players.student(batch.latents, start), start)
-        draw, shape = batch.team.draw, x0.shape[1:]
+        draw, shape = batch.processes.draw, x0.shape[1:]
         sigma = draw(len(x0), lambda n: dmd2.draw_score_sigma(n, 1.0, generator)).to(device)
         noise = draw(len(x0), lambda n: torch.randn(n, *shape, generator=generator)).to(device)
         noisy = add_noise(x0.detach(), noise, sigma)

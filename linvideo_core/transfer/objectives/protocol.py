@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...flow import VelocityFn
 from ...run.config import fraction, option, positive
-from ...training.process_group import ALONE, Team
+from ...run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..noise_levels import LEVELS
 
 OBJECTIVES = ("adm", "adm_literal", "velocity", "dmd")
@@ -41,13 +41,13 @@ class Batch:
 
     latents, velocity: [B, C, F, H, W]; velocity is the teacher's, in the sample's branch.
     step: [B] int64, index into the sampling grid.
-    team: of whose batch this is one process's share; what is drawn for it is drawn for the whole.
+    processes: of whose batch this is a share; what is drawn for it is drawn for the whole.
     """
 
     latents: Tensor
     velocity: Tensor
     step: Tensor
-    team: Team = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def part(self, part: slice) -> "Batch":
         """Return some of the samples."""
@@ -95,13 +95,13 @@ def draw_jump(
     min_jump: int,
     num_steps: int,
     generator: torch.Generator,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:
     """Draw the grid index [B] that each sample moves to: `min_jump` to `max_jump` points on.
 
     The last index is `num_steps - 1`: at sigma 0 there is no score to match.
     """
-    jump = team.draw(
+    jump = processes.draw(
         len(step), lambda n: torch.randint(min_jump, max_jump + 1, (n,), generator=generator)
     )
     return (step + jump.to(step.device)).clamp(max=num_steps - 1)

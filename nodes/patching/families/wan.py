@@ -7,7 +7,7 @@ from torch import nn
 from .host_family import HostFamily
 from .wan_fused import run_fused
 
-# Any variant takes these; Phantom's subjects come as the first, other references as the second.
+# Any variant takes these; Phantom's teachers come as the first, other references as the second.
 _JOINING = ("time_dim_concat", "context_latents")
 _JOINING_BY_CLASS = {
     "WanModel_S2V": ("reference_latent", "reference_motion"),

@@ -1,7 +1,8 @@
-"""The processes that compute one run together; a process alone is a team too.
+"""The processes that compute one run together; a process alone is a process group too.
 
 What each step draws is drawn for the whole batch by every process, which then keeps its share:
-the same global batch is computed by 1 process and by many. `parallel` makes teams of many.
+the same global batch is computed by 1 process and by many. `training.fsdp` has
+those of several.
 """
 
 import contextlib
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 
-class Team:
+class ProcessGroup:
     """A run's processes, numbered by rank: here one alone, whom nothing that it is asked costs.
 
-    Every process of a team calls the same methods in the same order.
+    Every process of a process group calls the same methods in the same order.
 
     rank, size: this process's number, from 0, and how many there are.
     """
@@ -127,7 +128,7 @@ class Team:
         yield
 
     @contextlib.contextmanager
-    def heeding_stops(self) -> Iterator[None]:
+    def graceful_shutdown(self) -> Iterator[None]:
         """Make a wish to stop wait for `stop_together`; alone it is granted at once, as ever."""
         yield
 
@@ -138,12 +139,12 @@ class Team:
         """Say whether all processes end by this error at the same place, and can still act."""
         return True
 
-    def disband(self) -> bool:
-        """End the team once all its work is done; say whether this process is to go on alone."""
+    def destroy(self) -> bool:
+        """End the group once all work is done; say whether this process is to go on alone."""
         return True
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 
 def is_sharded(tensor: Tensor) -> bool:

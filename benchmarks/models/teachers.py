@@ -41,7 +41,7 @@ class Setting:
     seed: int = 0
 
 
-class Subject(Protocol):
+class Teacher(Protocol):
     """A model of one size that can be arranged as any variant; `where` says whose code it is."""
 
     where: str

@@ -1,6 +1,6 @@
-"""What every process of tests/training/test_fsdp.py runs: small trainings, alone or as a team.
+"""What every process of tests/training/test_fsdp.py runs: small trainings, on any number.
 
-torchrun --nproc-per-node 2 tests/team_program.py FOLDER NAME,NAME,... [DEVICE]
+torchrun --nproc-per-node 2 tests/process_group_program.py FOLDER NAME,NAME,... [DEVICE]
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import torch
-from conftest import make_subject, make_wan
+from conftest import make_teacher, make_wan
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,11 +26,11 @@ from linvideo_core.distill.task import DistillationConfig, make_student
 from linvideo_core.models.attention_sites import blocks
 from linvideo_core.models.quantized import place
 from linvideo_core.run.config import run_command
+from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.run.progress import Progress, silent
-from linvideo_core.teacher.teacher import Subject
+from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig
 from linvideo_core.training import fsdp
-from linvideo_core.training.process_group import Team
 from linvideo_core.training.trainer import TrainingConfig
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
 from linvideo_core.transfer.layer_selection.sensitivity import SensitivityConfig
@@ -53,18 +53,18 @@ TRANSFER = TransferConfig(
 )
 
 
-def make_teacher(device: str = "cpu", frozen: str = "fp32") -> Subject:
+def make_frozen_teacher(device: str = "cpu", frozen: str = "fp32") -> Teacher:
     """frozen: of the blocks' matrices alone; all else stays in fp32, so that sums hardly differ."""
     model = make_wan(num_layers=2)
     for name, parameter in list(model.named_parameters()):
         if name.startswith("blocks.") and parameter.ndim == 2:
             place(model, name, parameter.detach(), frozen)
-    return make_subject(model).to(device)
+    return make_teacher(model).to(device)
 
 
 def transfer(
     folder: Path,
-    team: Team,
+    processes: ProcessGroup,
     device: str = "cpu",
     *,
     progress: Progress = silent,
@@ -72,32 +72,32 @@ def transfer(
     frozen: str = "fp32",
 ) -> None:
     """Linearize, and leave the student's whole weights beside the artifact."""
-    subject = make_teacher(team.place(device), frozen)
-    student = Student(subject, config.student, seed=0)
+    teacher = make_frozen_teacher(processes.place(device), frozen)
+    student = Student(teacher, config.student, seed=0)
     videos = dataclasses.replace(config.trajectories, teacher_folder=folder / "teacher")
     config = dataclasses.replace(config, out=folder, trajectories=videos)
-    linearize(student, subject, config, "fp32", progress, team=team)
-    if team.is_first:
+    linearize(student, teacher, config, "fp32", progress, processes=processes)
+    if processes.is_first:
         save_file(dict(student.model.state_dict()), folder / "student.safetensors")
-        save_file(dict(subject.model.state_dict()), folder / "teacher.safetensors")
+        save_file(dict(teacher.model.state_dict()), folder / "teacher.safetensors")
 
 
-def transfer_long(folder: Path, team: Team, device: str = "cpu") -> None:
+def transfer_long(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Transfer in many steps, with many checkpoints."""
     training = dataclasses.replace(
         TRANSFER.training, steps=16, checkpoint_every=4, learning_rate=1e-4, map_learning_rate=1e-4
     )
-    transfer(folder, team, device, config=dataclasses.replace(TRANSFER, training=training))
+    transfer(folder, processes, device, config=dataclasses.replace(TRANSFER, training=training))
 
 
-def transfer_rounded(folder: Path, team: Team, device: str = "cpu") -> None:
+def transfer_rounded(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Transfer beside frozen weights in fp8, recomputing activations."""
     training = dataclasses.replace(TRANSFER.training, activation_checkpointing=True)
     config = dataclasses.replace(TRANSFER, training=training)
-    transfer(folder, team, device, config=config, frozen="fp8")
+    transfer(folder, processes, device, config=config, frozen="fp8")
 
 
-def transfer_all_weights(folder: Path, team: Team, device: str = "cpu") -> None:
+def transfer_all_weights(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Train whole weights beside a critic of whole weights, recomputing activations."""
     config = dataclasses.replace(
         TRANSFER,
@@ -105,10 +105,10 @@ def transfer_all_weights(folder: Path, team: Team, device: str = "cpu") -> None:
         objective=ObjectiveConfig(objective="dmd", critic_steps=2),
         training=dataclasses.replace(TRANSFER.training, steps=4, activation_checkpointing=True),
     )
-    transfer(folder, team, device, config=config)
+    transfer(folder, processes, device, config=config)
 
 
-def transfer_by_ranking(folder: Path, team: Team, device: str = "cpu") -> None:
+def transfer_by_ranking(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Choose the layers by their sensitivity, in several passes and with accumulation."""
     config = dataclasses.replace(
         TRANSFER,
@@ -116,46 +116,46 @@ def transfer_by_ranking(folder: Path, team: Team, device: str = "cpu") -> None:
         sensitivity=SensitivityConfig(sensitivity_videos=4),
         training=dataclasses.replace(TRANSFER.training, steps=2, accumulation=2),
     )
-    transfer(folder, team, device, config=config)
+    transfer(folder, processes, device, config=config)
 
 
-def distil(folder: Path, team: Team, device: str = "cpu", batch_size: int = 4) -> None:
+def distil(folder: Path, processes: ProcessGroup, device: str = "cpu", batch_size: int = 4) -> None:
     """Distil to two steps, with motion held."""
-    subject = make_teacher(team.place(device))
+    teacher = make_frozen_teacher(processes.place(device))
     config = distill.DistillConfig(
         out=folder,
         trajectories=dataclasses.replace(TRANSFER.trajectories, teacher_folder=folder / "teacher"),
         distillation=DistillationConfig(num_steps=2, rank=2, critic_steps=2, motion_weight=0.1),
         training=dataclasses.replace(TRANSFER.training, steps=4, batch_size=batch_size),
     )
-    first = make_file(subject)
-    student = make_student(subject, first, config.distillation, seed=0)
-    distill.distill(student, subject, first, config, "fp32", silent, team)
+    first = make_file(teacher)
+    student = make_student(teacher, first, config.distillation, seed=0)
+    distill.distill(student, teacher, first, config, "fp32", silent, processes)
 
 
-def distil_one_video_each(folder: Path, team: Team, device: str = "cpu") -> None:
+def distil_one_video_each(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Distil with one video a process of two, where one leaves the sampler before the other."""
-    distil(folder, team, device, batch_size=2)
+    distil(folder, processes, device, batch_size=2)
 
 
-def share_one_copy(folder: Path, team: Team, device: str = "cpu") -> None:
+def share_one_copy(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Shard teacher, student and critic, and look at what a process holds of them."""
-    subject = make_teacher(team.place(device))
-    student = Student(subject, StudentConfig(lora_rank=2), seed=0)
-    models = [subject.model, student.model, twin(subject.model)]
+    teacher = make_frozen_teacher(processes.place(device))
+    student = Student(teacher, StudentConfig(lora_rank=2), seed=0)
+    models = [teacher.model, student.model, twin(teacher.model)]
     whole = count_values(models)
-    original = weakref.ref(subject.model.blocks[0].ffn[0].weight)
-    with team.sharded(models, [blocks(model, student.sites) for model in models]):
+    original = weakref.ref(teacher.model.blocks[0].ffn[0].weight)
+    with processes.sharded(models, [blocks(model, student.sites) for model in models]):
         frozen = [model.blocks[0].ffn[0].weight for model in models]
         assert frozen[0] is frozen[1] and frozen[0] is frozen[2]
         assert original() is None
-        held = count_values(models)
+        frozen_weights = count_values(models)
     again = [model.blocks[0].ffn[0].weight for model in models]
     assert again[0] is again[1] and again[0] is again[2] and again[0].shape == (96, 128)
     assert count_values(models) == whole
-    if team.is_first:
+    if processes.is_first:
         folder.mkdir()
-        (folder / "shares.json").write_text(json.dumps([whole, held]))
+        (folder / "shares.json").write_text(json.dumps([whole, frozen_weights]))
 
 
 def count_values(models: list[nn.Module]) -> int:
@@ -164,12 +164,12 @@ def count_values(models: list[nn.Module]) -> int:
     return sum(getattr(p, "_local_tensor", p).numel() for p in parameters.values())
 
 
-def make_file(subject: Subject) -> artifact.Artifact:
-    student = Student(subject, StudentConfig(lora_rank=2), seed=3)
+def make_file(teacher: Teacher) -> artifact.Artifact:
+    student = Student(teacher, StudentConfig(lora_rank=2), seed=3)
     for layer, module in student.mixed.items():
         module.harden("linear" if layer == 1 else "softmax")
     return artifact.extract(
-        student.model, subject.model, parameters="lora", objective="adm", steps=1, provenance={}
+        student.model, teacher.model, parameters="lora", objective="adm", steps=1, provenance={}
     )
 
 
@@ -185,17 +185,17 @@ def stop_one(rank: int) -> Progress:
     return progress
 
 
-def stop_transfer(folder: Path, team: Team, device: str = "cpu") -> None:
+def stop_transfer(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Begin a transfer that its last process is asked to stop."""
-    progress = stop_one(team.rank) if team.rank == team.size - 1 else silent
+    progress = stop_one(processes.rank) if processes.rank == processes.size - 1 else silent
     try:
-        transfer(folder, team, device, progress=progress)
+        transfer(folder, processes, device, progress=progress)
     except KeyboardInterrupt:
         return
     raise AssertionError("the transfer was not stopped")
 
 
-SCENARIOS: dict[str, Callable[[Path, Team, str], None]] = {
+SCENARIOS: dict[str, Callable[[Path, ProcessGroup, str], None]] = {
     name: scenario
     for name, scenario in globals().items()
     if name.startswith(("transfer", "distil_", "stop_transfer", "share_")) or name == "distil"
@@ -205,12 +205,12 @@ SCENARIOS: dict[str, Callable[[Path, Team, str], None]] = {
 def main() -> None:
     """Run the scenarios that are named, each in a folder of its name or of another, `NAME=TO`."""
     torch.set_num_threads(1)
-    team = fsdp.assemble()
+    processes = fsdp.init_process_group()
     folder, jobs, *device = sys.argv[1:]
     for job in jobs.split(","):
         name, _, to = job.partition("=")
-        SCENARIOS[name](Path(folder) / (to or name), team, *device)
-    team.disband()
+        SCENARIOS[name](Path(folder) / (to or name), processes, *device)
+    processes.destroy()
 
 
 if __name__ == "__main__":
