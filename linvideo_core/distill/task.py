@@ -19,7 +19,7 @@ from ..artifact import Artifact
 from ..demo import DEMO_GUIDANCE_SCALE
 from ..flow import VelocityFn, add_noise, make_sigmas, velocity_to_x0
 from ..models import lora
-from ..models.attention_sites import checkpoint_activations, switched
+from ..models.attention_sites import checkpoint_activations
 from ..models.velocity import bind, bind_guided
 from ..run.config import option, positive
 from ..run.context import Run
@@ -232,7 +232,7 @@ class DistillationTask:
     def _as_critic(self) -> Iterator[None]:
         """Make the student's model the critic while the context lasts."""
         enabled = dict.fromkeys(self._critic_changes.values(), True)
-        with self.student.disabled(), switched(enabled):
+        with self.student.disabled(), lora.switched(enabled):
             yield
 
     def _draw_rollout(self, generator: torch.Generator) -> tuple[Rollout, torch.Generator]:

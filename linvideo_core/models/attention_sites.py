@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import MixedAttention
-from .lora import LowRank
+from .lora import LowRank, switched
 from .sketch import sketch, sketched_rows
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -189,19 +189,6 @@ def blocks(model: nn.Module, sites: list[AttentionSite]) -> list[nn.Module]:
 def adapters_of(module: nn.Module) -> list[nn.Module]:
     """Return the parts of a module that turn a teacher into a student, each with its switch."""
     return [part for part in module.modules() if isinstance(part, MixedAttention | LowRank)]
-
-
-@contextlib.contextmanager
-def switched(enabled: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Switch adapters on or off while the context lasts."""
-    before = {adapter: adapter.enabled for adapter in enabled}
-    try:
-        for adapter, is_on in enabled.items():
-            adapter.enabled = is_on
-        yield
-    finally:
-        for adapter, is_on in before.items():
-            adapter.enabled = is_on
 
 
 def checkpoint_activations(model: nn.Module, sites: list[AttentionSite]) -> None:

@@ -5,7 +5,8 @@ they are in the checkpoint. A forward hook adds it to the layer's output; in a l
 beside its rank it is added to the weight, which then costs less.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -135,3 +136,16 @@ def _is_small(module: nn.Linear, rank: int) -> bool:
     """
     is_plain = type(module) is nn.Linear and module.weight.dtype == torch.float32
     return is_plain and 4 * rank >= min(module.weight.shape)
+
+
+@contextlib.contextmanager
+def switched(enabled: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Switch adapters, which have a field `enabled`, on or off while the context lasts."""
+    before = {adapter: adapter.enabled for adapter in enabled}
+    try:
+        for adapter, is_on in enabled.items():
+            adapter.enabled = is_on
+        yield
+    finally:
+        for adapter, is_on in before.items():
+            adapter.enabled = is_on

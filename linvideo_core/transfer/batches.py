@@ -120,19 +120,19 @@ class Batches:
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw a batch; return this process's rows, on the teacher's device."""
-        B, share = self.batch_size, self.processes.share
-        picks = share(self.trajectories.pick(B, generator, self.state_weights))
-        is_dropped = share(torch.rand(B, generator=generator) < self.config.prompt_dropout)
+        B, own = self.batch_size, slice(self.processes.rank, None, self.processes.size)
+        picks = self.trajectories.pick(B, generator, self.state_weights)[own]
+        is_dropped = (torch.rand(B, generator=generator) < self.config.prompt_dropout)[own]
         device = self.teacher.prompt_embeds.device
         states = self.trajectories.take(picks, device)
         is_stored, step_to, weight = torch.ones(B, dtype=torch.bool), states.step, torch.ones(())
         if self.config.objective == "adm":
             is_stored = torch.arange(B) < count_stored(B, self.config.anchor_share, generator)
-            moves = share(torch.rand(B, generator=generator))
+            moves = torch.rand(B, generator=generator)[own]
             num_steps = len(self.trajectories.sigmas) - 1
             step_to = move(states.step, moves.to(device), self.config.max_jump, num_steps)
             weight = self.level_weights.to(device)[step_to]
-        stored = share(is_stored).to(device)
+        stored = is_stored[own].to(device)
         is_dropped = is_dropped.to(device)
         velocity = torch.where(
             is_dropped.view(-1, 1, 1, 1, 1), states.unconditional, states.conditional
@@ -143,7 +143,7 @@ class Batches:
             latents=states.latents,
             velocity=velocity,
             step=states.step,
-            is_stored=share(is_stored),
+            is_stored=is_stored[own],
             step_to=torch.where(stored, states.step, step_to),
             weight=torch.where(stored, 1.0, weight),
             branch_embeds=torch.where(is_dropped.view(-1, 1, 1), negative_embeds, prompt_embeds),

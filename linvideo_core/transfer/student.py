@@ -20,7 +20,6 @@ from ..models.attention_sites import (
     install,
     restore,
     shapes_of,
-    switched,
     trainable_weights,
 )
 from ..models.families import identify
@@ -116,7 +115,7 @@ class Student(contextlib.AbstractContextManager):
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Switch the adapters off: while the context lasts the model is the teacher."""
-        with switched(dict.fromkeys([*self.mixed.values(), *self._changes.values()], False)):
+        with lora.switched(dict.fromkeys([*self.mixed.values(), *self._changes.values()], False)):
             yield
 
     def harden(self, linear_layers: Sequence[int]) -> None:

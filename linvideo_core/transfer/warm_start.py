@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.attention import MixedAttention
-from ..models.attention_sites import switched
+from ..models.lora import switched
 from ..models.velocity import autocast, bind
 from ..run.config import option
 from ..run.context import Run

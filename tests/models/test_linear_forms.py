@@ -177,7 +177,7 @@ def make_student(teacher: Teacher, form: LinearForm, parameters: str = "feature_
     student = Student(teacher, config, seed=0)
     generator = torch.Generator().manual_seed(2)
     for layer, mixed in student.mixed.items():
-        mixed.harden("softmax" if layer == 1 else "linear")
+        mixed.mode = "softmax" if layer == 1 else "linear"
         for parameter in mixed.linear.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return student

@@ -62,7 +62,7 @@ def test_compiled_blocks_are_replayed_with_the_same_values_and_gradients(teacher
     teacher = teacher.to("cuda")
     student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
     for module in student.mixed.values():
-        module.harden("linear")
+        module.mode = "linear"
     call = draw(2, teacher, 0)
     expected = differentiate(student, call, "bf16")
     settings = TrainingConfig(compile=True, cuda_graphs=True)
