@@ -212,10 +212,9 @@ SCENARIOS: dict[str, Callable[[Path, ProcessGroup, str], None]] = {
 }
 
 
-def main() -> None:
+def main(processes: ProcessGroup) -> None:
     """Run the scenarios that are named, each in a folder of its name or of another, `NAME=TO`."""
     torch.set_num_threads(1)
-    processes = fsdp.init_process_group()
     folder, jobs, *device = sys.argv[1:]
     for job in jobs.split(","):
         name, _, to = job.partition("=")
@@ -224,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(fsdp.together(main))
+    run_command(lambda: fsdp.run_together(main))

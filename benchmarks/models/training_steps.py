@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from linvideo_core.transfer.frozen_weights import check_frozen_weights, check_offload_alone
+from linvideo_core.transfer.objectives import ObjectiveConfig
 
 from linvideo_core.models.attention_sites import blocks, compiled_blocks
 from linvideo_core.models.quantized import FrozenConfig
@@ -48,9 +50,7 @@ from linvideo_core.run.tables import render_table
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training import fsdp
 from linvideo_core.training.trainer import TrainingConfig, fit
-from linvideo_core.transfer.frozen_weights import check_frozen_weights, check_offload_alone
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.objectives import ObjectiveConfig
 from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
 
 from .arithmetic import count_flops, find_peak, linear_flops, softmax_flops

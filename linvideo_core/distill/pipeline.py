@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,55 +11,18 @@ from .. import __version__
 from .. import artifact as artifact_files
 from ..artifact import Artifact
 from ..flow import make_sigmas
-from ..run.config import option
 from ..run.context import Run
-from ..run.devices import device_option, precision_option
-from ..run.errors import SettingError
-from ..teacher.teacher import Teacher, TeacherConfig
-from ..teacher.trajectories import Trajectories, TrajectoryConfig, collect, find_usage
-from ..training.trainer import TrainingConfig, fit
-from ..transfer.config import check_frozen_weights
-from ..transfer.evaluation import EvaluationConfig
+from ..teacher.teacher import Teacher
+from ..teacher.trajectories import Trajectories, collect, find_usage
+from ..training.trainer import fit
 from ..transfer.student import Student, accelerated
-from ..transfer.warm_start import WarmStartConfig, fit_feature_maps
+from ..transfer.warm_start import fit_feature_maps
+from .config import ARTIFACT_NAME, DistillConfig
 from .monitor import TrainingMonitor
-from .task import DistillationConfig, DistillationTask, check_batch, start_from
+from .task import DistillationTask, start_from
 from .teacher_statistics import Endpoints, measure_statistics
 
 logger = logging.getLogger(__name__)
-
-ARTIFACT_NAME = "distilled.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Everything that decides the result of a distillation."""
-
-    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
-    trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
-    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
-    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
-    single_stage: bool = option(
-        False, "take only the choice of layers from the file: linearize and distil at once"
-    )
-    out: Path = option(Path("runs/distill"), "run folder")
-    seed: int = option(0, "seed of everything random")
-    device: str = device_option()
-    precision: str = precision_option()
-
-    def __post_init__(self) -> None:
-        check_batch(self.distillation, self.training)
-        if self.teacher.model is not None and self.artifact is None:
-            raise SettingError(
-                "{model} was given without {artifact}; give the file made for it",
-                "artifact",
-                "model",
-            )
-        by = "train" if self.distillation.train == "full" else ""
-        check_frozen_weights(self.teacher.frozen_weights, self.training, by)
 
 
 def distill(

@@ -8,7 +8,6 @@ With LoRA all three are one model: the student's changes are on, none are, or th
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact
-from ..demo import DEMO_GUIDANCE_SCALE
 from ..flow import VelocityFn, add_noise, make_sigmas, velocity_to_x0
 from ..models import lora
 from ..models.attention_sites import checkpoint_activations
 from ..models.velocity import bind, bind_guided
-from ..run.config import option, positive
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..teacher.teacher import Teacher
@@ -29,48 +26,11 @@ from ..training.trainer import ParameterGroup, TrainingConfig
 from ..transfer.student import Student, StudentConfig
 from ..transfer.warm_start import feature_maps
 from . import dmd2
+from .config import DistillationConfig
 from .rollout import Rollout, draw_exits, draw_rollout, simulate_backward
 from .teacher_statistics import Endpoints, TeacherStatistics, motion_of
 
 _BETAS = (0.0, 0.999)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """How many steps, and how generator and critic are trained for them."""
-
-    num_steps: int = option(4, "steps that the distilled model samples in")
-    train: str = option("lora", "weights that are trained and saved", choices=("lora", "full"))
-    rank: int = option(32, "least rank of the weight changes (train lora); a file's own is kept")
-    critic_steps: int = option(5, "critic updates for each update of the student")
-    critic_learning_rate: float = option(2e-4, "peak learning rate of the critic")
-    real_guidance_scale: float = option(
-        DEMO_GUIDANCE_SCALE, "guidance baked in: of the real score, u + scale (c - u)"
-    )
-    motion_weight: float = option(0.0, "weight of a loss that holds motion at the teacher's")
-    regression_weight: float = option(
-        0.0, "weight of a loss that leads stored states to the teacher's own videos"
-    )
-
-    def __post_init__(self) -> None:
-        positive(self, "num_steps", "rank", "critic_steps", "critic_learning_rate")
-        for name in ("motion_weight", "regression_weight"):
-            if not getattr(self, name) >= 0:
-                raise SettingError(
-                    f"{{{name}}} {getattr(self, name)} given; a number from 0 upwards is needed",
-                    name,
-                )
-
-
-def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
-    """Raise SettingError when a batch holds no video for each of the steps."""
-    if training.batch_size < config.num_steps:
-        raise SettingError(
-            f"{{batch_size}} {training.batch_size} given; {{num_steps}} {config.num_steps} or more "
-            "is needed, a video for each step",
-            "batch_size",
-            "num_steps",
-        )
 
 
 def make_student(

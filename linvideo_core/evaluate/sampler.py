@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from ..demo.classifier import Judge, load_judge
 from ..demo.prompts import parse_prompt
 from ..flow import Recipe, VelocityFn, make_sigmas
@@ -23,9 +22,9 @@ from ..models.experts import parts_of
 from ..models.families import identify
 from ..models.velocity import bind_guided
 from ..run.callbacks import Callbacks
-from ..run.config import option, positive
 from ..teacher.teacher import Teacher
 from . import metrics
+from .config import CompareConfig
 from .features import teacher_features
 from .metrics import VideoStatistics, compare_videos, ratio, summarize_videos
 
@@ -72,23 +71,6 @@ _FEATURE_SEED = 0x1_0000
 _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
 
 Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """How the models are sampled."""
-
-    num_samples: int = option(20, "videos that each model samples")
-    seeds_per_prompt: int = option(1, "videos in a row of one prompt: 2 or more show diversity")
-    steps: int = option(DEMO_STEPS, "Euler steps")
-    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
-    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
-    batch_size: int = option(10, "videos sampled together")
-
-    def __post_init__(self) -> None:
-        positive(self, "seeds_per_prompt", "steps", "shift", "batch_size")
-        if self.num_samples < 2:
-            raise ValueError(f"--num-samples {self.num_samples} given; 2 or more are needed")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -3,36 +3,14 @@
 All map `query, key, value [B, L, N, D] -> [B, L, N, D]`, after qk-norm and RoPE.
 """
 
-import dataclasses
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import FEATURE_MAPS, linear_attention, softmax_attention
-from ..run.config import option
-
-MAP_SHARINGS = ("per_head", "shared")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearForm:
-    """What linear attention is made of, beside the number of its features.
-
-    The default is the paper's; each part added starts as if it were not there.
-    """
-
-    feature_map: str = option(
-        "hedgehog", "hedgehog_joint: one softmax over both signs of xW", choices=FEATURE_MAPS
-    )
-    map_sharing: str = option("per_head", "a map W a head, or one a layer", choices=MAP_SHARINGS)
-    output_gate: bool = option(False, "scale each head's output by a gate that its query opens")
-    window: int = option(0, "tokens of a local softmax beside the linear part; 0: none")
-
-    def __post_init__(self) -> None:
-        if self.window < 0 or self.window == 1:
-            raise ValueError(f"--window {self.window} given; 0, or 2 or more tokens are needed")
+from ..kernels import linear_attention, softmax_attention
+from .config import LinearForm
 
 
 class SoftmaxAttention(nn.Module):

@@ -1,33 +1,11 @@
 """Wan 2.2's two experts: one model for high noise and one for low, which share a trajectory."""
 
-import dataclasses
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from ..run.config import option
 from .velocity import TIMESTEP_SCALE
 
 HIGH, LOW = SIDES = ("high_noise", "low_noise")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertsConfig:
-    """Wan 2.2: the second expert, and where it takes over."""
-
-    low_noise_model: Path | None = option(
-        None, "Wan 2.2: the low-noise expert; --model is the high-noise one then"
-    )
-    boundary: float = option(
-        0.875, "noise level that the high-noise expert works down to (Wan 2.2 text-to-video: 0.875)"
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.boundary < 1:
-            raise ValueError(
-                f"--boundary {self.boundary} given; a noise level between 0 and 1 is needed"
-            )
 
 
 def is_high_noise(timesteps: Tensor, boundary: float) -> Tensor:

@@ -4,7 +4,6 @@ What is not a block's linear layer (embeddings, norms, modulations, head) is bf1
 checkpoint is in bf16 already, bf16 loses nothing.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,42 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..run.config import option
-
-FROZEN = ("fp32", "bf16", "fp8")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _FP8 = torch.float8_e4m3fn
 _SCALE_BYTES = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FrozenConfig:
-    """How the weights that are not trained are held, for a --model of one's own."""
-
-    frozen: str = option(
-        "fp32", "frozen weights, also the teacher's: fp8 holds the blocks' matrices", choices=FROZEN
-    )
-    offload_blocks: int = option(
-        0, "blocks whose frozen weights wait in CPU memory until they are computed"
-    )
-
-    def __post_init__(self) -> None:
-        if self.offload_blocks < 0:
-            raise ValueError(
-                f"--offload-blocks {self.offload_blocks} given; 0 or more blocks are needed"
-            )
-
-    @property
-    def given(self) -> str:
-        """Return the flags that are not as usual, as a sentence names them; "" for none."""
-        flags = [f"--frozen {self.frozen}"] if self.frozen != "fp32" else []
-        flags += [f"--offload-blocks {self.offload_blocks}"] if self.offload_blocks else []
-        return " ".join(flags)
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """Return what a file says of its teacher, unless that was held in fp32."""
-        return {"frozen": self.frozen} if self.frozen != "fp32" else {}
 
 
 class Float8Linear(nn.Linear):

@@ -5,30 +5,15 @@ import logging
 from pathlib import Path
 
 from ..run.callbacks import Callbacks
-from ..run.config import option
 from ..run.memory import Need, check_memory
 from . import NEGATIVE_PROMPT, default_prompts, read_prompts
+from .config import PromptConfig
 from .embeddings import PromptEmbeds, encode_once, find_identity, identity_of, read_embeds
 from .text_encoder import MAX_TOKENS, TextEncoder, computed_in, open_encoder
 
 logger = logging.getLogger(__name__)
 
 EMBEDS_NAME = "prompts.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptConfig:
-    """How a text file's prompts become embeddings, for a --model of one's own."""
-
-    text_encoder: Path | None = option(
-        None, "UMT5 weights that encode prompts: a folder or safetensors, diffusers' or ComfyUI's"
-    )
-    tokenizer: Path | None = option(
-        None, "its tokenizer.json, spiece.model or their folder; none: beside or in the encoder"
-    )
-    negative_prompt: str | None = option(
-        None, "what the unconditional branch is asked for; none: LinVideo's own"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

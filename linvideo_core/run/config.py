@@ -11,6 +11,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import sys
@@ -19,6 +20,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from .errors import SettingError, flag_of
 
 ConfigT = TypeVar("ConfigT")
 
@@ -29,19 +32,19 @@ def option(default: Any, text: str, *, choices: Sequence[str] | None = None) -> 
 
 
 def positive(owner: object, *names: str) -> None:
-    """Raise ValueError unless every named field of a config is greater than zero."""
+    """Raise SettingError unless every named field of a config is greater than zero."""
     for name in names:
         value = getattr(owner, name)
         if not value > 0:
-            raise ValueError(f"--{_flag(name)} {value} given; a number greater than 0 is needed")
+            raise SettingError(f"{{{name}}} {value} given; a number greater than 0 is needed", name)
 
 
 def fraction(owner: object, *names: str) -> None:
-    """Raise ValueError unless every named field of a config lies in [0, 1]."""
+    """Raise SettingError unless every named field of a config lies in [0, 1]."""
     for name in names:
         value = getattr(owner, name)
         if not 0 <= value <= 1:
-            raise ValueError(f"--{_flag(name)} {value} given; a number from 0 to 1 is needed")
+            raise SettingError(f"{{{name}}} {value} given; a number from 0 to 1 is needed", name)
 
 
 def to_json(config: Any) -> str:
@@ -67,10 +70,10 @@ def to_flags(config: Any, *, without: Sequence[str] = ()) -> str:
     without: field names to leave out.
     """
     words = []
-    usual = {field.name: value for field, _, value in _leaves(type(config)())}
-    for field, kind, value in _leaves(config):
+    usual = {field.name: value for _, field, _, value in _leaves(type(config)())}
+    for _, field, kind, value in _leaves(config):
         if field.name not in without and value != usual[field.name]:
-            words.append(f"--{_flag(field.name)}")
+            words.append(flag_of(field.name))
             if kind is not bool or not value:
                 words.append(shlex.quote(str(value).lower() if kind is bool else str(value)))
     return " ".join(words)
@@ -82,14 +85,24 @@ def parse(
     *,
     description: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
-) -> tuple[ConfigT, bool]:
+    shown: Sequence[str] | None = None,
+) -> ConfigT:
     """Read flags into a config: defaults, then `--preset`, then the flags that were given.
 
-    Returns the config and whether `--dry-run` was given. Bad arguments end the program with one
-    sentence on stderr and exit code 2.
+    `--dry-run` prints the config and ends the program. Bad arguments end it with one sentence on
+    stderr and exit code 2. Of the processes that torchrun starts the first one alone speaks.
+
+    description: its first line goes above the help.
+    shown: names of the fields that `--help` shows, all by default; `--help-all` shows all.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else argv
+    shows_all = shown is None or "--help-all" in argv
+    spec = sys.modules["__main__"].__spec__
+    prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+    parser = _Parser(prog=prog, description=description.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    if shown is not None:
+        parser.add_argument("--help-all", action="help", help="show every setting and stop")
     if presets:
         usual = next(iter(presets))
         parser.add_argument(
@@ -100,19 +113,26 @@ def parse(
             help=f"named settings, which the other flags refine (default: {usual})",
         )
     defaults = config_type()
-    for field, kind, value in _leaves(defaults):
-        _add_flag(parser, field, kind, value)
+    groups: dict[type, Any] = {}
+    for owner, field, kind, value in _leaves(defaults):
+        if owner not in groups:
+            title = (owner.__doc__ or "").splitlines()[0].rstrip(".")
+            groups[owner] = parser.add_argument_group(title)
+        is_shown = shows_all or field.name in shown
+        _add_flag(groups[owner], field, kind, value, is_shown=is_shown)
     known, strangers = parser.parse_known_args(argv)
     if strangers:
-        names = [field.name for field, _, _ in _leaves(defaults)]
-        parser.error(_explain_stranger(strangers[0], names))
+        parser.error(_explain_stranger(strangers[0], [leaf[1].name for leaf in _leaves(defaults)]))
     given = vars(known)
-    dry_run = given.pop("dry_run")
+    is_dry_run = given.pop("dry_run")
     preset = dict(presets[given.pop("preset")]) if presets else {}
     try:
-        return override(defaults, {**preset, **given}), dry_run
+        config = override(defaults, {**preset, **given})
     except ValueError as error:
         parser.error(str(error))
+    if is_dry_run:
+        parser.exit(message=to_json(config))
+    return config
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -133,6 +153,20 @@ def run_command(main: Callable[[], None]) -> None:
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without the usage text."""
 
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [flags]\n"
+
+    def format_help(self) -> str:
+        """Leave the list of all flags out of the usage: they follow, each with its meaning."""
+        self.usage = "%(prog)s [flags]"
+        return super().format_help()
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program; what is an answer goes to stdout, what is an error to stderr."""
+        if message and os.environ.get("RANK", "0") == "0":
+            (sys.stderr if status else sys.stdout).write(message)
+        sys.exit(status)
+
     def error(self, message: str) -> NoReturn:
         # What our readers say names the flag already.
         message = re.sub(r"^argument \S+: (?=--)", "", message)
@@ -143,18 +177,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_flag(
-    parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type, value: Any
+    group: Any, field: dataclasses.Field, kind: type, value: Any, *, is_shown: bool
 ) -> None:
     choices = field.metadata["choices"]
-    shown = "none" if value is None else str(value).lower() if kind is bool else value
+    usual = "none" if value is None else str(value).lower() if kind is bool else value
     read, expected, metavar = _KINDS[kind]
     if choices:
         (read, expected), metavar = _one_of(choices), "|".join(choices)
-    parser.add_argument(
-        f"--{_flag(field.name)}",
+    text = f"{field.metadata['help']} (default: {usual})".replace("%", "%%")
+    group.add_argument(
+        flag_of(field.name),
         type=_reader(field.name, read, expected),
         metavar=metavar,
-        help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"),
+        help=text if is_shown else argparse.SUPPRESS,
         default=argparse.SUPPRESS,
         **({"nargs": "?", "const": True} if kind is bool else {}),
     )
@@ -164,18 +199,14 @@ def _explain_stranger(word: str, names: Sequence[str]) -> str:
     if not word.startswith("-"):
         return f"{word!r} given, which belongs to no flag; see --help for the flags"
     flag = word.partition("=")[0]
-    known = [f"--{_flag(name)}" for name in ("preset", "dry_run", *names)]
+    known = [flag_of(name) for name in ("preset", "dry_run", "help_all", *names)]
     close = difflib.get_close_matches(flag, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "see --help for the flags"
     return f"{flag} given, which is not a flag of this command; {hint}"
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _leaves(config: Any) -> Iterator[tuple[dataclasses.Field, type, Any]]:
-    """Yield (field, type without None, default) of every option, depth first."""
+def _leaves(config: Any) -> Iterator[tuple[type, dataclasses.Field, type, Any]]:
+    """Yield (dataclass, field, type without None, value) of every option, depth first."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -185,7 +216,7 @@ def _leaves(config: Any) -> Iterator[tuple[dataclasses.Field, type, Any]]:
         kind = hints[field.name]
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        yield field, kind, value
+        yield type(config), field, kind, value
 
 
 def _reader(name: str, read: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
@@ -196,7 +227,7 @@ def _reader(name: str, read: Callable[[str], Any], expected: str) -> Callable[[s
             return read(text)
         except ValueError:
             given = text if text and " " not in text else repr(text)
-            sentence = f"--{_flag(name)} {given} given; {expected} is needed"
+            sentence = f"{flag_of(name)} {given} given; {expected} is needed"
             raise argparse.ArgumentTypeError(sentence) from None
 
     return reader

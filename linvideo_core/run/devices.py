@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import torch
-
 from .config import option
+from .errors import SettingError
 
 
 def device_option() -> Any:
@@ -20,13 +19,17 @@ def precision_option() -> Any:
 
 def resolve_device(name: str) -> str:
     """Return the device that "auto" stands for; refuse one that is not there."""
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} given, which this machine lacks: {reason}") from error
+        raise SettingError(
+            f"{{device}} {name} given, which this machine lacks: {reason}", "device"
+        ) from error
     return name
 
 

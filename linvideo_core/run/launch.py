@@ -7,10 +7,10 @@ from .config import run_command
 
 
 def launch(package: str) -> None:
-    """Run the `command` of a package's `cli`, which is imported here.
+    """Run the `main` of a package's `cli`, which is imported here.
 
     PyTorch reads the policy when it is imported: threads that spin while they wait slow a command
     down tenfold where anything else computes on the same cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    run_command(import_module(".cli", package).command)
+    run_command(import_module(".cli", package).main)

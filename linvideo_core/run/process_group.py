@@ -135,6 +135,10 @@ class ProcessGroup:
         """End the group; say whether this process continues alone."""
         return True
 
+    def fails_first(self) -> bool:
+        """Say whether no other process has failed before; every later caller hears that one has."""
+        return True
+
 
 SINGLE_PROCESS = ProcessGroup()
 

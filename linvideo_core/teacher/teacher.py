@@ -25,48 +25,13 @@ from ..models.families import identify
 from ..models.quantized import FrozenConfig
 from ..prompts import read_prompts
 from ..prompts.sources import PromptConfig, PromptSource, find_source
-from ..run.config import option, positive
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..training.offload import offload
+from .config import TIME_COMPRESSION, TeacherConfig
 
-_TIME_COMPRESSION = 4
 # Pixels a latent, by channels: 48 are those of Wan 2.2's 5B, 16 any other Wan's.
 _SPACE_COMPRESSION = {16: 8, 48: 16}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Which model, with which prompts, at which size."""
-
-    model: Path | None = option(None, "Wan text-to-video safetensors; none: the embedded model")
-    prompts: Path | None = option(
-        None, "prompts, one a line, or a safetensors file of embeddings; none: those of LinVideo"
-    )
-    text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
-    num_frames: int = option(81, "video frames, for a --model of your own")
-    height: int = option(480, "video height in pixels, for a --model of your own")
-    width: int = option(832, "video width in pixels, for a --model of your own")
-
-    def __post_init__(self) -> None:
-        positive(self, "num_frames", "height", "width")
-        if (self.num_frames - 1) % _TIME_COMPRESSION:
-            raise SettingError(
-                f"{{num_frames}} {self.num_frames} given; 4 n + 1 is needed, such as 81",
-                "num_frames",
-            )
-        for name in ("height", "width"):
-            if getattr(self, name) % 16:
-                raise SettingError(
-                    f"{{{name}}} {getattr(self, name)} given; a multiple of 16 is needed", name
-                )
-        if self.model is None and self.frozen_weights.given:
-            raise SettingError(
-                f"{self.frozen_weights.given} is for a {{model}} of your own, and none was "
-                "given: give {model}, or leave it out",
-                "model",
-            )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -118,7 +83,7 @@ class Teacher:
         if self.is_demo:
             return TIME_PATCH * F, SPACE_PATCH * H, SPACE_PATCH * W
         ratio = _SPACE_COMPRESSION.get(C, 8)
-        return _TIME_COMPRESSION * (F - 1) + 1, ratio * H, ratio * W
+        return TIME_COMPRESSION * (F - 1) + 1, ratio * H, ratio * W
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Move the teacher and its prompts; once, where blocks are offloaded."""
@@ -217,7 +182,7 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
         source=source,
         latent_shape=(
             checkpoint.config.in_channels,
-            (config.num_frames - 1) // _TIME_COMPRESSION + 1,
+            (config.num_frames - 1) // TIME_COMPRESSION + 1,
             config.height // ratio,
             config.width // ratio,
         ),

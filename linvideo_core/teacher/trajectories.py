@@ -19,13 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artifact import Usage
-from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from ..flow import make_sigmas
-from ..run.config import option, positive
 from ..run.context import Run
-from ..run.errors import SettingError
 from ..run.files import check_space, write_tensors
 from ..run.memory import show_gb
+from .config import TrajectoryConfig
 from .sampling import KEPT, Sampling, sample_videos
 from .shards import FoundVideos, find_videos, name_shard
 from .teacher import Teacher
@@ -37,44 +35,6 @@ USED_AGAIN = " beside it, which uses the teacher's samples again if they fit"
 # Changes whenever the same settings give other samples.
 _FORM = 2
 _DECISIVE = ("states_per_trajectory", "sampler_steps", "guidance_scale", "shift")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrajectoryConfig:
-    """How the teacher is sampled and how much of it is kept."""
-
-    num_trajectories: int = option(24, "videos that the teacher samples")
-    states_per_trajectory: int = option(8, "noise levels kept of each, spread over the trajectory")
-    sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
-    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
-    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
-    shard_size: int = option(8, "videos sampled together and stored in one file")
-    teacher_folder: Path | None = option(
-        None,
-        "where the teacher's samples are kept for every run that can use them; none: the folder "
-        "`teacher` beside --out",
-    )
-
-    def __post_init__(self) -> None:
-        positive(
-            self,
-            "num_trajectories",
-            "states_per_trajectory",
-            "sampler_steps",
-            "shift",
-            "shard_size",
-        )
-        if self.states_per_trajectory > self.sampler_steps:
-            raise SettingError(
-                f"{{states_per_trajectory}} {self.states_per_trajectory} given; at most "
-                f"{{sampler_steps}} {self.sampler_steps} can be kept",
-                "states_per_trajectory",
-                "sampler_steps",
-            )
-
-    def folder_beside(self, out: Path) -> Path:
-        """Return where the samples of a run with this run folder are kept."""
-        return self.teacher_folder or out.parent / "teacher"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,34 +45,31 @@ def init_process_group() -> ProcessGroup:
     return _Ranks()
 
 
-def together(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's `main` so that of many processes the first to fail says why, alone."""
+def run_together(main: Callable[[ProcessGroup], None]) -> None:
+    """Run a command in the processes that torchrun started; the first that fails says why, alone.
 
-    def run() -> None:
-        try:
-            main()
-        except SystemExit as error:
-            # A command line that was refused, or an interruption: what for is said already.
-            if error.code and _Ranks.present is not None:
-                _Ranks.present.fails_first()
-            _leave(error.code or 0)
-            raise
-        except Exception as error:
-            processes = _Ranks.present
-            if processes is None:
-                raise
-            if not processes.fails_first():
-                # What others say of a failed process is its echo.
-                _leave(1)
-            if _is_lost_process(error) and not sys.flags.dev_mode:
-                raise ValueError(
-                    "another process of this run ended without a word; the same command continues "
-                    "from the last checkpoint"
-                ) from error
-            raise
-        _leave(0)
-
-    return run
+    An interruption ends them all with exit code 130.
+    """
+    processes = init_process_group()
+    try:
+        main(processes)
+    except KeyboardInterrupt:
+        if processes.is_first:
+            sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        processes.fails_first()
+        _leave(130)
+        sys.exit(130)
+    except Exception as error:
+        if not processes.fails_first():
+            # What others say of a failed process is its echo.
+            _leave(1)
+        if _is_lost_process(error) and not sys.flags.dev_mode:
+            raise ValueError(
+                "another process of this run ended without a word; the same command continues "
+                "from the last checkpoint"
+            ) from error
+        raise
+    _leave(0)
 
 
 def _leave(code: int) -> None:
@@ -95,7 +92,6 @@ class StoppedTogetherError(KeyboardInterrupt):
 class _Ranks(ProcessGroup):
     """Processes that torchrun started, each with a device of its own."""
 
-    present: "_Ranks | None" = None
     has_assembled = False
 
     def __init__(self) -> None:
@@ -114,7 +110,7 @@ class _Ranks(ProcessGroup):
             world_size=self.size,
             timeout=_TIMEOUT,
         )
-        _Ranks.present, _Ranks.has_assembled = self, True
+        _Ranks.has_assembled = True
         self.device_type = "cpu"
         self._is_asked_to_stop = False
         if not self.is_first:
@@ -215,11 +211,9 @@ class _Ranks(ProcessGroup):
     def destroy(self) -> bool:
         self.wait()
         self.dist.destroy_process_group()
-        _Ranks.present = None
         return self.is_first
 
     def fails_first(self) -> bool:
-        """Say whether no other process has failed before; every later caller hears that one has."""
         try:
             return self.store.add(_FAILED, 1) == 1
         # The store went with the process that kept it.

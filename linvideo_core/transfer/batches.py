@@ -23,37 +23,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..run.config import fraction, option, positive
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
-
-OBJECTIVES = ("adm", "velocity")
-LEVELS = ("even", "flow")
+from .config import ObjectiveConfig
 
 # Of the order of what is measured at s = 1 itself, where the formula of the gain has no limit.
 _MOST_GAIN = 1600.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """Which states the student is trained at; the loss is always the velocity's squared error."""
-
-    objective: str = option(
-        "adm",
-        "train at stored states and at those the student reaches, or at stored ones alone",
-        choices=OBJECTIVES,
-    )
-    max_jump: int = option(6, "grid points that the student moves at most before it is compared")
-    anchor_share: float = option(0.5, "share of a batch that adm compares where it was stored")
-    levels: str = option(
-        "flow", "noise levels drawn as the flow carries errors, or evenly", choices=LEVELS
-    )
-    prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
-
-    def __post_init__(self) -> None:
-        positive(self, "max_jump")
-        fraction(self, "anchor_share", "prompt_dropout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

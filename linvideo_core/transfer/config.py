@@ -3,29 +3,160 @@
 import dataclasses
 from pathlib import Path
 
-from ..models.experts import ExpertsConfig
-from ..models.quantized import FrozenConfig
-from ..run.config import option
+from ..models.config import ExpertsConfig, FrozenConfig, LinearForm
+from ..run.config import fraction, option, positive
 from ..run.devices import device_option, precision_option
 from ..run.errors import SettingError
-from ..teacher.teacher import TeacherConfig
-from ..teacher.trajectories import TrajectoryConfig
-from ..training.trainer import TrainingConfig
-from .batches import ObjectiveConfig
-from .evaluation import EvaluationConfig
-from .layer_selection.rules import SelectionConfig
-from .layer_selection.sensitivity import SensitivityConfig
-from .student import StudentConfig
-from .warm_start import WarmStartConfig
+from ..teacher.config import TeacherConfig, TrajectoryConfig
+from ..training.config import TrainingConfig
 
 ARTIFACT_NAME = "linearized.safetensors"
 WARM_START_NAME = "warm_start"
 TRAINING_NAME = "training"
 
+PARAMETERS = ("full", "lora", "feature_maps")
+CHOICES = ("learned", "alternate", "sensitivity")
+MEASURES = ("replace-one", "restore-one")
+OBJECTIVES = ("adm", "velocity")
+LEVELS = ("even", "flow")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """What of the student is trained."""
+
+    parameters: str = option("lora", "weights that are trained and saved", choices=PARAMETERS)
+    lora_rank: int = option(32, "rank of the weight changes (parameters lora)")
+    feature_ratio: int = option(1, "features M of a query or key, in units of the head dim: 1 or 2")
+    form: LinearForm = dataclasses.field(default_factory=LinearForm)
+
+    def __post_init__(self) -> None:
+        positive(self, "lora_rank", "feature_ratio")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """How long the feature maps are fitted before the weights move."""
+
+    warm_start_steps: int = option(40, "steps of the layer-wise warm start; 0 leaves it out")
+    warm_start_learning_rate: float = option(1e-2, "peak learning rate of the warm start")
+
+    def __post_init__(self) -> None:
+        if self.warm_start_steps < 0 or not self.warm_start_learning_rate > 0:
+            raise SettingError(
+                f"{{warm_start_steps}} {self.warm_start_steps} and {{warm_start_learning_rate}} "
+                f"{self.warm_start_learning_rate} given; steps >= 0 and a rate > 0 are needed",
+                "warm_start_steps",
+                "warm_start_learning_rate",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which layers become linear."""
+
+    target: int = option(5, "layers to make linear")
+    choice: str = option(
+        "learned",
+        "what chooses them: training, every other layer, or what each alone does to the velocity",
+        choices=CHOICES,
+    )
+    layers: str | None = option(None, "the layers themselves, such as 1,3,4, and no --choice")
+    selection_share: float = option(0.3, "share of the training steps spent choosing layers")
+    layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
+    selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
+
+    def __post_init__(self) -> None:
+        positive(self, "target", "layer_score_learning_rate")
+        fraction(self, "selection_share")
+        if self.layers is not None:
+            self._check_list(self.layers)
+
+    @property
+    def rule(self) -> str:
+        """How the layers are chosen: the choice, or "listed"."""
+        return self.choice if self.layers is None else "listed"
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        """The layers of the list, in depth order; none without one."""
+        return tuple(sorted(map(int, self.layers.split(",")))) if self.layers is not None else ()
+
+    def _check_list(self, text: str) -> None:
+        words = [word.strip() for word in text.split(",")]
+        if not all(word.isdecimal() for word in words) or len({*map(int, words)}) < len(words):
+            raise SettingError(
+                f"{{layers}} {text!r} given; different layer numbers, such as 1,3,4, are needed",
+                "layers",
+            )
+        if self.choice != "learned":
+            raise SettingError(
+                f"{{layers}} {text} and {{choice}} {self.choice} given; leave one of them out",
+                "layers",
+                "choice",
+            )
+        if len(words) != self.target:
+            raise SettingError(
+                f"{{layers}} {text} names {len(words)} layers and {{target}} is {self.target}; "
+                f"give {{target}} {len(words)}, or another list",
+                "layers",
+                "target",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SensitivityConfig:
+    """How the layers are ranked where `choice` asks for it."""
+
+    sensitivity: str = option(
+        "replace-one", "one linear layer among softmax ones, or the reverse", choices=MEASURES
+    )
+    sensitivity_videos: int = option(8, "stored videos to rank the layers on, or all there are")
+
+    def __post_init__(self) -> None:
+        positive(self, "sensitivity_videos")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which states the student is trained at; the loss is always the velocity's squared error."""
+
+    objective: str = option(
+        "adm",
+        "train at stored states and at those the student reaches, or at stored ones alone",
+        choices=OBJECTIVES,
+    )
+    max_jump: int = option(6, "grid points that the student moves at most before it is compared")
+    anchor_share: float = option(0.5, "share of a batch that adm compares where it was stored")
+    levels: str = option(
+        "flow", "noise levels drawn as the flow carries errors, or evenly", choices=LEVELS
+    )
+    prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
+
+    def __post_init__(self) -> None:
+        positive(self, "max_jump")
+        fraction(self, "anchor_share", "prompt_dropout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Comparison with the teacher at the end."""
+
+    evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
+    evaluate_batch_size: int = option(8, "videos sampled together in the end")
+
+    def __post_init__(self) -> None:
+        positive(self, "evaluate_batch_size")
+        if self.evaluate_samples < 0 or self.evaluate_samples == 1:
+            raise SettingError(
+                f"{{evaluate_samples}} {self.evaluate_samples} given; 0, or 2 or more are needed",
+                "evaluate_samples",
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferConfig:
-    """Everything that decides the result of a transfer."""
+    """The run."""
 
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)

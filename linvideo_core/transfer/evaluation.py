@@ -1,34 +1,16 @@
 """What a transfer shows for itself: pictures of its training, and the comparison it asks for."""
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluate.sampler import CompareConfig
-from ..run.config import option, positive
-from ..run.errors import SettingError
 from ..run.folder import read_metrics
 from ..teacher.trajectories import TrajectoryConfig
+from .config import EvaluationConfig
 from .layer_selection.rules import SelectionConfig, count_selection_steps
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How much is sampled to compare the result with its teacher, by the teacher's own sampler."""
-
-    evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
-    evaluate_batch_size: int = option(8, "videos sampled together in the end")
-
-    def __post_init__(self) -> None:
-        positive(self, "evaluate_batch_size")
-        if self.evaluate_samples < 0 or self.evaluate_samples == 1:
-            raise SettingError(
-                f"{{evaluate_samples}} {self.evaluate_samples} given; 0, or 2 or more are needed",
-                "evaluate_samples",
-            )
 
 
 def compare_config(config: EvaluationConfig, trajectories: TrajectoryConfig) -> CompareConfig:

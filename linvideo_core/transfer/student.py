@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import lora
-from ..models.attention import LinearAttention, LinearForm, MixedAttention
+from ..models.attention import LinearAttention, MixedAttention
 from ..models.attention_sites import (
     AttentionSite,
     attention_at,
@@ -24,30 +23,15 @@ from ..models.attention_sites import (
 )
 from ..models.families import identify
 from ..models.velocity import bind, bind_guided
-from ..run.config import option, positive
 from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.trainer import ParameterGroup, TrainingConfig
 from .adm import VelocityFns, adm_loss
-from .batches import Batch, Batches, ObjectiveConfig
-from .layer_selection.rules import Selection, SelectionConfig
+from .batches import Batch, Batches
+from .config import ObjectiveConfig, SelectionConfig, StudentConfig
+from .layer_selection.rules import Selection
 from .warm_start import feature_maps
-
-PARAMETERS = ("full", "lora", "feature_maps")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StudentConfig:
-    """What of the student may move."""
-
-    parameters: str = option("lora", "weights that are trained and saved", choices=PARAMETERS)
-    lora_rank: int = option(32, "rank of the weight changes (parameters lora)")
-    feature_ratio: int = option(1, "features M of a query or key, in units of the head dim: 1 or 2")
-    form: LinearForm = dataclasses.field(default_factory=LinearForm)
-
-    def __post_init__(self) -> None:
-        positive(self, "lora_rank", "feature_ratio")
 
 
 class Student(contextlib.AbstractContextManager):

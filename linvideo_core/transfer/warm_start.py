@@ -16,34 +16,16 @@ from torch import Tensor, nn
 from ..models.attention import MixedAttention
 from ..models.lora import switched
 from ..models.velocity import autocast, bind
-from ..run.config import option
 from ..run.context import Run
-from ..run.errors import SettingError
 from ..run.process_group import ProcessGroup
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.trainer import ParameterGroup, TrainingConfig, fit
 from .batches import Batches, ObjectiveConfig
+from .config import WarmStartConfig
 
 # Of the warm start's own steps, those in which its learning rate rises; a cosine follows.
 _WARMUP_SHARE = 0.1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmStartConfig:
-    """How long the feature maps are fitted before the weights move."""
-
-    warm_start_steps: int = option(40, "steps of the layer-wise warm start; 0 leaves it out")
-    warm_start_learning_rate: float = option(1e-2, "peak learning rate of the warm start")
-
-    def __post_init__(self) -> None:
-        if self.warm_start_steps < 0 or not self.warm_start_learning_rate > 0:
-            raise SettingError(
-                f"{{warm_start_steps}} {self.warm_start_steps} and {{warm_start_learning_rate}} "
-                f"{self.warm_start_learning_rate} given; steps >= 0 and a rate > 0 are needed",
-                "warm_start_steps",
-                "warm_start_learning_rate",
-            )
 
 
 class WarmStart:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from linvideo_core.transfer.layer_selection.order import correlate
+
 from linvideo_core.evaluate.plots import (
     COLOURS,
     Axes,
@@ -18,7 +20,6 @@ from linvideo_core.evaluate.plots import (
 )
 from linvideo_core.run.drawing import BLUE, INK, QUIET, VERMILION
 from linvideo_core.run.tables import format_value
-from linvideo_core.transfer.layer_selection.order import correlate
 
 from .findings import Findings
 

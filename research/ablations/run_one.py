@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from linvideo_core.transfer.layer_selection.order import learned_scores
 
 from linvideo_core import artifact
 from linvideo_core.evaluate.sampler import Evaluator
@@ -23,7 +24,6 @@ from linvideo_core.teacher.teacher import load_teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.checkpoint import CHECKPOINT_NAME
 from linvideo_core.transfer.evaluation import compare_config
-from linvideo_core.transfer.layer_selection.order import learned_scores
 from linvideo_core.transfer.layer_selection.rules import count_selection_steps
 from linvideo_core.transfer.layer_selection.sensitivity import RANKING_NAME, read_ranking
 from linvideo_core.transfer.pipeline import (

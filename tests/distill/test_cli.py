@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from linvideo_core.transfer.objectives import dmd2
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +29,6 @@ from linvideo_core.run.progress import silent
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
 from linvideo_core.training.trainer import ParameterGroup, TrainingConfig, fit
-from linvideo_core.transfer.objectives import dmd2
 from linvideo_core.transfer.student import Student
 
 LIKENESS = TeacherStatistics(spread=1.0, motion=1.0)

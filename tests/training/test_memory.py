@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from linvideo_core.transfer.objectives import ObjectiveConfig
 
 from linvideo_core.models.attention_sites import checkpoint_activations
 from linvideo_core.models.quantized import FROZEN, place
@@ -13,7 +14,6 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
 from linvideo_core.training.trainer import TrainingConfig, seed_step
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.objectives import ObjectiveConfig
 from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
 from linvideo_core.transfer.warm_start import WarmStart
 from tests.allocations import peak_bytes

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from linvideo_core.transfer.objectives import Batch, ObjectiveConfig, Players, make_objective
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.experts import EXPERT_NAMES, OwnStates, linearize_experts, own_sigmas
-from linvideo_core.transfer.objectives import Batch, ObjectiveConfig, Players, make_objective
 from linvideo_core.transfer.pipeline import TransferConfig
 from tests.conftest import TEXT_DIM, make_wan
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from linvideo_core.transfer.layer_selection.order import (
     correlate,
     learned_scores,

@@ -7,6 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from linvideo_core.transfer.layer_selection.scores import (
+    BUDGETS,
+    along_budget,
+    budget_loss,
+    project,
+    rounding_loss,
+)
 from torch import Tensor
 
 from linvideo_core.models.attention import LinearAttention, MixedAttention
@@ -18,13 +25,6 @@ from linvideo_core.transfer.layer_selection.rules import (
     choose,
     choose_layers,
     start_scores,
-)
-from linvideo_core.transfer.layer_selection.scores import (
-    BUDGETS,
-    along_budget,
-    budget_loss,
-    project,
-    rounding_loss,
 )
 
 SCORES = (0.9, 0.2, 0.45, 0.7, 0.05)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from linvideo_core.transfer.noise_levels import LEVELS, fitted_gain, level_density
 from torch import Tensor
 
 from linvideo_core.flow import make_sigmas, sample_euler
-from linvideo_core.transfer.noise_levels import LEVELS, fitted_gain, level_density
 from research import error_growth
 
 SIGMAS = make_sigmas(10, 3.0).double()

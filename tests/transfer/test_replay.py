@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
+from linvideo_core.transfer.replay import replayed
 from torch import Tensor
 
 from linvideo_core.models.velocity import bind
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training.trainer import TrainingConfig
-from linvideo_core.transfer.replay import replayed
 from linvideo_core.transfer.student import Student, StudentConfig, accelerated
 from tests.conftest import LATENT_SHAPE
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from linvideo_core.transfer.noise_levels import level_density
+from linvideo_core.transfer.objectives import OBJECTIVES, ObjectiveConfig
 from torch import Tensor
 
 from linvideo_core.models.attention_sites import compiled_blocks
@@ -15,8 +17,6 @@ from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, c
 from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
 from linvideo_core.transfer.batches import draw_batch
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.noise_levels import level_density
-from linvideo_core.transfer.objectives import OBJECTIVES, ObjectiveConfig
 from linvideo_core.transfer.student import PARAMETERS, Student, StudentConfig, TransferTask
 
 Inputs = tuple[Tensor, Tensor, Tensor]

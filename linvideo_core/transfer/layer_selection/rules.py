@@ -15,7 +15,6 @@ Fixed, by a rule, a list or a ranking: the whole training runs on the hardened c
 score moves and there are no selection losses.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -23,12 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ...models.attention import MixedAttention
-from ...run.config import fraction, option, positive
 from ...run.errors import SettingError
+from ..config import SelectionConfig
 
 logger = logging.getLogger(__name__)
-
-CHOICES = ("learned", "alternate", "sensitivity")
 
 # Share of the selection after which the rounding loss is at its end: only then does it reach the
 # middle, and what is undecided there needs the rest to get to 0 or 1 before the choice is made.
@@ -36,59 +33,6 @@ _ROUNDED_AT = 0.6
 # The rounding loss's exponent falls between these, and its weight grows to this many times.
 _ALPHAS = (20.0, 2.0)
 _ROUNDING_GROWTH = 10.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    """How many layers become linear and how they are found."""
-
-    target: int = option(5, "layers to make linear")
-    choice: str = option(
-        "learned",
-        "what chooses them: training, every other layer, or what each alone does to the velocity",
-        choices=CHOICES,
-    )
-    layers: str | None = option(None, "the layers themselves, such as 1,3,4, and no --choice")
-    selection_share: float = option(0.3, "share of the training steps spent choosing layers")
-    layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
-    selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
-
-    def __post_init__(self) -> None:
-        positive(self, "target", "layer_score_learning_rate")
-        fraction(self, "selection_share")
-        if self.layers is not None:
-            self._check_list(self.layers)
-
-    @property
-    def rule(self) -> str:
-        """How the layers are chosen: the choice, or "listed"."""
-        return self.choice if self.layers is None else "listed"
-
-    @property
-    def listed(self) -> tuple[int, ...]:
-        """The layers of the list, in depth order; none without one."""
-        return tuple(sorted(map(int, self.layers.split(",")))) if self.layers is not None else ()
-
-    def _check_list(self, text: str) -> None:
-        words = [word.strip() for word in text.split(",")]
-        if not all(word.isdecimal() for word in words) or len({*map(int, words)}) < len(words):
-            raise SettingError(
-                f"{{layers}} {text!r} given; different layer numbers, such as 1,3,4, are needed",
-                "layers",
-            )
-        if self.choice != "learned":
-            raise SettingError(
-                f"{{layers}} {text} and {{choice}} {self.choice} given; leave one of them out",
-                "layers",
-                "choice",
-            )
-        if len(words) != self.target:
-            raise SettingError(
-                f"{{layers}} {text} names {len(words)} layers and {{target}} is {self.target}; "
-                f"give {{target}} {len(words)}, or another list",
-                "layers",
-                "target",
-            )
 
 
 def alpha_at(share: float) -> float:

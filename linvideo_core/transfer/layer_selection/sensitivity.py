@@ -8,7 +8,6 @@ velocities v are stored in fp16, which adds about 1e-3.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -22,29 +21,15 @@ from torch import Tensor, nn
 from ...evaluate.metrics import velocity_error
 from ...models.attention import MixedAttention
 from ...models.velocity import bind
-from ...run.config import option, positive
 from ...run.context import Run
 from ...run.files import write_json
 from ...teacher.teacher import Teacher
 from ...teacher.trajectories import Trajectories
+from ..config import SensitivityConfig
 
 logger = logging.getLogger(__name__)
 
 RANKING_NAME = "sensitivity.json"
-MEASURES = ("replace-one", "restore-one")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SensitivityConfig:
-    """How the layers are ranked where `choice` asks for it."""
-
-    sensitivity: str = option(
-        "replace-one", "one linear layer among softmax ones, or the reverse", choices=MEASURES
-    )
-    sensitivity_videos: int = option(8, "stored videos to rank the layers on, or all there are")
-
-    def __post_init__(self) -> None:
-        positive(self, "sensitivity_videos")
 
 
 def rank_layers(

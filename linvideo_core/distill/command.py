@@ -1,0 +1,137 @@
+"""One run of the command: check, train, compare, and say what was made."""
+
+import logging
+import sys
+from pathlib import Path
+
+from .. import artifact as artifact_files
+from ..evaluate import plots
+from ..evaluate.comparison import (
+    EVALUATION_NAME,
+    STEPS_NAME,
+    compare_few_step,
+    read_evaluation,
+    save_comparison,
+)
+from ..evaluate.entrants import find_entrants, load_first_stage, name_of
+from ..models.attention_sites import shapes_of
+from ..run.callbacks import Callbacks
+from ..run.context import Run
+from ..run.devices import resolve_device, resolve_precision
+from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
+from ..run.memory import LOWER_RUN, explained
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..run.progress import TerminalCallbacks
+from ..run.tables import show_table
+from ..teacher.teacher import load_teacher, open_teacher
+from ..teacher.trajectories import USED_AGAIN
+from ..training.fsdp import run_together
+from ..transfer.evaluation import compare_config, is_evaluated
+from .config import ARTIFACT_NAME, DistillConfig
+from .pipeline import distill
+from .preflight import check_distillation
+from .task import make_student
+
+logger = logging.getLogger(__name__)
+
+# What a repeated command may change: none of it decides the artifact.
+_FREE_FIELDS = (
+    "out",
+    "teacher_folder",
+    "shard_size",
+    "offload_blocks",
+    "evaluate_samples",
+    "evaluate_batch_size",
+)
+_SHOWN = ("model", "steps", "digit", "motion", "motion_energy", "frechet", "seconds_per_video")
+_FILES = {
+    ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
+    "samples.gif": "the same videos by the teacher and the others, at all steps and at few",
+    "samples.png": "their frames side by side",
+    STEPS_NAME: "quality by number of steps",
+    "losses.png": "how training went",
+    EVALUATION_NAME: "every measure",
+}
+
+
+def run(
+    config: DistillConfig,
+    callbacks: Callbacks | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> Path:
+    """Run every stage that `config.out` does not hold yet; return the artifact's path.
+
+    processes: that train together; what follows on training is the first one's alone.
+
+    Raises ValueError or FileNotFoundError, in one sentence, for bad input, or when training goes
+    wrong; its last good checkpoint is kept.
+    """
+    path = config.out / ARTIFACT_NAME
+    is_made = path.exists() and (config.out / CONFIG_NAME).exists()
+    if is_made:
+        open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+        if is_evaluated(config.evaluation, config.out):
+            logger.info("%s is finished: nothing was left to do", config.out)
+            return path
+    processes.check_batch(config.training.batch_size)
+    device = processes.place(resolve_device(config.device))
+    precision = resolve_precision(config.precision, device)
+    run = Run(
+        folder=config.out,
+        device=device,
+        precision=precision,
+        seed=config.seed,
+        callbacks=callbacks or Callbacks(),
+        processes=processes,
+    )
+    first = load_first_stage(config.artifact)
+    check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    draft = open_teacher(config.teacher)
+    if draft is not None:
+        check_distillation(draft, config, first, device, precision, processes.size)
+    with processes.in_turn():
+        teacher = load_teacher(draft or config.teacher, run).to(device)
+    artifact_files.check(first, shapes_of(teacher.model))
+    if not is_made:
+        with make_student(teacher, first, config.distillation, seed=config.seed) as student:
+            with processes.in_turn():
+                open_run(config.out, config, ignore=_FREE_FIELDS)
+            artifact_files.warn_of_other_weights(first, teacher.model)
+            distill(student, teacher, first, config, run)
+    metrics_path = config.out / "training" / "metrics.jsonl"
+    if processes.is_first and metrics_path.exists():
+        plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
+    if processes.destroy() and not is_evaluated(config.evaluation, config.out):
+        logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
+        made = artifact_files.load(path)
+        settings = compare_config(config.evaluation, config.trajectories)
+        lineup = find_entrants(teacher.model, first, {name_of(made): made}, settings)
+        how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
+        comparison = compare_few_step(teacher, lineup, settings, **how)
+        save_comparison(comparison, config.out)
+    return path
+
+
+def summarize(config: DistillConfig) -> str:
+    """Say for a reader what a finished run has made: the table, then the files."""
+    lines = []
+    if config.evaluation.evaluate_samples and (found := read_evaluation(config.out)):
+        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
+        lines += [show_table(rows), ""]
+    lines.append(f"{config.out} holds")
+    for name, meaning in _FILES.items():
+        if (config.out / name).exists():
+            lines.append(f"  {name:<24}{meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: DistillConfig) -> None:
+    """Run the distillation with progress bars, on however many processes there are."""
+    run_together(lambda processes: _run_with_bars(config, processes))
+
+
+def _run_with_bars(config: DistillConfig, processes: ProcessGroup) -> None:
+    with TerminalCallbacks(is_shown=processes.is_first) as callbacks, explained(LOWER_RUN):
+        run(config, callbacks, processes)
+    if processes.is_first:
+        sys.stdout.write(f"\n{summarize(config)}")

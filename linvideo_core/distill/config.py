@@ -1,0 +1,83 @@
+"""The settings of a distillation."""
+
+import dataclasses
+from pathlib import Path
+
+from ..demo import DEMO_GUIDANCE_SCALE
+from ..run.config import option, positive
+from ..run.devices import device_option, precision_option
+from ..run.errors import SettingError
+from ..teacher.config import TeacherConfig, TrajectoryConfig
+from ..training.config import TrainingConfig
+from ..transfer.config import EvaluationConfig, WarmStartConfig, check_frozen_weights
+
+ARTIFACT_NAME = "distilled.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How many steps, and how generator and critic are trained for them."""
+
+    num_steps: int = option(4, "steps that the distilled model samples in")
+    train: str = option("lora", "weights that are trained and saved", choices=("lora", "full"))
+    rank: int = option(32, "least rank of the weight changes (train lora); a file's own is kept")
+    critic_steps: int = option(5, "critic updates for each update of the student")
+    critic_learning_rate: float = option(2e-4, "peak learning rate of the critic")
+    real_guidance_scale: float = option(
+        DEMO_GUIDANCE_SCALE, "guidance baked in: of the real score, u + scale (c - u)"
+    )
+    motion_weight: float = option(0.0, "weight of a loss that holds motion at the teacher's")
+    regression_weight: float = option(
+        0.0, "weight of a loss that leads stored states to the teacher's own videos"
+    )
+
+    def __post_init__(self) -> None:
+        positive(self, "num_steps", "rank", "critic_steps", "critic_learning_rate")
+        for name in ("motion_weight", "regression_weight"):
+            if not getattr(self, name) >= 0:
+                raise SettingError(
+                    f"{{{name}}} {getattr(self, name)} given; a number from 0 upwards is needed",
+                    name,
+                )
+
+
+def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
+    """Raise SettingError when a batch holds no video for each of the steps."""
+    if training.batch_size < config.num_steps:
+        raise SettingError(
+            f"{{batch_size}} {training.batch_size} given; {{num_steps}} {config.num_steps} or more "
+            "is needed, a video for each step",
+            "batch_size",
+            "num_steps",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """The run."""
+
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
+    single_stage: bool = option(
+        False, "take only the choice of layers from the file: linearize and distil at once"
+    )
+    out: Path = option(Path("runs/distill"), "run folder")
+    seed: int = option(0, "seed of everything random")
+    device: str = device_option()
+    precision: str = precision_option()
+
+    def __post_init__(self) -> None:
+        check_batch(self.distillation, self.training)
+        if self.teacher.model is not None and self.artifact is None:
+            raise SettingError(
+                "{model} was given without {artifact}; give the file made for it",
+                "artifact",
+                "model",
+            )
+        by = "train" if self.distillation.train == "full" else ""
+        check_frozen_weights(self.teacher.frozen_weights, self.training, by)

@@ -1,0 +1,103 @@
+"""Settings of comparisons."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
+from ..run.config import option, positive
+from ..run.devices import device_option, precision_option
+from ..run.errors import SettingError
+from ..teacher.config import TeacherConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """How the models are sampled."""
+
+    num_samples: int = option(20, "videos that each model samples")
+    seeds_per_prompt: int = option(1, "videos in a row of one prompt: 2 or more show diversity")
+    steps: int = option(DEMO_STEPS, "Euler steps")
+    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
+    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
+    batch_size: int = option(10, "videos sampled together")
+
+    def __post_init__(self) -> None:
+        positive(self, "seeds_per_prompt", "steps", "shift", "batch_size")
+        if self.num_samples < 2:
+            raise SettingError(
+                f"{{num_samples}} {self.num_samples} given; 2 or more are needed", "num_samples"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is compared, and where results go."""
+
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    comparison: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
+    distilled: str = option(
+        "", "files that were distilled from it, such as a.safetensors,b.safetensors; none: no few"
+    )
+    lora: Path | None = option(
+        None, "few-step LoRA of others, to be added to the linearized model and to its teacher"
+    )
+    lora_strength: float = option(1.0, "share of the LoRA's change that is added")
+    lora_sigmas: str = option(
+        "", "noise levels to sample at with the LoRA, such as 1,0.9,0.7,0; none: 4 steps at --shift"
+    )
+    plain_steps: str = option(
+        "25,8,4", "with --distilled or --lora: Euler steps that teacher and linearized model take"
+    )
+    out: Path = option(Path("runs/evaluate"), "folder for tables and pictures")
+    seed: int = option(0, "seed of noise and prompts")
+    device: str = device_option()
+    precision: str = precision_option()
+
+    def __post_init__(self) -> None:
+        if self.teacher.model is not None and self.artifact is None:
+            raise SettingError(
+                "{model} was given without {artifact}; give the file made for it",
+                "artifact",
+                "model",
+            )
+        self.numbers_of_plain_steps()
+        self.levels_of_lora()
+
+    def distilled_paths(self) -> list[Path]:
+        """Return the distilled files, none by default."""
+        return [Path(name.strip()) for name in self.distilled.split(",") if name.strip()]
+
+    def numbers_of_plain_steps(self) -> list[int]:
+        """Return the numbers of Euler steps that are compared with all steps.
+
+        Raises ValueError for anything but a list of numbers.
+        """
+        words = [word.strip() for word in self.plain_steps.split(",") if word.strip()]
+        if not all(word.isascii() and word.isdigit() for word in words):
+            raise SettingError(
+                f"{{plain_steps}} {self.plain_steps} given; numbers such as 25,8,4 are needed",
+                "plain_steps",
+            )
+        return sorted({int(word) for word in words} - {0, self.comparison.steps}, reverse=True)
+
+    def levels_of_lora(self) -> tuple[float, ...] | None:
+        """Return the noise levels to sample at with the LoRA; None for 4 steps at `shift`.
+
+        Raises SettingError for anything but numbers that fall from at most 1 to 0.
+        """
+        if not self.lora_sigmas:
+            return None
+        try:
+            levels = tuple(float(word) for word in self.lora_sigmas.split(","))
+        except ValueError:
+            levels = ()
+        falls = all(high > low for high, low in itertools.pairwise(levels))
+        if len(levels) < 2 or not falls or levels[0] > 1 or levels[-1] != 0:
+            raise SettingError(
+                f"{{lora_sigmas}} {self.lora_sigmas} given; numbers that fall from at most 1 to 0, "
+                "such as 1,0.9,0.7,0, are needed",
+                "lora_sigmas",
+            )
+        return levels

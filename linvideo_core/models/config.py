@@ -1,0 +1,77 @@
+"""Settings of models: the form of linear attention, frozen weights, Wan 2.2's experts."""
+
+import dataclasses
+from pathlib import Path
+
+from ..run.config import option
+
+FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
+MAP_SHARINGS = ("per_head", "shared")
+FROZEN = ("fp32", "bf16", "fp8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearForm:
+    """What linear attention is made of, beside the number of its features.
+
+    The default is the paper's; each part added starts as if it were not there.
+    """
+
+    feature_map: str = option(
+        "hedgehog", "hedgehog_joint: one softmax over both signs of xW", choices=FEATURE_MAPS
+    )
+    map_sharing: str = option("per_head", "a map W a head, or one a layer", choices=MAP_SHARINGS)
+    output_gate: bool = option(False, "scale each head's output by a gate that its query opens")
+    window: int = option(0, "tokens of a local softmax beside the linear part; 0: none")
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or self.window == 1:
+            raise ValueError(f"--window {self.window} given; 0, or 2 or more tokens are needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenConfig:
+    """Memory of the weights that are not trained, with --model."""
+
+    frozen: str = option(
+        "fp32", "frozen weights, also the teacher's: fp8 holds the blocks' matrices", choices=FROZEN
+    )
+    offload_blocks: int = option(
+        0, "blocks whose frozen weights wait in CPU memory until they are computed"
+    )
+
+    def __post_init__(self) -> None:
+        if self.offload_blocks < 0:
+            raise ValueError(
+                f"--offload-blocks {self.offload_blocks} given; 0 or more blocks are needed"
+            )
+
+    @property
+    def given(self) -> str:
+        """Return the flags that are not as usual, as a sentence names them; "" for none."""
+        flags = [f"--frozen {self.frozen}"] if self.frozen != "fp32" else []
+        flags += [f"--offload-blocks {self.offload_blocks}"] if self.offload_blocks else []
+        return " ".join(flags)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Return what a file says of its teacher, unless that was held in fp32."""
+        return {"frozen": self.frozen} if self.frozen != "fp32" else {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Wan 2.2's two experts."""
+
+    low_noise_model: Path | None = option(
+        None, "Wan 2.2: the low-noise expert; --model is the high-noise one then"
+    )
+    boundary: float = option(
+        0.875, "noise level that the high-noise expert works down to (Wan 2.2 text-to-video: 0.875)"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.boundary < 1:
+            raise ValueError(
+                f"--boundary {self.boundary} given; a noise level between 0 and 1 is needed"
+            )

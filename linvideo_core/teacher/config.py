@@ -1,0 +1,85 @@
+"""Settings of the teacher: which model, and how its trajectories are sampled."""
+
+import dataclasses
+from pathlib import Path
+
+from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
+from ..models.config import FrozenConfig
+from ..prompts.config import PromptConfig
+from ..run.config import option, positive
+from ..run.errors import SettingError
+
+TIME_COMPRESSION = 4
+"""Frames that one frame of latents stands for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Model, prompts and video size."""
+
+    model: Path | None = option(None, "Wan text-to-video safetensors; none: the embedded model")
+    prompts: Path | None = option(
+        None, "prompts, one a line, or a safetensors file of embeddings; none: those of LinVideo"
+    )
+    text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    num_frames: int = option(81, "video frames, with --model")
+    height: int = option(480, "video height in pixels, with --model")
+    width: int = option(832, "video width in pixels, with --model")
+
+    def __post_init__(self) -> None:
+        positive(self, "num_frames", "height", "width")
+        if (self.num_frames - 1) % TIME_COMPRESSION:
+            raise SettingError(
+                f"{{num_frames}} {self.num_frames} given; 4 n + 1 is needed, such as 81",
+                "num_frames",
+            )
+        for name in ("height", "width"):
+            if getattr(self, name) % 16:
+                raise SettingError(
+                    f"{{{name}}} {getattr(self, name)} given; a multiple of 16 is needed", name
+                )
+        if self.model is None and self.frozen_weights.given:
+            raise SettingError(
+                f"{self.frozen_weights.given} is for a {{model}} of your own, and none was "
+                "given: give {model}, or leave it out",
+                "model",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig:
+    """The videos that the teacher samples, to learn from."""
+
+    num_trajectories: int = option(24, "videos that the teacher samples")
+    states_per_trajectory: int = option(8, "noise levels kept of each, spread over the trajectory")
+    sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
+    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
+    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
+    shard_size: int = option(8, "videos sampled together and stored in one file")
+    teacher_folder: Path | None = option(
+        None,
+        "where the teacher's samples are kept for every run that can use them; none: the folder "
+        "`teacher` beside --out",
+    )
+
+    def __post_init__(self) -> None:
+        positive(
+            self,
+            "num_trajectories",
+            "states_per_trajectory",
+            "sampler_steps",
+            "shift",
+            "shard_size",
+        )
+        if self.states_per_trajectory > self.sampler_steps:
+            raise SettingError(
+                f"{{states_per_trajectory}} {self.states_per_trajectory} given; at most "
+                f"{{sampler_steps}} {self.sampler_steps} can be kept",
+                "states_per_trajectory",
+                "sampler_steps",
+            )
+
+    def folder_beside(self, out: Path) -> Path:
+        """Return where the samples of a run with this run folder are kept."""
+        return self.teacher_folder or out.parent / "teacher"

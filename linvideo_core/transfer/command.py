@@ -1,0 +1,255 @@
+"""One run of the command: check, train, compare, and say what was made."""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+from .. import artifact
+from ..evaluate.comparison import (
+    EVALUATION_NAME,
+    Comparison,
+    compare_artifact,
+    compare_experts,
+    read_evaluation,
+    save_comparison,
+)
+from ..models.experts import HIGH, LOW
+from ..run.callbacks import Callbacks
+from ..run.context import Run
+from ..run.devices import resolve_device, resolve_precision
+from ..run.folder import CONFIG_NAME, check_run, open_run
+from ..run.memory import LOWER_RUN, explained
+from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..run.progress import TerminalCallbacks
+from ..run.tables import show_table
+from ..teacher.teacher import Teacher, load_teacher, open_teacher
+from ..teacher.trajectories import USED_AGAIN
+from ..training.fsdp import run_together
+from .config import ARTIFACT_NAME, TransferConfig
+from .estimate import forecast
+from .evaluation import compare_config, draw_training, is_evaluated
+from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
+from .layer_selection.rules import check_layers
+from .layer_selection.sensitivity import RANKING_NAME
+from .pipeline import linearize
+from .preflight import Footprint, check_transfer
+from .student import Student
+
+logger = logging.getLogger(__name__)
+
+# What a repeated command may change: none of it decides the artifact.
+_FREE_FIELDS = (
+    "out",
+    "teacher_folder",
+    "shard_size",
+    "offload_blocks",
+    "evaluate_samples",
+    "evaluate_batch_size",
+)
+_SHOWN = (
+    "model",
+    "linear_layers",
+    "layers",
+    "digit",
+    "motion",
+    "frechet",
+    "motion_energy",
+    "velocity_error",
+    "seconds_per_video",
+)
+_FILES = {
+    ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
+    EXPERT_NAMES[HIGH]: "the LINVIDEO file of the high-noise expert",
+    EXPERT_NAMES[LOW]: "the LINVIDEO file of the low-noise expert",
+    "samples.gif": "the same videos by the teacher, before and after training",
+    "samples.png": "their frames side by side",
+    "layer_scores.png": "how training chose the layers",
+    RANKING_NAME: "how much each layer alone changes the velocity",
+    "losses.png": "how training went",
+    "velocity_error.png": "how far the model is from its teacher, by noise level",
+    EVALUATION_NAME: "every measure",
+}
+
+
+def run(
+    config: TransferConfig,
+    callbacks: Callbacks | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> Path:
+    """Run every stage that `config.out` does not hold yet; return the artifact's path.
+
+    Of two experts that is the high-noise one's; `list_artifacts` has both.
+
+    processes: that train together; what follows on training is the first one's alone.
+
+    Raises ValueError or FileNotFoundError, in one sentence, for bad input.
+    """
+    paths = list_artifacts(config)
+    is_made = all(path.exists() for path in paths) and (config.out / CONFIG_NAME).exists()
+    if is_made:
+        open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+        if is_evaluated(config.evaluation, config.out):
+            logger.info("%s is finished: nothing was left to do", config.out)
+            return paths[0]
+    processes.check_batch(config.training.batch_size)
+    device = processes.place(resolve_device(config.device))
+    precision = resolve_precision(config.precision, device)
+    check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    make = _run_experts if config.experts.low_noise_model is not None else _run_one
+    run = Run(
+        folder=config.out,
+        device=device,
+        precision=precision,
+        seed=config.seed,
+        callbacks=callbacks or Callbacks(),
+        processes=processes,
+    )
+    comparison = make(config, run, is_made)
+    if comparison is not None:
+        save_comparison(comparison, config.out)
+    return paths[0]
+
+
+def list_artifacts(config: TransferConfig) -> list[Path]:
+    """Return where a run's files are or will be: one, or one an expert."""
+    if config.experts.low_noise_model is None:
+        return [config.out / ARTIFACT_NAME]
+    return [config.out / name for name in EXPERT_NAMES.values()]
+
+
+def _run_one(
+    config: TransferConfig,
+    run: Run,
+    is_made: bool,
+) -> Comparison | None:
+    """Make the file unless it is made; return the comparison with its teacher, if still to do."""
+    device, precision, processes = run.device, run.precision, run.processes
+    path = config.out / ARTIFACT_NAME
+    draft = open_teacher(config.teacher)
+    footprint = None
+    if draft is not None:
+        footprint = check_transfer(draft, config, device, precision, processes.size)
+    with processes.in_turn():
+        teacher = load_teacher(draft or config.teacher, run).to(device)
+    if not is_made:
+        # Several processes share a training that none of them could hold alone.
+        _forecast(
+            teacher, config, precision, footprint, processes, tries_training=processes.size == 1
+        )
+        with Student(teacher, config.student, seed=config.seed) as student:
+            check_layers(config.selection, list(student.mixed))
+            with processes.in_turn():
+                open_run(config.out, config, ignore=_FREE_FIELDS)
+            linearize(student, teacher, config, run)
+    if not processes.destroy():
+        return None
+    made = artifact.load(path)
+    draw_training(config.out, made.header.layers, config.selection, config.training.steps)
+    if is_evaluated(config.evaluation, config.out):
+        return None
+    logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
+    # What ships is what is measured: the saved file, in a model that is not compiled.
+    return compare_artifact(
+        teacher,
+        made,
+        compare_config(config.evaluation, config.trajectories),
+        seed=config.seed,
+        precision=precision,
+        callbacks=run.callbacks,
+    )
+
+
+def _run_experts(
+    config: TransferConfig,
+    run: Run,
+    is_made: bool,
+) -> Comparison | None:
+    """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
+    device, precision, processes = run.device, run.precision, run.processes
+    drafts = check_experts(config, device, precision)
+    with processes.in_turn():
+        teacher = load_experts(drafts, config, run)
+    if not is_made:
+        footprint = check_transfer(drafts[HIGH], config, device, precision)
+        _forecast(
+            teacher, config, precision, footprint, processes, tries_training=False, num_students=2
+        )
+        with processes.in_turn():
+            open_run(config.out, config, ignore=_FREE_FIELDS)
+        names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
+        linearize_experts(teacher, names, config, run)
+    if not processes.destroy() or is_evaluated(config.evaluation, config.out):
+        return None
+    logger.info("comparing both experts with their students on %s in %s", device, precision)
+    return compare_experts(
+        teacher,
+        {side: artifact.load(config.out / name) for side, name in EXPERT_NAMES.items()},
+        compare_config(config.evaluation, config.trajectories),
+        seed=config.seed,
+        precision=precision,
+        callbacks=run.callbacks,
+    )
+
+
+def _forecast(
+    teacher: Teacher,
+    config: TransferConfig,
+    precision: str,
+    footprint: Footprint | None,
+    processes: ProcessGroup,
+    *,
+    tries_training: bool,
+    num_students: int = 1,
+) -> None:
+    """Log what a run that has not trained yet takes; the embedded model's needs little of anything.
+
+    Raises ValueError, in one sentence, where a disk has too little room.
+    """
+    if any(config.out.glob("**/training")):
+        return
+    known = {} if footprint is None else dataclasses.asdict(footprint)
+    forecast(
+        teacher,
+        config,
+        precision,
+        tries_training=tries_training and not teacher.is_demo,
+        num_processes=processes.size,
+        num_students=num_students,
+        **known,
+    )
+
+
+def summarize(config: TransferConfig) -> str:
+    """Say for a reader what a finished run has made: the table, then the files."""
+    lines = []
+    for path in list_artifacts(config):
+        header = artifact.load(path).header
+        layers = ", ".join(map(str, header.layers))
+        whose = header.provenance.get("expert", "")
+        lines.append(
+            f"{len(header.layers)} of {header.num_layers} layers "
+            f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
+        )
+    lines.append("")
+    if config.evaluation.evaluate_samples and (found := read_evaluation(config.out)):
+        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
+        lines += [show_table(rows), "swapped: the same layers linear, without any training", ""]
+    lines.append(f"{config.out} holds")
+    width = 2 + max(len(name) for name in _FILES if (config.out / name).exists())
+    for name, meaning in _FILES.items():
+        if (config.out / name).exists():
+            lines.append(f"  {name:<{max(24, width)}}{meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: TransferConfig) -> None:
+    """Run the transfer with progress bars, on however many processes there are."""
+    run_together(lambda processes: _run_with_bars(config, processes))
+
+
+def _run_with_bars(config: TransferConfig, processes: ProcessGroup) -> None:
+    with TerminalCallbacks(is_shown=processes.is_first) as callbacks, explained(LOWER_RUN):
+        run(config, callbacks, processes)
+    if processes.is_first:
+        sys.stdout.write(f"\n{summarize(config)}")
