@@ -4,8 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linvideo_core.transfer.batches import OBJECTIVES
-from ..linvideo_core.transfer.student import PARAMETERS
+from ..linvideo_core.transfer.config import OBJECTIVES, PARAMETERS
 from .schema import TransferSettings, make_input, make_schema
 
 

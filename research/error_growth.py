@@ -36,7 +36,8 @@ from linvideo_core.run.files import write_json
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
 from linvideo_core.run.records import RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import render_table
-from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import load_teacher
 
 NAME = "flow_gain.json"
 

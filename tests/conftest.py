@@ -20,8 +20,8 @@ from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.transfer.config import TransferConfig
-from linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_core.transfer.config import StudentConfig, TransferConfig
+from linvideo_core.transfer.student import Student
 
 LATENT_SHAPE = (4, 2, 6, 4)
 TEXT_DIM = 16

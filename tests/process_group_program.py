@@ -22,24 +22,28 @@ from safetensors.torch import save_file
 from torch import nn
 
 from linvideo_core import artifact
-from linvideo_core.distill.pipeline import DistillConfig, distill
-from linvideo_core.distill.task import DistillationConfig, make_student
+from linvideo_core.distill.config import DistillationConfig, DistillConfig
+from linvideo_core.distill.pipeline import distill
+from linvideo_core.distill.task import make_student
 from linvideo_core.models.attention_sites import blocks
 from linvideo_core.models.quantized import place
 from linvideo_core.run.callbacks import Callbacks, Stage
 from linvideo_core.run.config import run_command
 from linvideo_core.run.context import Run
 from linvideo_core.run.process_group import ProcessGroup
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import TrajectoryConfig
 from linvideo_core.training import fsdp
-from linvideo_core.training.trainer import TrainingConfig
-from linvideo_core.transfer.config import TransferConfig
-from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.layer_selection.sensitivity import SensitivityConfig
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.transfer.config import (
+    SelectionConfig,
+    SensitivityConfig,
+    StudentConfig,
+    TransferConfig,
+    WarmStartConfig,
+)
 from linvideo_core.transfer.pipeline import linearize
-from linvideo_core.transfer.student import Student, StudentConfig
-from linvideo_core.transfer.warm_start import WarmStartConfig
+from linvideo_core.transfer.student import Student
 
 STOP_AT = 2
 TRANSFER = TransferConfig(

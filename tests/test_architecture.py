@@ -160,7 +160,7 @@ def test_what_draws_nothing_loads_neither_matplotlib_nor_the_text_encoder() -> N
     names = [
         name
         for name in SHIPPED_MODULES
-        if name.startswith("linvideo_core") and not name.endswith((".cli", ".__main__"))
+        if name.startswith("linvideo_core") and not name.endswith((".cli", ".command", ".__main__"))
         if name not in drawing
     ]
     program = (

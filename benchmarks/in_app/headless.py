@@ -14,7 +14,8 @@ from linvideo_core.run.config import override
 from linvideo_core.run.devices import resolve_precision
 from linvideo_core.run.files import write_json, write_tensors
 from linvideo_core.teacher.teacher import load_teacher
-from linvideo_core.transfer.pipeline import TransferConfig, linearize
+from linvideo_core.transfer.config import TransferConfig
+from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.quality import settings_by_steps, settings_for
 from linvideo_core.transfer.student import Student
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from linvideo_core.models.quantized import FrozenConfig
+from linvideo_core.models.config import FrozenConfig
 from linvideo_core.run.files import write_tensors
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig
+from linvideo_core.teacher.trajectories import Trajectories
 
 from .random_weights import make_held_wan
 from .sizes import GUIDANCE_SCALE, VIDEO_STEPS, Size

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from linvideo_core.models.quantized import FrozenConfig, place
+from linvideo_core.models.config import FrozenConfig
+from linvideo_core.models.quantized import place
 from linvideo_core.models.wan import WanModel
 
 from .sizes import Size

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 from linvideo_core.transfer.frozen_weights import check_frozen_weights, check_offload_alone
-from linvideo_core.transfer.objectives import ObjectiveConfig
 
 from linvideo_core.models.attention_sites import blocks, compiled_blocks
-from linvideo_core.models.quantized import FrozenConfig
+from linvideo_core.models.config import FrozenConfig
 from linvideo_core.run.config import option, parse, positive, run_command, to_flags, to_json
 from linvideo_core.run.devices import (
     device_option,
@@ -49,9 +48,10 @@ from linvideo_core.run.records import (
 from linvideo_core.run.tables import render_table
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training import fsdp
-from linvideo_core.training.trainer import TrainingConfig, fit
-from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.training.trainer import fit
+from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
+from linvideo_core.transfer.student import Student, TransferTask
 
 from .arithmetic import count_flops, find_peak, linear_flops, softmax_flops
 from .random_teacher import draw_states, make_random_subject

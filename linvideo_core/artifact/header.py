@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels import FEATURE_MAPS
-from ..models.attention import MAP_SHARINGS, LinearForm
+from ..models.config import FEATURE_MAPS, MAP_SHARINGS, LinearForm
 from ..models.sketch import SIZE as SKETCH_SIZE
 from .fields import ArtifactError, check_integer, check_text, is_integer, is_number, refuse, show
 from .usage import Usage

@@ -13,7 +13,7 @@ from ..transfer.preflight import (
     count_maps,
     count_weights,
 )
-from .task import DistillationConfig
+from .config import DistillationConfig
 
 
 class FewStepConfig(RunConfig, Protocol):

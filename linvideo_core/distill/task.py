@@ -22,8 +22,10 @@ from ..models.velocity import bind, bind_guided
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..teacher.teacher import Teacher
-from ..training.trainer import ParameterGroup, TrainingConfig
-from ..transfer.student import Student, StudentConfig
+from ..training.config import TrainingConfig
+from ..training.trainer import ParameterGroup
+from ..transfer.config import StudentConfig
+from ..transfer.student import Student
 from ..transfer.warm_start import feature_maps
 from . import dmd2
 from .config import DistillationConfig

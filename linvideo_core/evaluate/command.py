@@ -26,7 +26,7 @@ from .lora_file import load_lora
 logger = logging.getLogger(__name__)
 
 _LORA_STEPS = 4
-_LOWER = "lower --batch-size or the video's size, or give --frozen bf16 or --offload-blocks"
+_LOWER = "lower {batch_size} or the video's size, or give {frozen} bf16 or {offload_blocks}"
 
 FEW_STEP_KEYS = (
     "model",

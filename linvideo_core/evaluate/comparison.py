@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from .. import artifact as artifact_files
 from ..artifact.summary import count_bytes
 from ..flow import Recipe
-from ..models.attention import LinearAttention, LinearForm
+from ..models.attention import LinearAttention
 from ..models.attention_sites import AttentionSite, install, restore, shapes_of
+from ..models.config import LinearForm
 from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..run.files import write_json
 from ..teacher.teacher import Teacher
 from . import plots, video_files
+from .config import CompareConfig
 from .entrants import Entrants
-from .sampler import NUM_SHOWN, CompareConfig, Evaluator, Row
+from .sampler import NUM_SHOWN, Evaluator, Row
 
 EVALUATION_NAME = "evaluation.json"
 STEPS_NAME = "steps.png"

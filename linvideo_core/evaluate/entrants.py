@@ -12,8 +12,8 @@ from .. import artifact as artifact_files
 from ..artifact import Artifact, transfer_into
 from ..demo import weights_path
 from ..flow import Recipe, make_sigmas
+from .config import CompareConfig
 from .lora_file import LoraFile, fit_lora, with_lora
-from .sampler import CompareConfig
 
 
 def load_first_stage(path: Path | None) -> Artifact:

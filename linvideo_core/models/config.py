@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ..run.config import option
+from ..run.errors import SettingError
 
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 MAP_SHARINGS = ("per_head", "shared")
@@ -26,7 +27,9 @@ class LinearForm:
 
     def __post_init__(self) -> None:
         if self.window < 0 or self.window == 1:
-            raise ValueError(f"--window {self.window} given; 0, or 2 or more tokens are needed")
+            raise SettingError(
+                f"{{window}} {self.window} given; 0, or 2 or more tokens are needed", "window"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,15 +45,16 @@ class FrozenConfig:
 
     def __post_init__(self) -> None:
         if self.offload_blocks < 0:
-            raise ValueError(
-                f"--offload-blocks {self.offload_blocks} given; 0 or more blocks are needed"
+            raise SettingError(
+                f"{{offload_blocks}} {self.offload_blocks} given; 0 or more blocks are needed",
+                "offload_blocks",
             )
 
     @property
     def given(self) -> str:
-        """Return the flags that are not as usual, as a sentence names them; "" for none."""
-        flags = [f"--frozen {self.frozen}"] if self.frozen != "fp32" else []
-        flags += [f"--offload-blocks {self.offload_blocks}"] if self.offload_blocks else []
+        """Return the settings that are not as usual, for a SettingError; "" for none."""
+        flags = [f"{{frozen}} {self.frozen}"] if self.frozen != "fp32" else []
+        flags += [f"{{offload_blocks}} {self.offload_blocks}"] if self.offload_blocks else []
         return " ".join(flags)
 
     @property
@@ -72,6 +76,7 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.boundary < 1:
-            raise ValueError(
-                f"--boundary {self.boundary} given; a noise level between 0 and 1 is needed"
+            raise SettingError(
+                f"{{boundary}} {self.boundary} given; a noise level between 0 and 1 is needed",
+                "boundary",
             )

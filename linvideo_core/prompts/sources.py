@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from ..run.callbacks import Callbacks
+from ..run.errors import SettingError
 from ..run.memory import Need, check_memory
 from . import NEGATIVE_PROMPT, default_prompts, read_prompts
 from .config import PromptConfig
@@ -73,7 +74,7 @@ class WrittenPrompts:
         if find_identity(path) != identity:
             size = computed_in(device).itemsize
             weights = Need("the text encoder", size * self.encoder.num_parameters)
-            check_memory([weights], device, "encode on another --device, or export the embeddings")
+            check_memory([weights], device, "encode on another {device}, or export the embeddings")
             logger.info("encoding %d prompts into %s", len(self.prompts), path)
             encode = self.encoder.load(device)
             try:
@@ -102,16 +103,23 @@ def find_source(path: Path | None, config: PromptConfig) -> PromptSource:
     """
     if path is not None and path.suffix == ".safetensors":
         if config != PromptConfig():
-            raise ValueError(
-                f"--prompts {path} holds embeddings already; leave --text-encoder, --tokenizer and "
-                "--negative-prompt out, or give --prompts a text file"
+            raise SettingError(
+                f"{{prompts}} {path} holds embeddings already; leave {{text_encoder}}, "
+                "{tokenizer} and {negative_prompt} out, or give {prompts} a text file",
+                "prompts",
+                "text_encoder",
+                "tokenizer",
+                "negative_prompt",
             )
         return StoredPrompts(path=path, embeds=read_embeds(path))
     prompts = default_prompts() if path is None else read_prompts(path)
     if config.text_encoder is None:
-        raise ValueError(
-            "--model was given without prompt embeddings; give --text-encoder the UMT5 weights, or "
-            "--prompts a safetensors file from LinVideo Export Prompts in ComfyUI"
+        raise SettingError(
+            "{model} was given without prompt embeddings; give {text_encoder} the UMT5 weights, or "
+            "{prompts} a safetensors file from LinVideo Export Prompts in ComfyUI",
+            "text_encoder",
+            "model",
+            "prompts",
         )
     negative = NEGATIVE_PROMPT if config.negative_prompt is None else config.negative_prompt
     encoder = open_encoder(config.text_encoder, config.tokenizer)

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..models.shards import StoredTensor, find_tensors
+from ..run.errors import SettingError
 
 MAX_TOKENS = 512
 EXTRA = ("transformers", "sentencepiece", "ftfy")
@@ -182,9 +183,10 @@ def check_extra() -> None:
     """Raise ValueError where one of the optional packages is missing."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise SettingError(
             f"encoding prompts needs {', '.join(missing)}, not installed here; pip install "
-            f"{' '.join(EXTRA)}, or give --prompts a safetensors file of embeddings"
+            f"{' '.join(EXTRA)}, or give {{prompts}} a safetensors file of embeddings",
+            "prompts",
         )
 
 
@@ -223,9 +225,10 @@ def _find_file(folders: Iterable[Path], path: Path) -> Path:
         for name in _TOKENIZER_FILES:
             if (folder / name).is_file():
                 return folder / name
-    raise FileNotFoundError(
-        f"no {' or '.join(_TOKENIZER_FILES)} was found for {path}; give --tokenizer PATH, such as "
-        "the tokenizer folder of a diffusers Wan model"
+    raise SettingError(
+        f"no {' or '.join(_TOKENIZER_FILES)} was found for {path}; give {{tokenizer}} a path, such "
+        "as the tokenizer folder of a diffusers Wan model",
+        "tokenizer",
     )
 
 

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .config import to_json
+from .errors import SettingError
 from .files import write_text
 
 CONFIG_NAME = "config.json"
 
 
-class OtherRunError(ValueError):
-    """A folder's run was made with other settings; name: of the field that differs first."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name
+class OtherRunError(SettingError):
+    """A folder's run was made with other settings: the first of `fields` differs."""
 
 
 def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = "") -> None:
@@ -50,7 +47,9 @@ def check_run(
     path = folder / CONFIG_NAME
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
-        raise ValueError(f"{place} is a file and a folder is needed; choose another --out")
+        raise SettingError(
+            f"{place} is a file and a folder is needed; choose another {{out}}", "out"
+        )
     if not path.exists():
         return
     try:
@@ -58,17 +57,17 @@ def check_run(
         if not isinstance(tree, dict):
             raise ValueError("it holds no settings")
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete {folder} or choose another --out"
+        raise SettingError(
+            f"{path} is damaged ({error}); delete {folder} or choose another {{out}}", "out"
         ) from error
     found = {**dict(_defaults(config)), **dict(_leaves(tree))}
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
-            flag = f"--{name.replace('_', '-')}"
             raise OtherRunError(
+                f"{folder} was made with {{{name}}} {found.get(name)} and {value} was given; "
+                f"choose another {{out}}{new_run}, or give what it was made with to continue it",
                 name,
-                f"{folder} was made with {flag} {found.get(name)} and {value} was given; choose "
-                f"another --out{new_run}, or give what it was made with to continue it",
+                "out",
             )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import SettingError
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 FP32 = 4
@@ -20,15 +22,26 @@ _TRAINED = 5 * FP32
 # What autograd keeps of a Wan block with frozen weights, in widths: five of the residual stream, in
 # its own dtype, three of norms, four in the precision of the products. Trained weights keep more.
 _STREAM_KEPT, _NORMS_KEPT, _NARROW_KEPT = 5, 3, 4
-_LOWER_SAMPLING = "lower --shard-size and --evaluate-batch-size, or the video's size"
-_LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the video's size"
+_LOWER_SAMPLING = "lower {shard_size} and {evaluate_batch_size}, or the video's size"
+_LOWER_STEP = "lower {batch_size}, give {activation_checkpointing}, or lower the video's size"
 _LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
 LOWER_RUN = (
-    "lower --batch-size, --shard-size, --evaluate-batch-size or the video's size, or give "
-    "--activation-checkpointing, --frozen bf16 or --offload-blocks; with another --shard-size, "
-    "--evaluate-batch-size or --offload-blocks this run continues, else give a new --out beside "
+    "lower {batch_size}, {shard_size}, {evaluate_batch_size} or the video's size, or give "
+    "{activation_checkpointing}, {frozen} bf16 or {offload_blocks}; with another {shard_size}, "
+    "{evaluate_batch_size} or {offload_blocks} this run continues, else give a new {out} beside "
     "it, which uses the teacher's samples that there are"
 )
+_FIELDS = (
+    "batch_size",
+    "shard_size",
+    "evaluate_batch_size",
+    "activation_checkpointing",
+    "frozen",
+    "offload_blocks",
+    "out",
+    "device",
+)
+"""All that a sentence on memory may name."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -65,7 +78,7 @@ def fits(needs: Sequence[Need], device: torch.device | str) -> bool:
 def check_memory(
     needs: Sequence[Need], device: torch.device | str, advice: str = "", flags: str = ""
 ) -> None:
-    """Raise ValueError, in one sentence, when a device has less free than the needs add up to.
+    """Raise SettingError when a device has less free than the needs add up to.
 
     advice: what to do where no need says what would lower it.
     flags: with which it would fit; "" where none are known.
@@ -82,7 +95,7 @@ def check_capacity(
     advice: str = "",
     flags: str = "",
 ) -> None:
-    """Raise ValueError, in one sentence, when needs add up to more than `free` bytes.
+    """Raise SettingError when needs add up to more than `free` bytes.
 
     advice, flags: see `check_memory`.
     """
@@ -92,16 +105,17 @@ def check_capacity(
     parts = sorted(needs, key=lambda need: -need.num_bytes)
     listed = ", ".join(f"{need.what} {show_gb(need.num_bytes)}" for need in parts)
     lowered = next((need.lower for need in parts if need.lower), advice)
-    raise ValueError(
+    raise SettingError(
         f"{torch.device(device)} has {show_gb(free)} of free memory and at least "
-        f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another --device'}"
-        f"{f'; it would fit with {flags}' if flags else ''}"
+        f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another {device}'}"
+        f"{f'; it would fit with {flags}' if flags else ''}",
+        *_FIELDS,
     )
 
 
 @contextlib.contextmanager
 def explained(lower: str) -> Iterator[None]:
-    """Raise ValueError, in one sentence, where memory runs out after all.
+    """Raise SettingError where memory runs out after all.
 
     lower: what would need less of it.
     """
@@ -115,7 +129,7 @@ def explained(lower: str) -> Iterator[None]:
             gpus = range(torch.cuda.device_count())
             num_bytes = sum(torch.cuda.memory_allocated(number) for number in gpus)
             in_use = f" with {show_gb(num_bytes)} of the GPU's in use"
-        raise ValueError(f"memory ran out{in_use}: {lower}") from error
+        raise SettingError(f"memory ran out{in_use}: {lower}", *_FIELDS) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -44,6 +44,8 @@ class TeacherConfig:
                 f"{self.frozen_weights.given} is for a {{model}} of your own, and none was "
                 "given: give {model}, or leave it out",
                 "model",
+                "frozen",
+                "offload_blocks",
             )
 
 

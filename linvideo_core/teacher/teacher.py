@@ -20,11 +20,12 @@ from ..models.attention_sites import (
     weights_sketch,
 )
 from ..models.checkpoint import Checkpoint, load_wan, open_wan
+from ..models.config import FrozenConfig
 from ..models.experts import parts_of
 from ..models.families import identify
-from ..models.quantized import FrozenConfig
 from ..prompts import read_prompts
-from ..prompts.sources import PromptConfig, PromptSource, find_source
+from ..prompts.config import PromptConfig
+from ..prompts.sources import PromptSource, find_source
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..training.offload import offload
@@ -151,9 +152,13 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
     """
     if config.model is None:
         if config.text != PromptConfig():
-            raise ValueError(
-                "--text-encoder, --tokenizer or --negative-prompt was given without --model; the "
-                "embedded model has its own words"
+            raise SettingError(
+                "{text_encoder}, {tokenizer} or {negative_prompt} was given without {model}; the "
+                "embedded model has its own words",
+                "text_encoder",
+                "tokenizer",
+                "negative_prompt",
+                "model",
             )
         return None
     source = find_source(config.prompts, config.text)

@@ -205,6 +205,8 @@ def check_frozen_weights(
             f"{frozen_weights.given} was given with {{{all_trained_by}}} full, which trains whole "
             "weights in fp32; only frozen ones can be held otherwise: leave one of them out",
             all_trained_by,
+            "frozen",
+            "offload_blocks",
         )
     if not frozen_weights.offload_blocks:
         return

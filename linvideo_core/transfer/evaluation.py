@@ -4,11 +4,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluate.sampler import CompareConfig
+from ..evaluate.config import CompareConfig
 from ..run.folder import read_metrics
-from ..teacher.trajectories import TrajectoryConfig
-from .config import EvaluationConfig
-from .layer_selection.rules import SelectionConfig, count_selection_steps
+from ..teacher.config import TrajectoryConfig
+from .config import EvaluationConfig, SelectionConfig
+from .layer_selection.rules import count_selection_steps
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from ..flow import make_sigmas
 from ..models.velocity import bind_guided
 from ..run.context import Run
 from ..run.memory import FP32
+from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import Teacher
-from ..teacher.trajectories import States, Trajectories, TrajectoryConfig
+from ..teacher.trajectories import States, Trajectories
 from ..training.trainer import seed_step
-from .config import TransferConfig
-from .layer_selection.rules import SelectionConfig
+from .config import SelectionConfig, TransferConfig
 from .student import Student, TransferTask
 
 # A training step's pass in calls of the guided teacher, both of one video: while layers are chosen

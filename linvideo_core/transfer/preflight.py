@@ -7,8 +7,9 @@ from typing import Protocol
 
 from ..models import lora
 from ..models.attention_sites import AttentionSite, ModelFamily, Shapes
+from ..models.config import FROZEN, FrozenConfig
 from ..models.families import identify
-from ..models.quantized import FROZEN, FrozenConfig, count_frozen_bytes
+from ..models.quantized import count_frozen_bytes
 from ..models.wan import WanConfig
 from ..run.memory import (
     FP32,
@@ -20,11 +21,10 @@ from ..run.memory import (
     fits,
     training_needs,
 )
+from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import TeacherCheckpoint
-from ..teacher.trajectories import TrajectoryConfig
-from ..training.trainer import TrainingConfig
-from .config import TransferConfig, check_offload_alone
-from .evaluation import EvaluationConfig
+from ..training.config import TrainingConfig
+from .config import EvaluationConfig, TransferConfig, check_offload_alone
 from .layer_selection.rules import check_layers
 
 
@@ -159,7 +159,7 @@ class Plan:
                 if not fits([_on_host(self.shapes, found, device)], "cpu"):
                     break
                 if fits([*self.needs(found, True), *others], device):
-                    return f"--activation-checkpointing {found.given}".rstrip()
+                    return f"{{activation_checkpointing}} {found.given}".rstrip()
         return ""
 
 
@@ -172,7 +172,7 @@ def _on_host(shapes: Shapes, frozen_weights: FrozenConfig, device: str) -> Need:
         block = 2 ** math.ceil(math.log2(block))
     waiting = block * frozen_weights.offload_blocks
     if waiting > reading:
-        return Need("the offloaded blocks, page-locked", waiting, "lower --offload-blocks")
+        return Need("the offloaded blocks, page-locked", waiting, "lower {offload_blocks}")
     return Need("the model while it is read", reading)
 
 
@@ -203,7 +203,7 @@ def check_footprint(
     """
     advice = "choose a smaller model or a machine with more memory"
     if not all_trained and draft.frozen_weights.frozen != FROZEN[-1]:
-        advice = f"give --frozen {FROZEN[-1]}, or {advice}"
+        advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
     on_host = _on_host(draft.shapes, draft.frozen_weights, device)
     check_memory([on_host], "cpu", advice)
     model = draft.checkpoint.config

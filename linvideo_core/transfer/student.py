@@ -26,7 +26,8 @@ from ..models.velocity import bind, bind_guided
 from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
-from ..training.trainer import ParameterGroup, TrainingConfig
+from ..training.config import TrainingConfig
+from ..training.trainer import ParameterGroup
 from .adm import VelocityFns, adm_loss
 from .batches import Batch, Batches
 from .config import ObjectiveConfig, SelectionConfig, StudentConfig

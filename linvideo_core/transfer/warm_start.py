@@ -20,9 +20,10 @@ from ..run.context import Run
 from ..run.process_group import ProcessGroup
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
-from ..training.trainer import ParameterGroup, TrainingConfig, fit
-from .batches import Batches, ObjectiveConfig
-from .config import WarmStartConfig
+from ..training.config import TrainingConfig
+from ..training.trainer import ParameterGroup, fit
+from .batches import Batches
+from .config import ObjectiveConfig, WarmStartConfig
 
 # Of the warm start's own steps, those in which its learning rate rises; a cosine follows.
 _WARMUP_SHARE = 0.1

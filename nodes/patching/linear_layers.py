@@ -8,7 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...linvideo_core.artifact import Artifact
-from ...linvideo_core.models.attention import LinearForm, attend_linearly
+from ...linvideo_core.models.attention import attend_linearly
+from ...linvideo_core.models.config import LinearForm
 from .forward_patch import Part
 
 # How a tensor of `LinearAttention` lies in the weight [out, in] of a Linear.

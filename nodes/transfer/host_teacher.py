@@ -31,8 +31,7 @@ from ...linvideo_core.run.memory import (
     training_needs,
 )
 from ...linvideo_core.teacher.teacher import Teacher
-from ...linvideo_core.transfer.config import TransferConfig
-from ...linvideo_core.transfer.student import StudentConfig
+from ...linvideo_core.transfer.config import StudentConfig, TransferConfig
 from ..demo import DemoLatents
 from ..patching.apply import untouched
 from ..patching.base_weights import describe_base

@@ -18,7 +18,7 @@ from ...linvideo_core.flow import make_sigmas, sample_euler
 from ...linvideo_core.models.velocity import TIMESTEP_SCALE, bind_guided
 from ...linvideo_core.run.folder import read_metrics
 from ...linvideo_core.teacher.teacher import Teacher
-from ...linvideo_core.transfer.pipeline import TransferConfig
+from ...linvideo_core.transfer.config import TransferConfig
 from ...linvideo_core.transfer.preview import draw_preview
 from ...linvideo_core.transfer.student import Student
 from ..patching.families.video import Video

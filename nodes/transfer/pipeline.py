@@ -156,9 +156,9 @@ def _check_run(identity: HostRun) -> None:
     try:
         check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     except OtherRunError as error:
-        if error.name not in _OTHERS:
+        if error.fields[0] not in _OTHERS:
             raise
-        found = _OTHERS[error.name]
+        found = _OTHERS[error.fields[0]]
         raise ValueError(
             f"the transfer {out.name!r} was begun with {found}: give this one another name, or "
             "that one what it was begun with"

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linvideo_core.transfer.objectives import OBJECTIVES
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
@@ -28,8 +27,9 @@ from linvideo_core.run.folder import check_run, open_run
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
 from linvideo_core.run.records import REPOSITORY, RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import format_value
-from linvideo_core.teacher.teacher import TeacherConfig, open_teacher
-from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import open_teacher
+from linvideo_core.transfer.config import OBJECTIVES, TransferConfig
 
 from .declared import Run, choose_tables, list_runs
 from .findings import Findings

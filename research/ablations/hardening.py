@@ -15,11 +15,8 @@ from typing import Any
 from torch import nn
 
 from linvideo_core.run.files import write_json
-from linvideo_core.transfer.layer_selection.rules import (
-    SelectionConfig,
-    choose,
-    count_selection_steps,
-)
+from linvideo_core.transfer.config import SelectionConfig
+from linvideo_core.transfer.layer_selection.rules import choose, count_selection_steps
 from linvideo_core.transfer.student import Student
 
 logger = logging.getLogger(__name__)

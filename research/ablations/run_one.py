@@ -23,15 +23,11 @@ from linvideo_core.run.progress import Progress
 from linvideo_core.teacher.teacher import load_teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.checkpoint import CHECKPOINT_NAME
+from linvideo_core.transfer.config import ARTIFACT_NAME, WARM_START_NAME, TransferConfig
 from linvideo_core.transfer.evaluation import compare_config
 from linvideo_core.transfer.layer_selection.rules import count_selection_steps
 from linvideo_core.transfer.layer_selection.sensitivity import RANKING_NAME, read_ranking
-from linvideo_core.transfer.pipeline import (
-    ARTIFACT_NAME,
-    WARM_START_NAME,
-    TransferConfig,
-    linearize,
-)
+from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.student import Student
 
 from .declared import Run

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from linvideo_core.run.files import replacing
 from linvideo_core.training.checkpoint import CHECKPOINT_NAME
-from linvideo_core.transfer.pipeline import WARM_START_NAME, TransferConfig
+from linvideo_core.transfer.config import WARM_START_NAME, TransferConfig
 
 # Settings of a training that change nothing of the fit before it.
 _OWN = (

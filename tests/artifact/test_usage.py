@@ -12,8 +12,9 @@ from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usag
 from linvideo_core.artifact.picture import draw_summary
 from linvideo_core.artifact.summary import describe
 from linvideo_core.flow import make_sigmas
-from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
-from linvideo_core.teacher.trajectories import TrajectoryConfig, find_usage
+from linvideo_core.teacher.config import TeacherConfig, TrajectoryConfig
+from linvideo_core.teacher.teacher import load_teacher
+from linvideo_core.teacher.trajectories import find_usage
 
 WAN = Usage(
     width=832,

@@ -21,7 +21,7 @@ from benchmarks.models.sizes import SIZES
 from linvideo_core.run.config import override
 from linvideo_core.run.records import RecordsConfig, read_record
 from linvideo_core.run.records import run as render
-from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.config import TransferConfig
 
 TINY = SIZES["tiny"]
 LOG = """

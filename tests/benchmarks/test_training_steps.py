@@ -22,10 +22,11 @@ from benchmarks.models.training_steps import (
     keep_last,
     run,
 )
-from linvideo_core.models.quantized import FROZEN, FrozenConfig
+from linvideo_core.models.config import FROZEN, FrozenConfig
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.progress import silent
-from linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_core.transfer.config import StudentConfig
+from linvideo_core.transfer.student import Student
 
 
 def make_row(gpus: int, seconds: float, phase: str = "hardened", **more: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from linvideo_core.evaluate.entrants import load_second_stages
 from linvideo_core.evaluate.sampler import draw_noise, draw_prompts, read_labels
 from linvideo_core.flow import sample_few_step
 from linvideo_core.models.velocity import bind
-from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import load_teacher
 from research.demo_model.sampling import measure_clips
 
 PATH, FEW_STEP_PATH = (weights_path(f"{name}.safetensors") for name in ("linearized", "distilled"))

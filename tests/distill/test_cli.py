@@ -13,22 +13,20 @@ from torch import Tensor, nn
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
 from linvideo_core.distill import cli as distill
+from linvideo_core.distill.config import DistillationConfig
 from linvideo_core.distill.monitor import TrainingMonitor
 from linvideo_core.distill.rollout import draw_exits, simulate_backward
-from linvideo_core.distill.task import (
-    DistillationConfig,
-    DistillationTask,
-    make_student,
-    start_from,
-)
+from linvideo_core.distill.task import DistillationTask, make_student, start_from
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
 from linvideo_core.evaluate.entrants import load_first_stage
 from linvideo_core.flow import add_noise, make_sigmas, sample_few_step, velocity_to_x0
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.progress import silent
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
-from linvideo_core.training.trainer import ParameterGroup, TrainingConfig, fit
+from linvideo_core.teacher.trajectories import collect
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.training.trainer import ParameterGroup, fit
 from linvideo_core.transfer.student import Student
 
 LIKENESS = TeacherStatistics(spread=1.0, motion=1.0)

@@ -12,14 +12,13 @@ from safetensors.torch import save_file
 
 from linvideo_core import artifact
 from linvideo_core.distill import cli as distill
-from linvideo_core.distill.cli import DistillConfig
-from linvideo_core.distill.task import DistillationConfig
+from linvideo_core.distill.config import DistillationConfig, DistillConfig
 from linvideo_core.models.wan import WanConfig, WanModel
-from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
-from linvideo_core.teacher.trajectories import TrajectoryConfig
-from linvideo_core.training.trainer import TrainingConfig
-from linvideo_core.transfer.evaluation import EvaluationConfig
-from linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_core.teacher.config import TeacherConfig, TrajectoryConfig
+from linvideo_core.teacher.teacher import load_teacher
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.transfer.config import EvaluationConfig, StudentConfig
+from linvideo_core.transfer.student import Student
 
 TINY = WanConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=32, text_dim=16, freq_dim=32)
 

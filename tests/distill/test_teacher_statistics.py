@@ -7,8 +7,9 @@ import torch
 from linvideo_core.transfer.objectives import dmd2
 
 from linvideo_core.distill.teacher_statistics import Endpoints, end_of
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
+from linvideo_core.teacher.trajectories import Trajectories, collect
 
 CONFIG = TrajectoryConfig(
     num_trajectories=5, states_per_trajectory=3, sampler_steps=6, shard_size=2

@@ -17,8 +17,8 @@ from linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
 from linvideo_core.demo.prompts import TEXT_DIM, encode_prompts
 from linvideo_core.evaluate import cli as evaluate
 from linvideo_core.evaluate import comparison, sampler
-from linvideo_core.evaluate.cli import EvaluateConfig
 from linvideo_core.evaluate.comparison import CompareConfig, compare, swap
+from linvideo_core.evaluate.config import EvaluateConfig
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import install, shapes_of
 from linvideo_core.models.families import identify
@@ -26,7 +26,8 @@ from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run import records
 from linvideo_core.run.config import parse
 from linvideo_core.run.progress import silent
-from linvideo_core.teacher.teacher import Teacher, TeacherConfig
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import Teacher
 from tests.conftest import save_inputs
 
 TINY = WanConfig(dim=128, num_heads=1, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=32)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
 from linvideo_core.evaluate.comparison import compare_few_step
+from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.entrants import FewStepLora, find_entrants
 from linvideo_core.evaluate.lora_file import load_lora, with_lora
-from linvideo_core.evaluate.sampler import CompareConfig
 from linvideo_core.teacher.teacher import Teacher
 
 RANK, ALPHA, STRENGTH = 3, 6.0, 0.7

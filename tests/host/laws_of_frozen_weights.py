@@ -8,7 +8,8 @@ import comfy.model_management
 import torch
 from laws_of_quantised import LOADERS
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
-from linvideo_pack.linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_pack.linvideo_core.transfer.config import StudentConfig
+from linvideo_pack.linvideo_core.transfer.student import Student
 from linvideo_pack.nodes.demo import load_demo_model
 from linvideo_pack.nodes.transfer.frozen_weights import FrozenLinear, cast_weights, freeze
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher

@@ -28,7 +28,8 @@ from linvideo_pack.linvideo_core.artifact.summary import describe_size
 from linvideo_pack.linvideo_core.flow import make_sigmas, sample_euler
 from linvideo_pack.linvideo_core.models.velocity import bind_guided
 from linvideo_pack.linvideo_core.teacher.teacher import Teacher
-from linvideo_pack.linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_pack.linvideo_core.transfer.config import StudentConfig
+from linvideo_pack.linvideo_core.transfer.student import Student
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.families import host_family
 from linvideo_pack.nodes.patching.injection import KEY

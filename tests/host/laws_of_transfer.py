@@ -26,15 +26,12 @@ from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.demo.prompts import encode_prompts, make_prompt
 from linvideo_pack.linvideo_core.run.config import override
-from linvideo_pack.linvideo_core.teacher.teacher import Teacher, TeacherConfig, load_teacher
+from linvideo_pack.linvideo_core.teacher.config import TeacherConfig
+from linvideo_pack.linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_pack.linvideo_core.teacher.trajectories import collect
 from linvideo_pack.linvideo_core.training.trainer import seed_step
-from linvideo_pack.linvideo_core.transfer.student import (
-    PARAMETERS,
-    Student,
-    StudentConfig,
-    TransferTask,
-)
+from linvideo_pack.linvideo_core.transfer.config import PARAMETERS, StudentConfig
+from linvideo_pack.linvideo_core.transfer.student import Student, TransferTask
 from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
 from linvideo_pack.nodes.patching.apply import linearize

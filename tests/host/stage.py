@@ -23,7 +23,8 @@ from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.models.velocity import VelocityFn, bind_guided
-from linvideo_pack.linvideo_core.teacher.teacher import TeacherConfig, load_teacher
+from linvideo_pack.linvideo_core.teacher.config import TeacherConfig
+from linvideo_pack.linvideo_core.teacher.teacher import load_teacher
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes import model_folder
 from torch import Tensor, nn

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from linvideo_core.transfer.objectives import ObjectiveConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,13 +14,16 @@ from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError, Usage
 from linvideo_core.artifact.summary import count_bytes, describe
 from linvideo_core.evaluate.comparison import CompareConfig, compare_artifact
-from linvideo_core.models.attention import LinearAttention, LinearForm, window_attention
+from linvideo_core.models.attention import LinearAttention, window_attention
+from linvideo_core.models.config import LinearForm
 from linvideo_core.models.wan import WanModel
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
-from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
-from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
+from linvideo_core.teacher.trajectories import Trajectories, collect
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.training.trainer import fit, seed_step
+from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
+from linvideo_core.transfer.student import Student, TransferTask
 from linvideo_core.transfer.warm_start import feature_maps
 
 PARTS = {

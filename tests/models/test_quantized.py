@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from linvideo_core import artifact
 from linvideo_core.models.attention_sites import shapes_of, weights_digest
 from linvideo_core.models.checkpoint import load_wan, open_wan
+from linvideo_core.models.config import FROZEN
 from linvideo_core.models.families import identify
-from linvideo_core.models.quantized import FROZEN, Float8Linear, count_frozen_bytes
+from linvideo_core.models.quantized import Float8Linear, count_frozen_bytes
 from linvideo_core.models.velocity import bind
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import Teacher, TeacherConfig, load_teacher
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_core.transfer import cli as transfer
-from linvideo_core.transfer.student import Student, StudentConfig, twin
+from linvideo_core.transfer.config import StudentConfig
+from linvideo_core.transfer.student import Student, twin
 from tests.conftest import TEXT_DIM, small_transfer
 
 # Of the velocity, in its norm, against fp32: bf16 has 8 bits, e4m3 4.

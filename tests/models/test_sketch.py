@@ -11,7 +11,8 @@ from linvideo_core.artifact import ArtifactHeader, BaseWeights, compare_weights
 from linvideo_core.models import attention_sites
 from linvideo_core.models.families import identify
 from linvideo_core.models.sketch import SIZE, sketch, sketch_distance, sketched_rows
-from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")

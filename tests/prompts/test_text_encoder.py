@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from linvideo_core.models.wan import WanModel
 from linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
+from linvideo_core.prompts.config import PromptConfig
 from linvideo_core.prompts.embeddings import read_embeds
-from linvideo_core.prompts.sources import EMBEDS_NAME, PromptConfig, find_source
+from linvideo_core.prompts.sources import EMBEDS_NAME, find_source
 from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import TeacherConfig, open_teacher
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import open_teacher
 from linvideo_core.transfer import cli as transfer
-from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.config import TransferConfig
 
 transformers = pytest.importorskip(
     "transformers", reason="encoding prompts needs the extra packages transformers, sentencepiece"

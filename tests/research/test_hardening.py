@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from linvideo_core.evaluate.sampler import CompareConfig, Evaluator
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.evaluate.sampler import Evaluator
 from linvideo_core.run.progress import silent
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_core.transfer.config import SelectionConfig, StudentConfig
+from linvideo_core.transfer.student import Student
 from research.ablations.frame_cache import read_frames
 from research.ablations.hardening import HardeningGap, summarize_gap
 from research.ablations.teacher_cache import read_teacher, sample_teacher

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from linvideo_core.run.config import override
 from linvideo_core.run.progress import silent
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.transfer.pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from linvideo_core.transfer.config import ARTIFACT_NAME, TransferConfig
+from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.student import Student
 from research.ablations.shared_warm_start import sharing
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def read(*argv: str) -> Car:
-    return parse(Car, argv, description="Drive.", presets=PRESETS)[0]
+    return parse(Car, argv, description="Drive.", presets=PRESETS)
 
 
 def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
@@ -69,9 +71,8 @@ def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 
 def test_without_flags_the_defaults_hold() -> None:
-    config, is_dry_run = parse(Car, [], description="Drive.")
+    config = parse(Car, [], description="Drive.")
     assert config == Car()
-    assert not is_dry_run
 
 
 def test_flags_reach_fields_at_any_depth() -> None:
@@ -98,8 +99,47 @@ def test_the_first_preset_is_the_default() -> None:
     assert read() == read("--preset", "city")
 
 
-def test_dry_run_is_told_apart() -> None:
-    assert parse(Car, ["--dry-run"], description="Drive.") == (Car(), True)
+def test_a_dry_run_prints_the_config_and_stops(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--dry-run", "--preset", "race")
+    assert caught.value.code == 0
+    assert capsys.readouterr() == (to_json(read("--preset", "race")), "")
+
+
+def test_help_shows_what_most_need_and_help_all_shows_every_setting(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    texts = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse(Car, [flag], description="Drive.", presets=PRESETS, shown=("out",))
+        texts.append(capsys.readouterr().out)
+    assert "--out" in texts[0] and "--power" not in texts[0]
+    assert "--out" in texts[1] and "--power" in texts[1]
+    assert read("--power", "2").engine.power == 2
+
+
+@pytest.mark.parametrize("command", ["transfer", "distill", "evaluate"])
+def test_settings_are_read_without_pytorch(command: str) -> None:
+    program = f"""
+import sys
+from linvideo_core.{command} import cli
+try:
+    cli.main(["--dry-run"])
+except SystemExit:
+    sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_only_the_first_of_many_processes_speaks(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        read("--powr", "2")
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "")
 
 
 def test_json_nests_as_the_dataclasses_do() -> None:

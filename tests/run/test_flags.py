@@ -35,7 +35,7 @@ PRESETS = {"small": {}, "large": {"steps": 99, "record": True}}
 
 
 def read(*arguments: str) -> OuterConfig:
-    return parse(OuterConfig, arguments, description="A command.", presets=PRESETS)[0]
+    return parse(OuterConfig, arguments, description="A command.", presets=PRESETS)
 
 
 def test_without_flags_the_first_preset_is_used() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from benchmarks.models.sizes import SIZES
 from linvideo_core.distill import cli as distill
 from linvideo_core.models.attention_sites import checkpoint_activations, shapes_of
-from linvideo_core.models.quantized import FROZEN, FrozenConfig, count_frozen_bytes, place
+from linvideo_core.models.config import FROZEN, FrozenConfig
+from linvideo_core.models.quantized import count_frozen_bytes, place
 from linvideo_core.models.velocity import bind
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run import memory
@@ -29,9 +30,9 @@ from linvideo_core.run.memory import (
 )
 from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.transfer import cli as transfer
-from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.config import StudentConfig, TransferConfig
 from linvideo_core.transfer.preflight import Plan, check_transfer
-from linvideo_core.transfer.student import Student, StudentConfig
+from linvideo_core.transfer.student import Student
 from tests.conftest import TEXT_DIM, save_inputs
 
 HUGE = 10**18

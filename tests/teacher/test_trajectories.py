@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linvideo_core.flow import euler_step, guide, make_sigmas
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect, count_bytes
+from linvideo_core.teacher.trajectories import Trajectories, collect, count_bytes
 from tests.conftest import TEXT_DIM
 
 SETTINGS = TrajectoryConfig(

@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from linvideo_core.transfer.objectives import ObjectiveConfig
 
 from linvideo_core.models.attention_sites import checkpoint_activations
-from linvideo_core.models.quantized import FROZEN, place
+from linvideo_core.models.config import FROZEN
+from linvideo_core.models.quantized import place
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.memory import Transformer, training_needs
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
-from linvideo_core.training.trainer import TrainingConfig, seed_step
-from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
+from linvideo_core.teacher.trajectories import Trajectories, collect
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.training.trainer import seed_step
+from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
+from linvideo_core.transfer.student import Student, TransferTask
 from linvideo_core.transfer.warm_start import WarmStart
 from tests.allocations import peak_bytes
 from tests.conftest import TEXT_DIM, make_teacher, make_wan

@@ -17,8 +17,8 @@ from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.run.config import override
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.transfer import cli as transfer
-from linvideo_core.transfer.pipeline import TransferConfig
-from linvideo_core.transfer.student import Student, StudentConfig, twin
+from linvideo_core.transfer.config import StudentConfig, TransferConfig
+from linvideo_core.transfer.student import Student, twin
 from tests.allocations import peak_bytes
 from tests.conftest import LATENT_SHAPE, TEXT_DIM, make_teacher, make_wan, small_transfer
 

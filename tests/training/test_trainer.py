@@ -17,13 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linvideo_core.training.checkpoint import CHECKPOINT_NAME, finished_steps
-from linvideo_core.training.trainer import (
-    ParameterGroup,
-    TrainingConfig,
-    fit,
-    learning_rate_share,
-    seed_step,
-)
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.training.trainer import ParameterGroup, fit, learning_rate_share, seed_step
 
 ROOT = Path(__file__).parents[2]
 SIZE = 7

@@ -19,9 +19,11 @@ from torch import nn
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.config import parse, to_json
 from linvideo_core.run.memory import free_bytes
-from linvideo_core.teacher.teacher import Teacher, TeacherConfig, open_teacher
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.transfer import cli as transfer
-from linvideo_core.transfer.cli import PRESETS, TransferConfig
+from linvideo_core.transfer.cli import PRESETS
+from linvideo_core.transfer.config import TransferConfig
 from tests.conftest import save_inputs, small_transfer
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from linvideo_core.transfer.objectives import Batch, ObjectiveConfig, Players, make_objective
+from linvideo_core.transfer.objectives import Batch, Players, make_objective
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,11 +16,12 @@ from linvideo_core.flow import make_sigmas, sample_euler
 from linvideo_core.models.experts import HIGH, LOW, SIDES, Experts
 from linvideo_core.models.velocity import TIMESTEP_SCALE, bind, bind_guided
 from linvideo_core.run.config import override
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
+from linvideo_core.teacher.trajectories import collect
 from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer.config import ObjectiveConfig, TransferConfig
 from linvideo_core.transfer.experts import EXPERT_NAMES, OwnStates, linearize_experts, own_sigmas
-from linvideo_core.transfer.pipeline import TransferConfig
 from tests.conftest import TEXT_DIM, make_wan
 
 BOUNDARY = 0.8

@@ -17,9 +17,9 @@ from linvideo_core.transfer.layer_selection.scores import (
 from torch import Tensor
 
 from linvideo_core.models.attention import LinearAttention, MixedAttention
+from linvideo_core.transfer.config import SelectionConfig
 from linvideo_core.transfer.layer_selection.rules import (
     Selection,
-    SelectionConfig,
     alpha_at,
     check_layers,
     choose,

@@ -11,20 +11,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from linvideo_core.transfer.noise_levels import LEVELS, level_density
-from linvideo_core.transfer.objectives import (
-    OBJECTIVES,
-    Batch,
-    ObjectiveConfig,
-    Players,
-    make_objective,
-    needs_critic,
-)
+from linvideo_core.transfer.objectives import Batch, Players, make_objective, needs_critic
 from linvideo_core.transfer.objectives.adm import count_anchored, draw_move, level_weights
 from linvideo_core.transfer.objectives.adm_literal import score_difference
 from linvideo_core.transfer.objectives.protocol import draw_jump, surrogate_loss
 from torch import Tensor, nn
 
 from linvideo_core.flow import euler_step, make_sigmas, velocity_to_score
+from linvideo_core.transfer.config import OBJECTIVES, ObjectiveConfig
 
 DATA_MEAN, DATA_STD = 0.6, 0.5
 STATE_MEAN, STATE_STD = 0.2, 0.9

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from linvideo_core.models.velocity import bind
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.training.trainer import TrainingConfig
-from linvideo_core.transfer.student import Student, StudentConfig, accelerated
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.transfer.config import StudentConfig
+from linvideo_core.transfer.student import Student, accelerated
 from tests.conftest import LATENT_SHAPE
 
 

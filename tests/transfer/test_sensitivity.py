@@ -11,20 +11,21 @@ from safetensors.torch import load_file
 
 from linvideo_core import artifact
 from linvideo_core.models.velocity import bind
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
-from linvideo_core.training.trainer import TrainingConfig
+from linvideo_core.teacher.trajectories import Trajectories, collect
+from linvideo_core.training.config import TrainingConfig
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer import pipeline
-from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.layer_selection.sensitivity import (
+from linvideo_core.transfer.config import (
     MEASURES,
+    SelectionConfig,
     SensitivityConfig,
-    measure,
-    rank,
+    StudentConfig,
+    WarmStartConfig,
 )
-from linvideo_core.transfer.student import Student, StudentConfig
-from linvideo_core.transfer.warm_start import WarmStartConfig
+from linvideo_core.transfer.layer_selection.sensitivity import measure, rank
+from linvideo_core.transfer.student import Student
 
 VIDEOS = TrajectoryConfig(
     num_trajectories=3, states_per_trajectory=2, sampler_steps=5, shard_size=2

@@ -8,16 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from linvideo_core.transfer.noise_levels import level_density
-from linvideo_core.transfer.objectives import OBJECTIVES, ObjectiveConfig
 from torch import Tensor
 
 from linvideo_core.models.attention_sites import compiled_blocks
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
-from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
+from linvideo_core.teacher.trajectories import Trajectories, collect
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.training.trainer import fit, seed_step
 from linvideo_core.transfer.batches import draw_batch
-from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.student import PARAMETERS, Student, StudentConfig, TransferTask
+from linvideo_core.transfer.config import (
+    OBJECTIVES,
+    PARAMETERS,
+    ObjectiveConfig,
+    SelectionConfig,
+    StudentConfig,
+)
+from linvideo_core.transfer.student import Student, TransferTask
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

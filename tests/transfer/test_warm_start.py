@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from linvideo_core.run.progress import silent
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import TrajectoryConfig, collect
-from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
-from linvideo_core.transfer.student import Student, StudentConfig
-from linvideo_core.transfer.warm_start import (
-    WarmStart,
-    WarmStartConfig,
-    feature_maps,
-    fit_feature_maps,
-)
+from linvideo_core.teacher.trajectories import collect
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.training.trainer import fit, seed_step
+from linvideo_core.transfer.config import StudentConfig, WarmStartConfig
+from linvideo_core.transfer.student import Student
+from linvideo_core.transfer.warm_start import WarmStart, feature_maps, fit_feature_maps
 
 SETTINGS = TrainingConfig(steps=30, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=10)
 
