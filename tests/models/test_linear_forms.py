@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from linvideo_core.transfer.objectives import ObjectiveConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +21,6 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
 from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.objectives import ObjectiveConfig
 from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
 from linvideo_core.transfer.warm_start import feature_maps
 

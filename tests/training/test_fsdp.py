@@ -307,4 +307,3 @@ def test_shares_are_disjoint_and_make_up_the_whole_batch(size: int, rows: int) -
     if size > 1:
         with pytest.raises(SettingError, match=f"given to {size} processes"):
             Member(0).check_batch(size + 1)
-
