@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from linvideo_core.transfer.objectives import OBJECTIVES
 
 from linvideo_core.run.config import override
-from linvideo_core.transfer.objectives import OBJECTIVES
 from linvideo_core.transfer.pipeline import TransferConfig
 from research.ablations import cli as ablate
 from research.ablations.declared import TABLES, choose_tables, list_runs
