@@ -167,12 +167,11 @@ class _Ranks(ProcessGroup):
 
         mesh = init_device_mesh(self.device_type, (self.size,))
         with contextlib.ExitStack() as undo:
-            for model, blocks in models.items():
-                _shard(model, blocks, mesh, undo)
+            roots = [_shard(model, blocks, mesh, undo) for model, blocks in models.items()]
             # After an error of one process the others gather no more.
             yield
-        for model in models:
-            _gather(model)
+        for root in roots:
+            _gather(root)
 
     def wait(self) -> None:
         # On the CPU: a GPU's stream would let the process run on.
@@ -287,7 +286,7 @@ class _Unit(nn.Module):
 
 def _shard(
     model: nn.Module, blocks: Sequence[nn.Module], mesh: Any, undo: contextlib.ExitStack
-) -> None:
+) -> _Unit:
     """Shard each block of a model, then all that is left; `undo` gives their forwards back."""
     from torch.distributed.fsdp import fully_shard
 
@@ -302,6 +301,7 @@ def _shard(
     for unit in (*units, root):
         undo.callback(_set_forward, unit.module, unit.module.__dict__.get("forward"))
         unit.module.forward = functools.partial(unit)
+    return root
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
@@ -312,9 +312,11 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 
 @torch.no_grad()
-def _gather(model: nn.Module) -> None:
+def _gather(root: _Unit) -> None:
     """Give every module its whole parameters back, on every process."""
-    for module in model.modules():
+    # A model without a backward pass, such as a teacher, keeps those of its root unsharded.
+    root.reshard()
+    for module in root.module.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if is_sharded(parameter):
                 whole = nn.Parameter(whole_of(parameter), parameter.requires_grad)

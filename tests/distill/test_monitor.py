@@ -35,19 +35,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts = {"prompt_embeds": torch.randn(3, 4, 16), "negative_embeds": torch.zeros(4, 16)}
     save_file(model.state_dict(), folder / "model.safetensors")
     save_file(prompts, folder / "prompts.safetensors")
-    teacher = load_teacher(subject_config(folder))
-    student = Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
-    for layer, module in student.mixed.items():
-        module.mode = "softmax" if layer else "linear"
-    made = artifact.extract(
-        student.model, teacher.model, parameters="feature_maps", objective="adm", steps=1,
-        provenance={},
-    )  # fmt: skip
+    teacher = load_teacher(teacher_config(folder))
+    with Student(teacher, StudentConfig(parameters="feature_maps"), seed=0) as student:
+        student.harden([0])
+        made = artifact.extract(
+            student.model, teacher.model, parameters="feature_maps", objective="adm", steps=1,
+            provenance={},
+        )  # fmt: skip
     artifact.save(made, folder / "linearized.safetensors")
     return folder
 
 
-def subject_config(folder: Path) -> TeacherConfig:
+def teacher_config(folder: Path) -> TeacherConfig:
     names = {name: folder / f"{name}.safetensors" for name in ("model", "prompts")}
     return TeacherConfig(**names, num_frames=5, height=32, width=32)
 
@@ -57,7 +56,7 @@ def distil(
 ) -> tuple[str, int | None, list[dict[str, Any]]]:
     """Run the command; return its sentence, the kept checkpoint's step, the rows of metrics."""
     config = DistillConfig(
-        teacher=subject_config(files),
+        teacher=teacher_config(files),
         artifact=files / "linearized.safetensors",
         out=out,
         device="cpu",

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from linvideo_core.transfer.objectives import dmd2
 
+from linvideo_core.distill import dmd2
 from linvideo_core.distill.teacher_statistics import Endpoints, end_of
+from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
@@ -18,15 +19,16 @@ CONFIG = TrajectoryConfig(
 
 @pytest.fixture
 def trajectories(teacher: Teacher, tmp_path: Path) -> Trajectories:
-    return collect(teacher, CONFIG, tmp_path, seed=0)
+    return collect(teacher, CONFIG, Run(folder=tmp_path / "run"))
 
 
 @pytest.mark.parametrize("min_sigma", [0.3, 0.8])
 def test_states_of_high_noise_alone_are_drawn_each_with_its_own_video(
     trajectories: Trajectories, min_sigma: float
 ) -> None:
-    endings = Endpoints(trajectories, min_sigma)
-    states, sigma, x0 = endings.draw(63, torch.Generator().manual_seed(0), "cpu")
+    endpoints = Endpoints(trajectories, min_sigma)
+    picks = endpoints.pick(63, torch.Generator().manual_seed(0))
+    states, sigma, x0 = endpoints.take(picks, "cpu")
     assert bool((sigma >= min_sigma).all())
     torch.testing.assert_close(sigma, trajectories.sigmas[states.step])
     every = trajectories.take(torch.arange(len(trajectories)), "cpu")

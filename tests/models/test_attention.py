@@ -100,7 +100,7 @@ def test_a_hardened_layer_computes_its_branch_alone(choice: str) -> None:
     mixed(*triple)
     assert sorted(calls) == ["linear", "softmax"]
     calls.clear()
-    mixed.harden(choice)
+    mixed.mode = choice
     torch.testing.assert_close(mixed(*triple), expected, rtol=0, atol=0)
     assert calls == [choice]
 
@@ -112,9 +112,12 @@ def test_a_hardened_layer_gives_r_no_gradient() -> None:
     assert mixed.layer_score.grad is None
 
 
-def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(ValueError, match="'both' given"):
-        make_mixed(0.5).harden("both")
+def test_a_disabled_layer_is_softmax_in_any_mode() -> None:
+    triple, mixed = make_triple(), make_mixed(0.4)
+    mixed.enabled = False
+    for mode in ("mixed", "linear", "softmax"):
+        mixed.mode = mode
+        assert torch.equal(mixed(*triple), mixed.softmax(*triple))
 
 
 @pytest.mark.parametrize("feature_dim", [-2, 0, 1, 15])

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linvideo_core.flow import euler_step, guide, make_sigmas
+from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect, count_bytes
-from tests.conftest import TEXT_DIM
+from tests.conftest import TEXT_DIM, Recorder
 
 SETTINGS = TrajectoryConfig(
     num_trajectories=5,
@@ -25,6 +26,12 @@ SETTINGS = TrajectoryConfig(
 )
 HALF = {"rtol": 2e-3, "atol": 4e-3}  # stored in fp16
 Shards = list[dict[str, Tensor]]
+
+
+def sample(teacher: Teacher, settings: TrajectoryConfig, root: Path, **how: Any) -> Trajectories:
+    """Collect trajectories below a folder."""
+    settings = dataclasses.replace(settings, teacher_folder=root)
+    return collect(teacher, settings, Run(folder=root, **{"seed": 1, **how}))
 
 
 def shards_in(root: Path) -> list[Path]:
@@ -40,7 +47,7 @@ def read_bytes(root: Path) -> dict[str, bytes]:
 
 
 def test_shards_hold_every_video_once(teacher: Teacher, tmp_path: Path) -> None:
-    trajectories = collect(teacher, SETTINGS, tmp_path, seed=1)
+    trajectories = sample(teacher, SETTINGS, tmp_path)
     shards = read(tmp_path)
     assert [len(shard["prompt"]) for shard in shards] == [2, 2, 1]
     assert len(trajectories) == 5 * 3
@@ -60,7 +67,7 @@ def test_stored_states_lie_on_the_teachers_own_euler_trajectory(
     teacher: Teacher, tmp_path: Path
 ) -> None:
     settings = dataclasses.replace(SETTINGS, states_per_trajectory=7)
-    collect(teacher, settings, tmp_path, seed=1)
+    sample(teacher, settings, tmp_path)
     sigmas = make_sigmas(7, 3.0)
     for shard in read(tmp_path):
         size = len(shard["prompt"])
@@ -85,7 +92,7 @@ def test_stored_states_lie_on_the_teachers_own_euler_trajectory(
 
 def test_a_trajectory_starts_at_standard_noise(teacher: Teacher, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, num_trajectories=40, states_per_trajectory=7)
-    collect(teacher, dataclasses.replace(settings, shard_size=40), tmp_path, seed=1)
+    sample(teacher, dataclasses.replace(settings, shard_size=40), tmp_path)
     noise = read(tmp_path)[0]["latents"][:, 0].float()
     assert float(noise.mean()) == pytest.approx(0, abs=4 * noise.numel() ** -0.5)
     assert float(noise.std()) == pytest.approx(1, abs=4 * (2 * noise.numel()) ** -0.5)
@@ -94,9 +101,9 @@ def test_a_trajectory_starts_at_standard_noise(teacher: Teacher, tmp_path: Path)
 def test_keeping_fewer_states_keeps_states_of_the_same_trajectory(
     teacher: Teacher, tmp_path: Path
 ) -> None:
-    collect(teacher, SETTINGS, tmp_path / "few", seed=1)
+    sample(teacher, SETTINGS, tmp_path / "few")
     every = dataclasses.replace(SETTINGS, states_per_trajectory=7)
-    collect(teacher, every, tmp_path / "all", seed=1)
+    sample(teacher, every, tmp_path / "all")
     for few, full in zip(read(tmp_path / "few"), read(tmp_path / "all"), strict=True):
         assert torch.equal(few["prompt"], full["prompt"])
         for video, steps in enumerate(few["step"]):
@@ -106,65 +113,27 @@ def test_keeping_fewer_states_keeps_states_of_the_same_trajectory(
 
 def test_kept_states_are_spread_over_the_noise_levels(teacher: Teacher, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, num_trajectories=63, shard_size=63)
-    collect(teacher, settings, tmp_path, seed=1)
+    sample(teacher, settings, tmp_path)
     steps = read(tmp_path)[0]["step"]
     strata = [(0, 1), (2, 3, 4), (5, 6)]
     for column, stratum in zip(steps.T, strata, strict=True):
         assert set(column.tolist()) == set(stratum)
 
 
-@pytest.mark.parametrize("lost", [(0,), (1, 2), (0, 1, 2)])
-def test_lost_shards_are_sampled_again_to_the_same_bytes(
-    lost: tuple[int, ...], teacher: Teacher, tmp_path: Path
+@pytest.mark.parametrize("damage", ["lost", "empty", "junk", "cut"])
+def test_a_lost_or_damaged_shard_is_sampled_again_to_the_same_bytes(
+    damage: str, teacher: Teacher, tmp_path: Path
 ) -> None:
-    collect(teacher, SETTINGS, tmp_path, seed=1)
-    whole = read_bytes(tmp_path)
-    for i in reversed(lost):
-        shards_in(tmp_path)[i].unlink()
-    collect(teacher, SETTINGS, tmp_path, seed=1)
-    assert read_bytes(tmp_path) == whole
-
-
-@pytest.mark.parametrize("damage", [b"", b"junk", None])
-def test_a_damaged_shard_is_sampled_again_to_the_same_bytes(
-    damage: bytes | None, teacher: Teacher, tmp_path: Path
-) -> None:
-    collect(teacher, SETTINGS, tmp_path, seed=1)
+    sample(teacher, SETTINGS, tmp_path)
     whole = read_bytes(tmp_path)
     path = shards_in(tmp_path)[1]
-    path.write_bytes(path.read_bytes()[:-5] if damage is None else damage)
-    collect(teacher, SETTINGS, tmp_path, seed=1)
+    content = {"empty": b"", "junk": b"junk", "cut": path.read_bytes()[:-5]}
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(content[damage])
+    sample(teacher, SETTINGS, tmp_path)
     assert read_bytes(tmp_path) == whole
-
-
-def test_whole_shards_are_not_sampled_again(teacher: Teacher, tmp_path: Path) -> None:
-    collect(teacher, SETTINGS, tmp_path, seed=1)
-    calls: list[int] = []
-    teacher.model.register_forward_hook(lambda *_: calls.append(1))
-    collect(teacher, SETTINGS, tmp_path, seed=1)
-    assert calls == []
-
-
-def test_interruption_at_any_step_changes_nothing(teacher: Teacher, tmp_path: Path) -> None:
-    collect(teacher, SETTINGS, tmp_path / "unbroken", seed=1)
-
-    class Stopped(Exception):
-        pass
-
-    for num_calls in (3, 10, 5):
-        calls: list[int] = []
-
-        def stop(*_: object, calls: list[int] = calls, limit: int = num_calls) -> None:
-            calls.append(1)
-            if len(calls) == limit:
-                raise Stopped
-
-        hook = teacher.model.register_forward_hook(stop)
-        with pytest.raises(Stopped):
-            collect(teacher, SETTINGS, tmp_path / "broken", seed=1)
-        hook.remove()
-    collect(teacher, SETTINGS, tmp_path / "broken", seed=1)
-    assert read_bytes(tmp_path / "broken") == read_bytes(tmp_path / "unbroken")
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -185,14 +154,13 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_what_decides_the_samples_gets_a_folder_of_its_own(
     name: str, teacher: Teacher, tmp_path: Path
 ) -> None:
-    collect(teacher, SETTINGS, tmp_path, seed=1)
+    sample(teacher, SETTINGS, tmp_path)
     before = read_bytes(tmp_path)
     change = dict(OTHERS[name])
-    how = {"seed": 1, "precision": "fp32"}
-    how = {key: change.pop(key, value) for key, value in how.items()}
-    of_subject = {key: change.pop(key) for key in list(change) if hasattr(teacher, key)}
-    other = dataclasses.replace(teacher, **of_subject)
-    collect(other, dataclasses.replace(SETTINGS, **change), tmp_path, **how)
+    how = {key: change.pop(key) for key in ("seed", "precision") if key in change}
+    own = {key: change.pop(key) for key in list(change) if hasattr(teacher, key)}
+    other = dataclasses.replace(teacher, **own)
+    sample(other, dataclasses.replace(SETTINGS, **change), tmp_path, **how)
     after = read_bytes(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert len(after) == 2 * len(before) and after.items() >= before.items()
@@ -206,7 +174,7 @@ def count_videos(teacher: Teacher, settings: TrajectoryConfig, root: Path) -> in
         sizes.append(len(args[0]) // 2)
 
     hook = teacher.model.register_forward_pre_hook(see)
-    collect(teacher, settings, root, seed=1)
+    sample(teacher, settings, root)
     hook.remove()
     return sum(sizes) // settings.sampler_steps
 
@@ -220,9 +188,9 @@ def states_of(trajectories: Trajectories) -> dict[str, Tensor]:
 def test_a_video_is_the_same_whatever_number_is_sampled_together(
     size: int, teacher: Teacher, tmp_path: Path
 ) -> None:
-    expected = states_of(collect(teacher, SETTINGS, tmp_path / "two", seed=1))
+    expected = states_of(sample(teacher, SETTINGS, tmp_path / "two"))
     settings = dataclasses.replace(SETTINGS, shard_size=size)
-    found = states_of(collect(teacher, settings, tmp_path / "other", seed=1))
+    found = states_of(sample(teacher, settings, tmp_path / "other"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, **HALF)
     assert torch.equal(found["step"], expected["step"])
@@ -250,8 +218,8 @@ def test_after_a_smaller_shard_size_or_more_videos_all_that_is_there_is_kept(
         "000005-000007",
         "000008-000008",
     ]
-    expected = states_of(collect(teacher, more, tmp_path / "at once", seed=1))
-    found = states_of(collect(teacher, more, tmp_path, seed=1))
+    expected = states_of(sample(teacher, more, tmp_path / "at once"))
+    found = states_of(sample(teacher, more, tmp_path))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, **HALF)
     assert read_bytes(tmp_path).items() >= {n: first[n] for n in list(first)[:1]}.items()
@@ -259,15 +227,15 @@ def test_after_a_smaller_shard_size_or_more_videos_all_that_is_there_is_kept(
 
 def test_what_two_runs_sampled_twice_is_read_once(teacher: Teacher, tmp_path: Path) -> None:
     """As when both began together, with other shard sizes."""
-    expected = states_of(collect(teacher, SETTINGS, tmp_path, seed=1))
+    expected = states_of(sample(teacher, SETTINGS, tmp_path))
     other = dataclasses.replace(SETTINGS, shard_size=3)
-    collect(teacher, other, tmp_path / "other", seed=1)
+    sample(teacher, other, tmp_path / "other")
     folder = shards_in(tmp_path)[0].parent
     for path in shards_in(tmp_path / "other"):
         path.rename(folder / path.name)
     assert len(shards_in(tmp_path)) == 5
     assert count_videos(teacher, SETTINGS, tmp_path) == 0
-    found = collect(teacher, SETTINGS, tmp_path, seed=1)
+    found = sample(teacher, SETTINGS, tmp_path)
     assert len(found) == 15
     for name, tensor in states_of(found).items():
         torch.testing.assert_close(tensor, expected[name], **HALF)
@@ -276,26 +244,27 @@ def test_what_two_runs_sampled_twice_is_read_once(teacher: Teacher, tmp_path: Pa
 def test_a_shard_that_another_run_made_meanwhile_is_not_sampled_again(
     teacher: Teacher, tmp_path: Path
 ) -> None:
-    collect(teacher, SETTINGS, tmp_path / "theirs", seed=1)
+    sample(teacher, SETTINGS, tmp_path / "theirs")
     theirs = shards_in(tmp_path / "theirs")
 
-    def deliver(stage: str, done: int, total: int, **metrics: float) -> None:
-        mine = tmp_path / "mine" / theirs[1].parent.name
-        if mine.exists() and theirs[1].exists():
-            theirs[1].rename(mine / theirs[1].name)
+    class Deliver(Recorder):
+        def on_step_end(self, done: int, **metrics: float) -> None:
+            mine = tmp_path / "mine" / theirs[1].parent.name
+            if mine.exists() and theirs[1].exists():
+                theirs[1].rename(mine / theirs[1].name)
 
     sizes: list[int] = []
     teacher.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]) // 2))
-    collect(teacher, SETTINGS, tmp_path / "mine", seed=1, progress=deliver)
+    sample(teacher, SETTINGS, tmp_path / "mine", callbacks=Deliver())
     assert sum(sizes) == 3 * SETTINGS.sampler_steps
 
 
 def test_a_file_of_something_else_is_refused(teacher: Teacher, tmp_path: Path) -> None:
-    collect(teacher, SETTINGS, tmp_path, seed=1)
+    sample(teacher, SETTINGS, tmp_path)
     path = shards_in(tmp_path)[1]
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="sampled with other settings; delete") as caught:
-        collect(teacher, SETTINGS, tmp_path, seed=1)
+        sample(teacher, SETTINGS, tmp_path)
     assert path.exists() and "\n" not in str(caught.value)
 
 
@@ -304,14 +273,14 @@ def test_samples_that_the_disk_cannot_hold_are_refused_before_one_is_made(
 ) -> None:
     huge = dataclasses.replace(teacher, latent_shape=(4, 10**6, 10**4, 10**4))
     with pytest.raises(ValueError, match=r"samples take .* --teacher-folder on another") as caught:
-        collect(huge, SETTINGS, tmp_path / "new", seed=1)
+        sample(huge, SETTINGS, tmp_path / "new")
     assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
 
 
 def test_the_room_that_samples_are_said_to_take_is_what_they_take(
     teacher: Teacher, tmp_path: Path
 ) -> None:
-    collect(teacher, SETTINGS, tmp_path, seed=1)
+    sample(teacher, SETTINGS, tmp_path)
     found = sum(path.stat().st_size for path in shards_in(tmp_path))
     told = count_bytes(SETTINGS, teacher.latent_shape)
     assert told < found < told + 4096 * len(shards_in(tmp_path))
@@ -323,51 +292,37 @@ def test_samples_lie_beside_the_run_or_where_they_are_wanted(tmp_path: Path) -> 
     assert elsewhere.folder_beside(tmp_path / "runs" / "a") == tmp_path / "x"
 
 
-def test_progress_counts_videos_up_to_all_and_is_said_at_every_step(
-    teacher: Teacher, tmp_path: Path
-) -> None:
-    seen: list[int] = []
-
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        assert total == 5
-        seen.append(done)
-
-    collect(teacher, SETTINGS, tmp_path, seed=1, progress=progress)
-    assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3, 4, 5}
-    # Three shards, each said once before its first step, and the end.
-    assert len(seen) == 3 * (1 + SETTINGS.sampler_steps) + 1
-
-
 def test_an_interruption_costs_the_shard_in_the_making_alone(
     teacher: Teacher, tmp_path: Path
 ) -> None:
-    class Interruption(BaseException):
-        pass
-
-    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
-        if done == 3:
-            raise Interruption
-
-    with pytest.raises(Interruption):
-        collect(teacher, SETTINGS, tmp_path / "broken", seed=1, progress=interrupt)
-    assert [path.name for path in shards_in(tmp_path / "broken")] == [
-        "videos-000000-000001.safetensors"
-    ]
-    collect(teacher, SETTINGS, tmp_path / "broken", seed=1)
-    collect(teacher, SETTINGS, tmp_path / "unbroken", seed=1)
+    stop = Recorder(stop_at=("sampling_teacher", 3))
+    with pytest.raises(KeyboardInterrupt):
+        sample(teacher, SETTINGS, tmp_path / "broken", callbacks=stop)
+    names = [path.name for path in shards_in(tmp_path / "broken")]
+    assert names == ["videos-000000-000001.safetensors"]
+    rest, whole = Recorder(), Recorder()
+    sample(teacher, SETTINGS, tmp_path / "broken", callbacks=rest)
+    sample(teacher, SETTINGS, tmp_path / "unbroken", callbacks=whole)
     assert read_bytes(tmp_path / "broken") == read_bytes(tmp_path / "unbroken")
+    for recorder, first in ((rest, 2), (whole, 0)):
+        assert recorder.totals == {"sampling_teacher": 5}
+        done = [done for _, done in recorder.seen]
+        assert done == sorted(done) and set(done) == set(range(first, 6))
+    # Once at the start, then at each of the sampler's steps and after each of three shards.
+    assert len(whole.seen) == 1 + 3 * (SETTINGS.sampler_steps + 1)
 
 
 def small(teacher: Teacher, folder: Path) -> Trajectories:
     settings = dataclasses.replace(SETTINGS, num_trajectories=3, states_per_trajectory=2)
-    return collect(teacher, settings, folder, seed=1)
+    return sample(teacher, settings, folder)
 
 
 def test_draw_is_uniform_over_states_of_uneven_shards(teacher: Teacher, tmp_path: Path) -> None:
     trajectories = small(teacher, tmp_path)
     assert len(trajectories) == 6
-    drawn = trajectories.draw(3000, torch.Generator().manual_seed(0), "cpu")
-    _, counts = drawn.latents.flatten(1).sum(1).unique(return_counts=True)
+    picks = trajectories.pick(3000, torch.Generator().manual_seed(0))
+    latents = trajectories.take(picks, "cpu").latents
+    _, counts = latents.flatten(1).sum(1).unique(return_counts=True)
     assert len(counts) == 6
     # Five standard deviations of a binomial count.
     assert float((counts - 500).abs().max()) < 5 * (3000 / 6 * 5 / 6) ** 0.5
@@ -382,13 +337,14 @@ def test_levels_are_drawn_by_their_density_however_many_states_they_have(
     density[kept] = torch.arange(1.0, len(kept) + 1)
     density /= density.sum()
     weights = trajectories.weigh(density)
-    drawn = trajectories.draw(4000, torch.Generator().manual_seed(0), "cpu", weights=weights)
-    shares = drawn.step.bincount(minlength=len(density)) / 4000
+    picks = trajectories.pick(4000, torch.Generator().manual_seed(0), weights)
+    shares = trajectories.steps()[picks].bincount(minlength=len(density)) / 4000
     torch.testing.assert_close(shares, density, rtol=0, atol=0.04)
 
 
 def test_what_is_drawn_belongs_together(teacher: Teacher, tmp_path: Path) -> None:
-    drawn = small(teacher, tmp_path).draw(63, torch.Generator().manual_seed(0), "cpu")
+    trajectories = small(teacher, tmp_path)
+    drawn = trajectories.take(trajectories.pick(63, torch.Generator().manual_seed(0)), "cpu")
     stored = {}
     for shard in read(tmp_path):
         for video, prompt in enumerate(shard["prompt"]):
@@ -415,15 +371,6 @@ def test_states_are_numbered_video_by_video_through_falling_noise(
     assert (states.prompt.view(by_video.shape).diff(dim=1) == 0).all()
     some = trajectories.take(torch.tensor([3, 0]), "cpu")
     assert torch.equal(some.latents, states.latents[[3, 0]])
-
-
-def test_the_generator_alone_decides_a_draw(teacher: Teacher, tmp_path: Path) -> None:
-    trajectories = small(teacher, tmp_path)
-    first, again, other = (
-        trajectories.draw(20, torch.Generator().manual_seed(seed), "cpu") for seed in (0, 0, 1)
-    )
-    assert torch.equal(first.latents, again.latents)
-    assert not torch.equal(first.latents, other.latents)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_each_process_holds_its_part_of_the_one_copy_of_the_weights(
 
 
 def test_the_teacher_comes_out_of_the_shards_as_it_went_in(folder: Path) -> None:
-    teacher = program.make_teacher().model.state_dict()
+    teacher = program.make_frozen_teacher().model.state_dict()
     for name in SCENARIOS[:3]:
         found = load_file(folder / "two" / name / "teacher.safetensors")
         assert all(torch.equal(found[key], teacher[key]) for key in teacher)

@@ -9,12 +9,14 @@ from linvideo_core.models.attention_sites import checkpoint_activations
 from linvideo_core.models.config import FROZEN
 from linvideo_core.models.quantized import place
 from linvideo_core.models.velocity import bind
+from linvideo_core.run.context import Run
 from linvideo_core.run.memory import Transformer, training_needs
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import seed_step
+from linvideo_core.transfer.batches import Batches
 from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
 from linvideo_core.transfer.student import Student, TransferTask
 from linvideo_core.transfer.warm_start import WarmStart
@@ -45,19 +47,19 @@ def sample(teacher: Teacher, folder: Path) -> Trajectories:
     settings = TrajectoryConfig(
         num_trajectories=1, states_per_trajectory=2, sampler_steps=4, guidance_scale=2.0
     )
-    return collect(teacher, settings, folder, seed=0)
+    return collect(teacher, settings, Run(folder=folder / "run"))
 
 
-def peak_of_call(teacher: Teacher, choice: str | None, *, is_checkpointed: bool) -> int:
+def peak_of_call(teacher: Teacher, mode: str, *, is_checkpointed: bool) -> int:
     """Return the peak of a call in bf16 and its way back, all layers of one kind."""
-    student = Student(teacher, StudentConfig(lora_rank=2), seed=0)
-    for module in student.mixed.values():
-        module.choice = choice
-    if is_checkpointed:
-        checkpoint_activations(student.model, student.sites)
-    velocity_fn = bind(student.model, torch.randn(1, 5, TEXT_DIM), precision="bf16")
-    latents, sigma = torch.randn(1, *SHAPE), torch.tensor([0.5])
-    return peak_bytes(lambda: velocity_fn(latents, sigma).square().mean().backward())
+    with Student(teacher, StudentConfig(lora_rank=2), seed=0) as student:
+        for module in student.mixed.values():
+            module.mode = mode
+        if is_checkpointed:
+            checkpoint_activations(student.model, student.sites)
+        velocity_fn = bind(student.model, torch.randn(1, 5, TEXT_DIM), precision="bf16")
+        latents, sigma = torch.randn(1, *SHAPE), torch.tensor([0.5])
+        return peak_bytes(lambda: velocity_fn(latents, sigma).square().mean().backward())
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
@@ -66,7 +68,7 @@ def test_a_layer_that_mixes_keeps_two_outputs_more_than_one_that_does_not(
 ) -> None:
     """Recomputed, one layer at a time does."""
     alone, mixed = (
-        peak_of_call(large, choice, is_checkpointed=is_checkpointed) for choice in ("softmax", None)
+        peak_of_call(large, mode, is_checkpointed=is_checkpointed) for mode in ("softmax", "mixed")
     )
     num_keeping = 1 if is_checkpointed else NUM_LAYERS
     outputs = 2 * num_keeping * NUM_TOKENS * DIM * NARROW
@@ -81,16 +83,18 @@ def test_the_passes_before_the_one_that_learns_leave_nothing_behind(
     trajectories = sample(large, tmp_path)
     peaks = {}
     for objective in ("velocity", "adm"):
-        task = TransferTask(
-            Student(large, StudentConfig(lora_rank=2), seed=0),
-            large,
-            trajectories,
-            selection=SelectionConfig(target=1),
-            objective=ObjectiveConfig(objective=objective),
-            training=TrainingConfig(batch_size=1, activation_checkpointing=is_checkpointed),
-            precision="bf16",
-        )
-        peaks[objective] = peak_bytes(lambda task=task: task.loss(0, seed_step(0, 0))[0].backward())
+        with Student(large, StudentConfig(lora_rank=2), seed=0) as student:
+            task = TransferTask(
+                student,
+                large,
+                trajectories,
+                selection=SelectionConfig(target=1),
+                objective=ObjectiveConfig(objective=objective),
+                training=TrainingConfig(batch_size=1, activation_checkpointing=is_checkpointed),
+                run=Run(precision="bf16"),
+            )
+            step = lambda task=task: task.loss(0, seed_step(0, 0))[0].backward()  # noqa: E731
+            peaks[objective] = peak_bytes(step)
     assert peaks["adm"] <= 1.01 * peaks["velocity"]
 
 
@@ -102,23 +106,16 @@ def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step
     peaks = {}
     for num_layers in (2, NUM_LAYERS):
         teacher = make_large(num_layers, frozen)
-        student = Student(teacher, StudentConfig(lora_rank=2), seed=0)
-        task = WarmStart(
-            student.model,
-            student.mixed,
-            teacher,
-            sample(teacher, tmp_path / str(num_layers)),
-            batch_size=1,
-            prompt_dropout=0.0,
-            learning_rate=1e-2,
-            precision="bf16",
-        )
-        peaks[num_layers] = peak_bytes(
-            lambda task=task: task.loss(0, seed_step(0, 0))[0].backward()
-        )
+        trajectories = sample(teacher, tmp_path / str(num_layers))
+        with Student(teacher, StudentConfig(lora_rank=2), seed=0) as student:
+            batches = Batches(teacher, trajectories, ObjectiveConfig(objective="velocity"), 1)
+            run = Run(precision="bf16")
+            task = WarmStart(student.model, student.mixed, batches, learning_rate=1e-2, run=run)
+            step = lambda task=task: task.loss(0, seed_step(0, 0))[0].backward()  # noqa: E731
+            peaks[num_layers] = peak_bytes(step)
     gradients = (NUM_LAYERS - 2) * 2 * DIM * DIM // 2 * 4
     assert peaks[NUM_LAYERS] <= peaks[2] + gradients + NUM_TOKENS * DIM
-    assert peaks[NUM_LAYERS] <= peak_of_call(teacher, None, is_checkpointed=True)
+    assert peaks[NUM_LAYERS] <= peak_of_call(teacher, "mixed", is_checkpointed=True)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
@@ -145,4 +142,4 @@ def test_the_peak_of_a_step_is_no_less_than_it_was_told_and_no_twice_as_much(
         precision="bf16",
     )
     told = sum(need.num_bytes for need in needs)
-    assert told <= peak_of_call(large, None, is_checkpointed=is_checkpointed) <= 2 * told
+    assert told <= peak_of_call(large, "mixed", is_checkpointed=is_checkpointed) <= 2 * told

@@ -18,9 +18,16 @@ from linvideo_core.run.config import override
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer.config import StudentConfig, TransferConfig
-from linvideo_core.transfer.student import Student, twin
+from linvideo_core.transfer.student import Student
 from tests.allocations import peak_bytes
-from tests.conftest import LATENT_SHAPE, TEXT_DIM, make_teacher, make_wan, small_transfer
+from tests.conftest import (
+    LATENT_SHAPE,
+    TEXT_DIM,
+    Recorder,
+    make_teacher,
+    make_wan,
+    small_transfer,
+)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -43,10 +50,11 @@ def move(teacher: Teacher, num_blocks: int, device: str = "cpu") -> Teacher:
 
 def gradients(teacher: Teacher, inputs: Inputs, parameters: str) -> dict[str, Tensor]:
     """Return the loss and the gradients of a student whose layers are all mixed."""
-    student = make_student(teacher, parameters)
-    loss = student.model(*(x.to(teacher.prompt_embeds.device) for x in inputs)).square().mean()
-    loss.backward()
-    found = {n: p.grad.cpu() for n, p in student.model.named_parameters() if p.grad is not None}
+    with make_student(teacher, parameters) as student:
+        model, device = student.model, teacher.prompt_embeds.device
+        loss = model(*(x.to(device) for x in inputs)).square().mean()
+        loss.backward()
+        found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach().cpu(), **found}
 
 
@@ -87,16 +95,16 @@ def test_a_device_computes_the_same_with_offloaded_blocks(
             assert torch.equal(found[name], tensor), name
 
 
-def test_twins_share_the_weights_and_keep_their_own_attention(
+def test_a_student_on_offloaded_blocks_is_its_teacher_while_disabled(
     teacher: Teacher, inputs: Inputs
 ) -> None:
     own = move(teacher, 2)
-    expected, student = own.model(*inputs), Student(own, StudentConfig(lora_rank=2), seed=0)
-    for theirs, mine in zip(own.model.parameters(), twin(own.model).parameters(), strict=True):
-        assert theirs is mine
-    for module in student.mixed.values():
-        module.mode = "linear"
-    assert not torch.equal(student.model(*inputs), expected)
+    expected = own.model(*inputs)
+    with Student(own, StudentConfig(lora_rank=2), seed=0) as student:
+        student.harden([0, 1, 2])
+        assert not torch.equal(student.model(*inputs), expected)
+        with student.disabled():
+            assert torch.equal(own.model(*inputs), expected)
     assert torch.equal(own.model(*inputs), expected)
     assert torch.equal(expected, teacher.model(*inputs))
 
@@ -134,6 +142,10 @@ def test_a_device_holds_no_more_than_two_blocks_at_a_time() -> None:
     assert peaks[0] - peaks[1] > 5.5 * block
 
 
+class StopError(Exception):
+    """Stands for an interruption."""
+
+
 def test_what_was_copied_ahead_is_not_used_when_it_is_out_of_date(
     teacher: Teacher, linearized: artifact.Artifact, inputs: Inputs
 ) -> None:
@@ -149,6 +161,7 @@ def test_what_was_copied_ahead_is_not_used_when_it_is_out_of_date(
     student.model.blocks[1].self_attn.register_forward_hook(fail_on_the_way_back)
     with pytest.raises(StopError):
         student.model(*inputs).square().mean().backward()
+    student.remove()
     # Block 0 would have been next.
     with artifact.transfer_into(own.model, linearized):
         found = own.model(*inputs)
@@ -173,18 +186,6 @@ def config(tmp_path: Path) -> TransferConfig:
     save_file(make_wan().state_dict(), tmp_path / "wan.safetensors")
     values = {"steps": 4, "checkpoint_every": 2, "activation_checkpointing": True}
     return small_transfer(tmp_path / "wan.safetensors", **values)
-
-
-class StopError(Exception):
-    """Stands for an interruption."""
-
-
-def stop_at(step: int) -> Any:
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        if stage == "training" and done == step:
-            raise StopError
-
-    return progress
 
 
 def test_a_transfer_and_a_distillation_with_offloaded_blocks_make_the_same_files(
@@ -216,8 +217,8 @@ def test_a_run_is_continued_with_another_number_of_offloaded_blocks(
     config = override(config, {"frozen": "bf16", "evaluate_samples": 0})
     whole = transfer.run(override(config, {"out": tmp_path / "whole"}))
     broken = override(config, {"out": tmp_path / "broken", "offload_blocks": 3})
-    with pytest.raises(StopError):
-        transfer.run(broken, stop_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        transfer.run(broken, Recorder(stop_at=("training", 3)))
     resumed = transfer.run(override(broken, {"offload_blocks": 1}))
     expected, found = load_file(whole), load_file(resumed)
     for name, tensor in expected.items():

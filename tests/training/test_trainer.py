@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from linvideo_core.run.context import Run
 from linvideo_core.training.checkpoint import CHECKPOINT_NAME, finished_steps
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import ParameterGroup, fit, learning_rate_share, seed_step
+from tests.conftest import Recorder
 
 ROOT = Path(__file__).parents[2]
 SIZE = 7
@@ -80,7 +82,7 @@ def train(folder: Path, *, prepare: Callable = lambda task: None, **options: Any
     config = dataclasses.replace(SETTINGS, **options)
     task = LeastSquares(config)
     prepare(task)
-    fit(task, config, folder, seed=3)
+    fit(task, config, Run(folder=folder, seed=3))
     return task
 
 
@@ -136,25 +138,17 @@ def test_an_interrupted_run_equals_an_unbroken_one_bit_for_bit(
     assert (left / "metrics.jsonl").read_bytes() == (right / "metrics.jsonl").read_bytes()
 
 
-class Interruption(BaseException):
-    """Stands for Ctrl-C, and for a host's own interruption, which is no Exception either."""
-
-
 @pytest.mark.parametrize("moment", [0, 1, 6, 19, 20])
 def test_an_interruption_keeps_every_finished_step_and_the_resumed_run_equals_an_unbroken_one(
     moment: int, tmp_path: Path
 ) -> None:
     unbroken = train(tmp_path / "unbroken")
-    seen: list[tuple[int, int]] = []
-
-    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
-        seen.append((done, total))
-        if done == moment:
-            raise Interruption
-
-    with pytest.raises(Interruption):
-        fit(LeastSquares(SETTINGS), SETTINGS, tmp_path / "broken", seed=3, progress=interrupt)
-    assert seen == [(step, 20) for step in range(moment + 1)]
+    recorder = Recorder(stop_at=("training", moment))
+    broken = Run(folder=tmp_path / "broken", seed=3, callbacks=recorder)
+    with pytest.raises(KeyboardInterrupt):
+        fit(LeastSquares(SETTINGS), SETTINGS, broken)
+    assert [done for _, done in recorder.seen] == [0, *range(1, moment + 1)]
+    assert recorder.totals == {"training": 20}
     if moment:
         assert read_checkpoint(tmp_path / "broken")[0]["step"] == str(moment)
     resumed = train(tmp_path / "broken")
@@ -168,11 +162,11 @@ def test_a_step_stopped_while_it_changes_the_weights_is_dropped(tmp_path: Path) 
     def prepare(task: LeastSquares) -> None:
         def stop(step: int) -> None:
             if step == 6:
-                raise Interruption
+                raise KeyboardInterrupt
 
         task.after_step = stop
 
-    with pytest.raises(Interruption):
+    with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "broken", prepare=prepare)
     assert read_checkpoint(tmp_path / "broken")[0]["step"] == "4"
     assert torch.equal(train(tmp_path / "broken").weight, unbroken.weight)
@@ -185,12 +179,9 @@ def test_an_interruption_after_the_weights_were_lost_leaves_the_last_good_checkp
     task = LeastSquares(config)
     spoil_at(6)(task)
 
-    def interrupt(stage: str, done: int, total: int, **metrics: float) -> None:
-        if done == 7:
-            raise Interruption
-
-    with pytest.raises(Interruption):
-        fit(task, config, tmp_path, seed=3, progress=interrupt)
+    run = Run(folder=tmp_path, seed=3, callbacks=Recorder(stop_at=("training", 7)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(task, config, run)
     assert read_checkpoint(tmp_path)[0]["step"] == "4"
 
 
@@ -400,8 +391,94 @@ def test_impossible_settings_are_refused_by_flag(options: dict[str, float]) -> N
 
 def test_the_steps_that_are_kept_can_be_told_of_any_folder(tmp_path: Path) -> None:
     assert finished_steps(tmp_path / "none") == 0
-    fit(LeastSquares(SETTINGS), SETTINGS, tmp_path, seed=0)
+    fit(LeastSquares(SETTINGS), SETTINGS, Run(folder=tmp_path))
     assert finished_steps(tmp_path) == SETTINGS.steps
     path = tmp_path / CHECKPOINT_NAME
     path.write_bytes(path.read_bytes()[:20])
     assert finished_steps(tmp_path) == 0
+
+
+class InTurns:
+    """Two numbers that both want to be 1; the second has its turn at every third step."""
+
+    def __init__(self) -> None:
+        self.first, self.second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [
+            ParameterGroup({"first": self.first}, 0.1, network="critic"),
+            ParameterGroup({"second": self.second}, 0.1, every=3, network="generator"),
+        ]
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        loss = (self.first - 1).square().sum()
+        return (loss if step % 3 else loss + 100 * (self.second - 1).square().sum()), {}
+
+    def after_step(self, step: int) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+def settings(steps: int) -> TrainingConfig:
+    return TrainingConfig(steps=steps, checkpoint_every=2, log_every=1, warmup_steps=0)
+
+
+def test_networks_move_in_their_turns_and_are_clipped_apart(tmp_path: Path) -> None:
+    task = InTurns()
+    weights = [(task.first.detach().clone(), task.second.detach().clone())]
+    task.after_step = lambda step: weights.append(
+        (task.first.detach().clone(), task.second.detach().clone())
+    )
+    fit(task, settings(4), Run(folder=tmp_path))
+    moved = [
+        tuple(not torch.equal(a, b) for a, b in zip(*pair, strict=True))
+        for pair in itertools.pairwise(weights)
+    ]
+    assert moved == [(True, True), (True, False), (True, False), (True, True)]
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    assert "critic_gradient_norm" in rows and "generator_gradient_norm" in rows
+
+
+class Finder:
+    """Finds a fault in the row of step `at`, or nothing."""
+
+    def __init__(self, at: int, delay: int) -> None:
+        self.at = at
+        self.delay = delay
+        self.num_seen = 0
+
+    def __call__(self, row: Mapping[str, Any]) -> str | None:
+        self.num_seen += 1
+        return "the videos became alike" if self.num_seen == self.at + 1 else None
+
+
+@pytest.mark.parametrize(
+    ("at", "delay", "kept"), [(6, 1, 4), (6, 2, 4), (6, 3, 2), (7, 1, 6), (7, 2, 4), (7, 5, 2)]
+)
+def test_a_fault_ends_training_at_the_last_checkpoint_from_before_it(
+    at: int, delay: int, kept: int, tmp_path: Path
+) -> None:
+    """A checkpoint follows every second step; the fault began `delay - 1` rows earlier."""
+    with pytest.raises(ValueError, match=f"the videos became alike at step {at}; the last good"):
+        fit(InTurns(), settings(9), Run(folder=tmp_path), monitor=Finder(at, delay))
+    found = load_file(tmp_path / "checkpoint.safetensors")
+    other = Run(folder=tmp_path / "other", callbacks=Recorder(stop_at=("training", kept)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(InTurns(), settings(9), other)
+    stopped = load_file(tmp_path / "other" / "checkpoint.safetensors")
+    assert found.keys() == stopped.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], stopped[name], rtol=0, atol=0)
+
+
+def test_a_fault_from_the_start_leaves_no_checkpoint_and_a_whole_run_leaves_one(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match="no good checkpoint is there"):
+        fit(InTurns(), settings(9), Run(folder=tmp_path), monitor=Finder(5, 6))
+    assert not list(tmp_path.glob("*.safetensors"))
+    fit(InTurns(), settings(9), Run(folder=tmp_path), monitor=Finder(10, 2))
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["checkpoint.safetensors"]

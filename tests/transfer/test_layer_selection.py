@@ -1,30 +1,24 @@
 """Which layers become linear: the counts, the losses, the choice."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linvideo_core.transfer.layer_selection.scores import (
-    BUDGETS,
-    along_budget,
-    budget_loss,
-    project,
-    rounding_loss,
-)
 from torch import Tensor
 
 from linvideo_core.models.attention import LinearAttention, MixedAttention
 from linvideo_core.transfer.config import SelectionConfig
 from linvideo_core.transfer.layer_selection.rules import (
     Selection,
+    along_budget,
     alpha_at,
+    budget_loss,
     check_layers,
-    choose,
     choose_layers,
-    start_scores,
+    project,
+    rounding_loss,
 )
 
 SCORES = (0.9, 0.2, 0.45, 0.7, 0.05)
@@ -37,8 +31,13 @@ def scores(*values: float) -> Tensor:
 def make_selection(
     num_layers: int = 5, *, num_steps: int = 20, **options: float | str
 ) -> Selection:
-    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in range(num_layers)}
-    return Selection(mixed, SelectionConfig(**{"target": 2, **options}), num_steps)
+    return Selection(
+        make_mixed(*range(num_layers)), SelectionConfig(**{"target": 2, **options}), num_steps
+    )
+
+
+def make_mixed(*layers: int) -> dict[int, MixedAttention]:
+    return {layer: MixedAttention(LinearAttention(1, 4, 4), 1.0) for layer in layers}
 
 
 def set_scores(selection: Selection, values: tuple[float, ...]) -> None:
@@ -46,30 +45,14 @@ def set_scores(selection: Selection, values: tuple[float, ...]) -> None:
         module.layer_score.data.fill_(value)
 
 
-def test_the_rounded_budget_counts_layers_and_passes_the_gradient_straight_through() -> None:
-    r = scores()
-    loss = budget_loss(r, 1, "rounded")
-    # Three of the five lie below one half; one is wanted.
-    assert loss.item() == 4
-    loss.backward()
-    torch.testing.assert_close(r.grad, torch.full((5,), 2.0 * (3 - 1) * -1))
-
-
-def test_the_sum_budget_counts_the_unrounded_share() -> None:
+def test_the_budget_loss_counts_the_share_that_is_linear() -> None:
     r = scores()
     count = sum(1 - value for value in SCORES)
-    loss = budget_loss(r, 1, "sum")
+    loss = budget_loss(r, 1)
     assert loss.item() == pytest.approx((count - 1) ** 2)
     loss.backward()
     torch.testing.assert_close(r.grad, torch.full((5,), -2 * (count - 1)))
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("target", [1, 3])
-def test_a_budget_is_zero_exactly_on_target(budget: str, target: int) -> None:
-    r = scores(*[0.0] * target, *[1.0] * (5 - target))
-    for wanted in range(1, 6):
-        assert budget_loss(r, wanted, budget).item() == (target - wanted) ** 2
+    assert budget_loss(scores(0.0, 0.0, 1.0), 2).item() == 0
 
 
 @pytest.mark.parametrize("alpha", [2.0, 5.5, 20.0])
@@ -100,21 +83,8 @@ def test_the_rounding_loss_drives_r_to_the_nearer_end_and_rests_at_one_half() ->
     assert float(r.grad[2]) < 0
 
 
-def test_alpha_falls_geometrically_from_its_start_to_its_end() -> None:
-    config = SelectionConfig(alpha_start=20.0, alpha_end=2.0)
-    assert alpha_at(config, 0.0) == pytest.approx(20)
-    assert alpha_at(config, 0.5) == pytest.approx(math.sqrt(40))
-    assert alpha_at(config, 1.0) == pytest.approx(2)
-
-
-@pytest.mark.parametrize("target", [1, 2, 5])
-def test_choose_picks_exactly_target_layers_with_the_lowest_r(target: int) -> None:
-    picks = choose(torch.tensor(SCORES), target)
-    assert picks == tuple(sorted(sorted(range(5), key=lambda i: SCORES[i])[:target]))
-
-
-def test_equal_scores_are_chosen_in_depth_order() -> None:
-    assert choose(torch.full((63,), 0.5), 3) == (0, 1, 2)
+def test_alpha_falls_geometrically_from_20_to_2() -> None:
+    assert [alpha_at(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([20, math.sqrt(40), 2])
 
 
 @pytest.mark.parametrize(("num_layers", "target"), [(1, 1), (5, 2), (30, 16), (7, 7)])
@@ -122,19 +92,16 @@ def test_the_start_meets_the_budget_with_equal_scores(num_layers: int, target: i
     selection = make_selection(num_layers, target=target)
     r = selection.layer_scores()
     assert r.unique().numel() == 1
-    assert budget_loss(r, target, "sum").item() == pytest.approx(0, abs=1e-8)
-    assert selection.layers is None
+    assert budget_loss(r, target).item() == pytest.approx(0, abs=1e-8)
+    assert selection.linear_layers is None
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_the_loss_is_the_weighted_sum_of_both_terms(budget: str) -> None:
-    selection = make_selection(selection_weight=0.3, selection_share=0.5, budget=budget)
+def test_the_loss_is_the_weighted_sum_of_both_terms() -> None:
+    selection = make_selection(selection_weight=0.3, selection_share=0.5)
     set_scores(selection, SCORES)
     for step, share in ((0, 0.0), (3, 0.5), (6, 1.0), (10, 1.0)):
         r = scores()
-        alpha = alpha_at(selection.config, share)
-        weight = selection.config.rounding_growth**share
-        expected = 0.3 * (budget_loss(r, 2, budget) + weight * rounding_loss(r, alpha))
+        expected = 0.3 * (budget_loss(r, 2) + 10**share * rounding_loss(r, alpha_at(share)))
         torch.testing.assert_close(selection.loss(step), expected)
 
 
@@ -148,7 +115,7 @@ def test_the_loss_reaches_every_score_and_nothing_else() -> None:
 
 
 def test_scores_are_kept_within_zero_and_one() -> None:
-    selection = make_selection(selection_share=1.0, budget="sum")
+    selection = make_selection(selection_share=1.0)
     set_scores(selection, (-0.5, 0.0, 0.3, 1.0, 1.7))
     selection.after_step(0)
     torch.testing.assert_close(
@@ -232,16 +199,23 @@ def test_the_choice_is_made_at_its_step_and_stays() -> None:
     set_scores(selection, SCORES)
     for step in range(5):
         selection.after_step(step)
-        assert selection.layers is None
-        assert all(module.choice is None for module in selection.mixed.values())
+        assert selection.linear_layers is None
+        assert all(module.mode == "mixed" for module in selection.mixed.values())
+        set_scores(selection, SCORES)
     selection.after_step(5)
-    assert selection.layers == [1, 4]
-    choices = [module.choice for module in selection.mixed.values()]
-    assert choices == ["softmax", "linear", "softmax", "softmax", "linear"]
+    assert selection.linear_layers == (1, 4)
+    modes = [module.mode for module in selection.mixed.values()]
+    assert modes == ["softmax", "linear", "softmax", "softmax", "linear"]
     assert float(selection.loss(6)) == 0
     set_scores(selection, (0.0, 1.0, 0.0, 1.0, 1.0))
     selection.after_step(6)
-    assert selection.layers == [1, 4]
+    assert selection.linear_layers == (1, 4)
+
+
+def test_equal_scores_are_chosen_in_depth_order() -> None:
+    selection = make_selection(63, num_steps=1, target=3)
+    selection.after_step(0)
+    assert selection.linear_layers == (0, 1, 2)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 63])
@@ -250,135 +224,59 @@ def test_training_never_ends_before_the_choice(num_steps: int, share: float) -> 
     selection = make_selection(num_steps=num_steps, selection_share=share)
     for step in range(num_steps):
         selection.after_step(step)
-    assert len(selection.layers) == 2
+    assert len(selection.linear_layers) == 2
 
 
 def test_layers_keep_the_models_own_numbers() -> None:
-    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in (3, 8, 11)}
+    mixed = make_mixed(3, 8, 11)
     selection = Selection(mixed, SelectionConfig(target=1), 1)
     mixed[8].layer_score.data.fill_(0.0)
     selection.after_step(0)
-    assert selection.layers == [8]
+    assert selection.linear_layers == (8,)
 
 
-def test_rules_choose_by_depth_and_count() -> None:
-    layers = range(10)
-
-    def pick(choice: str, target: int) -> list[int]:
-        return choose_layers(SelectionConfig(choice=choice, target=target), layers, 0)
-
-    assert pick("first", 3) == [0, 1, 2]
-    assert pick("last", 3) == [7, 8, 9]
-    assert pick("alternate", 5) == [1, 3, 5, 7, 9]
-    assert pick("alternate", 3) == [1, 5, 8]
-    assert pick("alternate", 1) == [5]
-
-
-@pytest.mark.parametrize("choice", ["first", "last", "alternate", "random"])
-@pytest.mark.parametrize("total", [1, 7, 30])
-def test_every_rule_chooses_target_layers_of_the_models_own_in_depth_order(
-    choice: str, total: int
+@pytest.mark.parametrize(
+    ("options", "layers", "expected"),
+    [
+        ({"choice": "alternate", "target": 5}, range(10), (1, 3, 5, 7, 9)),
+        ({"choice": "alternate", "target": 3}, range(10), (1, 5, 8)),
+        ({"choice": "alternate", "target": 1}, range(10), (5,)),
+        ({"layers": "11, 3", "target": 2}, (3, 8, 11), (3, 11)),
+        ({"choice": "sensitivity", "target": 2}, (3, 8, 11), (3, 11)),
+        ({"target": 1}, (3, 8, 11), None),
+    ],
+)
+def test_a_rule_a_list_or_a_ranking_chooses_and_a_learned_choice_does_not(
+    options: dict[str, str | int], layers: tuple[int, ...], expected: tuple[int, ...] | None
 ) -> None:
+    assert choose_layers(SelectionConfig(**options), layers, [11, 3, 8]) == expected
+
+
+@pytest.mark.parametrize("total", [1, 7, 30])
+def test_every_other_layer_is_as_many_different_layers_as_asked_for(total: int) -> None:
     layers = list(range(3, 3 + 2 * total, 2))
     for target in range(1, total + 1):
-        config = SelectionConfig(choice=choice, target=target)
-        picks = choose_layers(config, layers, seed=5)
-        assert picks == sorted(set(picks)) and len(picks) == target
+        picks = choose_layers(SelectionConfig(choice="alternate", target=target), layers)
+        assert picks == tuple(sorted(set(picks))) and len(picks) == target
         assert set(picks) <= set(layers)
 
 
-def test_the_seed_alone_decides_a_random_choice_and_every_layer_has_its_chance() -> None:
-    config = SelectionConfig(choice="random", target=3)
-    chosen = [choose_layers(config, range(10), seed) for seed in range(300)]
-    assert chosen == [choose_layers(config, range(10), seed) for seed in range(300)]
-    counts = [sum(layer in picks for picks in chosen) for layer in range(10)]
-    # 90 each on average, with a standard deviation of 8.
-    assert min(counts) > 60 and max(counts) < 120
-
-
-def test_a_list_is_taken_as_it_is_in_depth_order() -> None:
-    config = SelectionConfig(layers="11, 3", target=2)
-    assert config.rule == "listed"
-    assert choose_layers(config, [3, 8, 11], seed=0) == [3, 11]
-
-
-def test_a_ranking_chooses_its_first_layers_and_a_learned_choice_none() -> None:
-    ranked = SelectionConfig(choice="sensitivity", target=2)
-    assert choose_layers(ranked, [3, 8, 11], 0, [11, 3, 8]) == [3, 11]
-    with pytest.raises(ValueError, match="--choice sensitivity given without a ranking"):
-        choose_layers(ranked, [3, 8, 11], 0)
-    assert choose_layers(SelectionConfig(target=1), [3, 8, 11], 0, [11, 3, 8]) is None
-
-
-@pytest.mark.parametrize(("num_layers", "target"), [(30, 16), (40, 22), (10, 3), (5, 4), (2, 1)])
-def test_scores_from_a_ranking_follow_it_meet_the_budget_and_can_still_move(
-    num_layers: int, target: int
-) -> None:
-    layers = list(range(2, 2 + num_layers))
-    order = torch.randperm(num_layers, generator=torch.Generator().manual_seed(0))
-    ranking = [layers[i] for i in order.tolist()]
-    config = SelectionConfig(target=target, score_start="ranking")
-    starts = dict(zip(layers, start_scores(config, layers, ranking), strict=True))
-    ordered = [starts[layer] for layer in ranking]
-    assert all(low < high for low, high in itertools.pairwise(ordered))
-    assert sum(1 - r for r in ordered) == pytest.approx(target)
-    assert min(ordered) >= 0.1 - 1e-9 and max(ordered) <= 0.9 + 1e-9
-    assert max(ordered) - min(ordered) <= 0.5 + 1e-9
-    # The rounding loss pulls 50 times less than it does at 0 and 1.
-    r = scores(*ordered)
-    rounding_loss(r, config.alpha_start).backward()
-    assert r.grad.abs().max() < 40 / 50
-
-
-@pytest.mark.parametrize(("num_layers", "target"), [(7, 7), (30, 29), (1, 1)])
-def test_scores_start_alike_where_their_mean_leaves_no_room(num_layers: int, target: int) -> None:
-    layers = list(range(num_layers))
-    config = SelectionConfig(target=target, score_start="ranking")
-    assert start_scores(config, layers, layers[::-1]) == [1 - target / num_layers] * num_layers
-
-
-def test_a_selection_starts_from_the_ranking_it_is_given() -> None:
-    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in (3, 8, 11)}
-    config = SelectionConfig(target=1, score_start="ranking")
-    selection = Selection(mixed, config, 20, ranking=[11, 3, 8])
-    assert choose(selection.layer_scores(), 1) == (2,)
-    assert selection.layers is None and len(selection.trained_scores()) == 3
-    # 2 / 3 on average; 0.9 is the highest.
-    torch.testing.assert_close(
-        selection.layer_scores().detach(), torch.tensor([2 / 3, 0.9, 2 / 3 - 0.9 + 2 / 3])
-    )
-    for ranking in (None, [11, 3], [11, 3, 7]):
-        with pytest.raises(ValueError, match="--score-start ranking given with the ranking"):
-            Selection(mixed, config, 20, ranking=ranking)
-
-
-@pytest.mark.parametrize("options", [{"choice": "first"}, {"layers": "1,2,3", "target": 3}])
-def test_only_learned_scores_start_from_a_ranking(options: dict[str, str | int]) -> None:
-    with pytest.raises(ValueError, match=r"^--score-start ranking and a .* choice of layers given"):
-        SelectionConfig(score_start="ranking", **options)
+def test_a_choice_by_sensitivity_needs_a_ranking_of_the_models_layers() -> None:
+    with pytest.raises(ValueError, match="a ranking of the layers"):
+        choose_layers(SelectionConfig(choice="sensitivity", target=2), [3, 8, 11], [3, 8])
 
 
 def test_a_fixed_choice_is_hard_from_the_start_and_trains_no_score() -> None:
-    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in (3, 8, 11)}
-    selection = Selection(mixed, SelectionConfig(choice="last", target=1), 20, layers=[11])
-    assert selection.layers == [11]
-    assert [module.choice for module in mixed.values()] == ["softmax", "softmax", "linear"]
+    mixed = make_mixed(3, 8, 11)
+    selection = Selection(mixed, SelectionConfig(target=1), 20, linear_layers=[11])
+    assert [module.mode for module in mixed.values()] == ["softmax", "softmax", "linear"]
     assert selection.layer_scores().tolist() == [1, 1, 0]
     assert selection.trained_scores() == {}
     assert not selection.layer_scores().requires_grad
     for step in range(20):
         assert float(selection.loss(step)) == 0
         selection.after_step(step)
-    assert selection.layers == [11]
-
-
-@pytest.mark.parametrize(("choice", "layers"), [("first", None), ("learned", [0, 1])])
-def test_a_choice_other_than_the_configured_one_is_refused(
-    choice: str, layers: list[int] | None
-) -> None:
-    mixed = {i: MixedAttention(LinearAttention(1, 4, 4), 1.0) for i in range(3)}
-    with pytest.raises(ValueError, match=f"a {choice} choice of layers is configured"):
-        Selection(mixed, SelectionConfig(choice=choice, target=2), 20, layers=layers)
+    assert selection.linear_layers == (11,)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +287,7 @@ def test_a_choice_other_than_the_configured_one_is_refused(
         ({"layers": "1,-2", "target": 2}, "--layers '1,-2' given"),
         ({"layers": "1,01", "target": 2}, "--layers '1,01' given; different"),
         ({"layers": "1,2"}, "--layers 1,2 names 2 layers and --target is 5; give --target 2"),
-        ({"layers": "1", "choice": "first", "target": 1}, "--layers 1 and --choice first given"),
+        ({"layers": "1", "choice": "alternate", "target": 1}, "--layers 1 and --choice"),
     ],
 )
 def test_a_list_that_contradicts_itself_or_the_rest_is_refused(
@@ -416,8 +314,6 @@ def test_a_target_beyond_the_layers_is_refused() -> None:
     [
         {"target": 0},
         {"selection_share": 1.5},
-        {"alpha_start": 0.0},
-        {"alpha_end": -1.0},
         {"layer_score_learning_rate": 0.0},
     ],
 )

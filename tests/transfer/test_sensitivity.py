@@ -1,6 +1,5 @@
 """Layers are ranked by what each alone does to the velocity, and a ranking is made only once."""
 
-import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -11,21 +10,26 @@ from safetensors.torch import load_file
 
 from linvideo_core import artifact
 from linvideo_core.models.velocity import bind
+from linvideo_core.run.callbacks import Callbacks
+from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.config import TrainingConfig
-from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer import pipeline
 from linvideo_core.transfer.config import (
+    ARTIFACT_NAME,
     MEASURES,
     SelectionConfig,
     SensitivityConfig,
     StudentConfig,
+    TransferConfig,
     WarmStartConfig,
 )
-from linvideo_core.transfer.layer_selection.sensitivity import measure, rank
+from linvideo_core.transfer.evaluation import draw_training
+from linvideo_core.transfer.layer_selection.sensitivity import RANKING_NAME, rank, rank_layers
 from linvideo_core.transfer.student import Student
+from tests.conftest import Recorder
 
 VIDEOS = TrajectoryConfig(
     num_trajectories=3, states_per_trajectory=2, sampler_steps=5, shard_size=2
@@ -34,7 +38,7 @@ VIDEOS = TrajectoryConfig(
 
 @pytest.fixture
 def trajectories(teacher: Teacher, tmp_path: Path) -> Trajectories:
-    return collect(teacher, VIDEOS, tmp_path / "trajectories", seed=0)
+    return collect(teacher, VIDEOS, Run(folder=tmp_path / "run"))
 
 
 @pytest.fixture
@@ -43,33 +47,41 @@ def student(teacher: Teacher) -> Student:
 
 
 def measured(
-    student: Student, teacher: Teacher, trajectories: Trajectories, path: Path, **options: object
+    student: Student,
+    teacher: Teacher,
+    trajectories: Trajectories,
+    folder: Path,
+    callbacks: Callbacks | None = None,
+    **settings: object,
 ) -> dict[int, float]:
-    settings = {name: options.pop(name) for name in list(options) if "sensitivity" in name}
-    return measure(
-        student.model,
-        student.mixed,
-        teacher,
-        trajectories,
+    """Rank the layers; return the errors that are left in the folder's file."""
+    folder.mkdir(exist_ok=True)
+    config, run = (
         SensitivityConfig(**settings),
-        path,
-        **{"batch_size": 4, "precision": "fp32", **options},
+        Run(folder=folder, callbacks=callbacks or Callbacks()),
     )
+    stored = (student.model, student.mixed, teacher, trajectories)
+    ranking = rank_layers(*stored, config, run, batch_size=4)
+    found = json.loads((folder / RANKING_NAME).read_text())
+    errors = {int(layer): error for layer, error in found["errors"].items()}
+    assert found["ranking"] == ranking == rank(errors, config)
+    return errors
 
 
 @pytest.mark.parametrize("kind", MEASURES)
 def test_the_error_is_the_mean_over_stored_states_and_both_branches(
     kind: str, teacher: Teacher, student: Student, trajectories: Trajectories, tmp_path: Path
 ) -> None:
-    path = tmp_path / "sensitivity.json"
-    errors = measured(student, teacher, trajectories, path, sensitivity=kind, sensitivity_videos=2)
+    errors = measured(
+        student, teacher, trajectories, tmp_path, sensitivity=kind, sensitivity_videos=2
+    )
     alone, rest = ("linear", "softmax") if kind == "replace-one" else ("softmax", "linear")
     states = trajectories.take(torch.arange(4), "cpu")
     prompts = teacher.prompt_embeds[states.prompt]
     negative = teacher.negative_embeds.expand_as(prompts)
     for layer, error in errors.items():
         for other, module in student.mixed.items():
-            module.choice = alone if other == layer else rest
+            module.mode = alone if other == layer else rest
         expected = []
         for embeds, v in ((prompts, states.conditional), (negative, states.unconditional)):
             with torch.no_grad():
@@ -84,52 +96,41 @@ def test_a_layer_that_is_linear_at_no_cost_comes_first(
 ) -> None:
     # Layer 2's attention adds nothing to what follows.
     site = next(site for site in student.sites if site.layer == 2)
-    for model in (student.model, teacher.model):
-        torch.nn.init.zeros_(model.get_submodule(site.name).o.weight)
-    exact = collect(teacher, VIDEOS, tmp_path / "exact", seed=0)
-    path = tmp_path / "sensitivity.json"
-    errors = measured(student, teacher, exact, path)
+    torch.nn.init.zeros_(teacher.model.get_submodule(site.name).o.weight)
+    with student.disabled():
+        exact = collect(teacher, VIDEOS, Run(folder=tmp_path / "exact" / "run"))
+    errors = measured(student, teacher, exact, tmp_path)
     # What is left is the fp16 of the stored states.
     assert errors[2] < 5e-3 < min(errors[0], errors[1])
-    assert json.loads(path.read_text())["ranking"][0] == 2
 
 
 def test_the_layers_are_left_as_they_were_also_after_a_failure(
     teacher: Teacher, student: Student, trajectories: Trajectories, tmp_path: Path
 ) -> None:
-    choices = ("linear", None, "softmax")
-    for module, choice in zip(student.mixed.values(), choices, strict=True):
-        module.choice = choice
-    measured(student, teacher, trajectories, tmp_path / "a.json")
-    assert tuple(module.choice for module in student.mixed.values()) == choices
+    modes = ("linear", "mixed", "softmax")
+    for module, mode in zip(student.mixed.values(), modes, strict=True):
+        module.mode = mode
+    measured(student, teacher, trajectories, tmp_path / "a")
+    assert tuple(module.mode for module in student.mixed.values()) == modes
     with torch.no_grad():
         student.mixed[1].linear.query_map.fill_(float("nan"))
     with pytest.raises(ValueError, match="velocity error of layer 1 alone is nan"):
-        measured(student, teacher, trajectories, tmp_path / "b.json")
-    assert tuple(module.choice for module in student.mixed.values()) == choices
+        measured(student, teacher, trajectories, tmp_path / "b")
+    assert tuple(module.mode for module in student.mixed.values()) == modes
 
 
 def test_an_interrupted_ranking_measures_only_what_is_missing_and_ends_the_same(
     teacher: Teacher, student: Student, trajectories: Trajectories, tmp_path: Path
 ) -> None:
-    whole, broken = tmp_path / "whole.json", tmp_path / "broken.json"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected = measured(student, teacher, trajectories, whole)
-    said: list[tuple[str, int, int]] = []
-
-    def stop(stage: str, done: int, total: int, **_: float) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
+    stop, rest = Recorder(stop_at=("ranking_layers", 2)), Recorder()
     with pytest.raises(KeyboardInterrupt):
-        measured(student, teacher, trajectories, broken, progress=stop)
-    assert json.loads(broken.read_text())["ranking"] is None
-
-    def say(stage: str, done: int, total: int, **_: float) -> None:
-        said.append((stage, done, total))
-
-    assert measured(student, teacher, trajectories, broken, progress=say) == expected
-    assert said == [("ranking the layers", 2, 3), ("ranking the layers", 3, 3)]
-    assert broken.read_bytes() == whole.read_bytes()
+        measured(student, teacher, trajectories, broken, stop)
+    assert json.loads((broken / RANKING_NAME).read_text())["ranking"] is None
+    assert measured(student, teacher, trajectories, broken, rest) == expected
+    assert rest.seen == [("ranking_layers", 2), ("ranking_layers", 3)]
+    assert (broken / RANKING_NAME).read_bytes() == (whole / RANKING_NAME).read_bytes()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"measure": 3}', '{"errors": {"x": null}}'])
@@ -141,12 +142,10 @@ def test_a_damaged_ranking_is_made_again(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    path = tmp_path / "sensitivity.json"
-    path.write_text(content)
-    errors = measured(student, teacher, trajectories, path, sensitivity_videos=1)
+    (tmp_path / RANKING_NAME).write_text(content)
+    errors = measured(student, teacher, trajectories, tmp_path, sensitivity_videos=1)
     assert "is measured again" in caplog.text
-    assert json.loads(path.read_text())["errors"] == {str(k): v for k, v in errors.items()}
-    again = measured(student, teacher, trajectories, path, sensitivity_videos=2)
+    again = measured(student, teacher, trajectories, tmp_path, sensitivity_videos=2)
     assert again != errors
 
 
@@ -157,8 +156,8 @@ def test_the_smallest_error_comes_first_or_the_largest_where_softmax_was_restore
     assert rank(errors, restored) == [7, 0, 3, 9]
 
 
-def transfer_config(out: Path, **selection: object) -> pipeline.TransferConfig:
-    return pipeline.TransferConfig(
+def transfer_config(out: Path, **selection: object) -> TransferConfig:
+    return TransferConfig(
         trajectories=VIDEOS,
         student=StudentConfig(lora_rank=4),
         warm_start=WarmStartConfig(warm_start_steps=4),
@@ -169,10 +168,13 @@ def transfer_config(out: Path, **selection: object) -> pipeline.TransferConfig:
     )
 
 
-def linearized(teacher: Teacher, config: pipeline.TransferConfig) -> artifact.Artifact:
-    student = Student(teacher, config.student, seed=config.seed)
-    pipeline.linearize(student, teacher, config, "fp32", lambda *_, **__: None)
-    return artifact.load(config.out / transfer.ARTIFACT_NAME)
+def linearized(
+    teacher: Teacher, config: TransferConfig, callbacks: Callbacks | None = None
+) -> artifact.Artifact:
+    run = Run(folder=config.out, seed=config.seed, callbacks=callbacks or Callbacks())
+    with Student(teacher, config.student, seed=config.seed) as student:
+        pipeline.linearize(student, teacher, config, run)
+    return artifact.load(config.out / ARTIFACT_NAME)
 
 
 def undated(made: artifact.Artifact) -> artifact.ArtifactHeader:
@@ -185,7 +187,6 @@ def undated(made: artifact.Artifact) -> artifact.ArtifactHeader:
 @pytest.mark.parametrize(
     ("selection", "layers", "choice"),
     [
-        ({"choice": "first", "target": 2}, (0, 1), "first"),
         ({"choice": "alternate", "target": 1}, (1,), "alternate"),
         ({"layers": "2,0", "target": 2}, (0, 2), "listed"),
     ],
@@ -204,7 +205,7 @@ def test_a_fixed_choice_decides_the_artifacts_layers_and_draws_no_scores(
     rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 6
     assert not any("layer_scores" in json.loads(row) for row in rows)
-    transfer.draw_training(config.out, layers, config.selection, 6)
+    draw_training(config.out, layers, config.selection, 6)
     assert (config.out / "losses.png").exists()
     assert not (config.out / "layer_scores.png").exists()
 
@@ -218,76 +219,26 @@ def test_a_learned_choice_says_so_and_ranks_nothing(teacher: Teacher, tmp_path: 
     assert not (config.out / "sensitivity.json").exists()
 
 
-def test_learned_scores_start_from_the_ranking_of_the_run(teacher: Teacher, tmp_path: Path) -> None:
-    config = transfer_config(tmp_path / "run", score_start="ranking", target=2)
-    made = linearized(teacher, config)
-    ranking = json.loads((config.out / "sensitivity.json").read_text())["ranking"]
-    rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
-    scores = json.loads(rows[0])["layer_scores"]
-    assert sorted(range(3), key=lambda layer: scores[layer]) == ranking
-    expected = "learned, scores started from ranking (replace-one)"
-    assert made.header.provenance["choice"] == expected
-    transfer.draw_training(config.out, made.header.layers, config.selection, 6)
-    order = json.loads((config.out / "layer_order.json").read_text())
-    assert order["measure"] == "replace-one"
-    # Two steps of selection move no score past another.
-    assert order["mean_correlation"] == order["last_correlation"] == pytest.approx(1)
-    assert list(order["last_scores"].values()) == json.loads(rows[1])["layer_scores"]
-
-
-@pytest.mark.parametrize("stage", ["ranking the layers", "training"])
-@pytest.mark.parametrize("selection", [{"choice": "sensitivity"}, {"score_start": "ranking"}])
+@pytest.mark.parametrize("stage", ["ranking_layers", "training"])
 def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_bit(
-    stage: str, selection: dict[str, str], teacher: Teacher, tmp_path: Path
+    stage: str, teacher: Teacher, tmp_path: Path
 ) -> None:
-    config = transfer_config(tmp_path / "unbroken", target=2, **selection)
-    expected = linearized(teacher, config)
-    found = json.loads((config.out / "sensitivity.json").read_text())
-    if config.selection.choice == "sensitivity":
-        assert tuple(sorted(found["ranking"][:2])) == tuple(expected.header.layers)
-        assert expected.header.provenance["choice"] == "sensitivity (replace-one)"
-
+    config = transfer_config(tmp_path / "unbroken", target=2, choice="sensitivity")
+    told = Recorder()
+    expected = linearized(teacher, config, told)
+    assert told.stages == ["sampling_teacher", "warm_start", "ranking_layers", "training"]
+    ranking = json.loads((config.out / RANKING_NAME).read_text())["ranking"]
+    assert tuple(sorted(ranking[:2])) == tuple(expected.header.layers)
+    assert expected.header.provenance["choice"] == "sensitivity (replace-one)"
     broken = dataclasses.replace(config, out=tmp_path / "broken")
-
-    def stop(name: str, done: int, total: int, **_: float) -> None:
-        if (name, done) == (stage, 2):
-            raise KeyboardInterrupt
-
-    student = Student(teacher, config.student, seed=config.seed)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.linearize(student, teacher, broken, "fp32", stop)
+        linearized(teacher, broken, Recorder(stop_at=(stage, 2)))
     assert undated(linearized(teacher, broken)) == undated(expected)
-    left, right = (load_file(run.out / transfer.ARTIFACT_NAME) for run in (broken, config))
+    left, right = (load_file(run.out / ARTIFACT_NAME) for run in (broken, config))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-    for name in ("sensitivity.json", "training/metrics.jsonl"):
+    for name in (RANKING_NAME, "training/metrics.jsonl"):
         assert (broken.out / name).read_bytes() == (config.out / name).read_bytes(), name
-
-
-def test_every_stage_of_a_transfer_has_its_place_on_the_nodes_bar(
-    teacher: Teacher, tmp_path: Path
-) -> None:
-    source = (Path(__file__).parents[2] / "nodes" / "transfer" / "live_preview.py").read_text(
-        encoding="utf-8"
-    )
-    values = [
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_STAGES"
-    ]
-    places = ast.literal_eval(values[0])
-    said: list[str] = []
-
-    def say(stage: str, done: int, total: int, **_: float) -> None:
-        said.append(stage)
-
-    config = transfer_config(tmp_path / "run", score_start="ranking", target=1)
-    student = Student(teacher, config.student, seed=0)
-    config.out.mkdir()
-    pipeline.linearize(student, teacher, config, "fp32", say)
-    assert list(dict.fromkeys(said)) == list(places)
-    ends = [end for place in places.values() for end in place[:2]]
-    assert ends == sorted(ends) and (ends[0], ends[-1]) == (0, 100)
 
 
 def test_no_videos_to_rank_on_are_refused() -> None:

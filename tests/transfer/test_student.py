@@ -1,22 +1,22 @@
-"""The student is the teacher until it is told otherwise, and moves only where it may."""
+"""The student is the teacher until it is trained, and moves only where it may."""
 
-import copy
 import dataclasses
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from linvideo_core.transfer.noise_levels import level_density
 from torch import Tensor
 
 from linvideo_core.models.attention_sites import compiled_blocks
+from linvideo_core.run.context import Run
+from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import fit, seed_step
-from linvideo_core.transfer.batches import draw_batch
+from linvideo_core.transfer.batches import Batch, Batches, level_density
 from linvideo_core.transfer.config import (
     OBJECTIVES,
     PARAMETERS,
@@ -25,6 +25,7 @@ from linvideo_core.transfer.config import (
     StudentConfig,
 )
 from linvideo_core.transfer.student import Student, TransferTask
+from tests.conftest import Recorder
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -38,7 +39,7 @@ def trajectories(teacher: Teacher, tmp_path: Path) -> Trajectories:
         guidance_scale=2.0,
         shard_size=3,
     )
-    return collect(teacher, settings, tmp_path / "trajectories", seed=0)
+    return collect(teacher, settings, Run(folder=tmp_path / "run"))
 
 
 def make_task(
@@ -58,7 +59,7 @@ def make_task(
         selection=SelectionConfig(target=2),
         objective=ObjectiveConfig(objective=objective, levels=levels),
         training=settings,
-        precision="fp32",
+        run=Run(),
     )
 
 
@@ -66,39 +67,53 @@ def parameters_of(task: TransferTask) -> dict[str, Tensor]:
     return {n: p for group in task.parameter_groups() for n, p in group.parameters.items()}
 
 
-def test_a_task_draws_noise_levels_as_it_is_told(
-    teacher: Teacher, trajectories: Trajectories
-) -> None:
-    assert make_task(teacher, trajectories, levels="even").weights is None
-    weights = make_task(teacher, trajectories, levels="flow").weights
-    drawn = draw_batch(teacher, trajectories, 3000, 0.0, seed_step(0, 0), weights=weights)
+def test_noise_levels_are_drawn_as_configured(teacher: Teacher, trajectories: Trajectories) -> None:
+    config = ObjectiveConfig(objective="velocity", levels="flow")
+    batch = Batches(teacher, trajectories, config, 3000).draw(seed_step(0, 0))
     density = level_density(trajectories.sigmas, "flow")
     kept = trajectories.steps().unique()
     expected = density[kept] / density[kept].sum()
-    shares = drawn.batch.step.bincount(minlength=len(density))[kept] / 3000
+    shares = batch.step.bincount(minlength=len(density))[kept] / 3000
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
-def test_the_student_equals_the_teacher_exactly_where_every_layer_is_softmax(
+def test_the_student_is_the_teacher_exactly_where_softmax_or_disabled_or_removed(
     parameters: str, teacher: Teacher, inputs: Inputs
 ) -> None:
-    student = Student(teacher, StudentConfig(parameters=parameters), seed=0)
     expected = teacher.model(*inputs)
-    # Layers start mixed at r = 1, which is softmax too.
-    torch.testing.assert_close(student.model(*inputs), expected, rtol=0, atol=0)
-    for module in student.mixed.values():
-        module.mode = "softmax"
-    torch.testing.assert_close(student.model(*inputs), expected, rtol=0, atol=0)
+    names = [name for name, _ in teacher.model.named_parameters()]
+    settings = StudentConfig(parameters=parameters, lora_rank=4)
+    with Student(teacher, settings, seed=0) as student:
+        assert (student.model is teacher.model) == (parameters != "full")
+        # Layers start mixed at r = 1, which is softmax too.
+        assert torch.equal(student.model(*inputs), expected)
+        student.harden([])
+        assert torch.equal(student.model(*inputs), expected)
+        for layer in range(3):
+            student.harden([layer])
+            assert not torch.allclose(student.model(*inputs), expected)
+        for name, weight in student.weights.items():
+            if name.endswith("up"):
+                torch.nn.init.normal_(weight, std=0.05)
+        changed = student.model(*inputs)
+        with student.disabled(), student.disabled():
+            assert torch.equal(student.model(*inputs), expected)
+        with student.disabled(), pytest.raises(ZeroDivisionError), student.disabled():
+            raise ZeroDivisionError
+        assert torch.equal(student.model(*inputs), changed)
+        assert not torch.equal(changed, expected)
+    assert torch.equal(teacher.model(*inputs), expected)
+    assert [name for name, _ in teacher.model.named_parameters()] == names
 
 
-def test_one_linear_layer_makes_a_difference(teacher: Teacher, inputs: Inputs) -> None:
-    student = Student(teacher, StudentConfig(), seed=0)
-    expected = teacher.model(*inputs)
-    for layer in range(3):
-        for other, module in student.mixed.items():
-            module.mode = "linear" if other == layer else "softmax"
-        assert not torch.allclose(student.model(*inputs), expected)
+def test_a_teacher_has_one_student_at_a_time(teacher: Teacher) -> None:
+    with (
+        Student(teacher, StudentConfig(lora_rank=4), seed=0),
+        pytest.raises(ValueError, match="has a student already: remove that one first"),
+    ):
+        Student(teacher, StudentConfig(parameters="full"), seed=0)
+    Student(teacher, StudentConfig(lora_rank=4), seed=1).remove()
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
@@ -117,37 +132,6 @@ def test_only_what_is_declared_requires_a_gradient(
     }[parameters]
     assert weights == expected
     assert set(task.student.weights) == weights
-    assert not any(p.requires_grad for p in teacher.model.parameters())
-
-
-@pytest.mark.parametrize("parameters", PARAMETERS)
-def test_frozen_weights_are_in_memory_once_and_trained_ones_are_copies(
-    parameters: str, teacher: Teacher
-) -> None:
-    student = Student(teacher, StudentConfig(parameters=parameters), seed=0)
-    theirs = {p.data_ptr() for p in teacher.model.parameters()}
-    shared = theirs & {p.data_ptr() for p in student.model.parameters()}
-    assert shared == (set() if parameters == "full" else theirs)
-
-
-@pytest.mark.parametrize("objective", ["adm", "dmd"])
-@pytest.mark.parametrize("parameters", ["lora", "feature_maps"])
-def test_a_student_on_shared_weights_trains_as_one_on_a_copy(
-    parameters: str, objective: str, teacher: Teacher, trajectories: Trajectories, tmp_path: Path
-) -> None:
-    trained = []
-    for is_copy in (False, True):
-        task = make_task(teacher, trajectories, parameters=parameters, objective=objective, steps=6)
-        if is_copy:
-            own = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
-            task = make_task(own, trajectories, parameters=parameters, objective=objective, steps=6)
-            task.teacher = teacher
-            assert task.student.model.head.head.weight is not teacher.model.head.head.weight
-        fit(task, task.training, tmp_path / str(is_copy), seed=0)
-        trained.append({n: p.detach().clone() for n, p in parameters_of(task).items()})
-    assert trained[0].keys() == trained[1].keys()
-    for name, tensor in trained[0].items():
-        assert torch.equal(tensor, trained[1][name]), name
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
@@ -155,39 +139,51 @@ def test_training_leaves_the_teacher_as_it_was(
     parameters: str, teacher: Teacher, trajectories: Trajectories, inputs: Inputs, tmp_path: Path
 ) -> None:
     names, before = [n for n, _ in teacher.model.named_parameters()], teacher.model(*inputs)
-    task = make_task(teacher, trajectories, parameters=parameters, steps=3)
-    fit(task, task.training, tmp_path, seed=0)
+    task = make_task(
+        teacher, trajectories, parameters=parameters, steps=3, activation_checkpointing=True
+    )
+    fit(task, task.training, Run(folder=tmp_path / "fit"))
     assert not torch.equal(task.student.model(*inputs), before)
+    task.student.remove()
     assert torch.equal(teacher.model(*inputs), before)
     assert [n for n, _ in teacher.model.named_parameters()] == names
+    assert not any("forward" in vars(module) for module in teacher.model.modules())
 
 
 @pytest.mark.slow
-def test_compiled_blocks_of_student_and_teacher_keep_their_own_attention(
-    teacher: Teacher, inputs: Inputs
-) -> None:
-    student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
-    for name, parameter in student.weights.items():
-        if name.endswith("up"):
-            torch.nn.init.normal_(parameter, std=0.05)
-    for module in student.mixed.values():
-        module.mode = "linear"
-    with torch.no_grad():
-        expected = [model(*inputs) for model in (student.model, teacher.model)]
-        with compiled_blocks([student.model, teacher.model], student.sites):
-            found = [model(*inputs) for model in (student.model, teacher.model)]
+def test_compiled_blocks_heed_the_switch(teacher: Teacher, inputs: Inputs) -> None:
+    with Student(teacher, StudentConfig(lora_rank=4), seed=0) as student, torch.no_grad():
+        for name, parameter in student.weights.items():
+            if name.endswith("up"):
+                torch.nn.init.normal_(parameter, std=0.05)
+        student.harden([0, 1, 2])
+
+        def run() -> list[Tensor]:
+            found = [student.model(*inputs)]
+            with student.disabled():
+                found.append(teacher.model(*inputs))
+            return found
+
+        expected = run()
+        with compiled_blocks([student.model], student.sites):
+            twice = [run(), run()]
     assert not torch.allclose(*expected, atol=1e-2)
-    for value, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
+    for found in twice:
+        for value, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_feature_maps_have_the_declared_width_and_the_seeds_start(
     ratio: int, teacher: Teacher
 ) -> None:
-    students = [Student(teacher, StudentConfig(feature_ratio=ratio), seed=s) for s in (0, 0, 1)]
-    for layer in range(3):
-        first, again, other = (s.mixed[layer].linear for s in students)
+    maps = []
+    for seed in (0, 0, 1):
+        with Student(
+            teacher, StudentConfig(feature_ratio=ratio, lora_rank=4), seed=seed
+        ) as student:
+            maps.append([student.mixed[layer].linear for layer in range(3)])
+    for first, again, other in zip(*maps, strict=True):
         assert first.feature_dim == 128 * ratio
         assert torch.equal(first.query_map, again.query_map)
         assert not torch.equal(first.query_map, other.query_map)
@@ -210,15 +206,15 @@ def test_every_declared_parameter_is_reached_by_the_loss(
     assert metrics["layer_scores"].shape == (3,)
     for name, parameter in parameters_of(task).items():
         assert parameter.grad is not None, name
-    assert all(p.grad is None for p in teacher.model.parameters())
+    declared = {id(p) for p in parameters_of(task).values()}
+    assert all(p.grad is None for p in teacher.model.parameters() if id(p) not in declared)
 
 
 def test_the_first_step_of_a_softmax_student_has_nothing_to_learn(
     teacher: Teacher, trajectories: Trajectories
 ) -> None:
     task = make_task(teacher, trajectories)
-    for module in task.student.mixed.values():
-        module.mode = "softmax"
+    task.student.harden([])
     _, metrics = task.loss(0, seed_step(0, 0))
     # Velocities are stored in half precision.
     assert float(metrics["objective_loss"]) < 1e-6
@@ -236,6 +232,7 @@ def test_recomputed_activations_give_equal_gradients(
         loss, _ = task.loss(0, seed_step(0, 0))
         loss.backward()
         gradients.append({n: p.grad for n, p in parameters_of(task).items()})
+        task.student.remove()
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=0, msg=name)
@@ -244,57 +241,37 @@ def test_recomputed_activations_give_equal_gradients(
 def test_the_hardened_choice_survives_a_restart(
     teacher: Teacher, trajectories: Trajectories
 ) -> None:
-    task = make_task(teacher, trajectories)
-    assert task.state() == {"layers": None}
+    task = make_task(teacher, trajectories, parameters="full")
+    assert task.state() == {"linear_layers": None}
     for module, value in zip(task.student.mixed.values(), (0.1, 0.9, 0.2), strict=True):
         module.layer_score.data.fill_(value)
     for step in range(3):
         task.after_step(step)
-    assert task.state() == {"layers": [0, 2]}
+    assert task.state() == {"linear_layers": (0, 2)}
     restarted = make_task(teacher, trajectories)
-    restarted.load_state(task.state())
+    restarted.load_state({"linear_layers": [0, 2]})
     assert restarted.state() == task.state()
-    choices = [module.choice for module in restarted.student.mixed.values()]
-    assert choices == ["linear", "softmax", "linear"]
     assert float(restarted.selection.loss(4)) == 0
     undecided = make_task(teacher, trajectories)
-    undecided.load_state({"layers": None})
-    assert undecided.state() == {"layers": None}
+    undecided.load_state({"linear_layers": None})
+    assert undecided.state() == {"linear_layers": None}
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
-@pytest.mark.parametrize("objective", ["adm", "dmd"])
 def test_a_transfer_interrupted_before_and_after_the_choice_equals_an_unbroken_one(
-    objective: str, parameters: str, teacher: Teacher, trajectories: Trajectories, tmp_path: Path
+    parameters: str, teacher: Teacher, trajectories: Trajectories, tmp_path: Path
 ) -> None:
-    class Stopped(Exception):
-        pass
-
     def train(folder: Path, moment: int | None = None) -> dict[str, Tensor]:
-        task = make_task(
-            teacher,
-            trajectories,
-            parameters=parameters,
-            objective=objective,
-            steps=6,
-            checkpoint_every=1,
-        )
-        if moment is not None:
-            loss = task.loss
-
-            def stop(step: int, generator: torch.Generator) -> tuple:
-                if step == moment:
-                    raise Stopped
-                return loss(step, generator)
-
-            task.loss = stop
-        fit(task, task.training, folder, seed=0)
-        assert len(task.selection.layers) == 2
-        return {n: p.detach().clone() for n, p in parameters_of(task).items()}
+        task = make_task(teacher, trajectories, parameters=parameters, steps=6, checkpoint_every=1)
+        stop_at = None if moment is None else ("training", moment)
+        with task.student:
+            fit(task, task.training, Run(folder=folder, callbacks=Recorder(stop_at)))
+            assert len(task.selection.linear_layers) == 2
+            return {n: p.detach().clone() for n, p in parameters_of(task).items()}
 
     unbroken = train(tmp_path / "unbroken")
     for moment in (1, 2, 4):
-        with pytest.raises(Stopped):
+        with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "broken", moment)
     broken = train(tmp_path / "broken")
     for name, tensor in unbroken.items():
@@ -302,27 +279,64 @@ def test_a_transfer_interrupted_before_and_after_the_choice_equals_an_unbroken_o
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
-def test_a_batch_trains_each_sample_in_one_guidance_branch(
+def test_a_batch_trains_each_row_in_one_guidance_branch(
     dropout: float, teacher: Teacher, trajectories: Trajectories
 ) -> None:
-    drawn = draw_batch(teacher, trajectories, 63, dropout, seed_step(0, 0))
-    states = trajectories.draw(63, seed_step(0, 0), "cpu")
+    config = ObjectiveConfig(objective="velocity", levels="even", prompt_dropout=dropout)
+    batch = Batches(teacher, trajectories, config, 63).draw(seed_step(0, 0))
+    states = trajectories.take(trajectories.pick(63, seed_step(0, 0)), "cpu")
     negative = teacher.negative_embeds
     num_dropped = 0
     for i, prompt in enumerate(states.prompt):
-        assert torch.equal(drawn.prompt_embeds[i], teacher.prompt_embeds[prompt])
-        assert torch.equal(drawn.negative_embeds[i], negative)
-        is_dropped = torch.equal(drawn.branch_embeds[i], negative)
+        assert torch.equal(batch.prompt_embeds[i], teacher.prompt_embeds[prompt])
+        assert torch.equal(batch.negative_embeds[i], negative)
+        is_dropped = torch.equal(batch.branch_embeds[i], negative)
         num_dropped += is_dropped
         embeds = negative if is_dropped else teacher.prompt_embeds[prompt]
-        assert torch.equal(drawn.branch_embeds[i], embeds)
+        assert torch.equal(batch.branch_embeds[i], embeds)
         velocity = states.unconditional[i] if is_dropped else states.conditional[i]
-        assert torch.equal(drawn.batch.velocity[i], velocity)
+        assert torch.equal(batch.velocity[i], velocity)
     # Four standard deviations of a binomial count, none at the ends.
     slack = 4 * (63 * dropout * (1 - dropout)) ** 0.5
     assert abs(num_dropped - 63 * dropout) <= slack
-    assert torch.equal(drawn.batch.latents, states.latents)
-    assert torch.equal(drawn.batch.step, states.step)
+    assert torch.equal(batch.latents, states.latents)
+    assert torch.equal(batch.step, states.step)
+    assert batch.is_stored.all() and not batch.any_moves and batch.weight.eq(1).all()
+
+
+@pytest.mark.parametrize(("share", "num_stored"), [(0.0, 0), (0.5, 6), (1.0, 12)])
+def test_rows_that_are_not_stored_move_on_and_count_as_their_level_is_drawn(
+    share: float, num_stored: int, teacher: Teacher, trajectories: Trajectories
+) -> None:
+    batches = Batches(teacher, trajectories, ObjectiveConfig(anchor_share=share), 12)
+    batch = batches.draw(seed_step(0, 0))
+    assert int(batch.is_stored.sum()) == num_stored and batch.any_moves == (num_stored < 12)
+    stays, moves = batch.is_stored, ~batch.is_stored
+    assert torch.equal(batch.step_to[stays], batch.step[stays])
+    is_last = batch.step == len(trajectories.sigmas) - 2
+    assert bool(((batch.step_to > batch.step) | is_last)[moves].all())
+    assert torch.equal(batch.weight[moves], batches.level_weights[batch.step_to[moves]])
+    assert batch.weight[stays].eq(1).all()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_processes_rows_make_up_the_batch_of_one(
+    size: int, teacher: Teacher, trajectories: Trajectories
+) -> None:
+    def draw(rank: int, size: int) -> Batch:
+        processes = ProcessGroup()
+        processes.rank, processes.size = rank, size
+        return Batches(teacher, trajectories, ObjectiveConfig(), 6, processes).draw(seed_step(1, 2))
+
+    whole, parts = draw(0, 1), [draw(rank, size) for rank in range(size)]
+    for field in dataclasses.fields(Batch):
+        expected = getattr(whole, field.name)
+        for rank, part in enumerate(parts):
+            found = getattr(part, field.name)
+            if field.name == "any_moves":
+                assert found == expected
+            else:
+                assert torch.equal(found, expected[rank::size]), field.name
 
 
 def test_parameter_names_are_unique_over_all_groups(
@@ -334,3 +348,4 @@ def test_parameter_names_are_unique_over_all_groups(
         names = [name for group in groups for name in group.parameters]
         assert len(set(names)) == len(names)
         assert all(group.parameters for group in groups)
+        task.student.remove()

@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from linvideo_core.run.progress import silent
+from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import fit, seed_step
-from linvideo_core.transfer.config import StudentConfig, WarmStartConfig
+from linvideo_core.transfer.batches import Batches
+from linvideo_core.transfer.config import ObjectiveConfig, StudentConfig, WarmStartConfig
 from linvideo_core.transfer.student import Student
 from linvideo_core.transfer.warm_start import WarmStart, feature_maps, fit_feature_maps
 
 SETTINGS = TrainingConfig(steps=30, batch_size=3, warmup_steps=2, log_every=1, checkpoint_every=10)
+OBJECTIVE = ObjectiveConfig(objective="velocity", levels="even", prompt_dropout=0.3)
 
 
 def make_task(
@@ -27,17 +29,10 @@ def make_task(
     settings = TrajectoryConfig(
         num_trajectories=3, states_per_trajectory=2, sampler_steps=5, shard_size=3
     )
+    batches = Batches(teacher, collect(teacher, settings, Run(folder=folder)), OBJECTIVE, 3)
     student = Student(teacher, StudentConfig(parameters=parameters, lora_rank=4), seed=0)
-    return WarmStart(
-        student.model,
-        student.mixed,
-        teacher,
-        collect(teacher, settings, folder, seed=0),
-        batch_size=3,
-        prompt_dropout=0.3,
-        learning_rate=1e-2,
-        precision=precision,
-    )
+    run = Run(precision=precision)
+    return WarmStart(student.model, student.mixed, batches, learning_rate=1e-2, run=run)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -49,12 +44,12 @@ def test_the_loss_falls_and_only_the_maps_move(
     parameters: str, teacher: Teacher, tmp_path: Path
 ) -> None:
     task = make_task(teacher, tmp_path / "trajectories", parameters)
-    before = snapshot(task.student)
-    fit(task, SETTINGS, tmp_path / "warm_start", seed=0)
+    before = snapshot(task.model)
+    fit(task, SETTINGS, Run(folder=tmp_path / "warm_start"))
     rows = (tmp_path / "warm_start" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(row)["loss"] for row in rows]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    for name, tensor in snapshot(task.student).items():
+    for name, tensor in snapshot(task.model).items():
         is_map = name.endswith(("query_map", "key_map"))
         assert torch.equal(tensor, before[name]) != is_map, name
 
@@ -96,7 +91,7 @@ def test_gradients_taken_layer_by_layer_are_those_of_the_loss_as_a_whole(
     (loss / 2).backward()
     found = {name: parameter.grad for name, parameter in feature_maps(task.mixed).items()}
 
-    task.student.zero_grad()
+    task.model.zero_grad()
     layer_errors = torch.stack(errors) / torch.stack(sizes)
     whole = layer_errors.mean()
     (whole / 2).backward()
@@ -120,16 +115,16 @@ def test_a_model_that_takes_one_video_a_call_learns_from_all_of_a_batch(
 
     def run_one_by_one(*batch: Tensor) -> Tensor:
         rows = zip(*(x.split(1) for x in batch), strict=True)
-        return torch.cat([type(task.student).forward(task.student, *row) for row in rows])
+        return torch.cat([type(task.model).forward(task.model, *row) for row in rows])
 
-    task.student.forward = run_one_by_one
+    task.model.forward = run_one_by_one
     hooks = [module.register_forward_hook(compare) for module in task.mixed.values()]
     loss, _ = task.loss(0, seed_step(0, 0))
     for hook in hooks:
         hook.remove()
     loss.backward()
     found = {name: parameter.grad for name, parameter in feature_maps(task.mixed).items()}
-    task.student.zero_grad()
+    task.model.zero_grad()
     assert all(len(each) == 3 for each in errors.values())
     whole = torch.stack([torch.stack(each).mean() for each in errors.values()]).mean()
     whole.backward()
@@ -138,26 +133,24 @@ def test_a_model_that_takes_one_video_a_call_learns_from_all_of_a_batch(
         torch.testing.assert_close(found[name], parameter.grad)
 
 
-@pytest.mark.parametrize("choices", [(None, None, None), ("linear", None, "softmax")])
-def test_choices_are_restored_also_after_a_failure(
-    choices: tuple[str | None, ...], teacher: Teacher, tmp_path: Path
+def test_switches_and_modes_are_restored_also_after_a_failure(
+    teacher: Teacher, tmp_path: Path
 ) -> None:
-    task = make_task(teacher, tmp_path)
-    for module, choice in zip(task.mixed.values(), choices, strict=True):
-        module.choice = choice
+    task = make_task(teacher, tmp_path / "run")
+    modes = ("linear", "mixed", "softmax")
+    for module, mode in zip(task.mixed.values(), modes, strict=True):
+        module.mode = mode
     loss, metrics = task.loss(0, seed_step(0, 0))
-    assert loss.requires_grad
-    assert metrics["layer_errors"].shape == (3,)
-    assert tuple(module.choice for module in task.mixed.values()) == choices
+    assert loss.requires_grad and metrics["layer_errors"].shape == (3,)
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    hook = task.student.blocks[2].register_forward_hook(fail)
+    task.model.blocks[2].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         task.loss(0, seed_step(0, 0))
-    hook.remove()
-    assert tuple(module.choice for module in task.mixed.values()) == choices
+    assert tuple(module.mode for module in task.mixed.values()) == modes
+    assert all(module.enabled for module in task.mixed.values())
     assert not any(module._forward_hooks for module in task.mixed.values())
 
 
@@ -177,17 +170,14 @@ def test_the_learning_rate_rises_in_a_tenth_of_its_own_steps_whatever_the_traini
 ) -> None:
     task = make_task(teacher, tmp_path / "trajectories")
     fit_feature_maps(
-        task.student,
+        task.model,
         task.mixed,
         teacher,
-        task.trajectories,
+        task.batches.trajectories,
         WarmStartConfig(warm_start_steps=20),
         dataclasses.replace(SETTINGS, steps=1000, warmup_steps=warmup_steps),
-        tmp_path / "warm_start",
+        Run(folder=tmp_path / "warm_start"),
         prompt_dropout=0.3,
-        precision="fp32",
-        seed=0,
-        progress=silent,
     )
     rows = (tmp_path / "warm_start" / "metrics.jsonl").read_text().splitlines()
     shares = [json.loads(row)["learning_rate_share"] for row in rows]

@@ -1,35 +1,35 @@
 """Few steps: DMD2's losses, what a generator is trained on, and when training ends early."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from linvideo_core.transfer.objectives import dmd2
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
-from linvideo_core.distill import cli as distill
+from linvideo_core.distill import dmd2, pipeline
 from linvideo_core.distill.config import DistillationConfig
 from linvideo_core.distill.monitor import TrainingMonitor
-from linvideo_core.distill.rollout import draw_exits, simulate_backward
+from linvideo_core.distill.rollout import draw_exits, draw_rollout, simulate_backward
 from linvideo_core.distill.task import DistillationTask, make_student, start_from
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
 from linvideo_core.evaluate.entrants import load_first_stage
-from linvideo_core.flow import add_noise, make_sigmas, sample_few_step, velocity_to_x0
+from linvideo_core.flow import add_noise, make_sigmas, sample_few_step
 from linvideo_core.models.velocity import bind
-from linvideo_core.run.progress import silent
+from linvideo_core.run.callbacks import Callbacks
+from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect
 from linvideo_core.training.config import TrainingConfig
-from linvideo_core.training.trainer import ParameterGroup, fit
 from linvideo_core.transfer.student import Student
+from tests.conftest import Recorder
 
-LIKENESS = TeacherStatistics(spread=1.0, motion=1.0)
+STATISTICS = TeacherStatistics(spread=1.0, motion=1.0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -88,13 +88,13 @@ def test_the_generator_is_trained_on_what_it_meets_in_sampling(exit_step: int) -
         return velocity(latents, sigma)
 
     sample_few_step(recording, noise, sigmas, generator=torch.Generator().manual_seed(7))
-    found = simulate_backward(
-        lambda count: velocity,
-        noise,
-        sigmas,
-        torch.full((3,), exit_step),
-        generator=torch.Generator().manual_seed(7),
-    )
+    generator, exits = torch.Generator().manual_seed(7), torch.full((3,), exit_step)
+    rollout = draw_rollout(torch.zeros(3), exits, noise.shape[1:], generator)
+    # The sampler is given its first noise; its generator draws what is added later.
+    later = torch.Generator().manual_seed(7)
+    fresh = [torch.randn(noise.shape, generator=later) for _ in rollout.fresh]
+    rollout = dataclasses.replace(rollout, noise=noise, fresh=fresh)
+    found = simulate_backward(lambda count: velocity, rollout, sigmas)
     torch.testing.assert_close(found, met[exit_step], rtol=0, atol=0)
 
 
@@ -115,113 +115,12 @@ def test_health_tells_spikes_and_collapses_from_noise() -> None:
     assert "became alike" in feed([*calm, *alike])
 
 
-class Player:
-    """Two numbers that both want to be 1; the second has its turn at every third step."""
-
-    def __init__(self) -> None:
-        self.first, self.second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [
-            ParameterGroup({"first": self.first}, 0.1, player="critic"),
-            ParameterGroup({"second": self.second}, 0.1, every=3, player="generator"),
-        ]
-
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        loss = (self.first - 1).square().sum()
-        return (loss if step % 3 else loss + 100 * (self.second - 1).square().sum()), {}
-
-    def after_step(self, step: int) -> None: ...
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
-def settings(steps: int) -> TrainingConfig:
-    return TrainingConfig(steps=steps, checkpoint_every=2, log_every=1, warmup_steps=0)
-
-
-def test_players_move_in_their_turns_and_are_clipped_apart(tmp_path: Path) -> None:
-    task = Player()
-    moved: list[tuple[bool, bool]] = []
-    before = [task.first.clone(), task.second.clone()]
-
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        now = [task.first.detach().clone(), task.second.detach().clone()]
-        if done:
-            moved.append(tuple(not torch.equal(a, b) for a, b in zip(before, now, strict=True)))
-        before[:] = now
-
-    fit(task, settings(4), tmp_path, seed=0, progress=progress)
-    assert moved == [(True, True), (True, False), (True, False), (True, True)]
-    rows = (tmp_path / "metrics.jsonl").read_text()
-    assert "critic_gradient_norm" in rows and "generator_gradient_norm" in rows
-
-
-class Finder:
-    """Finds a fault in the row of step `at`, or nothing."""
-
-    def __init__(self, at: int, delay: int) -> None:
-        self.at = at
-        self.delay = delay
-        self.num_seen = 0
-
-    def __call__(self, row: Mapping[str, Any]) -> str | None:
-        self.num_seen += 1
-        return "the videos became alike" if self.num_seen == self.at + 1 else None
-
-
-@pytest.mark.parametrize(
-    ("at", "delay", "kept"), [(6, 1, 4), (6, 2, 4), (6, 3, 2), (7, 1, 6), (7, 2, 4), (7, 5, 2)]
-)
-def test_a_fault_ends_training_at_the_last_checkpoint_from_before_it(
-    at: int, delay: int, kept: int, tmp_path: Path
-) -> None:
-    """A checkpoint follows every second step; the fault began `delay - 1` rows earlier."""
-    with pytest.raises(ValueError, match=f"the videos became alike at step {at}; the last good"):
-        fit(Player(), settings(9), tmp_path, seed=0, monitor=Finder(at, delay))
-    found = load_file(tmp_path / "checkpoint.safetensors")
-    with pytest.raises(Stop):
-        fit(Player(), settings(9), tmp_path / "other", seed=0, progress=stopper(kept))
-    stopped = load_file(tmp_path / "other" / "checkpoint.safetensors")
-    assert found.keys() == stopped.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], stopped[name], rtol=0, atol=0)
-
-
-def test_a_fault_from_the_start_leaves_no_checkpoint_and_a_whole_run_leaves_one(
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(ValueError, match="no good checkpoint is there"):
-        fit(Player(), settings(9), tmp_path, seed=0, monitor=Finder(5, 6))
-    assert not list(tmp_path.glob("*.safetensors"))
-    fit(Player(), settings(9), tmp_path, seed=0, monitor=Finder(10, 2))
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["checkpoint.safetensors"]
-
-
-class Stop(BaseException):
-    """Interrupts a run."""
-
-
-def stopper(at: int) -> Callable[..., None]:
-    """Return a progress that stops training after `at` steps; `fit` is expected to be let go."""
-
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        if stage == "training" and done == at:
-            raise Stop
-
-    return progress
-
-
 def make_task(
-    student: Student, teacher: Teacher, *, endings: Endpoints | None = None, **options: Any
+    student: Student, teacher: Teacher, *, endpoints: Endpoints | None = None, **options: Any
 ) -> DistillationTask:
     return DistillationTask(
-        student, teacher, LIKENESS, DistillationConfig(rank=4, num_steps=2, **options),
-        training=TrainingConfig(batch_size=4), shift=3.0, precision="fp32", seed=0,
-        endings=endings,
+        student, teacher, STATISTICS, DistillationConfig(rank=4, num_steps=2, **options),
+        training=TrainingConfig(batch_size=4), shift=3.0, run=Run(), endpoints=endpoints,
     )  # fmt: skip
 
 
@@ -234,66 +133,97 @@ def test_a_student_starts_as_the_file_that_it_was_given(
     prompts = teacher.prompt_embeds[:2]
     with torch.no_grad():
         found = bind(student.model, prompts)(latents, sigma)
+        student.remove()
         with artifact.transfer_into(teacher.model, linearized) as model:
             expected = bind(model, prompts)(latents, sigma)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_three_roles_stand_on_one_copy_of_the_weights(
+def test_teacher_student_and_critic_are_one_model_and_the_teacher_comes_out_clean(
     teacher: Teacher, linearized: Artifact
 ) -> None:
-    student = make_student(teacher, linearized, DistillationConfig(rank=4), seed=0)
-    task = make_task(student, teacher)
-    frozen = {p.data_ptr() for p in teacher.model.parameters()}
-    for model in (student.model, task.critic):
-        mine = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
-        assert mine <= frozen and len(mine) > 10
-    loss, metrics = task.loss(0, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert {"critic_loss", "generator_loss", "motion_ratio", "spread_ratio"} <= metrics.keys()
-    assert all(p.grad is None for p in teacher.model.parameters())
-    assert any(p.grad is not None and p.grad.any() for p in student.weights.values())
-    assert any(p.grad is not None and p.grad.any() for p in task.critic_weights.values())
+    latents, timesteps = draw(3, *teacher.latent_shape), torch.tensor([900.0, 500.0, 20.0])
+    inputs = (latents, timesteps, teacher.prompt_embeds)
+    names, expected = [n for n, _ in teacher.model.named_parameters()], teacher.model(*inputs)
+    with make_student(teacher, linearized, DistillationConfig(rank=4), seed=0) as student:
+        start_from(student, linearized)
+        task = make_task(student, teacher)
+        assert task.models == [teacher.model]
+        loss, metrics = task.loss(0, torch.Generator().manual_seed(0))
+        loss.backward()
+        assert {"critic_loss", "generator_loss", "motion_ratio", "spread_ratio"} <= metrics.keys()
+        for weights in (student.weights, task.critic_weights):
+            assert any(p.grad is not None and p.grad.any() for p in weights.values())
+        trained = {id(p) for group in task.parameter_groups() for p in group.parameters.values()}
+        with_gradient = {id(p) for p in teacher.model.parameters() if p.grad is not None}
+        assert with_gradient <= trained
+        # The critic starts as the teacher; the student does not.
+        with student.disabled():
+            assert torch.equal(teacher.model(*inputs), expected)
+        assert not torch.equal(student.model(*inputs), expected)
+        task.remove_critic()
+    assert torch.equal(teacher.model(*inputs), expected)
+    assert [n for n, _ in teacher.model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_recomputed_activations_give_the_gradients_of_both_networks(
+    train: str, teacher: Teacher, linearized: Artifact
+) -> None:
+    found = []
+    for is_recomputed in (False, True):
+        settings = DistillationConfig(rank=4, num_steps=2, train=train)
+        with make_student(teacher, linearized, settings, seed=0) as student:
+            training = TrainingConfig(batch_size=4, activation_checkpointing=is_recomputed)
+            task = DistillationTask(
+                student, teacher, STATISTICS, settings, training=training, shift=3.0, run=Run()
+            )
+            task.loss(0, torch.Generator().manual_seed(0))[0].backward()
+            parameters = [p for g in task.parameter_groups() for p in g.parameters.items()]
+            found.append({name: p.grad for name, p in parameters})
+            task.remove_critic()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=0, msg=name)
 
 
 def test_regression_joins_the_students_turn_and_no_other(
     teacher: Teacher, linearized: Artifact, tmp_path: Path
 ) -> None:
     settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
-    endings = Endpoints(collect(teacher, settings, tmp_path, seed=0), 0.4)
+    endpoints = Endpoints(collect(teacher, settings, Run(folder=tmp_path / "run")), 0.4)
     student = make_student(teacher, linearized, DistillationConfig(rank=4), seed=0)
     options = {"critic_steps": 2, "regression_weight": 0.5}
     losses = {}
-    for kind in (None, endings):
-        task = make_task(student, teacher, endings=kind, **options)
+    for kind in (None, endpoints):
+        task = make_task(student, teacher, endpoints=kind, **options)
         for step in (0, 1):
             losses[kind, step] = task.loss(step, torch.Generator().manual_seed(step))
-    (loss, metrics), (plain, _) = losses[endings, 0], losses[None, 0]
+        if kind is None:
+            task.remove_critic()
+    (loss, metrics), (plain, _) = losses[endpoints, 0], losses[None, 0]
     torch.testing.assert_close(loss, plain + 0.5 * metrics["regression_loss"])
-    assert "regression_loss" not in losses[endings, 1][1]
-    torch.testing.assert_close(losses[endings, 1][0], losses[None, 1][0], rtol=0, atol=0)
+    assert "regression_loss" not in losses[endpoints, 1][1]
+    torch.testing.assert_close(losses[endpoints, 1][0], losses[None, 1][0], rtol=0, atol=0)
     gradients = torch.autograd.grad(
         loss, list(student.weights.values()), allow_unused=True, retain_graph=True
     )
     assert any(g is not None and bool(g.any()) for g in gradients)
 
 
-def config_of(out: Path) -> distill.DistillConfig:
-    return distill.DistillConfig(
-        out=out,
+def run(
+    teacher: Teacher, first: Artifact, out: Path, callbacks: Callbacks | None = None
+) -> Artifact:
+    config = pipeline.DistillConfig(
         trajectories=TrajectoryConfig(
             num_trajectories=3, states_per_trajectory=2, sampler_steps=4, shard_size=3
         ),
         distillation=DistillationConfig(num_steps=2, rank=4, critic_steps=2, regression_weight=0.5),
         training=TrainingConfig(steps=6, batch_size=4, checkpoint_every=2, log_every=1),
     )
-
-
-def run(teacher: Teacher, first: Artifact, out: Path, progress: Any = silent) -> Artifact:
-    config = config_of(out)
-    student = make_student(teacher, first, config.distillation, seed=0)
-    distill.distill(student, teacher, first, config, "fp32", progress)
-    return artifact.load(out / distill.ARTIFACT_NAME)
+    where = Run(folder=out, callbacks=callbacks or Callbacks())
+    with make_student(teacher, first, config.distillation, seed=0) as student:
+        pipeline.distill(student, teacher, first, config, where)
+    return artifact.load(out / pipeline.ARTIFACT_NAME)
 
 
 def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_steps(
@@ -306,10 +236,10 @@ def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_s
     usage = whole.header.usage
     assert (usage.guidance_scale, usage.shift, usage.steps, usage.sampler) == (1, 3, 2, "lcm")
     for at in (1, 3):
-        with pytest.raises(Stop):
-            run(teacher, linearized, tmp_path / f"at{at}", stopper(at))
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher, linearized, tmp_path / f"at{at}", Recorder(stop_at=("distillation", at)))
         resumed = run(teacher, linearized, tmp_path / f"at{at}")
-        files = [tmp_path / name / distill.ARTIFACT_NAME for name in ("whole", f"at{at}")]
+        files = [tmp_path / name / pipeline.ARTIFACT_NAME for name in ("whole", f"at{at}")]
         expected, found = (load_file(path) for path in files)
         assert expected.keys() == found.keys() and resumed.header.layers == whole.header.layers
         for name, tensor in expected.items():
@@ -321,10 +251,4 @@ def test_a_distilled_file_is_not_distilled_again(
 ) -> None:
     run(teacher, linearized, tmp_path)
     with pytest.raises(ValueError, match="is distilled already; give the file that `transfer`"):
-        load_first_stage(tmp_path / distill.ARTIFACT_NAME)
-
-
-def test_one_call_of_a_generator_predicts_the_video_itself() -> None:
-    x0, noise, sigma = draw(2, 3, 1, 2, 2), draw(2, 3, 1, 2, 2, seed=1), torch.tensor([0.2, 0.9])
-    found = velocity_to_x0(add_noise(x0, noise, sigma), noise - x0, sigma)
-    torch.testing.assert_close(found, x0)
+        load_first_stage(tmp_path / pipeline.ARTIFACT_NAME)

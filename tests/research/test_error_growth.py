@@ -1,11 +1,10 @@
-"""How often noise levels are looked at, and what flows make of errors: where all is known."""
+"""What flows make of errors: where all is known."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from linvideo_core.transfer.noise_levels import LEVELS, fitted_gain, level_density
 from torch import Tensor
 
 from linvideo_core.flow import make_sigmas, sample_euler
@@ -17,24 +16,6 @@ SIGMAS = make_sigmas(10, 3.0).double()
 def factor(point: int, rate: float) -> float:
     """Return what the flow with u(x) = rate x makes of a push behind a grid point."""
     return float((1 + rate * (SIGMAS[point + 2 :] - SIGMAS[point + 1 : -1])).prod())
-
-
-@pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize("num_steps", [1, 2, 50])
-def test_a_density_is_one(levels: str, num_steps: int) -> None:
-    density = level_density(make_sigmas(num_steps, 3.0), levels)
-    assert density.shape == (num_steps,) and bool((density > 0).all())
-    assert density.sum().item() == pytest.approx(1)
-
-
-def test_evenly_means_evenly() -> None:
-    assert level_density(SIGMAS, "even").tolist() == [pytest.approx(0.1)] * 10
-
-
-def test_the_fitted_gain_falls_with_the_noise_and_ends_at_one() -> None:
-    gain = fitted_gain(torch.linspace(1, 0, 101))
-    assert bool((gain.diff() <= 0).all())
-    assert gain[0] == 1600 and gain[-1] == 1
 
 
 @pytest.mark.parametrize("rate", [-1.5, 0.0, 0.7])
