@@ -183,7 +183,7 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     if config.record and distilled:
         record_few_step(FEW_STEP_RECORD_PATH, comparison, list(distilled), config, device)
     elif config.record:
-        count = f"{len(first.header.layers)} of {first.header.num_layers}"
+        count = f"{len(first.header.linear_layers)} of {first.header.num_layers}"
         write_record(
             RECORD_PATH,
             title=f"Embedded model, {count} layers linear, {config.comparison.num_samples} samples",

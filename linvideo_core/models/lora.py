@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..run.errors import SettingError
+
 
 class LowRank(nn.Module):
     """The product `up down` of rank R, in fp32; starts at zero because `up` does."""
@@ -54,7 +56,7 @@ class MergedLinear(nn.Linear):
 
 
 def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) -> None:
-    """Raise ValueError when a rank is too large for a linear layer under `prefix`.
+    """Raise SettingError when a rank is too large for a linear layer under `prefix`.
 
     shapes: of parameters by name.
     """
@@ -62,7 +64,9 @@ def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) ->
         is_linear = name.endswith(".weight") and len(shape) == 2
         if name.startswith(prefix) and is_linear and rank > min(shape):
             layer = name.removesuffix(".weight")
-            raise ValueError(f"--lora-rank {rank} exceeds {min(shape)}, the full rank of {layer}")
+            raise SettingError(
+                f"{{lora_rank}} {rank} exceeds {min(shape)}, the full rank of {layer}", "lora_rank"
+            )
 
 
 def attach(

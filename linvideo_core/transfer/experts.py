@@ -174,7 +174,7 @@ def linearize_experts(
         if not processes.is_first:
             continue
         made = artifact.load(mine.out / ARTIFACT_NAME)
-        draw_training(mine.out, made.header.layers, config.selection, config.training.steps)
+        draw_training(mine.out, made.header.linear_layers, config.selection, config.training.steps)
         artifact.save(_with_range(made, side, config.experts.boundary), path)
 
 
