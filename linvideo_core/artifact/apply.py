@@ -175,7 +175,8 @@ def extract(
     """Take the artifact out of a trained student: what it has that its teacher has not.
 
     student: linear attention, or mixed attention hardened, stands at its sites.
-    teacher: the model that the student started from, untouched.
+    teacher: the model that the student started from, untouched; the student itself where only
+        adapters tell the two apart.
     parameters: "full" takes the changed weights, "lora" the low-rank changes, "feature_maps" none.
     steps: training steps taken.
     usage: how the artifact wants to be used; none: it does not say.
@@ -262,9 +263,9 @@ def _linear_at(model: nn.Module, site: AttentionSite) -> LinearAttention | None:
     attention = attention_at(model, site)
     if isinstance(attention, LinearAttention):
         return attention
-    if not isinstance(attention, MixedAttention) or attention.choice == "softmax":
+    if not isinstance(attention, MixedAttention) or attention.mode == "softmax":
         return None
-    if attention.choice is None:
+    if attention.mode == "mixed":
         raise ArtifactError(f"{site.name} is still a mixture: select its kind first")
     return attention.linear
 
@@ -277,7 +278,7 @@ def _identify_both(
     found = fingerprint(*identify(shapes_of(student)))
     if found != expected:
         raise ArtifactError(f"the student is {found!a}, but its teacher is {expected!a}")
-    if any(_linear_at(teacher, site) for site in sites):
+    if teacher is not student and any(_linear_at(teacher, site) for site in sites):
         raise ArtifactError("the teacher has linear layers: give the model as it was before")
     return family, sites
 

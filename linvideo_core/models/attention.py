@@ -4,6 +4,7 @@ All map `query, key, value [B, L, N, D] -> [B, L, N, D]`, after qk-norm and RoPE
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -149,29 +150,26 @@ class LinearAttention(nn.Module):
 class MixedAttention(nn.Module):
     """`r softmax + (1 - r) linear`, with the learnable layer score r (LinVideo eq. 5).
 
-    r = 1 is softmax, r = 0 is linear. Selection hardens a layer by setting `choice`, after which
-    only the chosen branch is computed.
+    r = 1 is softmax, r = 0 is linear. Selection hardens a layer by setting `mode`, after which only
+    the chosen branch is computed.
+
+    mode: "mixed", "linear" or "softmax"; enabled: False computes softmax in any mode.
     """
+
+    enabled = True
 
     def __init__(self, linear: LinearAttention, layer_score: float) -> None:
         super().__init__()
         self.linear = linear
         self.softmax = SoftmaxAttention()
         self.layer_score = nn.Parameter(torch.tensor(float(layer_score)))
-        self.choice: str | None = None
-
-    def harden(self, choice: str) -> None:
-        """Compute only "linear" or only "softmax" from now on."""
-        if choice not in ("linear", "softmax"):
-            raise ValueError(f"choice {choice!r} given; 'linear' or 'softmax' is expected")
-        self.choice = choice
+        self.mode: Literal["mixed", "linear", "softmax"] = "mixed"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix both branches, or compute the chosen one."""
-        if self.choice == "linear":
+        if not self.enabled or self.mode == "softmax":
+            return self.softmax(query, key, value)
+        if self.mode == "linear":
             return self.linear(query, key, value)
-        softmax = self.softmax(query, key, value)
-        if self.choice == "softmax":
-            return softmax
-        linear = self.linear(query, key, value)
+        softmax, linear = self.softmax(query, key, value), self.linear(query, key, value)
         return torch.lerp(linear, softmax, self.layer_score.to(softmax.dtype))

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import MixedAttention
+from .lora import LowRank, switched
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -128,16 +131,35 @@ def blocks(model: nn.Module, sites: list[AttentionSite]) -> list[nn.Module]:
     return [model.get_submodule(site.name.rpartition(".")[0]) for site in sites]
 
 
+def adapters_of(module: nn.Module) -> list[nn.Module]:
+    """Return the parts of a module that turn a teacher into a student, each with its switch."""
+    return [part for part in module.modules() if isinstance(part, MixedAttention | LowRank)]
+
+
 def checkpoint_activations(model: nn.Module, sites: list[AttentionSite]) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
     for block in blocks(model, sites):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(_checkpointed, block, block.forward)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Run a block, which is recomputed with those adapters on that are on now."""
+
+    def make_contexts() -> tuple[contextlib.AbstractContextManager, ...]:
+        now = {adapter: adapter.enabled for adapter in adapters_of(block)}
+        return contextlib.nullcontext(), switched(now)
+
+    # Compiled code has its adapters built in.
+    options = {} if torch.compiler.is_compiling() else {"context_fn": make_contexts}
+    return checkpoint(forward, *args, use_reentrant=False, **options)
 
 
 @contextlib.contextmanager
 def compiled_blocks(models: Iterable[nn.Module], sites: list[AttentionSite]) -> Iterator[None]:
     """Compile the blocks of some models while the context lasts; alike blocks share their code."""
-    compiled = [block for model in models for block in blocks(model, sites)]
+    compiled = {
+        block: block.__dict__.get("forward") for model in models for block in blocks(model, sites)
+    }
     # One entry a kind of attention, batch size and gradient mode: more than the default of 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in compiled:
@@ -145,5 +167,7 @@ def compiled_blocks(models: Iterable[nn.Module], sites: list[AttentionSite]) -> 
     try:
         yield
     finally:
-        for block in compiled:
+        for block, forward in compiled.items():
             del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -25,6 +25,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from .attention_sites import AttentionSite, ModelFamily
+from .lora import LowRank
 
 SKETCH_SIZE = 64
 _DIGITS = 5
@@ -120,6 +121,8 @@ def digested_weights(model: nn.Module, sites: list[AttentionSite]) -> list[str]:
     for site in (sites[0], sites[-1]):
         module = model.get_submodule(site.name)
         for prefix, layer in module.named_modules(prefix=site.name):
+            if f"{prefix}.".startswith(f"{site.name}.attention.") or isinstance(layer, LowRank):
+                continue  # A student's own.
             own = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
             names += sorted(own, key=lambda name: name.endswith(".bias"))
     return names

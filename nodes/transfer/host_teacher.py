@@ -32,8 +32,7 @@ from ...linvideo_core.run.memory import (
     training_needs,
 )
 from ...linvideo_core.teacher.teacher import Teacher
-from ...linvideo_core.transfer.objectives import needs_critic
-from ...linvideo_core.transfer.pipeline import TransferConfig
+from ...linvideo_core.transfer.config import TransferConfig
 from ...linvideo_core.transfer.student import StudentConfig
 from ..demo import DemoLatents
 from ..patching.apply import untouched
@@ -149,7 +148,7 @@ class HostTeacher:
 
     def is_copied(self, config: TransferConfig) -> bool:
         """Say whether a transfer trains copies in fp32, not beside the host's own weights."""
-        if config.student.parameters == "full" or needs_critic(config.objective):
+        if config.student.parameters == "full":
             return True
         return FP32 * count(self.shapes) <= COPIED_BYTES
 

@@ -24,14 +24,16 @@ from ...linvideo_core import artifact
 from ...linvideo_core.artifact import ArtifactError
 from ...linvideo_core.artifact.file import check_name
 from ...linvideo_core.run.config import override
+from ...linvideo_core.run.context import Run
 from ...linvideo_core.run.files import replacing
 from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, open_run
 from ...linvideo_core.run.memory import is_out_of_memory
 from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
+from ...linvideo_core.transfer.config import ARTIFACT_NAME, TransferConfig
 from ...linvideo_core.transfer.estimate import forecast
 from ...linvideo_core.transfer.layer_selection.rules import check_target
-from ...linvideo_core.transfer.pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from ...linvideo_core.transfer.pipeline import linearize
 from ...linvideo_core.transfer.quality import settings_by_steps, settings_for
 from ...linvideo_core.transfer.student import Student
 from ..model_folder import FOLDER
@@ -198,11 +200,18 @@ def _find_target(name: str, made: Path) -> Path:
 def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None:
     with _tidied(), host.teacher(config) as teacher:
         takes = _say_what_it_takes(host, teacher, config)
-        student = Student(teacher, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
-        progress = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
-        with progress.watching():
-            linearize(student, teacher, config, config.precision, progress)
+        with Student(teacher, config.student, seed=config.seed) as student:
+            progress = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
+            run = Run(
+                folder=config.out,
+                device=config.device,
+                precision=config.precision,
+                seed=config.seed,
+                callbacks=progress,
+            )
+            with progress.watching():
+                linearize(student, teacher, config, run)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def make_student(teacher: WanModel, parameters: str) -> WanModel:
         if site.layer == 0:
             return linear
         mixed = MixedAttention(linear, 0.5)
-        mixed.harden("linear" if site.layer in LINEAR_LAYERS else "softmax")
+        mixed.mode = "linear" if site.layer in LINEAR_LAYERS else "softmax"
         return mixed
 
     attention_sites.install(student, sites, make)
@@ -384,7 +384,7 @@ def test_extract_warns_of_changes_that_the_file_does_not_keep(
 
 
 def _undecided(student: WanModel) -> None:
-    student.blocks[1].self_attn.attention.choice = None
+    student.blocks[1].self_attn.attention.mode = "mixed"
 
 
 def _all_softmax(student: WanModel) -> None:

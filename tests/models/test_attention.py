@@ -107,7 +107,7 @@ def test_a_hardened_layer_computes_its_branch_alone(choice: str) -> None:
 
 def test_a_hardened_layer_gives_r_no_gradient() -> None:
     mixed = make_mixed(0.4)
-    mixed.harden("linear")
+    mixed.mode = "linear"
     mixed(*make_triple()).sum().backward()
     assert mixed.layer_score.grad is None
 

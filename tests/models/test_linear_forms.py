@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from linvideo_core.transfer.objectives import ObjectiveConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +21,6 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, collect
 from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.objectives import ObjectiveConfig
 from linvideo_core.transfer.student import Student, StudentConfig, TransferTask
 from linvideo_core.transfer.warm_start import feature_maps
 
@@ -177,7 +177,7 @@ def make_student(teacher: Teacher, form: LinearForm, parameters: str = "feature_
     student = Student(teacher, config, seed=0)
     generator = torch.Generator().manual_seed(2)
     for layer, mixed in student.mixed.items():
-        mixed.harden("softmax" if layer == 1 else "linear")
+        mixed.mode = "softmax" if layer == 1 else "linear"
         for parameter in mixed.linear.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return student

@@ -95,7 +95,7 @@ def test_twins_share_the_weights_and_keep_their_own_attention(
     for theirs, mine in zip(own.model.parameters(), twin(own.model).parameters(), strict=True):
         assert theirs is mine
     for module in student.mixed.values():
-        module.harden("linear")
+        module.mode = "linear"
     assert not torch.equal(student.model(*inputs), expected)
     assert torch.equal(own.model(*inputs), expected)
     assert torch.equal(expected, teacher.model(*inputs))
