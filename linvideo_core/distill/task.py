@@ -55,7 +55,7 @@ def make_student(
         form=header.form,
     )
     student = Student(teacher, settings, seed=seed)
-    student.harden(header.layers)
+    student.harden(header.linear_layers)
     return student
 
 
@@ -66,9 +66,9 @@ def start_from(student: Student, artifact: Artifact) -> None:
     Low-rank changes go on being trained as they are: they fill the first directions of the
     student's, and where it has more, those begin at zero.
     """
-    for layer in artifact.header.layers:
+    for layer in artifact.header.linear_layers:
         linear = student.mixed[layer].linear
-        for name, found in artifact.linear_tensors(layer).items():
+        for name, found in artifact.linear[layer].items():
             linear.get_parameter(name).copy_(found)
     for name, delta in artifact.deltas.items():
         parameter = student.model.get_parameter(name)
@@ -83,7 +83,7 @@ def start_from(student: Student, artifact: Artifact) -> None:
 
 
 def _head_dim(artifact: Artifact) -> int:
-    return next(iter(artifact.feature_maps.values()))[0].shape[1]
+    return next(iter(artifact.linear.values()))["query_map"].shape[1]
 
 
 class DistillationTask:

@@ -130,8 +130,8 @@ def compare_artifact(
     """
     header = artifact.header
     students = {
-        "swapped": swap(teacher.model, header.layers, header.feature_dim, header.form),
-        "student": artifact_files.transfer_into(teacher.model, artifact),
+        "swapped": swap(teacher.model, header.linear_layers, header.feature_dim, header.form),
+        "student": artifact_files.apply(artifact, teacher.model),
     }
     comparison = compare(
         teacher, students, settings, seed=seed, precision=precision, callbacks=callbacks
@@ -177,9 +177,9 @@ def compare_experts(
             for side, found in made.items():
                 expert, header = teacher.model.get_submodule(side), found.header
                 stack.enter_context(
-                    artifact_files.transfer_into(expert, found)
+                    artifact_files.apply(found, expert)
                     if is_trained
-                    else swap(expert, header.layers, header.feature_dim, header.form)
+                    else swap(expert, header.linear_layers, header.feature_dim, header.form)
                 )
             yield teacher.model
 

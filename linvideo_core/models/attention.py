@@ -1,4 +1,4 @@
-"""Attention modules that take the place of one another: softmax, Hedgehog linear, their mixture.
+"""Attention modules that replace one another: softmax, Hedgehog linear, and their mixture.
 
 All map `query, key, value [B, L, N, D] -> [B, L, N, D]`, after qk-norm and RoPE.
 """
@@ -22,9 +22,9 @@ class SoftmaxAttention(nn.Module):
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Softmax attention within blocks of `window` tokens that follow one another: O(L window).
+    """Softmax attention within consecutive blocks of `window` tokens, O(L window).
 
-    Tokens lie frame by frame, row by row; the last block is shorter where L is no multiple.
+    Tokens lie frame by frame, row by row; the last block may be shorter.
     Raises ValueError where queries and keys are not the same tokens.
     """
     B, L, N, D = query.shape
@@ -55,10 +55,8 @@ def attend_linearly(
     """Compute linear attention in a form, from its tensors.
 
     query_map, key_map: [N, D, M/2], or [1, D, M/2] where heads share them.
-    gate: [N, D] or none; each head's output is scaled by `2 sigmoid(gate . q)`, the head-wise
-        output gate of Gated Attention (arXiv 2505.06708) twice over, so that 0 changes nothing. It
-        reads the query because attention sees no other input, and because a scale that reads
-        nothing is part of the output projection already.
+    gate: [N, D] or none; each head's output is scaled by `2 sigmoid(gate . q)`, twice the head-wise
+        output gate of Gated Attention (arXiv 2505.06708), so that 0 changes nothing.
     window_mix: [N] or none; the output lies `tanh(window_mix)` of the way from linear attention to
         the softmax of its window (the zero-initialised gate of Flamingo, arXiv 2204.14198).
 
@@ -90,10 +88,10 @@ class LinearAttention(nn.Module):
         num_maps = 1 if self.form.map_sharing == "shared" else num_heads
         self.query_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
         self.key_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
-        gate = nn.Parameter(torch.zeros(num_heads, head_dim)) if self.form.output_gate else None
-        self.register_parameter("gate", gate)
-        window_mix = nn.Parameter(torch.zeros(num_heads)) if self.form.window else None
-        self.register_parameter("window_mix", window_mix)
+        self.gate = (
+            nn.Parameter(torch.zeros(num_heads, head_dim)) if self.form.output_gate else None
+        )
+        self.window_mix = nn.Parameter(torch.zeros(num_heads)) if self.form.window else None
         self.init_weights()
 
     @property

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..run.errors import SettingError
+
 
 class LowRank(nn.Module):
     """The product `up down` of rank R, in fp32; starts at zero because `up` does.
@@ -68,7 +70,7 @@ class MergedLinear(nn.Linear):
 
 
 def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) -> None:
-    """Raise ValueError when a rank is too large for a linear layer under `prefix`.
+    """Raise SettingError when a rank is too large for a linear layer under `prefix`.
 
     shapes: of parameters by name.
     """
@@ -76,7 +78,9 @@ def check_rank(shapes: Mapping[str, tuple[int, ...]], prefix: str, rank: int) ->
         is_linear = name.endswith(".weight") and len(shape) == 2
         if name.startswith(prefix) and is_linear and rank > min(shape):
             layer = name.removesuffix(".weight")
-            raise ValueError(f"--lora-rank {rank} exceeds {min(shape)}, the full rank of {layer}")
+            raise SettingError(
+                f"{{lora_rank}} {rank} exceeds {min(shape)}, the full rank of {layer}", "lora_rank"
+            )
 
 
 def attach(

@@ -1,7 +1,6 @@
 """Frozen weights held in fewer bytes: bf16, or fp8 for the linear layers of the blocks.
 
-What is not a block's linear layer (embeddings, norms, modulations, head) is bf16 in both. Where a
-checkpoint is in bf16 already, bf16 loses nothing.
+All else (embeddings, norms, modulations, head) is bf16 in both.
 """
 
 import math
@@ -33,8 +32,9 @@ class Float8Linear(nn.Linear):
         largest = weight.detach().float().abs().amax(dim=1, keepdim=True)
         exponent = torch.frexp(largest / torch.finfo(_FP8).max).exponent
         scale = torch.ldexp(torch.ones_like(largest), exponent)
-        self.weight = _freeze((weight.detach().float() / scale).to(_FP8))
-        self.register_parameter("bias", None if bias is None else _freeze(bias.bfloat16()))
+        self.weight = nn.Parameter((weight.detach().float() / scale).to(_FP8), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.bfloat16(), requires_grad=False)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,3 @@ def _is_narrow(name: str, shape: tuple[int, ...]) -> bool:
 
 def _widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) * scale.to(dtype)
-
-
-def _freeze(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

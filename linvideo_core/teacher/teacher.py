@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from .. import demo
 from ..demo.codec import LATENT_SHAPE, SPACE_PATCH, TIME_PATCH, decode_latents
 from ..demo.prompts import all_prompts, encode_prompts
-from ..models.attention_sites import (
-    blocks,
-    keep_identity,
-    shapes_of,
-    weights_digest,
-    weights_sketch,
-)
+from ..models.attention_sites import blocks, shapes_of
+from ..models.base_weights import base_weights_of, keep_base_weights, weights_digest
 from ..models.checkpoint import Checkpoint, load_wan, open_wan
 from ..models.config import FrozenConfig
 from ..models.experts import parts_of
@@ -140,8 +135,7 @@ class TeacherCheckpoint:
         if self.frozen_weights.frozen != "fp32":
             family, sites = identify(self.shapes)
             whole = self.checkpoint.load(under=[f"{site.name}." for site in (sites[0], sites[-1])])
-            sketch = weights_sketch(whole, family, sites)
-            keep_identity(model, weights_digest(whole, sites), sketch)
+            keep_base_weights(model, base_weights_of(whole, family, sites))
         return model
 
 

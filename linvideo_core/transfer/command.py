@@ -145,7 +145,7 @@ def _run_one(
     if not processes.destroy():
         return None
     made = artifact.load(path)
-    draw_training(config.out, made.header.layers, config.selection, config.training.steps)
+    draw_training(config.out, made.header.linear_layers, config.selection, config.training.steps)
     if is_evaluated(config.evaluation, config.out):
         return None
     logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
@@ -225,10 +225,10 @@ def summarize(config: TransferConfig) -> str:
     lines = []
     for path in list_artifacts(config):
         header = artifact.load(path).header
-        layers = ", ".join(map(str, header.layers))
+        layers = ", ".join(map(str, header.linear_layers))
         whose = header.provenance.get("expert", "")
         lines.append(
-            f"{len(header.layers)} of {header.num_layers} layers "
+            f"{len(header.linear_layers)} of {header.num_layers} layers "
             f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
         )
     lines.append("")

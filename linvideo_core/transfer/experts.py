@@ -157,7 +157,9 @@ def linearize_experts(
         if not run.processes.is_first:
             continue
         made = artifact.load(mine.folder / ARTIFACT_NAME)
-        draw_training(mine.folder, made.header.layers, config.selection, config.training.steps)
+        draw_training(
+            mine.folder, made.header.linear_layers, config.selection, config.training.steps
+        )
         artifact.save(_with_range(made, side, config.experts.boundary), path)
 
 

@@ -59,19 +59,19 @@ class FeatureMaps(nn.Module):
         """operations: `comfy.ops.manual_cast`; the tensors are empty until `load`."""
         super().__init__()
         self.family_name = artifact.header.family
-        self.indices = artifact.header.layers
+        self.indices = artifact.header.linear_layers
         self.site_names = artifact.header.site_names
         self.layers = nn.ModuleList()
         settings = {"operations": operations, "device": device}
-        for layer in artifact.header.layers:
-            tensors = artifact.linear_tensors(layer)
+        for layer in artifact.header.linear_layers:
+            tensors = artifact.linear[layer]
             self.layers.append(LayerMaps(tensors, artifact.header.form, **settings))
 
     def load(self, artifact: Artifact, *, assign: bool) -> None:
         """Take the tensors of an artifact's linear layers."""
         state = {}
-        for index, layer in enumerate(artifact.header.layers):
-            for name, weight in _as_weights(artifact.linear_tensors(layer)).items():
+        for index, layer in enumerate(artifact.header.linear_layers):
+            for name, weight in _as_weights(artifact.linear[layer]).items():
                 state[f"layers.{index}.{name}.weight"] = weight
         self.load_state_dict(state, assign=assign)
         self.requires_grad_(False)

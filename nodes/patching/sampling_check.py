@@ -5,7 +5,8 @@ from typing import Any
 
 import comfy.samplers
 
-from ...linvideo_core.artifact import ArtifactError, ArtifactHeader, Usage, find_differences
+from ...linvideo_core.artifact import ArtifactError, ArtifactHeader, Usage
+from ...linvideo_core.artifact.summary import find_differences
 from ...linvideo_core.demo.codec import TIME_PATCH
 from ..demo import DemoLatents
 from .families import host_family

@@ -18,6 +18,7 @@ from torch import nn
 from ...linvideo_core.demo.codec import decode_latents
 from ...linvideo_core.demo.prompts import all_prompts, encode_prompts
 from ...linvideo_core.models import attention_sites
+from ...linvideo_core.models.base_weights import digested_weights, keep_base_weights
 from ...linvideo_core.models.families import identify
 from ...linvideo_core.models.velocity import TIMESTEP_SCALE
 from ...linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts, split_prompts
@@ -85,7 +86,7 @@ class HostTeacher:
         """Return 16 hex digits that tell these weights, and patches on them, from others."""
         digest = hashlib.blake2b(digest_size=8)
         diffusion_model = self.model.model.diffusion_model
-        for name in attention_sites.digested_weights(diffusion_model, self.sites):
+        for name in digested_weights(diffusion_model, self.sites):
             # Where patches are merged in, the weight itself waits in the backup.
             backup = self.model.backup.get(f"diffusion_model.{name}")
             kept = diffusion_model.get_parameter(name) if backup is None else backup.weight
@@ -130,7 +131,7 @@ class HostTeacher:
             timestep_scale=base_model.model_sampling.multiplier / TIMESTEP_SCALE,
         )
         base = describe_base(self.model)
-        attention_sites.keep_identity(model, base.digest, base.sketch)
+        keep_base_weights(model, base)
         return Teacher(
             name=_name(self.model, self.is_demo),
             model=model,

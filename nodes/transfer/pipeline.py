@@ -22,7 +22,7 @@ import torch
 
 from ...linvideo_core import artifact
 from ...linvideo_core.artifact import ArtifactError
-from ...linvideo_core.artifact.names import check_name
+from ...linvideo_core.artifact.file import check_name
 from ...linvideo_core.run.config import override
 from ...linvideo_core.run.context import Run
 from ...linvideo_core.run.files import replacing

@@ -163,9 +163,9 @@ def test_what_was_copied_ahead_is_not_used_when_it_is_out_of_date(
         student.model(*inputs).square().mean().backward()
     student.remove()
     # Block 0 would have been next.
-    with artifact.transfer_into(own.model, linearized):
+    with artifact.apply(linearized, own.model):
         found = own.model(*inputs)
-    with artifact.transfer_into(teacher.model, linearized):
+    with artifact.apply(linearized, teacher.model):
         assert torch.equal(found, teacher.model(*inputs))
 
 
@@ -174,9 +174,9 @@ def test_a_change_in_place_is_seen_by_the_next_call(
 ) -> None:
     own = move(teacher, 3)
     before = own.model(*inputs)
-    with artifact.transfer_into(own.model, linearized):
+    with artifact.apply(linearized, own.model):
         found = own.model(*inputs)
-    with artifact.transfer_into(teacher.model, linearized):
+    with artifact.apply(linearized, teacher.model):
         assert torch.equal(found, teacher.model(*inputs))
     assert torch.equal(own.model(*inputs), before)
 

@@ -200,7 +200,7 @@ def test_a_fixed_choice_decides_the_artifacts_layers_and_draws_no_scores(
 ) -> None:
     config = transfer_config(tmp_path / "run", **selection)
     made = linearized(teacher, config)
-    assert tuple(made.header.layers) == layers
+    assert tuple(made.header.linear_layers) == layers
     assert made.header.provenance["choice"] == choice
     rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 6
@@ -228,7 +228,7 @@ def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_
     expected = linearized(teacher, config, told)
     assert told.stages == ["sampling_teacher", "warm_start", "ranking_layers", "training"]
     ranking = json.loads((config.out / RANKING_NAME).read_text())["ranking"]
-    assert tuple(sorted(ranking[:2])) == tuple(expected.header.layers)
+    assert tuple(sorted(ranking[:2])) == tuple(expected.header.linear_layers)
     assert expected.header.provenance["choice"] == "sensitivity (replace-one)"
     broken = dataclasses.replace(config, out=tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
