@@ -28,7 +28,6 @@ class LinVideoLinearize(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideo",
             display_name="LinVideo Linearize",

@@ -14,7 +14,6 @@ class LinVideoTransferSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoTransferSettings",
             display_name="LinVideo Transfer Settings",

@@ -10,6 +10,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ...linvideo_core.demo.prompts import all_prompts, encode_prompts
 from ...linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts, split_prompts
@@ -200,7 +201,8 @@ def _encode(
         encoded = [{key: x.cond for key, x in cond["model_conds"].items()} for cond in conds]
         encoded = [video.read_inputs(inputs) for inputs in encoded]
     _refuse_references(encoded)
-    return [{name: _ordinary(value) for name, value in inputs.items()} for inputs in encoded]
+    # What is made in inference mode cannot take part in training; a clone outside of it can.
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), encoded)
 
 
 def _refuse_references(encoded: list[dict[str, Any]]) -> None:
@@ -210,20 +212,6 @@ def _refuse_references(encoded: list[dict[str, Any]]) -> None:
                 f"the conditioning has a list of references ({name}), which a transfer cannot "
                 "learn from: connect conditioning without it"
             )
-
-
-def _ordinary(value: Any) -> Any:
-    """Return a value with tensors of its own.
-
-    What is made in inference mode cannot take part in training; a clone outside of it can.
-    """
-    if torch.is_tensor(value):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {name: _ordinary(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_ordinary(part) for part in value]
-    return value
 
 
 def _check_alike(first: dict[str, Any], other: dict[str, Any]) -> None:

@@ -112,25 +112,25 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def freeze(diffusion_model: nn.Module, device: torch.device, *, is_copied: bool) -> nn.Module:
-    """Return a twin of a loaded diffusion model that can take part in training.
+    """Return a copy of a loaded diffusion model that can take part in training.
 
-    is_copied: linear layers, too, are copies, in fp32: for small models, and where all is trained.
+    is_copied: linear layers, too, are copied, in fp32: for small models, and where all is trained.
 
     Raises ValueError for a layer that another node computes in a way of its own.
     """
-    return _Freezer(device, is_copied).twin(diffusion_model).requires_grad_(False).eval()
+    return _Freezer(device, is_copied).copy(diffusion_model).requires_grad_(False).eval()
 
 
 class _Freezer:
-    """Makes twins of modules; a module that stands in two places has one."""
+    """Makes copies of modules; a module that stands in two places has one."""
 
     def __init__(self, device: torch.device, is_copied: bool) -> None:
         self.device = device
         self.is_copied = is_copied
         self.made: dict[int, nn.Module] = {}
 
-    def twin(self, module: nn.Module) -> nn.Module:
-        """Return the twin of a module and of all below it."""
+    def copy(self, module: nn.Module) -> nn.Module:
+        """Return the copy of a module and of all below it."""
         if id(module) not in self.made:
             self.made[id(module)] = self._make(module)
         return self.made[id(module)]
@@ -141,7 +141,7 @@ class _Freezer:
             return self._copy_linear(module) if self.is_copied else FrozenLinear(module)
         made = _empty_copy(module)
         children = {name: child for name, child in module._modules.items() if child is not None}
-        made._modules.update({name: self.twin(child) for name, child in children.items()})
+        made._modules.update({name: self.copy(child) for name, child in children.items()})
         if has_weight and not children:
             self._copy_weights(module, made)
         else:
@@ -200,7 +200,7 @@ class HostModel(nn.Module):
         video: Video,
         timestep_scale: float = 1.0,
     ) -> None:
-        """diffusion_model: a twin that nothing else uses.
+        """diffusion_model: of `freeze`; nothing else may use it.
 
         dtype: in which it computes; timestep_scale: the model's own timesteps over [0, 1000].
         """

@@ -181,9 +181,9 @@ def _shapes_of(samples: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def prepare_for_training(diffusion_model: nn.Module) -> None:
-    """Give each block of a twin, which nothing else uses, a forward that can be differentiated.
+    """Give each block of a copy, which nothing else uses, a forward that can be differentiated.
 
-    Raises ValueError, in one sentence, where this ComfyUI computes its blocks in another way.
+    Raises ValueError where this ComfyUI computes its blocks in another way.
     """
     _check_agreement(diffusion_model.blocks[0])
     for block in diffusion_model.blocks:
