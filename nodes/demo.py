@@ -49,7 +49,6 @@ class LinVideoDemo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoDemo",
             display_name="LinVideo Demo",
@@ -100,7 +99,6 @@ class LinVideoDemoDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoDemoDecode",
             display_name="LinVideo Demo Decode",

@@ -20,7 +20,6 @@ class LinVideoExportPrompts(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoExportPrompts",
             display_name="LinVideo Export Prompts",
@@ -99,7 +98,7 @@ class LinVideoExportPrompts(io.ComfyNode):
 def encode_as_host(clip: Any, text: str) -> Tensor:
     """Return what the host's Wan receives for a prompt, [512, T] with zeros after its tokens.
 
-    Raises ValueError, in one sentence, for a text encoder that is not Wan's.
+    Raises ValueError for a text encoder that is not Wan's.
     """
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     if len(conditioning) != 1:

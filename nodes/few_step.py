@@ -29,7 +29,7 @@ def make_sigmas(source: Any, steps: int) -> Tensor:
 
     steps: 0 for those of a distilled file.
 
-    Raises ValueError, in one sentence, when a distilled model has another number of steps, or when
+    Raises ValueError when a distilled model has another number of steps, or when
     there is nothing that says the noise levels.
     """
     header = _header_of(source)
@@ -71,7 +71,6 @@ class LinVideoFewStepSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoFewStepSampler",
             display_name="LinVideo Few-Step Sampler",
@@ -136,7 +135,6 @@ class LinVideoFewStepSigmas(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoFewStepSigmas",
             display_name="LinVideo Few-Step Sigmas",

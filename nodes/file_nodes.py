@@ -22,7 +22,6 @@ class LinVideoSave(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoSave",
             display_name="LinVideo Save",
@@ -62,7 +61,6 @@ class LinVideoLoad(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoLoad",
             display_name="LinVideo Load",
@@ -95,7 +93,6 @@ class LinVideoShowFile(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoShowFile",
             display_name="LinVideo Show File",

@@ -6,8 +6,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-CATEGORY = "LinVideo"
-
 LinVideo = io.Custom("LINVIDEO")
 """The socket type of a loaded LINVIDEO file, a `linvideo_core.artifact.Artifact`."""
 
@@ -18,11 +16,12 @@ TransferSettings = io.Custom("LINVIDEO_SETTINGS")
 def make_schema(**settings: Any) -> io.Schema:
     """Return the schema of a node in LinVideo's category."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
-    settings = {"category": CATEGORY, **settings}
+    settings = {"category": "LinVideo", **settings}
     return io.Schema(**{name: value for name, value in settings.items() if name in known})
 
 
-def make_input(kind: Any, name: str, **settings: Any) -> io.Input:
-    """Return an input of a kind, such as `io.Int`; settings are those of its `Input`."""
+def make_input(kind: Any, name: str, settings: dict[str, Any], tooltip: str) -> io.Input:
+    """Return an input of a kind, such as `io.Int`; settings: further arguments of its `Input`."""
     known = inspect.signature(kind.Input.__init__).parameters
-    return kind.Input(name, **{key: value for key, value in settings.items() if key in known})
+    settings = {key: value for key, value in settings.items() if key in known}
+    return kind.Input(name, **settings, tooltip=tooltip)

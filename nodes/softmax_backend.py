@@ -17,7 +17,6 @@ class LinVideoSoftmaxBackend(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoSoftmaxBackend",
             display_name="LinVideo Softmax Backend",

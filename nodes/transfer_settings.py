@@ -13,7 +13,6 @@ class LinVideoTransferSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the node to ComfyUI."""
         return make_schema(
             node_id="LinVideoTransferSettings",
             display_name="LinVideo Transfer Settings",
@@ -21,7 +20,7 @@ class LinVideoTransferSettings(io.ComfyNode):
             "otherwise finds out itself. Set what you want to decide and leave the rest at 0, "
             "which is auto.",
             search_aliases=["transfer settings", "training settings", "expert", "linvideo options"],
-            inputs=[*_training(), *_teacher(), *_size(), *_weights()],
+            inputs=[*_training(), *_videos(), *_weights()],
             outputs=[
                 TransferSettings.Output(
                     "settings", tooltip="For LinVideo Linearize in the mode 'run the transfer now'."
@@ -35,22 +34,22 @@ class LinVideoTransferSettings(io.ComfyNode):
         return io.NodeOutput(settings)
 
 
-def _auto_input(name: str, highest: int, tooltip: str, *, step: int = 1) -> io.Input:
+def _auto(name: str, highest: int, tooltip: str, *, step: int = 1) -> io.Input:
     """Return the input of a whole number that is found out while it is 0."""
     limits = {"default": 0, "min": 0, "max": highest, "step": step}
-    return make_input(io.Int, name, tooltip=f"{tooltip} 0 is auto.", **limits)
+    return make_input(io.Int, name, limits, f"{tooltip} 0 is auto.")
 
 
 def _training() -> list[io.Input]:
     return [
-        _auto_input(
+        _auto(
             "target",
             1000,
             "How many layers become linear; training finds out which. Auto is about half of the "
             "model's layers (Wan 1.3B: 16 of 30).",
         ),
-        _auto_input("steps", 1_000_000, "Training steps. Auto follows quality."),
-        _auto_input(
+        _auto("steps", 1_000_000, "Training steps. Auto follows quality."),
+        _auto(
             "batch_size",
             4096,
             "Videos in a training step. The first to lower when memory runs out.",
@@ -58,59 +57,49 @@ def _training() -> list[io.Input]:
         make_input(
             io.Float,
             "learning_rate",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=1e-5,
-            round=False,
-            tooltip="How far each step goes. Lower it when training fails. 0 is auto.",
+            {"default": 0.0, "min": 0.0, "max": 1.0, "step": 1e-5, "round": False},
+            "How far each step goes. Lower it when training fails. 0 is auto.",
         ),
         make_input(
             io.Float,
             "cfg",
-            default=0.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            tooltip="The guidance that the model is used with: set the same in the sampler later. "
-            "0 is auto: what the model is usually sampled with.",
+            {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1},
+            "The guidance that the model is used with: set the same in the sampler later. 0 is "
+            "auto: what the model is usually sampled with.",
         ),
     ]
 
 
-def _teacher() -> list[io.Input]:
-    return [
-        _auto_input(
-            "sampler_steps",
-            1000,
-            "Steps in which the original model makes each video to learn from, at least 8.",
-        ),
-        _auto_input(
-            "num_videos",
-            1_000_000,
-            "Videos that the original model makes first, to learn from.",
-        ),
-        _auto_input(
-            "warm_start_steps",
-            100_000,
-            "Short steps before the training, which bring the linear attention close to the "
-            "original one.",
-        ),
-    ]
-
-
-def _size() -> list[io.Input]:
+def _videos() -> list[io.Input]:
     # Frames come as 4 n + 1, which steps from 0 would never meet.
-    steps = {"width": 16, "height": 16, "frames": 1}
-    return [
-        _auto_input(
+    sizes = [
+        _auto(
             name,
             16384,
             f"The {name} of the videos to learn from, while no latent is connected. Lower it when "
             "memory runs out.",
             step=step,
         )
-        for name, step in steps.items()
+        for name, step in (("width", 16), ("height", 16), ("frames", 1))
+    ]
+    return [
+        _auto(
+            "sampler_steps",
+            1000,
+            "Steps in which the original model makes each video to learn from, at least 8.",
+        ),
+        _auto(
+            "num_videos",
+            1_000_000,
+            "Videos that the original model makes first, to learn from.",
+        ),
+        _auto(
+            "warm_start_steps",
+            100_000,
+            "Short steps before the training, which bring the linear attention close to the "
+            "original one.",
+        ),
+        *sizes,
     ]
 
 
@@ -119,13 +108,12 @@ def _weights() -> list[io.Input]:
         make_input(
             io.Combo,
             "parameters",
-            options=["lora", *(name for name in PARAMETERS if name != "lora")],
-            default="lora",
-            tooltip="What may be changed beside the linear attention itself. lora: a small "
-            "addition to the weights. full: the weights themselves, which takes much more memory. "
-            "feature_maps: nothing else.",
+            {"options": ["lora", *(x for x in PARAMETERS if x != "lora")], "default": "lora"},
+            "What may be changed beside the linear attention itself. lora: a small addition to the "
+            "weights. full: the weights themselves, which takes much more memory. feature_maps: "
+            "nothing else.",
         ),
-        _auto_input(
+        _auto(
             "lora_rank",
             4096,
             "How much the addition can hold (lora only). Lower takes less memory.",
@@ -133,18 +121,14 @@ def _weights() -> list[io.Input]:
         make_input(
             io.Combo,
             "objective",
-            options=list(OBJECTIVES),
-            default="adm",
-            tooltip="What is compared with the original model. adm follows the linear model where "
-            "it really goes; the others are for experiments.",
+            {"options": list(OBJECTIVES), "default": "adm"},
+            "What is compared with the original model. adm follows the linear model where it "
+            "really goes; the others are for experiments.",
         ),
         make_input(
             io.Int,
             "seed",
-            default=0,
-            min=0,
-            max=2**53,
-            control_after_generate=False,
-            tooltip="Decides everything random: the same seed gives the same result.",
+            {"default": 0, "min": 0, "max": 2**53, "control_after_generate": False},
+            "Decides everything random: the same seed gives the same result.",
         ),
     ]

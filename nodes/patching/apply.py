@@ -17,17 +17,12 @@ from torch import nn
 from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, check
 from ...linvideo_core.artifact.summary import title
 from ...linvideo_core.models import attention_sites
-from .additional_models import make_parts_patcher
-from .base_weights import compare_base
-from .call_checks import watch_call
+from .additional_models import FeatureMaps, LowRankChanges, is_dynamic, make_patcher
 from .families import host_family
 from .injection import KEY, eject, inject
-from .keep_first_steps import KeepFirstSteps
-from .linear_layers import FeatureMaps
-from .lora_bypass import LowRankChanges
-from .report import Report
-from .sampling_check import CompareSampling
-from .weight_patches import add_weight_changes, are_blocks_compiled
+from .model_calls import KeepFirstSteps, check_call
+from .report import CompareSampling, Report
+from .weights import add_weight_changes, are_blocks_compiled, compare_base
 
 logger = logging.getLogger(__name__)
 
@@ -57,38 +52,37 @@ def linearize(
 
     strength: scales the weight changes; the feature maps are as trained at any strength.
     keep_first_steps: so many steps of every sampling run the model as it came in.
-    node_id: of the node under which it is said what differs; a difference is never an error.
+    node_id: of the node that reports what differs; a difference is never an error.
 
-    Raises ArtifactError, in one sentence, when the artifact does not fit the model or one is
-    applied already.
+    Raises ArtifactError when the artifact does not fit the model or one is applied already.
     """
     diffusion_model = untouched(model)
     sites = check(artifact, attention_sites.shapes_of(diffusion_model))
     family = host_family(artifact.header.family)
     for site in sites:
         family.check(diffusion_model.get_submodule(site.name))
-    report = Report(_say(artifact.header, model, strength, keep_first_steps), node_id)
+    report = Report(_describe(artifact.header, model, strength, keep_first_steps), node_id)
 
     linearized = model.clone()
     must_rest = keep_first_steps > 0
     bypassed = add_weight_changes(linearized, artifact, strength, must_rest=must_rest)
-    parts = [(FeatureMaps, artifact)]
-    if bypassed is not None:
-        parts.append((LowRankChanges, bypassed))
     devices = (model.load_device, model.offload_device)
     settings = {"disable_dynamic": not _may_be_dynamic(model)}
-    patchers = [make_parts_patcher(*part, *devices, **settings) for part in parts]
+    patchers = [make_patcher(FeatureMaps, artifact, *devices, **settings)]
+    if bypassed is not None:
+        patchers.append(make_patcher(LowRankChanges, bypassed, *devices, **settings))
     linearized.set_additional_models(KEY, patchers)
-    wrappers = [KeepFirstSteps(KEY, keep_first_steps), watch_call] if must_rest else [watch_call]
-    for wrapper in wrappers:
-        linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
+    if must_rest:
+        keep = KeepFirstSteps(KEY, keep_first_steps)
+        linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, keep)
+    linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, check_call)
     compare = CompareSampling(artifact.header, keep_first_steps, report)
     linearized.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, compare)
-    linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     for moment, action in (
         # ComfyUI would leave the model injected until another patcher of it is loaded.
         (CallbacksMP.ON_CLEANUP, _eject_all),
-        # A clone is told that it is injected if its parent is, and would eject it on its way out.
+        # A clone inherits its parent's mark of being injected, and would eject on its way out.
         (CallbacksMP.ON_CLONE, _prepare_clone),
         # Injections are undone in the order they were done in, so one may put ours back.
         (CallbacksMP.ON_EJECT_MODEL, eject),
@@ -103,7 +97,7 @@ def linearize(
 def untouched(model: Any) -> nn.Module:
     """Return the diffusion model of a ModelPatcher that is not linearized yet.
 
-    Raises ArtifactError, in one sentence, for any other MODEL.
+    Raises ArtifactError for any other MODEL.
     """
     if model.get_attachment(KEY) is not None:
         raise ArtifactError(
@@ -113,17 +107,15 @@ def untouched(model: Any) -> nn.Module:
     diffusion_model = getattr(model.model, "diffusion_model", None)
     if diffusion_model is None:
         raise ArtifactError("this is no diffusion model: connect a video model's MODEL output")
-    _uncover_weights(diffusion_model)
+    if are_blocks_compiled(diffusion_model):
+        # By another clone: while it is loaded, their weights have other names.
+        comfy.model_management.unload_all_models()
     return diffusion_model
 
 
-def _uncover_weights(diffusion_model: nn.Module) -> None:
-    """Unload a model whose blocks another clone has compiled: their weights have other names."""
-    if are_blocks_compiled(diffusion_model):
-        comfy.model_management.unload_all_models()
-
-
-def _say(header: ArtifactHeader, model: Any, strength: float, keep_first_steps: int) -> list[str]:
+def _describe(
+    header: ArtifactHeader, model: Any, strength: float, keep_first_steps: int
+) -> list[str]:
     """Return what the node says before anything is sampled, a line each."""
     match = compare_base(header, model)
     if match.kind == "other":
@@ -147,14 +139,10 @@ def _prepare_clone(_: Any, clone: Any) -> None:
         return
     # ComfyUI's compile node asks for weights that lie where they are; it does not ask our parts.
     parts = clone.get_additional_models_with_key(KEY)
-    static = [part.clone(disable_dynamic=True) if _is_dynamic(part) else part for part in parts]
+    static = [part.clone(disable_dynamic=True) if is_dynamic(part) else part for part in parts]
     clone.set_additional_models(KEY, static)
 
 
 def _may_be_dynamic(patcher: Any) -> bool:
     """Say whether weights beside this model's may come to video memory when they are used."""
     return not hasattr(patcher, "is_dynamic") or patcher.is_dynamic()
-
-
-def _is_dynamic(patcher: Any) -> bool:
-    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query, key and value, each [B, L, N, D] -> [B, L, N, D]."""
 
 
 def answer(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Attend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -19,13 +22,12 @@ def answer(
     skip_output_reshape: bool = False,
     **_: Any,
 ) -> Tensor:
-    """Answer a call with `attend`, which maps [B, L, N, D] three times to [B, L, N, D].
+    """Answer a call of ComfyUI's attention function, whose arguments these are, with `attend`.
 
-    query, key, value: [B, L, N D], or [B, N, L, D] with skip_reshape, as the host calls it; the
-        other arguments are the host's too, in its order.
+    query, key, value: [B, L, N D], or [B, N, L, D] with skip_reshape.
 
     Returns [B, L, N D], or [B, N, L, D] with skip_output_reshape.
-    Raises RuntimeError, in one sentence, for what linear attention over the whole sequence is not.
+    Raises RuntimeError for what linear attention over the whole sequence is not.
     """
     if mask is not None:
         raise RuntimeError("LinVideo's linear layers take no attention mask: remove the mask")
@@ -41,10 +43,39 @@ def answer(
     return rearrange(attend(query, key, value), f"b l n d -> {wanted}")
 
 
-def override_self_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+def run_answered(
+    layer: nn.Module,
+    attend: Attend,
+    x: Tensor,
+    *args: Any,
+    transformer_options: dict[str, Any],
+    **kwargs: Any,
+) -> Tensor:
+    """Run the forward of an attention layer's class, its one attention call answered by `attend`.
+
+    Raises RuntimeError where that forward makes no such call, or several.
+    """
+    num_calls = 0
+
+    def override(_: Any, *call_args: Any, **call_options: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return answer(attend, *call_args, **call_options)
+
+    options = {**transformer_options, "optimized_attention_override": override}
+    output = type(layer).forward(layer, x, *args, transformer_options=options, **kwargs)
+    if num_calls != 1:
+        raise RuntimeError(
+            f"a linear layer asked for attention {num_calls} times instead of once: this ComfyUI "
+            "computes its model in a way that LinVideo does not know; update LinVideo"
+        )
+    return output
+
+
+def override_self_attention(attend: Attend) -> Callable[..., Tensor]:
     """Return an `optimized_attention_override` by which `attend` answers self-attention.
 
-    Attention to a prompt, and what has a mask or a scale, stays with the host's own function.
+    Attention to a prompt, and what has a mask or a scale, stays with ComfyUI's own function.
     """
 
     def override(

@@ -1,42 +1,23 @@
-"""What a graph's CONDITIONING says to a model, in the form in which the core trains with it."""
+"""What a graph's inputs say to a model, in the form in which the core trains with it."""
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from ...linvideo_core.demo.prompts import encode_prompts
-from ..patching.families.video import PROMPT, Video
-from . import digests
+from ...linvideo_core.demo.prompts import all_prompts, encode_prompts
+from ...linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts, split_prompts
+from ..patching.families import PROMPT, Video
 
-
-def encode_prompt_list(prompts: list[str], clip: Any) -> list[Any]:
-    """Encode prompts with a graph's CLIP, one entry each.
-
-    Raises ValueError, in one sentence, where no CLIP is connected.
-    """
-    if clip is None:
-        raise ValueError(
-            "prompts are listed but clip is not connected: connect the CLIP of the model's text "
-            "encoder"
-        )
-    # As nodes run: the encoder's weights may belong to ComfyUI's inference mode.
-    with torch.inference_mode():
-        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in prompts]
-    return [entry for entries in encoded for entry in entries]
-
-
-def encode_for_demo(prompts: list[str]) -> list[Any]:
-    """Encode prompts in the words of LinVideo Demo, which has no CLIP.
-
-    Raises ValueError for a word that it does not know.
-    """
-    return [[encode_prompts(prompts), {}]]
-
+_EVERY_PROMPT = 5
+"""Of LinVideo's 300 prompts a node learns with each fifth: more than it makes videos, as a rule."""
 
 # Each holds for a part of the picture or of the sampling, or is a model of its own.
 _PARTIAL = ("area", "mask", "start_percent", "end_percent", "control", "gligen", "hooks")
@@ -82,13 +63,74 @@ class Conditions:
 
     def digest(self) -> str:
         """Return 16 hex digits that tell these conditions from others."""
-        found = hashlib.blake2b(digest_size=8)
-        for value in (self.prompt_embeds, self.negative_embeds, self.concat):
-            digests.add(found, value)
-        for name in sorted(self.inputs):
-            digests.add(found, name)
-            digests.add(found, self.inputs[name])
-        return found.hexdigest()
+        values = (self.prompt_embeds, self.negative_embeds, self.concat, self.inputs)
+        return digest_of(values)
+
+
+def find_conditions(
+    model: Any,
+    inputs: dict[str, Any],
+    video: Video,
+    *,
+    is_demo: bool,
+    width: int | None,
+    refines_prompts: bool,
+) -> Conditions:
+    """Return the conditions of a transfer of a ModelPatcher: what is connected, listed, or usual.
+
+    inputs: by name, see `read_transfer_inputs`. width: T, None where any will do.
+    refines_prompts: by the model's own weights, which are loaded for it.
+
+    Raises ValueError for what is missing, what is there twice, and what cannot be learned from.
+    """
+    branches = {name: inputs.get(name) for name in ("positive", "negative")}
+    prompts, clip = split_prompts(inputs.get("prompts") or ""), inputs.get("clip")
+    if prompts and branches["positive"] is not None:
+        raise ValueError(
+            "prompts are listed and positive is connected, but one of the two is needed: "
+            "empty the list or disconnect positive"
+        )
+    if is_demo:
+        texts = {"positive": prompts or all_prompts(), "negative": [""]}
+        for name in [name for name, found in branches.items() if found is None]:
+            branches[name] = [[encode_prompts(texts[name]), {}]]
+    elif clip is not None:
+        if branches["negative"] is None:
+            branches["negative"] = _encode_list([NEGATIVE_PROMPT], clip, {})
+        if branches["positive"] is None:
+            others = dict(branches["negative"][0][1]) if branches["negative"] else {}
+            texts = prompts or default_prompts()[::_EVERY_PROMPT]
+            branches["positive"] = _encode_list(texts, clip, others)
+    elif prompts:
+        raise ValueError(
+            "prompts are listed but clip is not connected: connect the CLIP of the model's text "
+            "encoder"
+        )
+    for name, entries in branches.items():
+        if entries is None:
+            raise ValueError(
+                f"{name} is not connected: connect a text encoder's CONDITIONING; several "
+                "positive prompts are combined, or listed in prompts; with clip alone, those "
+                "that come with LinVideo are learned with"
+            )
+        if other := [rows.shape[-1] for rows, _ in entries if width not in (None, rows.shape[-1])]:
+            raise ValueError(
+                f"{name} is {other[0]} numbers wide, but this model takes {width}: connect the "
+                "text encoder that belongs to it"
+            )
+    if refines_prompts:
+        with torch.inference_mode():
+            comfy.model_management.load_models_gpu([model])
+    device = model.load_device if refines_prompts else "cpu"
+    return read_conditions(model.model, *branches.values(), video, device)
+
+
+def _encode_list(prompts: list[str], clip: Any, others: dict[str, Any]) -> list[Any]:
+    """Encode prompts with a graph's CLIP, one entry each; others: further options of each."""
+    # As nodes run: the encoder's weights may belong to ComfyUI's inference mode.
+    with torch.inference_mode():
+        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in prompts]
+    return [[embeds, {**others, **options}] for entries in encoded for embeds, options in entries]
 
 
 def read_conditions(
@@ -104,7 +146,7 @@ def read_conditions(
     positive: each entry, and each row of an entry, is one prompt.
     device: where it is encoded; the model's, where its own weights encode.
 
-    Raises ValueError, in one sentence, for what a transfer cannot learn from.
+    Raises ValueError for what a transfer cannot learn from.
     """
     encoded = []
     for name, entries in (("positive", positive), ("negative", negative)):
@@ -159,7 +201,8 @@ def _encode(
         encoded = [{key: x.cond for key, x in cond["model_conds"].items()} for cond in conds]
         encoded = [video.read_inputs(inputs) for inputs in encoded]
     _refuse_references(encoded)
-    return [{name: _ordinary(value) for name, value in inputs.items()} for inputs in encoded]
+    # What is made in inference mode cannot take part in training; a clone outside of it can.
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), encoded)
 
 
 def _refuse_references(encoded: list[dict[str, Any]]) -> None:
@@ -169,20 +212,6 @@ def _refuse_references(encoded: list[dict[str, Any]]) -> None:
                 f"the conditioning has a list of references ({name}), which a transfer cannot "
                 "learn from: connect conditioning without it"
             )
-
-
-def _ordinary(value: Any) -> Any:
-    """Return a value with tensors of its own.
-
-    What is made in inference mode cannot take part in training; a clone outside of it can.
-    """
-    if torch.is_tensor(value):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {name: _ordinary(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_ordinary(part) for part in value]
-    return value
 
 
 def _check_alike(first: dict[str, Any], other: dict[str, Any]) -> None:
@@ -204,3 +233,38 @@ def _is_alike(left: Any, right: Any) -> bool:
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(_is_alike, left, right))
     return not torch.is_tensor(left) and not torch.is_tensor(right) and left == right
+
+
+def digest_of(values: Iterable[Any]) -> str:
+    """Return 16 hex digits of tensors, numbers, text, adapters, and lists and dicts of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        _add(digest, value)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if torch.is_tensor(value):
+        digest.update(str((value.dtype, tuple(value.shape))).encode())
+        if not value.is_meta:
+            digest.update(_plain(value).cpu().contiguous().numpy().tobytes())
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _add(digest, part)
+    elif isinstance(value, dict):
+        for name in sorted(value):
+            _add(digest, name)
+            _add(digest, value[name])
+    elif hasattr(value, "weights"):
+        _add(digest, value.weights)
+    elif value is None or isinstance(value, str | int | float):
+        digest.update(repr(value).encode())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return what a tensor holds as numbers that numpy knows: quantised ones are made wide."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "_layout_cls"):
+        tensor = tensor.dequantize()
+    tensor = tensor.as_subclass(Tensor)
+    return tensor.float() if tensor.is_floating_point() else tensor

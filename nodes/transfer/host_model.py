@@ -1,22 +1,189 @@
-"""A host's diffusion model as the core trains it: one call, one attention module at each site.
+"""A graph's diffusion model as the core trains it, around weights that stay ComfyUI's.
 
-Made of a twin that `frozen_weights.freeze` made: it is changed in place, the graph's model is not.
+`freeze` returns modules of our own in the shape of the graph's model. Their linear layers hold no
+weight: each asks its counterpart in the graph's model for it, forward and backward, by the function
+with which ComfyUI itself casts weights. So the weights are in memory once and in the form they came
+in (16 bits, fp8, int8, GGUF), with the LoRAs of other nodes, and wait in CPU memory or are streamed
+as ComfyUI decides. All else (norms, modulations, the patch embedding) is small and copied.
+
+`HostModel` makes of such a copy one call and one attention module at each site.
 """
 
+import contextlib
+import copy
 import functools
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
+import comfy.ops
 import torch
+import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ...linvideo_core.models.attention import SoftmaxAttention
 from ...linvideo_core.models.attention_sites import AttentionSite
-from ..patching.attention_override import answer
-from ..patching.families import HostFamily
-from ..patching.families.video import Video
+from ..patching.attention_override import run_answered
+from ..patching.families import HostFamily, Video
+from ..patching.weights import without_class
 from .conditioning import Conditions
+
+# What ComfyUI keeps in a module's own fields for its loading; a copy of the module has none of it.
+_HOST_FIELDS = ("_v", "_prefetch", "_pin")
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@contextlib.contextmanager
+def cast_weights(
+    layer: nn.Module, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Lend a host's layer's weight and bias as plain tensors, with all patches on them.
+
+    They may be ComfyUI's own memory: valid, and to be left unchanged, while the context lasts.
+    """
+    with torch.inference_mode():
+        given = {"dtype": dtype, "device": device, "bias_dtype": dtype}
+        # GGUF layers have a door of their own, ComfyUI's others share one.
+        own_door = getattr(layer, "cast_bias_weight", None)
+        if own_door is not None:
+            loan, (weight, bias) = None, own_door(**given)
+        elif isinstance(layer, comfy.ops.CastWeightBiasOp):
+            given |= {"offloadable": True, "compute_dtype": dtype}
+            weight, bias, loan = comfy.ops.cast_bias_weight(layer, **given)
+        else:
+            found = (layer.weight, getattr(layer, "bias", None))
+            loan, (weight, bias) = None, (x if x is None else x.to(device, dtype) for x in found)
+        if hasattr(weight, "_layout_cls"):
+            weight = weight.dequantize().to(dtype)
+        weight, bias = (x if x is None else without_class(x) for x in (weight, bias))
+        smoothing = getattr(layer, "pre_quant_scale", None)
+        if smoothing is not None:
+            weight = weight * smoothing.to(device, dtype)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, loan)
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weight stays in the graph's model; the gradient reaches its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Raises ValueError where another node computes the host's layer in a way of its own."""
+        if "forward" in layer.__dict__:
+            raise ValueError(
+                "another node computes this model's layers in a way of its own (such as a bypass "
+                "LoRA), which a transfer cannot learn from: connect the model from before it"
+            )
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        # The shape alone, by which a model is recognised.
+        self.weight.requires_grad_(False)
+        self.__dict__["_source"] = _Source(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]."""
+        return _FrozenProduct.apply(x, self._source)
+
+
+class _Source:
+    """A layer of the graph's model; copies of what holds it refer to the same."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Source":
+        return self
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`x W^T + b`, for which autograd keeps nothing: the way back asks for W again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: _Source) -> Tensor:
+        ctx.source = source
+        with cast_weights(source.layer, x.dtype, x.device) as (weight, bias):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        with cast_weights(ctx.source.layer, upstream.dtype, upstream.device) as (weight, _):
+            return upstream @ weight, None
+
+
+def freeze(diffusion_model: nn.Module, device: torch.device, *, is_copied: bool) -> nn.Module:
+    """Return a copy of a loaded diffusion model that can take part in training.
+
+    is_copied: linear layers, too, are copied, in fp32: for small models, and where all is trained.
+
+    Raises ValueError for a layer that another node computes in a way of its own.
+    """
+    return _Freezer(device, is_copied).copy(diffusion_model).requires_grad_(False).eval()
+
+
+class _Freezer:
+    """Makes copies of modules; a module that stands in two places has one."""
+
+    def __init__(self, device: torch.device, is_copied: bool) -> None:
+        self.device = device
+        self.is_copied = is_copied
+        self.made: dict[int, nn.Module] = {}
+
+    def copy(self, module: nn.Module) -> nn.Module:
+        """Return the copy of a module and of all below it."""
+        if id(module) not in self.made:
+            self.made[id(module)] = self._make(module)
+        return self.made[id(module)]
+
+    def _make(self, module: nn.Module) -> nn.Module:
+        has_weight = getattr(module, "weight", None) is not None
+        if has_weight and hasattr(module, "out_features"):
+            return self._copy_linear(module) if self.is_copied else FrozenLinear(module)
+        made = _empty_copy(module)
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        made._modules.update({name: self.copy(child) for name, child in children.items()})
+        if has_weight and not children:
+            self._copy_weights(module, made)
+        else:
+            self._copy_tensors(module, made)
+        return made
+
+    def _copy_linear(self, layer: nn.Module) -> nn.Linear:
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        self._copy_weights(layer, made)
+        return made
+
+    def _copy_weights(self, layer: nn.Module, made: nn.Module) -> None:
+        """Give a layer weights of its own, in fp32; one of ComfyUI's casts them to its input."""
+        with cast_weights(layer, torch.float32, self.device) as tensors:
+            for name, tensor in zip(("weight", "bias"), tensors, strict=True):
+                if tensor is not None:
+                    made._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)
+        if isinstance(made, comfy.ops.CastWeightBiasOp):
+            made.comfy_cast_weights = True
+
+    def _copy_tensors(self, module: nn.Module, made: nn.Module) -> None:
+        """Copy what a module holds beside its layers, such as a modulation, as it is."""
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                own = without_class(tensor).detach().to(self.device, copy=True)
+                made._parameters[name] = nn.Parameter(own, requires_grad=False)
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                made._buffers[name] = tensor.detach().to(self.device, copy=True)
+
+
+def _empty_copy(module: nn.Module) -> nn.Module:
+    """Return a module of the same class and settings, with none of its tensors and children."""
+    made = module.__class__.__new__(module.__class__)
+    for name, value in module.__dict__.items():
+        if name in _REGISTRIES:
+            made.__dict__[name] = dict.fromkeys(value)
+        elif isinstance(value, MethodType) and value.__self__ is module:
+            made.__dict__[name] = MethodType(value.__func__, made)
+        elif not (name.startswith(_HOST_FIELDS) or name.endswith("_function")):
+            made.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
+    return made
 
 
 class HostModel(nn.Module):
@@ -33,7 +200,7 @@ class HostModel(nn.Module):
         video: Video,
         timestep_scale: float = 1.0,
     ) -> None:
-        """diffusion_model: a twin that nothing else uses.
+        """diffusion_model: of `freeze`; nothing else may use it.
 
         dtype: in which it computes; timestep_scale: the model's own timesteps over [0, 1000].
         """
@@ -87,17 +254,10 @@ def _give_attention(layer: nn.Module, family: HostFamily) -> None:
 def _forward(
     self: nn.Module, x: Tensor, *args: Any, transformer_options: dict | None = None, **kwargs: Any
 ) -> Tensor:
-    """Run the class's own forward, its one attention call answered by the submodule."""
-    options = dict(transformer_options or {})
-    fused = self.run_fused(self, self.attention, x, *args, transformer_options=options, **kwargs)
-    if fused is not None:
-        return fused
-
-    def attend(_: Any, *call_args: Any, **call_options: Any) -> Tensor:
-        return answer(self.attention, *call_args, **call_options)
-
-    options["optimized_attention_override"] = attend
-    return type(self).forward(self, x, *args, transformer_options=options, **kwargs)
+    """Run the class's own forward with the submodule's attention, or a faster way to the same."""
+    kwargs["transformer_options"] = dict(transformer_options or {})
+    fused = self.run_fused(self, self.attention, x, *args, **kwargs)
+    return run_answered(self, self.attention, x, *args, **kwargs) if fused is None else fused
 
 
 def _attend_with_gradient(_: Any, *args: Any, **kwargs: Any) -> Tensor:

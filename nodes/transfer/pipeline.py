@@ -10,7 +10,6 @@ import filecmp
 import gc
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from ...linvideo_core.artifact import ArtifactError
 from ...linvideo_core.artifact.file import check_name
 from ...linvideo_core.run.config import override
 from ...linvideo_core.run.context import Run
+from ...linvideo_core.run.errors import SettingError
 from ...linvideo_core.run.files import replacing
 from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, open_run
 from ...linvideo_core.run.memory import is_out_of_memory
@@ -38,11 +38,11 @@ from ...linvideo_core.transfer.quality import settings_by_steps, settings_for
 from ...linvideo_core.transfer.student import Student
 from ..model_folder import FOLDER
 from .host_teacher import HostTeacher
-from .live_preview import LiveProgress, say
+from .live_preview import LiveProgress, show_on_node
 
 logger = logging.getLogger(__name__)
 
-# How an input is called where the core names its flag.
+# The node's input for a field of the core's settings, where they differ.
 _INPUTS = {"out": "name", "guidance_scale": "cfg", "num_trajectories": "num_videos"}
 _FIELDS = {node: core for core, node in _INPUTS.items()}
 _SIZES = ("width", "height", "frames", "seed")
@@ -56,10 +56,6 @@ _OTHERS = {
 _FREE_FIELDS = ("out", "device", "shard_size", "teacher_folder", *settings_by_steps(1))
 _TEACHER_FOLDER = "linvideo_teacher"
 """In ComfyUI's output folder: the teacher's videos, for every transfer that can use them."""
-_LOWER = (
-    "lower batch_size, frames, width and height, or lora_rank, and give it another name; the "
-    "videos that were made to learn from are used again where they fit"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,10 +77,10 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
     inputs: by name, see `read_transfer_inputs`. guidance_scale: with which the graph samples the
     result, None if unknown. The model is left as it is.
 
-    Raises ValueError or RuntimeError, in one sentence, for bad input or too little memory, and
+    Raises ValueError or RuntimeError for bad input, too little memory or a folder that is gone, and
     ComfyUI's own exception on Interrupt; what was trained until then is kept.
     """
-    with _in_the_artists_words(), torch.inference_mode(False), torch.enable_grad():
+    with _with_input_names(), torch.inference_mode(False), torch.enable_grad():
         host = HostTeacher(model, inputs)
         config = make_config(inputs, host, guidance_scale)
         check_target(config.selection, len(host.sites))
@@ -95,17 +91,12 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
             transfer=config,
         )
         _check_run(identity)
-        made = config.out / ARTIFACT_NAME
-        if made.exists() and not _is_whole(made):
-            # What it was made from is there: it is written again.
-            made.unlink()
-        target = _find_target(config.out.name, made)
+        made, target = config.out / ARTIFACT_NAME, _target_of(config.out.name)
+        _check_results(made, target)
         if not made.exists():
             _train(host, config, identity)
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as temporary:
-                shutil.copyfile(made, temporary)
+            _copy(made, target)
         return target
 
 
@@ -150,29 +141,6 @@ def make_config(
     return override(config, by_size)
 
 
-def _check_run(identity: HostRun) -> None:
-    """Raise ValueError, in one sentence, where the name belongs to a transfer that differs."""
-    out = identity.transfer.out
-    try:
-        check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-    except OtherRunError as error:
-        if error.fields[0] not in _OTHERS:
-            raise
-        found = _OTHERS[error.fields[0]]
-        raise ValueError(
-            f"the transfer {out.name!r} was begun with {found}: give this one another name, or "
-            "that one what it was begun with"
-        ) from error
-
-
-def _is_whole(made: Path) -> bool:
-    try:
-        artifact.load(made)
-    except ArtifactError:
-        return False
-    return True
-
-
 def _begun_with(folder: Path) -> float | None:
     """Return the guidance of the run that a folder holds, None where it holds none to be read."""
     try:
@@ -182,40 +150,84 @@ def _begun_with(folder: Path) -> float | None:
         return None
 
 
-def _find_target(name: str, made: Path) -> Path:
-    """Return where the result goes; what lies there already must be this very run's."""
-    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
-    target = folder / f"{name}.safetensors"
-    if target.exists() and not (made.exists() and filecmp.cmp(made, target, shallow=False)):
-        why = "is not what this transfer made"
-        if not made.exists():
-            why = f"what it was made from is not in output/{FOLDER}/{name}"
+def _check_run(identity: HostRun) -> None:
+    """Raise ValueError where the name belongs to a transfer that differs."""
+    out = identity.transfer.out
+    try:
+        check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    except OtherRunError as error:
+        if error.fields[0] not in _OTHERS:
+            raise
         raise ValueError(
-            f"models/{FOLDER}/{target.name} exists, but {why}: choose another name, move that "
-            "file away, or apply it as it is"
-        )
-    return target
+            f"the transfer {out.name!r} was begun with {_OTHERS[error.fields[0]]}: give this one "
+            "another name, or that one what it was begun with"
+        ) from error
+
+
+def _target_of(name: str) -> Path:
+    """Return where in models/linvideo the result of a transfer goes."""
+    return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
+
+
+def _check_results(made: Path, target: Path) -> None:
+    """Mend a damaged result in the run folder, and see that what lies at its target is the same.
+
+    A damaged result is copied back from its target, or removed, to be written again.
+
+    Raises ValueError where the target is no result of this run, or is damaged itself.
+    """
+    if made.exists() and not _is_whole(made):
+        made.unlink()
+        if target.exists() and _is_whole(target):
+            logger.warning("LinVideo: %s was damaged, and is copied again from %s", made, target)
+            _copy(target, made)
+    if not target.exists() or (made.exists() and filecmp.cmp(made, target, shallow=False)):
+        return
+    shown = f"models/{FOLDER}/{target.name}"
+    if not _is_whole(target):
+        raise ValueError(f"{shown} is damaged: delete it, or choose another name")
+    why = "is not what this transfer made"
+    if not made.exists():
+        why = f"what it was made from is not in output/{FOLDER}/{made.parent.name}"
+    raise ValueError(
+        f"{shown} exists, but {why}: choose another name, move that file away, or apply it as it is"
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        artifact.load(path)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None:
-    with _tidied(), host.teacher(config) as teacher:
-        takes = _say_what_it_takes(host, teacher, config)
+    """Make the result in the run folder."""
+    with _memory_given_back(), host.teacher(config) as teacher:
+        takes = _tell_what_it_takes(host, teacher, config)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
         with Student(teacher, config.student, seed=config.seed) as student:
-            progress = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
+            live = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
             run = Run(
                 folder=config.out,
                 device=config.device,
                 precision=config.precision,
                 seed=config.seed,
-                callbacks=progress,
+                callbacks=live,
             )
-            with progress.watching():
+            with live.watching():
                 linearize(student, teacher, config, run)
 
 
 @contextlib.contextmanager
-def _tidied() -> Iterator[None]:
+def _memory_given_back() -> Iterator[None]:
     """Give memory back: before, what a transfer that failed has left, and after one that did not.
 
     An error or an interruption still refers to it all, and goes on its way at once.
@@ -232,55 +244,64 @@ def _collect() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def _say_what_it_takes(host: HostTeacher, teacher: Teacher, config: TransferConfig) -> str:
-    """Measure a few calls, show on the node what is to come takes, and return the sentence.
+def _tell_what_it_takes(host: HostTeacher, teacher: Teacher, config: TransferConfig) -> str:
+    """Measure a few calls, show on the node what the rest takes, and return the sentence.
 
-    Raises ValueError, in one sentence, where a disk has too little room.
+    Raises ValueError where a disk has too little room.
     """
-    say("a few calls are measured, to tell what this takes")
+    show_on_node("a few calls are measured, to tell what this takes")
     try:
         found = forecast(teacher, config, config.precision)
     except comfy.model_management.InterruptProcessingException:
-        say("stopped before it had begun; queue again to begin, or to go on where it was")
+        show_on_node("stopped before it had begun; queue again to begin, or to go on where it was")
         raise
     total = comfy.model_management.get_total_memory(host.device)
     if found.device_bytes is not None:
         # The weights are ComfyUI's, and beside what PyTorch counts.
-        found = dataclasses.replace(
-            found, device_bytes=found.device_bytes + host.model.model_size()
-        )
+        weight_bytes = host.model.model_size()
+        found = dataclasses.replace(found, device_bytes=found.device_bytes + weight_bytes)
     sentence = f"This takes {found.sentence(total)}."
     logger.info("LinVideo: %s", sentence)
-    say(sentence)
+    show_on_node(sentence)
     return sentence
 
 
 @contextlib.contextmanager
-def _in_the_artists_words() -> Iterator[None]:
-    """Raise the core's errors with inputs' names in place of its flags, and explain lack of memory.
+def _with_input_names() -> Iterator[None]:
+    """Raise the core's errors with inputs' names, and those of memory and disk in one sentence.
 
     They are raised outside of `except`, where the frames that hold the model are let go of.
     """
     problem: Exception | None = None
     try:
         yield
-    except ArtifactError:
-        raise
-    except ValueError as error:
+    except SettingError as error:
         # Which a node decides itself.
-        words = str(error).replace(" give --activation-checkpointing,", "")
-        problem = ValueError(re.sub(r"--([a-z][a-z-]+)", _name_input, words))
+        message = error.message.replace(" give {activation_checkpointing},", "")
+        named = SettingError(message, *error.fields)
+        problem = ValueError(named.worded(lambda field: _INPUTS.get(field, field)))
+    except OSError as error:
+        problem = RuntimeError(_explain(error))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        problem = RuntimeError(f"there is not enough memory for this transfer: {_LOWER}")
+        problem = RuntimeError(
+            "there is not enough memory for this transfer: lower batch_size, frames, width and "
+            "height, or lora_rank, and give it another name; the videos that were made to learn "
+            "from are used again where they fit"
+        )
     if problem is not None:
         raise problem
 
 
-def _name_input(flag: re.Match) -> str:
-    name = flag[1].replace("-", "_")
-    return _INPUTS.get(name, name)
+def _explain(error: OSError) -> str:
+    found = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    if not isinstance(found, FileNotFoundError) or not found.filename:
+        return str(error)
+    return (
+        f"{Path(found.filename).parent} is gone, in which this transfer keeps its work: was it "
+        "moved or deleted? Queue the same inputs again; what is still there is used"
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

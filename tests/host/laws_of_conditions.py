@@ -8,7 +8,7 @@ import comfy.ldm.wan.model
 import comfy.sd
 import torch
 from comfy_extras.nodes_wan import WanPhantomSubjectToVideo, WanSoundImageToVideo
-from linvideo_pack.nodes.patching.families.video import Video
+from linvideo_pack.nodes.patching.families import Video
 from linvideo_pack.nodes.transfer.conditioning import read_conditions
 from stage import MODEL_OF_SHAPES, complaint
 from torch import Tensor

@@ -11,8 +11,8 @@ from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.models.attention import LinearAttention
 from linvideo_pack.linvideo_core.models.config import LinearForm
+from linvideo_pack.nodes.patching.additional_models import LayerMaps
 from linvideo_pack.nodes.patching.apply import linearize
-from linvideo_pack.nodes.patching.linear_layers import LayerMaps
 from stage import (
     STEPS,
     assert_close,

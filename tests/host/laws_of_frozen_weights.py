@@ -11,7 +11,7 @@ from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.transfer.config import StudentConfig
 from linvideo_pack.linvideo_core.transfer.student import Student
 from linvideo_pack.nodes.demo import load_demo_model
-from linvideo_pack.nodes.transfer.frozen_weights import FrozenLinear, cast_weights, freeze
+from linvideo_pack.nodes.transfer.host_model import FrozenLinear, cast_weights, freeze
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config
 from stage import demo, device, needs_cpu, relative_difference, with_lora

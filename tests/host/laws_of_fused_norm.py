@@ -20,7 +20,7 @@ import laws_of_watch
 import torch
 from comfy.ldm.flux.layers import EmbedND
 from linvideo_pack.nodes.patching.apply import linearize
-from linvideo_pack.nodes.patching.families import wan_fused
+from linvideo_pack.nodes.patching.families import wan as wan_family
 from stage import assert_close, demo, device, made_with_weights, sample, shipped
 from torch import Tensor, nn
 
@@ -38,22 +38,22 @@ def _fused() -> Iterator[list[int]]:
     layer = shipped().header.linear_layers[0]
     norm = demo()[0].model.diffusion_model.blocks[layer].self_attn.norm_q
     handle = norm.register_forward_hook(see)
-    wan_fused.BACKEND = "reference"
+    wan_family.BACKEND = "reference"
     try:
         yield num_tokens
     finally:
-        wan_fused.BACKEND = "auto"
+        wan_family.BACKEND = "auto"
         handle.remove()
 
 
 def _hold_fused(*laws: Callable[[], None]) -> None:
-    wan_fused.BACKEND = "reference"
+    wan_family.BACKEND = "reference"
     try:
         for law in laws:
             law()
             print(f"also fused: {law.__name__}")
     finally:
-        wan_fused.BACKEND = "auto"
+        wan_family.BACKEND = "auto"
 
 
 def _make_attention(**settings: Any) -> tuple[nn.Module, Tensor, Tensor]:
@@ -92,11 +92,11 @@ def _check_norm_and_rotation(backend: str) -> None:
         queries.append((query, key))
         return value
 
-    wan_fused.BACKEND = backend
+    wan_family.BACKEND = backend
     try:
-        found = wan_fused.run_fused(attention, attend, x, freqs, transformer_options={})
+        found = wan_family.run_fused(attention, attend, x, freqs, transformer_options={})
     finally:
-        wan_fused.BACKEND = "auto"
+        wan_family.BACKEND = "auto"
     options = {"optimized_attention_override": lambda _, q, k, v, *args, **kwargs: v}
     expected = attention(x, freqs, transformer_options=options)
     torch.testing.assert_close(found, expected)
@@ -111,7 +111,7 @@ def _check_norm_and_rotation(backend: str) -> None:
 def a_norm_gives_its_weight_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         norm = _make_attention()[0].norm_q
-        constant = torch.full((1, 1, 256), wan_fused._CONSTANT, dtype=dtype, device=device())
+        constant = torch.full((1, 1, 256), wan_family._CONSTANT, dtype=dtype, device=device())
         weight = norm(constant).flatten()
         torch.testing.assert_close(weight, norm.weight.to(dtype), rtol=1e-7, atol=0)
 
@@ -129,7 +129,7 @@ def both_ways_give_the_same_latents() -> None:
 
 def only_where_a_kernel_runs_is_it_taken_unasked() -> None:
     with _fused() as num_tokens:
-        wan_fused.BACKEND = "auto"
+        wan_family.BACKEND = "auto"
         sample(linearize(demo()[0], shipped()), steps=1)
         assert num_tokens and (1 in num_tokens) == (device().type == "cuda")
 
@@ -159,7 +159,7 @@ def what_is_not_known_is_left_to_comfyui() -> None:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return value
 
-        return wan_fused.run_fused(layer, attend, x, given, transformer_options=options)
+        return wan_family.run_fused(layer, attend, x, given, transformer_options=options)
 
     class Changed(_Attention):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -175,7 +175,7 @@ def what_is_not_known_is_left_to_comfyui() -> None:
 
     code = comfy.ldm.wan.model
     rotation = code.apply_rope1
-    wan_fused.BACKEND = "reference"
+    wan_family.BACKEND = "reference"
     try:
         assert run() is not None
         assert run(given=freqs[:, :5]) is None and run(given=freqs.half()) is None
@@ -197,7 +197,7 @@ def what_is_not_known_is_left_to_comfyui() -> None:
     finally:
         _Attention.forward, code.apply_rope1 = original, rotation
         comfy.model_management.in_training = False
-        wan_fused.BACKEND = "auto"
+        wan_family.BACKEND = "auto"
 
 
 def models_that_are_compiled_or_streamed_stay_the_same() -> None:

@@ -35,8 +35,7 @@ from linvideo_pack.nodes.patching.families import host_family
 from linvideo_pack.nodes.patching.injection import KEY
 from linvideo_pack.nodes.transfer import host_teacher
 from linvideo_pack.nodes.transfer.conditioning import Conditions
-from linvideo_pack.nodes.transfer.frozen_weights import freeze
-from linvideo_pack.nodes.transfer.host_model import HostModel
+from linvideo_pack.nodes.transfer.host_model import HostModel, freeze
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from stage import TOLERANCES, assert_close, complaint, device

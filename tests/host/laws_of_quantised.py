@@ -22,8 +22,8 @@ from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching.apply import linearize
-from linvideo_pack.nodes.patching.base_weights import compare_base, describe_base, sketch_base
 from linvideo_pack.nodes.patching.injection import KEY
+from linvideo_pack.nodes.patching.weights import compare_base, describe_base, sketch_base
 from stage import (
     STEPS,
     assert_close,

@@ -1,7 +1,6 @@
 """Laws of what LinVideo Linearize and LinVideo Transfer Settings hand to a transfer."""
 
-from linvideo_pack.nodes.linearize import TRANSFER
-from linvideo_pack.nodes.transfer.inputs import read_transfer_inputs
+from linvideo_pack.nodes.linearize import TRANSFER, read_transfer_inputs
 from linvideo_pack.nodes.transfer_settings import LinVideoTransferSettings
 
 

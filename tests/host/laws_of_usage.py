@@ -18,8 +18,8 @@ from linvideo_pack.linvideo_core.artifact import Artifact, Usage
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes import model_folder
 from linvideo_pack.nodes.patching.apply import linearize
-from linvideo_pack.nodes.patching.base_weights import compare_base, describe_base
 from linvideo_pack.nodes.patching.injection import KEY
+from linvideo_pack.nodes.patching.weights import compare_base, describe_base
 from server import PromptServer
 from stage import (
     GUIDANCE,

@@ -31,8 +31,8 @@ from linvideo_pack.linvideo_core.models import attention_sites
 from linvideo_pack.linvideo_core.models.families import FAMILIES, identify
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.attention_override import answer
-from linvideo_pack.nodes.patching.call_checks import _warn_of_joining_inputs
 from linvideo_pack.nodes.patching.families import host_family
+from linvideo_pack.nodes.patching.model_calls import _warn_of_joining_inputs
 from stage import TOLERANCES
 from torch import Tensor, nn
 from variants import FHW, build, minimax_h3, random_tensor
@@ -149,7 +149,7 @@ def _warnings() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("linvideo_pack.nodes.patching.call_checks")
+    logger = logging.getLogger("linvideo_pack.nodes.patching.model_calls")
     logger.addHandler(handler)
     _warn_of_joining_inputs.cache_clear()
     try:

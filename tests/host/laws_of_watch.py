@@ -13,7 +13,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from linvideo_pack.nodes.patching.apply import linearize
-from linvideo_pack.nodes.patching.call_checks import _warn_of_skipped_blocks
+from linvideo_pack.nodes.patching.model_calls import _warn_of_skipped_blocks
 from stage import assert_close, make_noise, tolerance_of, without_dynamic_memory
 from stage import demo as _demo
 from stage import shipped as _shipped
@@ -101,7 +101,7 @@ def _warnings() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("linvideo_pack.nodes.patching.call_checks")
+    logger = logging.getLogger("linvideo_pack.nodes.patching.model_calls")
     logger.addHandler(handler)
     _warn_of_skipped_blocks.cache_clear()
     try:
