@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from benchmarks.record import RESULTS_FOLDER, write_record
 from torch import Tensor
 
 from linvideo_core import artifact as artifact_files
@@ -33,7 +34,6 @@ from linvideo_core.run.devices import (
 )
 from linvideo_core.run.files import write_json
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import render_table
 from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from linvideo_core.transfer.noise_levels import fitted_gain

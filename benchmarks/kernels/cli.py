@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.record import RESULTS_FOLDER, write_record
 from torch import Tensor
 
 from linvideo_core.evaluate.plots import plot_cost
@@ -29,7 +30,6 @@ from linvideo_core.models.wan import rotary_embedding
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import render_table
 
 from . import cost, floors, speed

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from linvideo_core.evaluate.plots import plot_cost
-from linvideo_core.run import records
+from benchmarks import record as records
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.folder import open_run

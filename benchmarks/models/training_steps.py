@@ -24,6 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.record import (
+    RESULTS_FOLDER,
+    check_parts,
+    describe_device,
+    read_part,
+    write_part,
+)
 
 from linvideo_core.models.attention_sites import blocks, compiled_blocks
 from linvideo_core.models.quantized import FrozenConfig
@@ -37,13 +44,6 @@ from linvideo_core.run.devices import (
 from linvideo_core.run.memory import explained, number_of_gpu
 from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import (
-    RESULTS_FOLDER,
-    check_parts,
-    describe_device,
-    read_part,
-    write_part,
-)
 from linvideo_core.run.tables import render_table
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training import fsdp

@@ -3,14 +3,12 @@
 Three models sample the same prompts from the same noise: the teacher, the teacher with the chosen
 layers merely swapped for untrained linear attention, and the student.
     python -m linvideo_core.evaluate                                  # minutes on a laptop
-    python -m linvideo_core.evaluate --preset full --record           # a GPU; README's table
+    python -m linvideo_core.evaluate --preset full                    # a GPU
     python -m linvideo_core.evaluate --model wan.safetensors --prompts prompts.safetensors \
         --artifact linearized.safetensors
 With `--distilled` it compares steps against quality: the teacher and the linearized model by Euler
 at all steps and at few, the distilled ones at their own.
     python -m linvideo_core.evaluate --distilled runs/distill/distilled.safetensors
-    python -m linvideo_core.evaluate --preset full --record \
-        --distilled distilled.safetensors,single_stage.safetensors
 A few-step LoRA of others is compared the same way, on the teacher and on the linearized model.
     python -m linvideo_core.evaluate --model wan.safetensors --prompts prompts.safetensors \
         --artifact linearized.safetensors --lora few_step_lora.safetensors --shift 5
@@ -32,18 +30,16 @@ from torch import Tensor
 from .. import artifact as artifact_files
 from ..flow import make_sigmas
 from ..models.attention_sites import shapes_of
-from ..run.config import option, parse, to_flags, to_json
+from ..run.config import option, parse, to_json
 from ..run.devices import device_option, precision_option, resolve_device, resolve_precision
 from ..run.files import write_text
 from ..run.memory import explained
 from ..run.progress import Progress, TqdmProgress, silent
-from ..run.records import RESULTS_FOLDER, write_record
 from ..run.tables import show_table
 from ..teacher.teacher import TeacherConfig, load_teacher
-from .comparison import Comparison, compare_artifact, compare_few_step, save_comparison
+from .comparison import compare_artifact, compare_few_step, save_comparison
 from .entrants import FewStepLora, find_entrants, load_first_stage, load_second_stages
 from .lora_file import load_lora
-from .plots import plot_steps
 from .sampler import CompareConfig
 
 logger = logging.getLogger(__name__)
@@ -51,9 +47,6 @@ logger = logging.getLogger(__name__)
 _LORA_STEPS = 4
 _LOWER = "lower --batch-size or the video's size, or give --frozen bf16 or --offload-blocks"
 
-RECORD_PATH = RESULTS_FOLDER / "transfer_demo.json"
-RECORD_KEYS = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "seconds")
-FEW_STEP_RECORD_PATH = RESULTS_FOLDER / "few_step.json"
 FEW_STEP_KEYS = (
     "model",
     "steps",
@@ -87,9 +80,6 @@ class EvaluateConfig:
         "25,8,4", "with --distilled or --lora: Euler steps that teacher and linearized model take"
     )
     out: Path = option(Path("runs/evaluate"), "folder for tables and pictures")
-    record: bool = option(
-        False, "write results/transfer_demo.json, with --distilled results/few_step.json"
-    )
     seed: int = option(0, "seed of noise and prompts")
     device: str = device_option()
     precision: str = precision_option()
@@ -97,12 +87,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.teacher.model is not None and self.artifact is None:
             raise ValueError("--model was given without --artifact; give the file made for it")
-        is_own = self.teacher == TeacherConfig() and self.artifact is None and self.lora is None
-        if self.record and not is_own:
-            raise ValueError(
-                "--record was given with --model, --prompts, --artifact or --lora; the record is "
-                "of the embedded model and its own files alone"
-            )
         self.numbers_of_plain_steps()
         self.levels_of_lora()
 
@@ -179,57 +163,7 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
         comparison = compare_few_step(teacher, lineup, config.comparison, **how)
     else:
         comparison = compare_artifact(teacher, first, config.comparison, **how)
-    result = save_comparison(comparison, config.out)
-    if config.record and distilled:
-        record_few_step(FEW_STEP_RECORD_PATH, comparison, list(distilled), config, device)
-    elif config.record:
-        count = f"{len(first.header.layers)} of {first.header.num_layers}"
-        write_record(
-            RECORD_PATH,
-            title=f"Embedded model, {count} layers linear, {config.comparison.num_samples} samples",
-            command=describe_command(config),
-            rows=[{key: row.get(key) for key in RECORD_KEYS} for row in comparison.rows],
-            device=device,
-        )
-    return result
-
-
-def record_few_step(
-    path: Path,
-    comparison: Comparison,
-    distilled: Sequence[str],
-    config: EvaluateConfig,
-    device: torch.device,
-) -> None:
-    """Write the record of few steps and, beside it, its picture.
-
-    distilled: the names of the distilled models, the first of which the title speaks of.
-    All other steps are in the record's details.
-    """
-    measured = [{key: row.get(key) for key in FEW_STEP_KEYS} for row in comparison.rows]
-    by_name = {row["model"]: row for row in measured}
-    teacher, best = by_name["teacher"], by_name[distilled[0]]
-    own_steps = sorted({by_name[name]["steps"] for name in distilled}, reverse=True)
-    plain = [f"linearized_{steps}_plain" for steps in own_steps]
-    names = ["teacher", "linearized", *plain, *distilled]
-    saving = teacher["seconds_per_video"] / best["seconds_per_video"]
-    write_record(
-        path,
-        title=(
-            f"Embedded model, {config.comparison.num_samples} samples: {best['steps']} steps take "
-            f"1/{saving:.1f} of the time of {teacher['steps']} guided ones"
-        ),
-        command=describe_command(config),
-        rows=[by_name[name] for name in names],
-        device=device,
-        details={"all_steps": measured},
-    )
-    plot_steps(comparison.rows, path.with_suffix(".png"))
-
-
-def describe_command(config: EvaluateConfig) -> str:
-    """Return the command that measures a record again: every flag that decides its numbers."""
-    return f"python -m linvideo_core.evaluate {to_flags(config, without=('out', 'device'))}"
+    return save_comparison(comparison, config.out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

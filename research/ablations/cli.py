@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import REPOSITORY, RESULTS_FOLDER, write_record
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
@@ -25,7 +26,6 @@ from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.files import write_json
 from linvideo_core.run.folder import check_run, open_run
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import REPOSITORY, RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import format_value
 from linvideo_core.teacher.teacher import TeacherConfig, open_teacher
 from linvideo_core.transfer.objectives import OBJECTIVES

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.record import REPOSITORY, RESULTS_FOLDER, read_record
+
 from linvideo_core.run.config import option, parse, run_command, to_json
-from linvideo_core.run.records import REPOSITORY, RESULTS_FOLDER, read_record
 
 from .findings import Findings
 from .report import draw_samples, publish

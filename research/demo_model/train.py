@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmarks.record import write_record
 
 from linvideo_core.demo import weights_path
 from linvideo_core.demo.classifier import Judge, load_judge
@@ -26,7 +27,6 @@ from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.run.config import option, parse, run_command, to_flags, to_json
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import write_record
 from research.demo_model.sampling import measure_clips
 
 from .digits import DigitImages, augment_clips, draw_poses, load_digit_images, sample_clips

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.record import RecordsConfig, read_record
+from benchmarks.record import run as render
 from safetensors.torch import load_file
 
 from benchmarks.in_app import cli as in_app
@@ -19,8 +21,6 @@ from benchmarks.in_app.memory_meter import resident, watching
 from benchmarks.models.comfyui import PACK
 from benchmarks.models.sizes import SIZES
 from linvideo_core.run.config import override
-from linvideo_core.run.records import RecordsConfig, read_record
-from linvideo_core.run.records import run as render
 from linvideo_core.transfer.pipeline import TransferConfig
 
 TINY = SIZES["tiny"]

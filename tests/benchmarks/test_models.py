@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.record import write_part
 
 from benchmarks.kernels.baselines import Contender
 from benchmarks.models import agreement, comfyui, measuring, table
@@ -22,7 +23,6 @@ from benchmarks.models.teachers import HeadlessSubject, Setting
 from benchmarks.models.variants import Variant, find_softmax, plan_variants
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command
-from linvideo_core.run.records import write_part
 
 CPU = Setting(torch.device("cpu"), torch.float32)
 SMALL = agreement.shrink(SIZES["tiny"])

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.record import read_record, write_record
 from PIL import Image
 
-from linvideo_core.run.records import read_record, write_record
 from research.ablations import claims, evidence_report
 from research.ablations.findings import Findings
 from research.ablations.frame_cache import write_frames
