@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.record import RecordsConfig, read_record
-from benchmarks.record import run as render
 from safetensors.torch import load_file
 
 from benchmarks.in_app import cli as in_app
@@ -20,6 +18,8 @@ from benchmarks.in_app.headless import describe_transfer
 from benchmarks.in_app.memory_meter import resident, watching
 from benchmarks.models.comfyui import PACK
 from benchmarks.models.sizes import SIZES
+from benchmarks.record import RecordsConfig, read_record
+from benchmarks.record import run as render
 from linvideo_core.run.config import override
 from linvideo_core.transfer.pipeline import TransferConfig
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.record import write_part
 
 from benchmarks.kernels.baselines import Contender
 from benchmarks.models import agreement, comfyui, measuring, table
@@ -21,6 +20,7 @@ from benchmarks.models.runs import list_commands, merge_runs
 from benchmarks.models.sizes import SIZES, spread_layers
 from benchmarks.models.teachers import HeadlessSubject, Setting
 from benchmarks.models.variants import Variant, find_softmax, plan_variants
+from benchmarks.record import write_part
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command
 

@@ -340,7 +340,7 @@ def test_the_demo_is_judged_and_its_labels_are_read_from_the_prompts(
     (row,) = compare(demo, {}, settings, seed=0).rows
     assert row["frechet"] > 0
     if is_labelled:
-            assert set(KEYS) <= row.keys()
+        assert set(KEYS) <= row.keys()
     labels = {"digit", "motion"}
     assert labels & set(row) == (labels if is_labelled else set())
 
