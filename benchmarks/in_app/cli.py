@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.record import RESULTS_FOLDER, check_parts, read_record, write_part
 
 from benchmarks.models.comfyui import read_version
+from benchmarks.record import RESULTS_FOLDER, check_parts, read_record, write_part
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
 from linvideo_core.run.tables import format_value, render_table
 

@@ -39,12 +39,12 @@ def median_of_runs(
 ) -> float:
     """Return the median milliseconds of `runs` runs, or of those that fit into `seconds`.
 
-    fewest: runs that are made however long they take. The first is left out where there are more.
+    fewest: runs that are made however long they take.
     """
     times: list[float] = []
-    while len(times) < fewest or (len(times) <= runs and sum(times) < 1000 * seconds):
+    while len(times) < fewest or (len(times) < runs and sum(times) < 1000 * seconds):
         times.append(time_once(call, device))
-    return statistics.median(times[1:] or times)
+    return statistics.median(times)
 
 
 def time_once(call: Call, device: torch.device) -> float:
