@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.models.random_weights import fill_random
-from benchmarks.models.sizes import Size
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.memory import free_bytes, show_gb
+
+from ..models.random_models import fill_random
+from ..models.sizes import Size
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_SCALED, GGUF = "fp8_scaled", "gguf"
