@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmarks.record import write_record
 
+from benchmarks.record import write_record
 from linvideo_core.demo import weights_path
 from linvideo_core.demo.classifier import Judge, load_judge
 from linvideo_core.demo.prompts import make_word_table
