@@ -85,12 +85,14 @@ def plot_selection(seeds: Seeds, path: Path) -> None:
     draw_rows(axes, seeds, "selection", names, column)
     axes.axvline(1, color=INK, linewidth=1.0, linestyle=_DOTTED)
     axes.set_xscale("log")
-    axes.set_xlabel("Frechet to real clips over the teacher's own, lower is better")
+    axes.set_xlabel("Frechet over the teacher's own")
     title_axes(axes, "Quality, best first")
     for place, name in enumerate(names):
         chosen = seeds.values("selection", name, "layers")
         for y, layers in zip(spread_out(place, len(chosen)), chosen, strict=True):
-            matrix.barh([y] * len(layers), 0.86, left=[i - 0.43 for i in layers], height=0.2)
+            matrix.barh(
+                [y] * len(layers), 0.86, left=[i - 0.43 for i in layers], height=0.2, color=BLUE
+            )
     matrix.set_xlabel("linear layers, a line a seed")
     title_axes(matrix, "What was chosen")
     save_figure(figure, path)

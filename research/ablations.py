@@ -30,10 +30,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.record import REPOSITORY, RESULTS_FOLDER, show_rows, write_record
+from linvideo_core import artifact
 from linvideo_core.run.config import option, parse, positive, run_command, to_flags, to_json
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
+from linvideo_core.transfer.pipeline import ARTIFACT_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +230,7 @@ def do_run(run: Run, config: AblationConfig, device: str) -> Row:
         logger.warning("%s, seed %d: %s", run.flags, run.seed, lines[-1] if lines else "")
         return {"seed": run.seed, "error": lines[-1] if lines else "it failed"}
     row = {"seed": run.seed, **read_row(run.folder), "seconds": time.monotonic() - begin}
+    row["layers"] = list(artifact.load(run.folder / ARTIFACT_NAME).header.layers)
     write_json(run.folder / ROW_NAME, row)
     return row
 
@@ -243,7 +246,7 @@ def read_row(folder: Path) -> Row:
         for name in ("digit", "motion", "frechet")
         if row.get(name) is not None and teacher.get(name)
     }
-    size = (folder / "linearized.safetensors").stat().st_size
+    size = (folder / ARTIFACT_NAME).stat().st_size
     return {k: v for k, v in row.items() if k != "model"} | shares | {"bytes": size}
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+
 from benchmarks.record import describe_device, read_record, write_record
 
 pytest_plugins = ["pytester"]

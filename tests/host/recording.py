@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.record import SOURCE, describe_device, describe_versions, read_record
 
+from benchmarks.record import SOURCE, describe_device, describe_versions, read_record
 from linvideo_core.run.files import write_json
 from tests.host.flags import VARIABLE
 
