@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from linvideo_core.run.records import describe_device, read_record, write_record
+from benchmarks.record import describe_device, read_record, write_record
 
 pytest_plugins = ["pytester"]
 

@@ -1,4 +1,4 @@
-"""Every command that README shows can be typed as it stands."""
+"""Pages: commands can be typed as they stand, links lead somewhere, tables show the records."""
 
 import re
 import runpy
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cogapp import Cog
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -15,6 +16,7 @@ LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitli
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 PACKAGES = ("linvideo_core", "benchmarks", "research")
 OURS = [c for c in COMMANDS if c.startswith(tuple(f"python -m {name}" for name in PACKAGES))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def test_readme_shows_the_main_job_and_the_tests_with_their_installation() -> None:
@@ -24,11 +26,17 @@ def test_readme_shows_the_main_job_and_the_tests_with_their_installation() -> No
     assert f"    {tests}\n" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_every_path_that_readme_names_exists() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", README)
-    assert links
-    for link in links:
-        assert (REPOSITORY / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_links_to_exists(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)\s#]+)[^)\s]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_shows_its_record(page: Path) -> None:
+    show = ("-P", "-I", str(REPOSITORY), "-p", "from results.tables import show")
+    assert Cog().main(["cog", "--check", "--diff", *show, str(page)]) == 0
 
 
 # As `python -m` runs it, in the process that has imported it for other tests, too.

@@ -4,7 +4,9 @@ import dataclasses
 import json
 from typing import Any
 
-from benchmarks.models.sizes import SIZES, Size
+from linvideo_core.run.errors import SettingError
+
+from ..models.sizes import SIZES, Size
 
 SMALL_CARD_GB = 23.5
 """What is free on a card of 24 GB that shows no picture."""
@@ -34,6 +36,7 @@ class Case:
 
     kind: which function measures it. free_gb: memory that the card has left; None: all.
     is_base_checked: whether the model is sampled before and after, to see that it comes back.
+    sampling_steps: of the samplings that are timed, with and without linear layers; 0: none.
     sizes: of a MiniMax-H3, by the names of its class.
     """
 
@@ -47,6 +50,7 @@ class Case:
     free_gb: float | None = None
     steps: int = 4
     is_base_checked: bool = True
+    sampling_steps: int = 0
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -92,7 +96,7 @@ def list_cases() -> list[Case]:
     """Return all cases, those that share a server or a checkpoint beside each other."""
     return [
         Case(name="demo", kind="demo", model="embedded", dtype="fp16", frames=28),
-        _wan("1.3b-bf16", "bf16", _LONG, steps=8),
+        _wan("1.3b-bf16", "bf16", _LONG, steps=8, sampling_steps=10),
         _wan("1.3b-interrupt", "bf16", _SHORT, kind="interrupt", steps=6),
         *(
             _wan(f"1.3b-{dtype}", dtype, _SHORT)
@@ -115,7 +119,7 @@ def list_cases() -> list[Case]:
             steps=2,
             sizes=_H3_WIDE,
         ),
-        _wan14("14b-81", _LONG, steps=2, is_base_checked=False),
+        _wan14("14b-81", _LONG, steps=2, is_base_checked=False, sampling_steps=4),
         _wan14("14b-33", _SHORT),
         _wan14("14b-33-24gb", _SHORT, steps=2, is_base_checked=False, free_gb=SMALL_CARD_GB),
         _wan("1.3b-headless", "bf16", _LONG, kind="headless", steps=8),
@@ -138,12 +142,14 @@ def _wan14(name: str, frames: int, **others: Any) -> Case:
 def choose(names: str, cases: list[Case]) -> list[Case]:
     """Return the cases of a list such as "demo,14b-81", all of them for "".
 
-    Raises ValueError for a name that none has.
+    Raises SettingError for a name that none has.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = {case.name: case for case in cases}
     if strangers := [name for name in wanted if name not in known]:
-        raise ValueError(f"--rows {strangers[0]} given; one of {', '.join(known)} is needed")
+        raise SettingError(
+            f"{{rows}} {strangers[0]} given; one of {', '.join(known)} is needed", "rows"
+        )
     return [known[name] for name in wanted] if wanted else cases
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.models.comfyui import read_version
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
-from linvideo_core.run.records import RESULTS_FOLDER, check_parts, read_record, write_part
-from linvideo_core.run.tables import format_value, render_table
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.tables import format_value
 
+from ..record import RESULTS_FOLDER, check_parts, read_record, show_rows, write_part
 from .cases import Case, choose, list_cases
-from .comfyui_server import Installation
+from .comfyui_server import Installation, read_version
 from .measuring import KINDS
 from .workbench import NotHereError, Workbench
 
@@ -85,7 +85,7 @@ def run(config: InAppConfig, tell: Callable[[Row], None] = lambda row: None) -> 
     installation = _find(config)
     device = "cpu" if config.cpu else "cuda"
     if not config.cpu and not torch.cuda.is_available():
-        raise ValueError("no GPU was found; give --cpu to measure models of next to no size")
+        raise SettingError("no GPU was found; give {cpu} to measure tiny models", "cpu")
     path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
     check_parts(path, device)
     shutil.rmtree(config.out / "comfyui", ignore_errors=True)
@@ -126,12 +126,14 @@ def measure(case: Case, evaluator: Workbench, limit: float) -> tuple[Row, dict[s
 
 def _find(config: InAppConfig) -> Installation:
     if config.comfyui is None:
-        raise ValueError("--comfyui was not given; name the folder of a ComfyUI")
+        raise SettingError("{comfyui} was not given; name the folder of a ComfyUI", "comfyui")
     root = config.comfyui.expanduser().absolute()
     read_version(root)
     packs = (config.gguf_pack,) if config.gguf_pack is not None else ()
     if missing := [path for path in packs if not (path / "__init__.py").is_file()]:
-        raise ValueError(f"--gguf-pack {missing[0]} given, which holds no pack of nodes")
+        raise SettingError(
+            f"{{gguf_pack}} {missing[0]} given, which holds no pack of nodes", "gguf_pack"
+        )
     python = (config.python or Path(sys.executable)).expanduser().absolute()
     return Installation(root=root, python=python, packs=packs)
 
@@ -168,7 +170,7 @@ def _show(row: Row) -> None:
     sys.stdout.flush()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def command(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show each row as it ends and a short table last."""
     config, is_dry_run = parse(InAppConfig, argv, description=__doc__.splitlines()[0])
     if is_dry_run:
@@ -176,7 +178,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     record = run(config, _show)
     rows = [{name: row.get(name) for name in COLUMNS} for row in record["rows"]]
-    sys.stdout.write(f"\n{render_table(rows)}")
-
-
-command = main
+    sys.stdout.write(f"\n{show_rows(rows)}")

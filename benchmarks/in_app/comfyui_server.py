@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import socket
 import subprocess
@@ -13,18 +14,36 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models.comfyui import PACK, make_environment
+from linvideo_core.run.errors import SettingError
 
+PACK = Path(__file__).parents[2]
 START_SECONDS = 300
 NODES = Path(__file__).parent / "comfyui_nodes"
 CPU_FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 
+_VERSION = "comfyui_version.py"
+_NEEDED = ("comfy/ldm/wan/model.py", "comfy/sample.py", _VERSION)
 _FOLDERS = ("custom_nodes", "models/linvideo", "models/diffusion_models", "output", "user")
 _STAGE = re.compile(r"LinVideo: ([\w ]+): (\d+) \w+ in ([\d.]+) s")
 _GRACE_SECONDS = 30
 _ERROR_LENGTH = 400
 
 Graph = Mapping[str, Mapping[str, Any]]
+
+
+def read_version(root: Path) -> str:
+    """Return the version of the ComfyUI in a folder.
+
+    Raises SettingError where there is none.
+    """
+    if missing := [name for name in _NEEDED if not (root / name).is_file()]:
+        raise SettingError(
+            f"{{comfyui}} {root} given, which holds no {missing[0]}; name the folder of a ComfyUI",
+            "comfyui",
+        )
+    text = (root / _VERSION).read_text(encoding="utf-8")
+    found = re.search(r"__version__ = [\"'](.+)[\"']", text)
+    return found[1] if found else "of an unknown version"
 
 
 class PromptError(RuntimeError):
@@ -169,7 +188,7 @@ def run_server(
         process = subprocess.Popen(
             list(map(str, command)),
             cwd=installation.root,
-            env={**make_environment(), "OMP_WAIT_POLICY": "passive"},
+            env=_make_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -184,6 +203,15 @@ def run_server(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _make_environment() -> dict[str, str]:
+    """Return ComfyUI's environment: our own folder on the path would hide its modules."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    kept = [folder for folder in folders if folder and Path(folder).resolve() != PACK.resolve()]
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    environment |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+    return {**environment, "PYTHONPATH": os.pathsep.join(kept)}
 
 
 def _lay_out(installation: Installation, folder: Path) -> None:

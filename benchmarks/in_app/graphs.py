@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.models.sizes import GUIDANCE_SCALE, Size
+from ..models.sizes import GUIDANCE_SCALE, Size
 
 Nodes = dict[str, dict[str, Any]]
 
@@ -52,7 +52,7 @@ def empty_minimax_h3(width: int, height: int, frames: int) -> Nodes:
     return {"latent": _node("EmptyMiniMaxH3LatentAV", **sizes)}
 
 
-def sample(source: str, steps: int, tag: str, *, cfg: float = 1.0) -> Nodes:
+def sample(source: str, steps: int, tag: str, *, cfg: float = 1.0, seed: int = 5) -> Nodes:
     """Return a sampler on a node's MODEL, and what keeps its latents under a tag."""
     sampler = _node(
         "KSampler",
@@ -60,7 +60,7 @@ def sample(source: str, steps: int, tag: str, *, cfg: float = 1.0) -> Nodes:
         positive=["positive", 0],
         negative=["negative", 0],
         latent_image=["latent", 0],
-        seed=5,
+        seed=seed,
         steps=steps,
         cfg=cfg,
         **_PLAIN_SAMPLING,

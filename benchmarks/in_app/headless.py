@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models.sizes import GUIDANCE_SCALE, Size
+from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
 from linvideo_core.run.devices import resolve_precision
 from linvideo_core.run.files import write_json, write_tensors
@@ -19,30 +19,39 @@ from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.quality import settings_by_steps, settings_for
 from linvideo_core.transfer.student import Student
 
+from ..models.sizes import GUIDANCE_SCALE, Size
 from .memory_meter import Peak, watching
 
 _TRAINING = "training"
 
 
-class StepClock:
-    """Hears of a training's steps; `seconds` a step, as the server's log counts them."""
+class TrainingClock(Callbacks):
+    """Keeps the seconds a step of a training, as the server's log counts them."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.seconds: float | None = None
-        self._begun, self._first = 0.0, 0
+        self._stage, self._begun, self._first = "", 0.0, 0
 
-    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
-        """Take the time at the first report of the training and at the last."""
-        if stage != _TRAINING:
-            return
+    def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
+        """Take the time at which a stage begins."""
+        self._stage, self._begun, self._first = stage, self._now(), done
+
+    def on_step_end(self, done: int, **metrics: float) -> None:
+        """Take the time since the training began."""
+        if self._stage == _TRAINING and done > self._first:
+            self.seconds = (self._now() - self._begun) / (done - self._first)
+
+    def hear(self, stage: str, done: int, total: int, **metrics: float) -> None:
+        """Take the place of a progress bar."""
+        if stage != self._stage:
+            self.on_stage(stage, total, done)
+        self.on_step_end(done)
+
+    def _now(self) -> float:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
-        now = time.monotonic()
-        if not self._begun:
-            self._begun, self._first = now, done
-        elif done == total:
-            self.seconds = (now - self._begun) / (done - self._first)
+        return time.monotonic()
 
 
 def describe_transfer(size: Size, frames: int, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,9 +85,9 @@ def train(values: Mapping[str, Any], result: Path) -> None:
         config = override(TransferConfig(), values)
         teacher = load_teacher(config.teacher, config.out, config.device).to(config.device)
         student = Student(teacher, config.student, seed=config.seed)
-        clock = StepClock(config.device)
+        clock = TrainingClock(config.device)
         precision = resolve_precision(config.precision, config.device)
-        linearize(student, teacher, config, precision, clock)
+        linearize(student, teacher, config, precision, clock.hear)
         write_json(result, {"seconds_per_step": clock.seconds})
     except Exception as error:
         write_json(result, {"error": f"{type(error).__name__}: {error}"})

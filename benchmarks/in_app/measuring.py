@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.models.comfyui import PACK
-
 from . import graphs, headless
 from .cases import H3_TEXT_DIM, Case, h3_sizes
 from .checkpoints import GGUF
-from .comfyui_server import PromptError, Server, Stage, find_error
+from .comfyui_server import PACK, PromptError, Server, Stage, find_error
 from .memory_meter import watching
 from .workbench import NotHereError, Workbench
 
@@ -198,6 +196,8 @@ def _measure_in_server(
     found["steps"] = case.steps
     _train(server, sampled, evaluator, found)
     latents = _read_latents(server, linear)
+    if case.sampling_steps:
+        _time_sampling(case, server, {**graph, **training}, evaluator.deadline, found)
     found["ok"] = is_finite = all(bool(x.isfinite().all()) for x in latents)
     if case.is_base_checked:
         before = _read_latents(server, base)
@@ -208,6 +208,19 @@ def _measure_in_server(
         change = max(map(_relative_difference, latents, before))
         found |= {"change": change, "base_restored": is_restored}
         found["ok"] = is_finite and is_restored and change > 0
+
+
+def _time_sampling(
+    case: Case, server: Server, graph: graphs.Nodes, deadline: float, found: Found
+) -> None:
+    """Time sampling with the model and with the linearized one, each the second time."""
+    for source, column in (("model", "base_sampling_step"), ("linear", "linear_sampling_step")):
+        for seed in (7, 8):
+            # Another seed alone: the transfer's result stays in ComfyUI's cache.
+            sampled = graphs.sample(source, case.sampling_steps, f"{case.name}_timed", seed=seed)
+            begin = time.monotonic()
+            server.run({**graph, **sampled}, deadline)
+            found[column] = (time.monotonic() - begin) / case.sampling_steps
 
 
 def _train(server: Server, graph: graphs.Nodes, evaluator: Workbench, found: Found) -> None:

@@ -1,6 +1,7 @@
 """How much memory a process takes at its peak, and a card that is made as small as another."""
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,21 +14,11 @@ GB = 2**30
 _EVERY_SECONDS = 0.1
 
 
+@dataclasses.dataclass
 class Peak:
-    """The largest number of bytes that was seen; None where nothing can be read."""
+    """The largest number of bytes that was seen, in GB of 2^30; None where nothing can be read."""
 
-    def __init__(self) -> None:
-        self.num_bytes: int | None = None
-
-    @property
-    def gb(self) -> float | None:
-        """The same in GB of 2^30 bytes."""
-        return None if self.num_bytes is None else self.num_bytes / GB
-
-    def see(self, num_bytes: int | None) -> None:
-        """Take a reading."""
-        if num_bytes is not None:
-            self.num_bytes = max(self.num_bytes or 0, num_bytes)
+    gb: float | None = None
 
 
 @contextlib.contextmanager
@@ -36,9 +27,11 @@ def watching(read: Callable[[], int | None]) -> Iterator[Peak]:
     peak, is_done = Peak(), threading.Event()
 
     def poll() -> None:
-        peak.see(read())
-        while not is_done.wait(_EVERY_SECONDS):
-            peak.see(read())
+        while True:
+            if (num_bytes := read()) is not None:
+                peak.gb = max(peak.gb or 0.0, num_bytes / GB)
+            if is_done.wait(_EVERY_SECONDS):
+                return
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -80,9 +73,9 @@ def smaller_card(free_gb: float | None) -> Iterator[None]:
     taken = free - int(free_gb * GB)
     if taken < 0:
         raise ValueError(f"{free_gb:g} GB are to be left free and the GPU has {free / GB:.1f}")
-    frozen_weights = torch.empty(taken, dtype=torch.uint8, device="cuda")
+    taken_memory = torch.empty(taken, dtype=torch.uint8, device="cuda")
     try:
         yield
     finally:
-        del frozen_weights
+        del taken_memory
         torch.cuda.empty_cache()

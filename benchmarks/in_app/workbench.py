@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models.sizes import Size
-
+from ..models.sizes import Size
 from . import checkpoints
 from .comfyui_server import CPU_FLAGS, Installation, Server, run_server
 from .memory_meter import resident, smaller_card, used_on_gpu

@@ -4,7 +4,7 @@ On a GPU: the fused kernels at Wan's shapes in bf16, forward, backward and with 
 over their byte floor and against softmax and plain PyTorch. On a CPU: one linear and one softmax
 layer, one head of 128 in fp32, over a doubling number of tokens. All must agree with their
 definition in fp64 before anything is timed.
-    python -m benchmarks.kernels                    # minutes; README's tables
+    python -m benchmarks.kernels                    # minutes; the tables of docs/kernels.md
     python -m benchmarks.kernels --quick --out runs/speed
     python -m benchmarks.kernels --device cpu --most-tokens 4096 --out runs/cost
 The folder `--out` then holds kernels.json and kernels.png, or cost_cpu.json and cost_cpu.png.
@@ -12,7 +12,6 @@ The folder `--out` then holds kernels.json and kernels.png, or cost_cpu.json and
 
 import dataclasses
 import functools
-import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -28,25 +27,20 @@ from linvideo_core.kernels import norm_rotary
 from linvideo_core.models.wan import rotary_embedding
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
 from linvideo_core.run.devices import resolve_device
-from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import RESULTS_FOLDER, write_record
-from linvideo_core.run.tables import render_table
+from linvideo_core.run.errors import SettingError
 
-from . import cost, floors, speed
+from ..record import RESULTS_FOLDER, show_rows, write_record
+from . import speed
 from .baselines import find_public, make_contenders
-from .timing import CudaInstruments
-
-logger = logging.getLogger(__name__)
-
-COMMAND = "python -m benchmarks.kernels"
 
 _USUAL = {
-    "cpu": {"most_tokens": 65536, "runs": 7, "seconds": 25.0},
-    "cuda": {"most_tokens": 131072, "runs": 25, "seconds": 0.4},
+    "cpu": {"most_tokens": 65536, "seconds": 25.0},
+    "cuda": {"most_tokens": 131072, "seconds": 0.4},
 }
-_QUICK = {"most_tokens": 4096, "runs": 3, "seconds": 0.1}
-_EPS = 1e-6
-_QUICK_SHAPES = (floors.Shape(4680, 12),)
+_QUICK = {"most_tokens": 4096, "seconds": 0.1}
+_EPS, _CPU_TOLERANCE = 1e-6, 1e-4
+LAYERS = ("linear", "softmax")
+_QUICK_SHAPES = (speed.Shape(4680, 12),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,26 +55,26 @@ class BenchmarkConfig:
     most_tokens: int | None = option(
         None, "tokens of the longest video, each twice the one before; none: 65536, cuda 131072"
     )
-    runs: int | None = option(
-        None, "most runs behind a time, which is their median; none: 7, cuda 25"
-    )
     seconds: float | None = option(
-        None, "time after which no further run of a size is started; none: 25, cuda 0.4"
+        None, "for about how long a call is repeated, its time being the median; none: 25, cuda 0.4"
     )
     seed: int = option(0, "seed of the tensors")
     out: Path | None = option(None, "folder for record and picture; none: results")
 
     def __post_init__(self) -> None:
-        given = [n for n in ("runs", "seconds") if getattr(self, n) is not None]
-        positive(self, "fewest_tokens", *given)
+        positive(self, "fewest_tokens", *([] if self.seconds is None else ["seconds"]))
         if self.most_tokens is not None and self.most_tokens < 2 * self.fewest_tokens:
-            raise ValueError(
-                f"--most-tokens {self.most_tokens} given; at least twice --fewest-tokens "
-                f"{self.fewest_tokens} is needed"
+            raise SettingError(
+                f"{{most_tokens}} {self.most_tokens} given; at least twice {{fewest_tokens}} "
+                f"{self.fewest_tokens} is needed",
+                "most_tokens",
+                "fewest_tokens",
             )
         if self.quick and self.out is None:
-            raise ValueError(
-                "--quick given without --out; name a folder, so that the measured record stays"
+            raise SettingError(
+                "{quick} given without {out}; name a folder, so that the measured record stays",
+                "quick",
+                "out",
             )
 
     @property
@@ -103,7 +97,7 @@ class BenchmarkConfig:
 
 
 def make_norm_rotary(
-    backend: str, shape: floors.Shape, device: torch.device, dtype: torch.dtype
+    backend: str, shape: speed.Shape, device: torch.device, dtype: torch.dtype
 ) -> speed.NormRotary:
     """Return Wan's qk-norm and rotation by a backend: [B, L, N D] -> [B, L, N, D]."""
     weight, rotary = _draw_norm_rotary(shape, device, dtype)
@@ -111,12 +105,12 @@ def make_norm_rotary(
 
 
 def _draw_norm_rotary(
-    shape: floors.Shape, device: torch.device, dtype: torch.dtype
+    shape: speed.Shape, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    weight = 1 + 0.1 * torch.randn(shape.heads * floors.HEAD_DIM, generator=generator)
+    weight = 1 + 0.1 * torch.randn(shape.heads * speed.HEAD_DIM, generator=generator)
     weight = weight.to(torch.bfloat16).to(device, dtype)
-    return weight, rotary_embedding((shape.tokens, 1, 1), floors.HEAD_DIM, device)
+    return weight, rotary_embedding((shape.tokens, 1, 1), speed.HEAD_DIM, device)
 
 
 MODULES = {
@@ -133,12 +127,12 @@ def find_modules() -> tuple[dict[str, speed.MakeNormRotary], list[str]]:
     except ImportError as error:
         return MODULES, [f"ComfyUI's norm and rotation are not compared: {error}"]
     rotate = functools.partial(make_kitchen_norm_rotary, comfy_kitchen.apply_rope1)
-    return {**MODULES, floors.KITCHEN: rotate}, []
+    return {**MODULES, speed.KITCHEN: rotate}, []
 
 
 def make_kitchen_norm_rotary(
     apply_rope: Callable[[Tensor, Tensor], Tensor],
-    shape: floors.Shape,
+    shape: speed.Shape,
     device: torch.device,
     dtype: torch.dtype,
 ) -> speed.NormRotary:
@@ -146,46 +140,45 @@ def make_kitchen_norm_rotary(
     weight, rotary = _draw_norm_rotary(shape, device, dtype)
     cos, sin = rotary
     turn = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None, :, None]
-    heads = (shape.heads, floors.HEAD_DIM)
+    heads = (shape.heads, speed.HEAD_DIM)
     return lambda x: apply_rope(F.rms_norm(x, weight.shape, weight, _EPS).unflatten(2, heads), turn)
 
 
-def run(config: BenchmarkConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Check agreement, measure, write record and picture.
-
-    Returns the record.
-    """
+def run(config: BenchmarkConfig) -> dict[str, Any]:
+    """Check agreement, measure, write record and picture; return the record."""
     config = config.settle()
     config.folder.mkdir(parents=True, exist_ok=True)
-    return (_run_speed if config.device == "cuda" else _run_cost)(config, progress)
+    return (_run_speed if config.device == "cuda" else _run_cost)(config)
 
 
-def _run_cost(config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
-    for layer, error in cost.check_agreement(config.seed).items():
-        logger.info("%s layer: %.1e from its definition in fp64", layer, error)
-    patience = {"runs": config.runs, "seconds": config.seconds}
-    rows = cost.measure_cost(config.sizes, config.seed, **patience, progress=progress)
-    title = f"One attention layer, one head of {cost.HEAD_DIM}, fp32"
+def _run_cost(config: BenchmarkConfig) -> dict[str, Any]:
+    setting = speed.Setting(torch.device("cpu"), torch.float32, config.seed, config.seconds)
+    contenders = [
+        dataclasses.replace(contender, tolerance=_CPU_TOLERANCE)
+        for contender in make_contenders("reference")
+        if contender.name in ("fused", "sdpa")
+    ]
+    agreeing, _, left_out = speed.check_contenders(contenders, setting, (257,), heads=1)
+    if left_out:
+        raise RuntimeError(f"{left_out[0]}; nothing was timed")
+    rows = speed.measure_over_tokens(config.sizes, agreeing, setting, heads=1)
+    title = f"One attention layer, one head of {speed.HEAD_DIM}, fp32"
     return _write(config, "cost_cpu", title, rows, over_tokens=rows)
 
 
-def _run_speed(config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
-    instruments = CudaInstruments(runs=config.runs, seconds=config.seconds)
-    setting = speed.Setting(instruments, torch.device("cuda"), seed=config.seed)
-    shapes = _QUICK_SHAPES if config.quick else floors.SHAPES
+def _run_speed(config: BenchmarkConfig) -> dict[str, Any]:
+    setting = speed.Setting(torch.device("cuda"), seed=config.seed, seconds=config.seconds)
+    shapes = _QUICK_SHAPES if config.quick else speed.SHAPES
     public, absent = find_public()
     modules, no_module = find_modules()
     contenders = [*make_contenders(), *public]
-    measured = speed.measure_speed(shapes, config.sizes, contenders, modules, setting, progress)
-    left_out = [*absent, *no_module, *measured.details["left_out"]]
-    details = {**measured.details, "left_out": left_out}
-    bandwidth = details["copy_terabytes_per_second"]
+    rows, details = speed.measure_speed(shapes, config.sizes, contenders, modules, setting)
+    details["left_out"] = [*absent, *no_module, *details["left_out"]]
     title = (
-        f"Fused linear attention, heads of {floors.HEAD_DIM}, bf16, batch 1; floor: bytes at the "
-        f"{bandwidth:.2f} TB/s of a copy"
+        f"Fused linear attention, heads of {speed.HEAD_DIM}, bf16, batch 1; floor: bytes at the "
+        f"{details['copy_terabytes_per_second']:.2f} TB/s of a copy"
     )
-    tokens = measured.over_tokens
-    return _write(config, "kernels", title, measured.rows, tokens, details=details)
+    return _write(config, "kernels", title, rows, details["over_tokens"], details=details)
 
 
 def _write(
@@ -198,42 +191,30 @@ def _write(
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a record and the plot of time and memory over tokens."""
-    slopes = {layer: cost.fit_slope(over_tokens, layer, "milliseconds") for layer in cost.LAYERS}
+    slopes = {layer: speed.fit_slope(over_tokens, layer, "milliseconds") for layer in LAYERS}
     fitted = ", ".join(f"{layer} n^{slope:.2f}" for layer, slope in slopes.items())
     plot_cost(over_tokens, config.folder / f"{name}.png", slopes=slopes)
-    asked = {
-        field: None
-        for field, value in (_QUICK if config.quick else _USUAL[config.device]).items()
-        if getattr(config, field) == value
-    }
+    usual = _QUICK if config.quick else _USUAL[config.device]
+    asked = {field: None for field, value in usual.items() if getattr(config, field) == value}
     flags = to_flags(dataclasses.replace(config, **asked), without=["out"])
     return write_record(
         config.folder / f"{name}.json",
         title=f"{title}: time grows as {fitted}",
-        command=f"{COMMAND} {flags}".strip(),
+        command=f"python -m benchmarks.kernels {flags}".strip(),
         rows=rows,
         device=config.device,
         details=details,
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line, measure with a progress bar, show the table."""
+def command(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, measure, show the table."""
     config, is_dry_run = parse(BenchmarkConfig, argv, description=__doc__.splitlines()[0])
     if is_dry_run:
         sys.stdout.write(to_json(config.settle()))
         return
-    with TqdmProgress() as progress:
-        record = run(config, progress)
-    details = record.get("details", {})
-    for sentence in details.get("left_out", []):
+    record = run(config)
+    for sentence in record.get("details", {}).get("left_out", []):
         sys.stdout.write(f"{sentence}\n")
-    sys.stdout.write(f"\n{record['title']}\n\n{render_table(record['rows'])}\n")
-    over_tokens = details.get("over_tokens", record["rows"])
-    for key in ("milliseconds", "extra_mb"):
-        slopes = [f"{layer} {cost.fit_slope(over_tokens, layer, key):.2f}" for layer in cost.LAYERS]
-        sys.stdout.write(f"log-log slope of {key}, upper half of the sizes: {', '.join(slopes)}\n")
+    sys.stdout.write(f"\n{record['title']}\n\n{show_rows(record['rows'])}\n")
     sys.stdout.write(f"table and picture: {config.folder}\n")
-
-
-command = main

@@ -1,40 +1,59 @@
-"""How fast the fused kernels and their rivals are on a GPU: what is measured, in which order.
+"""How fast the fused kernels and their rivals are.
 
 Forward is timed without a graph, from roped q, k, v. Backward is timed alone: `torch.autograd.grad`
-of a graph that is kept, with the gradients of both maps; the step "backward, maps frozen" is
+of a graph that is kept, with the gradients of both maps; the pass "backward, maps frozen" is
 without them. A module goes from the projected q, k, v, before qk-norm and rotation, to the output
 projection's input.
+
+The byte floor is what must be moved at least, over the bandwidth that a plain copy reaches: forward
+and module read q, k, v and write o; backward reads q, k, v, do and writes dq, dk, dv.
 """
 
 import dataclasses
 import logging
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from linvideo_core.kernels.reference import linear_attention as define_linear
 
-from .agreement import LENGTHS, check, relative_error
+from .agreement import INPUTS, LENGTHS, check, relative_error
 from .baselines import TOLERANCE, Contender
-from .floors import (
-    BACKWARD,
-    FIXED_BANDWIDTH,
-    FORWARD,
-    FROZEN,
-    HEAD_DIM,
-    RATIOS,
-    Measured,
-    Row,
-    Shape,
-    assemble_rows,
-)
-from .timing import METHOD, NUM_COPIED, Call, Instruments, measure_copy_bandwidth
+from .timing import METHOD, Call, extra_mb, milliseconds
 
 logger = logging.getLogger(__name__)
 
+HEAD_DIM = 128
+RATIOS = (1, 2)
+FORWARD, BACKWARD, FROZEN = "forward", "backward", "backward, maps frozen"
+KITCHEN = "module, comfy-kitchen RoPE"
+NUM_COPIED = 2**30
+
+_MOVED_TENSORS = {FORWARD: 4, BACKWARD: 7, FROZEN: 7}
+_ERRORS = {BACKWARD: INPUTS, FROZEN: INPUTS[:3]}
+_RIVALS = ("compile", "compile_half", "eager", "fla", "sdpa", "fa2", "cudnn", "sage")
 _CHECKED_HEADS = 12
+
+Row = dict[str, Any]
+
+
+class Shape(NamedTuple):
+    """Tokens and heads of a video model's self-attention."""
+
+    tokens: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.heads}"
+
+
+SHAPES = (Shape(32760, 12), Shape(32760, 40), Shape(75600, 40))
+"""Wan 1.3B at 480p, 14B at 480p, 14B at 720p."""
 
 NormRotary = Callable[[Tensor], Tensor]
 """Maps a projection [B, L, N D] to normed, roped heads [B, L, N, D]."""
@@ -54,21 +73,23 @@ class Task:
 
 
 class Setting(NamedTuple):
-    """Where and on what everything is measured."""
+    """Where everything is measured, and for how many seconds each call is repeated."""
 
-    instruments: Instruments
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    seconds: float = 0.4
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Rows of the record, rows over the number of tokens, and what else is worth keeping."""
+class Measured(NamedTuple):
+    """What a task gave."""
 
-    rows: list[Row]
-    over_tokens: list[Row]
-    details: dict[str, Any]
+    shape: Shape
+    step: str
+    ratio: int
+    contender: str
+    milliseconds: float
+    extra_mb: float
 
 
 def make_inputs(shape: Shape, ratio: int, setting: Setting) -> list[Tensor]:
@@ -94,25 +115,16 @@ def make_call(task: Task, setting: Setting) -> Call:
         upstream = torch.randn(output.shape, dtype=output.dtype, device=output.device)
         return lambda: torch.autograd.grad(output, wanted, upstream, retain_graph=True)
     if task.norm_rotary:
-        return _make_module_call(attend, inputs, task.norm_rotary(task.shape, *setting[1:3]))
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            return attend(*inputs)
-
-    return call
+        rotate = task.norm_rotary(task.shape, setting.device, setting.dtype)
+        return _make_module_call(attend, inputs, rotate)
+    return torch.no_grad()(lambda: attend(*inputs))
 
 
 def _make_module_call(
     attend: Callable[..., Tensor], inputs: list[Tensor], rotate: NormRotary
 ) -> Call:
     query, key = (x.flatten(2) for x in inputs[:2])
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            return attend(rotate(query), rotate(key), *inputs[2:]).flatten(2)
-
-    return call
+    return torch.no_grad()(lambda: attend(rotate(query), rotate(key), *inputs[2:]).flatten(2))
 
 
 def plan(
@@ -122,7 +134,7 @@ def plan(
 ) -> list[Task]:
     """List the measurements behind the record's rows, contenders in the order given.
 
-    modules: step -> norm and rotation; the first is eager, and what all are compared with. Softmax
+    modules: pass -> norm and rotation; the first is eager, and what all are compared with. Softmax
     is measured after each.
     """
     tasks = []
@@ -145,21 +157,18 @@ def measure(task: Task, setting: Setting) -> Measured:
     torch._dynamo.reset()
     call = make_call(task, setting)
     call()
-    extra_mb = setting.instruments.extra_mb(call)
-    milliseconds = setting.instruments.milliseconds(call)
-    return Measured(task.shape, task.step, task.ratio, task.contender.name, milliseconds, extra_mb)
+    memory = extra_mb(call, setting.device)
+    time = milliseconds(call, setting.device, setting.seconds)
+    return Measured(task.shape, task.step, task.ratio, task.contender.name, time, memory)
 
 
-def measure_all(
-    tasks: Sequence[Task], setting: Setting, progress: Callable[[str, int, int], None], stage: str
-) -> tuple[list[Measured], list[str]]:
+def measure_all(tasks: Sequence[Task], setting: Setting) -> tuple[list[Measured], list[str]]:
     """Return the measurements of all tasks, and a sentence for every rival that failed one.
 
     What the first task's contender, our own, cannot do is raised.
     """
     measured, left_out = [], []
-    for i, task in enumerate(tasks):
-        progress(stage, i, len(tasks))
+    for task in tqdm(tasks, "measuring"):
         try:
             measured.append(measure(task, setting))
         except Exception as error:
@@ -171,7 +180,6 @@ def measure_all(
             logger.warning("left out: %s", left_out[-1])
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
-    progress(stage, len(tasks), len(tasks))
     return measured, left_out
 
 
@@ -180,14 +188,12 @@ def check_contenders(
     setting: Setting,
     lengths: Sequence[int] = LENGTHS,
     heads: int = _CHECKED_HEADS,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[list[Contender], list[Row], list[str]]:
     """Return the contenders that agree with their definition, all errors, and who was left out."""
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     cases = [(tokens, ratio) for tokens in lengths for ratio in RATIOS]
-    for i, (tokens, ratio) in enumerate(cases):
-        progress("agreement", i, len(cases))
+    for tokens, ratio in tqdm(cases, "checking agreement"):
         inputs = make_inputs(Shape(tokens, heads), ratio, setting)
         # Softmax has no features: once is enough.
         mine = [
@@ -202,7 +208,6 @@ def check_contenders(
             rows.append(
                 {"contender": contender.name, "ratio": features, "tokens": tokens, **result}
             )
-    progress("agreement", len(cases), len(cases))
     agreeing = [c for c in contenders if c.name not in left_out]
     return agreeing, rows, list(left_out.values())
 
@@ -240,17 +245,17 @@ def measure_over_tokens(
     sizes: Sequence[int],
     contenders: Sequence[Contender],
     setting: Setting,
-    progress: Callable[[str, int, int], None],
+    heads: int = _CHECKED_HEADS,
 ) -> list[Row]:
     """Return rows of `tokens`, `layer`, `milliseconds`, `extra_mb`: ours at M = D, and softmax."""
     layers = {"fused": ("linear", 1), "sdpa": ("softmax", 0)}
     tasks = [
-        Task(Shape(tokens, _CHECKED_HEADS), FORWARD, layers[contender.name][1], contender)
+        Task(Shape(tokens, heads), FORWARD, layers[contender.name][1], contender)
         for tokens in sizes
         for contender in contenders
         if contender.name in layers
     ]
-    measured, _ = measure_all(tasks, setting, progress, "over tokens")
+    measured, _ = measure_all(tasks, setting)
     return [
         {
             "tokens": item.shape.tokens,
@@ -262,44 +267,114 @@ def measure_over_tokens(
     ]
 
 
+def fit_slope(rows: Sequence[Row], layer: str, key: str) -> float:
+    """Return the slope of log(key) over log(tokens) in the upper half of a layer's sizes.
+
+    Small sizes are left out because fixed costs flatten them. NaN where too little was measured.
+    """
+    points = sorted((row["tokens"], row[key]) for row in rows if row["layer"] == layer)
+    points = [point for point in points[min(len(points) // 2, len(points) - 2) :] if point[1] > 0]
+    if len(points) < 2:
+        return math.nan
+    tokens, values = zip(*points, strict=True)
+    return statistics.linear_regression(
+        list(map(math.log, tokens)), list(map(math.log, values))
+    ).slope
+
+
 def measure_speed(
     shapes: Sequence[Shape],
     sizes: Sequence[int],
     contenders: Sequence[Contender],
     modules: Mapping[str, MakeNormRotary],
     setting: Setting,
-    progress: Callable[[str, int, int], None],
     *,
     lengths: Sequence[int] = LENGTHS,
     num_copied: int = NUM_COPIED,
-) -> Speed:
-    """Check agreement at `lengths`, then measure everything.
+) -> tuple[list[Row], dict[str, Any]]:
+    """Check agreement at `lengths`, then measure everything; return the record's rows and details.
 
     num_copied: bf16 elements of the copy that gives the bandwidth.
 
     Raises RuntimeError where our own kernels are wrong; rivals that are, or that cannot run, are
     left out and named.
     """
-    agreeing, agreement, left_out = check_contenders(
-        contenders, setting, lengths, progress=progress
-    )
+    agreeing, agreement, left_out = check_contenders(contenders, setting, lengths)
     agreement += check_module(agreeing[0], modules, setting, lengths[-1])
-    bandwidth = measure_copy_bandwidth(setting.instruments, setting.device, num_copied)
-    tasks = plan(shapes, agreeing, modules)
-    measured, failed = measure_all(tasks, setting, progress, "shapes")
-    over_tokens = measure_over_tokens(sizes, agreeing, setting, progress)
-    baseline, itemsize = next(iter(modules)), setting.dtype.itemsize
-    rows = assemble_rows(measured, agreement, bandwidth, itemsize, baseline)
-    fixed = assemble_rows(measured, agreement, FIXED_BANDWIDTH, itemsize, baseline)
-    details = {
+    bandwidth = measure_copy_bandwidth(setting, num_copied)
+    measured, failed = measure_all(plan(shapes, agreeing, modules), setting)
+    over_tokens = measure_over_tokens(sizes, agreeing, setting)
+    baseline = next(iter(modules))
+    rows = assemble_rows(measured, agreement, bandwidth, setting.dtype.itemsize, baseline)
+    return rows, {
         "method": METHOD,
         "copy_terabytes_per_second": bandwidth / 1e12,
-        "floor_ratios_at_4.3_terabytes_per_second": [
-            {key: row[key] for key in ("shape", "pass", "features", "floor_ratio")} for row in fixed
-        ],
         "left_out": [*left_out, *failed],
         "agreement": agreement,
         "measured": [{**item._asdict(), "shape": str(item.shape)} for item in measured],
         "over_tokens": over_tokens,
     }
-    return Speed(rows, over_tokens, details)
+
+
+def measure_copy_bandwidth(setting: Setting, num_copied: int = NUM_COPIED) -> float:
+    """Return the bytes per second, read and written, of a plain copy of bf16 on the device."""
+    source = torch.randn(num_copied, dtype=torch.bfloat16, device=setting.device)
+    target = torch.empty_like(source)
+    time = milliseconds(lambda: target.copy_(source), setting.device, setting.seconds)
+    return 2 * source.nbytes / (time / 1000)
+
+
+def floor_milliseconds(shape: Shape, step: str, itemsize: int, bandwidth: float) -> float:
+    """Return the time that moving the bytes of a pass takes at `bandwidth` bytes per second."""
+    tensor = shape.tokens * shape.heads * HEAD_DIM * itemsize
+    return 1000 * _MOVED_TENSORS.get(step, 4) * tensor / bandwidth
+
+
+def find_error(agreement: Sequence[Row], contender: str, ratio: int, step: str) -> float | None:
+    """Return the largest error of a contender's pass: its value, or any of its gradients."""
+    names = _ERRORS.get(step, (step,))
+    mine = [row for row in agreement if (row["contender"], row["ratio"]) == (contender, ratio)]
+    return max((row[name] for row in mine for name in names if name in row), default=None)
+
+
+def assemble_rows(
+    measured: Sequence[Measured],
+    agreement: Sequence[Row],
+    bandwidth: float,
+    itemsize: int,
+    baseline: str,
+) -> list[Row]:
+    """Turn measurements into the record's rows: one for each pass of the fused kernels.
+
+    vs_x is x's time over ours; vs_kitchen is that of softmax after ComfyUI's norm and rotation.
+    bandwidth: bytes per second. baseline: the module whose times the others' modules have.
+    """
+    times = {item[:4]: item.milliseconds for item in measured}
+    rows = []
+    for shape, step, ratio, name, time, memory in measured:
+        if name != "fused":
+            continue
+        theirs = step if step in _MOVED_TENSORS else baseline
+        # Softmax has no maps: its backward pass is one and the same.
+        plain = BACKWARD if step == FROZEN else theirs
+        others = {
+            rival: times.get((shape, theirs, ratio, rival), times.get((shape, plain, 0, rival)))
+            for rival in _RIVALS
+        }
+        is_module = theirs == baseline
+        others["kitchen"] = times.get((shape, KITCHEN, 0, "sdpa")) if is_module else None
+        rows.append(
+            {
+                "shape": str(shape),
+                "pass": step,
+                "features": "D" if ratio == 1 else f"{ratio}D",
+                "milliseconds": time,
+                "floor_ratio": time / floor_milliseconds(shape, step, itemsize, bandwidth),
+                **{f"vs_{rival}": other and other / time for rival, other in others.items()},
+                "extra_mb": memory,
+                "relative_error": find_error(agreement, name, ratio, step),
+                "eager_error": find_error(agreement, "eager", ratio, step),
+            }
+        )
+    shapes, passes = ([row[key] for row in rows] for key in ("shape", "pass"))
+    return sorted(rows, key=lambda row: (shapes.index(row["shape"]), passes.index(row["pass"])))

@@ -1,6 +1,11 @@
-"""The published Wan models and the videos that they are used for, by name."""
+"""The published Wan models, the videos that they are used for, and what a call of them takes.
+
+Operations are those of matrix products alone, two for each multiply and add, as is the custom for a
+share of the peak ("MFU"): norms, rotations and activations are work that it does not see.
+"""
 
 import dataclasses
+import math
 
 from linvideo_core.models.wan import WanConfig
 
@@ -89,3 +94,52 @@ def _make_sizes() -> dict[str, Size]:
 
 SIZES = _make_sizes()
 """Name -> size; the tiny one shows on any computer that everything runs."""
+
+# Dense bf16 with fp32 accumulation, TFLOP/s, by a part of the device's name; longer names first.
+_PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H200": 989.4,
+    "GH200": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+def find_peak(device_name: str) -> float | None:
+    """Return a card's peak of dense bf16 operations a second; none for an unknown device."""
+    for part in sorted(_PEAKS, key=len, reverse=True):
+        if part in device_name.split() or (" " in part and part in device_name):
+            return 1e12 * _PEAKS[part]
+    return None
+
+
+def count_flops(size: Size, num_linear: int) -> int:
+    """Return the operations of one call at batch 1, `num_linear` layers with M = D features."""
+    config, L, S = size.config, size.tokens, size.prompt_tokens
+    softmax = (config.num_layers - num_linear) * softmax_flops(L, config.dim)
+    linear = num_linear * linear_flops(L, config.dim, config.dim // config.num_heads)
+    # q, k, v, o of self-attention; q, o and k, v of cross-attention, and itself; feed-forward.
+    projections = 6 * 2 * L * config.dim**2 + 2 * 2 * S * config.dim**2
+    block = projections + 4 * L * S * config.dim + 4 * L * config.dim * config.ffn_dim
+    # Before and behind the blocks.
+    patch = math.prod(config.patch_size) * (config.in_channels + config.out_channels)
+    ends = 2 * L * patch * config.dim + 2 * S * config.dim * (config.text_dim + config.dim)
+    ends += 2 * config.dim * (config.freq_dim + 7 * config.dim)
+    return softmax + linear + config.num_layers * block + ends
+
+
+def softmax_flops(L: int, dim: int) -> int:
+    """Return the operations of softmax attention: q k^T and its product with v."""
+    return 2 * 2 * L * L * dim
+
+
+def linear_flops(L: int, dim: int, features: int) -> int:
+    """Return the operations of linear attention: two maps [D, M/2], sums over keys, outputs."""
+    maps = 2 * 2 * L * dim * features // 2
+    return maps + 2 * 2 * L * dim * features

@@ -2,9 +2,8 @@
 
 The steps are `transfer`'s own, of a model with random weights in the published shapes on random
 states: time and memory do not depend on what a model has learned. Every video moves on before it is
-compared (`--anchor-share 0`), the dearest that a step of `adm` can be. With torchrun the processes
-share the work as `transfer` does, a batch for each, and the speed-up is in videos a second over one
-GPU.
+compared (`--anchor-share 0`), the most expensive step of `adm`. With torchrun the processes share
+the work as `transfer` does, a batch for each, and the speed-up is in videos a second over one GPU.
     python -m benchmarks.models.training_steps --size 1.3b-480p
     torchrun --nproc-per-node 2 -m benchmarks.models.training_steps --size 1.3b-480p
     python -m benchmarks.models.training_steps --size 1.3b-480p --frozen bf16 --cap-gb 24
@@ -24,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linvideo_core.transfer.frozen_weights import check_frozen_weights, check_offload_alone
 
 from linvideo_core.models.attention_sites import blocks, compiled_blocks
 from linvideo_core.models.config import FrozenConfig
+from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import option, parse, positive, run_command, to_flags, to_json
 from linvideo_core.run.devices import (
     device_option,
@@ -35,28 +34,34 @@ from linvideo_core.run.devices import (
     resolve_device,
     resolve_precision,
 )
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.memory import explained, number_of_gpu
 from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
-from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import (
-    RESULTS_FOLDER,
-    check_parts,
-    describe_device,
-    read_part,
-    write_part,
-)
-from linvideo_core.run.tables import render_table
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training import fsdp
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import fit
-from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
+from linvideo_core.transfer.config import (
+    ObjectiveConfig,
+    SelectionConfig,
+    StudentConfig,
+    check_frozen_weights,
+    check_offload_alone,
+)
 from linvideo_core.transfer.student import Student, TransferTask
 
-from .arithmetic import count_flops, find_peak, linear_flops, softmax_flops
-from .random_teacher import draw_states, make_random_subject
-from .runs import RECORD_NAME, RECORD_TITLE
-from .sizes import SIZES, Size
+from ..record import (
+    RESULTS_FOLDER,
+    check_parts,
+    describe_device,
+    read_part,
+    read_record,
+    show_rows,
+    write_part,
+)
+from .cli import RECORD_NAME, RECORD_TITLE
+from .random_models import draw_states, make_random_teacher
+from .sizes import SIZES, Size, count_flops, find_peak, linear_flops, softmax_flops
 
 GB = 2**30
 """Bytes of a GB as cards are sold by it, and as PyTorch says what is in use."""
@@ -69,27 +74,30 @@ LOWER_STEPS = "give --frozen fp8, more --offload-blocks or a lower --batch-per-g
 def capped(device: str, cap_gb: float | None) -> Iterator[None]:
     """Let PyTorch's allocator give out no more than so much of a GPU's memory for a while.
 
-    Raises ValueError, in one sentence, where more is asked for, and where it cannot be capped.
+    Raises SettingError where more is asked for, and where it cannot be capped.
     """
     if cap_gb is None:
         yield
         return
     if not device.startswith("cuda"):
-        raise ValueError(
-            f"--cap-gb {cap_gb:g} given on {device}; a GPU's memory alone can be capped"
+        raise SettingError(
+            f"{{cap_gb}} {cap_gb:g} given on {device}; a GPU's memory alone can be capped", "cap_gb"
         )
     total = torch.cuda.mem_get_info(device)[1]
     if cap_gb * GB > total:
-        raise ValueError(f"--cap-gb {cap_gb:g} given; {device} has {total / GB:.1f} GB in all")
+        raise SettingError(
+            f"{{cap_gb}} {cap_gb:g} given; {device} has {total / GB:.1f} GB in all", "cap_gb"
+        )
     index = number_of_gpu(device)
     torch.cuda.set_per_process_memory_fraction(cap_gb * GB / total, index)
     try:
         yield
     except torch.OutOfMemoryError as error:
         peak = torch.cuda.max_memory_allocated(device) / GB
-        raise ValueError(
-            f"--cap-gb {cap_gb:g} is too little: {peak:.1f} GB were in use when more was asked "
-            f"for; {LOWER_STEPS}"
+        raise SettingError(
+            f"{{cap_gb}} {cap_gb:g} is too little: {peak:.1f} GB were in use when more was asked "
+            f"for; {LOWER_STEPS}",
+            "cap_gb",
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, index)
@@ -97,60 +105,27 @@ def capped(device: str, cap_gb: float | None) -> Iterator[None]:
 
 PHASES = ("selecting", "hardened")
 
-# The paper's length of a transfer, and of it the share that `transfer` spends choosing layers.
-PUBLISHED_STEPS = 3000
-_SELECTION_SHARE = SelectionConfig().selection_share
-
 _WAY = ("trained", "frozen", "offloaded", "recomputed", "compiled", "cap_gb")
 _KEY = ("model", "resolution", "gpus", "phase", *_WAY)
 
 
-def keep_last(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return runs with the rows that no later one has measured again; without rows, it is gone."""
-    kept, seen = [], set()
-    for run in reversed(runs):
-        rows = [row for row in run["rows"] if _key(row) not in seen]
-        seen.update(map(_key, rows))
-        if rows:
-            kept.append({**run, "rows": rows})
-    return kept[::-1]
-
-
 def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Give each row its speed-up over the one of its kind on one GPU: in videos a second."""
+
+    def pace(row: Mapping[str, Any]) -> float:
+        return row["gpus"] * row["batch_per_gpu"] / row["seconds"]
+
     by_key = {_key(row): row for row in rows}
-    compared = []
-    for row in rows:
-        alone = by_key.get(_key({**row, "gpus": 1}))
-        speedup = None
-        if alone is not None:
-            pace, pace_alone = (r["gpus"] * r["batch_per_gpu"] / r["seconds"] for r in (row, alone))
-            speedup = pace / pace_alone
-        compared.append({**row, "speedup": speedup})
-    return compared
-
-
-def count_hours(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the GPU hours of the paper's steps for every way to train with both phases."""
-    names = [name for name in (*_KEY, "batch_per_gpu") if name != "phase"]
-    kinds: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        kinds.setdefault(tuple(row[n] for n in names), {})[row["phase"]] = row["seconds"]
-    found = []
-    for key, seconds in kinds.items():
-        if len(seconds) == len(PHASES):
-            kind = dict(zip(names, key, strict=True))
-            share = _SELECTION_SHARE
-            step = share * seconds["selecting"] + (1 - share) * seconds["hardened"]
-            found.append({**kind, "gpu_hours": kind["gpus"] * PUBLISHED_STEPS * step / 3600})
-    return found
+    alone = [by_key.get(_key({**row, "gpus": 1})) for row in rows]
+    return [
+        {**row, "speedup": pace(row) / pace(one) if one else None}
+        for row, one in zip(rows, alone, strict=True)
+    ]
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in _KEY)
 
-
-COMMAND = "python -m benchmarks.models.training_steps"
 
 # What the rows of this command are called in a record that others fill, too.
 _PART = "train"
@@ -185,47 +160,49 @@ class StepsConfig:
         if self.cap_gb is not None:
             positive(self, "cap_gb")
         if self.frozen_weights.offload_blocks and not self.recomputed:
-            raise ValueError(
-                f"--offload-blocks {self.frozen_weights.offload_blocks} was given with "
-                "--recomputed false; the way back would keep all blocks on the device: leave "
-                "one of them out"
+            raise SettingError(
+                f"{{offload_blocks}} {self.frozen_weights.offload_blocks} was given with "
+                "{recomputed} false; the way back would keep all blocks on the device: leave one "
+                "of them out",
+                "offload_blocks",
+                "recomputed",
             )
         training = TrainingConfig(activation_checkpointing=self.recomputed, compile=self.compile)
         is_full = self.student.parameters == "full"
         check_frozen_weights(self.frozen_weights, training, "--parameters full" if is_full else "")
         if self.frozen_weights.offload_blocks > (most := SIZES[self.size].config.num_layers):
-            raise ValueError(
-                f"--offload-blocks {self.frozen_weights.offload_blocks} given; {self.size} has "
-                f"{most} blocks"
+            raise SettingError(
+                f"{{offload_blocks}} {self.frozen_weights.offload_blocks} given; {self.size} has "
+                f"{most} blocks",
+                "offload_blocks",
             )
 
 
-class _Clock:
-    """Hears of a training's steps; keeps their seconds and the memory at their peak.
+class StepClock(Callbacks):
+    """Keeps the seconds of a training's steps, and the memory at their peak.
 
     step_seconds: of each step after the untimed ones; peak_gb: None without a GPU.
     """
 
-    def __init__(self, device: str, untimed_steps: int, progress: Progress) -> None:
+    def __init__(self, device: str, untimed_steps: int) -> None:
         self.device = device
         self.untimed_steps = untimed_steps
-        self.progress = progress
         self.step_seconds: list[float] = []
         self.peak_gb: float | None = None
         self._last = 0.0
 
-    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
+    def on_step_end(self, done: int, **metrics: float) -> None:
+        """Take the time of a step."""
         is_cuda = self.device.startswith("cuda")
         if is_cuda:
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if done > self.untimed_steps:
             self.step_seconds.append(now - self._last)
+            if is_cuda:
+                self.peak_gb = torch.cuda.max_memory_allocated(self.device) / GB
         elif is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        if done == total and is_cuda:
-            self.peak_gb = torch.cuda.max_memory_allocated(self.device) / GB
-        self.progress(stage, done, total, **metrics)
         self._last = time.perf_counter()
 
 
@@ -233,7 +210,7 @@ def count_step_flops(size: Size, *, phase: str, parameters: str) -> int:
     """Return the operations of an `adm` step for one video.
 
     The student jumps by both guidance branches, then teacher and student are asked; the student's
-    call is also taken backward. Matrix products alone, as in `arithmetic`; nothing computed again
+    call is also taken backward. Matrix products alone, as in `count_flops`; nothing computed again
     is counted twice. Backward takes as much as forward for a frozen projection, whose weight needs
     no gradient, and twice as much for one that learns and for attention.
     """
@@ -260,7 +237,6 @@ def measure_steps(
     *,
     device: str,
     precision: str,
-    progress: Progress,
     processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Train for a few steps as `transfer` does; return a row of the table without its speed-up."""
@@ -295,16 +271,23 @@ def measure_steps(
         layers=layers,
         processes=processes,
     )
-    clock = _Clock(device, config.untimed_steps, progress)
+    clock = StepClock(device, config.untimed_steps)
     compiled = [student.model, teacher.model] if config.compile else []
     depths = [blocks(model, student.sites) for model in task.models]
     with compiled_blocks(compiled, student.sites), processes.sharded(task.models, depths):
-        fit(task, training, folder / "fit", seed=config.seed, progress=clock, processes=processes)
+        fit(
+            task,
+            training,
+            folder / "fit",
+            seed=config.seed,
+            progress=lambda _, done, total, **metrics: clock.on_step_end(done, **metrics),
+            processes=processes,
+        )
     return _make_row(size, phase, config, processes.size, clock)
 
 
 def _make_row(
-    size: Size, phase: str, config: StepsConfig, gpus: int, clock: _Clock
+    size: Size, phase: str, config: StepsConfig, gpus: int, clock: StepClock
 ) -> dict[str, Any]:
     seconds = statistics.median(clock.step_seconds)
     flops = config.batch_per_gpu * count_step_flops(
@@ -333,9 +316,7 @@ def _make_row(
     }
 
 
-def run(
-    config: StepsConfig, progress: Progress = silent, processes: ProcessGroup = SINGLE_PROCESS
-) -> dict[str, Any] | None:
+def run(config: StepsConfig, processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, Any] | None:
     """Measure, and write the record; return it, None on all processes but the first.
 
     Raises ValueError, before anything is measured, where the record has rows of another device.
@@ -349,11 +330,9 @@ def run(
     rows = []
     with capped(device, config.cap_gb):
         for phase in PHASES if config.phase == "both" else (config.phase,):
-            teacher = make_random_subject(size, device, config.frozen_weights, config.seed)
-            settings = {"device": device, "precision": precision, "progress": progress}
-            rows.append(
-                measure_steps(teacher, size, phase, config, **settings, processes=processes)
-            )
+            teacher = make_random_teacher(size, device, config.frozen_weights, config.seed)
+            settings = {"device": device, "precision": precision, "processes": processes}
+            rows.append(measure_steps(teacher, size, phase, config, **settings))
             del teacher
             gc.collect()
             if device.startswith("cuda"):
@@ -361,45 +340,46 @@ def run(
     if not processes.destroy():
         return None
     shutil.rmtree(config.out / "steps", ignore_errors=True)
-    return _write(path, {"command": _told(config, processes.size), "rows": rows}, device)
+    return _write(path, rows, _describe_command(config, processes.size), device)
 
 
-def _told(config: StepsConfig, gpus: int) -> str:
+def _describe_command(config: StepsConfig, gpus: int) -> str:
     """Return what to type to measure this again."""
     flags = to_flags(config, without=["out", "record", "size"])
     launch = f"torchrun --nproc-per-node {gpus}" if gpus > 1 else "python"
-    return f"{launch} {COMMAND.removeprefix('python ')} --size {config.size} {flags}".strip()
+    module = "-m benchmarks.models.training_steps"
+    return f"{launch} {module} --size {config.size} {flags}".strip()
 
 
-def _write(path: Path, run_found: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Put a run into the record: what it did not measure again stays."""
-    runs = keep_last([*read_part(path, _PART).get("runs", []), run_found])
-    rows = compare_rows([row for each in runs for row in each["rows"]])
+def _write(path: Path, new: list[dict[str, Any]], command: str, device: str) -> dict[str, Any]:
+    """Put rows into the record: what they do not measure again stays."""
+    recorded = read_record(path)["rows"] if path.is_file() else []
+    earlier = [row for row in recorded if row["what"] == _PART]
+    rows = list({_key(row): row for row in [*earlier, *new]}.values())
+    commands = read_part(path, _PART).get("command", "").split(" && ")
     return write_part(
         path,
         _PART,
         title=RECORD_TITLE,
-        command=" && ".join(dict.fromkeys(each["command"] for each in runs)),
-        rows=rows,
+        command=" && ".join(filter(None, dict.fromkeys([*commands, command]))),
+        rows=compare_rows(rows),
         device=device,
-        details={"runs": runs, "gpu_hours": count_hours(rows), "published_steps": PUBLISHED_STEPS},
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line, measure with a progress bar, show the table."""
+    """Read the command line, measure, show the table."""
     processes = fsdp.init_process_group()
     with processes.in_turn():
         config, is_dry_run = parse(StepsConfig, argv, description=__doc__.splitlines()[0])
     if is_dry_run:
         sys.stdout.write(to_json(config) if processes.is_first else "")
         return
-    with TqdmProgress(is_shown=processes.is_first) as progress, explained(LOWER_STEPS):
-        record = run(config, progress, processes)
+    with explained(LOWER_STEPS):
+        record = run(config, processes)
     if record is not None:
         rows = [row for row in record["rows"] if row["what"] == _PART]
-        hours = record["details"]["parts"][_PART]["gpu_hours"]
-        sys.stdout.write(f"\n{render_table(rows)}\n{render_table(hours) if hours else ''}\n")
+        sys.stdout.write(f"\n{show_rows(rows)}\n")
 
 
 if __name__ == "__main__":

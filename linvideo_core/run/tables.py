@@ -1,15 +1,10 @@
-"""Rows of measures as tables: Markdown for a page, columns for a terminal.
-
-A measure and its spread over seeds are two columns of a row, NAME and NAME_spread.
-"""
+"""Rows of measures as a table for a terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
-
-SPREAD = "_spread"
 
 _LABELS = {
     "digit": "right digit (0 to 1)",
@@ -40,35 +35,7 @@ def format_value(value: Any) -> str:
         case list() | tuple():
             return ", ".join(format_value(item) for item in value) or "—"
         case _:
-            return str(value).replace("|", r"\|").replace("\n", " ")
-
-
-def show_with_spread(row: Row, column: str) -> Any:
-    """Return a column as "mean ± spread", the spread to two figures; as it is without a spread."""
-    value, spread = row.get(column), row.get(column + SPREAD)
-    return format_spread(value, spread) if spread and value is not None else value
-
-
-def format_spread(value: float, spread: float) -> str:
-    """Show a mean and its spread to the same decimals, four at most."""
-    decimals = min(4, max(0, 1 - math.floor(math.log10(spread)))) if spread > 0 else 0
-    if spread <= 0 or not float(f"{spread:.{decimals}f}"):
-        return format_value(value)
-    return f"{value:,.{decimals}f} ± {spread:,.{decimals}f}"
-
-
-def render_table(rows: Sequence[Row]) -> str:
-    """Turn rows into a Markdown table whose columns are the rows' keys, in order of appearance."""
-    if not rows:
-        return "No rows.\n"
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    is_number = [all(_is_figure(row.get(key)) for row in rows) for key in keys]
-    lines = [
-        [key.replace("_", " ") for key in keys],
-        ["---:" if right else "---" for right in is_number],
-        *([format_value(row.get(key)) for key in keys] for row in rows),
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            return str(value).replace("\n", " ")
 
 
 def show_table(rows: Sequence[Row]) -> str:
@@ -83,10 +50,6 @@ def show_table(rows: Sequence[Row]) -> str:
         values = "".join(f"{format_value(row.get(name)):>{width}}" for row, width in columns)
         lines.append(f"{label:<{left}}{values}")
     return "\n".join(lines) + "\n"
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float | None) or (isinstance(value, str) and " ± " in value)
 
 
 def _format_float(value: float) -> str:

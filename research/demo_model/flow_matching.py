@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from linvideo_core import flow
 from linvideo_core.demo import DEMO_SHIFT, DEMO_STEPS, weights_path
@@ -17,7 +18,6 @@ from linvideo_core.demo.prompts import TEXT_DIM, all_prompts, encode_prompts
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.config import fraction, option, positive
 from linvideo_core.run.files import write_tensors
-from linvideo_core.run.progress import Progress, silent
 
 from .digits import DigitImages, load_digit_images, sample_clips
 
@@ -55,7 +55,7 @@ class TeacherConfig:
         return self.out or weights_path("model.safetensors")
 
 
-def train_teacher(config: TeacherConfig, *, progress: Progress = silent) -> None:
+def train_teacher(config: TeacherConfig) -> None:
     """Train the small Wan by flow matching (velocity `noise - x0`) and save its EMA weights."""
     config.path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -75,6 +75,7 @@ def train_teacher(config: TeacherConfig, *, progress: Progress = silent) -> None
         parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     step, done, started = 0, 0.0, time.monotonic()
+    bar = tqdm(desc="training", total=1000)
     while done < 1:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(config, step, done)
@@ -91,14 +92,15 @@ def train_teacher(config: TeacherConfig, *, progress: Progress = silent) -> None
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"The teacher's loss is {value} at step {step}.")
-            progress("teacher", min(int(1000 * done), 999), 1000, step=step, loss=value)
+            bar.set_postfix(step=step, loss=value, refresh=False)
+            bar.update(int(1000 * done) - bar.n)
         if step == 1:
             # The first step compiles, which the budget does not count.
             started = time.monotonic()
         done = max(step / config.steps, (time.monotonic() - started) / config.seconds)
     names = [name for name, _ in model.named_parameters()]
     tensors = {name: tensor.half() for name, tensor in zip(names, averaged, strict=True)}
-    progress("teacher", 1000, 1000, step=step, loss=value)
+    bar.close()
     settings = asdict(config) | {"out": None}
     metadata = {"training": json.dumps(settings), "steps": str(step), "loss": f"{value:.4f}"}
     write_tensors(config.path, tensors, metadata)

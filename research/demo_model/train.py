@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+from benchmarks.record import write_record
 from linvideo_core.demo import weights_path
 from linvideo_core.demo.classifier import Judge, load_judge
 from linvideo_core.demo.prompts import make_word_table
@@ -25,13 +27,10 @@ from linvideo_core.evaluate.metrics import feature_statistics
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.run.config import option, parse, run_command, to_flags, to_json
 from linvideo_core.run.files import write_tensors
-from linvideo_core.run.progress import Progress, TqdmProgress, silent
-from linvideo_core.run.records import write_record
-from research.demo_model.sampling import measure_clips
 
 from .digits import DigitImages, augment_clips, draw_poses, load_digit_images, sample_clips
 from .flow_matching import TeacherConfig, train_teacher
-from .sampling import sample_and_measure, save_contact_sheet
+from .sampling import measure_clips, sample_and_measure, save_contact_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class JudgeConfig:
     out: Path | None = option(None, "file to write; none: the shipped one")
 
 
-def train_judge(config: JudgeConfig, *, progress: Progress = silent) -> dict[str, float]:
+def train_judge(config: JudgeConfig) -> dict[str, float]:
     """Train the judge on real clips, measure it on held-out handwriting, write its file.
 
     Returns the held-out measures, which the file's metadata repeats.
@@ -73,7 +72,7 @@ def train_judge(config: JudgeConfig, *, progress: Progress = silent) -> dict[str
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
     )
-    for step in range(config.steps):
+    for _ in tqdm(range(config.steps), "training"):
         pose = draw_poses(config.batch_size, generator)
         clips = sample_clips(source, config.batch_size, generator=generator, pose=pose)
         digit_logits, motion_logits, _ = judge(augment_clips(clips.frames, generator))
@@ -85,8 +84,6 @@ def train_judge(config: JudgeConfig, *, progress: Progress = silent) -> dict[str
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if (step + 1) % 20 == 0:
-            progress("judge", step + 1, config.steps, loss=loss.item())
     return finish_judge(judge.eval(), source, config)
 
 
@@ -157,21 +154,21 @@ def evaluate_teacher(config: TeacherConfig) -> list[dict[str, float]]:
 COMMANDS = {"prompts": PromptsConfig, "judge": JudgeConfig, "teacher": TeacherConfig}
 
 
-def run(config: PromptsConfig | JudgeConfig | TeacherConfig, progress: Progress = silent) -> None:
+def run(config: PromptsConfig | JudgeConfig | TeacherConfig) -> None:
     """Train what the config describes; the measures are logged and stored beside the weights."""
     if isinstance(config, PromptsConfig):
         path = config.out or weights_path("prompts.safetensors")
         write_tensors(path, make_word_table(config.seed), {"seed": str(config.seed)})
     elif isinstance(config, JudgeConfig):
-        train_judge(config, progress=progress)
+        train_judge(config)
     else:
-        train_teacher(config, progress=progress)
+        train_teacher(config)
         if config.num_samples:
             evaluate_teacher(config)
 
 
 def main() -> None:
-    """Read the command line and train with a progress bar."""
+    """Read the command line and train."""
     what, *flags = sys.argv[1:] or [""]
     if what not in COMMANDS:
         raise ValueError(f"command {what!r} given; one of {', '.join(COMMANDS)} is needed")
@@ -179,8 +176,7 @@ def main() -> None:
     if is_dry_run:
         sys.stdout.write(to_json(config))
         return
-    with TqdmProgress() as progress:
-        run(config, progress)
+    run(config)
 
 
 if __name__ == "__main__":

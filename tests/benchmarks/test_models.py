@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.models.arithmetic import count_flops, find_peak, linear_flops, softmax_flops
+from benchmarks.models.random_weights import count_bytes, make_random_wan
+from benchmarks.models.runs import list_commands, merge_runs
+from benchmarks.models.teachers import HeadlessSubject, Setting
+from benchmarks.models.variants import Variant, find_softmax, plan_variants
 
 from benchmarks.kernels.baselines import Contender
 from benchmarks.models import agreement, comfyui, measuring, table
 from benchmarks.models import cli as benchmark
-from benchmarks.models.arithmetic import count_flops, find_peak, linear_flops, softmax_flops
 from benchmarks.models.cli import ScaleConfig
 from benchmarks.models.measuring import COMPUTED, SAMPLED, Measured, Patience
-from benchmarks.models.random_weights import count_bytes, make_random_wan
-from benchmarks.models.runs import list_commands, merge_runs
 from benchmarks.models.sizes import SIZES, spread_layers
-from benchmarks.models.teachers import HeadlessSubject, Setting
-from benchmarks.models.variants import Variant, find_softmax, plan_variants
+from benchmarks.record import write_part
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command
-from linvideo_core.run.records import write_part
 
 CPU = Setting(torch.device("cpu"), torch.float32)
 SMALL = agreement.shrink(SIZES["tiny"])

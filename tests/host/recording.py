@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.record import SOURCE, describe_device, describe_versions, read_record
 from linvideo_core.run.files import write_json
-from linvideo_core.run.records import SOURCE, describe_device, describe_versions, read_record
 from tests.host.flags import VARIABLE
 
 TOLD = ("comfyui", "device", "workflow", "seconds")

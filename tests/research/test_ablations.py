@@ -1,79 +1,51 @@
-"""An ablation: declared rows become runs, runs become means, and nothing is done twice."""
+"""An ablation: declared rows become transfers, transfers become means, nothing is done twice."""
 
+import dataclasses
 import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from linvideo_core.run.config import override
-from linvideo_core.transfer.config import OBJECTIVES, TransferConfig
-from research.ablations import cli as ablate
-from research.ablations.declared import TABLES, choose_tables, list_runs
-from research.ablations.results import share_of_teacher, show_tables, summarize
-from research.ablations.training_clock import TrainingClock
-
-EVEN = dict.fromkeys(OBJECTIVES, 1.0)
-TINY = [
-    *("--tables", "selection", "--only", "alternate,random", "--seeds", "1", "--jobs", "1"),
-    *("--steps", "3", "--batch-size", "1", "--warm-start-steps", "1", "--checkpoint-every", "1"),
-    *("--num-trajectories", "2", "--shard-size", "2", "--sampler-steps", "2"),
-    *("--states-per-trajectory", "2", "--evaluate-samples", "2", "--evaluate-batch-size", "2"),
-    *("--device", "cpu"),
-]
+from benchmarks.record import RESULTS_FOLDER
+from linvideo_core.run.config import parse
+from linvideo_core.transfer.config import TransferConfig
+from research import ablations
+from research.ablation_plots import draw
+from research.ablations import PRESETS, TABLES, AblationConfig, list_runs, read_row, summarize
 
 
-def test_every_row_changes_settings_that_a_transfer_has() -> None:
-    rows = list_runs(TABLES, TransferConfig(), range(2), EVEN)
-    assert len(rows) == sum(len(table) for table in TABLES.values())
-    for (_, name), runs in rows.items():
-        assert [run.config.seed for run in runs] == [0, 1], name
+def test_every_row_is_a_transfer_that_the_command_line_takes() -> None:
+    config = AblationConfig(
+        tables="all", **{k: v for k, v in PRESETS["gpu"].items() if k == "flags"}
+    )
+    for (_, name), [run, _] in list_runs(config).items():
+        words = [*config.flags.split(), *run.flags.split()]
+        found, _ = parse(TransferConfig, words, description=name)
+        assert found.training.steps >= config.steps, name
 
 
 def test_rows_that_come_to_the_same_training_share_its_run() -> None:
-    rows = list_runs(TABLES, TransferConfig(), range(1), EVEN)
-    usual = [
-        ("objective", "adm"), ("selection", "learned"), ("target", "5"), ("feature_map", "D"),
-        ("parameters", "lora_32"),
-    ]  # fmt: skip
-    folders = [rows[row][0].folder for row in usual]
-    assert len(set(folders)) == 1
-    others = {runs[0].folder for row, runs in rows.items() if row not in usual}
-    # At even seconds per step velocity matching gets the same number of steps; all layers linear
-    # and feature maps alone are rows of two tables each.
-    assert len(others) == len(rows) - len(usual) - 3 and folders[0] not in others
-
-
-def test_the_selection_is_followed_of_its_table_alone_whichever_tables_are_run() -> None:
-    only = choose_tables("objective")
-    rows = list_runs(only, TransferConfig(), range(1), EVEN)
-    followed = {name for (_, name), [run] in rows.items() if run.is_followed}
-    assert followed == {"adm"}
-    rows = list_runs(TABLES, TransferConfig(), range(1), EVEN)
-    assert all(run.is_followed for (table, _), [run] in rows.items() if table == "selection")
-
-
-def test_equal_time_gives_the_cheaper_objective_more_steps() -> None:
-    config = override(TransferConfig(), {"steps": 100})
-    rows = list_runs(TABLES, config, range(1), {**EVEN, "adm": 0.5, "velocity": 0.2})
-    [equal] = rows["objective", "velocity_equal_time"]
-    [plain] = rows["objective", "velocity"]
-    assert (equal.config.training.steps, plain.config.training.steps) == (250, 100)
+    rows = list_runs(AblationConfig(tables="all", seeds=1))
+    assert len(rows) == sum(map(len, TABLES.values()))
+    usual = [("objective", "adm"), ("selection", "learned"), ("target", "5"), ("feature_map", "D")]
+    assert len({rows[row][0].folder for row in usual}) == 1
+    [equal], [plain] = rows["objective", "velocity_equal_time"], rows["objective", "velocity"]
+    assert equal.flags == "--objective velocity --steps 72"
+    assert plain.flags == "--objective velocity --steps 60"
 
 
 @pytest.mark.parametrize(
-    ("tables", "only", "said"),
+    ("changes", "reason"),
     [
-        ("objective,speed", None, "--tables objective,speed given, and 'speed' is no table"),
-        ("objective", "last", "--only last given, and 'last' is no row of these tables"),
+        ({"tables": "objective,speed"}, "--tables objective,speed given, and 'speed' is unknown"),
+        ({"only": "last"}, "--only last given, and 'last' is unknown"),
+        ({"seeds": 0}, "--seeds 0 given"),
     ],
 )
-def test_unknown_names_are_refused_in_a_sentence(tables: str, only: str | None, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        choose_tables(tables, only)
+def test_unknown_names_are_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        AblationConfig(**changes)
 
 
 def test_a_row_is_the_mean_of_its_seeds_with_their_sample_deviation() -> None:
@@ -86,60 +58,50 @@ def test_a_row_is_the_mean_of_its_seeds_with_their_sample_deviation() -> None:
     assert row["digit"] == pytest.approx(0.9)
     assert row["frechet_spread"] == pytest.approx(statistics.stdev([2.0, 4.0, 3.0]))
     assert "gap" not in row and "layers" not in row
-    shown = show_tables([row])
-    assert "0.90 ± 0.10" in shown and "the loss became nan" in shown
 
 
-def test_a_share_is_what_the_student_has_of_its_teacher() -> None:
-    shares = share_of_teacher({"digit": 0.9, "frechet": 3.0}, {"digit": 1.0, "frechet": 2.0})
-    assert shares == {"digit_share": 0.9, "frechet_share": 1.5}
+def test_a_share_is_what_the_student_has_of_its_teacher(tmp_path: Path) -> None:
+    rows = [
+        {"model": "teacher", "digit": 1.0, "frechet": 2.0},
+        {"model": "student", "digit": 0.9, "frechet": 3.0, "frechet_to_teacher": 0.5},
+    ]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "linearized.safetensors").write_bytes(b"1234")
+    row = read_row(tmp_path)
+    assert (row["digit_share"], row["frechet_share"], row["bytes"]) == (0.9, 1.5, 4)
+    assert row["frechet_teacher"] == 0.5 and "model" not in row
 
 
-def test_the_clock_counts_training_without_what_it_held(tmp_path: Path) -> None:
-    clock = TrainingClock("cpu", tmp_path / "seconds.json")
-    clock.hear("warm start", 0, 4)
-    clock.hear("training", 0, 4)
-    with clock.frozen_weights():
-        time.sleep(0.3)
-    clock.hear("training", 4, 4)
-    assert 0 <= clock.seconds < 0.3
-    assert TrainingClock("cpu", tmp_path / "seconds.json").seconds == clock.seconds
-
-
-def test_an_ablation_that_is_killed_continues_and_ends_as_an_unbroken_one(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    ablate.main([*TINY, "--out", str(whole)])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "research.ablations", *TINY, "--out", str(broken)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+@pytest.mark.slow
+def test_runs_that_are_done_are_not_done_again_and_one_that_fails_is_a_row(tmp_path: Path) -> None:
+    config = AblationConfig(
+        tables="selection",
+        only="alternate",
+        seeds=1,
+        jobs=1,
+        steps=2,
+        flags="--batch-size 1 --warm-start-steps 1 --num-trajectories 2 --shard-size 2 "
+        "--sampler-steps 2 --states-per-trajectory 2 --evaluate-samples 2 --target 5",
+        device="cpu",
+        out=tmp_path,
     )
-    deadline = time.monotonic() + 300
-    while not list(broken.glob("runs/*/*/training/checkpoint.safetensors")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    ablate.main([*TINY, "--out", str(broken)])
-    results = [json.loads((out / "ablation.json").read_text()) for out in (whole, broken)]
-    measures = [
-        [(row["name"], row["digit"], row["frechet"], row["velocity_error"]) for row in r["rows"]]
-        for r in results
+    result = ablations.run(config)
+    [row] = result["rows"]
+    assert row["seeds"] == 1 and row["frechet_share"] > 0 and row["seconds"] > 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")}
+    assert ablations.run(config) == result
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")} == before
+    failing = dataclasses.replace(config, flags=f"{config.flags} --learning-rate -1", steps=3)
+    assert [row["failed"] for row in ablations.run(failing)["rows"]] == [1]
+
+
+def test_the_record_is_drawn_also_where_seeds_diverged(tmp_path: Path) -> None:
+    record = json.loads((RESULTS_FOLDER / "evidence.json").read_text(encoding="utf-8"))
+    failed = next(m["runs"][0] for m in record["details"]["members"] if m["name"] == "dmd")
+    runs = record["details"]["runs"]
+    record["details"]["runs"] = [
+        {"run": run["run"], "error": "nan"} if run["run"] == failed else run for run in runs
     ]
-    assert [name for name, *_ in measures[0]] == [
-        "teacher",
-        "swapped_untrained",
-        "alternate",
-        "random",
-    ]
-    assert [member["runs"] for member in results[0]["members"]] == [
-        [run["run"]] for run in results[0]["runs"]
-    ]
-    assert results[0]["rows"][0]["frechet_share"] == 1
-    [untrained] = results[0]["untrained"]
-    assert untrained["layers"] == [0, 1, 2, 3, 4] and untrained["frechet_share"] > 0
-    for unbroken, resumed in zip(*measures, strict=True):
-        assert resumed == pytest.approx(unbroken)
-    before = {path: path.stat().st_mtime_ns for path in broken.rglob("row.json")}
-    ablate.main([*TINY, "--out", str(broken)])
-    assert {path: path.stat().st_mtime_ns for path in broken.rglob("row.json")} == before
+    names = [path.name for path in draw(record, tmp_path)]
+    assert names == ["evidence_target.png", "evidence_objective.png", "evidence_selection.png"]
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())

@@ -1,8 +1,9 @@
-"""A Wan of any size with random weights, made on its device and in its dtype."""
+"""A Wan of any size with random weights, as a model and as the teacher of a transfer."""
 
 import hashlib
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,14 @@ from torch import Tensor, nn
 from linvideo_core.models.config import FrozenConfig
 from linvideo_core.models.quantized import place
 from linvideo_core.models.wan import WanModel
+from linvideo_core.run.files import write_tensors
+from linvideo_core.teacher.config import TrajectoryConfig
+from linvideo_core.teacher.teacher import Teacher
+from linvideo_core.teacher.trajectories import Trajectories
 
-from .sizes import Size
+from .sizes import GUIDANCE_SCALE, VIDEO_STEPS, Size
+
+_NUM_STATES, _NUM_PROMPTS = 8, 4
 
 
 def make_random_wan(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> WanModel:
@@ -23,10 +30,10 @@ def make_random_wan(size: Size, device: torch.device, dtype: torch.dtype, seed: 
     return model
 
 
-def make_held_wan(
+def make_frozen_wan(
     size: Size, device: torch.device, frozen_weights: FrozenConfig, seed: int
 ) -> WanModel:
-    """Return a frozen model whose weights are held as those of a --model of one's own.
+    """Return a frozen model with its weights in the form that `frozen_weights` names.
 
     They are drawn and rounded on the device, one at a time; blocks to be offloaded are on the CPU.
     """
@@ -89,6 +96,47 @@ def count_bytes(modules: Iterable[nn.Module]) -> int:
     """Return the bytes of modules' parameters, each counted once."""
     parameters = {id(x): x for module in modules for x in module.parameters()}
     return sum(x.numel() * x.element_size() for x in parameters.values())
+
+
+def make_random_teacher(
+    size: Size, device: str, frozen_weights: FrozenConfig, seed: int
+) -> Teacher:
+    """Return a frozen teacher of random weights with random prompts, on a device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (_NUM_PROMPTS + 1, size.prompt_tokens, size.config.text_dim)
+    embeds = torch.randn(shape, generator=generator, device=device)
+    teacher = Teacher(
+        name=f"random {size.model}",
+        model=make_frozen_wan(size, torch.device(device), frozen_weights, seed),
+        prompts=[f"prompt {i}" for i in range(_NUM_PROMPTS)],
+        prompt_embeds=embeds[:-1],
+        negative_embeds=embeds[-1],
+        latent_shape=size.latent_shape,
+        decode=lambda latents: latents.mean(dim=1),
+        is_demo=False,
+        offload_blocks=frozen_weights.offload_blocks,
+    )
+    return teacher.to(device)
+
+
+def draw_states(size: Size, path: Path, seed: int) -> Trajectories:
+    """Write a shard of random states and open it, as a teacher's."""
+    config = TrajectoryConfig(
+        num_trajectories=1,
+        states_per_trajectory=_NUM_STATES,
+        sampler_steps=VIDEO_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        shift=size.shift,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, _NUM_STATES, *size.latent_shape)
+    states = {
+        name: torch.randn(shape, generator=generator).half()
+        for name in ("latents", "conditional", "unconditional")
+    }
+    step = torch.linspace(0, VIDEO_STEPS - 1, _NUM_STATES).long().unsqueeze(0)
+    write_tensors(path, {**states, "step": step, "prompt": torch.zeros(1, dtype=torch.int64)})
+    return Trajectories([path], config)
 
 
 def _seed_of(name: str, seed: int) -> int:

@@ -1,9 +1,9 @@
-"""What is measured: a model at a size, arranged as a variant asks, and our own Wan as one."""
+"""Our own Wan with random weights, some layers linear, and a softmax backend for the others."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,15 @@ from linvideo_core.models.attention_sites import (
 from linvideo_core.models.families import identify
 from linvideo_core.models.velocity import TIMESTEP_SCALE, bind_guided
 
-from ..kernels.baselines import Contender
-from .random_weights import count_bytes, draw_inputs, make_random_maps, make_random_wan
+from ..kernels.baselines import Contender, find_public, make_contenders
+from .random_models import count_bytes, draw_inputs, make_random_maps, make_random_wan
 from .sizes import GUIDANCE_SCALE, VIDEO_STEPS, Size
-from .variants import Variant
 
 SIGMA = 0.7
 """Noise level of the call that is timed; all levels take as long."""
+
+BACKENDS = {"fa2": "fa2", "cudnn": "cudnn", "default": "sdpa", "sage": "sage"}
+"""Name of a softmax backend in the record -> in `benchmarks.kernels`."""
 
 T = TypeVar("T")
 Call = Callable[[], Tensor]
@@ -41,27 +43,47 @@ class Setting:
     seed: int = 0
 
 
-class Teacher(Protocol):
-    """A model of one size that can be arranged as any variant; `where` says whose code it is."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to compute a model.
 
-    where: str
-    size: Size
+    num_linear: linear layers; kept: the softmax backend of all others.
+    is_compiled: whether the blocks are compiled.
+    """
 
-    def with_call(self, variant: Variant, use: Callable[[Call], T]) -> T:
-        """Return what `use` makes of a call: one branch's velocity of one video."""
-        ...
+    num_linear: int
+    kept: str
+    is_compiled: bool = False
 
-    def with_video(self, variant: Variant, use: Callable[[Call], T]) -> T:
-        """Return what `use` makes of sampling a whole video with guidance."""
-        ...
 
-    def weight_bytes(self, variant: Variant) -> int:
-        """Return the bytes of the weights, feature maps included."""
-        ...
+def find_softmax(wanted: Sequence[str], device_type: str) -> tuple[dict[str, Contender], list[str]]:
+    """Return the softmax backends that can be tried, and a sentence for what is absent.
 
-    def describe(self) -> dict[str, Any]:
-        """Return what else is worth keeping."""
-        ...
+    wanted: names of BACKENDS; on a CPU PyTorch has the default alone.
+    """
+    public, absent = find_public() if "sage" in wanted else ([], [])
+    known = {contender.name: contender for contender in [*make_contenders(), *public]}
+    found = {}
+    for name in wanted:
+        if device_type != "cuda" and name != "default":
+            absent.append(f"{name} is not compared: it needs a CUDA device")
+        elif BACKENDS[name] in known:
+            found[name] = known[BACKENDS[name]]
+    return found, [sentence for sentence in absent if not sentence.startswith("fla ")]
+
+
+def plan_variants(softmax: Sequence[str], num_linear: int, *, compiled: bool) -> list[Variant]:
+    """List what is measured: with each backend all layers softmax, then some of them linear.
+
+    Pairs that are compared stand side by side, so that a card that grows warm burdens both.
+    compiled: whether all of it is measured with compiled blocks, too.
+    """
+    return [
+        Variant(num_linear=n, kept=kept, is_compiled=is_compiled)
+        for is_compiled in ((False, True) if compiled else (False,))
+        for kept in softmax
+        for n in (0, num_linear)
+    ]
 
 
 class BackendAttention(nn.Module):
@@ -76,10 +98,8 @@ class BackendAttention(nn.Module):
         return self._attend(query, key, value)
 
 
-class HeadlessSubject:
+class RandomTeacher:
     """Our own Wan with random weights."""
-
-    where = "headless"
 
     def __init__(self, size: Size, softmax: Mapping[str, Contender], setting: Setting) -> None:
         self.size, self._softmax = size, softmax
@@ -115,10 +135,6 @@ class HeadlessSubject:
         """Return the bytes of the weights, feature maps included where layers are linear."""
         maps = self._linear.values() if variant.num_linear else ()
         return count_bytes([self.model, *maps])
-
-    def describe(self) -> dict[str, Any]:
-        """Return nothing: all is known of our own model."""
-        return {}
 
     @contextlib.contextmanager
     def _arranged(self, variant: Variant) -> Iterator[None]:

@@ -1,0 +1,151 @@
+"""Measured tables as JSON: `{title, command, date, device, versions, rows, details}`.
+
+`results/tables.py` shows them in Markdown.
+"""
+
+import datetime
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linvideo_core import __version__
+from linvideo_core.run.files import write_json
+from linvideo_core.run.tables import format_value
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS_FOLDER = REPOSITORY / "results"
+SOURCE = ("command", "date", "device", "versions")
+
+Row = Mapping[str, Any]
+
+
+def write_record(
+    path: Path,
+    *,
+    title: str,
+    command: str,
+    rows: Sequence[Row],
+    device: torch.device | str,
+    details: Row | None = None,
+) -> dict[str, Any]:
+    """Write a measured table atomically; return what was written.
+
+    command: what to type to measure it again.
+    rows: of numbers, words, or lists of them; what is not finite is stored as null.
+    details: what is worth keeping but not shown in a table.
+    """
+    record = {"title": title, **describe_source(command, device), "rows": list(map(dict, rows))}
+    if details:
+        record["details"] = dict(details)
+    write_json(path, record)
+    return record
+
+
+def write_part(
+    path: Path,
+    part: str,
+    *,
+    title: str,
+    command: str,
+    rows: Sequence[Row],
+    device: torch.device | str,
+    details: Row | None = None,
+) -> dict[str, Any]:
+    """Replace one part of a record that several commands fill; return the whole record.
+
+    part: the value of `what` in all these rows. The record's `details["parts"]` says of every part
+        where it was measured, and holds its `details`.
+
+    Raises ValueError where the other parts were measured on another device.
+    """
+    check_parts(path, device, without=part)
+    parts, others = {}, []
+    if path.is_file():
+        earlier = read_record(path)
+        parts = {k: v for k, v in _parts_of(earlier).items() if k != part}
+        others = [row for row in earlier["rows"] if row.get("what") in parts]
+    parts[part] = {**describe_source(command, device), **(details or {})}
+    return write_record(
+        path,
+        title=title,
+        command=" && ".join(dict.fromkeys(source["command"] for source in parts.values())),
+        rows=[*others, *rows],
+        device=device,
+        details={"parts": parts},
+    )
+
+
+def check_parts(path: Path, device: torch.device | str, *, without: str = "") -> None:
+    """Raise ValueError where a part of a record, but for `without`, is of another device."""
+    device_name = describe_device(device)
+    for name, source in _parts_of(read_record(path) if path.is_file() else {}).items():
+        if name != without and source["device"] != device_name:
+            raise ValueError(
+                f"{path} has rows of {name} measured on {source['device']}, and this is "
+                f"{device_name}; write to another folder, or delete it and measure all here"
+            )
+
+
+def read_part(path: Path, part: str) -> dict[str, Any]:
+    """Return what `write_part` keeps of a part beside its rows; {} where there is none."""
+    return _parts_of(read_record(path)).get(part, {}) if path.is_file() else {}
+
+
+def _parts_of(record: Row) -> dict[str, Any]:
+    return record.get("details", {}).get("parts", {})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record; raise ValueError for anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    missing = [
+        key
+        for key in ("title", *SOURCE, "rows")
+        if not isinstance(record, dict) or key not in record
+    ]
+    if missing:
+        raise ValueError(f"{path} is not a record: it lacks {', '.join(missing)}")
+    return record
+
+
+def describe_source(command: str, device: torch.device | str) -> dict[str, Any]:
+    """Return where a number comes from: command, today's date, device, versions."""
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "device": describe_device(device),
+        "versions": describe_versions(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions that a table is measured with here and now."""
+    return {
+        "linvideo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def describe_device(device: torch.device | str) -> str:
+    """Return the name of the device that a table is measured on."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def show_rows(rows: Sequence[Row]) -> str:
+    """Lay rows out for a terminal: a line a row, a column a key."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, *([format_value(row.get(key)) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([cell.rjust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
+    return "".join(f"{'  '.join(line)}\n" for line in padded)

@@ -1,0 +1,341 @@
+"""Compare what a transfer can be made of: `python -m research.ablations`.
+
+Every row of `TABLES` is a transfer of the embedded model, run with several seeds. Each run is one
+`python -m linvideo_core.transfer` in a folder of its own, which compares its result with the
+teacher; runs of a seed share the teacher's samples. Rows that come to the same flags share a run.
+    python -m research.ablations                                   # small, on a CPU
+    python -m research.ablations --preset gpu --tables objective,selection --record
+    python -m research.ablations --tables target --flags "--steps 100 --learning-rate 1e-3"
+Repeating a command continues where it stopped. `--out` then holds ablation.json with the means over
+seeds, and the runs; `python -m research.ablation_plots` draws the record.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.record import REPOSITORY, RESULTS_FOLDER, show_rows, write_record
+from linvideo_core import artifact
+from linvideo_core.run.config import option, parse, positive, run_command, to_flags, to_json
+from linvideo_core.run.devices import resolve_device
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.files import write_json
+from linvideo_core.transfer.config import ARTIFACT_NAME
+
+logger = logging.getLogger(__name__)
+
+ROW_NAME, RESULT_NAME = "row.json", "ablation.json"
+
+# A step of ADM takes so many times one of velocity matching (results/evidence.json, `plan`).
+_EQUAL_TIME = 239 / 200
+_VELOCITY = {"objective": "velocity", "steps_factor": _EQUAL_TIME}
+
+_SHOWN = ("table", "name", "seeds", "digit", "motion", "frechet_share", "frechet_teacher", "error")
+
+Row = dict[str, Any]
+
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "objective": {
+        "adm": {},
+        "velocity_equal_time": _VELOCITY,
+        "velocity": {"objective": "velocity"},
+        "adm_after_velocity": {"velocity_share": 0.5, "steps_factor": 1.25},
+        # All noise levels seen alike, however far the teacher's flow carries an error from there.
+        "adm_even_levels": {"levels": "even"},
+        "velocity_even_levels": {**_VELOCITY, "levels": "even"},
+        # Every layer linear: where the student's own states lie furthest from the stored ones.
+        "adm_all_layers": {"target": 10},
+        "velocity_all_layers": {**_VELOCITY, "target": 10},
+        # Nothing but feature maps moves: what the student cannot represent stays large.
+        "adm_maps_alone": {"parameters": "feature_maps"},
+        "velocity_maps_alone": {**_VELOCITY, "parameters": "feature_maps"},
+        "adm_literal": {"objective": "adm_literal"},
+        "dmd": {"objective": "dmd"},
+    },
+    "selection": {
+        "learned": {},
+        # What learning came to most often, known from the first step on as a rule's choice is.
+        "learned_before": {"layers": "0,1,3,4,9"},
+        "learned_sooner": {"selection_share": 0.2},
+        "alternate": {"choice": "alternate"},
+        "random": {"choice": "random"},
+        "replace_one": {"choice": "sensitivity", "sensitivity": "replace-one"},
+        "restore_one": {"choice": "sensitivity", "sensitivity": "restore-one"},
+        "learned_from_ranking": {"score_start": "ranking"},
+        "first": {"choice": "first"},
+        "last": {"choice": "last"},
+        "budget_as_loss": {"budget": "sum", "rounding_growth": 1.0},
+        "without_rounding_loss": {"rounding_weight": 0.0},
+        # As the paper does it: layers stay mixed up to the last step and are rounded there.
+        "rounded_at_end": {"selection_share": 1.0},
+        "rounded_at_end_without_rounding_loss": {"selection_share": 1.0, "rounding_weight": 0.0},
+    },
+    "target": {"5": {}, **{str(count): {"target": count} for count in (3, 7, 8, 10)}},
+    "feature_map": {
+        "D": {},
+        "2D": {"feature_ratio": 2},
+        "shared": {"map_sharing": "shared"},
+        "joint": {"feature_map": "hedgehog_joint"},
+        "gate": {"output_gate": True},
+        # One frame of the embedded model.
+        "window": {"window": 64},
+    },
+    "parameters": {
+        "lora_32": {},
+        "full": {"parameters": "full"},
+        "lora_8": {"lora_rank": 8},
+        "lora_64": {"lora_rank": 64},
+        "feature_maps": {"parameters": "feature_maps"},
+    },
+    "best": {
+        "steps_x2": {"steps_factor": 2.0},
+        "steps_x4": {"steps_factor": 4.0},
+        "velocity_x4": {"objective": "velocity", "steps_factor": 4.0 * _EQUAL_TIME},
+    },
+}
+"""Table -> row -> what it changes of a transfer's settings, and `steps_factor` of its steps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """Which rows are run, how often, and what all of them share."""
+
+    tables: str = option("objective", "tables to make, such as objective,selection; or all")
+    only: str = option("", "rows to run, such as adm,velocity; none: all of the tables")
+    seeds: int = option(2, "seeds of each row, counted up from 0")
+    jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
+    steps: int = option(60, "training steps of a row")
+    flags: str = option(
+        "--num-trajectories 16 --learning-rate 2e-3 --layer-score-learning-rate 0.03 "
+        "--warmup-steps 6",
+        "other flags of linvideo_core.transfer that all runs have",
+    )
+    device: str = option("auto", "cpu or cuda", choices=("auto", "cpu", "cuda"))
+    out: Path = option(Path("runs/ablate"), "folder of the runs")
+    record: bool = option(False, "write results/evidence.json")
+
+    def __post_init__(self) -> None:
+        positive(self, "seeds", "jobs", "steps")
+        tables = self.choose_tables()
+        if self.only:
+            known = {name for rows in tables.values() for name in rows}
+            _check_names(self, "only", known)
+
+    def choose_tables(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the tables, or the rows of them, that are wanted."""
+        if self.tables == "all":
+            wanted = TABLES
+        else:
+            _check_names(self, "tables", TABLES)
+            wanted = {name: TABLES[name] for name in self.tables.split(",")}
+        rows = self.only.split(",")
+        return {
+            table: {
+                name: changes
+                for name, changes in all_rows.items()
+                if self.only == "" or name in rows
+            }
+            for table, all_rows in wanted.items()
+        }
+
+
+def _check_names(config: AblationConfig, field: str, known: Any) -> None:
+    given = getattr(config, field)
+    if strangers := [name for name in given.split(",") if name not in known]:
+        raise SettingError(
+            f"{{{field}}} {given} given, and {strangers[0]!r} is unknown; names of "
+            f"{','.join(known)} with commas between are needed",
+            field,
+        )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {},
+    # So few steps that what is compared does not yet reach the teacher.
+    "gpu": {
+        "out": Path("runs/ablate-gpu"),
+        "tables": "all",
+        "seeds": 3,
+        "jobs": 7,
+        "steps": 200,
+        "flags": (
+            "--num-trajectories 384 --states-per-trajectory 16 --shard-size 192 "
+            "--warm-start-steps 80 --batch-size 64 --learning-rate 2e-3 "
+            "--layer-score-learning-rate 0.03 --warmup-steps 20 --compile --cuda-graphs "
+            "--checkpoint-every 100 --log-every 10 --evaluate-samples 250 "
+            "--evaluate-batch-size 250"
+        ),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A transfer: the flags by which it differs from others, its seed, its folder."""
+
+    flags: str
+    seed: int
+    folder: Path
+
+
+def list_runs(config: AblationConfig) -> dict[tuple[str, str], list[Run]]:
+    """Return the runs, one a seed, of every row (table, name); rows of the same flags share."""
+    rows = {}
+    for table, variants in config.choose_tables().items():
+        for name, changes in variants.items():
+            steps = max(1, round(config.steps * changes.get("steps_factor", 1.0)))
+            flags = " ".join(_to_flags({**changes, "steps": steps}))
+            key = re.sub(r"[^\w.,]+", "-", flags).strip("-")
+            rows[table, name] = [
+                Run(flags=flags, seed=seed, folder=config.out / "runs" / key / f"seed-{seed}")
+                for seed in range(config.seeds)
+            ]
+    return rows
+
+
+def _to_flags(changes: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in sorted(changes.items()):
+        if name != "steps_factor":
+            yield f"--{name.replace('_', '-')}"
+            yield str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def do_run(run: Run, config: AblationConfig, device: str) -> Row:
+    """Train and evaluate unless it is done; return its row, with `error` where it failed."""
+    if (run.folder / ROW_NAME).exists():
+        return json.loads((run.folder / ROW_NAME).read_text(encoding="utf-8"))
+    teacher = config.out.absolute() / "teacher" / f"seed-{run.seed}"
+    own = ["--seed", run.seed, "--device", device, "--out", run.folder.absolute()]
+    words = [*shlex.split(config.flags), *run.flags.split(), *own, "--teacher-folder", teacher]
+    command = [sys.executable, "-m", "linvideo_core.transfer", *map(str, words)]
+    begin = time.monotonic()
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines()
+        logger.warning("%s, seed %d: %s", run.flags, run.seed, lines[-1] if lines else "")
+        return {"seed": run.seed, "error": lines[-1] if lines else "it failed"}
+    row = {"seed": run.seed, **read_row(run.folder), "seconds": time.monotonic() - begin}
+    row["layers"] = list(artifact.load(run.folder / ARTIFACT_NAME).header.layers)
+    write_json(run.folder / ROW_NAME, row)
+    return row
+
+
+def read_row(folder: Path) -> Row:
+    """Return a finished transfer's measures, and of some the share of its teacher's own."""
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    rows = {row["model"]: row for row in evaluation["rows"]}
+    teacher, row = rows["teacher"], {**rows["student"]}
+    row["frechet_teacher"] = row.pop("frechet_to_teacher", None)
+    shares = {
+        f"{name}_share": row[name] / teacher[name]
+        for name in ("digit", "motion", "frechet")
+        if row.get(name) is not None and teacher.get(name)
+    }
+    size = (folder / ARTIFACT_NAME).stat().st_size
+    return {k: v for k, v in row.items() if k != "model"} | shares | {"bytes": size}
+
+
+def summarize(table: str, name: str, runs: Sequence[Row]) -> Row:
+    """Return the row of a table: the mean over the finished seeds, and the spread, of every number.
+
+    runs: one a seed, each with measures or with an `error`. `seeds` counts those with measures,
+    `failed` the others. A measure that one of the seeds lacks, or that is not finite there, is left
+    out: a mean over the rest would look better than the row is. The spread is the sample standard
+    deviation.
+    """
+    whole = [run for run in runs if "error" not in run]
+    row: Row = {"table": table, "name": name, "seeds": len(whole)}
+    if errors := [run["error"] for run in runs if "error" in run]:
+        row |= {"failed": len(errors), "error": errors[0]}
+    for column in dict.fromkeys(key for run in whole for key in run if key != "seed"):
+        values = [run.get(column) for run in whole]
+        if all(isinstance(x, int | float) and math.isfinite(x) for x in values):
+            row[column] = statistics.fmean(values)
+            if len(values) > 1:
+                row[f"{column}_spread"] = statistics.stdev(values)
+    return row
+
+
+def run(config: AblationConfig) -> dict[str, Any]:
+    """Do every run that `config.out` does not hold yet; return what ablation.json holds.
+
+    `rows`, one a row of a table; `members`, the runs of each of them; `runs`, one a run.
+    """
+    rows = list_runs(config)
+    unique = {run.folder: run for runs in rows.values() for run in runs}
+    # The first of each seed samples the teacher for all others.
+    first = {run.seed: run for run in reversed(unique.values())}
+    later = [run for run in unique.values() if run not in first.values()]
+    device = resolve_device(config.device)
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
+    done: dict[Path, Row] = {}
+    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(unique)) as bar:
+        for runs in (list(first.values()), later):
+            places = itertools.islice(itertools.cycle(cards), len(runs))
+            for one, row in zip(
+                runs, pool.map(do_run, runs, [config] * len(runs), places), strict=True
+            ):
+                done[one.folder] = row
+                bar.update()
+    names = {folder: str(folder.relative_to(config.out)) for folder in done}
+    result = {
+        "settings": json.loads(to_json(config)),
+        "rows": [summarize(*row, [done[r.folder] for r in runs]) for row, runs in rows.items()],
+        "members": [
+            {"table": table, "name": name, "runs": [names[r.folder] for r in runs]}
+            for (table, name), runs in rows.items()
+        ],
+        "runs": [{"run": names[folder], **row} for folder, row in done.items()],
+    }
+    write_json(config.out / RESULT_NAME, result)
+    if config.record:
+        write_record(
+            RESULTS_FOLDER / "evidence.json",
+            title="Embedded model, means over seeds",
+            command=f"python -m research.ablations {to_flags(config, without=('out', 'device'))}",
+            rows=result["rows"],
+            device=device,
+            details={key: result[key] for key in ("members", "runs")},
+        )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, do the runs with a bar, show the tables."""
+    config, is_dry_run = parse(
+        AblationConfig, argv, description=__doc__.splitlines()[0], presets=PRESETS
+    )
+    if is_dry_run:
+        sys.stdout.write(to_json(config))
+        return
+    shown = (
+        "table",
+        "name",
+        "seeds",
+        "digit",
+        "motion",
+        "frechet_share",
+        "frechet_teacher",
+        "error",
+    )
+    rows = [{name: row.get(name) for name in shown} for row in run(config)["rows"]]
+    sys.stdout.write(f"\n{show_rows(rows)}\nall of it: {config.out}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

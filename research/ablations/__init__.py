@@ -1,1 +1,0 @@
-"""Declared runs on the embedded model: `python -m research.ablations`."""

@@ -1,0 +1,98 @@
+"""Records say where their numbers come from, and one table never mixes two devices."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.record import (
+    check_parts,
+    describe_device,
+    read_part,
+    read_record,
+    show_rows,
+    write_part,
+    write_record,
+)
+from results.tables import cell, render
+
+
+def write(path: Path, part: str, seconds: float, **details: Any) -> dict[str, Any]:
+    rows = [{"what": part, "seconds": seconds}]
+    return write_part(
+        path, part, title="All", command=f"run {part}", rows=rows, device="cpu", details=details
+    )
+
+
+def test_a_record_names_its_source_and_stores_what_is_not_finite_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "speed.json"
+    write_record(path, title="Speed", command="run", rows=[{"x": float("nan")}], device="cpu")
+    record = read_record(path)
+    assert record["rows"] == [{"x": None}] and record["device"] == describe_device("cpu")
+    assert record["versions"].keys() == {"linvideo", "python", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{", "is not a JSON file"), ("[]", "lacks title"), ("{}", "lacks title")]
+)
+def test_anything_else_is_no_record(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_record(path)
+
+
+def test_a_part_replaces_its_own_rows_alone(tmp_path: Path) -> None:
+    path = tmp_path / "scale.json"
+    write(path, "train", 1.0, runs=[1])
+    write(path, "denoise", 2.0)
+    record = write(path, "train", 3.0, runs=[2])
+    assert [(row["what"], row["seconds"]) for row in record["rows"]] == [
+        ("denoise", 2.0), ("train", 3.0),
+    ]  # fmt: skip
+    assert record["command"] == "run denoise && run train"
+    assert read_part(path, "train")["runs"] == [2]
+    assert read_part(path, "none") == read_part(tmp_path / "none.json", "train") == {}
+
+
+def test_parts_of_two_devices_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scale.json"
+    write(path, "train", 1.0)
+    record = json.loads(path.read_text())
+    record["details"]["parts"]["train"]["device"] = "a card"
+    path.write_text(json.dumps(record))
+    check_parts(path, "cpu", without="train")
+    with pytest.raises(ValueError, match="rows of train measured on a card, and this is"):
+        write(path, "denoise", 2.0)
+    assert json.loads(path.read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "shown"),
+    [
+        (0.5, None, "0.500"),
+        (12345, None, "12,345"),
+        (None, 0.1, "—"),
+        (104.52, 1.87, "104.5 ± 1.9"),
+        (0.996, 0.004, "0.9960 ± 0.0040"),
+        (1.0, 1e-9, "1.00"),
+        ("a|b", None, r"a\|b"),
+        (True, None, "yes"),
+    ],
+)
+def test_a_mean_and_its_spread_have_the_same_decimals(
+    value: Any, spread: float | None, shown: str
+) -> None:
+    assert cell({"x": value, "x_spread": spread}, "x") == shown
+
+
+def test_numbers_stand_at_the_right_in_a_page_and_a_terminal() -> None:
+    rows = [{"a_name": "x", "n": 1.5}, {"a_name": "longer", "n": None}]
+    assert render(rows, ["a_name", "n"]).splitlines() == [
+        "| a name   |    n |",
+        "|:---------|-----:|",
+        "| x        | 1.50 |",
+        "| longer   |    — |",
+    ]
+    assert show_rows(rows).splitlines() == ["a_name     n", "     x  1.50", "longer     —"]
