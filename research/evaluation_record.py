@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS_FOLDER, show_rows, write_record
 from linvideo_core.evaluate import cli as evaluate
-from linvideo_core.run.config import parse, run_command, to_flags, to_json
+from linvideo_core.run.config import parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
 
 KEYS = ("model", "linear_layers", "layers", "digit", "motion", "frechet", "seconds")
@@ -69,10 +69,10 @@ def _command(config: evaluate.EvaluateConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, compare, write the record."""
-    config, is_dry_run = parse(
+    config = parse(
         evaluate.EvaluateConfig,
         argv,
-        description=__doc__.splitlines()[0],
+        description=__doc__,
         presets=evaluate.PRESETS,
     )
     if config.teacher.model is not None or config.artifact is not None or config.lora is not None:
@@ -80,9 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--model, --artifact or --lora was given; the record is of the embedded model and its "
             "own files alone"
         )
-    if is_dry_run:
-        sys.stdout.write(to_json(config))
-        return
     rows = evaluate.run(config)["rows"]
     if config.distilled:
         record = record_few_step(config, rows, RESULTS_FOLDER / "few_step.json")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from linvideo_core.run.config import option, parse, positive, to_flags, to_json
+from linvideo_core.run.config import option, parse, positive, to_flags
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.tables import format_value
 
@@ -172,10 +172,7 @@ def _show(row: Row) -> None:
 
 def command(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show each row as it ends and a short table last."""
-    config, is_dry_run = parse(InAppConfig, argv, description=__doc__.splitlines()[0])
-    if is_dry_run:
-        sys.stdout.write(to_json(config))
-        return
+    config = parse(InAppConfig, argv, description=__doc__)
     record = run(config, _show)
     rows = [{name: row.get(name) for name in COLUMNS} for row in record["rows"]]
     sys.stdout.write(f"\n{show_rows(rows)}")

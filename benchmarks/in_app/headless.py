@@ -11,6 +11,7 @@ import torch
 
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
+from linvideo_core.run.context import Run
 from linvideo_core.run.devices import resolve_precision
 from linvideo_core.run.files import write_json, write_tensors
 from linvideo_core.teacher.teacher import load_teacher
@@ -41,12 +42,6 @@ class TrainingClock(Callbacks):
         """Take the time since the training began."""
         if self._stage == _TRAINING and done > self._first:
             self.seconds = (self._now() - self._begun) / (done - self._first)
-
-    def hear(self, stage: str, done: int, total: int, **metrics: float) -> None:
-        """Take the place of a progress bar."""
-        if stage != self._stage:
-            self.on_stage(stage, total, done)
-        self.on_step_end(done)
 
     def _now(self) -> float:
         if self.device.startswith("cuda"):
@@ -83,11 +78,17 @@ def train(values: Mapping[str, Any], result: Path) -> None:
     """Run the stages of a transfer; write seconds a step, or why there are none, as JSON."""
     try:
         config = override(TransferConfig(), values)
-        teacher = load_teacher(config.teacher, config.out, config.device).to(config.device)
-        student = Student(teacher, config.student, seed=config.seed)
         clock = TrainingClock(config.device)
-        precision = resolve_precision(config.precision, config.device)
-        linearize(student, teacher, config, precision, clock.hear)
+        run = Run(
+            folder=config.out,
+            device=config.device,
+            precision=resolve_precision(config.precision, config.device),
+            seed=config.seed,
+            callbacks=clock,
+        )
+        teacher = load_teacher(config.teacher, run).to(config.device)
+        with Student(teacher, config.student, seed=config.seed) as student:
+            linearize(student, teacher, config, run)
         write_json(result, {"seconds_per_step": clock.seconds})
     except Exception as error:
         write_json(result, {"error": f"{type(error).__name__}: {error}"})

@@ -25,7 +25,7 @@ from torch import Tensor
 from linvideo_core.evaluate.plots import plot_cost
 from linvideo_core.kernels import norm_rotary
 from linvideo_core.models.wan import rotary_embedding
-from linvideo_core.run.config import option, parse, positive, to_flags, to_json
+from linvideo_core.run.config import option, parse, positive, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 
@@ -209,10 +209,7 @@ def _write(
 
 def command(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show the table."""
-    config, is_dry_run = parse(BenchmarkConfig, argv, description=__doc__.splitlines()[0])
-    if is_dry_run:
-        sys.stdout.write(to_json(config.settle()))
-        return
+    config = parse(BenchmarkConfig, argv, description=__doc__)
     record = run(config)
     for sentence in record.get("details", {}).get("left_out", []):
         sys.stdout.write(f"{sentence}\n")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from linvideo_core.run.config import option, parse, positive, to_flags, to_json
+from linvideo_core.run.config import option, parse, positive, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 
@@ -173,11 +173,8 @@ def _write(config: ScaleConfig, size: Size, found: dict[str, Any]) -> dict[str, 
 
 def command(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show the table."""
-    config, is_dry_run = parse(ScaleConfig, argv, description=__doc__.splitlines()[0])
+    config = parse(ScaleConfig, argv, description=__doc__)
     config = config.settle()
-    if is_dry_run:
-        sys.stdout.write(to_json(config))
-        return
     found = run(config)
     for each in found["details"]["parts"][_PART]["runs"]:
         sys.stdout.writelines(f"{sentence}\n" for sentence in each["left_out"])

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from linvideo_core.models.attention_sites import blocks, compiled_blocks
 from linvideo_core.models.config import FrozenConfig
 from linvideo_core.run.callbacks import Callbacks
-from linvideo_core.run.config import option, parse, positive, run_command, to_flags, to_json
+from linvideo_core.run.config import option, parse, positive, run_command, to_flags
+from linvideo_core.run.context import Run
 from linvideo_core.run.devices import (
     device_option,
     precision_option,
@@ -48,7 +48,7 @@ from linvideo_core.transfer.config import (
     check_frozen_weights,
     check_offload_alone,
 )
-from linvideo_core.transfer.student import Student, TransferTask
+from linvideo_core.transfer.student import Student, TransferTask, accelerated
 
 from ..record import (
     RESULTS_FOLDER,
@@ -169,7 +169,7 @@ class StepsConfig:
             )
         training = TrainingConfig(activation_checkpointing=self.recomputed, compile=self.compile)
         is_full = self.student.parameters == "full"
-        check_frozen_weights(self.frozen_weights, training, "--parameters full" if is_full else "")
+        check_frozen_weights(self.frozen_weights, training, "parameters" if is_full else "")
         if self.frozen_weights.offload_blocks > (most := SIZES[self.size].config.num_layers):
             raise SettingError(
                 f"{{offload_blocks}} {self.frozen_weights.offload_blocks} given; {self.size} has "
@@ -256,33 +256,30 @@ def measure_steps(
         activation_checkpointing=config.recomputed,
         compile=config.compile,
     )
-    layers = list(size.layers) if is_hardened else None
     listed = ",".join(map(str, size.layers)) if is_hardened else None
-    student = Student(teacher, config.student, seed=config.seed)
-    task = TransferTask(
-        student,
-        teacher,
-        draw_states(size, folder / f"states-{processes.rank}.safetensors", config.seed),
-        selection=SelectionConfig(target=len(size.layers), layers=listed, selection_share=1.0),
-        # Every video moves on: of a batch of one, half of the steps would otherwise be cheap.
-        objective=ObjectiveConfig(anchor_share=0.0),
-        training=training,
+    clock = StepClock(device, config.untimed_steps)
+    run = Run(
+        folder=folder,
+        device=device,
         precision=precision,
-        layers=layers,
+        seed=config.seed,
+        callbacks=clock,
         processes=processes,
     )
-    clock = StepClock(device, config.untimed_steps)
-    compiled = [student.model, teacher.model] if config.compile else []
-    depths = [blocks(model, student.sites) for model in task.models]
-    with compiled_blocks(compiled, student.sites), processes.sharded(task.models, depths):
-        fit(
-            task,
-            training,
-            folder / "fit",
-            seed=config.seed,
-            progress=lambda _, done, total, **metrics: clock.on_step_end(done, **metrics),
-            processes=processes,
+    with Student(teacher, config.student, seed=config.seed) as student:
+        task = TransferTask(
+            student,
+            teacher,
+            draw_states(size, folder / f"states-{processes.rank}.safetensors", config.seed),
+            selection=SelectionConfig(target=len(size.layers), layers=listed, selection_share=1.0),
+            # Every video moves on: of a batch of one, half of the steps would otherwise be cheap.
+            objective=ObjectiveConfig(anchor_share=0.0),
+            training=training,
+            run=run,
+            linear_layers=size.layers if is_hardened else None,
         )
+        with accelerated(task.models, student, training, run):
+            fit(task, training, run.below("fit"))
     return _make_row(size, phase, config, processes.size, clock)
 
 
@@ -369,12 +366,11 @@ def _write(path: Path, new: list[dict[str, Any]], command: str, device: str) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show the table."""
-    processes = fsdp.init_process_group()
-    with processes.in_turn():
-        config, is_dry_run = parse(StepsConfig, argv, description=__doc__.splitlines()[0])
-    if is_dry_run:
-        sys.stdout.write(to_json(config) if processes.is_first else "")
-        return
+    config = parse(StepsConfig, argv, description=__doc__)
+    fsdp.run_together(lambda processes: _measure_and_show(config, processes))
+
+
+def _measure_and_show(config: StepsConfig, processes: ProcessGroup) -> None:
     with explained(LOWER_STEPS):
         record = run(config, processes)
     if record is not None:
@@ -383,4 +379,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(fsdp.together(main))
+    run_command(main)

@@ -25,7 +25,7 @@ from linvideo_core.demo.classifier import Judge, load_judge
 from linvideo_core.demo.prompts import make_word_table
 from linvideo_core.evaluate.metrics import feature_statistics
 from linvideo_core.models.checkpoint import load_wan
-from linvideo_core.run.config import option, parse, run_command, to_flags, to_json
+from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.files import write_tensors
 
 from .digits import DigitImages, augment_clips, draw_poses, load_digit_images, sample_clips
@@ -172,10 +172,7 @@ def main() -> None:
     what, *flags = sys.argv[1:] or [""]
     if what not in COMMANDS:
         raise ValueError(f"command {what!r} given; one of {', '.join(COMMANDS)} is needed")
-    config, is_dry_run = parse(COMMANDS[what], flags, description=__doc__.splitlines()[0])
-    if is_dry_run:
-        sys.stdout.write(to_json(config))
-        return
+    config = parse(COMMANDS[what], flags, description=__doc__)
     run(config)
 
 
