@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from linvideo_core import artifact
-from linvideo_core.distill import cli as distill
+from linvideo_core.distill import command as distill
 from linvideo_core.distill.config import DistillationConfig, DistillConfig
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.teacher.config import TeacherConfig, TrajectoryConfig

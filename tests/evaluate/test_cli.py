@@ -15,7 +15,8 @@ from linvideo_core import artifact
 from linvideo_core.demo import weights_path
 from linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
 from linvideo_core.demo.prompts import TEXT_DIM, encode_prompts
-from linvideo_core.evaluate import cli as evaluate
+from linvideo_core.evaluate import cli as evaluate_cli
+from linvideo_core.evaluate import command as evaluate
 from linvideo_core.evaluate import comparison, sampler
 from linvideo_core.evaluate.comparison import CompareConfig, compare, swap
 from linvideo_core.evaluate.config import EvaluateConfig
@@ -198,7 +199,7 @@ def test_bad_arguments_end_with_one_sentence_and_exit_code_2(
     arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        evaluate.main(arguments)
+        evaluate_cli.main(arguments)
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert reason in message and len(message.splitlines()) == 1
@@ -218,7 +219,7 @@ def test_the_command_writes_tables_and_pictures_of_a_model_of_ones_own(
     size = ["--num-frames", "13", "--height", "32", "--width", "48"]
     few = ["--num-samples", "3", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
     files = [str(word) for pair in own_files.items() for word in pair]
-    evaluate.main([*files, *size, *few, "--out", str(out)])
+    evaluate_cli.main([*files, *size, *few, "--out", str(out)])
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "evaluation.json",

@@ -21,7 +21,7 @@ from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import Teacher, load_teacher
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import StudentConfig
 from linvideo_core.transfer.student import Student, twin
 from tests.conftest import TEXT_DIM, small_transfer

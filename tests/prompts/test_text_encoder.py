@@ -17,7 +17,7 @@ from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_enco
 from linvideo_core.run.config import override
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import open_teacher
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import TransferConfig
 
 transformers = pytest.importorskip(

@@ -21,7 +21,7 @@ def test_every_row_is_a_transfer_that_the_command_line_takes() -> None:
     )
     for (_, name), [run, _] in list_runs(config).items():
         words = [*config.flags.split(), *run.flags.split()]
-        found, _ = parse(TransferConfig, words, description=name)
+        found = parse(TransferConfig, words, description=name)
         assert found.training.steps >= config.steps, name
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.sizes import SIZES
-from linvideo_core.distill import cli as distill
+from linvideo_core.distill import command as distill
 from linvideo_core.models.attention_sites import checkpoint_activations, shapes_of
 from linvideo_core.models.config import FROZEN, FrozenConfig
 from linvideo_core.models.quantized import count_frozen_bytes, place
@@ -29,7 +29,8 @@ from linvideo_core.run.memory import (
     training_needs,
 )
 from linvideo_core.teacher.teacher import Teacher, open_teacher
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import cli as transfer_cli
+from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import StudentConfig, TransferConfig
 from linvideo_core.transfer.preflight import Plan, check_transfer
 from linvideo_core.transfer.student import Student
@@ -258,7 +259,7 @@ def test_the_presets_for_homes_leave_their_card_a_tenth(
     preset: str, name: str, card_gb: int, activations: float
 ) -> None:
     config = override(
-        TransferConfig(), {"model": Path("wan"), "device": "cpu", **transfer.PRESETS[preset]}
+        TransferConfig(), {"model": Path("wan"), "device": "cpu", **transfer_cli.PRESETS[preset]}
     )
     plan = plan_of(name, config.training.batch_size)
     needs = plan.needs(config.teacher.frozen_weights, config.training.activation_checkpointing)

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from linvideo_core import artifact
-from linvideo_core.distill import cli as distill
+from linvideo_core.distill import command as distill
 from linvideo_core.models.attention_sites import checkpoint_activations
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.run.config import override
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import StudentConfig, TransferConfig
 from linvideo_core.transfer.student import Student
 from tests.allocations import peak_bytes

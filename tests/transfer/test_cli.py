@@ -21,7 +21,8 @@ from linvideo_core.run.config import parse, to_json
 from linvideo_core.run.memory import free_bytes
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import Teacher, open_teacher
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import command as transfer
+from linvideo_core.transfer import command as transfer_cli
 from linvideo_core.transfer.cli import PRESETS
 from linvideo_core.transfer.config import TransferConfig
 from tests.conftest import save_inputs, small_transfer
@@ -164,7 +165,7 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     finish(argv)
 
     unbroken = tmp_path / "apart" / "unbroken"
-    transfer.main(arguments(files, out=unbroken, evaluate_samples=0))
+    transfer_cli.main(arguments(files, out=unbroken, evaluate_samples=0))
     expected = load_file(unbroken / "linearized.safetensors")
     found = load_file(out / "linearized.safetensors")
     assert found.keys() == expected.keys()
@@ -178,7 +179,7 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     # Repeated where it is done, moved elsewhere or not, the command writes the same again.
     moved = tmp_path / "moved"
     shutil.move(out, moved)
-    transfer.main(arguments(files, out=moved, evaluate_samples=0))
+    transfer_cli.main(arguments(files, out=moved, evaluate_samples=0))
     for name, tensor in load_file(moved / "linearized.safetensors").items():
         assert torch.equal(expected[name], tensor), name
 
@@ -213,7 +214,8 @@ FORKS = """
 import json, os, sys
 from pathlib import Path
 from linvideo_core.run.config import run_command
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import command as transfer
+from linvideo_core.transfer import command as transfer_cli
 
 for case in json.loads(Path(sys.argv[1]).read_text()):
     if not (child := os.fork()):
@@ -224,7 +226,7 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
         sys.argv[1:] = case["argv"]
         status = 0
         try:
-            run_command(transfer.main)
+            run_command(transfer_cli.main)
         except SystemExit as ended:
             status = ended.code
         sys.stdout.flush()
@@ -313,7 +315,7 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         answer = str(folder / name)
         cases.append({"answer": answer, "folder": str(empty), "argv": ["--dry-run", *argv]})
     argv = arguments(Path("."), steps=7)
-    config, _ = parse(TransferConfig, argv, description="", presets=PRESETS)
+    config = parse(TransferConfig, argv, description="", presets=PRESETS)
     (work / "taken").mkdir()
     (work / "taken" / "config.json").write_text(to_json(config))
     (folder / "cases.json").write_text(json.dumps(cases))

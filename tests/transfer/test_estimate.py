@@ -14,7 +14,7 @@ from linvideo_core.run.config import override
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect, count_bytes, count_missing
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import TransferConfig
 from linvideo_core.transfer.estimate import Estimate, count_checkpoint_bytes, estimate, forecast
 from linvideo_core.transfer.pace import Pace, time_run, time_teacher

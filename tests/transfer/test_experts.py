@@ -19,7 +19,7 @@ from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect
-from linvideo_core.transfer import cli as transfer
+from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.adm import VelocityFns, adm_loss
 from linvideo_core.transfer.batches import Batch, Batches
 from linvideo_core.transfer.config import ObjectiveConfig, TransferConfig
