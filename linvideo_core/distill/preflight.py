@@ -25,7 +25,7 @@ class FewStepConfig(RunConfig, Protocol):
 
 
 def check_distillation(
-    draft: TeacherCheckpoint,
+    checkpoint: TeacherCheckpoint,
     config: FewStepConfig,
     artifact: Artifact,
     device: str,
@@ -36,17 +36,17 @@ def check_distillation(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    check_offload_alone(draft.frozen_weights, num_processes)
+    check_offload_alone(checkpoint.frozen_weights, num_processes)
     distillation = config.distillation
-    linear = check(artifact, draft.shapes)
-    family, _ = identify(draft.shapes)
+    linear = check(artifact, checkpoint.shapes)
+    family, _ = identify(checkpoint.shapes)
     rank = max(distillation.rank, artifact.header.lora_rank)
-    changes = count_weights(draft, family, distillation.train, rank)
+    changes = count_weights(checkpoint, family, distillation.train, rank)
     ratio = artifact.header.feature_dim // linear[0].head_dim
     num_trained = sum(count_maps(site, ratio) for site in linear) + 2 * changes
     # The student's loss and the critic's go backward together.
     return check_footprint(
-        draft,
+        checkpoint,
         config,
         device,
         precision,

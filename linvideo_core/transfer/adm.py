@@ -60,16 +60,17 @@ def adm_loss(batch: Batch, velocities: VelocityFns, sigmas: Tensor) -> Tensor:
 @torch.no_grad()
 def _move(batch: Batch, velocities: VelocityFns, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """Return all rows' states after the moves, and the teacher's velocities there."""
-    rows = (~batch.is_stored).nonzero().squeeze(1).to(sigmas.device)
-    # All processes must call a sharded model: one of which no row moves calls it, too.
-    moving = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64))
+    # Stored rows come first. All processes must call a sharded model: one of which no row moves
+    # calls it with a row whose result it drops.
+    num_stored = int(batch.is_stored.sum())
+    first = min(num_stored, len(batch.is_stored) - 1)
+    moving = batch.take(slice(first, None))
     start, end = sigmas[moving.step], sigmas[moving.step_to]
     jump = velocities.student_guided(moving.latents, start, moving)
     latents = euler_step(moving.latents, jump, start, end)
     velocity = velocities.teacher(latents, end, moving)
-    if not len(rows):
-        return batch.latents, batch.velocity
+    moved = slice(num_stored - first, None)
     return (
-        batch.latents.index_copy(0, rows, latents.to(batch.latents.dtype)),
-        batch.velocity.index_copy(0, rows, velocity.to(batch.velocity.dtype)),
+        torch.cat([batch.latents[:num_stored], latents[moved]]),
+        torch.cat([batch.velocity[:num_stored], velocity[moved]]),
     )

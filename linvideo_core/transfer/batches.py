@@ -40,7 +40,7 @@ class Batch:
         row's guidance branch.
     step: [B] int64, the state's index into the sampling grid.
     is_stored: [B] bool on the CPU, whether the student is trained at the stored state itself; if
-        not, it first moves by one step of its own.
+        not, it first moves by one step of its own. Stored rows come first.
     step_to: [B] int64, grid index of the state that the student is trained at.
     weight: [B], of the row in the loss.
     branch_embeds: [B, S, T], the prompt of the row's branch.
@@ -59,10 +59,10 @@ class Batch:
     negative_embeds: Tensor
     any_moves: bool
 
-    def take(self, rows: Tensor) -> "Batch":
-        """Return some rows [M] int64."""
+    def take(self, rows: slice) -> "Batch":
+        """Return some rows, as views."""
         tensors = {
-            field.name: value[rows.to(value.device)]
+            field.name: value[rows]
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }

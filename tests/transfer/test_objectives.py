@@ -157,7 +157,7 @@ def test_stored_rows_alone_are_velocity_matching_and_ask_the_student_alone() -> 
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("stored", [[True] * 3 + [False] * 4, [False, True] * 3 + [True]])
+@pytest.mark.parametrize("stored", [[True] * 3 + [False] * 4, [False] * 7])
 def test_moving_rows_move_as_the_sampler_does_with_their_own_prompts(stored: list[bool]) -> None:
     batch = make_batch(2, 4, as_latents([0.1 * i for i in range(7)]))
     is_stored = torch.tensor(stored)
