@@ -111,11 +111,6 @@ def test_a_hardened_layer_gives_r_no_gradient() -> None:
     assert mixed.layer_score.grad is None
 
 
-def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(ValueError, match="'both' given"):
-        make_mixed(0.5).harden("both")
-
-
 @pytest.mark.parametrize("feature_dim", [-2, 0, 1, 15])
 def test_an_odd_or_missing_feature_dim_is_refused(feature_dim: int) -> None:
     with pytest.raises(ValueError, match=f"feature_dim {feature_dim} given"):
