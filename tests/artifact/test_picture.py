@@ -1,6 +1,10 @@
 """The picture and the words of a file, whatever the file says of itself."""
 
 import dataclasses
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +86,24 @@ def test_the_bytes_are_those_of_the_tensors() -> None:
     changed = dataclasses.replace(artifact, header=header, low_rank=low_rank)
     assert count_bytes(changed)["weight changes"] == 24 * 4
     assert describe(changed)["weight changes"] == "LoRA of rank 2 on 1 weight"
+
+
+def test_applying_showing_and_previewing_a_file_need_no_matplotlib() -> None:
+    program = """
+        import sys
+        sys.modules["matplotlib"] = None
+        from linvideo_core import artifact
+        from linvideo_core.artifact.picture import draw_summary
+        from linvideo_core.demo import weights_path
+        from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
+        from linvideo_core.transfer import pipeline
+        from linvideo_core.transfer.preview import draw_preview
+        made = artifact.load(weights_path("linearized.safetensors"))
+        with artifact.apply(made, load_teacher(TeacherConfig()).model):
+            print(draw_summary(made).width, draw_preview([], {}, title="a", num_steps=1).width)
+    """
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert finished.stdout.split() == ["1024", "560"]

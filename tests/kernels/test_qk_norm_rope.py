@@ -44,7 +44,7 @@ def definition(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int) -> Ten
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("length", "num_heads"), [(1, 1), (63, 3), (5, 40)])
+@pytest.mark.parametrize(("length", "num_heads"), [(1, 1), (9, 3), (2, 40)])
 def test_it_is_its_definition_in_value_and_gradient(
     length: int, num_heads: int, dtype: torch.dtype, backend: str, device: str
 ) -> None:
