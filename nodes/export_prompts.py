@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts, split_prompts
 from ..linvideo_core.prompts.embeddings import encode_once, find_identity, identity_of
+from ..linvideo_core.run.callbacks import Callbacks
 from .model_folder import FOLDER, choose_prompts_path
 from .schema import make_schema
 
@@ -81,14 +82,15 @@ class LinVideoExportPrompts(io.ComfyNode):
             )
         bar = comfy.utils.ProgressBar(len(texts) + 1)
 
-        def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
+        class Bar(Callbacks):
+            def on_step_end(self, done: int, **metrics: float) -> None:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                bar.update_absolute(done, len(texts) + 1)
 
         def encode(text: str) -> Tensor:
             return first if text == negative else encode_as_host(clip, text)
 
-        is_new = encode_once(path, texts, negative, encode, identity=identity, progress=progress)
+        is_new = encode_once(path, texts, negative, encode, identity=identity, callbacks=Bar())
         done = "encoded into" if is_new else "were there already, in"
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{len(texts)} prompts {done} {path}"))
 

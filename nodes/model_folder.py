@@ -13,7 +13,8 @@ from comfy.cli_args import args
 from torch import Tensor
 
 from ..linvideo_core.artifact import Artifact, ArtifactError
-from ..linvideo_core.artifact.names import SUFFIX, place_file
+from ..linvideo_core.artifact.file import SUFFIX, place_file
+from ..linvideo_core.artifact.picture import draw_summary
 from ..linvideo_core.demo import weights_path
 
 FOLDER = "linvideo"
@@ -137,8 +138,5 @@ def _find_free(path: Path) -> Path:
 
 def show_summary(artifact: Artifact, *, note: str = "") -> Tensor:
     """Draw an artifact as an IMAGE [1, H, W, 3] fp32, 0 to 1; `note` stands at its foot."""
-    # Drawing loads matplotlib, which would make every start of ComfyUI slower.
-    from ..linvideo_core.artifact.picture import draw_summary
-
     picture = np.array(draw_summary(artifact, note=note))
     return torch.from_numpy(picture).float().div(255)[None]

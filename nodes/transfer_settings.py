@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linvideo_core.transfer.objectives import OBJECTIVES
+from ..linvideo_core.transfer.batches import OBJECTIVES
 from ..linvideo_core.transfer.student import PARAMETERS
 from .schema import TransferSettings, make_input, make_schema
 

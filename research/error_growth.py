@@ -157,7 +157,7 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
     states, velocities = _sample(velocity, noise, sigmas, "the teacher", progress)
     points = torch.linspace(0, config.steps - 1, config.points).round().int().tolist()
     # The same modules compute both, so the student answers all at once and is gone.
-    with artifact_files.transfer_into(teacher.model, made), torch.no_grad():
+    with artifact_files.apply(made, teacher.model), torch.no_grad():
         errors = {
             point: velocity(states[point], sigmas[point].expand(config.videos)) - velocities[point]
             for point in points

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from linvideo_core.artifact import Artifact, extract
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.transfer.pipeline import TransferConfig
+from linvideo_core.transfer.config import TransferConfig
 from linvideo_core.transfer.student import Student, StudentConfig
 
 LATENT_SHAPE = (4, 2, 6, 4)
@@ -111,18 +112,40 @@ def save_inputs(teacher: Teacher, folder: Path) -> dict[str, Path]:
     return paths
 
 
+class Recorder(Callbacks):
+    """Keeps what it is told; `stop_at`, a stage and a step of it, stops with KeyboardInterrupt."""
+
+    def __init__(self, stop_at: tuple[str, int] | None = None) -> None:
+        self.stop_at = stop_at
+        self.stages: list[str] = []
+        self.seen: list[tuple[str, int]] = []
+        self.totals: dict[str, int] = {}
+
+    def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
+        self.stages.append(f"{detail}: {stage}" if detail else stage)
+        self.totals[stage] = total
+        self._see(stage, done)
+
+    def on_step_end(self, done: int, **metrics: float) -> None:
+        self._see(self.seen[-1][0], done)
+
+    def _see(self, stage: str, done: int) -> None:
+        self.seen.append((stage, done))
+        if (stage, done) == self.stop_at:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture
 def linearized(teacher: Teacher) -> Artifact:
     """A file of two linear layers with random low-rank changes, as a transfer leaves it."""
-    student = Student(teacher, StudentConfig(lora_rank=2), seed=3)
-    for layer, module in student.mixed.items():
-        module.harden("linear" if layer in (0, 2) else "softmax")
-    for i, parameter in enumerate(student.weights.values()):
-        generator = torch.Generator().manual_seed(i)
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return extract(
-        student.model, teacher.model, parameters="lora", objective="adm", steps=1, provenance={}
-    )
+    with Student(teacher, StudentConfig(lora_rank=2), seed=3) as student:
+        student.harden([0, 2])
+        for i, parameter in enumerate(student.weights.values()):
+            generator = torch.Generator().manual_seed(i)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        return extract(
+            student.model, teacher.model, parameters="lora", objective="adm", steps=1, provenance={}
+        )
 
 
 def small_transfer(model_path: Path, **changes: Any) -> TransferConfig:

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
@@ -21,22 +22,23 @@ from safetensors.torch import save_file
 from torch import nn
 
 from linvideo_core import artifact
-from linvideo_core.distill import cli as distill
+from linvideo_core.distill.pipeline import DistillConfig, distill
 from linvideo_core.distill.task import DistillationConfig, make_student
 from linvideo_core.models.attention_sites import blocks
 from linvideo_core.models.quantized import place
+from linvideo_core.run.callbacks import Callbacks, Stage
 from linvideo_core.run.config import run_command
+from linvideo_core.run.context import Run
 from linvideo_core.run.process_group import ProcessGroup
-from linvideo_core.run.progress import Progress, silent
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig
 from linvideo_core.training import fsdp
 from linvideo_core.training.trainer import TrainingConfig
+from linvideo_core.transfer.config import TransferConfig
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
 from linvideo_core.transfer.layer_selection.sensitivity import SensitivityConfig
-from linvideo_core.transfer.objectives import ObjectiveConfig
-from linvideo_core.transfer.pipeline import TransferConfig, linearize
-from linvideo_core.transfer.student import Student, StudentConfig, twin
+from linvideo_core.transfer.pipeline import linearize
+from linvideo_core.transfer.student import Student, StudentConfig
 from linvideo_core.transfer.warm_start import WarmStartConfig
 
 STOP_AT = 2
@@ -67,19 +69,27 @@ def transfer(
     processes: ProcessGroup,
     device: str = "cpu",
     *,
-    progress: Progress = silent,
+    callbacks: Callbacks | None = None,
     config: TransferConfig = TRANSFER,
     frozen: str = "fp32",
 ) -> None:
     """Linearize, and leave the student's whole weights beside the artifact."""
-    teacher = make_frozen_teacher(processes.place(device), frozen)
-    student = Student(teacher, config.student, seed=0)
-    videos = dataclasses.replace(config.trajectories, teacher_folder=folder / "teacher")
-    config = dataclasses.replace(config, out=folder, trajectories=videos)
-    linearize(student, teacher, config, "fp32", progress, processes=processes)
+    run = make_run(folder, processes, device, callbacks)
+    teacher = make_frozen_teacher(run.device, frozen)
+    with Student(teacher, config.student, seed=0) as student:
+        linearize(student, teacher, config, run)
+        if processes.is_first:
+            save_file(dict(student.model.state_dict()), folder / "student.safetensors")
     if processes.is_first:
-        save_file(dict(student.model.state_dict()), folder / "student.safetensors")
         save_file(dict(teacher.model.state_dict()), folder / "teacher.safetensors")
+
+
+def make_run(
+    folder: Path, processes: ProcessGroup, device: str, callbacks: Callbacks | None = None
+) -> Run:
+    callbacks = callbacks or Callbacks()
+    where = {"folder": folder, "device": processes.place(device)}
+    return Run(**where, processes=processes, callbacks=callbacks)
 
 
 def transfer_long(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
@@ -98,11 +108,10 @@ def transfer_rounded(folder: Path, processes: ProcessGroup, device: str = "cpu")
 
 
 def transfer_all_weights(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
-    """Train whole weights beside a critic of whole weights, recomputing activations."""
+    """Train a copy of all weights, recomputing activations."""
     config = dataclasses.replace(
         TRANSFER,
         student=StudentConfig(parameters="full"),
-        objective=ObjectiveConfig(objective="dmd", critic_steps=2),
         training=dataclasses.replace(TRANSFER.training, steps=4, activation_checkpointing=True),
     )
     transfer(folder, processes, device, config=config)
@@ -119,77 +128,78 @@ def transfer_by_ranking(folder: Path, processes: ProcessGroup, device: str = "cp
     transfer(folder, processes, device, config=config)
 
 
-def distil(folder: Path, processes: ProcessGroup, device: str = "cpu", batch_size: int = 4) -> None:
+def distil(folder: Path, processes: ProcessGroup, device: str = "cpu", **training: Any) -> None:
     """Distil to two steps, with motion held."""
-    teacher = make_frozen_teacher(processes.place(device))
-    config = distill.DistillConfig(
-        out=folder,
-        trajectories=dataclasses.replace(TRANSFER.trajectories, teacher_folder=folder / "teacher"),
+    run = make_run(folder, processes, device)
+    teacher = make_frozen_teacher(run.device)
+    config = DistillConfig(
+        trajectories=TRANSFER.trajectories,
         distillation=DistillationConfig(num_steps=2, rank=2, critic_steps=2, motion_weight=0.1),
-        training=dataclasses.replace(TRANSFER.training, steps=4, batch_size=batch_size),
+        training=dataclasses.replace(TRANSFER.training, **{"steps": 4, **training}),
     )
     first = make_file(teacher)
-    student = make_student(teacher, first, config.distillation, seed=0)
-    distill.distill(student, teacher, first, config, "fp32", silent, processes)
+    with make_student(teacher, first, config.distillation, seed=0) as student:
+        distill(student, teacher, first, config, run)
 
 
 def distil_one_video_each(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
-    """Distil with one video a process of two, where one leaves the sampler before the other."""
-    distil(folder, processes, device, batch_size=2)
+    """Distil with one video a process of two, where one leaves the sampler before the other.
+
+    Activations are recomputed: the student's and the critic's, in one model.
+    """
+    distil(folder, processes, device, batch_size=2, activation_checkpointing=True)
 
 
 def share_one_copy(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
-    """Shard teacher, student and critic, and look at what a process holds of them."""
+    """Shard a student, and look at what a process holds of it."""
     teacher = make_frozen_teacher(processes.place(device))
     student = Student(teacher, StudentConfig(lora_rank=2), seed=0)
-    models = [teacher.model, student.model, twin(teacher.model)]
-    whole = count_values(models)
+    whole = count_values(student.model)
     original = weakref.ref(teacher.model.blocks[0].ffn[0].weight)
-    with processes.sharded(models, [blocks(model, student.sites) for model in models]):
-        frozen = [model.blocks[0].ffn[0].weight for model in models]
-        assert frozen[0] is frozen[1] and frozen[0] is frozen[2]
+    with processes.sharded({student.model: blocks(student.model, student.sites)}):
         assert original() is None
-        frozen_weights = count_values(models)
-    again = [model.blocks[0].ffn[0].weight for model in models]
-    assert again[0] is again[1] and again[0] is again[2] and again[0].shape == (96, 128)
-    assert count_values(models) == whole
+        part = count_values(student.model)
+    assert teacher.model.blocks[0].ffn[0].weight.shape == (96, 128)
+    assert count_values(student.model) == whole
     if processes.is_first:
         folder.mkdir()
-        (folder / "shares.json").write_text(json.dumps([whole, frozen_weights]))
+        (folder / "shares.json").write_text(json.dumps([whole, part]))
 
 
-def count_values(models: list[nn.Module]) -> int:
-    """Return how many values of the models' parameters this process holds, each counted once."""
-    parameters = {id(p): p for model in models for p in model.parameters()}
-    return sum(getattr(p, "_local_tensor", p).numel() for p in parameters.values())
+def count_values(model: nn.Module) -> int:
+    """Return how many values of a model's parameters this process holds."""
+    return sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
 
 
 def make_file(teacher: Teacher) -> artifact.Artifact:
-    student = Student(teacher, StudentConfig(lora_rank=2), seed=3)
-    for layer, module in student.mixed.items():
-        module.harden("linear" if layer == 1 else "softmax")
-    return artifact.extract(
-        student.model, teacher.model, parameters="lora", objective="adm", steps=1, provenance={}
-    )
+    with Student(teacher, StudentConfig(lora_rank=2), seed=3) as student:
+        student.harden([1])
+        return artifact.extract(
+            student.model, teacher.model, parameters="lora", objective="adm", steps=1, provenance={}
+        )
 
 
-def stop_one(rank: int) -> Progress:
-    """Return a progress that asks this process to stop after some steps of training."""
+class StopOne(Callbacks):
+    """Asks this process to stop after some steps of training."""
 
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        if stage == "training" and done == STOP_AT:
-            if rank == 0:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_stage(self, stage: Stage, total: int, done: int = 0, detail: str = "") -> None:
+        self.stage = stage
+
+    def on_step_end(self, done: int, **metrics: float) -> None:
+        if self.stage == "training" and done == STOP_AT:
+            if self.rank == 0:
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
-
-    return progress
 
 
 def stop_transfer(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Begin a transfer that its last process is asked to stop."""
-    progress = stop_one(processes.rank) if processes.rank == processes.size - 1 else silent
+    is_last = processes.rank == processes.size - 1
     try:
-        transfer(folder, processes, device, progress=progress)
+        transfer(folder, processes, device, callbacks=StopOne(processes.rank) if is_last else None)
     except KeyboardInterrupt:
         return
     raise AssertionError("the transfer was not stopped")

@@ -12,8 +12,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from linvideo_core.kernels import linear_attention, reference
-from linvideo_core.kernels.softmax import softmax_attention
+from linvideo_core.kernels import linear_attention, reference, softmax_attention
 
 Attend = Callable[..., Tensor]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.models import attention_sites
+from linvideo_core.models.base_weights import weights_digest
 from linvideo_core.models.families import identify
 from linvideo_core.models.wan import WanModel
 
@@ -164,12 +165,12 @@ def make_random_artifact(model: Any, size: Size, setting: Setting) -> Artifact:
     for site in chosen:
         shape = (site.layer, site.num_heads, site.head_dim)
         pair = make_random_maps(*shape, setting.device, setting.seed)
-        maps[site.layer] = tuple(x.cpu() for x in pair)
+        maps[site.layer] = dict(zip(("query_map", "key_map"), (x.cpu() for x in pair), strict=True))
     header = ArtifactHeader(
         family=family.name,
         fingerprint=attention_sites.fingerprint(family, sites),
-        weights_digest=attention_sites.weights_digest(model, sites),
-        layers=tuple(site.layer for site in chosen),
+        weights_digest=weights_digest(model, sites),
+        linear_layers=tuple(site.layer for site in chosen),
         site_names=tuple(site.name for site in chosen),
         num_layers=len(sites),
         feature_dim=chosen[0].head_dim,
@@ -177,4 +178,4 @@ def make_random_artifact(model: Any, size: Size, setting: Setting) -> Artifact:
         objective="none",
         steps=0,
     )
-    return Artifact(header=header, feature_maps=maps)
+    return Artifact(header=header, linear=maps)

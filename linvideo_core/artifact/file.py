@@ -1,4 +1,4 @@
-"""The artifact as one safetensors file.
+"""The artifact as one safetensors file, and the names that people type for such files.
 
 Weight changes carry the names that ComfyUI's LoRA loader reads, so that half works there too. The
 header is the file's metadata: one readable entry a field, `linvideo.<field>`, its value in JSON.
@@ -6,6 +6,7 @@ header is the file's metadata: one readable entry a field, `linvideo.<field>`, i
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,23 +16,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..run.files import write_tensors
-from .fields import ArtifactError
-from .header import DTYPES, FORMAT_VERSION, Artifact, ArtifactHeader
-from .usage import read_usage
+from .header import DTYPES, Artifact, ArtifactError, ArtifactHeader, Usage, check_version
 
+SUFFIX = ".safetensors"
 _OURS = "linvideo."
 _WEIGHTS = "diffusion_model."
-_QUERY, _KEY = ".query_map", ".key_map"
-_GATE, _MIX = ".gate", ".window_mix"
 _DIFF, _DIFF_BIAS = ".diff", ".diff_b"
 _DOWN, _UP = ".lora_down.weight", ".lora_up.weight"
-_SUFFIXES = {_OURS: (_QUERY, _KEY, _GATE, _MIX), _WEIGHTS: (_DIFF, _DIFF_BIAS, _DOWN, _UP)}
 _STORED_DTYPES = ("F16", "BF16", "F32", "F64")
 _MAX_ENTRY = 2**20
 
 # Which version brought a header field; a file of an earlier one has none of it.
 _SINCE = {"map_sharing": 2, "output_gate": 2, "window": 2, "usage": 3, "weights_sketch": 3}
-
+_ENTRIES = {
+    field.name: _OURS + {"linear_layers": "layers"}.get(field.name, field.name)
+    for field in dataclasses.fields(ArtifactHeader)
+}
 # `X.diff` changes X.weight, or X itself where a parameter is called neither weight nor bias. The
 # name alone does not tell which, so the file lists the latter.
 _BARE = _OURS + "bare_parameters"
@@ -83,25 +83,16 @@ def load(path: str | Path) -> Artifact:
 def _name_tensors(artifact: Artifact) -> Iterable[tuple[str, Tensor]]:
     """Yield every tensor under its name in the file."""
     header = artifact.header
-    for layer, site in zip(header.layers, header.site_names, strict=True):
-        for suffix, feature_map in zip((_QUERY, _KEY), artifact.feature_maps[layer], strict=True):
-            yield _OURS + site + suffix, feature_map
-        for suffix, added in ((_GATE, artifact.gates), (_MIX, artifact.window_mixes)):
-            if layer in added:
-                yield _OURS + site + suffix, added[layer]
+    for layer, site in zip(header.linear_layers, header.site_names, strict=True):
+        for name, tensor in artifact.linear[layer].items():
+            yield f"{_OURS}{site}.{name}", tensor
     for name, delta in artifact.deltas.items():
-        yield _WEIGHTS + _delta_name(name), delta
-    for name, pair in artifact.low_rank.items():
-        for suffix, factor in zip((_DOWN, _UP), pair, strict=True):
-            yield _WEIGHTS + name + suffix, factor
-
-
-def _delta_name(parameter: str) -> str:
-    if parameter.endswith(".weight"):
-        return parameter.removesuffix(".weight") + _DIFF
-    if parameter.endswith(".bias"):
-        return parameter.removesuffix(".bias") + _DIFF_BIAS
-    return parameter + _DIFF
+        is_bias = name.endswith(".bias")
+        stem = name.removesuffix(".bias" if is_bias else ".weight")
+        yield _WEIGHTS + stem + (_DIFF_BIAS if is_bias else _DIFF), delta
+    for name, (down, up) in artifact.low_rank.items():
+        yield _WEIGHTS + name + _DOWN, down
+        yield _WEIGHTS + name + _UP, up
 
 
 def _is_bare(parameter: object) -> bool:
@@ -120,10 +111,11 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _encode_header(artifact: Artifact) -> dict[str, str]:
     header = artifact.header
-    values = {_OURS + name: getattr(header, name) for name in _fields_of(header.format_version)}
-    values[_OURS + "provenance"] = dict(header.provenance)
-    if _OURS + "usage" in values:
-        values[_OURS + "usage"] = header.usage.said
+    plain = {"provenance": dict(header.provenance), "usage": header.usage.said}
+    values = {
+        _ENTRIES[name]: plain.get(name, getattr(header, name))
+        for name in _fields_of(header.format_version)
+    }
     values[_BARE] = [name for name in artifact.deltas if _is_bare(name)]
     entries = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
     for name, text in entries.items():
@@ -133,8 +125,7 @@ def _encode_header(artifact: Artifact) -> dict[str, str]:
 
 def _fields_of(version: int) -> list[str]:
     """Return the header's fields that a file of a version has."""
-    names = [field.name for field in dataclasses.fields(ArtifactHeader)]
-    return [name for name in names if version >= _SINCE.get(name, 1)]
+    return [name for name in _ENTRIES if version >= _SINCE.get(name, 1)]
 
 
 def _check_length(name: str, text: str) -> None:
@@ -146,25 +137,23 @@ def _decode_header(
     metadata: Mapping[str, str], names: list[str]
 ) -> tuple[ArtifactHeader, list[str]]:
     """Return the header and the names of the bare parameters."""
-    version_entry = _OURS + "format_version"
-    if version_entry not in metadata:
+    if (version_entry := _ENTRIES["format_version"]) not in metadata:
         _refuse_stranger(names)
-    # A newer version may have other fields, so the version speaks first.
+    # A newer version may have other fields, so the version is checked first.
     version = _parse(version_entry, metadata[version_entry])
-    is_known = version in range(1, FORMAT_VERSION + 1) and not isinstance(version, bool)
-    fields = _fields_of(version if is_known else 1)
-    given = {name for name in metadata if name.startswith(_OURS)}
-    expected = {_OURS + name for name in fields} | {_BARE}
-    if is_known and given != expected:
-        name = min(given ^ expected)
+    check_version(version)
+    fields = _fields_of(version)
+    expected = {*(_ENTRIES[name] for name in fields), _BARE}
+    if differing := expected ^ {name for name in metadata if name.startswith(_OURS)}:
+        name = min(differing)
         fault = "missing" if name in expected else "unknown"
         raise ArtifactError(f"the header entry {name!a} is {fault}: get the original file again")
-    values = {name: _parse(_OURS + name, metadata.get(_OURS + name, "null")) for name in fields}
+    values = {name: _parse(_ENTRIES[name], metadata[_ENTRIES[name]]) for name in fields}
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
     if "usage" in values:
-        values["usage"] = read_usage(values["usage"])
+        values["usage"] = Usage.parse(values["usage"])
     header = ArtifactHeader(**values)
     bare = _parse(_BARE, metadata[_BARE])
     if not isinstance(bare, list) or not all(map(_is_bare, bare)):
@@ -222,49 +211,29 @@ def _read_tensor(file: safe_open, name: str) -> Tensor:
 
 
 def _assemble(header: ArtifactHeader, bare: list[str], tensors: Mapping[str, Tensor]) -> Artifact:
-    groups: dict[str, dict[str, Tensor]] = {s: {} for s in sum(_SUFFIXES.values(), ())}
+    layers = dict(zip(header.site_names, header.linear_layers, strict=True))
+    linear: dict[int, dict[str, Tensor]] = {layer: {} for layer in header.linear_layers}
+    changes: dict[str, dict[str, Tensor]] = {s: {} for s in (_DIFF, _DIFF_BIAS, _DOWN, _UP)}
     for name, tensor in tensors.items():
-        owner, suffix = _split(name)
-        groups[suffix][owner] = tensor
-    site_layers = dict(zip(header.site_names, header.layers, strict=True))
-    maps = _pair(groups, _OURS, _QUERY, _KEY)
-    for suffix in _SUFFIXES[_OURS]:
-        if strange := sorted(groups[suffix].keys() - site_layers.keys()):
-            name = _OURS + strange[0] + suffix
-            raise ArtifactError(f"{name!a} is unknown: no linear layer is called so in the header")
-    deltas = {name + ".bias": delta for name, delta in groups[_DIFF_BIAS].items()}
-    if missing := sorted(set(bare) - groups[_DIFF].keys()):
-        name = _WEIGHTS + missing[0] + _DIFF
-        raise ArtifactError(f"{name!a} is missing: get the original file again")
-    for name, delta in groups[_DIFF].items():
+        site, _, leaf = name.removeprefix(_OURS).rpartition(".")
+        suffix = next((suffix for suffix in changes if name.endswith(suffix)), None)
+        if name.startswith(_OURS) and site in layers:
+            linear[layers[site]][leaf] = tensor
+        elif name.startswith(_WEIGHTS) and suffix:
+            changes[suffix][name.removeprefix(_WEIGHTS).removesuffix(suffix)] = tensor
+        else:
+            raise ArtifactError(
+                f"the tensor {name[:100]!a} is unknown: get the original file again"
+            )
+    for here, there in ((bare, _DIFF), (changes[_DOWN], _UP), (changes[_UP], _DOWN)):
+        if missing := sorted(set(here) - changes[there].keys()):
+            name = _WEIGHTS + missing[0] + there
+            raise ArtifactError(f"{name!a} is missing: get the original file again")
+    deltas = {name + ".bias": delta for name, delta in changes[_DIFF_BIAS].items()}
+    for name, delta in changes[_DIFF].items():
         deltas[name if name in bare else name + ".weight"] = delta
-    return Artifact(
-        header=header,
-        feature_maps={site_layers[site]: pair for site, pair in maps.items()},
-        deltas=deltas,
-        low_rank=_pair(groups, _WEIGHTS, _DOWN, _UP),
-        gates={site_layers[site]: gate for site, gate in groups[_GATE].items()},
-        window_mixes={site_layers[site]: mix for site, mix in groups[_MIX].items()},
-    )
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Return what a tensor belongs to, and its suffix."""
-    for prefix, suffixes in _SUFFIXES.items():
-        for suffix in suffixes:
-            if name.startswith(prefix) and name.endswith(suffix):
-                return name[len(prefix) : -len(suffix)], suffix
-    raise ArtifactError(f"the tensor {name[:100]!a} is unknown: get the original file again")
-
-
-def _pair(
-    groups: Mapping[str, Mapping[str, Tensor]], prefix: str, first: str, second: str
-) -> dict[str, tuple[Tensor, Tensor]]:
-    for here, there in ((first, second), (second, first)):
-        if missing := sorted(groups[here].keys() - groups[there].keys()):
-            name = prefix + missing[0] + there
-            raise ArtifactError(f"{name!a} is missing beside {here}: get the original file again")
-    return {owner: (tensor, groups[second][owner]) for owner, tensor in groups[first].items()}
+    low_rank = {name: (down, changes[_UP][name]) for name, down in changes[_DOWN].items()}
+    return Artifact(header=header, linear=linear, deltas=deltas, low_rank=low_rank)
 
 
 def _explain_unreadable(path: Path, error: Exception) -> str:
@@ -278,3 +247,41 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
     if start[8:] in (b"", b"{"):
         return f"{path} is cut short or damaged ({error}): get the original file again"
     return f"{path} is not a safetensors file ({error}): choose one that LinVideo saved"
+
+
+# File systems take 255 bytes a part; an ending and a number are still added.
+_MAX_BYTES = 200
+# What some system's file names cannot hold; "%" starts what ComfyUI replaces in names.
+_FORBIDDEN = re.compile(r'[<>:"|?*%]')
+# Nothing at all, a way up, a hidden file, a home folder, what Windows cuts off, its devices.
+_BAD_PART = re.compile(
+    r"|[. ~].*|.*[. ]|(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\..*)?", re.IGNORECASE
+)
+
+
+def check_name(name: str, *, is_single: bool = False) -> str:
+    """Return a name typed as folder/name, with or without its ending, as folder/name.
+
+    is_single: no folders before the name.
+
+    Raises ArtifactError when on some system it leads out of its folder or cannot be a file's name.
+    """
+    stem = name.strip().replace("\\", "/").removesuffix(SUFFIX)
+    parts = stem.split("/")
+    is_plain = stem.isprintable() and not _FORBIDDEN.search(stem)
+    if not is_plain or any(map(_BAD_PART.fullmatch, parts)) or (is_single and len(parts) > 1):
+        others = ", without folders" if is_single else ", or folder/my_model"
+        raise ArtifactError(
+            f"the filename {name!r:.100} cannot be used: give a plain name such as my_model{others}"
+        )
+    if (size := len(stem.encode())) > _MAX_BYTES:
+        raise ArtifactError(
+            f"the filename {name!r:.100} is {size} bytes long; at most {_MAX_BYTES} are possible: "
+            "give a shorter one"
+        )
+    return stem
+
+
+def place_file(folder: Path, name: str) -> Path:
+    """Return where in a folder the file of a name lies, or would lie; errors as `check_name`."""
+    return folder / (check_name(name) + SUFFIX)

@@ -1,60 +1,198 @@
-"""What an artifact holds, and what makes it consistent in itself."""
+"""What a LINVIDEO file holds: its header, how it wants to be used, and its tensors.
+
+Files come from anywhere, so every value is checked; what is wrong with one is an `ArtifactError`
+of one sentence that names the field.
+"""
 
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..kernels import FEATURE_MAPS
 from ..models.attention import MAP_SHARINGS, LinearForm
-from ..models.sketch import SIZE as SKETCH_SIZE
-from .fields import ArtifactError, check_integer, check_text, is_integer, is_number, refuse, show
-from .usage import Usage
+from ..models.base_weights import SKETCH_SIZE, BaseWeights
 
 FORMAT_VERSION = 3
 PARAMETERS = ("full", "lora", "feature_maps")
-_FORM_FIELDS = tuple(field.name for field in dataclasses.fields(LinearForm))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_TEXT = 200
 
-_MAX_LAYERS = 1000
-_MAX_FEATURE_DIM = 8192
-_MAX_RANK = 65536
-_MAX_STEPS = 10**9
-_MAX_WINDOW = 2**20
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value is valid, and what to say where it is not."""
 
 
-def version_for(form: LinearForm, usage: Usage, weights_sketch: tuple[float, ...]) -> int:
-    """Return the lowest format version that says all of this, which older LinVideos read too.
+class ArtifactError(ValueError):
+    """A LINVIDEO file that is damaged, foreign, or made for another model."""
 
-    A LinVideo that does not know a version refuses it in one sentence.
+    # ComfyUI shows this name, and loads the pack under the path of its folder.
+    __module__ = "linvideo_core.artifact"
+
+
+def refuse(name: str, value: object, expected: str) -> NoReturn:
+    """Raise ArtifactError saying what a field is and what is expected of it."""
+    raise ArtifactError(f"{name} is {_show(value)}; {expected}")
+
+
+def _show(value: object) -> str:
+    """Return a value of unknown origin as a short text of plain characters."""
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**18 else "a huge number"
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= _MAX_TEXT and value.isprintable()
+
+
+def _integer(low: int, high: int) -> Rule:
+    expected = str(low) if low == high else f"a whole number from {low} to {high}"
+    return lambda value: _is_integer(value) and low <= value <= high, f"{expected} is expected"
+
+
+def _number(low: float, high: float) -> Rule:
+    expected = f"a number from {low:g} to {high:g} is expected"
+    return lambda value: _is_number(value) and low <= value <= high, expected
+
+
+def _one_of(choices: tuple[str, ...]) -> Rule:
+    return lambda value: value in choices, f"one of {', '.join(choices)} is expected"
+
+
+def _is_falling_to_zero(sigmas: object) -> bool:
+    if not isinstance(sigmas, tuple) or not all(map(_is_number, sigmas)):
+        return False
+    falls = all(high > low for high, low in itertools.pairwise(sigmas))
+    return not sigmas or (falls and 1 >= sigmas[0] > sigmas[-1] == 0)
+
+
+def _is_sketch(sketch: object) -> bool:
+    is_sized = isinstance(sketch, tuple) and len(sketch) in (0, SKETCH_SIZE)
+    return is_sized and all(_is_number(value) and abs(value) <= 1 for value in sketch)
+
+
+_TEXT: Rule = (_is_text, f"1 to {_MAX_TEXT} printable characters are expected")
+_USAGE_RULES: dict[str, Rule] = {
+    "width": _integer(1, 2**16),
+    "height": _integer(1, 2**16),
+    "num_frames": _integer(1, 2**20),
+    "guidance_scale": _number(0, 1000),
+    "shift": (lambda v: _is_number(v) and 0 < v <= 1000, "a number above 0 is expected"),
+    "steps": _integer(1, 10**6),
+    "sampler": _TEXT,
+    "sigma_from": _number(0, 1),
+    "sigma_to": _number(0, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a file was made at, or how a model is sampled; None is what is not known.
+
+    width, height, num_frames: of the video, in pixels and frames.
+    guidance_scale: classifier-free guidance; 1 is none (a distilled file has it trained in).
+    shift: warp of the noise levels. steps, sampler: "euler", or "lcm" for a distilled file.
+    sigma_from, sigma_to: noise levels that its model works at, such as 1 and 0.875 for Wan 2.2's
+        high-noise expert.
+
+    Raises ArtifactError naming the field that is wrong.
     """
-    if usage.said or weights_sketch:
-        return 3
-    return 1 if form == LinearForm() else 2
+
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    guidance_scale: float | None = None
+    shift: float | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    sigma_from: float | None = None
+    sigma_to: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.said.items():
+            is_valid, expected = _USAGE_RULES[name]
+            if not is_valid(value):
+                refuse(f"usage's {name}", value, expected)
+        if (self.sigma_from is None) != (self.sigma_to is None):
+            refuse("usage's sigma_to", self.sigma_to, "sigma_from and sigma_to come together")
+        if self.sigma_from is not None and self.sigma_from <= self.sigma_to:
+            refuse("usage's sigma_to", self.sigma_to, "less than sigma_from is expected")
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """Return what is known, by name."""
+        return {name: x for name, x in dataclasses.asdict(self).items() if x is not None}
+
+    @classmethod
+    def parse(cls, value: object) -> "Usage":
+        """Return the usage that a JSON object holds; ArtifactError for anything else."""
+        if not isinstance(value, dict) or not value.keys() <= _USAGE_RULES.keys():
+            refuse("usage", value, f"an object of {', '.join(_USAGE_RULES)} is expected")
+        return cls(**value)
+
+
+_RULES: dict[str, Rule] = {
+    "family": _TEXT,
+    "fingerprint": _TEXT,
+    "weights_digest": (
+        lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) is not None,
+        "16 hexadecimal digits are expected",
+    ),
+    "num_layers": _integer(1, 1000),
+    "feature_map": _one_of(FEATURE_MAPS),
+    "feature_dim": (
+        lambda v: _is_integer(v) and 2 <= v <= 8192 and v % 2 == 0,
+        "an even number from 2 to 8192 is expected",
+    ),
+    "map_sharing": _one_of(MAP_SHARINGS),
+    "output_gate": (lambda v: isinstance(v, bool), "true or false is expected"),
+    "window": (
+        lambda v: _is_integer(v) and 0 <= v <= 2**20 and v != 1,
+        "0, or 2 or more tokens are expected",
+    ),
+    "parameters": _one_of(PARAMETERS),
+    "objective": _TEXT,
+    "steps": _integer(0, 10**9),
+    "sigmas": (
+        _is_falling_to_zero,
+        "an empty list or noise levels that fall from at most 1 to 0 are expected",
+    ),
+    "usage": (lambda v: isinstance(v, Usage), "a Usage is expected"),
+    "weights_sketch": (
+        _is_sketch,
+        f"an empty list or {SKETCH_SIZE} numbers from -1 to 1 are expected",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArtifactHeader:
     """What an artifact says of itself.
 
-    family, fingerprint: the architecture that it fits, in `adapters`' words.
-    weights_digest: the weights that it was trained from, `attention_sites.weights_digest`.
-    layers: the linear layers, each once and ascending, of the model's `num_layers`.
-    site_names: for each of `layers` the module that holds its attention.
-    parameters: which weights were trained beside the feature maps: "full", "lora" or none,
-        "feature_maps".
-    lora_rank: 0 unless "lora".
-    feature_map, feature_dim, map_sharing, output_gate, window: the linear attention, in
-        `attention.LinearForm`'s words.
+    format_version: of the file; the lowest that says all of it is taken, see `version_for`.
+    family, fingerprint: the architecture that it fits, see `models.attention_sites.fingerprint`.
+    weights_digest, weights_sketch: of the weights that it was trained from, see
+        `models.base_weights`; the sketch is empty where there is none.
+    linear_layers: the layers that become linear, ascending, of the model's `num_layers`.
+    site_names: for each of them the module that holds its attention.
+    feature_map, feature_dim, map_sharing, output_gate, window: see `models.attention.LinearForm`.
+    parameters: the weights trained beside the feature maps: "full", "lora" (of `lora_rank`) or
+        "feature_maps", none.
     objective, steps: what was trained, and for how many training steps.
     sigmas: the sampling grid that a distilled model is bound to, empty for any other.
     usage: how the file wants to be used, as far as it says.
-    weights_sketch: of the weights that it was trained from, `weights_sketch` beside it; empty for
-        a file that has none.
     provenance: how the file was made, for its reader.
 
     Raises ArtifactError naming the field that is wrong.
@@ -64,7 +202,7 @@ class ArtifactHeader:
     family: str
     fingerprint: str
     weights_digest: str
-    layers: tuple[int, ...]
+    linear_layers: tuple[int, ...]
     site_names: tuple[str, ...]
     num_layers: int
     feature_map: str = "hedgehog"
@@ -81,58 +219,63 @@ class ArtifactHeader:
     usage: Usage = dataclasses.field(default_factory=Usage)
     weights_sketch: tuple[float, ...] = ()
 
-    @property
-    def form(self) -> LinearForm:
-        """Return what the linear layers are made of."""
-        return LinearForm(**{name: getattr(self, name) for name in _FORM_FIELDS})
-
     def __post_init__(self) -> None:
-        _check_version(self.format_version)
-        for name in ("family", "fingerprint", "weights_digest", "objective"):
-            check_text(name, getattr(self, name))
-        if not re.fullmatch("[0-9a-f]{16}", self.weights_digest):
-            refuse("weights_digest", self.weights_digest, "16 hexadecimal digits are expected")
-        for name, choices in (
-            ("feature_map", FEATURE_MAPS),
-            ("map_sharing", MAP_SHARINGS),
-            ("parameters", PARAMETERS),
-        ):
-            if getattr(self, name) not in choices:
-                refuse(name, getattr(self, name), f"one of {', '.join(choices)} is expected")
-        check_integer("num_layers", self.num_layers, 1, _MAX_LAYERS)
-        check_integer("feature_dim", self.feature_dim, 2, _MAX_FEATURE_DIM)
-        if self.feature_dim % 2:
-            refuse("feature_dim", self.feature_dim, "an even number is expected")
-        if not isinstance(self.output_gate, bool):
-            refuse("output_gate", self.output_gate, "true or false is expected")
-        check_integer("window", self.window, 0, _MAX_WINDOW)
-        if self.window == 1:
-            refuse("window", self.window, "0, or 2 or more tokens are expected")
-        self._check_usage()
-        is_lora = self.parameters == "lora"
-        check_integer("lora_rank", self.lora_rank, *((1, _MAX_RANK) if is_lora else (0, 0)))
-        check_integer("steps", self.steps, 0, _MAX_STEPS)
-        _check_layers(self.layers, self.num_layers)
-        _check_site_names(self.site_names, self.layers)
-        _check_sigmas(self.sigmas)
-        _check_provenance(self.provenance)
-
-    def _check_usage(self) -> None:
-        if not isinstance(self.usage, Usage):
-            refuse("usage", self.usage, "a Usage is expected")
-        _check_sketch(self.weights_sketch)
+        check_version(self.format_version)
+        rank = _integer(1, 65536) if self.parameters == "lora" else _integer(0, 0)
+        for name, (is_valid, expected) in {**_RULES, "lora_rank": rank}.items():
+            if not is_valid(getattr(self, name)):
+                refuse(name, getattr(self, name), expected)
         needed = version_for(self.form, self.usage, self.weights_sketch)
         if self.format_version < needed:
             refuse("format_version", self.format_version, f"{needed} is expected for what it says")
+        self._check_layers()
+        _check_provenance(self.provenance)
+
+    @property
+    def form(self) -> LinearForm:
+        """Return what the linear layers are made of."""
+        names = [field.name for field in dataclasses.fields(LinearForm)]
+        return LinearForm(**{name: getattr(self, name) for name in names})
+
+    @property
+    def base_weights(self) -> BaseWeights:
+        """Return what tells the weights that it was trained from."""
+        return BaseWeights(digest=self.weights_digest, sketch=self.weights_sketch)
+
+    def tensor_shapes(
+        self, num_heads: int | str = "N", head_dim: int | str = "D"
+    ) -> dict[str, list[int | str]]:
+        """Return the shapes of a layer's tensors by their names in `LinearAttention`."""
+        num_maps = 1 if self.map_sharing == "shared" else num_heads
+        maps = [num_maps, head_dim, self.feature_dim // 2]
+        shapes = {"query_map": maps, "key_map": maps}
+        if self.output_gate:
+            shapes["gate"] = [num_heads, head_dim]
+        if self.window:
+            shapes["window_mix"] = [num_heads]
+        return shapes
+
+    def _check_layers(self) -> None:
+        layers, names = self.linear_layers, self.site_names
+        if not isinstance(layers, tuple) or not layers or not all(map(_is_integer, layers)):
+            refuse("linear_layers", layers, "the numbers of one layer or more are expected")
+        for layer in layers:
+            if not 0 <= layer < self.num_layers:
+                has_none = f"a model of {self.num_layers} layers has no layer {_show(layer)}"
+                refuse("linear_layers", layers, has_none)
+        if list(layers) != sorted(set(layers)):
+            refuse("linear_layers", layers, "each layer once, in ascending order, is expected")
+        is_list = isinstance(names, tuple) and all(map(_is_text, names))
+        if not is_list or len(set(names)) != len(names) or len(names) != len(layers):
+            expected = f"{len(layers)} module names, each once, are expected"
+            refuse("site_names", names, expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Artifact:
-    """Everything that makes a model linear where it may be.
+    """Everything that makes chosen layers of a model linear.
 
-    feature_maps: layer -> query map and key map, [N, D, M/2] each, N being 1 if heads share one.
-    gates: layer -> output gate [N, D], for a header with output_gate.
-    window_mixes: layer -> share of the local softmax [N], for a header with a window.
+    linear: layer -> the tensors of its `LinearAttention` by name, see `tensor_shapes`.
     deltas: parameter name -> change, of the parameter's shape.
     low_rank: name of a linear layer -> down [R, in] and up [out, R]; the change is `up down`.
 
@@ -140,23 +283,12 @@ class Artifact:
     """
 
     header: ArtifactHeader
-    feature_maps: Mapping[int, tuple[Tensor, Tensor]]
+    linear: Mapping[int, Mapping[str, Tensor]]
     deltas: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-    gates: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
-    window_mixes: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.validate()
-
-    def linear_tensors(self, layer: int) -> dict[str, Tensor]:
-        """Return the tensors of a layer's linear attention by their names in `LinearAttention`."""
-        query_map, key_map = self.feature_maps[layer]
-        tensors = {"query_map": query_map, "key_map": key_map}
-        for name, added in (("gate", self.gates), ("window_mix", self.window_mixes)):
-            if layer in added:
-                tensors[name] = added[layer]
-        return tensors
 
     def validate(self) -> None:
         """Raise ArtifactError when header and tensors contradict each other."""
@@ -166,130 +298,80 @@ class Artifact:
         if bool(self.low_rank) != (parameters == "lora"):
             there = "are there" if self.low_rank else "are missing"
             raise ArtifactError(f"parameters is {parameters!r}, yet LoRA tensors {there}")
-        _check_feature_maps(self.header, self.feature_maps)
-        _check_added("output gate", self.header, self.header.output_gate, self.gates, 2)
-        _check_added("window mix", self.header, self.header.window > 0, self.window_mixes, 1)
+        if differing := sorted(set(self.header.linear_layers) ^ set(self.linear)):
+            fault = "is not linear, yet has tensors"
+            if differing[0] not in self.linear:
+                fault = "is linear, yet its tensors are missing"
+            raise ArtifactError(f"layer {differing[0]} {fault}")
+        for layer, tensors in self.linear.items():
+            _check_tensors(layer, tensors, self.header)
+        for name in (*self.deltas, *self.low_rank):
+            if not _is_text(name):
+                refuse("a changed weight's name", name, _TEXT[1])
         for name, delta in self.deltas.items():
-            check_text("parameter name", name)
-            _check_dtype(f"the change of {name}", delta)
+            _check_tensor(f"the change of {name}", delta)
         for name, pair in self.low_rank.items():
-            check_text("layer name", name)
-            _check_low_rank(self.header, name, *pair)
+            _check_low_rank(name, *pair, rank=self.header.lora_rank)
 
 
-def _check_version(version: object) -> None:
-    if not is_integer(version) or version < 1:
+def check_version(version: object) -> None:
+    """Raise ArtifactError unless this LinVideo reads files of a version."""
+    if not _is_integer(version) or version < 1:
         refuse("format_version", version, "a whole number from 1 is expected")
     if version > FORMAT_VERSION:
         expected = f"this LinVideo reads version {FORMAT_VERSION}: update LinVideo"
         refuse("format_version", version, expected)
 
 
-def _check_layers(layers: object, num_layers: int) -> None:
-    if not isinstance(layers, tuple) or not layers or not all(map(is_integer, layers)):
-        refuse("layers", layers, "the numbers of one linear layer or more are expected")
-    for layer in layers:
-        if not 0 <= layer < num_layers:
-            refuse("layers", layers, f"a model of {num_layers} layers has no layer {show(layer)}")
-    if list(layers) != sorted(set(layers)):
-        refuse("layers", layers, "each layer once, in ascending order, is expected")
-
-
-def _check_site_names(names: object, layers: tuple[int, ...]) -> None:
-    if not isinstance(names, tuple) or len(names) != len(layers):
-        refuse("site_names", names, f"{len(layers)} module names, one a layer, are expected")
-    for name in names:
-        check_text("site_names", name)
-    if len(set(names)) != len(names):
-        refuse("site_names", names, "each module once is expected")
-
-
-def _check_sigmas(sigmas: object) -> None:
-    expected = "an empty list or noise levels that fall from at most 1 to 0 are expected"
-    if not isinstance(sigmas, tuple) or not all(
-        isinstance(sigma, float) or is_integer(sigma) for sigma in sigmas
-    ):
-        refuse("sigmas", sigmas, expected)
-    falls = all(high > low for high, low in itertools.pairwise(sigmas))
-    if sigmas and not (falls and 1 >= sigmas[0] > sigmas[-1] == 0):
-        refuse("sigmas", sigmas, expected)
-
-
-def _check_sketch(sketch: object) -> None:
-    expected = f"an empty list or {SKETCH_SIZE} numbers from -1 to 1 are expected"
-    if not isinstance(sketch, tuple) or len(sketch) not in (0, SKETCH_SIZE):
-        refuse("weights_sketch", sketch, expected)
-    if not all(is_number(value) and abs(value) <= 1 for value in sketch):
-        refuse("weights_sketch", sketch, expected)
+def version_for(form: LinearForm, usage: Usage, weights_sketch: tuple[float, ...]) -> int:
+    """Return the lowest format version that says all of this, so that older LinVideos read it."""
+    if usage.said or weights_sketch:
+        return 3
+    return 1 if form == LinearForm() else 2
 
 
 def _check_provenance(provenance: object) -> None:
     if not isinstance(provenance, Mapping):
         refuse("provenance", provenance, "names with texts or numbers are expected")
     for name, value in provenance.items():
-        check_text("provenance's name", name)
-        is_small = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-        if not (isinstance(value, str) or (is_small and math.isfinite(value))):
-            refuse(f"provenance's {show(name)}", value, "a text or a finite number is expected")
+        is_small = _is_text(name) and (not isinstance(value, int) or abs(value) < 2**63)
+        if not is_small or (not isinstance(value, str | bool) and not _is_number(value)):
+            refuse(f"provenance's {_show(name)}", value, "a text or a finite number is expected")
 
 
-def _check_dtype(what: str, tensor: Tensor) -> None:
+def _check_tensor(what: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise ArtifactError(f"{what} holds {tensor.dtype}; fp16, bf16 or fp32 is expected")
     if 0 in tensor.shape:
         raise ArtifactError(f"{what} is empty, of shape {list(tensor.shape)}")
 
 
-def _check_feature_maps(
-    header: ArtifactHeader, feature_maps: Mapping[int, tuple[Tensor, Tensor]]
-) -> None:
-    half = header.feature_dim // 2
-    for layer in header.layers:
-        if layer not in feature_maps:
-            raise ArtifactError(f"layer {layer} is linear, yet its feature maps are missing")
-    if extra := sorted(set(feature_maps) - set(header.layers)):
-        raise ArtifactError(f"layer {extra[0]} has feature maps, yet it is not a linear layer")
-    for layer, pair in feature_maps.items():
-        for side, feature_map in zip(("query_map", "key_map"), pair, strict=True):
-            _check_dtype(f"{side} of layer {layer}", feature_map)
-            is_shared = header.map_sharing == "shared"
-            is_matrix = feature_map.ndim == 3 and feature_map.shape[2] == half
-            if not is_matrix or (is_shared and feature_map.shape[0] != 1):
-                raise ArtifactError(
-                    f"{side} of layer {layer} has shape {list(feature_map.shape)}; "
-                    f"[{'1' if is_shared else 'N'}, D, {half}] is expected, as feature_dim is "
-                    f"{header.feature_dim} and map_sharing {header.map_sharing}"
-                )
-        if pair[0].shape != pair[1].shape:
-            shapes = " and ".join(str(list(feature_map.shape)) for feature_map in pair)
-            raise ArtifactError(f"query_map and key_map of layer {layer} differ in shape: {shapes}")
-
-
-def _check_added(
-    what: str, header: ArtifactHeader, is_there: bool, added: Mapping[int, Tensor], ndim: int
-) -> None:
-    """Check a part that every linear layer has, or none."""
-    if differing := sorted(set(header.layers if is_there else ()) ^ set(added)):
-        state = "is missing" if is_there else "is there, yet the header has none"
-        layer = differing[0]
-        if is_there and layer in added:
-            state = "is there, yet it is not a linear layer"
-        raise ArtifactError(f"the {what} of layer {layer} {state}")
-    for layer, tensor in added.items():
-        _check_dtype(f"the {what} of layer {layer}", tensor)
-        if tensor.ndim != ndim:
-            shape = "[N, D]" if ndim == 2 else "[N]"
+def _check_tensors(layer: int, tensors: Mapping[str, Tensor], header: ArtifactHeader) -> None:
+    """Check a linear layer's tensors; N and D are whatever the first that has them says."""
+    shapes = header.tensor_shapes()
+    if differing := sorted(shapes.keys() ^ tensors.keys()):
+        fault = "is missing" if differing[0] in shapes else "is there, yet the header has none"
+        raise ArtifactError(f"the {differing[0]!a} of layer {layer} {fault}")
+    sizes: dict[int | str, int] = {}
+    for name, expected in shapes.items():
+        what, found = f"the {name} of layer {layer}", list(tensors[name].shape)
+        _check_tensor(what, tensors[name])
+        for key, size in zip(expected, found, strict=False):
+            sizes.setdefault(key, size if isinstance(key, str) else key)
+        if len(found) != len(expected) or found != [sizes[key] for key in expected]:
+            shape = f"[{', '.join(map(str, expected))}]"
+            known = ", ".join(f"{key} = {n}" for key, n in sizes.items() if isinstance(key, str))
             raise ArtifactError(
-                f"the {what} of layer {layer} has shape {list(tensor.shape)}; {shape} is expected"
+                f"{what} has shape {found}; {shape} is expected{known and ' with '}{known}, as "
+                f"feature_dim is {header.feature_dim} and map_sharing {header.map_sharing}"
             )
 
 
-def _check_low_rank(header: ArtifactHeader, name: str, down: Tensor, up: Tensor) -> None:
-    _check_dtype(f"lora_down of {name}", down)
-    _check_dtype(f"lora_up of {name}", up)
-    R = header.lora_rank
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != R or up.shape[1] != R:
+def _check_low_rank(name: str, down: Tensor, up: Tensor, *, rank: int) -> None:
+    _check_tensor(f"lora_down of {name}", down)
+    _check_tensor(f"lora_up of {name}", up)
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != rank or up.shape[1] != rank:
         raise ArtifactError(
-            f"the LoRA of {name} has shapes {list(down.shape)} and {list(up.shape)}; [{R}, in] and "
-            f"[out, {R}] are expected, as lora_rank is {R}"
+            f"the LoRA of {name} has shapes {list(down.shape)} and {list(up.shape)}; "
+            f"[{rank}, in] and [out, {rank}] are expected, as lora_rank is {rank}"
         )

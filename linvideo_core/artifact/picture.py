@@ -1,16 +1,17 @@
 """A picture of a LINVIDEO file: its layers, sizes, training and origin, readable when it is small.
 
-Colours and face are those of the plots.
+It is drawn in the font that Pillow carries, so nothing but Pillow is needed.
 """
 
 import textwrap
+import unicodedata
 from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..run.drawing import BLUE, INK, PAPER, QUIET, VERMILION, find_font
-from . import Artifact
-from .summary import count_bytes, describe, headline, show_bytes
+from ..run.drawing import BLUE, INK, PAPER, QUIET, VERMILION
+from .header import Artifact
+from .summary import count_bytes, describe, show_bytes, title
 
 _WIDTH, _MARGIN = 1024, 44
 _INNER = _WIDTH - 2 * _MARGIN
@@ -42,10 +43,11 @@ class _Page:
 
     def write(self, text: str, size: int, colour: str, *, bold: bool = False) -> None:
         """Write a text over the page's whole width, cut to a few lines."""
-        font = _font(size, bold=bold)
+        font = ImageFont.load_default(size)
         for line in _wrap(text, font, _INNER):
             top = self.reserve(round(1.35 * size))
-            self.draw.text((_MARGIN, top), line, colour, font)
+            # Pillow's font has no bold face: a stroke around the letters makes one.
+            self.draw.text((_MARGIN, top), line, colour, font, stroke_width=int(bold))
 
     def finish(self) -> Image.Image:
         """Return the page, cut where it ends."""
@@ -59,7 +61,7 @@ def draw_summary(artifact: Artifact, *, note: str = "") -> Image.Image:
     """
     facts = describe(artifact)
     page = _Page()
-    page.write(headline(artifact.header), 48, INK, bold=True)
+    page.write(title(artifact.header), 48, INK, bold=True)
     page.write(artifact.header.fingerprint, 28, QUIET)
     page.reserve(22)
     _draw_layers(page, artifact)
@@ -77,11 +79,11 @@ def draw_summary(artifact: Artifact, *, note: str = "") -> Image.Image:
 
 def _draw_layers(page: _Page, artifact: Artifact) -> None:
     """Draw a box for each layer, in rows of equal length: numbered and filled where linear."""
-    total, linear = artifact.header.num_layers, set(artifact.header.layers)
+    total, linear = artifact.header.num_layers, set(artifact.header.linear_layers)
     num_rows = -(-total // _MAX_CELLS)
     per_row = -(-total // num_rows)
     step = min((_INNER + _GAP) / per_row, 2 * _CELL_HEIGHT)
-    font = _font(22 if total > 100 else 26)
+    font = ImageFont.load_default(22 if total > 100 else 26)
     for start in range(0, total, per_row):
         top = page.reserve(_CELL_HEIGHT + 10)
         for layer in range(start, min(start + per_row, total)):
@@ -111,7 +113,7 @@ def _draw_sizes(page: _Page, artifact: Artifact) -> None:
 
 
 def _draw_legend(page: _Page, entries: tuple[tuple[str, str], ...]) -> None:
-    font, left = _font(24), _MARGIN
+    font, left = ImageFont.load_default(24), _MARGIN
     top = page.reserve(58)
     for colour, text in entries:
         page.draw.rounded_rectangle((left, top + 5, left + 20, top + 25), 4, colour)
@@ -120,7 +122,7 @@ def _draw_legend(page: _Page, entries: tuple[tuple[str, str], ...]) -> None:
 
 
 def _draw_fact(page: _Page, name: str, text: str) -> None:
-    font = _font(26)
+    font = ImageFont.load_default(26)
     label = next(_wrap(name, font, _VALUES_AT - _MARGIN - 16, max_lines=1))
     for i, line in enumerate(_wrap(text, font, _WIDTH - _MARGIN - _VALUES_AT)):
         top = page.reserve(_LINE)
@@ -132,7 +134,11 @@ def _draw_fact(page: _Page, name: str, text: str) -> None:
 def _wrap(
     text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: int = _MAX_LINES
 ) -> Iterator[str]:
-    """Yield the lines of a text that fit into `width` pixels; the last says when more is left."""
+    """Yield the lines of a text that fit into `width` pixels; the last ends in … if it is cut.
+
+    Accents are taken away: the font has plain letters.
+    """
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     per_line = max(1, int(width * len(text) / max(font.getlength(text), 1)))
     while True:
         lines = textwrap.wrap(text, per_line, max_lines=max_lines, placeholder=" …") or [""]
@@ -140,7 +146,3 @@ def _wrap(
             break
         per_line -= 1
     yield from lines
-
-
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(find_font(bold=bold)), size)

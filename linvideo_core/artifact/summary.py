@@ -1,37 +1,43 @@
-"""What an artifact says of itself, in words for a reader."""
+"""In words: what an artifact says of itself, and how a sampling differs from what it wants."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from .header import Artifact, ArtifactHeader
-from .usage import Usage
+from ..flow import make_sigmas
+from .header import Artifact, ArtifactHeader, Usage
 
 _MAX_TEXT, _MAX_ORIGIN = 400, 80
+# Noise levels that count as the same. Two experts' schedules are cut between two steps, not at the
+# boundary itself, so at a range's ends more is allowed.
+_NEAR_LEVEL, _NEAR_RANGE = 2e-3, 0.03
+# As many times fewer steps than a file was made in are too few without distillation.
+_FEW = 4
 
 
-def headline(header: ArtifactHeader) -> str:
+def title(header: ArtifactHeader) -> str:
     """Say how many of the model's layers are linear."""
-    count, total = len(header.layers), header.num_layers
+    count, total = len(header.linear_layers), header.num_layers
     return f"{count} of {total} layers {'is' if count == 1 else 'are'} linear"
 
 
 def describe(artifact: Artifact) -> dict[str, str]:
-    """Return what a reader wants to know of an artifact: name -> printable text, in order."""
+    """Return what an artifact says of itself: name -> printable text, in order."""
     header = artifact.header
+    origin = (f"{name} {value}" for name, value in header.provenance.items())
     facts = {
         "model": header.fingerprint,
         "weights": header.weights_digest,
-        "linear layers": ", ".join(map(str, header.layers)),
+        "linear layers": ", ".join(map(str, header.linear_layers)),
         "trained": f"{header.objective}, {_count(header.steps, 'step')}",
         "feature maps": _describe_maps(header),
         "weight changes": _describe_changes(artifact),
         "size": ", ".join(f"{name} {show_bytes(n)}" for name, n in count_bytes(artifact).items()),
         "video": describe_size(header.usage),
         "sampling": _describe_sampling(header),
+        "made with": ", ".join(_printable(text, _MAX_ORIGIN) for text in origin) or "not said",
     }
-    made = (f"{name} {value}" for name, value in header.provenance.items())
-    facts["made with"] = ", ".join(_printable(text, _MAX_ORIGIN) for text in made) or "not said"
     return {name: _printable(text, _MAX_TEXT) for name, text in facts.items()}
 
 
@@ -39,19 +45,15 @@ def describe_size(usage: Usage) -> str:
     """Say at which size of video a file was made."""
     frames = f"{usage.num_frames} frames" if usage.num_frames else ""
     size = f"{usage.width} x {usage.height}" if usage.width and usage.height else ""
-    return ", ".join(part for part in (size, frames) if part) or "not said"
+    return ", ".join(filter(None, (size, frames))) or "not said"
 
 
 def count_bytes(artifact: Artifact) -> dict[str, int]:
-    """Return the bytes of an artifact's tensors: linear layers' own, and weight changes.
-
-    Gates and windows count as feature maps. As the tensors are in memory: of a loaded file, its
-    tensors' bytes on disk.
-    """
+    """Return the bytes of an artifact's tensors: those of linear attention, and weight changes."""
     low_rank = (factor for pair in artifact.low_rank.values() for factor in pair)
-    maps = (x for layer in artifact.feature_maps for x in artifact.linear_tensors(layer).values())
+    linear = (tensor for tensors in artifact.linear.values() for tensor in tensors.values())
     return {
-        "feature maps": _sum_bytes(maps),
+        "feature maps": _sum_bytes(linear),
         "weight changes": _sum_bytes([*artifact.deltas.values(), *low_rank]),
     }
 
@@ -71,14 +73,14 @@ def _describe_sampling(header: ArtifactHeader) -> str:
         grid = ", ".join(f"{sigma:.4g}" for sigma in header.sigmas)
         bound = f"{_count(len(header.sigmas) - 1, 'step')}: sigmas {grid}"
     steps = "" if header.sigmas or usage.steps is None else _count(usage.steps, "step")
-    made = [" of ".join(part for part in (steps, usage.sampler) if part)]
+    made = [" of ".join(filter(None, (steps, usage.sampler)))]
     if usage.guidance_scale is not None:
         made.append(f"guidance {usage.guidance_scale:g}")
     if usage.shift is not None:
         made.append(f"shift {usage.shift:g}")
     if usage.sigma_from is not None:
         made.append(f"noise levels from {usage.sigma_from:g} to {usage.sigma_to:g}")
-    said = ", ".join(part for part in made if part)
+    said = ", ".join(filter(None, made))
     return f"{bound}; made at {said}" if said else bound
 
 
@@ -94,13 +96,12 @@ def _describe_maps(header: ArtifactHeader) -> str:
 
 
 def _describe_changes(artifact: Artifact) -> str:
-    parts = []
     if artifact.low_rank:
         weights = _count(len(artifact.low_rank), "weight")
-        parts.append(f"LoRA of rank {artifact.header.lora_rank} on {weights}")
+        return f"LoRA of rank {artifact.header.lora_rank} on {weights}"
     if artifact.deltas:
-        parts.append(f"{_count(len(artifact.deltas), 'weight')} changed as a whole")
-    return ", ".join(parts) or "none"
+        return f"{_count(len(artifact.deltas), 'weight')} changed as a whole"
+    return "none"
 
 
 def _count(number: int, noun: str) -> str:
@@ -112,6 +113,91 @@ def _sum_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _printable(text: str, max_length: int) -> str:
-    """Make one line of a text, whatever it holds, and cut it to a length that can be read."""
+    """Make one printable line of any text, cut to a length."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= max_length else line[: max_length - 1] + "…"
+
+
+def find_differences(
+    header: ArtifactHeader, sampled: Usage, sigmas: Sequence[float] = ()
+) -> list[str]:
+    """Say how a sampling differs from how a file wants to be used, one short sentence each.
+
+    sampled: how its model is sampled, as far as that is known; a guidance of 1 is none.
+    sigmas: noise levels of this sampling, or of a part of one; each but the last is a step.
+
+    What the file does not say, and what is not known of the sampling, is passed over.
+    """
+    usage = header.usage
+    return [
+        *_compare_size(usage, sampled),
+        *_compare_guidance(usage.guidance_scale, sampled.guidance_scale),
+        *_compare_shift(usage.shift, sampled.shift),
+        *_compare_levels(header, sampled.sampler, sigmas),
+        *_compare_steps(header, sigmas),
+        *_compare_range(usage, sigmas),
+    ]
+
+
+def _compare_size(usage: Usage, sampled: Usage) -> Iterator[str]:
+    names = usage.said.keys() & sampled.said.keys() & {"width", "height", "num_frames"}
+    if any(getattr(usage, name) != getattr(sampled, name) for name in names):
+        yield f"{describe_size(sampled)}, but the file was made at {describe_size(usage)}"
+
+
+def _compare_guidance(made: float | None, found: float | None) -> Iterator[str]:
+    if _is_like(made, found):
+        return
+    if made == 1:
+        yield f"cfg {found:g}, but guidance is trained into the file: set cfg to 1"
+    elif found == 1:
+        yield f"no guidance (cfg 1), but the file was made at cfg {made:g}"
+    else:
+        yield f"cfg {found:g}, but the file was made at {made:g}"
+
+
+def _compare_shift(made: float | None, found: float | None) -> Iterator[str]:
+    if not _is_like(made, found):
+        yield f"shift {found:g}, but the file was made at {made:g}"
+
+
+def _compare_levels(
+    header: ArtifactHeader, sampler: str | None, sigmas: Sequence[float]
+) -> Iterator[str]:
+    """Compare with the few levels and the sampler that a distilled file is bound to."""
+    if not header.sigmas:
+        return
+    if any(min(abs(level - s) for level in header.sigmas) > _NEAR_LEVEL for s in sigmas):
+        yield (
+            f"other noise levels than the {len(header.sigmas) - 1} steps that the file was "
+            "distilled for: LinVideo Few-Step Sampler has them"
+        )
+    made = header.usage.sampler
+    if made is not None and sampler is not None and made != sampler:
+        yield f"sampler {sampler}, but the file was distilled for {made}"
+
+
+def _compare_steps(header: ArtifactHeader, sigmas: Sequence[float]) -> Iterator[str]:
+    """Find a file that was not distilled sampled in few steps."""
+    usage, steps = header.usage, len(sigmas) - 1
+    if header.sigmas or usage.steps is None or usage.shift is None or steps < 1:
+        return
+    grid = make_sigmas(usage.steps, usage.shift)[:-1]
+    made = int(((grid > sigmas[-1]) & (grid <= sigmas[0] + _NEAR_LEVEL)).sum())
+    if _FEW * steps <= made:
+        yield f"{steps} steps, but the file was made in {made} and not distilled for few"
+
+
+def _compare_range(usage: Usage, sigmas: Sequence[float]) -> Iterator[str]:
+    if usage.sigma_from is None or usage.sigma_to is None:
+        return
+    low, high = usage.sigma_to - _NEAR_RANGE, usage.sigma_from + _NEAR_RANGE
+    if outside := sum(not low <= sigma <= high for sigma in sigmas[:-1]):
+        yield (
+            f"{outside} of {len(sigmas) - 1} steps at noise levels that the file was not made "
+            f"for: its own go from {usage.sigma_from:g} to {usage.sigma_to:g}"
+        )
+
+
+def _is_like(made: float | None, found: float | None) -> bool:
+    return made is None or found is None or math.isclose(made, found, rel_tol=0.01)

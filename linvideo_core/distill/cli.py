@@ -26,12 +26,14 @@ from ..evaluate.comparison import (
 )
 from ..evaluate.entrants import find_entrants, load_first_stage, name_of
 from ..models.attention_sites import shapes_of
+from ..run.callbacks import Callbacks
 from ..run.config import parse, to_json
+from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
 from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
 from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import Progress, TqdmProgress, silent
+from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
 from ..teacher.teacher import load_teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
@@ -93,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "regression_weight": 1.0,
         "warmup_steps": 50,
         "ema_decay": 0.98,
-        "cuda_graphs": True,
+        "compile": True,
         "checkpoint_every": 250,
         "log_every": 10,
         "evaluate_samples": 1000,
@@ -103,7 +105,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def run(
-    config: DistillConfig, progress: Progress = silent, processes: ProcessGroup = SINGLE_PROCESS
+    config: DistillConfig,
+    callbacks: Callbacks | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
 
@@ -122,20 +126,28 @@ def run(
     processes.check_batch(config.training.batch_size)
     device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
+    run = Run(
+        folder=config.out,
+        device=device,
+        precision=precision,
+        seed=config.seed,
+        callbacks=callbacks or Callbacks(),
+        processes=processes,
+    )
     first = load_first_stage(config.artifact)
     check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     draft = open_teacher(config.teacher)
     if draft is not None:
         check_distillation(draft, config, first, device, precision, processes.size)
     with processes.in_turn():
-        teacher = load_teacher(draft or config.teacher, config.out, device, progress).to(device)
+        teacher = load_teacher(draft or config.teacher, run).to(device)
     artifact_files.check(first, shapes_of(teacher.model))
     if not is_made:
-        student = make_student(teacher, first, config.distillation, seed=config.seed)
-        with processes.in_turn():
-            open_run(config.out, config, ignore=_FREE_FIELDS)
-        artifact_files.warn_of_other_weights(first, teacher.model)
-        distill(student, teacher, first, config, precision, progress, processes)
+        with make_student(teacher, first, config.distillation, seed=config.seed) as student:
+            with processes.in_turn():
+                open_run(config.out, config, ignore=_FREE_FIELDS)
+            artifact_files.warn_of_other_weights(first, teacher.model)
+            distill(student, teacher, first, config, run)
     metrics_path = config.out / "training" / "metrics.jsonl"
     if processes.is_first and metrics_path.exists():
         plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
@@ -144,7 +156,7 @@ def run(
         made = artifact_files.load(path)
         settings = compare_config(config.evaluation, config.trajectories)
         lineup = find_entrants(teacher.model, first, {name_of(made): made}, settings)
-        how = {"seed": config.seed, "precision": precision, "progress": progress}
+        how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
         comparison = compare_few_step(teacher, lineup, settings, **how)
         save_comparison(comparison, config.out)
     return path
@@ -174,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(to_json(config) if processes.is_first else "")
         return
     try:
-        with TqdmProgress(is_shown=processes.is_first) as progress, explained(LOWER_RUN):
-            run(config, progress, processes)
+        with TerminalCallbacks(is_shown=processes.is_first) as callbacks, explained(LOWER_RUN):
+            run(config, callbacks, processes)
     except KeyboardInterrupt:
         if processes.is_first:
             sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")

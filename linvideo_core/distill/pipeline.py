@@ -1,4 +1,4 @@
-"""The stages of a distillation, from a linearized file to its few-step one; `distill` runs them."""
+"""The stages of a distillation, from a linearized file to its few-step one, in order."""
 
 import dataclasses
 import datetime
@@ -12,21 +12,20 @@ from .. import __version__
 from .. import artifact as artifact_files
 from ..artifact import Artifact
 from ..flow import make_sigmas
-from ..models.attention_sites import blocks
 from ..run.config import option
+from ..run.context import Run
 from ..run.devices import device_option, precision_option
-from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import Progress
+from ..run.errors import SettingError
 from ..teacher.teacher import Teacher, TeacherConfig
 from ..teacher.trajectories import Trajectories, TrajectoryConfig, collect, find_usage
 from ..training.trainer import TrainingConfig, fit
+from ..transfer.config import check_frozen_weights
 from ..transfer.evaluation import EvaluationConfig
-from ..transfer.frozen_weights import check_frozen_weights
 from ..transfer.student import Student, accelerated
 from ..transfer.warm_start import WarmStartConfig, fit_feature_maps
 from .monitor import TrainingMonitor
 from .task import DistillationConfig, DistillationTask, check_batch, start_from
-from .teacher_statistics import Endpoints, measure_likeness
+from .teacher_statistics import Endpoints, measure_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -55,32 +54,26 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_batch(self.distillation, self.training)
         if self.teacher.model is not None and self.artifact is None:
-            raise ValueError("--model was given without --artifact; give the file made for it")
-        by = "--train full" if self.distillation.train == "full" else ""
+            raise SettingError(
+                "{model} was given without {artifact}; give the file made for it",
+                "artifact",
+                "model",
+            )
+        by = "train" if self.distillation.train == "full" else ""
         check_frozen_weights(self.teacher.frozen_weights, self.training, by)
 
 
 def distill(
-    student: Student,
-    teacher: Teacher,
-    first: Artifact,
-    config: DistillConfig,
-    precision: str,
-    progress: Progress,
-    processes: ProcessGroup = SINGLE_PROCESS,
+    student: Student, teacher: Teacher, first: Artifact, config: DistillConfig, run: Run
 ) -> None:
-    """Sample the teacher, train the student for few steps, save the artifact in `config.out`."""
-    device = teacher.prompt_embeds.device
-    logger.info("distilling %s on %s in %s, into %s", teacher.name, device, precision, config.out)
-    trajectories = collect(
-        teacher,
-        config.trajectories,
-        config.trajectories.folder_beside(config.out),
-        seed=config.seed,
-        precision=precision,
-        progress=progress,
-        processes=processes,
-    )
+    """Train a student of `make_student` for few steps; save the artifact in the run's folder.
+
+    first: the linearized file that it starts from.
+    """
+    logger.info("distilling %s on %s in %s, into %s", teacher.name, run.device, run.precision,
+                run.folder)  # fmt: skip
+    with student.disabled():
+        trajectories = collect(teacher, config.trajectories, run)
     if config.single_stage:
         fit_feature_maps(
             student.model,
@@ -89,70 +82,55 @@ def distill(
             trajectories,
             config.warm_start,
             config.training,
-            config.out / "warm_start",
+            run.below("warm_start"),
             prompt_dropout=0.0,
-            precision=precision,
-            seed=config.seed,
-            progress=progress,
-            processes=processes,
         )
     else:
         start_from(student, first)
-    task = train(student, teacher, trajectories, config, precision, progress, processes)
-    if not processes.is_first:
-        return
-    made = artifact_files.extract(
-        student.model,
-        teacher.model,
-        parameters=config.distillation.train,
-        objective="dmd2",
-        steps=config.training.steps,
-        provenance=provenance(config, teacher, first),
-        sigmas=task.sigmas.tolist(),
-        usage=dataclasses.replace(
-            find_usage(teacher, config.trajectories),
-            guidance_scale=1.0,
-            steps=config.distillation.num_steps,
-            sampler="lcm",
-        ),
-    )
-    artifact_files.save(made, config.out / ARTIFACT_NAME)
+    task = _train(student, teacher, trajectories, config, run)
+    if run.processes.is_first:
+        made = artifact_files.extract(
+            student.model,
+            teacher.model,
+            parameters=config.distillation.train,
+            objective="dmd2",
+            steps=config.training.steps,
+            provenance=provenance(config, teacher, first),
+            sigmas=task.sigmas.tolist(),
+            usage=dataclasses.replace(
+                find_usage(teacher, config.trajectories),
+                guidance_scale=1.0,
+                steps=config.distillation.num_steps,
+                sampler="lcm",
+            ),
+        )
+        artifact_files.save(made, run.folder / ARTIFACT_NAME)
 
 
-def train(
-    student: Student,
-    teacher: Teacher,
-    trajectories: Trajectories,
-    config: DistillConfig,
-    precision: str,
-    progress: Progress,
-    processes: ProcessGroup = SINGLE_PROCESS,
+def _train(
+    student: Student, teacher: Teacher, trajectories: Trajectories, config: DistillConfig, run: Run
 ) -> DistillationTask:
-    """Train the student against its critic for few steps; return the task that is done."""
-    endings = None
+    """Train the student against its critic; return the finished task."""
+    endpoints = None
     if config.distillation.regression_weight:
         sigmas = make_sigmas(config.distillation.num_steps, config.trajectories.shift)
-        endings = Endpoints(trajectories, float(sigmas[-2]))
+        endpoints = Endpoints(trajectories, float(sigmas[-2]))
     task = DistillationTask(
         student,
         teacher,
-        measure_likeness(trajectories),
+        measure_statistics(trajectories),
         config.distillation,
         training=config.training,
         shift=config.trajectories.shift,
-        precision=precision,
-        seed=config.seed,
-        endings=endings,
-        processes=processes,
+        run=run,
+        endpoints=endpoints,
     )
-    folder = config.out / "training"
-    depths = [blocks(model, student.sites) for model in task.models]
-    told = {"progress": progress, "monitor": TrainingMonitor()}
-    with (
-        accelerated(task.models, student, config.training, processes),
-        processes.sharded(task.models, depths),
-    ):
-        fit(task, config.training, folder, seed=config.seed, processes=processes, **told)
+    try:
+        with accelerated(task.models, student, config.training, run):
+            where = run.below("training")
+            fit(task, config.training, where, stage="distillation", monitor=TrainingMonitor())
+    finally:
+        task.remove_critic()
     return task
 
 

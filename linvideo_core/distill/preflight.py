@@ -5,7 +5,7 @@ from typing import Protocol
 from ..artifact import Artifact, check
 from ..models.families import identify
 from ..teacher.teacher import TeacherCheckpoint
-from ..transfer.frozen_weights import check_offload_alone
+from ..transfer.config import check_offload_alone
 from ..transfer.preflight import (
     Footprint,
     RunConfig,

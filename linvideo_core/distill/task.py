@@ -1,13 +1,15 @@
-"""Distil a linear student to a few steps: its three roles and the task of training it (DMD2).
+"""Distil a linear student to a few steps (DMD2): its three networks and the task of training them.
 
 generator: the student, linear where its file says so; it makes x0 in one call at each of `sigmas`.
 real_score: the softmax teacher with guidance, frozen.
 fake_score: the critic, softmax, which learns the flow of the student's videos; conditional alone.
-With LoRA all three stand on the teacher's one copy of the weights.
+With LoRA all three are one model: the student's changes are on, none are, or the critic's are.
 """
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,19 +17,20 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..demo import DEMO_GUIDANCE_SCALE
-from ..flow import add_noise, make_sigmas, velocity_to_x0
+from ..flow import VelocityFn, add_noise, make_sigmas, velocity_to_x0
 from ..models import lora
 from ..models.attention_sites import checkpoint_activations
 from ..models.velocity import bind, bind_guided
 from ..run.config import option, positive
-from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..run.context import Run
+from ..run.errors import SettingError
 from ..teacher.teacher import Teacher
 from ..training.trainer import ParameterGroup, TrainingConfig
-from ..transfer.objectives import dmd2
-from ..transfer.student import Student, StudentConfig, twin
+from ..transfer.student import Student, StudentConfig
 from ..transfer.warm_start import feature_maps
-from .rollout import draw_exits, simulate_backward
-from .teacher_statistics import Endpoints, TeacherStatistics
+from . import dmd2
+from .rollout import Rollout, draw_exits, draw_rollout, simulate_backward
+from .teacher_statistics import Endpoints, TeacherStatistics, motion_of
 
 _BETAS = (0.0, 0.999)
 
@@ -53,18 +56,20 @@ class DistillationConfig:
         positive(self, "num_steps", "rank", "critic_steps", "critic_learning_rate")
         for name in ("motion_weight", "regression_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} given; a number from 0 "
-                    "upwards is needed"
+                raise SettingError(
+                    f"{{{name}}} {getattr(self, name)} given; a number from 0 upwards is needed",
+                    name,
                 )
 
 
 def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
-    """Raise ValueError when a batch holds no video for each of the steps."""
+    """Raise SettingError when a batch holds no video for each of the steps."""
     if training.batch_size < config.num_steps:
-        raise ValueError(
-            f"--batch-size {training.batch_size} given; --num-steps {config.num_steps} or more is "
-            "needed, a video for each step"
+        raise SettingError(
+            f"{{batch_size}} {training.batch_size} given; {{num_steps}} {config.num_steps} or more "
+            "is needed, a video for each step",
+            "batch_size",
+            "num_steps",
         )
 
 
@@ -77,8 +82,9 @@ def make_student(
     """
     header = artifact.header
     if config.train == "lora" and header.parameters == "full":
-        raise ValueError(
-            "--train lora was given for a file that changes whole weights; use --train full"
+        raise SettingError(
+            "{train} lora was given for a file that changes whole weights; use {train} full",
+            "train",
         )
     settings = StudentConfig(
         parameters=config.train,
@@ -87,8 +93,7 @@ def make_student(
         form=header.form,
     )
     student = Student(teacher, settings, seed=seed)
-    for layer, module in student.mixed.items():
-        module.harden("linear" if layer in header.layers else "softmax")
+    student.harden(header.linear_layers)
     return student
 
 
@@ -99,9 +104,9 @@ def start_from(student: Student, artifact: Artifact) -> None:
     Low-rank changes go on being trained as they are: they fill the first directions of the
     student's, and where it has more, those begin at zero.
     """
-    for layer in artifact.header.layers:
+    for layer in artifact.header.linear_layers:
         linear = student.mixed[layer].linear
-        for name, found in artifact.linear_tensors(layer).items():
+        for name, found in artifact.linear[layer].items():
             linear.get_parameter(name).copy_(found)
     for name, delta in artifact.deltas.items():
         parameter = student.model.get_parameter(name)
@@ -116,102 +121,105 @@ def start_from(student: Student, artifact: Artifact) -> None:
 
 
 def _head_dim(artifact: Artifact) -> int:
-    return next(iter(artifact.feature_maps.values()))[0].shape[1]
+    return next(iter(artifact.linear.values()))["query_map"].shape[1]
 
 
 class DistillationTask:
-    """The task: a critic update at each step, and in its turn one of the student."""
+    """The task: a critic update at each step, and in its turn one of the student.
+
+    models: all that a step calls, each once.
+    """
 
     def __init__(
         self,
         student: Student,
         teacher: Teacher,
-        likeness: TeacherStatistics,
+        statistics: TeacherStatistics,
         config: DistillationConfig,
         *,
         training: TrainingConfig,
         shift: float,
-        precision: str,
-        seed: int,
-        endings: Endpoints | None = None,
-        processes: ProcessGroup = SINGLE_PROCESS,
+        run: Run,
+        endpoints: Endpoints | None = None,
     ) -> None:
-        """likeness: how the teacher's videos are, to log what the student's have of it.
+        """statistics: of the teacher's videos, to log the student's as shares of them.
 
-        endings: where its trajectories lead, for the regression loss.
+        endpoints: where the teacher's trajectories end, for the regression loss.
         """
         self.student = student
         self.teacher = teacher
-        self.likeness = likeness
-        self.endings = endings
+        self.statistics = statistics
+        self.endpoints = endpoints
         self.config = config
         self.training = training
         self.shift = shift
-        self.precision = precision
-        self.processes = processes
+        self.precision = run.precision
+        self.processes = run.processes
         self.sigmas = make_sigmas(config.num_steps, shift)
-        self.critic, self._critic_names = self._make_critic(seed)
+        self._critic_changes: dict[str, lora.LowRank] = {}
+        self.critic, self._critic_names = self._make_critic(run.seed)
+        self.models = [*dict.fromkeys([teacher.model, student.model, self.critic])]
         if training.activation_checkpointing:
-            for model in (student.model, self.critic):
+            for model in dict.fromkeys([student.model, self.critic]):
                 checkpoint_activations(model, student.sites)
 
     def _make_critic(self, seed: int) -> tuple[nn.Module, list[str]]:
         if self.config.train == "full":
             critic = copy.deepcopy(self.teacher.model).float().requires_grad_(True)
             return critic, [name for name, _ in critic.named_parameters()]
-        critic = twin(self.teacher.model)
-        family, rank = self.student.family, self.student.config.lora_rank
-        given = (family.trainable_prefix, rank, seed + 1, self.teacher.prompt_embeds.device)
-        changes = lora.attach(critic, *given, is_frozen=family.is_frozen)
-        return critic, [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
+        device = self.teacher.prompt_embeds.device
+        self._critic_changes = self.student.add_low_rank(seed + 1, device, adapter="critic")
+        for change in self._critic_changes.values():
+            change.enabled = False
+        names = [f"{name}.critic.{s}" for name in self._critic_changes for s in ("down", "up")]
+        return self.student.model, names
+
+    def remove_critic(self) -> None:
+        """Take the critic's changes out of the student's model."""
+        lora.detach(self.student.model, self._critic_changes, "critic")
+        self._critic_changes = {}
 
     @property
     def critic_weights(self) -> dict[str, nn.Parameter]:
         """The critic's trainable weights by name, as they are now; see `Student.weights`."""
         return {f"critic.{name}": self.critic.get_parameter(name) for name in self._critic_names}
 
-    @property
-    def models(self) -> list[nn.Module]:
-        """All models that a step calls."""
-        return [self.teacher.model, self.student.model, self.critic]
-
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the student's weights and feature maps, then the critic's weights."""
-        maps = {
-            name: parameter
-            for name, parameter in feature_maps(self.student.mixed).items()
-            if self.student.mixed[int(name.partition(".")[0])].choice == "linear"
-        }
-        mine = {"every": self.config.critic_steps, "betas": _BETAS, "player": "generator"}
+        linear = {n: m for n, m in self.student.mixed.items() if m.mode == "linear"}
+        mine = {"every": self.config.critic_steps, "betas": _BETAS, "network": "generator"}
         critic_rate = self.config.critic_learning_rate
         return [
             ParameterGroup(self.student.weights, self.training.learning_rate, **mine),
-            ParameterGroup(maps, self.training.map_learning_rate, **mine),
-            ParameterGroup(self.critic_weights, critic_rate, betas=_BETAS, player="critic"),
+            ParameterGroup(feature_maps(linear), self.training.map_learning_rate, **mine),
+            ParameterGroup(self.critic_weights, critic_rate, betas=_BETAS, network="critic"),
         ]
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Return the critic's loss, plus the student's at every `critic_steps`-th step."""
         is_generator_turn = step % self.config.critic_steps == 0
-        latents, prompt_embeds, exits, on_device = self._arrive(generator)
-        sigma = self.sigmas[exits].to(latents.device)
+        rollout, on_device = self._draw_rollout(generator)
+        prompt_embeds = self.teacher.prompt_embeds[rollout.prompt.to(rollout.noise.device)]
+        latents = simulate_backward(
+            lambda count: self._bind(self.student.model, prompt_embeds[:count]),
+            rollout,
+            self.sigmas,
+        )
+        sigma = self.sigmas[rollout.exits].to(latents.device)
         if is_generator_turn:
             x0, losses = self._learn(latents, sigma, prompt_embeds, generator)
         else:
             with torch.no_grad():
                 x0 = self._predict(latents, sigma, prompt_embeds)
-        draw, shape = self.processes.draw, x0.shape[1:]
-        sigma = draw(len(x0), lambda n: dmd2.draw_score_sigma(n, self.shift, on_device))
-        noise = draw(
-            len(x0), lambda n: torch.randn(n, *shape, generator=on_device, device=x0.device)
-        )
+        sigma, noise = self._draw_score_noise(x0, on_device)
         noisy = add_noise(x0.detach(), noise, sigma)
-        fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, sigma)
+        with self._as_critic():
+            fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, sigma)
         critic_loss = dmd2.critic_loss(fake_velocity, x0, noise)
-        metrics = {"critic_loss": critic_loss.detach(), **self._compare(x0.detach(), exits)}
+        metrics = {"critic_loss": critic_loss.detach(), **self._compare(x0.detach(), rollout.exits)}
         if not is_generator_turn:
             return critic_loss, metrics
-        with torch.no_grad():
+        with torch.no_grad(), self.student.disabled():
             real_velocity = self._guided(prompt_embeds)(noisy, sigma)
         push = dmd2.distribution_push(x0, noisy, sigma, real_velocity, fake_velocity)
         losses["generator"] = dmd2.generator_loss(x0, push)
@@ -220,30 +228,31 @@ class DistillationTask:
         weights["regression"] = self.config.regression_weight
         return critic_loss + sum(weights[name] * loss for name, loss in losses.items()), metrics
 
-    def _arrive(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
-        """Take random prompts to where the student is called last, each at its own exit.
+    @contextlib.contextmanager
+    def _as_critic(self) -> Iterator[None]:
+        """Make the student's model the critic while the context lasts."""
+        enabled = dict.fromkeys(self._critic_changes.values(), True)
+        with self.student.disabled(), lora.switched(enabled):
+            yield
 
-        Returns latents [B, C, F, H, W], prompts [B, S, T], exits [B], a generator on the device: of
-        a process group, this process's share of them.
-        """
+    def _draw_rollout(self, generator: torch.Generator) -> tuple[Rollout, torch.Generator]:
+        """Draw random prompts, exits and noise; return a generator on the device, too."""
         device = self.teacher.prompt_embeds.device
         B = self.training.batch_size
         prompt = torch.randint(len(self.teacher.prompts), (B,), generator=generator)
-        prompt_embeds = self.teacher.prompt_embeds[self.processes.share(prompt).to(device)]
         exits = draw_exits(B, self.config.num_steps, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
         on_device = torch.Generator(device).manual_seed(seed)
-        noise = torch.randn(B, *self.teacher.latent_shape, generator=on_device, device=device)
-        latents = simulate_backward(
-            lambda count: self._bind(self.student.model, prompt_embeds[:count]),
-            self.processes.share(noise),
-            self.sigmas,
-            exits,
-            generator=on_device,
-            processes=self.processes,
-        )
-        return latents, prompt_embeds, self.processes.share(exits), on_device
+        shape = self.teacher.latent_shape
+        return draw_rollout(prompt, exits, shape, on_device, self.processes), on_device
+
+    def _draw_score_noise(self, x0: Tensor, on_device: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the noise levels [B] and noise [B, ...] at which scores are compared."""
+        B, share = self.training.batch_size, self.processes.share
+        sigma = dmd2.draw_score_sigma(B, self.shift, on_device)
+        noise = torch.randn(B, *x0.shape[1:], generator=on_device, device=x0.device)
+        return share(sigma), share(noise)
 
     def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
@@ -252,35 +261,46 @@ class DistillationTask:
     def _learn(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return x0 with a gradient, and the losses that ask no score.
+        """Return x0 with a gradient, and the losses that need no score.
 
-        States that are regressed to their endings join the same call of the student.
+        States that are regressed to their endpoints join the same call of the student.
         """
         B, losses = len(latents), {}
-        if self.endings is not None:
-            states, levels, wanted = self.endings.draw(B, generator, latents.device, self.processes)
+        if self.endpoints is not None:
+            picks = self.processes.share(self.endpoints.pick(self.training.batch_size, generator))
+            states, levels, wanted = self.endpoints.take(picks, latents.device)
             latents, sigma = torch.cat([latents, states.latents]), torch.cat([sigma, levels])
             prompt_embeds = torch.cat([prompt_embeds, self.teacher.prompt_embeds[states.prompt]])
         predicted = self._predict(latents, sigma, prompt_embeds)
         x0 = predicted[:B]
-        if self.endings is not None:
+        if self.endpoints is not None:
             losses["regression"] = dmd2.regression_loss(predicted[B:], wanted)
         if self.config.motion_weight:
-            losses["motion"] = self.likeness.motion_ratio(x0, self.processes).log().square()
+            losses["motion"] = self._motion_ratio(x0).log().square()
         return x0, losses
 
     def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
         """Return what of the teacher's variety all x0 have, and of its motion the last step's."""
         count = int((exits == self.config.num_steps - 1).sum())
+        spread = self.processes.std(x0.float()).mean()
         return {
-            "spread_ratio": self.likeness.spread_ratio(x0, self.processes),
-            "motion_ratio": self.likeness.motion_ratio(x0[:count], self.processes),
+            "spread_ratio": spread / self.statistics.spread,
+            "motion_ratio": self._motion_ratio(x0[:count]),
         }
 
-    def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> Any:
+    def _motion_ratio(self, x0: Tensor) -> Tensor:
+        """Return the motion of all processes' x0 [B, C, F, H, W] over the teacher's; 1 for stills.
+
+        A process of many may have none: B = 0.
+        """
+        if not self.statistics.motion:
+            return torch.ones((), device=x0.device)
+        return self.processes.mean(motion_of(x0), weight=len(x0)) / self.statistics.motion
+
+    def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> VelocityFn:
         return bind(model, prompt_embeds, precision=self.precision)
 
-    def _guided(self, prompt_embeds: Tensor) -> Any:
+    def _guided(self, prompt_embeds: Tensor) -> VelocityFn:
         return bind_guided(
             self.teacher.model,
             prompt_embeds,

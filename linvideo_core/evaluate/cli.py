@@ -32,11 +32,13 @@ from torch import Tensor
 from .. import artifact as artifact_files
 from ..flow import make_sigmas
 from ..models.attention_sites import shapes_of
+from ..run.callbacks import Callbacks
 from ..run.config import option, parse, to_flags, to_json
+from ..run.context import Run
 from ..run.devices import device_option, precision_option, resolve_device, resolve_precision
 from ..run.files import write_text
 from ..run.memory import explained
-from ..run.progress import Progress, TqdmProgress, silent
+from ..run.progress import TerminalCallbacks
 from ..run.records import RESULTS_FOLDER, write_record
 from ..run.tables import show_table
 from ..teacher.teacher import TeacherConfig, load_teacher
@@ -148,7 +150,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
+def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Compare teacher, swapped and student, or steps against quality.
 
     Tables and pictures go into `config.out`.
@@ -164,13 +166,16 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     if config.lora is not None:
         file, sigmas = load_lora(config.lora), config.levels_of_lora()
         lora = FewStepLora(file=file, strength=config.lora_strength, sigmas=sigmas)
-    teacher = load_teacher(config.teacher, config.out, device, progress).to(device)
+    teacher = load_teacher(
+        config.teacher,
+        Run(folder=config.out, device=device, callbacks=callbacks or Callbacks()),
+    ).to(device)
     for artifact in (first, *distilled.values()):
         artifact_files.check(artifact, shapes_of(teacher.model))
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "config.json", to_json(config))
     logger.info("comparing %s with its students on %s in %s", teacher.name, device, precision)
-    how = {"seed": config.seed, "precision": precision, "progress": progress}
+    how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
     if distilled or lora:
         steps = config.numbers_of_plain_steps()
         lineup = find_entrants(
@@ -183,7 +188,7 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     if config.record and distilled:
         record_few_step(FEW_STEP_RECORD_PATH, comparison, list(distilled), config, device)
     elif config.record:
-        count = f"{len(first.header.layers)} of {first.header.num_layers}"
+        count = f"{len(first.header.linear_layers)} of {first.header.num_layers}"
         write_record(
             RECORD_PATH,
             title=f"Embedded model, {count} layers linear, {config.comparison.num_samples} samples",
@@ -240,8 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_dry_run:
         sys.stdout.write(to_json(config))
         return
-    with TqdmProgress() as progress, explained(_LOWER):
-        result = run(config, progress)
+    with TerminalCallbacks() as callbacks, explained(_LOWER):
+        result = run(config, callbacks)
     rows = result["rows"]
     if config.distilled_paths() or config.lora:
         rows = [{key: row[key] for key in FEW_STEP_KEYS if key in row} for row in rows]

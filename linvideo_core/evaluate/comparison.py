@@ -16,8 +16,8 @@ from ..flow import Recipe
 from ..models.attention import LinearAttention, LinearForm
 from ..models.attention_sites import AttentionSite, install, restore, shapes_of
 from ..models.families import identify
+from ..run.callbacks import Callbacks
 from ..run.files import write_json
-from ..run.progress import Progress, silent
 from ..teacher.teacher import Teacher
 from . import plots, video_files
 from .entrants import Entrants
@@ -56,7 +56,7 @@ def compare(
     *,
     seed: int,
     precision: str = "fp32",
-    progress: Progress = silent,
+    callbacks: Callbacks | None = None,
     recipes: Mapping[str, Recipe] | None = None,
 ) -> Comparison:
     """Sample the teacher, then every student, and measure them; on the teacher's device.
@@ -67,7 +67,9 @@ def compare(
     A student's context is entered once, after the teacher was sampled: it may change
     `teacher.model` in place as long as leaving it gives the teacher back.
     """
-    evaluator = Evaluator(teacher, settings, seed=seed, precision=precision, progress=progress)
+    evaluator = Evaluator(
+        teacher, settings, seed=seed, precision=precision, callbacks=callbacks or Callbacks()
+    )
     reference = evaluator.sample("teacher", teacher.model, is_teacher=True)
     evaluator.describe(reference)
     result = Comparison(
@@ -118,7 +120,7 @@ def compare_artifact(
     *,
     seed: int,
     precision: str = "fp32",
-    progress: Progress = silent,
+    callbacks: Callbacks | None = None,
 ) -> Comparison:
     """Compare the teacher, the teacher with the same layers merely swapped, and the student.
 
@@ -126,11 +128,11 @@ def compare_artifact(
     """
     header = artifact.header
     students = {
-        "swapped": swap(teacher.model, header.layers, header.feature_dim, header.form),
-        "student": artifact_files.transfer_into(teacher.model, artifact),
+        "swapped": swap(teacher.model, header.linear_layers, header.feature_dim, header.form),
+        "student": artifact_files.apply(artifact, teacher.model),
     }
     comparison = compare(
-        teacher, students, settings, seed=seed, precision=precision, progress=progress
+        teacher, students, settings, seed=seed, precision=precision, callbacks=callbacks
     )
     comparison.rows[-1]["bytes"] = sum(count_bytes(artifact).values())
     return comparison
@@ -143,10 +145,10 @@ def compare_few_step(
     *,
     seed: int,
     precision: str = "fp32",
-    progress: Progress = silent,
+    callbacks: Callbacks | None = None,
 ) -> Comparison:
     """Compare steps against quality, as `compare` does: the teacher at all steps and a line-up."""
-    how = {"seed": seed, "precision": precision, "progress": progress}
+    how = {"seed": seed, "precision": precision, "callbacks": callbacks}
     result = compare(teacher, lineup.students, settings, recipes=lineup.recipes, **how)
     for name in lineup.unseen:
         del result.frames[name]
@@ -160,7 +162,7 @@ def compare_experts(
     *,
     seed: int,
     precision: str = "fp32",
-    progress: Progress = silent,
+    callbacks: Callbacks | None = None,
 ) -> Comparison:
     """Compare two experts with their students, two models at work on each video.
 
@@ -173,14 +175,14 @@ def compare_experts(
             for side, found in made.items():
                 expert, header = teacher.model.get_submodule(side), found.header
                 stack.enter_context(
-                    artifact_files.transfer_into(expert, found)
+                    artifact_files.apply(found, expert)
                     if is_trained
-                    else swap(expert, header.layers, header.feature_dim, header.form)
+                    else swap(expert, header.linear_layers, header.feature_dim, header.form)
                 )
             yield teacher.model
 
     students = {"swapped": both(is_trained=False), "student": both(is_trained=True)}
-    return compare(teacher, students, settings, seed=seed, precision=precision, progress=progress)
+    return compare(teacher, students, settings, seed=seed, precision=precision, callbacks=callbacks)
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:

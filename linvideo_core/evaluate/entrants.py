@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import artifact as artifact_files
-from ..artifact import Artifact, transfer_into
+from ..artifact import Artifact, apply
 from ..demo import weights_path
 from ..flow import Recipe, make_sigmas
 from .lora_file import LoraFile, fit_lora, with_lora
@@ -43,7 +43,7 @@ def load_second_stages(paths: Sequence[Path], first: Artifact) -> dict[str, Arti
         artifact = artifact_files.load(path)
         if not artifact.header.sigmas:
             raise ValueError(f"{path} is not distilled; give a file that `distill` made")
-        mine, theirs = (list(found.header.layers) for found in (artifact, first))
+        mine, theirs = (list(found.header.linear_layers) for found in (artifact, first))
         if mine != theirs:
             raise ValueError(
                 f"{path} has the linear layers {mine}, the linearized file {theirs}; give the "
@@ -104,18 +104,18 @@ def find_entrants(
         without pictures.
     lora: added to the teacher ("teacher_lora_N") and to the linearized model, without guidance.
     """
-    students = {"linearized": transfer_into(model, linearized)}
+    students = {"linearized": apply(linearized, model)}
     recipes = {}
     own_steps = {len(made.header.sigmas) - 1 for made in distilled.values()}
     for steps in sorted(own_steps | set(plain_steps), reverse=True):
         sigmas = make_sigmas(steps, settings.shift)
         plain = Recipe(sigmas=sigmas, guidance_scale=settings.guidance_scale)
         recipes |= {f"{name}_{steps}_plain": plain for name in ("linearized", "teacher")}
-        students[f"linearized_{steps}_plain"] = transfer_into(model, linearized)
+        students[f"linearized_{steps}_plain"] = apply(linearized, model)
         if steps in plain_steps:
             students[f"teacher_{steps}_plain"] = contextlib.nullcontext(model)
     for name, made in distilled.items():
-        students[name] = transfer_into(model, made)
+        students[name] = apply(made, model)
         recipes[name] = _few_step(torch.tensor(made.header.sigmas))
     if lora is not None:
         # Once for both, so that what does not fit is told once.
@@ -135,5 +135,5 @@ def _few_step(sigmas: Tensor) -> Recipe:
 
 @contextlib.contextmanager
 def _with_both(model: nn.Module, linearized: Artifact, lora: FewStepLora) -> Iterator[nn.Module]:
-    with transfer_into(model, linearized), with_lora(model, lora.file, strength=lora.strength):
+    with apply(linearized, model), with_lora(model, lora.file, strength=lora.strength):
         yield model

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..artifact.apply import add_change
-from ..models.key_names import from_diffusers
+from ..models.checkpoint import from_diffusers
 
 logger = logging.getLogger(__name__)
 

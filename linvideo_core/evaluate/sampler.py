@@ -22,8 +22,8 @@ from ..models.attention_sites import attention_at, shapes_of
 from ..models.experts import parts_of
 from ..models.families import identify
 from ..models.velocity import bind_guided
+from ..run.callbacks import Callbacks
 from ..run.config import option, positive
-from ..run.progress import Progress
 from ..teacher.teacher import Teacher
 from . import metrics
 from .features import teacher_features
@@ -126,13 +126,13 @@ class Evaluator:
         *,
         seed: int,
         precision: str,
-        progress: Progress,
+        callbacks: Callbacks,
     ) -> None:
         self.teacher = teacher
         self.settings = settings
         self.seed = seed
         self.precision = precision
-        self.progress = progress
+        self.callbacks = callbacks
         self.device = teacher.prompt_embeds.device
         self.sigmas = make_sigmas(settings.steps, settings.shift)
         repeats = settings.seeds_per_prompt
@@ -182,7 +182,9 @@ class Evaluator:
         for start in range(0, count, size):
             part = slice(start, min(start + size, count))
             steps = len(recipe.sigmas) - 1
-            on_step = self._watch(f"sampling {name}", part, steps, keep=is_teacher and start == 0)
+            if start == 0:
+                self.callbacks.on_stage("evaluation", -(-count // size) * steps, detail=name)
+            on_step = self._watch(part, steps, keep=is_teacher and start == 0)
             velocity_fn = self.bind(model, part, recipe.guidance_scale)
             noise = self.noise[part].to(self.device)
             if start == 0:
@@ -273,16 +275,15 @@ class Evaluator:
         return row
 
     def _watch(
-        self, stage: str, part: slice, steps: int, *, keep: bool
+        self, part: slice, steps: int, *, keep: bool
     ) -> Callable[[int, Tensor, Tensor], None]:
         batches_before = part.start // self.settings.batch_size
-        num_batches = -(-self.settings.num_samples // self.settings.batch_size)
 
         def on_step(i: int, latents: Tensor, velocity: Tensor) -> None:
             if keep and i in self.levels:
                 few = slice(0, _NUM_STATE_SAMPLES)
                 self.states[i] = (latents[few].clone(), velocity[few].clone())
-            self.progress(stage, batches_before * steps + i + 1, num_batches * steps)
+            self.callbacks.on_step_end(batches_before * steps + i + 1)
 
         return on_step
 

@@ -1,4 +1,4 @@
-"""The one door to the kernels: validates, chooses a backend, runs it.
+"""The entry to the kernels: validates, chooses a backend, runs it.
 
 Backends never import each other; `reference` defines correctness.
 """
@@ -9,22 +9,11 @@ import logging
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import custom_ops
-from . import qk_norm_rope as rotary_operator
-from .softmax import softmax_attention
-
-__all__ = [
-    "BACKENDS",
-    "FEATURE_MAPS",
-    "FEATURE_RATIOS",
-    "HEAD_DIMS",
-    "is_norm_rotary_fused",
-    "linear_attention",
-    "norm_rotary",
-    "softmax_attention",
-]
+from . import custom_ops, reference
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +21,16 @@ BACKENDS = ("auto", *custom_ops.BACKENDS)
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 HEAD_DIMS, FEATURE_RATIOS = (64, 128), (1, 2)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+SOFTMAX_KERNELS = {
+    "default": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+"""Name -> PyTorch's kernel of softmax attention; by default PyTorch chooses one."""
+
+# How PyTorch says that the one kernel it may use cannot compute these tensors.
+_REFUSALS = ("No available kernel", "No viable backend")
 
 
 def linear_attention(
@@ -57,7 +56,7 @@ def linear_attention(
     Returns [B, L, N, D] in value's dtype; the gradient reaches all five tensors.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
     """
-    _check(query, key, value, query_map, key_map)
+    _check_attention(query, key, value, query_map, key_map)
     if feature_map not in FEATURE_MAPS:
         known = ", ".join(FEATURE_MAPS)
         raise ValueError(f"feature_map {feature_map!r} given; one of {known} is needed")
@@ -79,7 +78,7 @@ def norm_rotary(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalise tokens over their whole width, split heads, rotate pairs: Wan's way to q and k.
+    """Normalise tokens over their whole width, split heads, rotate pairs: Wan's queries and keys.
 
     x: [B, L, N D], a projection's output. weight: [N D], of the RMS norm.
     rotary: [2, L, D/2] fp32, cos and sin of every token's angles. Any strides; no copy is made.
@@ -87,19 +86,6 @@ def norm_rotary(
     Returns [B, L, N, D] in x's dtype; the gradient reaches x and weight.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
     """
-    D = _check_norm_rotary(x, weight, rotary, num_heads)
-    if _choose(backend, x.device, _unknown_rotary(D, x.dtype)) == "reference":
-        return rotary_operator.reference(x, weight, rotary, num_heads, eps)
-    return rotary_operator.fused(x, weight, rotary, num_heads, eps)
-
-
-def is_norm_rotary_fused(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
-    """Return whether `norm_rotary` runs as one kernel there, left to choose."""
-    return _choose("auto", device, _unknown_rotary(head_dim, dtype)) == "triton"
-
-
-def _check_norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int) -> int:
-    """Return D."""
     if x.ndim != 3 or x.shape[2] % (2 * num_heads) or 0 in x.shape:
         raise ValueError(
             f"x has shape {list(x.shape)}; [B, L, {num_heads} D] with even D is expected"
@@ -111,7 +97,37 @@ def _check_norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int
             f"weight {list(weight.shape)} and rotary {list(rotary.shape)} given; [{width}] and "
             f"[2, {L}, {D // 2}] are expected"
         )
-    return D
+    if _choose(backend, x.device, _unknown_rotary(D, x.dtype)) == "reference":
+        return reference.norm_rotary(x, weight, rotary, num_heads, eps)
+    return custom_ops.norm_rotary(x, weight, rotary, num_heads, eps)
+
+
+def is_norm_rotary_fused(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Return whether `norm_rotary` with backend "auto" runs as one kernel there."""
+    return _choose("auto", device, _unknown_rotary(head_dim, dtype)) == "triton"
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str = "default") -> Tensor:
+    """Attend over all keys, scaled by 1/sqrt(D); query, key, value and the result are [B, L, N, D].
+
+    kernel: of SOFTMAX_KERNELS.
+
+    Raises ValueError, in one sentence, where that kernel cannot compute these tensors.
+    """
+    by_head = (x.transpose(1, 2) for x in (query, key, value))
+    if SOFTMAX_KERNELS[kernel] is None:
+        return F.scaled_dot_product_attention(*by_head).transpose(1, 2)
+    try:
+        with sdpa_kernel(SOFTMAX_KERNELS[kernel]):
+            return F.scaled_dot_product_attention(*by_head).transpose(1, 2)
+    except RuntimeError as error:
+        if not str(error).startswith(_REFUSALS):
+            raise
+        dtype = str(query.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"PyTorch's {kernel} attention cannot compute {dtype} with head dim "
+            f"{query.shape[-1]} on {query.device}; choose another attention backend"
+        ) from error
 
 
 @torch.compiler.assume_constant_result
@@ -167,7 +183,9 @@ def _unknown_rotary(D: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor) -> None:
+def _check_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor
+) -> None:
     if query.ndim != 4:
         raise ValueError(f"query has shape {list(query.shape)}; [B, L, N, D] is expected")
     B, _, N, D = query.shape
@@ -181,17 +199,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map
             f"key has {key.shape[1]} tokens and value {value.shape[1]}; as many of each"
         )
     for name, tensor in (("query_map", query_map), ("key_map", key_map)):
-        if tensor.ndim != 3 or tensor.shape[:2] != (N, D):
+        if tensor.ndim != 3 or tensor.shape[:2] != (N, D) or tensor.shape != query_map.shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; [{N}, {D}, M/2] is expected: the feature "
-                "maps must come from a file for this model"
+                f"{name} has shape {list(tensor.shape)}; [{N}, {D}, M/2] is expected, both maps "
+                "alike: they must come from a file for this model"
             )
-    if query_map.shape != key_map.shape:
-        raise ValueError(
-            f"query_map {list(query_map.shape)} and key_map {list(key_map.shape)} must be alike"
-        )
     tensors = (query, key, value, query_map, key_map)
-    if 0 in query.shape or 0 in key.shape or 0 in query_map.shape:
+    if any(0 in tensor.shape for tensor in tensors):
         raise ValueError("query, key or the feature maps are empty; at least one token is needed")
     devices = {t.device for t in tensors}
     if len(devices) > 1:

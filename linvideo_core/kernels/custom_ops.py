@@ -1,22 +1,33 @@
-"""Linear attention as PyTorch custom operators, with a closed-form gradient.
+"""The kernels as PyTorch custom operators, with closed-form gradients.
 
-Opaque to the compiler, it runs under torch.compile without a graph break, in CUDA graphs, under
-autocast and activation checkpointing, whichever backend computes it.
+Opaque to the compiler, they run under torch.compile without a graph break, in CUDA graphs, under
+autocast and activation checkpointing, whichever backend computes them.
 """
 
 import importlib
+import itertools
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .reference import rotate
 
 BACKENDS = {"triton": "triton_launch", "reference": "reference"}
 
+# A second copy of this package in a process, such as an installed one beside ComfyUI's, registers
+# operators of its own: PyTorch would replace the first copy's by those of the same name.
+_NAMESPACE = next(
+    name
+    for name in itertools.chain(["linvideo"], (f"linvideo_{i}" for i in itertools.count(2)))
+    if not hasattr(getattr(torch.ops, name), "linear_attention")
+)
 
-def load_backend(backend: str) -> ModuleType:
-    """Import a backend's module, which has `forward` and `backward`."""
-    return importlib.import_module(f".{BACKENDS[backend]}", __package__)
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def _name_map(is_joint: bool) -> dict[str, bool]:
@@ -24,7 +35,12 @@ def _name_map(is_joint: bool) -> dict[str, bool]:
     return {"is_joint": True} if is_joint else {}
 
 
-@torch.library.custom_op("linvideo::linear_attention", mutates_args=())
+def _with_rows(x: Tensor) -> Tensor:
+    """Return x with its last axis contiguous, which is how models hold it; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_attention", mutates_args=())
 def linear_attention(
     query: Tensor,
     key: Tensor,
@@ -35,8 +51,8 @@ def linear_attention(
     is_joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D] and what backward needs: means and normaliser."""
-    rows = (with_rows(x) for x in (query, key, value))
-    return load_backend(backend).forward(*rows, query_map, key_map, **_name_map(is_joint))
+    rows = (_with_rows(x) for x in (query, key, value))
+    return _module(BACKENDS[backend]).forward(*rows, query_map, key_map, **_name_map(is_joint))
 
 
 @linear_attention.register_fake
@@ -58,7 +74,7 @@ def _(
     return value.new_empty(query.shape), means, normaliser
 
 
-@torch.library.custom_op("linvideo::linear_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::linear_attention_backward", mutates_args=())
 def linear_attention_backward(
     upstream: Tensor,
     query: Tensor,
@@ -73,8 +89,8 @@ def linear_attention_backward(
     is_joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, and of both maps (0 if unwanted)."""
-    upstream, query, key, value = (with_rows(x) for x in (upstream, query, key, value))
-    *gradients, dquery_map, dkey_map = load_backend(backend).backward(
+    upstream, query, key, value = (_with_rows(x) for x in (upstream, query, key, value))
+    *gradients, dquery_map, dkey_map = _module(BACKENDS[backend]).backward(
         upstream, query, key, value, query_map, key_map, means, normaliser,
         needs_map_gradients=needs_map_gradients, **_name_map(is_joint),
     )  # fmt: skip
@@ -82,26 +98,19 @@ def linear_attention_backward(
 
 
 @linear_attention_backward.register_fake
-def _(
-    upstream: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (query, key, value, query_map, key_map)
-    return tuple(x.new_empty(x.shape) for x in inputs)
+def _(upstream: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in tensors[:5])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend, ctx.is_joint = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate_attention(
+    ctx: Any, upstream: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 7
     needs_map_gradients = any(ctx.needs_input_grad[3:5])
@@ -112,9 +121,52 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor 
     return *(gradient if is_wanted else None for gradient, is_wanted in wanted), None, None
 
 
-linear_attention.register_autograd(_differentiate, setup_context=_setup_context)
+linear_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
 
 
-def with_rows(x: Tensor) -> Tensor:
-    """Return x with its last axis contiguous, which is how models hold it; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+@torch.library.custom_op(f"{_NAMESPACE}::norm_rotary", mutates_args=())
+def norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: float) -> Tensor:
+    """Return what `reference.norm_rotary` does, by the fused kernel."""
+    kernels = _module("qk_norm_rope_triton")
+    return kernels.forward(_with_rows(x), weight, rotary, num_heads, eps)
+
+
+@norm_rotary.register_fake
+def _(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: float) -> Tensor:
+    B, L, width = x.shape
+    return x.new_empty(B, L, num_heads, width // num_heads)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::norm_rotary_backward", mutates_args=())
+def norm_rotary_backward(
+    upstream: Tensor, x: Tensor, weight: Tensor, rotary: Tensor, eps: float
+) -> Tensor:
+    """Return the gradient of x."""
+    kernels = _module("qk_norm_rope_triton")
+    return kernels.backward(_with_rows(upstream), _with_rows(x), weight, rotary, eps)
+
+
+@norm_rotary_backward.register_fake
+def _(upstream: Tensor, x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, rotary, _, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, rotary)
+
+
+def _differentiate_rotary(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, rotary = ctx.saved_tensors
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = norm_rotary_backward(upstream, x, weight, rotary, ctx.eps)
+    if ctx.needs_input_grad[1]:
+        # Rare, and a sum over all tokens: left to PyTorch.
+        turned_back = rotate(upstream, torch.stack([rotary[0], -rotary[1]])).flatten(2).float()
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=ctx.eps)
+        dweight = (turned_back * normed).sum(dim=(0, 1)).to(weight.dtype)
+    return dx, dweight, None, None, None
+
+
+norm_rotary.register_autograd(_differentiate_rotary, setup_context=_save_rotary)

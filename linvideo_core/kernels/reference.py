@@ -1,11 +1,13 @@
-"""Linear attention with Hedgehog maps in plain PyTorch: the definition, and the same in chunks.
+"""The kernels in plain PyTorch: their definitions, and linear attention in chunks.
 
-`linear_attention` defines correctness. `forward` and `backward` compute it and its gradients with
-a few matrix products over chunks of tokens, so memory beyond inputs and outputs stays small however
-long the video is; `fused` derives the formulas. All of it accumulates in fp32 at least.
+`linear_attention` and `norm_rotary` define correctness. `forward` and `backward` compute linear
+attention and its gradients over chunks of tokens, so that memory stays small however long the video
+is; `triton_kernels` derives the formulas. All of it accumulates in fp32 at least.
 """
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 # Features of a chunk, in all heads and videos: 8 MB in fp32.
@@ -117,6 +119,20 @@ def backward(
             projected = _to_projection(features, slope, is_joint)
             key_out.copy_(_pull_back(k, key_map, projected, dkey_map, needs_map_gradients))
         return dq, dk, dv, dquery_map, dkey_map
+
+
+def norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: float) -> Tensor:
+    """Return x [B, L, N D] normed over its width and rotated, [B, L, N, D]; differentiable."""
+    normed = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return rotate(rearrange(normed, "b l (n d) -> b l n d", n=num_heads), rotary)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of x [B, L, N, D] by `rotary` [2, L, D/2], cos and sin."""
+    cos, sin = rotary[:, None, :, None].unbind(0)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

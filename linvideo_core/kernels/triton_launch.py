@@ -22,11 +22,10 @@ from .triton_kernels import (
     reduce_kernel,
 )
 
-# Splits fill the card, but their partial states may not take more than this; they are given back
-# before the output or the next gradient is allocated, those of the maps' gradients in the end.
+# Splits fill the card, but their partial states may not take more than this.
 _MAX_PARTIAL_BYTES = 36 * 2**20
-# Programs are dealt out in waves: more waves leave less of the card idle in the last one, but each
-# program reads the states and the map anew.
+# Programs run in waves: more waves leave less of the card idle in the last one, but each program
+# reads the states and the map anew.
 _WAVES = (1, 2, 4)
 # Features of a state that one program adds up.
 _ROWS = 8
@@ -35,11 +34,10 @@ _TILE = 256
 
 # Features lie in [0, 1]: bf16 keeps their small values, where fp16 would round them to nothing.
 _FEATURE_DTYPES = {
-    torch.float16: torch.bfloat16,
-    torch.bfloat16: torch.bfloat16,
-    torch.float32: torch.float32,
+    torch.float16: (torch.bfloat16, tl.bfloat16),
+    torch.bfloat16: (torch.bfloat16, tl.bfloat16),
+    torch.float32: (torch.float32, tl.float32),
 }
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class Launch(NamedTuple):
@@ -54,31 +52,14 @@ class Launch(NamedTuple):
 # Chosen on an H200, fastest first; a card with less shared memory takes a later one, and so do fp32
 # and M = 2D, which need more of it.
 _LAUNCHES = {
-    "reduce keys": (
-        Launch(64, 4, 2, 2),
-        Launch(128, 8, 1, 1),
-        Launch(64, 4, 1, 1),
-        Launch(32, 4, 1, 2),
-    ),
-    "reduce queries": (
-        Launch(32, 4, 3, 2),
-        Launch(128, 8, 1, 1),
-        Launch(64, 4, 1, 1),
-        Launch(32, 4, 1, 2),
-    ),
-    "map": (Launch(64, 4, 3, 2), Launch(64, 4, 2, 2), Launch(64, 4, 1, 2), Launch(32, 4, 1, 2)),
-    "backward": (
-        Launch(128, 8, 2, 1),
-        Launch(64, 8, 1, 1),
-        Launch(64, 4, 1, 1),
-        Launch(32, 4, 1, 1),
-    ),
-    "backward, maps frozen": (
-        Launch(64, 4, 1, 2),
-        Launch(64, 8, 1, 1),
-        Launch(64, 4, 1, 1),
-        Launch(32, 4, 1, 1),
-    ),
+    kind: [Launch(*row) for row in rows]
+    for kind, rows in {
+        "reduce keys": ((64, 4, 2, 2), (128, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 2)),
+        "reduce queries": ((32, 4, 3, 2), (128, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 2)),
+        "map": ((64, 4, 3, 2), (64, 4, 2, 2), (64, 4, 1, 2), (32, 4, 1, 2)),
+        "backward": ((128, 8, 2, 1), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+    }.items()
 }
 _first_launch: dict[tuple[Any, ...], int] = {}
 
@@ -117,19 +98,10 @@ def backward(
     query_map, key_map = (x.to(value.dtype).contiguous() for x in maps)
     kind = "backward" if needs_map_gradients else "backward, maps frozen"
     settings = {"needs_map_gradient": needs_map_gradients}
-    dq, rows, query_parts = _call(
-        kind, _run_backward_query, query_map, query, upstream, means, normaliser, **settings
-    )
-    states, sums = _call(
-        "reduce queries",
-        _run_reduce,
-        query_map,
-        query,
-        upstream,
-        rows,
-        normaliser,
-        num_keys=key.shape[1],
-    )
+    arguments = (query_map, query, upstream, means, normaliser)
+    dq, rows, query_parts = _call(kind, _run_backward_query, *arguments, **settings)
+    arguments = (query_map, query, upstream, rows, normaliser)
+    states, sums = _call("reduce queries", _run_reduce, *arguments, num_keys=key.shape[1])
     dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     _call("map", _run_map, key_map, key, states, dv)
     dk, key_parts = _call(kind, _run_backward_key, key_map, key, value, states, sums, **settings)
@@ -168,7 +140,7 @@ def _run_reduce(
     B, L, N, D = x.shape
     H = feature_map.shape[2]
     is_query = rows is not None
-    features = _FEATURE_DTYPES[feature_map.dtype]
+    features, triton_features = _FEATURE_DTYPES[feature_map.dtype]
     splits, split_length = _split(L, B * N, launch, x.device, state_bytes=8 * H * (D + 1))
     state_parts = _fp32(x, B, N, splits, 2 * H, D)
     sum_parts = _fp32(x, B, N, splits, 2 * H)
@@ -176,7 +148,7 @@ def _run_reduce(
     reduce_kernel[splits, B * N](
         x, y, rows, feature_map, counts, state_parts, sum_parts,
         *x.stride()[:3], *y.stride()[:3], L, split_length, N,
-        D, H, launch.tokens, _TRITON_DTYPES[features], _precision(feature_map), is_query,
+        D, H, launch.tokens, triton_features, _precision(feature_map), is_query,
         num_warps=launch.warps, num_stages=launch.stages, **_chain(x.device, is_query),
     )  # fmt: skip
     states = torch.empty(B, N, 2 * H, D, dtype=features, device=x.device)
@@ -224,9 +196,7 @@ def _run_backward_query(
     They are fp32, [B, N, splits, D, H], and yet to be added up.
     """
     B, L, N, D = query.shape
-    splits, split_length, parts = _split_map_gradient(
-        query, query_map, launch, wanted=needs_map_gradient
-    )
+    splits, split_length, parts = _split_map_gradient(query, query_map, launch, needs_map_gradient)
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     rows = _fp32(query, B, N, L, 4)
     backward_query_kernel[splits, B * N](
@@ -250,9 +220,7 @@ def _run_backward_key(
 ) -> tuple[Tensor, Tensor]:
     """Return dk and the map's gradients, as `_run_backward_query` does."""
     B, L, N, D = key.shape
-    splits, split_length, parts = _split_map_gradient(
-        key, key_map, launch, wanted=needs_map_gradient
-    )
+    splits, split_length, parts = _split_map_gradient(key, key_map, launch, needs_map_gradient)
     dkey = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     backward_key_kernel[splits, B * N](
         key, value, key_map, states, sums, dkey, parts,
@@ -277,14 +245,12 @@ def _call(
     is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
     first = _first_launch.get(key, int(is_wide))
     for i, launch in enumerate(launches[first:], start=first):
+        _first_launch[key] = i
         try:
-            result = run(launch, feature_map, x, *arguments, **settings)
+            return run(launch, feature_map, x, *arguments, **settings)
         except OutOfResources:
-            if i + 1 == len(launches):
+            if launch is launches[-1]:
                 raise
-        else:
-            _first_launch[key] = i
-            return result
     raise AssertionError("the last launch either returns or raises")
 
 
@@ -321,7 +287,7 @@ def _split(
 
 
 def _split_map_gradient(
-    x: Tensor, feature_map: Tensor, launch: Launch, *, wanted: bool
+    x: Tensor, feature_map: Tensor, launch: Launch, wanted: bool
 ) -> tuple[int, int, Tensor]:
     """Return splits, their length, and room for their map's gradients [B, N, splits, D, H]."""
     B, L, N, D = x.shape

@@ -1,9 +1,10 @@
-"""Attention modules that take the place of one another: softmax, Hedgehog linear, their mixture.
+"""Attention modules that replace one another: softmax, Hedgehog linear, and their mixture.
 
 All map `query, key, value [B, L, N, D] -> [B, L, N, D]`, after qk-norm and RoPE.
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from ..kernels import FEATURE_MAPS, linear_attention, softmax_attention
 from ..run.config import option
+from ..run.errors import SettingError
 
 MAP_SHARINGS = ("per_head", "shared")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearForm:
-    """What linear attention is made of, beside the number of its features.
+    """What linear attention consists of, beside the number of its features.
 
-    The default is the paper's; each part added starts as if it were not there.
+    The default is the paper's. Each added part starts without effect.
     """
 
     feature_map: str = option(
@@ -31,7 +33,9 @@ class LinearForm:
 
     def __post_init__(self) -> None:
         if self.window < 0 or self.window == 1:
-            raise ValueError(f"--window {self.window} given; 0, or 2 or more tokens are needed")
+            raise SettingError(
+                f"{{window}} {self.window} given; 0, or 2 or more tokens are needed", "window"
+            )
 
 
 class SoftmaxAttention(nn.Module):
@@ -43,9 +47,9 @@ class SoftmaxAttention(nn.Module):
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Softmax attention within blocks of `window` tokens that follow one another: O(L window).
+    """Softmax attention within consecutive blocks of `window` tokens, O(L window).
 
-    Tokens lie frame by frame, row by row; the last block is shorter where L is no multiple.
+    Tokens lie frame by frame, row by row; the last block may be shorter.
     Raises ValueError where queries and keys are not the same tokens.
     """
     B, L, N, D = query.shape
@@ -76,10 +80,8 @@ def attend_linearly(
     """Compute linear attention in a form, from its tensors.
 
     query_map, key_map: [N, D, M/2], or [1, D, M/2] where heads share them.
-    gate: [N, D] or none; each head's output is scaled by `2 sigmoid(gate . q)`, the head-wise
-        output gate of Gated Attention (arXiv 2505.06708) twice over, so that 0 changes nothing. It
-        reads the query because attention sees no other input, and because a scale that reads
-        nothing is part of the output projection already.
+    gate: [N, D] or none; each head's output is scaled by `2 sigmoid(gate . q)`, twice the head-wise
+        output gate of Gated Attention (arXiv 2505.06708), so that 0 changes nothing.
     window_mix: [N] or none; the output lies `tanh(window_mix)` of the way from linear attention to
         the softmax of its window (the zero-initialised gate of Flamingo, arXiv 2204.14198).
 
@@ -111,10 +113,10 @@ class LinearAttention(nn.Module):
         num_maps = 1 if self.form.map_sharing == "shared" else num_heads
         self.query_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
         self.key_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
-        gate = nn.Parameter(torch.zeros(num_heads, head_dim)) if self.form.output_gate else None
-        self.register_parameter("gate", gate)
-        window_mix = nn.Parameter(torch.zeros(num_heads)) if self.form.window else None
-        self.register_parameter("window_mix", window_mix)
+        self.gate = (
+            nn.Parameter(torch.zeros(num_heads, head_dim)) if self.form.output_gate else None
+        )
+        self.window_mix = nn.Parameter(torch.zeros(num_heads)) if self.form.window else None
         self.init_weights()
 
     @property
@@ -148,29 +150,26 @@ class LinearAttention(nn.Module):
 class MixedAttention(nn.Module):
     """`r softmax + (1 - r) linear`, with the learnable layer score r (LinVideo eq. 5).
 
-    r = 1 is softmax, r = 0 is linear. Selection hardens a layer by setting `choice`, after which
-    only the chosen branch is computed.
+    r = 1 is softmax, r = 0 is linear. Selection hardens a layer by setting `mode`, after which only
+    the chosen branch is computed.
+
+    mode: "mixed", "linear" or "softmax"; enabled: False computes softmax in any mode.
     """
+
+    enabled = True
 
     def __init__(self, linear: LinearAttention, layer_score: float) -> None:
         super().__init__()
         self.linear = linear
         self.softmax = SoftmaxAttention()
         self.layer_score = nn.Parameter(torch.tensor(float(layer_score)))
-        self.choice: str | None = None
-
-    def harden(self, choice: str) -> None:
-        """Compute only "linear" or only "softmax" from now on."""
-        if choice not in ("linear", "softmax"):
-            raise ValueError(f"choice {choice!r} given; 'linear' or 'softmax' is expected")
-        self.choice = choice
+        self.mode: Literal["mixed", "linear", "softmax"] = "mixed"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mix both branches, or compute the chosen one."""
-        if self.choice == "linear":
+        if not self.enabled or self.mode == "softmax":
+            return self.softmax(query, key, value)
+        if self.mode == "linear":
             return self.linear(query, key, value)
-        softmax = self.softmax(query, key, value)
-        if self.choice == "softmax":
-            return softmax
-        linear = self.linear(query, key, value)
+        softmax, linear = self.softmax(query, key, value), self.linear(query, key, value)
         return torch.lerp(linear, softmax, self.layer_score.to(softmax.dtype))

@@ -1,24 +1,23 @@
 """Where a model keeps its self-attention, and how another attention is put there and taken out.
 
-A model family is one file that makes a `ModelFamily`; nothing else in the project knows a
-family's parameter names.
+A model family is one file that makes a `ModelFamily`, see `families`; nothing else in the project
+knows a family's parameter names.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .sketch import sketch, sketched_rows
+from .attention import MixedAttention
+from .lora import LowRank, switched
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-_DIGEST, _SKETCH = "linvideo_weights_digest", "linvideo_weights_sketch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +32,15 @@ class AttentionSite:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFamily:
-    """What LinVideo must know of an architecture.
+    """What LinVideo must know of an architecture; `families` says how one is added.
 
-    find_sites: parameter shapes -> the self-attention sites in depth order, empty for a stranger.
+    find_sites: parameter shapes -> the self-attention sites in depth order, empty for a model of
+        another family.
     trainable_prefix: parameters under it belong to the transformer's blocks and may be trained.
-    frozen_parts: parts of names under it that stay as they are all the same.
-    feed_forward: the weight of a block that widens tokens [wide, dim], by which memory is told.
+    frozen_parts: parts of names under it that are never trained.
+    feed_forward: the weight of a block that widens tokens [wide, dim], for memory estimates.
     prompts: the weight that takes prompts [dim, text_dim]; "" where there is no single one.
-    sketched: linear layers of a site whose weights stand for the model's in `weights_sketch`.
+    sketched: linear layers of a site whose weights go into `base_weights.sketch`.
     """
 
     name: str
@@ -60,8 +60,22 @@ class ModelFamily:
         }
 
     def is_frozen(self, name: str) -> bool:
-        """Say whether a parameter or a module stays as it is, though its block is trained."""
+        """Return whether a parameter or a module is never trained, though its block is."""
         return any(part in name for part in self.frozen_parts)
+
+
+def match_sites(
+    shapes: Shapes, pattern: str, measure: Callable[[str], tuple[int, int] | None]
+) -> list[AttentionSite]:
+    """Return the sites whose module's name matches, in depth order.
+
+    pattern: of a module's name, its group the layer's number: r"blocks\\.(\\d+)\\.attn".
+    measure: module's name -> its heads and their width; None for what is no site.
+    """
+    names = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in shapes)
+    found = [(int(match[1]), name) for name in names if (match := re.fullmatch(pattern, name))]
+    measured = [(layer, name, measure(name)) for layer, name in sorted(found)]
+    return [AttentionSite(layer, name, *heads) for layer, name, heads in measured if heads]
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -73,66 +87,6 @@ def fingerprint(family: ModelFamily, sites: list[AttentionSite]) -> str:
     """Describe the architecture that a file fits, in words that an error can show."""
     site = sites[0]
     return f"{family.name}, {len(sites)} layers, {site.num_heads} heads of {site.head_dim}"
-
-
-def keep_identity(model: nn.Module, digest: str, sketch: tuple[float, ...]) -> None:
-    """Let a model whose weights are rounded go by the weights that it was rounded from.
-
-    digest, sketch: theirs, of `weights_digest` and `weights_sketch`.
-    """
-    setattr(model, _DIGEST, digest)
-    setattr(model, _SKETCH, sketch)
-
-
-def weights_digest(model: nn.Module, sites: list[AttentionSite]) -> str:
-    """Return 16 hex digits that tell one set of weights from another of the same architecture.
-
-    A rounded model has that of the checkpoint it was read from, see `keep_identity`.
-    """
-    if _DIGEST in vars(model):
-        return vars(model)[_DIGEST]
-    return digest_weights(map(model.get_parameter, digested_weights(model, sites)))
-
-
-def digested_weights(model: nn.Module, sites: list[AttentionSite]) -> list[str]:
-    """Return the names of the weights that `weights_digest` looks at, in order.
-
-    Those of the first and the last site; a layer's bias last, whichever its class registers first.
-    """
-    names = []
-    for site in (sites[0], sites[-1]):
-        module = model.get_submodule(site.name)
-        for prefix, layer in module.named_modules(prefix=site.name):
-            own = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
-            names += sorted(own, key=lambda name: name.endswith(".bias"))
-    return names
-
-
-def digest_weights(weights: Iterable[Tensor]) -> str:
-    """Return 16 hex digits of weights in the order of `digested_weights`."""
-    digest = hashlib.blake2b(digest_size=8)
-    for weight in weights:
-        digest.update(weight.detach().cpu().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def sketched_weights(family: ModelFamily, sites: list[AttentionSite]) -> list[str]:
-    """Return the names of the weights that `weights_sketch` looks at, in order."""
-    ends = (sites[0], sites[-1])
-    return [f"{site.name}.{layer}.weight" for site in ends for layer in family.sketched]
-
-
-def weights_sketch(
-    model: nn.Module, family: ModelFamily, sites: list[AttentionSite]
-) -> tuple[float, ...]:
-    """Return numbers that tell how far a model's weights are from others, see `sketch`.
-
-    A rounded model has those of the checkpoint it was read from, see `keep_identity`.
-    """
-    if _SKETCH in vars(model):
-        return vars(model)[_SKETCH]
-    weights = map(model.get_parameter, sketched_weights(family, sites))
-    return sketch(weight[sketched_rows(weight.shape)] for weight in weights)
 
 
 def install(
@@ -168,13 +122,8 @@ def trainable_weights(
 ) -> dict[str, Tensor]:
     """Return the model's own parameters that a transfer may change, without installed attention."""
     installed = tuple(f"{site.name}.attention." for site in sites)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.startswith(family.trainable_prefix)
-        and not name.startswith(installed)
-        and not family.is_frozen(name)
-    }
+    parameters = {n: p for n, p in model.named_parameters() if not n.startswith(installed)}
+    return {name: parameters[name] for name in family.trainable(parameters)}
 
 
 def blocks(model: nn.Module, sites: list[AttentionSite]) -> list[nn.Module]:
@@ -182,16 +131,35 @@ def blocks(model: nn.Module, sites: list[AttentionSite]) -> list[nn.Module]:
     return [model.get_submodule(site.name.rpartition(".")[0]) for site in sites]
 
 
+def adapters_of(module: nn.Module) -> list[nn.Module]:
+    """Return the parts of a module that turn a teacher into a student, each with its switch."""
+    return [part for part in module.modules() if isinstance(part, MixedAttention | LowRank)]
+
+
 def checkpoint_activations(model: nn.Module, sites: list[AttentionSite]) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them."""
     for block in blocks(model, sites):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(_checkpointed, block, block.forward)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Run a block, which is recomputed with those adapters on that are on now."""
+
+    def make_contexts() -> tuple[contextlib.AbstractContextManager, ...]:
+        now = {adapter: adapter.enabled for adapter in adapters_of(block)}
+        return contextlib.nullcontext(), switched(now)
+
+    # Compiled code has its adapters built in.
+    options = {} if torch.compiler.is_compiling() else {"context_fn": make_contexts}
+    return checkpoint(forward, *args, use_reentrant=False, **options)
 
 
 @contextlib.contextmanager
 def compiled_blocks(models: Iterable[nn.Module], sites: list[AttentionSite]) -> Iterator[None]:
     """Compile the blocks of some models while the context lasts; alike blocks share their code."""
-    compiled = [block for model in models for block in blocks(model, sites)]
+    compiled = {
+        block: block.__dict__.get("forward") for model in models for block in blocks(model, sites)
+    }
     # One entry a kind of attention, batch size and gradient mode: more than the default of 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in compiled:
@@ -199,5 +167,7 @@ def compiled_blocks(models: Iterable[nn.Module], sites: list[AttentionSite]) -> 
     try:
         yield
     finally:
-        for block in compiled:
+        for block, forward in compiled.items():
             del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..run.config import option
+from ..run.errors import SettingError
 from .velocity import TIMESTEP_SCALE
 
 HIGH, LOW = SIDES = ("high_noise", "low_noise")
@@ -25,8 +26,9 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.boundary < 1:
-            raise ValueError(
-                f"--boundary {self.boundary} given; a noise level between 0 and 1 is needed"
+            raise SettingError(
+                f"{{boundary}} {self.boundary} given; a noise level between 0 and 1 is needed",
+                "boundary",
             )
 
 

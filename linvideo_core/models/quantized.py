@@ -1,7 +1,6 @@
 """Frozen weights held in fewer bytes: bf16, or fp8 for the linear layers of the blocks.
 
-What is not a block's linear layer (embeddings, norms, modulations, head) is bf16 in both. Where a
-checkpoint is in bf16 already, bf16 loses nothing.
+All else (embeddings, norms, modulations, head) is bf16 in both.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..run.config import option
+from ..run.errors import SettingError
 
 FROZEN = ("fp32", "bf16", "fp8")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -23,7 +23,7 @@ _SCALE_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrozenConfig:
-    """How the weights that are not trained are held, for a --model of one's own."""
+    """How the weights that are not trained are held, for a custom --model."""
 
     frozen: str = option(
         "fp32", "frozen weights, also the teacher's: fp8 holds the blocks' matrices", choices=FROZEN
@@ -34,8 +34,9 @@ class FrozenConfig:
 
     def __post_init__(self) -> None:
         if self.offload_blocks < 0:
-            raise ValueError(
-                f"--offload-blocks {self.offload_blocks} given; 0 or more blocks are needed"
+            raise SettingError(
+                f"{{offload_blocks}} {self.offload_blocks} given; 0 or more blocks are needed",
+                "offload_blocks",
             )
 
     @property
@@ -67,8 +68,9 @@ class Float8Linear(nn.Linear):
         largest = weight.detach().float().abs().amax(dim=1, keepdim=True)
         exponent = torch.frexp(largest / torch.finfo(_FP8).max).exponent
         scale = torch.ldexp(torch.ones_like(largest), exponent)
-        self.weight = _freeze((weight.detach().float() / scale).to(_FP8))
-        self.register_parameter("bias", None if bias is None else _freeze(bias.bfloat16()))
+        self.weight = nn.Parameter((weight.detach().float() / scale).to(_FP8), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.bfloat16(), requires_grad=False)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +130,3 @@ def _is_narrow(name: str, shape: tuple[int, ...]) -> bool:
 
 def _widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) * scale.to(dtype)
-
-
-def _freeze(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -15,10 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..run.callbacks import Callbacks
 from ..run.files import write_tensors
-from ..run.progress import Progress, silent
 
-STAGE = "encoding prompts"
 _KEPT_EVERY = 32
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -60,7 +59,7 @@ def encode_once(
     encode: Callable[[str], Tensor],
     *,
     identity: str,
-    progress: Progress = silent,
+    callbacks: Callbacks | None = None,
 ) -> bool:
     """Encode prompts into `path`, unless it holds just these already; say if anything was encoded.
 
@@ -75,11 +74,12 @@ def encode_once(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _kept(path.with_name(f"{path.stem}.unfinished.safetensors"), identity) as rows:
         total = len(prompts) + 1
-        progress(STAGE, len(rows), total)
+        callbacks = callbacks or Callbacks()
+        callbacks.on_stage("encoding_prompts", total, len(rows))
         for text in [negative, *prompts][len(rows) :]:
             rows.append(encode(text).detach().cpu())
             _check_row(text, rows)
-            progress(STAGE, len(rows), total)
+            callbacks.on_step_end(len(rows))
             if len(rows) % _KEPT_EVERY == 0:
                 rows.save()
         negative_embeds, *prompt_embeds = rows.trimmed()

@@ -4,9 +4,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from ..run.callbacks import Callbacks
 from ..run.config import option
 from ..run.memory import Need, check_memory
-from ..run.progress import Progress, silent
 from . import NEGATIVE_PROMPT, default_prompts, read_prompts
 from .embeddings import PromptEmbeds, encode_once, find_identity, identity_of, read_embeds
 from .text_encoder import MAX_TOKENS, TextEncoder, computed_in, open_encoder
@@ -48,7 +48,9 @@ class StoredPrompts:
         """Return what the embeddings take on a device."""
         return Need("the prompts", self.embeds.prompt_embeds.nbytes)
 
-    def read(self, folder: Path, *, device: str, progress: Progress = silent) -> PromptEmbeds:
+    def read(
+        self, folder: Path, *, device: str, callbacks: Callbacks | None = None
+    ) -> PromptEmbeds:
         """Return what the file holds."""
         return self.embeds
 
@@ -77,7 +79,9 @@ class WrittenPrompts:
         size = computed_in(device).itemsize
         return Need("the prompts", size * len(self.prompts) * MAX_TOKENS * self.width)
 
-    def read(self, folder: Path, *, device: str, progress: Progress = silent) -> PromptEmbeds:
+    def read(
+        self, folder: Path, *, device: str, callbacks: Callbacks | None = None
+    ) -> PromptEmbeds:
         """Return the embeddings, kept in `folder`, which holds them after the first time."""
         path = folder / EMBEDS_NAME
         identity = identity_of(self.prompts, self.negative, self.encoder.identity())
@@ -94,7 +98,7 @@ class WrittenPrompts:
                     self.negative,
                     encode,
                     identity=identity,
-                    progress=progress,
+                    callbacks=callbacks,
                 )
             finally:
                 encode.free()

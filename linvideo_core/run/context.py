@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from .callbacks import Callbacks
+from .callbacks import Callbacks, Stage
 from .process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -16,11 +16,21 @@ class Run:
     seed: of everything random.
     callbacks: told where the run stands.
     processes: that compute it together.
+    detail: tells its stages from those of another run that shares its callbacks.
     """
 
-    folder: Path
-    device: str
-    precision: str
+    folder: Path = Path()
+    device: str = "cpu"
+    precision: str = "fp32"
     seed: int = 0
     callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
     processes: ProcessGroup = SINGLE_PROCESS
+    detail: str = ""
+
+    def below(self, name: str) -> "Run":
+        """Return the same run in a folder below its own."""
+        return dataclasses.replace(self, folder=self.folder / name)
+
+    def begin_stage(self, stage: Stage, total: int, done: int = 0) -> None:
+        """Announce a stage of `total` units, of which an earlier call finished `done`."""
+        self.callbacks.on_stage(stage, total, done, self.detail)

@@ -1,22 +1,23 @@
-"""The processes that compute one run together; a process alone is a process group too.
+"""The processes that compute one run together; a single process is a group of one.
 
-What each step draws is drawn for the whole batch by every process, which then keeps its share:
-the same global batch is computed by 1 process and by many. `training.fsdp` has
-those of several.
+Every process draws each batch whole and keeps its share of the rows, so that any number of
+processes compute the same global batch. `training.fsdp` has the group of several.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .errors import SettingError
+
 
 class ProcessGroup:
-    """A run's processes, numbered by rank: here one alone, whom nothing that it is asked costs.
+    """A run's processes; this class is a group of one, whose methods cost nothing.
 
-    Every process of a process group calls the same methods in the same order.
+    All processes call the same methods in the same order.
 
     rank, size: this process's number, from 0, and how many there are.
     """
@@ -26,36 +27,33 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+        """Whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def place(self, device: str) -> str:
         """Return the device of this process, where all were asked for `device`.
 
-        Raises ValueError where they cannot all have one.
+        Raises SettingError where they cannot all have one.
         """
         return device
 
     def check_batch(self, batch_size: int) -> None:
-        """Raise ValueError for a batch that the processes cannot share evenly."""
+        """Raise SettingError for a batch that the processes cannot share evenly."""
         if batch_size % self.size:
-            raise ValueError(
-                f"--batch-size {batch_size} given to {self.size} processes, which share it; a "
-                f"multiple of {self.size} is needed"
+            raise SettingError(
+                f"{{batch_size}} {batch_size} given to {self.size} processes, which share it; a "
+                f"multiple of {self.size} is needed",
+                "batch_size",
             )
 
     def share(self, whole: Tensor) -> Tensor:
         """Return this process's rows of a batch [B, ...]: every `size`-th, from its rank on."""
         return whole[self.rank :: self.size]
 
-    def draw(self, count: int, make: Callable[[int], Tensor]) -> Tensor:
-        """Return this process's `count` rows of a batch that `make(rows)` draws whole."""
-        return self.share(make(count * self.size))
-
     def mean(self, value: Tensor, weight: float = 1.0) -> Tensor:
-        """Return the mean of every process's value, as heavy as its weight.
+        """Return the mean of every process's value, weighted.
 
-        The gradient is the process's own: gradients are averaged where all are known.
+        Its gradient is that of this process's value: gradients are averaged later.
         """
         return value
 
@@ -68,7 +66,7 @@ class ProcessGroup:
         return (self.mean(deviation.square().mean(dim=0)) * num_rows / (num_rows - 1)).sqrt()
 
     def mean_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a row of metrics whose numbers are means over all processes."""
+        """Return a row of metrics whose floating-point tensors are means over all processes."""
         if self.size == 1:
             return row
         numbers = {
@@ -79,7 +77,7 @@ class ProcessGroup:
         return {**row, **dict(zip(numbers, self._mean_all([*numbers.values()]), strict=True))}
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average the gradients of those parameters that every process holds whole."""
+        """Average the gradients of the parameters that are not sharded."""
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
@@ -87,7 +85,7 @@ class ProcessGroup:
             gradient.copy_(mean)
 
     def _mean_all(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Return the mean of each value over all processes, asked for in one message."""
+        """Return the mean of each value over all processes, in one message."""
         if not values:
             return []
         device = next((value.device for value in values if value.device.type != "cpu"), "cpu")
@@ -105,14 +103,11 @@ class ProcessGroup:
         return next(found, None)
 
     @contextlib.contextmanager
-    def sharded(
-        self, models: Sequence[nn.Module], blocks: Sequence[Sequence[nn.Module]]
-    ) -> Iterator[None]:
-        """Spread the parameters of some models over the processes while the context lasts.
+    def sharded(self, models: Mapping[nn.Module, Sequence[nn.Module]]) -> Iterator[None]:
+        """Shard the parameters of models over the processes while the context lasts.
 
-        blocks: of each model, in depth order; models that share parameters go on sharing them.
-
-        Parameters are other objects within, and after, than they were before.
+        models: each with its blocks in depth order. Within, and after, parameters are other
+        objects than before.
         """
         yield
 
@@ -121,15 +116,12 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Let the first process run a block before the others do: its error is then the only one.
-
-        The others do not come to the block where the first fails in it.
-        """
+        """Let the first process run a block before the others; where it fails they do not enter."""
         yield
 
     @contextlib.contextmanager
     def graceful_shutdown(self) -> Iterator[None]:
-        """Make a wish to stop wait for `stop_together`; alone it is granted at once, as ever."""
+        """Let signals to stop wait for `stop_together`; a single process stops at once."""
         yield
 
     def stop_together(self) -> None:
@@ -140,7 +132,7 @@ class ProcessGroup:
         return True
 
     def destroy(self) -> bool:
-        """End the group once all work is done; say whether this process is to go on alone."""
+        """End the group; say whether this process continues alone."""
         return True
 
 

@@ -1,52 +1,46 @@
-"""How a long computation says where it stands; what is drawn of it is the caller's business."""
+"""Progress bars in a terminal."""
 
 import contextlib
-from types import TracebackType
-from typing import Protocol
 
 from tqdm import tqdm
 
+from .callbacks import Callbacks, Stage
 
-class Progress(Protocol):
-    """Receives the state of a stage: `done` of `total` units, and figures worth watching."""
+_WORDS: dict[str, str] = {
+    "encoding_prompts": "encoding the prompts",
+    "sampling_teacher": "sampling the teacher",
+    "warm_start": "warm start",
+    "ranking_layers": "ranking the layers",
+    "training": "training",
+    "distillation": "distillation",
+    "evaluation": "sampling",
+}
 
-    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None: ...
 
-
-def silent(stage: str, done: int, total: int, **metrics: float) -> None:
-    """Draw nothing."""
-
-
-class TqdmProgress(contextlib.AbstractContextManager):
-    """A terminal bar for each stage, with rate, time left and metrics; a context manager."""
+class TerminalCallbacks(Callbacks, contextlib.AbstractContextManager):
+    """Draws a bar for each stage, with rate, time left and metrics; a context manager."""
 
     def __init__(self, *, is_shown: bool = True) -> None:
-        """is_shown: False draws nothing, as one of many processes that do the same should."""
+        """is_shown: False draws nothing, as all processes of a group but the first should."""
         self._is_shown = is_shown
         self._bar: tqdm | None = None
-        self._stage = ""
 
-    def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
-        """Move the bar of a stage; a new stage closes the bar of the one before.
+    def on_stage(self, stage: Stage, total: int, done: int = 0, detail: str = "") -> None:
+        """Close the bar of the stage before and begin another."""
+        self.close()
+        # What an earlier run finished must not count in the rate.
+        words = f"{_WORDS.get(stage, stage)}{detail and f' ({detail})'}"
+        options = {"dynamic_ncols": True, "disable": not self._is_shown}
+        self._bar = tqdm(desc=words, total=total, initial=done, **options)
 
-        Saying more than once that a stage is done draws it once.
-        """
-        if not self._is_shown:
+    def on_step_end(self, done: int, **metrics: float) -> None:
+        """Move the bar; a stage that is done ends its line."""
+        if self._bar is None:
             return
-        is_closed = self._bar is None and stage == self._stage
-        if is_closed and done >= total:
-            return
-        if self._bar is None or stage != self._stage:
-            self.close()
-            # A resumed stage starts part-way: what an earlier run did must not count in the rate.
-            self._bar = tqdm(desc=stage, total=total, initial=max(done - 1, 0), dynamic_ncols=True)
-            self._stage = stage
-        self._bar.total = total
-        self._bar.set_postfix(
-            {name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False
-        )
+        shown = {name: f"{value:.4g}" for name, value in metrics.items()}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(done - self._bar.n)
-        if done >= total:
+        if done >= self._bar.total:
             self.close()
 
     def close(self) -> None:
@@ -55,10 +49,5 @@ class TqdmProgress(contextlib.AbstractContextManager):
             self._bar.close()
             self._bar = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

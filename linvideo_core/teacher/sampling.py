@@ -35,9 +35,9 @@ class Sampling:
 
 @torch.no_grad()
 def sample_videos(
-    teacher: Teacher, sampling: Sampling, videos: range, say_step: Callable[[int], None]
+    teacher: Teacher, sampling: Sampling, videos: range, on_step: Callable[[int], None]
 ) -> dict[str, Tensor]:
-    """Sample videos together.
+    """Sample videos together; `on_step` is called before each of the sampler's steps.
 
     Returns state and both branches' velocities [videos, kept, C, F, H, W] fp16, the step
     [videos, kept] that each is of, and the index [videos] of the prompt.
@@ -51,8 +51,8 @@ def sample_videos(
     def on_branches(conditional: Tensor, unconditional: Tensor) -> None:
         branches[:] = conditional, unconditional
 
-    def on_step(step: int, latents: Tensor, velocity: Tensor) -> None:
-        say_step(step)
+    def keep(step: int, latents: Tensor, velocity: Tensor) -> None:
+        on_step(step)
         rows = (kept_steps == step).any(dim=1).nonzero().squeeze(1)
         for name, tensor in zip(kept, (latents, *branches), strict=True):
             kept[name].append(tensor[rows.to(device)].half().cpu())
@@ -67,7 +67,7 @@ def sample_videos(
         precision=sampling.precision,
         on_branches=on_branches,
     )
-    sample_euler(velocity_fn, noise.to(device), sampling.sigmas, on_step=on_step)
+    sample_euler(velocity_fn, noise.to(device), sampling.sigmas, on_step=keep)
     # States arrive step by step; a stable sort by video brings each video's together, in order.
     by_video = torch.cat(order).argsort(stable=True)
     shape = kept_steps.shape

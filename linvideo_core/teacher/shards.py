@@ -20,7 +20,7 @@ _NAME = re.compile(r"videos-(\d{6,})-(\d{6,})\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
-class Holding:
+class FoundVideos:
     """Where videos 0, 1, ... lie.
 
     paths: the files that hold any of them.
@@ -52,7 +52,7 @@ def name_shard(videos: range) -> str:
     return f"videos-{videos.start:06d}-{videos.stop - 1:06d}.safetensors"
 
 
-def find_videos(folder: Path, identity: str, num_videos: int) -> Holding:
+def find_videos(folder: Path, identity: str, num_videos: int) -> FoundVideos:
     """Look up videos 0 to `num_videos` in the files of a folder; damaged files are taken away.
 
     Raises ValueError for a file whose videos have another identity.
@@ -68,7 +68,7 @@ def find_videos(folder: Path, identity: str, num_videos: int) -> Holding:
         mine.copy_(torch.where(mine < 0, found, mine))
         paths.append(path)
         num_rows += len(videos)
-    return Holding(paths, rows)
+    return FoundVideos(paths, rows)
 
 
 def _list_shards(folder: Path) -> list[tuple[range, Path]]:

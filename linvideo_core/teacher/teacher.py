@@ -1,4 +1,4 @@
-"""The teacher of a transfer: a frozen teacher with the prompts and latents it is sampled with."""
+"""The teacher of a transfer: a frozen model, and the prompts and latents it is sampled with."""
 
 import dataclasses
 import hashlib
@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from .. import demo
 from ..demo.codec import LATENT_SHAPE, SPACE_PATCH, TIME_PATCH, decode_latents
 from ..demo.prompts import all_prompts, encode_prompts
-from ..models.attention_sites import (
-    blocks,
-    keep_identity,
-    shapes_of,
-    weights_digest,
-    weights_sketch,
-)
+from ..models.attention_sites import blocks, shapes_of
+from ..models.base_weights import base_weights_of, keep_base_weights, weights_digest
 from ..models.checkpoint import Checkpoint, load_wan, open_wan
 from ..models.experts import parts_of
 from ..models.families import identify
@@ -26,7 +21,8 @@ from ..models.quantized import FrozenConfig
 from ..prompts import read_prompts
 from ..prompts.sources import PromptConfig, PromptSource, find_source
 from ..run.config import option, positive
-from ..run.progress import Progress, silent
+from ..run.context import Run
+from ..run.errors import SettingError
 from ..training.offload import offload
 
 _TIME_COMPRESSION = 4
@@ -51,16 +47,20 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         positive(self, "num_frames", "height", "width")
         if (self.num_frames - 1) % _TIME_COMPRESSION:
-            raise ValueError(f"--num-frames {self.num_frames} given; 4 n + 1 is needed, such as 81")
+            raise SettingError(
+                f"{{num_frames}} {self.num_frames} given; 4 n + 1 is needed, such as 81",
+                "num_frames",
+            )
         for name in ("height", "width"):
             if getattr(self, name) % 16:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)} given; a multiple of 16 is needed"
+                raise SettingError(
+                    f"{{{name}}} {getattr(self, name)} given; a multiple of 16 is needed", name
                 )
         if self.model is None and self.frozen_weights.given:
-            raise ValueError(
-                f"{self.frozen_weights.given} is for a --model of one's own, and none was "
-                "given: give --model, or leave it out"
+            raise SettingError(
+                f"{self.frozen_weights.given} is for a {{model}} of your own, and none was "
+                "given: give {model}, or leave it out",
+                "model",
             )
 
 
@@ -131,11 +131,7 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherCheckpoint:
-    """A teacher of one's own whose files' headers were read and fit; `load` takes its time.
-
-    shapes: of the model's parameters, by name.
-    held: how its frozen weights are.
-    """
+    """A checkpoint with its prompts, of which only the headers were read and checked so far."""
 
     checkpoint: Checkpoint
     source: PromptSource
@@ -147,12 +143,13 @@ class TeacherCheckpoint:
         """The model's parameter shapes, the form in which families recognise it."""
         return {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
 
-    def load(self, folder: Path, device: str = "cpu", progress: Progress = silent) -> Teacher:
+    def load(self, run: Run) -> Teacher:
         """Return the teacher on the CPU, frozen, its weights held as the config says.
 
-        Prompts that must be encoded are: on `device`, into `folder`, before the model is read.
+        Prompts that must be encoded are: on the run's device, into its folder, before the model is
+        read.
         """
-        embeds = self.source.read(folder, device=device, progress=progress)
+        embeds = self.source.read(run.folder, device=run.device, callbacks=run.callbacks)
         return Teacher(
             name=self.checkpoint.path.stem,
             model=self.load_model(),
@@ -167,18 +164,17 @@ class TeacherCheckpoint:
         )
 
     def load_model(self) -> nn.Module:
-        """Return the model alone, on the CPU, frozen; it goes by its checkpoint's weights."""
+        """Return the model alone, on the CPU, frozen, with the unrounded weights' digest."""
         model = self.checkpoint.load(frozen=self.frozen_weights.frozen).eval().requires_grad_(False)
         if self.frozen_weights.frozen != "fp32":
             family, sites = identify(self.shapes)
             whole = self.checkpoint.load(under=[f"{site.name}." for site in (sites[0], sites[-1])])
-            sketch = weights_sketch(whole, family, sites)
-            keep_identity(model, weights_digest(whole, sites), sketch)
+            keep_base_weights(model, base_weights_of(whole, family, sites))
         return model
 
 
 def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
-    """Read the headers of all that a --model of one's own needs; None for the embedded model.
+    """Read the headers of all that a checkpoint needs; None for the embedded model.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
     """
@@ -197,16 +193,18 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
             f"{config.model} takes {checkpoint.config.text_dim}"
         )
     if config.frozen_weights.offload_blocks > checkpoint.config.num_layers:
-        raise ValueError(
-            f"--offload-blocks {config.frozen_weights.offload_blocks} given; {config.model} has "
-            f"{checkpoint.config.num_layers} blocks"
+        raise SettingError(
+            f"{{offload_blocks}} {config.frozen_weights.offload_blocks} given; {config.model} has "
+            f"{checkpoint.config.num_layers} blocks",
+            "offload_blocks",
         )
     ratio = _SPACE_COMPRESSION.get(checkpoint.config.in_channels, 8)
     for name in ("height", "width"):
         if getattr(config, name) % (2 * ratio):
-            raise ValueError(
-                f"--{name} {getattr(config, name)} given; {config.model} needs a multiple of "
-                f"{2 * ratio}"
+            raise SettingError(
+                f"{{{name}}} {getattr(config, name)} given; {config.model} needs a multiple of "
+                f"{2 * ratio}",
+                name,
             )
     return TeacherCheckpoint(
         checkpoint=checkpoint,
@@ -221,20 +219,15 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
     )
 
 
-def load_teacher(
-    config: TeacherConfig | TeacherCheckpoint,
-    folder: Path = Path(),
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> Teacher:
+def load_teacher(config: TeacherConfig | TeacherCheckpoint, run: Run | None = None) -> Teacher:
     """Load the embedded model or the one that `config` names, frozen, on the CPU.
 
-    folder, device: where a text file's prompts are kept and encoded, see `Draft.load`.
+    run: where prompts are encoded, see `TeacherCheckpoint.load`.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
     """
-    draft = config if isinstance(config, TeacherCheckpoint) else open_teacher(config)
-    return _load_demo(config.prompts) if draft is None else draft.load(folder, device, progress)
+    found = config if isinstance(config, TeacherCheckpoint) else open_teacher(config)
+    return _load_demo(config.prompts) if found is None else found.load(run or Run())
 
 
 def _load_demo(prompts_path: Path | None) -> Teacher:

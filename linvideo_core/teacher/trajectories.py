@@ -22,17 +22,16 @@ from ..artifact import Usage
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from ..flow import make_sigmas
 from ..run.config import option, positive
+from ..run.context import Run
+from ..run.errors import SettingError
 from ..run.files import check_space, write_tensors
 from ..run.memory import show_gb
-from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import Progress, silent
 from .sampling import KEPT, Sampling, sample_videos
-from .shards import Holding, find_videos, name_shard
+from .shards import FoundVideos, find_videos, name_shard
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-STAGE = "sampling the teacher"
 USED_AGAIN = " beside it, which uses the teacher's samples again if they fit"
 """What a run in another folder would have of one that is there, see `run.folder.check_run`."""
 # Changes whenever the same settings give other samples.
@@ -66,9 +65,11 @@ class TrajectoryConfig:
             "shard_size",
         )
         if self.states_per_trajectory > self.sampler_steps:
-            raise ValueError(
-                f"--states-per-trajectory {self.states_per_trajectory} given; at most "
-                f"--sampler-steps {self.sampler_steps} can be kept"
+            raise SettingError(
+                f"{{states_per_trajectory}} {self.states_per_trajectory} given; at most "
+                f"{{sampler_steps}} {self.sampler_steps} can be kept",
+                "states_per_trajectory",
+                "sampler_steps",
             )
 
     def folder_beside(self, out: Path) -> Path:
@@ -117,25 +118,16 @@ class Trajectories:
         """Return the index into the sampling grid of every state, [len] int64."""
         return torch.cat([shard["step"] for shard in self._shards])[self._rows].flatten()
 
-    def draw(
-        self,
-        batch_size: int,
-        generator: torch.Generator,
-        device: torch.device | str,
-        processes: ProcessGroup = SINGLE_PROCESS,
-        weights: Tensor | None = None,
-    ) -> States:
-        """Pick `batch_size` states and bring them to `device` in fp32.
-
-        Of a process group's batch, the states of this process's share.
+    def pick(
+        self, batch_size: int, generator: torch.Generator, weights: Tensor | None = None
+    ) -> Tensor:
+        """Draw the numbers [batch_size] int64 of states, with replacement.
 
         weights: how likely each state is, of `weigh`; none: as any other.
         """
         if weights is None:
-            picks = torch.randint(len(self), (batch_size,), generator=generator)
-        else:
-            picks = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
-        return self.take(processes.share(picks), device)
+            return torch.randint(len(self), (batch_size,), generator=generator)
+        return torch.multinomial(weights, batch_size, replacement=True, generator=generator)
 
     def weigh(self, density: Tensor) -> Tensor:
         """Return how likely each state is, [len]: a level's share is split among its states.
@@ -165,66 +157,60 @@ class Trajectories:
         return States(**{n: t.float() if t.is_floating_point() else t for n, t in drawn.items()})
 
 
-def collect(
-    teacher: Teacher,
-    config: TrajectoryConfig,
-    root: Path,
-    *,
-    seed: int,
-    precision: str = "fp32",
-    progress: Progress = silent,
-    processes: ProcessGroup = SINGLE_PROCESS,
-) -> Trajectories:
-    """Sample what is missing of the teacher's videos below `root`, and open them.
+def collect(teacher: Teacher, config: TrajectoryConfig, run: Run) -> Trajectories:
+    """Sample what is missing of the teacher's videos, and open them.
 
     They lie in a folder that is called after what decides them; of another shard size or of fewer
-    videos they serve as well. Several processes share what is missing. Progress is said at
+    videos they serve as well. Several processes share what is missing. Callbacks are called at
     each of the sampler's steps; one that raises costs the shard in the making.
 
     Raises ValueError, in one sentence, when the disk is too full or the folder holds a file of
     something else.
     """
-    kept = _Kept(teacher, config, root, seed, precision)
-    frozen_weights, total = kept.find(), config.num_trajectories
-    chunks = frozen_weights.split_missing(config.shard_size)
+    kept = _Kept(teacher, config, run)
+    found, total = kept.find(), config.num_trajectories
+    chunks = found.split_missing(config.shard_size)
     # All have looked before one writes.
-    processes.wait()
+    run.processes.wait()
     if chunks:
-        num_bytes = count_bytes(config, teacher.latent_shape, total - frozen_weights.num_found)
+        num_bytes = count_bytes(config, teacher.latent_shape, total - found.num_found)
         check_space([(kept.folder, num_bytes, "the teacher's samples")])
-        _announce(kept.folder, frozen_weights.num_found, total, num_bytes)
+        _announce(kept.folder, found.num_found, total, num_bytes)
         kept.folder.mkdir(parents=True, exist_ok=True)
     sampling = Sampling(
         sigmas=make_sigmas(config.sampler_steps, config.shift),
         guidance_scale=config.guidance_scale,
         num_kept=config.states_per_trajectory,
-        seed=seed,
-        precision=precision,
+        seed=run.seed,
+        precision=run.precision,
     )
-    done = frozen_weights.num_found
-    mine = set(processes.share(torch.arange(len(chunks))).tolist())
+    done = found.num_found
+    run.begin_stage("sampling_teacher", total, done)
+    mine = set(run.processes.share(torch.arange(len(chunks))).tolist())
     for number, videos in enumerate(chunks):
-        progress(STAGE, done, total)
         path = kept.folder / name_shard(videos)
         # Another run may have made it since.
         if number in mine and not path.exists():
 
-            def say_step(step: int, done: int = done, size: int = len(videos)) -> None:
-                progress(STAGE, done + size * step // config.sampler_steps, total)
+            def on_step(step: int, done: int = done, size: int = len(videos)) -> None:
+                run.callbacks.on_step_end(done + size * step // config.sampler_steps)
 
-            tensors = sample_videos(teacher, sampling, videos, say_step)
+            tensors = sample_videos(teacher, sampling, videos, on_step)
             write_tensors(path, tensors, {"identity": kept.identity})
         done += len(videos)
-    processes.wait()
-    progress(STAGE, total, total)
-    return _open(kept, config)
+        run.callbacks.on_step_end(done)
+    run.processes.wait()
+    found = kept.find()
+    if found.num_found < total:
+        raise ValueError(
+            f"{kept.folder} lost files while the teacher was sampled; repeat the command"
+        )
+    return Trajectories(found.paths, config, found.rows)
 
 
-def count_missing(
-    teacher: Teacher, config: TrajectoryConfig, root: Path, *, seed: int, precision: str
-) -> int:
+def count_missing(teacher: Teacher, config: TrajectoryConfig, run: Run) -> int:
     """Return how many videos `collect` would have to sample."""
-    return config.num_trajectories - _Kept(teacher, config, root, seed, precision).find().num_found
+    return config.num_trajectories - _Kept(teacher, config, run).find().num_found
 
 
 def count_bytes(
@@ -249,28 +235,18 @@ def _announce(folder: Path, num_found: int, total: int, num_bytes: int) -> None:
     )
 
 
-def _open(kept: "_Kept", config: TrajectoryConfig) -> Trajectories:
-    frozen_weights = kept.find()
-    if frozen_weights.num_found < config.num_trajectories:
-        raise ValueError(
-            f"{kept.folder} lost files while the teacher was sampled; repeat the command"
-        )
-    return Trajectories(frozen_weights.paths, config, frozen_weights.rows)
-
-
 class _Kept:
     """Samples on disk: what decides them, as JSON, and the folder that is called after it."""
 
-    def __init__(
-        self, teacher: Teacher, config: TrajectoryConfig, root: Path, seed: int, precision: str
-    ) -> None:
+    def __init__(self, teacher: Teacher, config: TrajectoryConfig, run: Run) -> None:
         sampler = {name: float(getattr(config, name)) for name in _DECISIVE}
-        others = {"form": _FORM, "precision": precision, "seed": seed}
+        others = {"form": _FORM, "precision": run.precision, "seed": run.seed}
         self.identity = json.dumps({**teacher.describe(), **sampler, **others})
+        root = config.folder_beside(run.folder)
         self.folder = root / hashlib.blake2b(self.identity.encode(), digest_size=6).hexdigest()
         self._num_videos = config.num_trajectories
 
-    def find(self) -> Holding:
+    def find(self) -> FoundVideos:
         return find_videos(self.folder, self.identity, self._num_videos)
 
 

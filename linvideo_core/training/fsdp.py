@@ -10,11 +10,6 @@ fp32, on the small models of the tests, metrics agree within 1e-4 and what train
 tensor within 2e-3 of its norm (see tests/training/test_fsdp.py). Single elements can lie
 further apart: AdamW divides a gradient by its own size, so where a gradient is all rounding so is
 its step.
-
-Teacher, student and critic may be twins around one copy of the frozen weights. FSDP2 gathers a
-parameter that several modules share once, if one unit owns them all: the blocks of one depth that
-share parameters are one unit, called by whichever model runs. Nothing of the models' own modules is
-wrapped: hooks sit on the units, and leaving `sharded` takes them away.
 """
 
 import contextlib
@@ -32,68 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..run.errors import SettingError
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup, is_sharded, whole_of
-
-Owners = list[tuple[nn.Module, str]]
-"""The modules that hold one parameter, each with its name there."""
-
-
-class Unit(nn.Module):
-    """Called with a member's number and arguments, runs the forward that the member had before."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.forwards = [member.forward for member in members]
-
-    def take_calls(self) -> None:
-        """Let every member's calls go through the unit from now on; see `forwards_kept`."""
-        for index, member in enumerate(self.members):
-            member.forward = functools.partial(self, index)
-
-    def forward(self, member: int, *args: Any) -> Tensor:
-        """Run one member."""
-        # FSDP2 hangs a hook on the output, which a view would lose when it is written into.
-        out = self.forwards[member](*args)
-        return out.clone() if out._is_view() else out
-
-
-@contextlib.contextmanager
-def forwards_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Give modules the `forward` back, in the end, that they came with."""
-    before = [(module, module.__dict__.get("forward")) for module in modules]
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward
-
-
-def group_sharing(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Group modules that share parameters, numbers aside."""
-    groups: list[tuple[list[nn.Module], set[nn.Parameter]]] = []
-    for module in modules:
-        parameters = {p for p in module.parameters() if p.ndim}
-        for members, shared in groups:
-            if parameters & shared:
-                members.append(module)
-                shared |= parameters
-                break
-        else:
-            groups.append(([module], parameters))
-    return [members for members, _ in groups]
-
-
-def find_owners(models: Sequence[nn.Module]) -> list[Owners]:
-    """Return for each parameter of some models all that hold it, without holding it oneself."""
-    owners: dict[int, Owners] = {}
-    for module in dict.fromkeys(m for model in models for m in model.modules()):
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((module, name))
-    return list(owners.values())
-
 
 _STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -189,9 +124,10 @@ class _Ranks(ProcessGroup):
         if device.startswith("cuda"):
             available = torch.cuda.device_count()
             if device != "cuda":
-                raise ValueError(
-                    f"--device {device} given to {self.size} processes; give --device cuda, each "
-                    "takes a GPU of its own"
+                raise SettingError(
+                    f"{{device}} {device} given to {self.size} processes; give {{device}} cuda, "
+                    "each takes a GPU of its own",
+                    "device",
                 )
             if self.local_rank >= available:
                 raise ValueError(
@@ -230,18 +166,17 @@ class _Ranks(ProcessGroup):
         return next((n for n, flag in zip(parameters, flags.tolist(), strict=True) if flag), None)
 
     @contextlib.contextmanager
-    def sharded(
-        self, models: Sequence[nn.Module], blocks: Sequence[Sequence[nn.Module]]
-    ) -> Iterator[None]:
+    def sharded(self, models: Mapping[nn.Module, Sequence[nn.Module]]) -> Iterator[None]:
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh(self.device_type, (self.size,))
-        owners = find_owners(models)
-        with forwards_kept([*models, *(block for each in blocks for block in each)]):
-            _shard(models, blocks, mesh)
+        with contextlib.ExitStack() as undo:
+            for model, blocks in models.items():
+                _shard(model, blocks, mesh, undo)
             # After an error of one process the others gather no more.
             yield
-        _gather(owners)
+        for model in models:
+            _gather(model)
 
     def wait(self) -> None:
         # On the CPU: a GPU's stream would let the process run on.
@@ -338,32 +273,57 @@ def load_shards(folder: Path, like: Mapping[str, Tensor], *, is_alone: bool) -> 
     return tensors
 
 
-def _shard(models: Sequence[nn.Module], blocks: Sequence[Sequence[nn.Module]], mesh: Any) -> None:
-    """Shard the blocks of one depth that share parameters together, then all that is left."""
+class _Unit(nn.Module):
+    """What FSDP2 shards: a module's parameters, with the `forward` that it has now.
+
+    FSDP2 cannot be taken off a module again, so its hooks sit here.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.run = module.forward
+
+    def forward(self, *args: Any) -> Tensor:
+        """Run the module."""
+        # FSDP2 hangs a hook on the output, which a view would lose when it is written into.
+        out = self.run(*args)
+        return out.clone() if out._is_view() else out
+
+
+def _shard(
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: Any, undo: contextlib.ExitStack
+) -> None:
+    """Shard each block of a model, then all that is left; `undo` gives their forwards back."""
     from torch.distributed.fsdp import fully_shard
 
-    units = [Unit(group) for depth in zip(*blocks, strict=True) for group in group_sharing(depth)]
-    root = Unit(models)
+    root, units = _Unit(model), [_Unit(block) for block in blocks]
     root.units = nn.ModuleList(units)
     # A layer score is a number: every process holds it, and its gradient is averaged apart.
-    numbers = {p for p in root.parameters() if not p.ndim}
+    numbers = {p for p in model.parameters() if not p.ndim}
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=numbers)
     inner = {p for unit in units for p in unit.parameters()}
     fully_shard(root, mesh=mesh, ignored_params=inner | numbers)
     for unit in (*units, root):
-        unit.take_calls()
+        undo.callback(_set_forward, unit.module, unit.module.__dict__.get("forward"))
+        unit.module.forward = functools.partial(unit)
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Give a module a `forward` of its own, or that of its class."""
+    module.__dict__.pop("forward", None)
+    if forward is not None:
+        module.forward = forward
 
 
 @torch.no_grad()
-def _gather(owners: Iterable[Owners]) -> None:
+def _gather(model: nn.Module) -> None:
     """Give every module its whole parameters back, on every process."""
-    for places in owners:
-        module, name = places[0]
-        parameter = getattr(module, name)
-        if is_sharded(parameter):
-            whole = nn.Parameter(whole_of(parameter), parameter.requires_grad)
-            for module, name in places:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_sharded(parameter):
+                whole = nn.Parameter(whole_of(parameter), parameter.requires_grad)
                 setattr(module, name, whole)
 
 

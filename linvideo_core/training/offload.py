@@ -1,11 +1,11 @@
 """Frozen weights of some blocks in CPU memory, copied to the device just before a block runs.
 
-A block's frozen tensors lie in one slab of pinned memory. A call copies the slab, lets the block
-compute with the copy and forgets it; the next block's slab is copied meanwhile. What autograd keeps
-holds a copy in memory, so without recomputed activations nothing is freed before the way back; with
-them, a block's weights come once forward and once backward, and two blocks' at most are there.
-FSDP2's own offloading works while a training is sharded, and puts the trained weights into CPU
-memory, too; here all stages see the same model, and what is trained stays on the device.
+A block's frozen tensors lie in one row of pinned memory. A call copies the row, lets the block
+compute with the copy and drops it; the next block's row is copied meanwhile. Autograd keeps copies
+alive, so without activation checkpointing nothing is freed before the backward pass; with it, a
+block's weights come once forward and once backward, and two blocks' at most are on the device.
+FSDP2's own offloading works while a training is sharded, and also moves trained weights to CPU
+memory; here all stages see the same model, and what is trained stays on the device.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ class _Place(NamedTuple):
         return part.view(self.like.dtype).view(self.like.shape)
 
 
-class _Slab:
+class _PinnedBlock:
     """The frozen tensors of one block, one after another in a row of bytes in CPU memory."""
 
     def __init__(self, block: nn.Module, is_pinned: bool) -> None:
-        """Move the tensors of `block` here; what stands in it afterwards are views of the slab."""
+        """Move the tensors of `block` here; it then holds views of the row."""
         self.places: list[_Place] = []
         length = 0
         for path, module in block.named_modules():
@@ -62,8 +62,8 @@ class _Slab:
             holder[place.name] = view if is_buffer else nn.Parameter(view, requires_grad=False)
 
     @contextlib.contextmanager
-    def lent(self, block: nn.Module, row: Tensor) -> Iterator[None]:
-        """Let a block, or a twin of it, have the tensors of a row for a while."""
+    def swapped_in(self, block: nn.Module, row: Tensor) -> Iterator[None]:
+        """Let the block have the tensors of a row while the context lasts."""
         own = [(place.holder(block), place.name) for place in self.places]
         before = [holder[name] for holder, name in own]
         for place, (holder, name) in zip(self.places, own, strict=True):
@@ -76,7 +76,7 @@ class _Slab:
 
 
 class _Ahead(NamedTuple):
-    """A copy of a slab that is being made, of how it was at a version."""
+    """A copy of a block's row that is being made, of how it was at a version."""
 
     index: int
     version: int
@@ -84,22 +84,18 @@ class _Ahead(NamedTuple):
     done: torch.cuda.Event | None
 
 
-class Depot:
-    """Where the frozen weights of a model's first blocks wait; its twins share it."""
+class OffloadedBlocks:
+    """The first blocks of a model, whose frozen weights stay in CPU memory between their calls."""
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         """Take the frozen weights of `blocks`, in the order in which they run, into CPU memory."""
         self.device = device
         is_cuda = device.type == "cuda"
-        self._slabs = [_Slab(block, is_cuda) for block in blocks]
+        self._pinned = [_PinnedBlock(block, is_cuda) for block in blocks]
         self._stream = torch.cuda.Stream(device) if is_cuda else None
         self._ahead: _Ahead | None = None
         for index, block in enumerate(blocks):
             block.forward = functools.partial(self._run, index, block, block.forward)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Depot":
-        """Return this: the copy of a block is lent the same weights."""
-        return self
 
     def _run(
         self, index: int, block: nn.Module, forward: Callable[..., Tensor], *args: Any
@@ -108,43 +104,43 @@ class Depot:
         # What is computed again on the way back is called by autograd, from the last block on.
         is_backward = torch._C._current_graph_task_id() != -1
         self._look_ahead(index - 1 if is_backward else index + 1)
-        with self._slabs[index].lent(block, row):
+        with self._pinned[index].swapped_in(block, row):
             return forward(*args)
 
     def _take(self, index: int) -> Tensor:
-        """Return a copy of a slab, on the device, that the current stream may read."""
-        slab = self._slabs[index].bytes
+        """Return a copy of a row, on the device, that the current stream may read."""
+        pinned = self._pinned[index].bytes
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.done is not None:
             # Also one that is not wanted: its memory must not be given away while it is written.
             torch.cuda.current_stream(self.device).wait_event(ahead.done)
-        if ahead is not None and (ahead.index, ahead.version) == (index, slab._version):
+        if ahead is not None and (ahead.index, ahead.version) == (index, pinned._version):
             return ahead.row
-        return torch.empty_like(slab, device=self.device).copy_(slab, non_blocking=True)
+        return torch.empty_like(pinned, device=self.device).copy_(pinned, non_blocking=True)
 
     def _look_ahead(self, index: int) -> None:
-        """Begin to copy a slab, if there is one, beside what is computed."""
-        if not 0 <= index < len(self._slabs):
+        """Begin to copy a row, if there is one, beside what is computed."""
+        if not 0 <= index < len(self._pinned):
             return
-        slab = self._slabs[index].bytes
+        pinned = self._pinned[index].bytes
         # Memory of the current stream, which may still be at work in it for an earlier block.
-        row, done = torch.empty_like(slab, device=self.device), None
+        row, done = torch.empty_like(pinned, device=self.device), None
         if self._stream is None:
-            row.copy_(slab)
+            row.copy_(pinned)
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
-                row.copy_(slab, non_blocking=True)
+                row.copy_(pinned, non_blocking=True)
             done = self._stream.record_event()
-        self._ahead = _Ahead(index, slab._version, row, done)
+        self._ahead = _Ahead(index, pinned._version, row, done)
 
 
 def offload(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device | str) -> None:
-    """Bring a frozen model to a device, but for the weights of some blocks, see `Depot`.
+    """Bring a frozen model to a device, but for the weights of some blocks.
 
-    blocks: of the model, in the order in which they run. Twins made afterwards share the weights.
+    blocks: of the model, in the order in which they run; see `OffloadedBlocks`.
     """
-    Depot(blocks, torch.device(device))
+    OffloadedBlocks(blocks, torch.device(device))
     inside = {id(module) for block in blocks for module in block.modules()}
     for module in model.modules():
         if id(module) in inside:

@@ -1,8 +1,8 @@
 """fit(): accumulate, clip, step, average, log, checkpoint, resume. Knows nothing of attention.
 
 Every random draw of a step comes from a generator seeded by (seed, step), so an interrupted run
-that is started again ends in the same weights as an unbroken one. Of what is drawn for the whole
-batch each process takes its share; gradients and metrics are means over all of them.
+that is started again ends in the same weights as an unbroken one. Losses are means over a process's
+rows of the batch; gradients and metrics are averaged over all processes here.
 """
 
 import contextlib
@@ -11,17 +11,16 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..run.callbacks import Stage
 from ..run.config import fraction, option, positive
+from ..run.context import Run
 from ..run.folder import read_whole_rows
-from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import Progress, silent
 from .checkpoint import Checkpoint, CheckpointFiles, Monitor
 
 
@@ -29,17 +28,17 @@ from .checkpoint import Checkpoint, CheckpointFiles, Monitor
 class ParameterGroup:
     """Parameters by name that share a peak learning rate.
 
-    every: steps between two of their updates, where players train in turns: the loss reaches them
+    every: steps between two of their updates, where networks train in turns: the loss reaches them
         at its multiples alone, and their average counts those.
     betas: AdamW's, of the gradient's average and of its square's.
-    player: groups of one player have their gradients clipped together.
+    network: groups of one network have their gradients clipped together.
     """
 
     parameters: Mapping[str, nn.Parameter]
     learning_rate: float
     every: int = 1
     betas: tuple[float, float] = (0.9, 0.99)
-    player: str = ""
+    network: str = ""
 
 
 class Task(Protocol):
@@ -80,18 +79,12 @@ class TrainingConfig:
     checkpoint_every: int = option(50, "steps between checkpoints")
     log_every: int = option(5, "steps between rows of metrics.jsonl")
     compile: bool = option(False, "compile the blocks: a minute at the start, then much faster")
-    cuda_graphs: bool = option(False, "replay a small model's kernels without launching each")
     activation_checkpointing: bool = option(False, "recompute blocks backward to save memory")
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch_size", "accumulation", "learning_rate", "map_learning_rate")
         positive(self, "clip_norm", "checkpoint_every", "log_every")
         fraction(self, "ema_decay")
-        if self.cuda_graphs and self.activation_checkpointing:
-            raise ValueError(
-                "--cuda-graphs and --activation-checkpointing given; graphs keep all activations: "
-                "leave one of them out"
-            )
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -110,75 +103,68 @@ def learning_rate_share(step: int, config: TrainingConfig) -> float:
 def fit(
     task: Task,
     config: TrainingConfig,
-    folder: Path,
+    run: Run,
     *,
-    seed: int,
-    stage: str = "training",
-    progress: Progress = silent,
+    stage: Stage = "training",
     monitor: Monitor | None = None,
-    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Train until `config.steps`, continuing from `folder` where it holds a checkpoint.
+    """Train until `config.steps`, continuing from `run.folder` where it holds a checkpoint.
 
-    Leaves `metrics.jsonl` and a checkpoint in `folder`, and the averaged weights in the task's
-    parameters. Whatever stops it between, such as a `progress` that raises, finds the finished
-    steps in the checkpoint; of a process group, where all stop after the same step.
+    Leaves `metrics.jsonl` and a checkpoint in the folder, and the averaged weights in the task's
+    parameters. Whatever stops it between, such as a callback that raises, finds the finished
+    steps in the checkpoint; of several processes all stop after the same step.
 
-    watch: sees every row of metrics, those of an earlier run first, and may find fault with it.
-    processes: that train together; the task draws for all and computes this one's share.
+    monitor: sees every row of metrics, those of an earlier run first, and may find a fault.
 
-    Raises ValueError when the loss is no longer finite or `watch` finds a fault; the last
+    Raises ValueError when the loss is no longer finite or `monitor` finds a fault; the last
     checkpoint from before it is kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(task, config, folder, monitor, processes)
-    first = run.resume()
-    with processes.graceful_shutdown(), run.kept_when_stopped():
-        progress(stage, first, config.steps)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    fitting = _Fitting(task, config, run, monitor)
+    first = fitting.resume()
+    with run.processes.graceful_shutdown(), fitting.kept_when_stopped():
+        run.begin_stage(stage, config.steps, first)
         for step in range(first, config.steps):
-            row = run.take_step(step, seed_step(seed, step))
+            row = fitting.take_step(step, seed_step(run.seed, step))
             is_last = step + 1 == config.steps
             if step % config.log_every == 0 or is_last:
-                run.log(step, row)
-            progress(stage, step + 1, config.steps, **run.shown)
+                fitting.log(step, row)
+            run.callbacks.on_step_end(step + 1, **fitting.shown)
             if (step + 1) % config.checkpoint_every == 0 or is_last:
-                run.save()
-            processes.stop_together()
-    run.keep_average()
+                fitting.save()
+            run.processes.stop_together()
+    fitting.keep_average()
 
 
 class _Diverged(ValueError):
     """What was trained is lost from here on: it must not replace the last good checkpoint."""
 
 
-class _Run:
+class _Fitting:
     """The mutable state of one fit: parameters, optimiser, average, files.
 
     num_finished: steps that parameters, optimiser, average and task all hold; None between.
-    num_saved: steps that the checkpoint holds; shown: the figures that progress last reported.
+    num_saved: steps that the checkpoint holds; shown: the figures that callbacks see.
     """
 
     def __init__(
-        self,
-        task: Task,
-        config: TrainingConfig,
-        folder: Path,
-        monitor: Monitor | None,
-        processes: ProcessGroup,
+        self, task: Task, config: TrainingConfig, run: Run, monitor: Monitor | None
     ) -> None:
         self.task = task
         self.config = config
         self.monitor = monitor
-        self.processes = processes
-        self.files = CheckpointFiles(folder, None if monitor is None else monitor.delay, processes)
-        self.metrics_path = folder / "metrics.jsonl"
+        self.processes = run.processes
+        delay = None if monitor is None else monitor.delay
+        self.files = CheckpointFiles(run.folder, delay, run.processes)
+        self.metrics_path = run.folder / "metrics.jsonl"
         self.groups = groups = task.parameter_groups()
         self.parameters = {n: p for group in groups for n, p in group.parameters.items()}
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters.values()), "betas": g.betas} for g in groups],
             weight_decay=config.weight_decay,
-            foreach=processes.size > 1 or None,  # One by one, sharded parameters take long to ask.
+            foreach=run.processes.size > 1
+            or None,  # One by one, sharded parameters take long to ask.
         )
         self.num_finished: int | None = 0
         self.num_saved = 0
@@ -227,12 +213,12 @@ class _Run:
         return {"loss": total, **norms, "learning_rate_share": share, **metrics}
 
     def _clip(self) -> dict[str, Tensor]:
-        """Scale the gradients of each player down; return their norms before, to be logged."""
+        """Scale the gradients of each network down; return their norms before, to be logged."""
         norms = {}
-        for player in dict.fromkeys(group.player for group in self.groups):
-            mine = [g.parameters for g in self.groups if g.player == player]
+        for network in dict.fromkeys(group.network for group in self.groups):
+            mine = [g.parameters for g in self.groups if g.network == network]
             parameters = [p for parameters in mine for p in parameters.values()]
-            name = f"{player}_gradient_norm" if player else "gradient_norm"
+            name = f"{network}_gradient_norm" if network else "gradient_norm"
             norms[name] = self.processes.clip_gradients(parameters, self.config.clip_norm)
         return norms
 

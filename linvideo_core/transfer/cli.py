@@ -27,23 +27,25 @@ from ..evaluate.comparison import (
     save_comparison,
 )
 from ..models.experts import HIGH, LOW
+from ..run.callbacks import Callbacks
 from ..run.config import parse, to_json
+from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
 from ..run.folder import CONFIG_NAME, check_run, open_run
 from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import Progress, TqdmProgress, silent
+from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
 from ..teacher.teacher import Teacher, load_teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
 from ..training import fsdp
+from .config import ARTIFACT_NAME, TransferConfig
 from .estimate import forecast
 from .evaluation import compare_config, draw_training, is_evaluated
 from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
-from .layer_selection.order import LAYER_ORDER_NAME
 from .layer_selection.rules import check_layers
 from .layer_selection.sensitivity import RANKING_NAME
-from .pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from .pipeline import linearize
 from .preflight import Footprint, check_transfer
 from .student import Student
 
@@ -77,7 +79,6 @@ _FILES = {
     "samples.png": "their frames side by side",
     "layer_scores.png": "how training chose the layers",
     RANKING_NAME: "how much each layer alone changes the velocity",
-    LAYER_ORDER_NAME: "how far the learned choice agrees with that ranking",
     "losses.png": "how training went",
     "velocity_error.png": "how far the model is from its teacher, by noise level",
     EVALUATION_NAME: "every measure",
@@ -133,7 +134,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def run(
-    config: TransferConfig, progress: Progress = silent, processes: ProcessGroup = SINGLE_PROCESS
+    config: TransferConfig,
+    callbacks: Callbacks | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Run every stage that `config.out` does not hold yet; return the artifact's path.
 
@@ -155,7 +158,15 @@ def run(
     precision = resolve_precision(config.precision, device)
     check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     make = _run_experts if config.experts.low_noise_model is not None else _run_one
-    comparison = make(config, device, precision, progress, is_made, processes)
+    run = Run(
+        folder=config.out,
+        device=device,
+        precision=precision,
+        seed=config.seed,
+        callbacks=callbacks or Callbacks(),
+        processes=processes,
+    )
+    comparison = make(config, run, is_made)
     if comparison is not None:
         save_comparison(comparison, config.out)
     return paths[0]
@@ -170,34 +181,32 @@ def list_artifacts(config: TransferConfig) -> list[Path]:
 
 def _run_one(
     config: TransferConfig,
-    device: str,
-    precision: str,
-    progress: Progress,
+    run: Run,
     is_made: bool,
-    processes: ProcessGroup,
 ) -> Comparison | None:
     """Make the file unless it is made; return the comparison with its teacher, if still to do."""
+    device, precision, processes = run.device, run.precision, run.processes
     path = config.out / ARTIFACT_NAME
     draft = open_teacher(config.teacher)
     footprint = None
     if draft is not None:
         footprint = check_transfer(draft, config, device, precision, processes.size)
     with processes.in_turn():
-        teacher = load_teacher(draft or config.teacher, config.out, device, progress).to(device)
+        teacher = load_teacher(draft or config.teacher, run).to(device)
     if not is_made:
         # Several processes share a training that none of them could hold alone.
         _forecast(
             teacher, config, precision, footprint, processes, tries_training=processes.size == 1
         )
-        student = Student(teacher, config.student, seed=config.seed)
-        check_layers(config.selection, list(student.mixed))
-        with processes.in_turn():
-            open_run(config.out, config, ignore=_FREE_FIELDS)
-        linearize(student, teacher, config, precision, progress, processes=processes)
+        with Student(teacher, config.student, seed=config.seed) as student:
+            check_layers(config.selection, list(student.mixed))
+            with processes.in_turn():
+                open_run(config.out, config, ignore=_FREE_FIELDS)
+            linearize(student, teacher, config, run)
     if not processes.destroy():
         return None
     made = artifact.load(path)
-    draw_training(config.out, made.header.layers, config.selection, config.training.steps)
+    draw_training(config.out, made.header.linear_layers, config.selection, config.training.steps)
     if is_evaluated(config.evaluation, config.out):
         return None
     logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
@@ -208,22 +217,20 @@ def _run_one(
         compare_config(config.evaluation, config.trajectories),
         seed=config.seed,
         precision=precision,
-        progress=progress,
+        callbacks=run.callbacks,
     )
 
 
 def _run_experts(
     config: TransferConfig,
-    device: str,
-    precision: str,
-    progress: Progress,
+    run: Run,
     is_made: bool,
-    processes: ProcessGroup,
 ) -> Comparison | None:
     """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
+    device, precision, processes = run.device, run.precision, run.processes
     drafts = check_experts(config, device, precision)
     with processes.in_turn():
-        teacher = load_experts(drafts, config, device, progress)
+        teacher = load_experts(drafts, config, run)
     if not is_made:
         footprint = check_transfer(drafts[HIGH], config, device, precision)
         _forecast(
@@ -232,7 +239,7 @@ def _run_experts(
         with processes.in_turn():
             open_run(config.out, config, ignore=_FREE_FIELDS)
         names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
-        linearize_experts(teacher, names, config, precision, progress, processes)
+        linearize_experts(teacher, names, config, run)
     if not processes.destroy() or is_evaluated(config.evaluation, config.out):
         return None
     logger.info("comparing both experts with their students on %s in %s", device, precision)
@@ -242,7 +249,7 @@ def _run_experts(
         compare_config(config.evaluation, config.trajectories),
         seed=config.seed,
         precision=precision,
-        progress=progress,
+        callbacks=run.callbacks,
     )
 
 
@@ -279,10 +286,10 @@ def summarize(config: TransferConfig) -> str:
     lines = []
     for path in list_artifacts(config):
         header = artifact.load(path).header
-        layers = ", ".join(map(str, header.layers))
+        layers = ", ".join(map(str, header.linear_layers))
         whose = header.provenance.get("expert", "")
         lines.append(
-            f"{len(header.layers)} of {header.num_layers} layers "
+            f"{len(header.linear_layers)} of {header.num_layers} layers "
             f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
         )
     lines.append("")
@@ -308,8 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(to_json(config) if processes.is_first else "")
         return
     try:
-        with TqdmProgress(is_shown=processes.is_first) as progress, explained(LOWER_RUN):
-            run(config, progress, processes)
+        with TerminalCallbacks(is_shown=processes.is_first) as callbacks, explained(LOWER_RUN):
+            run(config, callbacks, processes)
     except KeyboardInterrupt:
         if processes.is_first:
             sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")

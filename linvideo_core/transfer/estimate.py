@@ -8,14 +8,15 @@ import logging
 
 import torch
 
+from ..run.context import Run
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import count_bytes, count_missing
 from ..training.checkpoint import finished_steps
+from .config import TRAINING_NAME, TransferConfig
 from .layer_selection.rules import count_selection_steps
 from .pace import Pace, time_run
-from .pipeline import TRAINING_NAME, TransferConfig
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,8 @@ def forecast(
     Raises ValueError, in one sentence, where a disk has too little room.
     """
     root = config.trajectories.folder_beside(config.out)
-    settings = {"seed": config.seed, "precision": precision}
-    num_missing = count_missing(teacher, config.trajectories, root, **settings)
+    run = Run(folder=config.out, precision=precision, seed=config.seed)
+    num_missing = count_missing(teacher, config.trajectories, run)
     pace = time_run(
         teacher,
         config,

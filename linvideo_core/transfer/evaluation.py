@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ..evaluate.sampler import CompareConfig
 from ..run.config import option, positive
+from ..run.errors import SettingError
 from ..run.folder import read_metrics
 from ..teacher.trajectories import TrajectoryConfig
-from .layer_selection.order import LAYER_ORDER_NAME, save_layer_order
 from .layer_selection.rules import SelectionConfig, count_selection_steps
-from .layer_selection.sensitivity import RANKING_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +25,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         positive(self, "evaluate_batch_size")
         if self.evaluate_samples < 0 or self.evaluate_samples == 1:
-            raise ValueError(
-                f"--evaluate-samples {self.evaluate_samples} given; 0, or 2 or more are needed"
+            raise SettingError(
+                f"{{evaluate_samples}} {self.evaluate_samples} given; 0, or 2 or more are needed",
+                "evaluate_samples",
             )
 
 
@@ -54,13 +54,11 @@ def is_evaluated(config: EvaluationConfig, folder: Path) -> bool:
 
 
 def draw_training(
-    folder: Path, layers: Sequence[int], selection: SelectionConfig, num_steps: int
+    folder: Path, linear_layers: Sequence[int], selection: SelectionConfig, num_steps: int
 ) -> None:
     """Draw losses, and layer scores if learned, from a training's metrics if still there.
 
-    Scores that were learned beside a ranking are compared with it, in layer_order.json.
-
-    layers: those that became linear; num_steps: of the training.
+    linear_layers: those that became linear; num_steps: of the training.
     """
     from ..evaluate import plots
 
@@ -70,14 +68,11 @@ def draw_training(
         return
     rows = read_metrics(metrics_path)
     if selection.rule == "learned":
-        hardened_at = count_selection_steps(selection, num_steps)
-        ranking, order = (folder / name for name in (RANKING_NAME, LAYER_ORDER_NAME))
-        save_layer_order(metrics_path, ranking, order, hardened_at)
         plots.plot_layer_scores(
             rows,
             folder / "layer_scores.png",
             target=selection.target,
-            layers=layers,
-            hardened_at=hardened_at,
+            layers=linear_layers,
+            hardened_at=count_selection_steps(selection, num_steps),
         )
     plots.plot_losses(rows, folder / "losses.png")

@@ -22,14 +22,15 @@ from ..models.experts import HIGH, LOW, SIDES, Experts, is_high_noise
 from ..models.quantized import count_frozen_bytes
 from ..models.velocity import TIMESTEP_SCALE
 from ..run.config import override
+from ..run.context import Run
+from ..run.errors import SettingError
 from ..run.memory import Need, check_memory
-from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import Progress
 from ..teacher.sampling import spread_edges
 from ..teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
 from ..teacher.trajectories import States, Trajectories, collect
+from .config import ARTIFACT_NAME, TransferConfig
 from .evaluation import draw_training
-from .pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from .pipeline import linearize
 from .preflight import check_transfer
 from .student import Student
 
@@ -84,21 +85,16 @@ def own_sigmas(sigmas: Tensor, side: str, boundary: float) -> Tensor:
 def check_experts(
     config: TransferConfig, device: str, precision: str
 ) -> dict[str, TeacherCheckpoint]:
-    """Read the headers of both experts, and return their drafts by side.
+    """Read the headers of both experts; return their checkpoints by side.
 
     Raises FileNotFoundError or ValueError, in one sentence, for what cannot work.
     """
     settings, boundary = config.trajectories, config.experts.boundary
-    if config.objective.objective == "dmd":
-        raise ValueError(
-            "--objective dmd was given with --low-noise-model; it judges clean videos, which the "
-            "high-noise expert never makes: give another objective"
-        )
-    drafts = {
+    found = {
         side: open_teacher(override(config.teacher, {"model": path}))
         for side, path in ((HIGH, config.teacher.model), (LOW, config.experts.low_noise_model))
     }
-    if drafts[HIGH].checkpoint.config != drafts[LOW].checkpoint.config:
+    if found[HIGH].checkpoint.config != found[LOW].checkpoint.config:
         raise ValueError(
             f"{config.teacher.model} and {config.experts.low_noise_model} differ in architecture; "
             "two experts of one model are needed"
@@ -108,73 +104,62 @@ def check_experts(
     edges = spread_edges(settings.states_per_trajectory, settings.sampler_steps)
     # One state is kept of each stratum: some stratum must lie on each side of the boundary.
     if edges[1] > num_high or edges[-2] < num_high:
-        raise ValueError(
-            f"--boundary {boundary:g} given; of {settings.sampler_steps} sampler steps {num_high} "
-            f"are above it, too few or too many to keep {settings.states_per_trajectory} states "
-            "of each trajectory on both sides: raise --states-per-trajectory, or change --shift"
+        raise SettingError(
+            f"{{boundary}} {boundary:g} given; of {settings.sampler_steps} sampler steps "
+            f"{num_high} are above it, too few or too many to keep "
+            f"{settings.states_per_trajectory} states of each trajectory on both sides: raise "
+            "{states_per_trajectory}, or change {shift}",
+            "boundary",
+            "states_per_trajectory",
+            "shift",
         )
-    check_transfer(drafts[HIGH], config, device, precision)
-    size = count_frozen_bytes(drafts[HIGH].shapes, config.teacher.frozen_weights.frozen)
+    check_transfer(found[HIGH], config, device, precision)
+    size = count_frozen_bytes(found[HIGH].shapes, config.teacher.frozen_weights.frozen)
     advice = "choose smaller models or a machine with more memory"
     check_memory([Need("each of two experts", size)] * 2, "cpu", advice)
-    return drafts
+    return found
 
 
 def load_experts(
-    drafts: Mapping[str, TeacherCheckpoint], config: TransferConfig, device: str, progress: Progress
+    checkpoints: Mapping[str, TeacherCheckpoint], config: TransferConfig, run: Run
 ) -> Teacher:
-    """Return both experts as one teacher; its prompts are on `device`, its weights on the CPU."""
-    high = drafts[HIGH].load(config.out, device, progress)
-    low = drafts[LOW].load_model()
+    """Return both experts as one teacher; its prompts are on the device, its weights on the CPU."""
+    high = checkpoints[HIGH].load(run)
+    low = checkpoints[LOW].load_model()
     boundary = config.experts.boundary
     return dataclasses.replace(
         high,
-        name=f"{high.name} down to {boundary:g}, then {drafts[LOW].checkpoint.path.stem}",
+        name=f"{high.name} down to {boundary:g}, then {checkpoints[LOW].checkpoint.path.stem}",
         model=Experts(high.model, low, boundary),
-        prompt_embeds=high.prompt_embeds.to(device),
-        negative_embeds=high.negative_embeds.to(device),
+        prompt_embeds=high.prompt_embeds.to(run.device),
+        negative_embeds=high.negative_embeds.to(run.device),
     )
 
 
 def linearize_experts(
-    teacher: Teacher,
-    names: Mapping[str, str],
-    config: TransferConfig,
-    precision: str,
-    progress: Progress,
-    processes: ProcessGroup = SINGLE_PROCESS,
+    teacher: Teacher, names: Mapping[str, str], config: TransferConfig, run: Run
 ) -> None:
-    """Sample with both experts, then train each one's student and save its file in `config.out`.
+    """Sample with both experts, then train each one's student and save its file.
 
-    teacher: of `load_experts`; names: what each expert's file is called.
+    teacher: of `load_experts`; names: of each expert's model.
     """
-    trajectories = collect(
-        teacher,
-        config.trajectories,
-        config.trajectories.folder_beside(config.out),
-        seed=config.seed,
-        precision=precision,
-        progress=progress,
-        processes=processes,
-    )
+    trajectories = collect(teacher, config.trajectories, run)
     for side in SIDES:
-        path = config.out / EXPERT_NAMES[side]
+        path = run.folder / EXPERT_NAMES[side]
         if path.exists():
             continue
         own = OwnStates(trajectories, side, config.experts.boundary)
-        expert = dataclasses.replace(
-            teacher,
-            name=names[side],
-            model=teacher.model.fetch(side, teacher.prompt_embeds.device),
-        )
-        mine = override(config, {"out": config.out / side})
-        student = Student(expert, config.student, seed=config.seed)
-        told = _name_stages(side, progress)
-        linearize(student, expert, mine, precision, told, trajectories=own, processes=processes)
-        if not processes.is_first:
+        model = teacher.model.fetch(side, teacher.prompt_embeds.device)
+        expert = dataclasses.replace(teacher, name=names[side], model=model)
+        mine = dataclasses.replace(run.below(side), detail=side.replace("_", " "))
+        with Student(expert, config.student, seed=config.seed) as student:
+            linearize(student, expert, config, mine, own)
+        if not run.processes.is_first:
             continue
-        made = artifact.load(mine.out / ARTIFACT_NAME)
-        draw_training(mine.out, made.header.layers, config.selection, config.training.steps)
+        made = artifact.load(mine.folder / ARTIFACT_NAME)
+        draw_training(
+            mine.folder, made.header.linear_layers, config.selection, config.training.steps
+        )
         artifact.save(_with_range(made, side, config.experts.boundary), path)
 
 
@@ -187,10 +172,3 @@ def _with_range(made: Artifact, side: str, boundary: float) -> Artifact:
         provenance={**made.header.provenance, "expert": side},
     )
     return dataclasses.replace(made, header=header)
-
-
-def _name_stages(side: str, progress: Progress) -> Progress:
-    def told(stage: str, done: int, total: int, **metrics: float) -> None:
-        progress(f"{side.replace('_', ' ')}: {stage}", done, total, **metrics)
-
-    return told

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..flow import make_sigmas
 from ..models.velocity import bind_guided
+from ..run.context import Run
 from ..run.memory import FP32
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import States, Trajectories, TrajectoryConfig
 from ..training.trainer import seed_step
+from .config import TransferConfig
 from .layer_selection.rules import SelectionConfig
-from .pipeline import TransferConfig
 from .student import Student, TransferTask
 
 # A training step's pass in calls of the guided teacher, both of one video: while layers are chosen
@@ -141,7 +142,13 @@ class RandomStates(Trajectories):
 
 def _time_training(teacher: Teacher, config: TransferConfig, precision: str, pace: Pace) -> Pace:
     """Return the pace with the seconds of a pass while layers are chosen and after."""
-    student = Student(teacher, config.student, seed=config.seed)
+    with Student(teacher, config.student, seed=config.seed) as student:
+        return _time_steps(student, teacher, config, precision, pace)
+
+
+def _time_steps(
+    student: Student, teacher: Teacher, config: TransferConfig, precision: str, pace: Pace
+) -> Pace:
     task = TransferTask(
         student,
         teacher,
@@ -149,14 +156,13 @@ def _time_training(teacher: Teacher, config: TransferConfig, precision: str, pac
         selection=SelectionConfig(target=config.selection.target),
         objective=config.objective,
         training=config.training,
-        precision=precision,
+        run=Run(precision=precision),
     )
     parameters = [p for group in task.parameter_groups() for p in group.parameters.values()]
     seconds = []
     for _ in range(2):
         seconds.append(_time(_passes_of(task), teacher.prompt_embeds.device))
-        for number, module in enumerate(student.mixed.values()):
-            module.harden("linear" if number < config.selection.target else "softmax")
+        student.harden([*student.mixed][: config.selection.target])
     return dataclasses.replace(
         pace,
         selecting=seconds[0],

@@ -23,11 +23,9 @@ from ..run.memory import (
 from ..teacher.teacher import TeacherCheckpoint
 from ..teacher.trajectories import TrajectoryConfig
 from ..training.trainer import TrainingConfig
+from .config import TransferConfig, check_offload_alone
 from .evaluation import EvaluationConfig
-from .frozen_weights import check_offload_alone
 from .layer_selection.rules import check_layers
-from .objectives import needs_critic
-from .pipeline import TransferConfig
 
 
 class RunConfig(Protocol):
@@ -83,7 +81,7 @@ def check_transfer(
         precision,
         num_trained=num_trained,
         num_graphs=1,
-        all_trained=student.parameters == "full" or needs_critic(config.objective),
+        all_trained=student.parameters == "full",
         num_processes=num_processes,
         may_offload=num_processes == 1 and config.experts.low_noise_model is None,
     )

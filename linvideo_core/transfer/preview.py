@@ -8,8 +8,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..run.drawing import find_font
-
 _WIDTH, _MARGIN, _GAP = 560, 14, 6
 _TITLE_SIZE, _LABEL_SIZE = 21, 17
 _PLOT_HEIGHT, _MAX_FRAME_HEIGHT = 150, 240
@@ -36,9 +34,9 @@ def draw_preview(
     top = _MARGIN + _TITLE_SIZE + 2 * _GAP
     page = Image.new("RGB", (_WIDTH, top + sum(heights) + plot_height + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((_MARGIN, _MARGIN), title, _INK, _font(_TITLE_SIZE))
+    draw.text((_MARGIN, _MARGIN), title, _INK, ImageFont.load_default(_TITLE_SIZE))
     for (name, frames), height in zip(strips.items(), heights, strict=True):
-        draw.text((_MARGIN, top), name, _QUIET, _font(_LABEL_SIZE))
+        draw.text((_MARGIN, top), name, _QUIET, ImageFont.load_default(_LABEL_SIZE))
         for number, frame in enumerate(frames):
             left = _MARGIN + number * (frame.width + _GAP)
             page.paste(frame, (left, top + _LABEL_SIZE + _GAP))
@@ -52,7 +50,12 @@ def _draw_scores(
     draw: ImageDraw.ImageDraw, rows: list[Mapping[str, Any]], num_steps: int, top: int
 ) -> None:
     left, right = _MARGIN, _WIDTH - _MARGIN
-    draw.text((left, top), "how each layer is chosen, step by step", _QUIET, _font(_LABEL_SIZE))
+    draw.text(
+        (left, top),
+        "how each layer is chosen, step by step",
+        _QUIET,
+        ImageFont.load_default(_LABEL_SIZE),
+    )
     top += _LABEL_SIZE + _GAP
     bottom = top + _PLOT_HEIGHT
     for share, label in ((0.0, "softmax"), (1.0, "linear")):
@@ -60,7 +63,9 @@ def _draw_scores(
         draw.line((left, y, right, y), (225, 225, 225))
         anchor = "rd" if share else "rt"
         offset = -2 if share else 2
-        draw.text((right, y + offset), label, _QUIET, _font(_LABEL_SIZE), anchor=anchor)
+        draw.text(
+            (right, y + offset), label, _QUIET, ImageFont.load_default(_LABEL_SIZE), anchor=anchor
+        )
     if len(rows) < 2:
         return
     for layer, last in enumerate(rows[-1]["layer_scores"]):
@@ -81,7 +86,3 @@ def _fit(frames: Sequence[Image.Image]) -> list[Image.Image]:
     size = tuple(max(1, round(scale * side)) for side in frames[0].size)
     method = Image.Resampling.NEAREST if frames[0].height < 60 else Image.Resampling.BILINEAR
     return [frame.convert("RGB").resize(size, method) for frame in frames]
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(find_font()), size)

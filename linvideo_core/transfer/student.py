@@ -1,10 +1,9 @@
-"""The student: the teacher's twin with mixed attention, and the task of training it."""
+"""The student: the teacher's own model with adapters, and the task of training it."""
 
 import contextlib
 import copy
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,24 +13,25 @@ from ..models import lora
 from ..models.attention import LinearAttention, LinearForm, MixedAttention
 from ..models.attention_sites import (
     AttentionSite,
+    attention_at,
+    blocks,
     checkpoint_activations,
     compiled_blocks,
     install,
+    restore,
     shapes_of,
     trainable_weights,
 )
 from ..models.families import identify
 from ..models.velocity import bind, bind_guided
 from ..run.config import option, positive
-from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.trainer import ParameterGroup, TrainingConfig
-from .batches import PromptedBatch, draw_batch
+from .adm import VelocityFns, adm_loss
+from .batches import Batch, Batches, ObjectiveConfig
 from .layer_selection.rules import Selection, SelectionConfig
-from .noise_levels import level_density
-from .objectives import ObjectiveConfig, Players, make_objective, needs_critic
-from .replay import replayed
 from .warm_start import feature_maps
 
 PARAMETERS = ("full", "lora", "feature_maps")
@@ -50,20 +50,27 @@ class StudentConfig:
         positive(self, "lora_rank", "feature_ratio")
 
 
-class Student:
-    """The teacher's twin, whose attention sites all hold a `MixedAttention`.
+class Student(contextlib.AbstractContextManager):
+    """A model with a `MixedAttention` at every attention site and weights that may be trained.
 
-    model: modules of its own around the teacher's frozen tensors, of which only one copy is in
-        memory; all weights are copies, in fp32, where `full` trains them.
+    It is the teacher's own model, changed in place: mixed attention and LoRA are adapters, and with
+    them disabled it is the teacher again. Only `parameters` "full" trains a copy, in fp32. As a
+    context manager it removes its adapters in the end.
+
     mixed: layer -> its mixed attention.
     """
 
     def __init__(self, teacher: Teacher, config: StudentConfig, *, seed: int) -> None:
-        """Raises ValueError for a model of an unknown family or a rank that is too large."""
+        """Raises ValueError for an unknown model, a rank too large, a teacher with a student."""
         self.config = config
         self.family, self.sites = identify(shapes_of(teacher.model))
+        if any(isinstance(attention_at(teacher.model, s), MixedAttention) for s in self.sites):
+            raise ValueError("the teacher's model has a student already: remove that one first")
         is_full = config.parameters == "full"
-        self.model = copy.deepcopy(teacher.model).float() if is_full else twin(teacher.model)
+        self.model = copy.deepcopy(teacher.model).float() if is_full else teacher.model
+        self._forwards = {
+            block: block.__dict__.get("forward") for block in blocks(self.model, self.sites)
+        }
         device = teacher.prompt_embeds.device
         generator = torch.Generator().manual_seed(seed)
 
@@ -73,10 +80,11 @@ class Student:
             linear.init_weights(generator)
             return MixedAttention(linear, 1.0).to(device)
 
+        self._changes: dict[str, lora.LowRank] = {}
         self._weight_names = self._free_weights(seed, device)
-        install(self.model, self.sites, mix)
+        self._originals = install(self.model, self.sites, mix)
         self.mixed: dict[int, MixedAttention] = {
-            site.layer: self.model.get_submodule(site.name).attention for site in self.sites
+            site.layer: attention_at(self.model, site) for site in self.sites
         }
 
     @property
@@ -89,55 +97,62 @@ class Student:
         if self.config.parameters == "feature_maps":
             return []
         if self.config.parameters == "lora":
-            prefix, rank = self.family.trainable_prefix, self.config.lora_rank
-            is_frozen = self.family.is_frozen
-            changes = lora.attach(self.model, prefix, rank, seed, device, is_frozen=is_frozen)
-            return [f"{name}.lora.{side}" for name in changes for side in ("down", "up")]
+            self._changes = self.add_low_rank(seed, device)
+            return [f"{name}.lora.{side}" for name in self._changes for side in ("down", "up")]
         weights = trainable_weights(self.model, self.family, self.sites)
         for parameter in weights.values():
             parameter.requires_grad_(True)
         return list(weights)
 
-    def choices(self) -> tuple[str | None, ...]:
-        """Return what each layer computes: "linear", "softmax", or None while it mixes both."""
-        return tuple(module.choice for module in self.mixed.values())
+    def add_low_rank(
+        self, seed: int, device: torch.device, adapter: str = "lora"
+    ) -> dict[str, lora.LowRank]:
+        """Give the model's linear layers low-rank changes; see `lora.attach`."""
+        prefix, rank = self.family.trainable_prefix, self.config.lora_rank
+        options = {"is_frozen": self.family.is_frozen, "adapter": adapter}
+        return lora.attach(self.model, prefix, rank, seed, device, **options)
 
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switch the adapters off: while the context lasts the model is the teacher."""
+        with lora.switched(dict.fromkeys([*self.mixed.values(), *self._changes.values()], False)):
+            yield
 
-def twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's modules that hold the model's own parameters and buffers."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    def harden(self, linear_layers: Sequence[int]) -> None:
+        """Make exactly these layers linear and all others softmax."""
+        for layer, module in self.mixed.items():
+            module.mode = "linear" if layer in linear_layers else "softmax"
+
+    def remove(self) -> None:
+        """Take the adapters out of the model."""
+        restore(self.model, self.sites, self._originals)
+        lora.detach(self.model, self._changes)
+        for block, forward in self._forwards.items():
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 @contextlib.contextmanager
 def accelerated(
-    models: Sequence[nn.Module],
-    student: Student,
-    config: TrainingConfig,
-    processes: ProcessGroup = SINGLE_PROCESS,
+    models: Sequence[nn.Module], student: Student, config: TrainingConfig, run: Run
 ) -> Iterator[None]:
-    """Compile or replay a training's models, as its settings ask, while the context lasts.
-
-    Raises ValueError for a process group's models that are to be replayed.
-    """
-    if config.cuda_graphs and processes.size > 1:
-        raise ValueError(
-            f"--cuda-graphs was given to {processes.size} processes; graphs hold no messages "
-            "between them: leave it out"
-        )
+    """Compile and shard a training's models, as its settings ask, while the context lasts."""
     with contextlib.ExitStack() as stack:
         if config.compile:
             stack.enter_context(compiled_blocks(models, student.sites))
-        if config.cuda_graphs:
-            stack.enter_context(replayed(models, student.choices))
+        sharded = {model: blocks(model, student.sites) for model in models}
+        stack.enter_context(run.processes.sharded(sharded))
         yield
 
 
 class TransferTask:
     """Train a student with an objective while its layers are being selected (LinVideo eq. 9).
 
-    With `layers`, those that a fixed choice made linear, nothing is selected any more. `ranking`:
-    layers from the least to the most sensitive, where `--score-start ranking` asks for it.
+    models: all that a step calls, each once.
     """
 
     def __init__(
@@ -149,83 +164,64 @@ class TransferTask:
         selection: SelectionConfig,
         objective: ObjectiveConfig,
         training: TrainingConfig,
-        precision: str,
-        layers: Sequence[int] | None = None,
-        ranking: Sequence[int] | None = None,
-        processes: ProcessGroup = SINGLE_PROCESS,
+        run: Run,
+        linear_layers: Sequence[int] | None = None,
     ) -> None:
+        """linear_layers: a fixed choice; none: they are learned."""
         self.student = student
         self.teacher = teacher
         self.trajectories = trajectories
-        self.selection = Selection(student.mixed, selection, training.steps, layers, ranking)
-        self.selection_config = selection
-        self.objective_config = objective
+        self.selection = Selection(student.mixed, selection, training.steps, linear_layers)
         self.training = training
-        self.precision = precision
-        self.processes = processes
-        self.objective = make_objective(objective, trajectories.sigmas, training.steps)
-        self.weights: Tensor | None = None
-        if objective.levels != "even":
-            density = level_density(trajectories.sigmas, objective.levels)
-            self.weights = trajectories.weigh(density)
-        self.critic: nn.Module | None = None
-        if needs_critic(objective):
-            self.critic = copy.deepcopy(teacher.model).float().requires_grad_(True)
+        self.precision = run.precision
+        size = training.batch_size
+        self.batches = Batches(teacher, trajectories, objective, size, run.processes)
+        self.models = [*dict.fromkeys([teacher.model, student.model])]
+        self.velocities = VelocityFns(
+            student=self._student, student_guided=self._student_guided, teacher=self._teacher
+        )
         if training.activation_checkpointing:
             checkpoint_activations(student.model, student.sites)
 
-    @property
-    def models(self) -> list[nn.Module]:
-        """All models that a step calls."""
-        critic = [self.critic] if self.critic is not None else []
-        return [self.teacher.model, self.student.model, *critic]
-
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return weights, feature maps, layer scores if learned, and the critic if there is one."""
-        scores = self.selection.trained_scores()
+        """Return weights, feature maps, and layer scores if learned."""
         groups = [
             ParameterGroup(self.student.weights, self.training.learning_rate),
             ParameterGroup(feature_maps(self.student.mixed), self.training.map_learning_rate),
-            ParameterGroup(scores, self.selection_config.layer_score_learning_rate),
+            ParameterGroup(
+                self.selection.trained_scores(), self.selection.config.layer_score_learning_rate
+            ),
         ]
-        if self.critic is not None:
-            critic = {f"critic.{name}": p for name, p in self.critic.named_parameters()}
-            groups.append(ParameterGroup(critic, self.objective_config.critic_learning_rate))
         return [group for group in groups if group.parameters]
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the objective on a fresh batch plus the selection losses."""
-        drawn = draw_batch(
-            self.teacher,
-            self.trajectories,
-            self.training.batch_size,
-            self.objective_config.prompt_dropout,
-            generator,
-            self.processes,
-            self.weights,
-        )
-        players = self._players(drawn, slice(None))
-        objective_loss, metrics = self.objective(drawn.batch, players, step, generator)
-        metrics |= {"objective_loss": objective_loss.detach()}
+        batch = self.batches.draw(generator)
+        objective_loss = adm_loss(batch, self.velocities, self.trajectories.sigmas)
+        metrics = {"objective_loss": objective_loss.detach()}
         if self.selection.is_learned:
             metrics["layer_scores"] = self.selection.layer_scores().detach().clone()
         return objective_loss + self.selection.loss(step), metrics
 
-    def _players(self, drawn: PromptedBatch, part: slice) -> Players:
-        branch = drawn.branch_embeds[part]
-        return Players(
-            student=bind(self.student.model, branch, precision=self.precision),
-            student_guided=bind_guided(
-                self.student.model,
-                drawn.prompt_embeds[part],
-                drawn.negative_embeds[part],
-                self.trajectories.guidance_scale,
-                precision=self.precision,
-            ),
-            teacher=bind(self.teacher.model, branch, precision=self.precision),
-            part=lambda part: self._players(drawn, part),
-            critic=self.critic and bind(self.critic, branch, precision=self.precision),
+    def _student(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        velocity = bind(self.student.model, batch.branch_embeds, precision=self.precision)
+        return velocity(latents, sigma)
+
+    def _student_guided(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        velocity = bind_guided(
+            self.student.model,
+            batch.prompt_embeds,
+            batch.negative_embeds,
+            self.trajectories.guidance_scale,
+            precision=self.precision,
         )
+        return velocity(latents, sigma)
+
+    @torch.no_grad()
+    def _teacher(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        with self.student.disabled():
+            velocity = bind(self.teacher.model, batch.branch_embeds, precision=self.precision)
+            return velocity(latents, sigma)
 
     def after_step(self, step: int) -> None:
         """Advance the selection."""
@@ -233,9 +229,9 @@ class TransferTask:
 
     def state(self) -> dict[str, Any]:
         """Return the hardened choice."""
-        return {"layers": self.selection.layers}
+        return {"linear_layers": self.selection.linear_layers}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take the hardened choice back."""
-        if state["layers"] is not None:
-            self.selection.harden(state["layers"])
+        if state["linear_layers"] is not None:
+            self.selection.harden(state["linear_layers"])

@@ -2,27 +2,28 @@
 
 Only the feature maps move. Every layer sees the teacher's own queries, keys and values, so all
 layers are fitted at once from one teacher forward pass, without a backward pass through it: each
-takes its gradient as soon as it was called, so what one layer needs is all that is in memory.
+takes its gradient as soon as it was called, so only one layer's activations are in memory.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.attention import MixedAttention
+from ..models.lora import switched
 from ..models.velocity import autocast, bind
 from ..run.config import option
-from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import Progress
+from ..run.context import Run
+from ..run.errors import SettingError
+from ..run.process_group import ProcessGroup
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.trainer import ParameterGroup, TrainingConfig, fit
-from .batches import draw_batch
+from .batches import Batches, ObjectiveConfig
 
 # Of the warm start's own steps, those in which its learning rate rises; a cosine follows.
 _WARMUP_SHARE = 0.1
@@ -37,9 +38,11 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         if self.warm_start_steps < 0 or not self.warm_start_learning_rate > 0:
-            raise ValueError(
-                f"--warm-start-steps {self.warm_start_steps} and --warm-start-learning-rate "
-                f"{self.warm_start_learning_rate} given; steps >= 0 and a rate > 0 are needed"
+            raise SettingError(
+                f"{{warm_start_steps}} {self.warm_start_steps} and {{warm_start_learning_rate}} "
+                f"{self.warm_start_learning_rate} given; steps >= 0 and a rate > 0 are needed",
+                "warm_start_steps",
+                "warm_start_learning_rate",
             )
 
 
@@ -48,26 +51,19 @@ class WarmStart:
 
     def __init__(
         self,
-        student: nn.Module,
+        model: nn.Module,
         mixed: Mapping[int, MixedAttention],
-        teacher: Teacher,
-        trajectories: Trajectories,
+        batches: Batches,
         *,
-        batch_size: int,
-        prompt_dropout: float,
         learning_rate: float,
-        precision: str,
-        processes: ProcessGroup = SINGLE_PROCESS,
+        run: Run,
     ) -> None:
-        self.student = student
+        """model: the student's, whose sites hold `mixed`; batches: all rows stored."""
+        self.model = model
         self.mixed = mixed
-        self.teacher = teacher
-        self.trajectories = trajectories
-        self.batch_size = batch_size
-        self.prompt_dropout = prompt_dropout
+        self.batches = batches
         self.learning_rate = learning_rate
-        self.precision = precision
-        self.processes = processes
+        self.run = run
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the feature maps of every layer."""
@@ -75,32 +71,25 @@ class WarmStart:
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Return the mean over layers of `|linear - softmax|^2 / |softmax|^2`."""
-        drawn = draw_batch(
-            self.teacher,
-            self.trajectories,
-            self.batch_size,
-            self.prompt_dropout,
-            generator,
-            self.processes,
-        )
+        batch = self.batches.draw(generator)
         errors: dict[MixedAttention, list[Tensor]] = {m: [] for m in self.mixed.values()}
         gradients: dict[nn.Parameter, Tensor] = {}
 
         def learn(module: MixedAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
             error, found = self._differentiate(module, args, output)
             # A model that takes one video a call runs each layer once for every sample.
-            num_calls = len(drawn.batch.latents) // len(output)
+            num_calls = len(batch.latents) // len(output)
             errors[module].append(error)
             for parameter, gradient in zip(module.linear.parameters(), found, strict=True):
                 earlier = gradients.get(parameter)
                 share = gradient / num_calls
                 gradients[parameter] = share if earlier is None else earlier + share
 
-        sigma = self.trajectories.sigmas.to(drawn.batch.latents.device)[drawn.batch.step]
-        with _watched(self.mixed, learn), torch.no_grad():
-            bind(self.student, drawn.branch_embeds, precision=self.precision)(
-                drawn.batch.latents, sigma
-            )
+        sigmas = self.batches.trajectories.sigmas.to(batch.latents.device)
+        velocity_fn = bind(self.model, batch.branch_embeds, precision=self.run.precision)
+        off = switched(dict.fromkeys(self.mixed.values(), False))
+        with off, _hooked(self.mixed, learn), torch.no_grad():
+            velocity_fn(batch.latents, sigmas[batch.step])
         layer_errors = torch.stack([torch.stack(each).mean() for each in errors.values()])
         loss = _Differentiated.apply(layer_errors.mean(), [*gradients.values()], *gradients)
         return loss, {"layer_errors": layer_errors}
@@ -108,13 +97,13 @@ class WarmStart:
     def _differentiate(
         self, module: MixedAttention, args: tuple[Tensor, ...], output: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return a layer's own error and what its maps' gradients are of the mean over layers.
+        """Return a layer's own error, and its maps' gradients of the mean over layers.
 
         args: query, key and value of its softmax attention, which returned `output`.
         """
         with torch.enable_grad():
             linear = module.linear(*(x.detach() for x in args))
-            error = _relative_error(linear, output.detach(), self.processes)
+            error = _relative_error(linear, output.detach(), self.run.processes)
             share = error / len(self.mixed)
         del linear
         with autocast(output.device, "fp32"):
@@ -132,7 +121,7 @@ class WarmStart:
 
 
 def _relative_error(linear: Tensor, softmax: Tensor, processes: ProcessGroup) -> Tensor:
-    """Return `|linear - softmax|^2 / |softmax|^2`, whose size is the whole process group's."""
+    """Return `|linear - softmax|^2 / |softmax|^2`; the denominator is the whole batch's."""
     target = softmax.float()
     size = processes.mean(target.square().mean())
     return (linear.float() - target).square().mean() / size
@@ -152,67 +141,40 @@ class _Differentiated(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _watched(
-    mixed: Mapping[int, MixedAttention], see: Callable[[Any, Any, Tensor], None]
-) -> Iterator[None]:
-    """Let every layer compute softmax attention, and `see` each call of one right after it."""
-    hooks = [module.register_forward_hook(see) for module in mixed.values()]
-    choices = [module.choice for module in mixed.values()]
+def _hooked(mixed: Mapping[int, MixedAttention], hook: Any) -> Iterator[None]:
+    """Call a forward hook right after every call of every layer."""
+    handles = [module.register_forward_hook(hook) for module in mixed.values()]
     try:
-        for module in mixed.values():
-            module.choice = "softmax"
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for module, choice in zip(mixed.values(), choices, strict=True):
-            module.choice = choice
+        for handle in handles:
+            handle.remove()
 
 
 def fit_feature_maps(
-    student: nn.Module,
+    model: nn.Module,
     mixed: Mapping[int, MixedAttention],
     teacher: Teacher,
     trajectories: Trajectories,
     config: WarmStartConfig,
     training: TrainingConfig,
-    folder: Path,
+    run: Run,
     *,
     prompt_dropout: float,
-    precision: str,
-    seed: int,
-    progress: Progress,
-    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Train the feature maps for as many steps as `config` says.
+    """Train the feature maps for as many steps as `config` says; files go into the run's folder.
 
     Every process holds its models whole: they are frozen, and the maps are small.
     """
-    if not config.warm_start_steps:
-        return
-    task = WarmStart(
-        student,
-        mixed,
-        teacher,
-        trajectories,
-        batch_size=training.batch_size,
-        prompt_dropout=prompt_dropout,
-        learning_rate=config.warm_start_learning_rate,
-        precision=precision,
-        processes=processes,
-    )
     steps = config.warm_start_steps
+    if not steps:
+        return
+    objective = ObjectiveConfig(objective="velocity", levels="even", prompt_dropout=prompt_dropout)
+    batches = Batches(teacher, trajectories, objective, training.batch_size, run.processes)
+    task = WarmStart(model, mixed, batches, learning_rate=config.warm_start_learning_rate, run=run)
     warmup_steps = round(_WARMUP_SHARE * steps)
     settings = dataclasses.replace(training, steps=steps, warmup_steps=warmup_steps, accumulation=1)
-    fit(
-        task,
-        settings,
-        folder,
-        seed=seed,
-        stage="warm start",
-        progress=progress,
-        processes=processes,
-    )
+    fit(task, settings, run, stage="warm_start")
 
 
 def feature_maps(mixed: Mapping[int, MixedAttention]) -> dict[str, nn.Parameter]:

@@ -71,17 +71,16 @@ class FeatureMaps(nn.Module):
         super().__init__()
         header = artifact.header
         self.family_name = header.family
-        self.linear_layers = header.layers
+        self.linear_layers = header.linear_layers
         self.site_names = header.site_names
         self.layers = nn.ModuleList(
-            LayerMaps(artifact.linear_tensors(layer), header.form, device)
-            for layer in header.layers
+            LayerMaps(artifact.linear[layer], header.form, device) for layer in header.linear_layers
         )
 
     @staticmethod
     def weights_of(artifact: Artifact) -> list[dict[str, Tensor]]:
         """Return the weights of each of `layers`."""
-        return [_as_weights(artifact.linear_tensors(layer)) for layer in artifact.header.layers]
+        return [_as_weights(artifact.linear[layer]) for layer in artifact.header.linear_layers]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import nn
 
 from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, check
-from ...linvideo_core.artifact.summary import headline
+from ...linvideo_core.artifact.summary import title
 from ...linvideo_core.models import attention_sites
 from .additional_models import FeatureMaps, LowRankChanges, is_dynamic, make_patcher
 from .families import host_family
@@ -120,7 +120,7 @@ def _describe(
     match = compare_base(header, model)
     if match.kind == "other":
         logger.warning("LinVideo: %s", match)
-    lines = [f"{headline(header)}, strength {strength:g}", str(match)]
+    lines = [f"{title(header)}, strength {strength:g}", str(match)]
     if keep_first_steps:
         lines.append(
             f"the first {keep_first_steps} steps of each sampling run the model as it came in, as "

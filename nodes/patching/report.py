@@ -10,7 +10,8 @@ from typing import Any
 import comfy.samplers
 from comfy_execution.utils import get_executing_context
 
-from ...linvideo_core.artifact import ArtifactError, ArtifactHeader, Usage, find_differences
+from ...linvideo_core.artifact import ArtifactError, ArtifactHeader, Usage
+from ...linvideo_core.artifact.summary import find_differences
 from .families import Video, host_family, pixels_of
 
 _AS_MADE = "sampled as the file was made"

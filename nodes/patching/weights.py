@@ -17,17 +17,19 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
-from ...linvideo_core.artifact import (
-    Artifact,
-    ArtifactError,
-    ArtifactHeader,
+from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader
+from ...linvideo_core.models.attention_sites import shapes_of
+from ...linvideo_core.models.base_weights import (
     BaseWeights,
     WeightsMatch,
     compare_weights,
+    digest_weights,
+    digested_weights,
+    sketch,
+    sketched_rows,
+    sketched_weights,
 )
-from ...linvideo_core.models import attention_sites
 from ...linvideo_core.models.families import identify
-from ...linvideo_core.models.sketch import sketch, sketched_rows
 from .additional_models import Bypassed
 
 _PREFIX = "diffusion_model."
@@ -50,7 +52,7 @@ def compare_base(header: ArtifactHeader, model: Any) -> WeightsMatch:
         # The layers may be of any pack, and a comparison must not keep a file from being applied.
         logger.info("LinVideo: this model's weights could not be read", exc_info=True)
         return WeightsMatch("unknown")
-    return compare_weights(header, found)
+    return compare_weights(header.base_weights, found)
 
 
 def describe_base(model: Any) -> BaseWeights:
@@ -59,18 +61,16 @@ def describe_base(model: Any) -> BaseWeights:
     Raises ValueError for weights in a form that is not known.
     """
     diffusion_model = model.model.diffusion_model
-    _, sites = identify(attention_sites.shapes_of(diffusion_model))
-    names = attention_sites.digested_weights(diffusion_model, sites)
-    digest = attention_sites.digest_weights(_read(model, name) for name in names)
+    _, sites = identify(shapes_of(diffusion_model))
+    names = digested_weights(diffusion_model, sites)
+    digest = digest_weights(_read(model, name) for name in names)
     sketched = sketch_base(model)
     return BaseWeights(digest=digest, sketch=sketched.sketch, bits=sketched.bits)
 
 
 def sketch_base(model: Any) -> BaseWeights:
     """Return the sketch of a ModelPatcher's weights, without their digest; raises as above."""
-    names = attention_sites.sketched_weights(
-        *identify(attention_sites.shapes_of(model.model.diffusion_model))
-    )
+    names = sketched_weights(*identify(shapes_of(model.model.diffusion_model)))
     weights = [_find(model, name) for name in names]
     bits = sum(map(_count_bits, weights)) / sum(math.prod(weight.shape) for weight in weights)
     rows = (_read(model, name, sketched_rows(_find(model, name).shape)) for name in names)

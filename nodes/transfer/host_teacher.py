@@ -15,6 +15,7 @@ from comfy.model_management import module_size
 
 from ...linvideo_core.demo.codec import decode_latents
 from ...linvideo_core.models import attention_sites
+from ...linvideo_core.models.base_weights import digested_weights, keep_base_weights
 from ...linvideo_core.models.families import identify
 from ...linvideo_core.models.velocity import TIMESTEP_SCALE
 from ...linvideo_core.run.memory import (
@@ -28,8 +29,7 @@ from ...linvideo_core.run.memory import (
     training_needs,
 )
 from ...linvideo_core.teacher.teacher import Teacher
-from ...linvideo_core.transfer.objectives import needs_critic
-from ...linvideo_core.transfer.pipeline import TransferConfig
+from ...linvideo_core.transfer.config import TransferConfig
 from ...linvideo_core.transfer.student import StudentConfig
 from ..demo import DemoLatents
 from ..patching.apply import untouched
@@ -90,7 +90,7 @@ class HostTeacher:
 
     def _digested(self) -> Iterator[Any]:
         diffusion_model = self.model.model.diffusion_model
-        for name in attention_sites.digested_weights(diffusion_model, self.sites):
+        for name in digested_weights(diffusion_model, self.sites):
             # Where patches are merged in, the weight itself waits in the backup.
             backup = self.model.backup.get(f"diffusion_model.{name}")
             kept = diffusion_model.get_parameter(name) if backup is None else backup.weight
@@ -132,7 +132,7 @@ class HostTeacher:
             timestep_scale=base_model.model_sampling.multiplier / TIMESTEP_SCALE,
         )
         base = describe_base(self.model)
-        attention_sites.keep_identity(model, base.digest, base.sketch)
+        keep_base_weights(model, base)
         return Teacher(
             name=_name(self.model, self.is_demo),
             model=model,
@@ -148,7 +148,7 @@ class HostTeacher:
 
     def is_copied(self, config: TransferConfig) -> bool:
         """Say whether a transfer trains copies in fp32, not beside the host's own weights."""
-        if config.student.parameters == "full" or needs_critic(config.objective):
+        if config.student.parameters == "full":
             return True
         return FP32 * count(self.shapes) <= COPIED_BYTES
 

@@ -20,7 +20,7 @@ from ...linvideo_core.models.velocity import TIMESTEP_SCALE, bind_guided
 from ...linvideo_core.run.callbacks import Callbacks, Stage
 from ...linvideo_core.run.folder import read_metrics
 from ...linvideo_core.teacher.teacher import Teacher
-from ...linvideo_core.transfer.pipeline import TransferConfig
+from ...linvideo_core.transfer.config import TransferConfig
 from ...linvideo_core.transfer.preview import draw_preview
 from ...linvideo_core.transfer.student import Student
 from ..patching.families import Video
@@ -175,7 +175,8 @@ class LiveProgress(Callbacks):
         """Sample a video with both models, and draw them above the curves of the layers."""
         stage, videos = self._stage, {}
         if self._teacher_frames is None:
-            self._teacher_frames = self._sample(self._teacher.model)
+            with self._student.disabled():
+                self._teacher_frames = self._sample(self._teacher.model)
         if self._teacher_frames:
             now = self._sample(self._student.model)
             videos = {"the original model": self._teacher_frames, "the faster one now": now}

@@ -11,7 +11,7 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,19 @@ import torch
 
 from ...linvideo_core import artifact
 from ...linvideo_core.artifact import ArtifactError
-from ...linvideo_core.artifact.names import check_name
-from ...linvideo_core.run.callbacks import Callbacks
+from ...linvideo_core.artifact.file import check_name
 from ...linvideo_core.run.config import override
+from ...linvideo_core.run.context import Run
 from ...linvideo_core.run.errors import SettingError
 from ...linvideo_core.run.files import replacing
 from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, open_run
 from ...linvideo_core.run.memory import is_out_of_memory
 from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
+from ...linvideo_core.transfer.config import ARTIFACT_NAME, TransferConfig
 from ...linvideo_core.transfer.estimate import forecast
 from ...linvideo_core.transfer.layer_selection.rules import check_target
-from ...linvideo_core.transfer.pipeline import ARTIFACT_NAME, TransferConfig, linearize
+from ...linvideo_core.transfer.pipeline import linearize
 from ...linvideo_core.transfer.quality import settings_by_steps, settings_for
 from ...linvideo_core.transfer.student import Student
 from ..model_folder import FOLDER
@@ -211,26 +212,13 @@ def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None
     """Make the result in the run folder."""
     with _memory_given_back(), host.teacher(config) as teacher:
         takes = _tell_what_it_takes(host, teacher, config)
-        student = Student(teacher, config.student, seed=config.seed)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
-        live = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
-        with live.watching():
-            linearize(student, teacher, config, config.precision, _as_progress(live))
-
-
-def _as_progress(callbacks: Callbacks) -> Callable[..., None]:
-    """Return the core's present form of progress, which names its stages in each call."""
-    begun: list[str] = []
-
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        if stage not in begun:
-            begun.append(stage)
-            name = stage.replace("the ", "").replace(" ", "_")
-            callbacks.on_stage(name, total, done)
-        else:
-            callbacks.on_step_end(done, **metrics)
-
-    return progress
+        with Student(teacher, config.student, seed=config.seed) as student:
+            live = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
+            where = {"folder": config.out, "device": config.device, "seed": config.seed}
+            run = Run(**where, precision=config.precision, callbacks=live)
+            with live.watching():
+                linearize(student, teacher, config, run)
 
 
 @contextlib.contextmanager

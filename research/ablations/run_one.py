@@ -192,7 +192,7 @@ class Worker:
         del student
         path = folder / ARTIFACT_NAME
         made = artifact.load(path)
-        with artifact.transfer_into(self.teacher.model, made) as model:
+        with artifact.apply(made, self.teacher.model) as model:
             frames = self._frames_of(folder, config.seed)
             row = _tidy(reference.measure("student", model, frames=frames))
         row |= {
@@ -200,7 +200,7 @@ class Worker:
             "steps": config.training.steps,
             "seconds": clock.seconds,
             "bytes": path.stat().st_size,
-            "layers": list(made.header.layers),
+            "layers": list(made.header.linear_layers),
         }
         row |= _describe_choice(run)
         if gap is not None:

@@ -22,8 +22,10 @@ from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage
 from linvideo_core.models import attention_sites, lora
 from linvideo_core.models.attention import LinearAttention, MixedAttention
+from linvideo_core.models.base_weights import weights_digest
 from linvideo_core.models.families import identify
-from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.models.wan import WanModel
+from tests.conftest import make_wan
 
 LINEAR_LAYERS = (0, 2)
 FEATURE_DIM = 64
@@ -35,21 +37,7 @@ Entries = dict[str, str]
 
 
 def make_teacher(*, num_heads: int = 2, num_layers: int = 3, seed: int = 0) -> WanModel:
-    torch.manual_seed(seed)
-    config = WanConfig(
-        dim=128 * num_heads,
-        num_heads=num_heads,
-        num_layers=num_layers,
-        ffn_dim=96,
-        text_dim=16,
-        freq_dim=16,
-        in_channels=4,
-        out_channels=4,
-    )
-    model = WanModel(config)
-    model.init_weights()
-    nn.init.normal_(model.head.head.weight, std=0.1)
-    return model
+    return make_wan(num_heads=num_heads, num_layers=num_layers, seed=seed)
 
 
 @torch.no_grad()
@@ -65,7 +53,7 @@ def make_student(teacher: WanModel, parameters: str) -> WanModel:
         if site.layer == 0:
             return linear
         mixed = MixedAttention(linear, 0.5)
-        mixed.harden("linear" if site.layer in LINEAR_LAYERS else "softmax")
+        mixed.mode = "linear" if site.layer in LINEAR_LAYERS else "softmax"
         return mixed
 
     attention_sites.install(student, sites, make)
@@ -102,7 +90,7 @@ def make_small(parameters: str = "full") -> Artifact:
             family="wan",
             fingerprint="wan, 3 layers, 2 heads of 128",
             weights_digest="0123456789abcdef",
-            layers=LINEAR_LAYERS,
+            linear_layers=LINEAR_LAYERS,
             site_names=("blocks.0.self_attn", "blocks.2.self_attn"),
             num_layers=3,
             feature_dim=6,
@@ -112,7 +100,10 @@ def make_small(parameters: str = "full") -> Artifact:
             steps=5,
             provenance=PROVENANCE,
         ),
-        feature_maps={layer: (torch.randn(2, 4, 3), torch.randn(2, 4, 3)) for layer in (0, 2)},
+        linear={
+            layer: {name: torch.randn(2, 4, 3) for name in ("query_map", "key_map")}
+            for layer in LINEAR_LAYERS
+        },
         deltas={
             "blocks.0.self_attn.q.weight": torch.randn(3, 2),
             "blocks.0.self_attn.q.bias": torch.randn(3),
@@ -146,8 +137,9 @@ def snapshot(model: nn.Module) -> tuple[dict[str, bytes], list[int]]:
 
 
 def tensors_of(made: Artifact) -> Tensors:
-    pairs = {**made.feature_maps, **made.low_rank}
-    flat = {f"{name}/{i}": x for name, pair in pairs.items() for i, x in enumerate(pair)}
+    pairs = {name: {"down": down, "up": up} for name, (down, up) in made.low_rank.items()}
+    groups = {**made.linear, **pairs}
+    flat = {f"{owner}/{name}": x for owner, group in groups.items() for name, x in group.items()}
     return {**flat, **made.deltas}
 
 
@@ -158,6 +150,11 @@ def assert_same(left: Artifact, right: Artifact, dtype: torch.dtype) -> None:
     for name in ours:
         assert theirs[name].dtype == dtype
         assert torch.equal(ours[name].to(dtype), theirs[name]), name
+
+
+def assert_refused(made: Artifact, model: nn.Module, sentence: str) -> None:
+    with pytest.raises(ArtifactError, match=sentence), artifact.apply(made, model):
+        pass
 
 
 def rewrite(path: Path, change: Callable[[Tensors, Entries], object]) -> None:
@@ -208,36 +205,29 @@ def test_header_entries_are_readable_json(tmp_path: Path) -> None:
 def test_applied_model_is_the_student(tmp_path: Path, parameters: str) -> None:
     teacher, student, made = make_artifact(parameters)
     artifact.save(made, tmp_path / "a.safetensors")
-    before = run(teacher)
-    artifact.apply(artifact.load(tmp_path / "a.safetensors"), teacher)
-    expected = run(student)
-    torch.testing.assert_close(run(teacher), expected, **FP16_TOLERANCE)
+    before, expected = run(teacher), run(student)
+    with artifact.apply(artifact.load(tmp_path / "a.safetensors"), teacher) as applied:
+        torch.testing.assert_close(run(applied), expected, **FP16_TOLERANCE)
     assert (before - expected).abs().max() > 10 * FP16_TOLERANCE["atol"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", PARAMETERS)
-def test_remove_restores_bit_for_bit(parameters: str, dtype: torch.dtype) -> None:
+def test_afterwards_the_model_is_bit_for_bit_what_it_was(
+    parameters: str, dtype: torch.dtype
+) -> None:
     teacher, _, made = make_artifact(parameters)
     teacher.to(dtype)
     teacher.blocks[0].self_attn.q.bias.data.fill_(-0.0)
     before, output = snapshot(teacher), run(teacher)
-    applied = artifact.apply(made, teacher, strength=0.7)
-    assert snapshot(teacher) != before
-    assert teacher.blocks[0].self_attn.q.weight.dtype == dtype
-    assert teacher.blocks[0].self_attn.attention.query_map.dtype == torch.float32
-    assert not torch.equal(run(teacher), output)
     for _ in range(2):
-        applied.remove()
+        with artifact.apply(made, teacher, strength=0.7):
+            assert snapshot(teacher) != before
+            assert teacher.blocks[0].self_attn.q.weight.dtype == dtype
+            assert teacher.blocks[0].self_attn.attention.query_map.dtype == torch.float32
+            assert not torch.equal(run(teacher), output)
         assert snapshot(teacher) == before
     assert torch.equal(run(teacher), output)
-
-
-def test_an_artifact_can_be_applied_again_after_remove() -> None:
-    teacher, student, made = make_artifact("lora")
-    artifact.apply(made, teacher).remove()
-    artifact.apply(made, teacher)
-    torch.testing.assert_close(run(teacher), run(student), **FP16_TOLERANCE)
 
 
 @pytest.mark.parametrize("strength", [0, 0.5, 2.0])
@@ -251,33 +241,36 @@ def test_strength_scales_the_weight_changes_alone(parameters: str, strength: flo
         down, up = made.low_rank["blocks.1.ffn.0"]
         change = up @ down
     expected = teacher.get_parameter(name).detach() + strength * change
-    artifact.apply(made, teacher, strength=strength)
-    torch.testing.assert_close(teacher.get_parameter(name).detach(), expected)
-    assert torch.equal(teacher.blocks[2].self_attn.attention.key_map, made.feature_maps[2][1])
+    with artifact.apply(made, teacher, strength=strength):
+        torch.testing.assert_close(teacher.get_parameter(name).detach(), expected)
+        maps = teacher.blocks[2].self_attn.attention
+        assert torch.equal(maps.key_map, made.linear[2]["key_map"])
 
 
 def test_apply_leaves_random_numbers_alone() -> None:
     teacher, _, made = make_artifact("full")
     before = torch.get_rng_state()
-    artifact.apply(made, teacher)
-    assert torch.equal(torch.get_rng_state(), before)
+    with artifact.apply(made, teacher):
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf"), "1", None])
 def test_impossible_strength_is_refused(strength: object) -> None:
     teacher, _, made = make_artifact("feature_maps")
-    with pytest.raises(ArtifactError, match="strength"):
-        artifact.apply(made, teacher, strength=strength)
+    with (
+        pytest.raises(ArtifactError, match="strength"),
+        artifact.apply(made, teacher, strength=strength),
+    ):
+        pass
 
 
 def test_applying_twice_is_refused() -> None:
     teacher, _, made = make_artifact("full")
-    artifact.apply(made, teacher)
-    for model in (teacher, make_student(make_teacher(), "feature_maps")):
-        before = snapshot(model)
-        with pytest.raises(ArtifactError, match="is linear already"):
-            artifact.apply(made, model)
-        assert snapshot(model) == before
+    with artifact.apply(made, teacher):
+        for model in (teacher, make_student(make_teacher(), "feature_maps")):
+            before = snapshot(model)
+            assert_refused(made, model, "is linear already")
+            assert snapshot(model) == before
 
 
 def test_failure_half_way_leaves_the_model_as_it_was() -> None:
@@ -288,8 +281,7 @@ def test_failure_half_way_leaves_the_model_as_it_was() -> None:
         made, deltas={**made.deltas, last: torch.full_like(made.deltas[last], 1e5)}
     )
     before = snapshot(teacher)
-    with pytest.raises(ArtifactError, match=f"{last} overflows"):
-        artifact.apply(overflowing, teacher)
+    assert_refused(overflowing, teacher, f"{last} overflows")
     assert snapshot(teacher) == before
 
 
@@ -298,26 +290,23 @@ def test_other_weights_of_the_same_architecture_are_a_warning(
 ) -> None:
     _, _, made = make_artifact("full")
     with caplog.at_level(logging.WARNING):
-        artifact.apply(made, make_teacher())
-        assert not caplog.records
-        artifact.apply(made, make_teacher(seed=9))
+        with artifact.apply(made, make_teacher()):
+            assert not caplog.records
+        with artifact.apply(made, make_teacher(seed=9)):
+            pass
     assert "off those that the file was made from: another finetune" in caplog.text
 
 
-@pytest.mark.parametrize(("num_heads", "num_layers"), [(1, 3), (2, 4)])
-def test_wrong_model_is_refused_with_both_names(num_heads: int, num_layers: int) -> None:
-    _, _, made = make_artifact("feature_maps")
-    model = make_teacher(num_heads=num_heads, num_layers=num_layers)
-    with pytest.raises(ArtifactError) as caught:
-        artifact.apply(made, model)
-    assert "wan, 3 layers, 2 heads of 128" in str(caught.value)
-    assert f"wan, {num_layers} layers, {num_heads} heads of 128" in str(caught.value)
-
-
-def test_a_model_of_no_known_family_is_refused() -> None:
-    _, _, made = make_artifact("feature_maps")
-    with pytest.raises(ArtifactError, match=r"made for wan, 3 layers.* known family"):
-        artifact.apply(made, nn.Linear(2, 2))
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (make_teacher(num_heads=1), "2 heads of 128.* but .*wan, 3 layers, 1 heads of 128"),
+        (make_teacher(num_layers=4), "wan, 3 layers.* but .*wan, 4 layers, 2 heads of 128"),
+        (nn.Linear(2, 2), r"made for wan, 3 layers.* known family"),
+    ],
+)
+def test_a_wrong_model_is_refused_with_both_names(model: nn.Module, sentence: str) -> None:
+    assert_refused(make_artifact("feature_maps")[2], model, sentence)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +326,12 @@ def test_a_model_of_no_known_family_is_refused() -> None:
         ),
         (
             "feature_maps",
-            {"feature_maps": {layer: (torch.ones(1, 128, 32),) * 2 for layer in LINEAR_LAYERS}},
+            {
+                "linear": {
+                    layer: dict.fromkeys(("query_map", "key_map"), torch.ones(1, 128, 32))
+                    for layer in LINEAR_LAYERS
+                }
+            },
             r"shape \[1, 128, 32\].* needs \[2, 128, 32\]",
         ),
         ("feature_maps", {"site_names": ("blocks.0.attn", "blocks.2.attn")}, "no self-attention"),
@@ -353,8 +347,7 @@ def test_an_artifact_that_does_not_fit_is_refused(
     if change.keys() <= header_fields:
         change = {"header": dataclasses.replace(made.header, **change)}
     before = snapshot(teacher)
-    with pytest.raises(ArtifactError, match=sentence):
-        artifact.apply(dataclasses.replace(made, **change), teacher)
+    assert_refused(dataclasses.replace(made, **change), teacher, sentence)
     assert snapshot(teacher) == before
 
 
@@ -362,9 +355,9 @@ def test_extract_describes_the_student() -> None:
     teacher, _, made = make_artifact("lora")
     _, sites = identify(attention_sites.shapes_of(teacher))
     header = made.header
-    assert (header.layers, header.num_layers) == (LINEAR_LAYERS, 3)
+    assert (header.linear_layers, header.num_layers) == (LINEAR_LAYERS, 3)
     assert (header.parameters, header.lora_rank, header.feature_dim) == ("lora", 4, FEATURE_DIM)
-    assert header.weights_digest == attention_sites.weights_digest(teacher, sites)
+    assert header.weights_digest == weights_digest(teacher, sites)
     assert header.sigmas == (1.0, 0.75, 0.3, 0.0)
     assert header.provenance == PROVENANCE
 
@@ -391,7 +384,7 @@ def test_extract_warns_of_changes_that_the_file_does_not_keep(
 
 
 def _undecided(student: WanModel) -> None:
-    student.blocks[1].self_attn.attention.choice = None
+    student.blocks[1].self_attn.attention.mode = "mixed"
 
 
 def _all_softmax(student: WanModel) -> None:
@@ -438,14 +431,14 @@ def test_extract_refuses_another_teacher() -> None:
         ("family", "wan\x1b[31m"),
         ("fingerprint", "x" * 1000),
         ("weights_digest", "not hexadecimal!"),
-        ("layers", ()),
-        ("layers", (0, 0)),
-        ("layers", (2, 0)),
-        ("layers", (0, 3)),
-        ("layers", (-1, 0)),
-        ("layers", (0, 10**30)),
-        ("layers", (0, 1.0)),
-        ("layers", [0, 2]),
+        ("linear_layers", ()),
+        ("linear_layers", (0, 0)),
+        ("linear_layers", (2, 0)),
+        ("linear_layers", (0, 3)),
+        ("linear_layers", (-1, 0)),
+        ("linear_layers", (0, 10**30)),
+        ("linear_layers", (0, 1.0)),
+        ("linear_layers", [0, 2]),
         ("site_names", ("blocks.0.self_attn",)),
         ("site_names", ("blocks.0.self_attn",) * 2),
         ("num_layers", 10**30),
@@ -537,18 +530,18 @@ DEFECTS = {
     "entry deep": (_put(layers="[" * 100_000), "linvideo.layers is not valid JSON"),
     "entry long": (_put(objective=json.dumps("x" * 2**21)), "linvideo.objective.* too long"),
     "entry infinite": (_put(steps="1e999"), "steps is inf"),
-    "entry of another type": (_put(layers='{"0": 2}'), "layers is"),
-    "layers empty": (_put(layers="[]", site_names="[]"), "layers is"),
+    "entry of another type": (_put(layers='{"0": 2}'), "linear_layers is"),
+    "layers empty": (_put(layers="[]", site_names="[]"), "linear_layers is"),
     "layer twice": (_put(layers="[0, 0]"), "each layer once"),
     "layer out of range": (_put(layers="[0, 3]"), "has no layer 3"),
-    "mask without maps": (_drop(ALIASES["query"], ALIASES["key"]), "layer 0 .* missing"),
-    "one map missing": (_drop(ALIASES["key"]), "blocks.0.self_attn.key_map' is missing"),
-    "map of another layer": (_rename(ALIASES["query"], ALIASES["other_site"]), "is missing"),
+    "mask without maps": (_drop(ALIASES["query"], ALIASES["key"]), "of layer 0 is missing"),
+    "one map missing": (_drop(ALIASES["key"]), "'key_map' of layer 0 is missing"),
+    "map of another layer": (_rename(ALIASES["query"], ALIASES["other_site"]), "is unknown"),
     "unknown tensor": (_put(stranger=torch.ones(2)), "text_encoders.t5.weight' is unknown"),
     "map of two dimensions": (_put(query=torch.ones(2, 4)), r"\[2, 4\]; \[N, D, 3\] is expected"),
     "map of other features": (_put(query=torch.ones(2, 4, 5)), r"feature_dim is 6"),
-    "feature_dim lies": (_put(feature_dim="8"), r"feature_dim is 8"),
-    "maps differ": (_put(query=torch.ones(1, 4, 3)), "layer 0 differ in shape"),
+    "feature_dim lies": (_put(feature_dim="8"), r"\[N, D, 4\] is expected.* feature_dim is 8"),
+    "maps differ": (_put(query=torch.ones(1, 4, 3)), r"key_map of layer 0 has .*with N = 1"),
     "map empty": (_put(query=torch.ones(0, 4, 3)), "is empty"),
     "NaN": (_put(delta=NAN), "q.diff' holds NaN"),
     "infinity": (_put(key=torch.full((2, 4, 3), float("inf"))), "key_map' holds NaN or inf"),

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linvideo_core.artifact import ArtifactError
-from linvideo_core.artifact.names import check_name, place_file
+from linvideo_core.artifact.file import check_name, place_file
 
 OUTSIDE = ["//x/y", "\\\\x\\y", "/etc/x", "..", "../x", "a/../../b", "a\\..\\..\\b", "C:x", "C:\\x"]
 OUTSIDE += ["~/x", "~root/x", "//?/C:/x", "\\\\.\\x", "a/../b", "./x", "/", "\\"]

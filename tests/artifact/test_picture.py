@@ -8,7 +8,7 @@ import torch
 
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.artifact.picture import draw_summary
-from linvideo_core.artifact.summary import count_bytes, describe, headline
+from linvideo_core.artifact.summary import count_bytes, describe, title
 
 
 def make_artifact(num_layers: int = 10, **header: object) -> Artifact:
@@ -18,7 +18,7 @@ def make_artifact(num_layers: int = 10, **header: object) -> Artifact:
         "family": "wan",
         "fingerprint": f"wan, {num_layers} layers, 1 heads of 4",
         "weights_digest": "0123456789abcdef",
-        "layers": layers,
+        "linear_layers": layers,
         "site_names": tuple(f"blocks.{layer}.self_attn" for layer in layers),
         "num_layers": num_layers,
         "feature_dim": 8,
@@ -29,7 +29,7 @@ def make_artifact(num_layers: int = 10, **header: object) -> Artifact:
     maps = torch.zeros(1, 4, 4)
     return Artifact(
         header=ArtifactHeader(**(settings | header)),
-        feature_maps={layer: (maps, maps) for layer in layers},
+        linear={layer: {"query_map": maps, "key_map": maps} for layer in layers},
     )
 
 
@@ -46,11 +46,11 @@ def test_a_file_of_any_depth_is_drawn(num_layers: int) -> None:
 
 def test_the_picture_shows_which_layers_are_linear_and_how_it_was_made() -> None:
     first = make_artifact()
-    layers = {"layers": (0, 3, 6, 8), "site_names": tuple("abcd")}
+    layers = {"linear_layers": (0, 3, 6, 8), "site_names": tuple("abcd")}
     other = dataclasses.replace(
         first,
         header=dataclasses.replace(first.header, **layers),
-        feature_maps={layer: first.feature_maps[0] for layer in layers["layers"]},
+        linear={layer: first.linear[0] for layer in layers["linear_layers"]},
     )
     changed = [other, make_artifact(steps=13), make_artifact(provenance={"seed": 1})]
     for artifact in changed:
@@ -71,7 +71,7 @@ def test_the_words_name_the_sampling_grid_of_a_distilled_file() -> None:
     assert describe(make_artifact())["sampling"] == "any number of steps"
     distilled = make_artifact(sigmas=(1.0, 0.9375, 0.625, 0.0))
     assert describe(distilled)["sampling"] == "3 steps: sigmas 1, 0.9375, 0.625, 0"
-    assert headline(distilled.header) == "4 of 10 layers are linear"
+    assert title(distilled.header) == "4 of 10 layers are linear"
 
 
 def test_the_bytes_are_those_of_the_tensors() -> None:

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 from linvideo_core import artifact
-from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage, find_differences
+from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage
 from linvideo_core.artifact.picture import draw_summary
-from linvideo_core.artifact.summary import describe
+from linvideo_core.artifact.summary import describe, find_differences
 from linvideo_core.flow import make_sigmas
 from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from linvideo_core.teacher.trajectories import TrajectoryConfig, find_usage
@@ -36,7 +36,7 @@ def header_of(usage: Usage, **changes: Any) -> ArtifactHeader:
             "family": "wan",
             "fingerprint": "wan, 3 layers, 2 heads of 128",
             "weights_digest": "0123456789abcdef",
-            "layers": (0,),
+            "linear_layers": (0,),
             "site_names": ("blocks.0.self_attn",),
             "num_layers": 3,
             "feature_dim": 6,
@@ -50,7 +50,10 @@ def header_of(usage: Usage, **changes: Any) -> ArtifactHeader:
 
 
 def artifact_of(header: ArtifactHeader) -> Artifact:
-    return Artifact(header=header, feature_maps={0: (torch.ones(2, 4, 3), torch.ones(2, 4, 3))})
+    sizes = {"N": 2, "D": 4}
+    shapes = header.tensor_shapes().items()
+    tensors = {name: torch.ones([sizes.get(n, n) for n in shape]) for name, shape in shapes}
+    return Artifact(header=header, linear={0: tensors})
 
 
 @pytest.mark.parametrize("usage", [WAN, HIGH_NOISE, FEW_STEP, Usage(width=832), Usage()])
@@ -68,10 +71,7 @@ def test_a_file_that_does_not_say_is_of_a_version_that_older_readers_know(
     version: int, tmp_path: Path
 ) -> None:
     header = header_of(Usage(), format_version=version, window=16 * (version - 1))
-    mixes = {0: torch.zeros(2)} if header.window else {}
-    made = dataclasses.replace(artifact_of(dataclasses.replace(header, window=0)))
-    made = Artifact(header=header, feature_maps=made.feature_maps, window_mixes=mixes)
-    artifact.save(made, tmp_path / "a.safetensors")
+    artifact.save(artifact_of(header), tmp_path / "a.safetensors")
     assert artifact.load(tmp_path / "a.safetensors").header.usage == Usage()
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert not file.metadata().keys() & {"linvideo.usage", "linvideo.weights_sketch"}

@@ -76,7 +76,7 @@ def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts()
     teacher = make_random_subject(size, "cpu", FrozenConfig(), 0)
     student = Student(teacher, StudentConfig(lora_rank=1), seed=0)
     for module in student.mixed.values():
-        module.harden("softmax")
+        module.mode = "softmax"
     latents, sigma = torch.randn(1, *size.latent_shape), torch.tensor([0.5])
     forward = count_flops(size, 0)
     backward = count_step_flops(size, phase="hardened", parameters="lora") - 4 * forward

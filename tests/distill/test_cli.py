@@ -236,7 +236,7 @@ def test_a_student_starts_as_the_file_that_it_was_given(
     prompts = teacher.prompt_embeds[:2]
     with torch.no_grad():
         found = bind(student.model, prompts)(latents, sigma)
-        with artifact.transfer_into(teacher.model, linearized) as model:
+        with artifact.apply(linearized, teacher.model) as model:
             expected = bind(model, prompts)(latents, sigma)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -303,7 +303,7 @@ def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_s
 ) -> None:
     whole = run(teacher, linearized, tmp_path / "whole")
     assert whole.header.sigmas == pytest.approx(make_sigmas(2, 3.0).tolist())
-    assert list(whole.header.layers) == [0, 2] and whole.header.objective == "dmd2"
+    assert list(whole.header.linear_layers) == [0, 2] and whole.header.objective == "dmd2"
     assert whole.header.provenance["transfer objective"] == "adm"
     usage = whole.header.usage
     assert (usage.guidance_scale, usage.shift, usage.steps, usage.sampler) == (1, 3, 2, "lcm")
@@ -313,7 +313,10 @@ def test_a_distillation_stopped_anywhere_ends_as_an_unbroken_one_and_names_its_s
         resumed = run(teacher, linearized, tmp_path / f"at{at}")
         files = [tmp_path / name / distill.ARTIFACT_NAME for name in ("whole", f"at{at}")]
         expected, found = (load_file(path) for path in files)
-        assert expected.keys() == found.keys() and resumed.header.layers == whole.header.layers
+        assert (
+            expected.keys() == found.keys()
+            and resumed.header.linear_layers == whole.header.linear_layers
+        )
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 

@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = load_teacher(subject_config(folder))
     student = Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
     for layer, module in student.mixed.items():
-        module.harden("softmax" if layer else "linear")
+        module.mode = "softmax" if layer else "linear"
     made = artifact.extract(
         student.model, teacher.model, parameters="feature_maps", objective="adm", steps=1,
         provenance={},

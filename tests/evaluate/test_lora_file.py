@@ -115,7 +115,7 @@ def test_the_lora_half_of_our_own_file_is_what_the_file_does_to_the_weights(
     path, model = tmp_path / "own.safetensors", teacher.model
     artifact.save(linearized, path, dtype=torch.float32)
     before = weights_of(model)
-    with artifact.transfer_into(model, artifact.load(path)):
+    with artifact.apply(artifact.load(path), model):
         expected = {name: x for name, x in weights_of(model).items() if name in before}
     with with_lora(model, load_lora(path)):
         found = weights_of(model)
@@ -134,9 +134,9 @@ def test_lora_and_linearized_file_come_in_any_order(
     teacher: Teacher, linearized: Artifact, lora_path: Path
 ) -> None:
     model, lora, before = teacher.model, load_lora(lora_path), weights_of(teacher.model)
-    with artifact.transfer_into(model, linearized), with_lora(model, lora):
+    with artifact.apply(linearized, model), with_lora(model, lora):
         first = weights_of(model)
-    with with_lora(model, lora), artifact.transfer_into(model, linearized):
+    with with_lora(model, lora), artifact.apply(linearized, model):
         second = weights_of(model)
     assert first.keys() == second.keys() and first.keys() > before.keys()
     for name, x in first.items():

@@ -107,8 +107,8 @@ def comfyuis_lcm_and_our_sampler_agree_on_the_same_model_and_noise() -> None:
 
 def the_node_gives_the_latents_of_the_headless_core() -> None:
     model = load_headless().to(device())
-    artifact.apply(_distilled(), model)
-    expected = _sample_headless(model, torch.tensor(_distilled().header.sigmas))
+    with artifact.apply(_distilled(), model):
+        expected = _sample_headless(model, torch.tensor(_distilled().header.sigmas))
     assert_close(_sample(linearize(_demo()[0], _distilled()), 0), expected)
 
 
@@ -117,8 +117,7 @@ def a_few_step_lora_from_a_file_acts_as_in_the_headless_core() -> None:
     path = Path(tempfile.mkdtemp()) / "lora.safetensors"
     save_file(lora(), path)
     model = load_headless().to(device())
-    with with_lora(model, load_lora(path), strength=0.7):
-        artifact.apply(_shipped(), model)
+    with with_lora(model, load_lora(path), strength=0.7), artifact.apply(_shipped(), model):
         expected = _sample_headless(model, flow.make_sigmas(4, 3.0))
     plain = _sample(linearize(_demo()[0], _shipped()), 4)
     for patcher in (

@@ -189,7 +189,7 @@ def the_picture_is_an_image_and_the_words_name_the_layers() -> None:
     picture, text = LinVideoShowFile.execute(_shipped()).result
     assert picture.dtype == torch.float32 and picture.shape[::3] == (1, 3)
     assert 0 <= float(picture.min()) < 0.2 and float(picture.max()) == 1
-    layers = ", ".join(map(str, _shipped().header.layers))
+    layers = ", ".join(map(str, _shipped().header.linear_layers))
     assert f"linear layers: {layers}" in text.splitlines()
 
 

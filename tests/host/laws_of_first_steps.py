@@ -128,7 +128,9 @@ def compiled_it_keeps_the_same_steps_and_compiles_once() -> None:
     compiled = without_dynamic_memory(kept)
     settings = {"options": {"guard_filter_fn": skip_torch_compile_dict}, "fullgraph": True}
     linear, softmax = 1, 2
-    assert linear in shipped().header.layers and softmax not in shipped().header.layers
+    assert (
+        linear in shipped().header.linear_layers and softmax not in shipped().header.linear_layers
+    )
     keys = [f"diffusion_model.blocks.{layer}" for layer in (linear, softmax)]
     set_torch_compile_wrapper(compiled, "aot_eager", keys=keys, **settings)
     for _ in range(2):

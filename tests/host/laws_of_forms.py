@@ -47,13 +47,12 @@ def _make_file(form: LinearForm) -> Artifact:
     """Return the shipped file in a form, its gate and window at work, saved and loaded."""
     first = shipped()
     header = dataclasses.replace(first.header, format_version=3, **dataclasses.asdict(form))
-    layers = header.layers
-    made = dataclasses.replace(
-        first,
-        header=header,
-        gates={n: 0.3 * _random(1, 128, seed=n) for n in layers} if form.output_gate else {},
-        window_mixes={n: _random(1, seed=50 + n) for n in layers} if form.window else {},
-    )
+    linear = {}
+    for n, tensors in first.linear.items():
+        added = {"gate": 0.3 * _random(1, 128, seed=n), "window_mix": _random(1, seed=50 + n)}
+        added = {name: x for name, x in added.items() if name in header.tensor_shapes()}
+        linear[n] = {**tensors, **added}
+    made = dataclasses.replace(first, header=header, linear=linear)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         artifact.save(made, path)

@@ -35,7 +35,7 @@ def _fused() -> Iterator[list[int]]:
     def see(norm: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         num_tokens.append(inputs[0].shape[1])
 
-    layer = shipped().header.layers[0]
+    layer = shipped().header.linear_layers[0]
     norm = demo()[0].model.diffusion_model.blocks[layer].self_attn.norm_q
     handle = norm.register_forward_hook(see)
     wan_family.BACKEND = "reference"

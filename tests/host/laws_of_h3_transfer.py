@@ -380,7 +380,7 @@ def a_transfer_gives_a_file_that_applies_and_leaves_the_model_as_it_was() -> Non
         with _folders(), lends():
             path = run(model, _inputs(name=name))
             made = artifact.load(Path(path))
-            assert made.header.family == "minimax_h3" and len(made.header.layers) == 1
+            assert made.header.family == "minimax_h3" and len(made.header.linear_layers) == 1
             usage = made.header.usage
             assert (usage.width, usage.height, usage.num_frames) == (128, 128, 5)
             assert usage.shift == 12.0

@@ -63,16 +63,16 @@ def _other_file() -> Artifact:
         "blocks.5.modulation": (1, 6, 128),
     }
     first = _shipped()
-    maps = first.feature_maps[first.header.layers[0]]
+    maps = first.linear[first.header.linear_layers[0]]
     header = dataclasses.replace(
         first.header,
-        layers=(2, 9),
+        linear_layers=(2, 9),
         site_names=("blocks.2.self_attn", "blocks.9.self_attn"),
         parameters="full",
         lora_rank=0,
     )
     deltas = {n: 0.02 * torch.randn(s, generator=generator) for n, s in shapes.items()}
-    return Artifact(header=header, feature_maps={2: maps, 9: maps}, deltas=deltas)
+    return Artifact(header=header, linear={2: maps, 9: maps}, deltas=deltas)
 
 
 def _sample_headless(
@@ -200,15 +200,15 @@ def compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
 
 def the_blocks_beside_the_main_ones_stay_softmax() -> None:
     patcher = load_vace(vace_weights())
-    maps = next(iter(_shipped().feature_maps.values()))
+    maps = next(iter(_shipped().linear.values()))
     header = dataclasses.replace(
         _other_file().header,
         fingerprint="wan, 4 layers, 1 heads of 128",
         num_layers=4,
-        layers=(0, 2),
+        linear_layers=(0, 2),
         site_names=("blocks.0.self_attn", "blocks.2.self_attn"),
     )
-    linearized = linearize(patcher, Artifact(header=header, feature_maps={0: maps, 2: maps}))
+    linearized = linearize(patcher, Artifact(header=header, linear={0: maps, 2: maps}))
     num_calls = 0
 
     def override(function: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -240,7 +240,7 @@ def an_attention_override_serves_every_layer_but_ours() -> None:
         return clone
 
     layers = set(range(10))
-    others = {("self", i) for i in layers - set(_shipped().header.layers)}
+    others = {("self", i) for i in layers - set(_shipped().header.linear_layers)}
     expected = sample(linearize(model, _shipped()))
     for patcher in (
         linearize(overridden(model), _shipped()),
@@ -254,7 +254,7 @@ def an_attention_override_serves_every_layer_but_ours() -> None:
 def a_forward_patched_by_another_pack_comes_back() -> None:
     model, *_ = _demo()
     linearized = linearize(model, _shipped())
-    attention = model.model.diffusion_model.blocks[_shipped().header.layers[0]].self_attn
+    attention = model.model.diffusion_model.blocks[_shipped().header.linear_layers[0]].self_attn
     calls = []
 
     def foreign(*args: Any, **kwargs: Any) -> Tensor:
@@ -276,7 +276,7 @@ def injecting_or_ejecting_twice_is_the_same_as_once() -> None:
     blocks = linearized.model.diffusion_model.blocks
     assert not _hooked(linearized)
     injection.inject(linearized)
-    once = [blocks[i].self_attn.forward for i in _shipped().header.layers]
+    once = [blocks[i].self_attn.forward for i in _shipped().header.linear_layers]
     injection.inject(linearized)
     assert _hooked(linearized) == list(_shipped().header.site_names)
     injection.eject(linearized)
@@ -285,7 +285,7 @@ def injecting_or_ejecting_twice_is_the_same_as_once() -> None:
     injection.inject(linearized)
     assert all(
         blocks[i].self_attn.forward is forward
-        for i, forward in zip(_shipped().header.layers, once, strict=True)
+        for i, forward in zip(_shipped().header.linear_layers, once, strict=True)
     )
     injection.eject(linearized)
 

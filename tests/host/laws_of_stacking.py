@@ -62,15 +62,15 @@ def _expected() -> Tensor:
 @functools.cache
 def _maps_in(*layers: int) -> Artifact:
     """The shipped file's maps in other layers, without weight changes."""
-    maps = shipped().feature_maps[1]
+    maps = shipped().linear[1]
     header = dataclasses.replace(
         shipped().header,
-        layers=layers,
+        linear_layers=layers,
         site_names=tuple(f"blocks.{i}.self_attn" for i in layers),
         parameters="feature_maps",
         lora_rank=0,
     )
-    return Artifact(header=header, feature_maps=dict.fromkeys(layers, maps))
+    return Artifact(header=header, linear=dict.fromkeys(layers, maps))
 
 
 def _assert_in_both_orders(node: Callable[[Any], Any], expected: Tensor) -> None:
@@ -112,7 +112,7 @@ def an_attention_backend_serves_every_layer_but_ours() -> None:
         return model
 
     _assert_in_both_orders(choose_backend, _expected())
-    softmax = set(_LAYERS) - set(shipped().header.layers)
+    softmax = set(_LAYERS) - set(shipped().header.linear_layers)
     assert calls == {("self", i) for i in softmax} | {("cross", i) for i in _LAYERS}
 
 
@@ -241,15 +241,15 @@ def two_files_on_one_model_do_not_disturb_each_other() -> None:
 
 
 def vace_with_a_lora_is_vace_of_merged_weights() -> None:
-    maps = shipped().feature_maps[1]
+    maps = shipped().linear[1]
     header = dataclasses.replace(
         _maps_in(0, 7).header,
         fingerprint="wan, 4 layers, 1 heads of 128",
         num_layers=4,
-        layers=(0, 2),
+        linear_layers=(0, 2),
         site_names=("blocks.0.self_attn", "blocks.2.self_attn"),
     )
-    file = Artifact(header=header, feature_maps={0: maps, 2: maps})
+    file = Artifact(header=header, linear={0: maps, 2: maps})
     generator = torch.Generator().manual_seed(5)
     lora, merged = {}, dict(vace_weights())
     for name in ("blocks.0.self_attn.q", "vace_blocks.1.self_attn.v", "blocks.3.ffn.0"):

@@ -124,7 +124,7 @@ def _run(**changes: Any) -> artifact.Artifact:
 
 
 def _tensors(made: artifact.Artifact) -> list[Tensor]:
-    pairs = [*made.feature_maps.values(), *made.low_rank.values()]
+    pairs = [*(x.values() for x in made.linear.values()), *made.low_rank.values()]
     return [*made.deltas.values(), *(tensor for pair in pairs for tensor in pair)]
 
 
@@ -168,7 +168,7 @@ def a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() -> None
         model, *_ = _demo()
         before, names = _sample(model), list(model.model.state_dict())
         linear, made = LinVideoLinearize.execute(model, _inputs()).result[:2]
-        assert len(made.header.layers) == 4 and made.header.steps == 6
+        assert len(made.header.linear_layers) == 4 and made.header.steps == 6
         assert made.header.provenance["model"] == "demo"
         assert made.header.weights_digest == _shipped_digest()
         assert (folder / "models" / "law.safetensors").is_file()
@@ -204,7 +204,7 @@ def an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
         rows = (folder / "output" / "linvideo" / "law" / "training" / "metrics.jsonl").read_text()
         assert rows
         continued = _run()
-    assert continued.header.layers == unbroken.header.layers
+    assert continued.header.linear_layers == unbroken.header.linear_layers
     for tensor, expected in zip(_tensors(continued), _tensors(unbroken), strict=True):
         assert torch.equal(tensor, expected)
 

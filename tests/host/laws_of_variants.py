@@ -60,7 +60,7 @@ def _make_artifact(patcher: Any) -> Artifact:
         fingerprint=attention_sites.fingerprint(family, sites),
         weights_digest="0" * 16,
         num_layers=len(sites),
-        layers=tuple(site.layer for site in chosen),
+        linear_layers=tuple(site.layer for site in chosen),
         site_names=tuple(site.name for site in chosen),
         feature_dim=2 * chosen[0].head_dim,
         parameters="feature_maps",
@@ -68,16 +68,16 @@ def _make_artifact(patcher: Any) -> Artifact:
         steps=0,
     )
     maps = {
-        site.layer: tuple(
-            0.3
+        site.layer: {
+            name: 0.3
             * random_tensor(
                 site.num_heads, site.head_dim, site.head_dim, seed=10 * site.layer + side
             )
-            for side in range(2)
-        )
+            for side, name in enumerate(("query_map", "key_map"))
+        }
         for site in chosen
     }
-    return Artifact(header=header, feature_maps=maps)
+    return Artifact(header=header, linear=maps)
 
 
 def _sample(patcher: Any, noise: Any, conditioning: list) -> Tensor:
@@ -111,7 +111,9 @@ def _expected(patcher: Any, artifact: Artifact) -> Iterator[None]:
     inside: list[int] = []
     diffusion_model = patcher.model.diffusion_model
     with contextlib.ExitStack() as undo:
-        for layer, name in zip(artifact.header.layers, artifact.header.site_names, strict=True):
+        for layer, name in zip(
+            artifact.header.linear_layers, artifact.header.site_names, strict=True
+        ):
             attention = diffusion_model.get_submodule(name)
             enter = attention.register_forward_pre_hook(lambda *_, i=layer: inside.append(i))
             leave = attention.register_forward_hook(lambda *_: inside.clear())
@@ -126,7 +128,7 @@ def _expected(patcher: Any, artifact: Artifact) -> Iterator[None]:
             inputs = [
                 x.take() if hasattr(x, "take") and not torch.is_tensor(x) else x for x in (q, k, v)
             ]
-            return _attend(artifact.feature_maps[inside[-1]], heads, *inputs)
+            return _attend(artifact.linear[inside[-1]].values(), heads, *inputs)
 
         code.optimized_attention = replacement
         undo.callback(setattr, code, "optimized_attention", original)

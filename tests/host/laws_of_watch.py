@@ -29,7 +29,7 @@ def _linearized() -> Any:
 
 
 def _layers() -> tuple[int, ...]:
-    return _shipped().header.layers
+    return _shipped().header.linear_layers
 
 
 def _blocks() -> Any:

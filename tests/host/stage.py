@@ -154,6 +154,9 @@ def sample_again(model: Any) -> Tensor:
     return sample(model)
 
 
+_APPLIED = contextlib.ExitStack()  # to the end: what it lends to models stays in them
+
+
 def load_headless(weights: dict[str, Tensor] | None = None) -> nn.Module:
     """Return the demo's model of our core, with other weights if given."""
     model = load_teacher(TeacherConfig()).model
@@ -167,7 +170,7 @@ def bind_headless(
 ) -> VelocityFn:
     """Return the guided velocity of a headless model, linearized if a file is given."""
     if applied is not None:
-        artifact.apply(applied, model, strength=strength)
+        _APPLIED.enter_context(artifact.apply(applied, model, strength=strength))
     prompts = (prompt[0][0].to(device()) for prompt in demo()[1:3])
     return bind_guided(model.to(device()), *prompts, GUIDANCE)
 

@@ -369,13 +369,13 @@ def save_other_file(path: Path) -> None:
     layers = (0, 7)
     header = dataclasses.replace(
         shipped.header,
-        layers=layers,
+        linear_layers=layers,
         site_names=tuple(f"blocks.{layer}.self_attn" for layer in layers),
         parameters="feature_maps",
         lora_rank=0,
     )
-    maps = shipped.feature_maps[shipped.header.layers[0]]
-    artifact.save(Artifact(header=header, feature_maps=dict.fromkeys(layers, maps)), path)
+    maps = shipped.linear[shipped.header.linear_layers[0]]
+    artifact.save(Artifact(header=header, linear=dict.fromkeys(layers, maps)), path)
 
 
 def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -> None:

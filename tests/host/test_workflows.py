@@ -184,7 +184,7 @@ def make_linvideo_file(model: WanModel) -> Artifact:
         fingerprint=attention_sites.fingerprint(family, sites),
         weights_digest="0" * 16,
         num_layers=len(sites),
-        layers=(site.layer,),
+        linear_layers=(site.layer,),
         site_names=(site.name,),
         feature_dim=2 * site.head_dim,
         parameters="feature_maps",
@@ -192,8 +192,9 @@ def make_linvideo_file(model: WanModel) -> Artifact:
         steps=0,
     )
     shape = (site.num_heads, site.head_dim, site.head_dim)
-    maps = {site.layer: (0.1 * torch.randn(shape), 0.1 * torch.randn(shape))}
-    return Artifact(header=header, feature_maps=maps)
+    names = ("query_map", "key_map")
+    maps = {site.layer: {name: 0.1 * torch.randn(shape) for name in names}}
+    return Artifact(header=header, linear=maps)
 
 
 @pytest.fixture(scope="module")

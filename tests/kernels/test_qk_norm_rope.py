@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from linvideo_core.kernels import norm_rotary
-from linvideo_core.kernels.qk_norm_rope import fused
+from linvideo_core.kernels.custom_ops import norm_rotary as fused
 
 pytest.importorskip("triton")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from linvideo_core.kernels import softmax_attention
-from linvideo_core.kernels.softmax import KERNELS
+from linvideo_core.kernels import SOFTMAX_KERNELS, softmax_attention
 from linvideo_core.models.attention import LinearAttention, MixedAttention, SoftmaxAttention
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -55,7 +54,7 @@ def test_softmax_by_a_kernel_of_that_name_or_a_sentence() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", SOFTMAX_KERNELS)
 def test_every_kernel_of_softmax_is_the_definition_on_a_gpu(kernel: str) -> None:
     triple = [torch.randn(2, 500, 3, 128, device="cuda").bfloat16() for _ in range(3)]
     expected = softmax_attention(*(x.double() for x in triple))
@@ -107,7 +106,7 @@ def test_a_hardened_layer_computes_its_branch_alone(choice: str) -> None:
 
 def test_a_hardened_layer_gives_r_no_gradient() -> None:
     mixed = make_mixed(0.4)
-    mixed.harden("linear")
+    mixed.mode = "linear"
     mixed(*make_triple()).sum().backward()
     assert mixed.layer_score.grad is None
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linvideo_core import artifact
-from linvideo_core.models.attention_sites import shapes_of, weights_digest
+from linvideo_core.models.attention_sites import shapes_of
+from linvideo_core.models.base_weights import weights_digest
 from linvideo_core.models.checkpoint import load_wan, open_wan
 from linvideo_core.models.families import identify
 from linvideo_core.models.quantized import FROZEN, Float8Linear, count_frozen_bytes
@@ -119,8 +120,8 @@ def test_a_file_changes_a_rounded_model_as_a_whole_one_and_is_taken_out_bit_for_
     model = load_wan(path, frozen=frozen).requires_grad_(False)
     before, whole_before = model(*inputs), teacher.model(*inputs)
     with (
-        artifact.transfer_into(model, linearized),
-        artifact.transfer_into(teacher.model, linearized),
+        artifact.apply(linearized, model),
+        artifact.apply(linearized, teacher.model),
     ):
         expected, found = teacher.model(*inputs), model(*inputs)
     assert relative(found, expected) <= TOLERANCE[frozen]
@@ -140,8 +141,8 @@ def test_a_transfer_of_a_rounded_model_makes_a_file_for_the_whole_one(
     assert made.header.provenance["frozen"] == frozen
     model = load_wan(path)
     assert artifact.check(made, shapes_of(model))
-    artifact.apply(made, model)
-    assert "other weights" not in caplog.text
+    with artifact.apply(made, model):
+        assert "other weights" not in caplog.text
 
 
 def test_a_whole_transfer_says_nothing_of_rounding(path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_student_measured_against_kept_samples_has_the_row_of_one_bench(
     assert own["frechet_to_teacher"] == 0
     other = Student(teacher, StudentConfig(parameters="feature_maps"), seed=0)
     for module in other.mixed.values():
-        module.harden("linear")
+        module.mode = "linear"
     reference = read_teacher(make_evaluator(), path)
     found = reference.measure("student", other.model, frames=tmp_path / "new" / "frames")
     evaluator = make_evaluator()

@@ -121,7 +121,7 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_on
     round_weights(teacher.model, frozen)
     student = Student(teacher, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
     for module in student.mixed.values():
-        module.harden("softmax")
+        module.mode = "softmax"
     if is_checkpointed:
         checkpoint_activations(student.model, student.sites)
     own = {parameter.data_ptr() for parameter in student.model.parameters()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,17 +14,12 @@ import process_group_program as program
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
 from linvideo_core.training.checkpoint import find_checkpoint
-from linvideo_core.training.fsdp import (
-    Unit,
-    find_owners,
-    forwards_kept,
-    group_sharing,
-    init_process_group,
-)
+from linvideo_core.training.fsdp import init_process_group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,15 +144,15 @@ def test_training_moved_something(folder: Path) -> None:
 
 def test_two_processes_sample_the_same_trajectories_bit_for_bit(folder: Path) -> None:
     root = folder / "one"
-    names = [path.relative_to(root) for path in root.glob("transfer/teacher/*/*.safetensors")]
-    assert len(names) == 3
+    names = [path.relative_to(root) for path in root.glob("teacher/*/*.safetensors")]
+    assert len(names) >= 3
     for name in names:
         one, two = (load_file(folder / processes / name) for processes in ("one", "two"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_roles_share_one_copy_of_the_frozen_weights_and_each_process_holds_its_part(
+def test_each_process_holds_its_part_of_the_one_copy_of_the_weights(
     folder: Path,
 ) -> None:
     whole, frozen_weights = json.loads(
@@ -202,9 +198,11 @@ def test_damaged_shards_are_named_in_one_sentence(
     damage: str, folder: Path, device: str, tmp_path: Path
 ) -> None:
     source = folder / "two" / "transfer"
-    for name in ("teacher", "warm_start", "training"):
-        subprocess.run(["cp", "-r", source / name, tmp_path / name], check=True)
-    checkpoint = find_checkpoint(tmp_path / "training")
+    out = tmp_path / "out"
+    shutil.copytree(source.parent / "teacher", tmp_path / "teacher")
+    for name in ("warm_start", "training"):
+        shutil.copytree(source / name, out / name)
+    checkpoint = find_checkpoint(out / "training")
     shards = sorted(checkpoint.glob("*.safetensors"))
     assert len(shards) == 2
     if damage == "a missing shard":
@@ -214,7 +212,7 @@ def test_damaged_shards_are_named_in_one_sentence(
     else:
         (checkpoint / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be continued from") as caught:
-        program.transfer(tmp_path, SINGLE_PROCESS, device)
+        program.transfer(out, SINGLE_PROCESS, device)
     assert str(checkpoint) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -305,32 +303,7 @@ def test_shares_are_disjoint_and_make_up_the_whole_batch(size: int, rows: int) -
 
     parts = [Member(rank).share(torch.arange(rows)) for rank in range(size)]
     assert sorted(torch.cat(parts).tolist()) == list(range(rows))
-    drawn = [Member(rank).draw(2, torch.arange) for rank in range(size)]
-    assert all(len(part) == 2 for part in drawn)
-    assert sorted(torch.cat(drawn).tolist()) == list(range(2 * size))
-    with (
-        pytest.raises(ValueError, match=f"given to {size} processes")
-        if size > 1
-        else (pytest.raises(ZeroDivisionError))
-    ):
-        Member(0).check_batch(size + 1)
-        raise ZeroDivisionError
-
-
-def test_modules_that_share_parameters_are_one_unit_and_keep_their_forward() -> None:
-    first, other = nn.Linear(2, 3), nn.Linear(2, 3)
-    twin = nn.Linear(2, 3)
-    twin.weight = first.weight
-    assert group_sharing([first, other, twin]) == [[first, twin], [other]]
-    owners = find_owners([nn.Sequential(first, other), twin])
-    assert sorted(map(len, owners)) == [1, 1, 1, 1, 2]
-    x = torch.ones(1, 2)
-    expected = twin(x)
-    with forwards_kept([first, twin]):
-        unit = Unit([first, twin])
-        seen = []
-        unit.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-        unit.take_calls()
-        assert torch.equal(twin(x), expected)
-        assert seen == [1]
-    assert "forward" not in first.__dict__ and "forward" not in twin.__dict__
+    Member(0).check_batch(2 * size)
+    if size > 1:
+        with pytest.raises(SettingError, match=f"given to {size} processes"):
+            Member(0).check_batch(size + 1)

@@ -95,7 +95,7 @@ def test_twins_share_the_weights_and_keep_their_own_attention(
     for theirs, mine in zip(own.model.parameters(), twin(own.model).parameters(), strict=True):
         assert theirs is mine
     for module in student.mixed.values():
-        module.harden("linear")
+        module.mode = "linear"
     assert not torch.equal(student.model(*inputs), expected)
     assert torch.equal(own.model(*inputs), expected)
     assert torch.equal(expected, teacher.model(*inputs))
@@ -150,9 +150,9 @@ def test_what_was_copied_ahead_is_not_used_when_it_is_out_of_date(
     with pytest.raises(StopError):
         student.model(*inputs).square().mean().backward()
     # Block 0 would have been next.
-    with artifact.transfer_into(own.model, linearized):
+    with artifact.apply(linearized, own.model):
         found = own.model(*inputs)
-    with artifact.transfer_into(teacher.model, linearized):
+    with artifact.apply(linearized, teacher.model):
         assert torch.equal(found, teacher.model(*inputs))
 
 
@@ -161,9 +161,9 @@ def test_a_change_in_place_is_seen_by_the_next_call(
 ) -> None:
     own = move(teacher, 3)
     before = own.model(*inputs)
-    with artifact.transfer_into(own.model, linearized):
+    with artifact.apply(linearized, own.model):
         found = own.model(*inputs)
-    with artifact.transfer_into(teacher.model, linearized):
+    with artifact.apply(linearized, teacher.model):
         assert torch.equal(found, teacher.model(*inputs))
     assert torch.equal(own.model(*inputs), before)
 

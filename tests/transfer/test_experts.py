@@ -174,7 +174,7 @@ def test_each_student_meets_its_own_noise_levels_only_and_its_file_says_which(
         assert header.usage.steps == config.trajectories.sampler_steps
         assert header.provenance["expert"] == side
         assert header.provenance["model"] == names[side]
-        assert len(header.layers) == 2
+        assert len(header.linear_layers) == 2
     digests = {
         artifact.load(tmp_path / name).header.weights_digest for name in EXPERT_NAMES.values()
     }

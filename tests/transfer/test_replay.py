@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
+from linvideo_core.transfer.replay import replayed
 from torch import Tensor
 
 from linvideo_core.models.velocity import bind
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training.trainer import TrainingConfig
-from linvideo_core.transfer.replay import replayed
 from linvideo_core.transfer.student import Student, StudentConfig, accelerated
 from tests.conftest import LATENT_SHAPE
 
@@ -62,7 +62,7 @@ def test_compiled_blocks_are_replayed_with_the_same_values_and_gradients(teacher
     teacher = teacher.to("cuda")
     student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
     for module in student.mixed.values():
-        module.harden("linear")
+        module.mode = "linear"
     call = draw(2, teacher, 0)
     expected = differentiate(student, call, "bf16")
     settings = TrainingConfig(compile=True, cuda_graphs=True)

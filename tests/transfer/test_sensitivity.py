@@ -198,7 +198,7 @@ def test_a_fixed_choice_decides_the_artifacts_layers_and_draws_no_scores(
 ) -> None:
     config = transfer_config(tmp_path / "run", **selection)
     made = linearized(teacher, config)
-    assert tuple(made.header.layers) == layers
+    assert tuple(made.header.linear_layers) == layers
     assert made.header.provenance["choice"] == choice
     rows = (config.out / "training" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 6
@@ -226,7 +226,7 @@ def test_learned_scores_start_from_the_ranking_of_the_run(teacher: Teacher, tmp_
     assert sorted(range(3), key=lambda layer: scores[layer]) == ranking
     expected = "learned, scores started from ranking (replace-one)"
     assert made.header.provenance["choice"] == expected
-    transfer.draw_training(config.out, made.header.layers, config.selection, 6)
+    transfer.draw_training(config.out, made.header.linear_layers, config.selection, 6)
     order = json.loads((config.out / "layer_order.json").read_text())
     assert order["measure"] == "replace-one"
     # Two steps of selection move no score past another.
@@ -243,7 +243,7 @@ def test_a_transfer_by_ranking_stopped_anywhere_ends_as_an_unbroken_one_bit_for_
     expected = linearized(teacher, config)
     found = json.loads((config.out / "sensitivity.json").read_text())
     if config.selection.choice == "sensitivity":
-        assert tuple(sorted(found["ranking"][:2])) == tuple(expected.header.layers)
+        assert tuple(sorted(found["ranking"][:2])) == tuple(expected.header.linear_layers)
         assert expected.header.provenance["choice"] == "sensitivity (replace-one)"
 
     broken = dataclasses.replace(config, out=tmp_path / "broken")

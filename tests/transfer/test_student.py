@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from linvideo_core.transfer.noise_levels import level_density
+from linvideo_core.transfer.objectives import OBJECTIVES, ObjectiveConfig
 from torch import Tensor
 
 from linvideo_core.models.attention_sites import compiled_blocks
@@ -15,8 +17,6 @@ from linvideo_core.teacher.trajectories import Trajectories, TrajectoryConfig, c
 from linvideo_core.training.trainer import TrainingConfig, fit, seed_step
 from linvideo_core.transfer.batches import draw_batch
 from linvideo_core.transfer.layer_selection.rules import SelectionConfig
-from linvideo_core.transfer.noise_levels import level_density
-from linvideo_core.transfer.objectives import OBJECTIVES, ObjectiveConfig
 from linvideo_core.transfer.student import PARAMETERS, Student, StudentConfig, TransferTask
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -81,7 +81,7 @@ def test_the_student_equals_the_teacher_exactly_where_every_layer_is_softmax(
     # Layers start mixed at r = 1, which is softmax too.
     torch.testing.assert_close(student.model(*inputs), expected, rtol=0, atol=0)
     for module in student.mixed.values():
-        module.harden("softmax")
+        module.mode = "softmax"
     torch.testing.assert_close(student.model(*inputs), expected, rtol=0, atol=0)
 
 
@@ -90,7 +90,7 @@ def test_one_linear_layer_makes_a_difference(teacher: Teacher, inputs: Inputs) -
     expected = teacher.model(*inputs)
     for layer in range(3):
         for other, module in student.mixed.items():
-            module.harden("linear" if other == layer else "softmax")
+            module.mode = "linear" if other == layer else "softmax"
         assert not torch.allclose(student.model(*inputs), expected)
 
 
@@ -164,7 +164,7 @@ def test_compiled_blocks_of_student_and_teacher_keep_their_own_attention(
         if name.endswith("up"):
             torch.nn.init.normal_(parameter, std=0.05)
     for module in student.mixed.values():
-        module.harden("linear")
+        module.mode = "linear"
     with torch.no_grad():
         expected = [model(*inputs) for model in (student.model, teacher.model)]
         with compiled_blocks([student.model, teacher.model], student.sites):
@@ -211,7 +211,7 @@ def test_the_first_step_of_a_softmax_student_has_nothing_to_learn(
 ) -> None:
     task = make_task(teacher, trajectories)
     for module in task.student.mixed.values():
-        module.harden("softmax")
+        module.mode = "softmax"
     _, metrics = task.loss(0, seed_step(0, 0))
     # Velocities are stored in half precision.
     assert float(metrics["objective_loss"]) < 1e-6

@@ -4,28 +4,22 @@ Its text refiner (`token_refiner.blocks.<i>.attn`) has layers of the same kind t
 they are no sites.
 """
 
-import re
+from ..attention_sites import AttentionSite, ModelFamily, Shapes, match_sites
 
-from ..attention_sites import AttentionSite, ModelFamily, Shapes
-
-_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv_proj\.weight")
 _STREAMS = ("video_patch_proj.weight", "audio_patch_proj.weight")
 
 
 def find_sites(shapes: Shapes) -> list[AttentionSite]:
-    """Return the self-attention sites of an H3 model, recognised by its two streams' doors."""
-    if not all(name in shapes for name in _STREAMS):
-        return []
-    sites = []
-    for name, shape in shapes.items():
-        match = _QKV.fullmatch(name)
-        norm = shapes.get(f"blocks.{match[1]}.attn.q_norm.weight") if match else None
-        if not norm or len(shape) != 2 or shape[0] % (3 * norm[0]):
-            continue
-        layer, head_dim = int(match[1]), norm[0]
-        num_heads = shape[0] // (3 * head_dim)
-        sites.append(AttentionSite(layer, f"blocks.{layer}.attn", num_heads, head_dim))
-    return sorted(sites, key=lambda site: site.layer)
+    """Return the self-attention sites of an H3 model, recognised by what its two streams enter."""
+
+    def measure(name: str) -> tuple[int, int] | None:
+        qkv, norm = (shapes.get(f"{name}.{x}.weight", ()) for x in ("qkv_proj", "q_norm"))
+        if not norm or len(qkv) != 2 or qkv[0] % (3 * norm[0]):
+            return None
+        return qkv[0] // (3 * norm[0]), norm[0]
+
+    is_h3 = all(name in shapes for name in _STREAMS)
+    return match_sites(shapes, r"blocks\.(\d+)\.attn", measure) if is_h3 else []
 
 
 FAMILY = ModelFamily(

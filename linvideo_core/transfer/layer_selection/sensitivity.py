@@ -23,22 +23,20 @@ from ...evaluate.metrics import velocity_error
 from ...models.attention import MixedAttention
 from ...models.velocity import bind
 from ...run.config import option, positive
+from ...run.context import Run
 from ...run.files import write_json
-from ...run.process_group import SINGLE_PROCESS, ProcessGroup
-from ...run.progress import Progress, silent
 from ...teacher.teacher import Teacher
 from ...teacher.trajectories import Trajectories
 
 logger = logging.getLogger(__name__)
 
 RANKING_NAME = "sensitivity.json"
-STAGE = "ranking the layers"
 MEASURES = ("replace-one", "restore-one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SensitivityConfig:
-    """How the layers are ranked where --choice or --score-start asks for it."""
+    """How the layers are ranked where `choice` asks for it."""
 
     sensitivity: str = option(
         "replace-one", "one linear layer among softmax ones, or the reverse", choices=MEASURES
@@ -49,83 +47,56 @@ class SensitivityConfig:
         positive(self, "sensitivity_videos")
 
 
-def measure(
+def rank_layers(
     model: nn.Module,
     mixed: Mapping[int, MixedAttention],
     teacher: Teacher,
     trajectories: Trajectories,
     config: SensitivityConfig,
-    path: Path,
-    *,
+    run: Run,
     batch_size: int,
-    precision: str,
-    progress: Progress = silent,
-    processes: ProcessGroup = SINGLE_PROCESS,
-) -> dict[int, float]:
-    """Return the velocity error of every layer, written to `path` one by one.
+) -> list[int]:
+    """Return the layers from the least to the most sensitive.
 
-    A repeated call takes the layers that `path` holds and measures the others. The layers of
-    `mixed` are left as they were.
+    Every layer's velocity error is written to RANKING_NAME in the run's folder, one by one: a
+    repeated call takes those that are there and measures the others. The layers of `mixed` are left
+    as they were.
 
     Raises ValueError where a velocity is not finite.
     """
+    path = run.folder / RANKING_NAME
     num_states = config.sensitivity_videos * trajectories.states_per_trajectory
     picks = torch.arange(min(num_states, len(trajectories)))
     measured = {"measure": config.sensitivity, "states": len(picks)}
-    batches = processes.share(picks).split(batch_size // processes.size)
+    batches = run.processes.share(picks).split(batch_size // run.processes.size)
     errors = {layer: error for layer, error in _read(path, measured).items() if layer in mixed}
-    alone, rest = ("linear", "softmax")[:: 1 if config.sensitivity == "replace-one" else -1]
-    with _choices_kept(mixed):
-        progress(STAGE, len(errors), len(mixed))
-        for layer in mixed:
-            if layer in errors:
-                continue
+    one, others = ("linear", "softmax")[:: 1 if config.sensitivity == "replace-one" else -1]
+    with _modes_kept(mixed):
+        run.begin_stage("ranking_layers", len(mixed), len(errors))
+        for layer in [layer for layer in mixed if layer not in errors]:
             for other, module in mixed.items():
-                module.harden(alone if other == layer else rest)
-            error = mean_velocity_error(
-                model, teacher, trajectories, batches, precision=precision, processes=processes
-            )
+                module.mode = one if other == layer else others
+            errors[layer] = error = mean_velocity_error(model, teacher, trajectories, batches, run)
             if not math.isfinite(error):
                 raise ValueError(
                     f"the velocity error of layer {layer} alone is {error}; choose the layers by "
                     "another --choice, or lower --warm-start-learning-rate"
                 )
-            errors[layer] = error
-            is_done = len(errors) == len(mixed)
-            ranking = rank(errors, config) if is_done else None
-            if processes.is_first:
+            if run.processes.is_first:
+                ranking = rank(errors, config) if len(errors) == len(mixed) else None
                 write_json(path, {**measured, "ranking": ranking, "errors": errors})
-            progress(STAGE, len(errors), len(mixed))
-    return errors
+            run.callbacks.on_step_end(len(errors))
+    return rank(errors, config)
 
 
 def rank(errors: Mapping[int, float], config: SensitivityConfig) -> list[int]:
-    """Return the layers from the least to the most sensitive; equal ones in depth order."""
-    cost = sensitivities(errors, config.sensitivity)
-    return sorted(cost, key=lambda layer: (cost[layer], layer))
+    """Return the layers from the least to the most sensitive; equal ones in depth order.
 
-
-def sensitivities(errors: Mapping[int, float], kind: str) -> dict[int, float]:
-    """Return a number by layer that grows with what a linear layer there costs.
-
-    The error itself where one was replaced; where one was restored, its negative: an error that
-    stays large is that of a layer whose softmax was not missed.
-
-    kind: one of `MEASURES`.
+    A layer's cost is its error where it was replaced, and the negative where it was restored: an
+    error that stays large is that of a layer whose softmax was not missed.
     """
-    sign = 1 if kind == "replace-one" else -1
-    return {layer: sign * error for layer, error in errors.items()}
-
-
-def read_ranking(path: Path) -> tuple[str, dict[int, float]] | None:
-    """Return the kind of a finished ranking and its errors by layer; None without a whole file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        errors = {int(layer): float(error) for layer, error in found["errors"].items()}
-        is_whole = found["measure"] in MEASURES and sorted(found["ranking"]) == sorted(errors)
-        return (found["measure"], errors) if is_whole else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    sign = 1 if config.sensitivity == "replace-one" else -1
+    return sorted(errors, key=lambda layer: (sign * errors[layer], layer))
 
 
 @torch.no_grad()
@@ -134,9 +105,7 @@ def mean_velocity_error(
     teacher: Teacher,
     trajectories: Trajectories,
     batches: Sequence[Tensor],
-    *,
-    precision: str,
-    processes: ProcessGroup = SINGLE_PROCESS,
+    run: Run,
 ) -> float:
     """Return the mean of |u - v| / |v| over states and both guidance branches.
 
@@ -154,20 +123,20 @@ def mean_velocity_error(
             (prompt_embeds, states.conditional),
             (negative_embeds, states.unconditional),
         ):
-            velocity = bind(model, embeds, precision=precision)(states.latents, sigma)
+            velocity = bind(model, embeds, precision=run.precision)(states.latents, sigma)
             errors.append(velocity_error(velocity, reference)[0].double())
     found = torch.cat(errors)
-    return processes.mean(found.mean(), weight=len(found)).item()
+    return run.processes.mean(found.mean(), weight=len(found)).item()
 
 
 @contextlib.contextmanager
-def _choices_kept(mixed: Mapping[int, MixedAttention]) -> Iterator[None]:
-    choices = [module.choice for module in mixed.values()]
+def _modes_kept(mixed: Mapping[int, MixedAttention]) -> Iterator[None]:
+    modes = [module.mode for module in mixed.values()]
     try:
         yield
     finally:
-        for module, choice in zip(mixed.values(), choices, strict=True):
-            module.choice = choice
+        for module, mode in zip(mixed.values(), modes, strict=True):
+            module.mode = mode
 
 
 def _read(path: Path, measured: Mapping[str, Any]) -> dict[int, float]:

@@ -16,7 +16,7 @@ pushes alike, at any t.
 import torch
 from torch import Tensor
 
-from ...flow import expand, shift_sigmas, velocity_to_x0
+from ..flow import expand, shift_sigmas, velocity_to_x0
 
 _SIGMA_RANGE = (0.02, 0.98)
 """Timesteps 20 to 980: below, scores explode; above, both are the same."""

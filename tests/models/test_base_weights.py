@@ -1,16 +1,28 @@
+"""A digest knows the same weights again; a sketch tells how far others are, however rounded."""
+
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from linvideo_core.artifact import ArtifactHeader, BaseWeights, compare_weights
-from linvideo_core.models import attention_sites
+from linvideo_core.models.attention_sites import shapes_of
+from linvideo_core.models.base_weights import (
+    SKETCH_SIZE,
+    BaseWeights,
+    base_weights_of,
+    compare_weights,
+    sketch,
+    sketch_distance,
+    sketched_rows,
+    sketched_weights,
+    weights_digest,
+)
 from linvideo_core.models.families import identify
-from linvideo_core.models.sketch import SIZE, sketch, sketch_distance, sketched_rows
+from linvideo_core.models.wan import WanModel
 from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 
 
@@ -19,8 +31,8 @@ def model() -> nn.Module:
     return load_teacher(TeacherConfig()).model
 
 
-def sketch_of(model: nn.Module) -> tuple[float, ...]:
-    return attention_sites.weights_sketch(model, *identify(attention_sites.shapes_of(model)))
+def base_of(model: nn.Module) -> BaseWeights:
+    return base_weights_of(model, *identify(shapes_of(model)))
 
 
 def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -91,59 +103,53 @@ def test_a_rounding_is_told_from_other_weights(
     model: nn.Module, change: Callable[[Tensor], Tensor], bits: float, kind: str
 ) -> None:
     other = changed(model, change)
-    family, sites = identify(attention_sites.shapes_of(model))
-    match = compare_weights(header_of(model), BaseWeights(sketch=sketch_of(other), bits=bits))
+    found = BaseWeights(sketch=base_of(other).sketch, bits=bits)
+    match = compare_weights(base_of(model), found)
     assert match.kind == kind
-    names = attention_sites.sketched_weights(family, sites)
+    names = sketched_weights(*identify(shapes_of(model)))
     pairs = [(model.get_parameter(name), other.get_parameter(name)) for name in names]
     true = math.sqrt(
         sum(float((a / a.norm() - b / b.norm()).square().sum()) for a, b in pairs) / len(pairs)
     )
-    print(f"{match.distance:.4f}, really {true:.4f}")
     assert match.distance == pytest.approx(true, rel=0.25, abs=1e-4)
 
 
-def header_of(model: nn.Module, **changes: Any) -> ArtifactHeader:
-    family, sites = identify(attention_sites.shapes_of(model))
-    return ArtifactHeader(
-        **{
-            "format_version": 3,
-            "family": family.name,
-            "fingerprint": attention_sites.fingerprint(family, sites),
-            "weights_digest": attention_sites.weights_digest(model, sites),
-            "weights_sketch": sketch_of(model),
-            "layers": (0,),
-            "site_names": (sites[0].name,),
-            "num_layers": len(sites),
-            "feature_dim": 6,
-            "parameters": "feature_maps",
-            "objective": "adm",
-            "steps": 5,
-            **changes,
-        }
-    )
-
-
 def test_without_a_sketch_only_plain_weights_are_known_to_be_others(model: nn.Module) -> None:
-    header = header_of(model, weights_sketch=())
-    assert compare_weights(header, BaseWeights(digest=header.weights_digest)).kind == "same"
-    assert compare_weights(header, BaseWeights(digest="0" * 16)).kind == "other"
-    assert compare_weights(header, BaseWeights(digest="0" * 16, bits=8)).kind == "unknown"
-    assert compare_weights(header, BaseWeights(sketch=sketch_of(model))).kind == "unknown"
-    assert compare_weights(header_of(model), BaseWeights()).kind == "unknown"
+    base = base_of(model)
+    plain = dataclasses.replace(base, sketch=())
+    assert compare_weights(plain, BaseWeights(digest=base.digest)).kind == "same"
+    assert compare_weights(plain, BaseWeights(digest="0" * 16)).kind == "other"
+    assert compare_weights(plain, BaseWeights(digest="0" * 16, bits=8)).kind == "unknown"
+    assert compare_weights(plain, BaseWeights(sketch=base.sketch)).kind == "unknown"
+    assert compare_weights(base, BaseWeights()).kind == "unknown"
 
 
 def test_a_match_is_one_sentence_with_the_distance(model: nn.Module) -> None:
-    other = sketch_of(changed(model, finetuned(0.3)))
-    text = str(compare_weights(header_of(model), BaseWeights(sketch=other)))
+    other = base_of(changed(model, finetuned(0.3))).sketch
+    text = str(compare_weights(base_of(model), BaseWeights(sketch=other)))
     assert "about 2" in text or "about 3" in text
     assert "another finetune, or the other one of two experts" in text and "\n" not in text
+
+
+def test_a_digest_tells_weights_and_not_the_order_in_which_a_layer_registers_them(
+    wan: WanModel,
+) -> None:
+    _, sites = identify(shapes_of(wan))
+    digest = weights_digest(wan, sites)
+    other = copy.deepcopy(wan)
+    for module in other.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.register_parameter("weight", module._parameters.pop("weight"))
+    assert next(other.blocks[0].self_attn.named_parameters())[0] == "q.bias"
+    assert weights_digest(other, sites) == digest and len(bytes.fromhex(digest)) == 8
+    other.blocks[2].self_attn.k.weight.data += 0.01
+    assert weights_digest(other, sites) != digest
 
 
 def test_a_sketch_is_of_fixed_numbers_whatever_the_dtype() -> None:
     weight = torch.arange(-5000.0, 5000.0).reshape(100, 100)
     found = sketch([weight, weight.T])
-    assert len(found) == SIZE and found == sketch([weight.double(), weight.T])
+    assert len(found) == SKETCH_SIZE and found == sketch([weight.double(), weight.T])
     assert found[:3] == (0.01559, -0.1403, 0.14022)
     assert sketch_distance(found, sketch([2 * weight, weight.T])) == 0
 
