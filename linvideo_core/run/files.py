@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import SettingError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -52,7 +54,7 @@ def remove(path: Path) -> None:
 
 
 def check_space(needs: Sequence[tuple[Path, int, str]]) -> None:
-    """Raise ValueError, in one sentence, when a disk has too little room for all that is to come.
+    """Raise SettingError when a disk has too little room for all that is to come.
 
     needs: a folder, which may not exist yet, bytes, and what they are.
     """
@@ -64,10 +66,12 @@ def check_space(needs: Sequence[tuple[Path, int, str]]) -> None:
         place, free = found[0][0], shutil.disk_usage(found[0][0]).free
         if (total := sum(num_bytes for _, num_bytes, _ in found)) > free:
             what = " and ".join(what for *_, what in found)
-            raise ValueError(
+            raise SettingError(
                 f"{what} take {total / 1e9:,.1f} GB and the disk of {place} has "
-                f"{free / 1e9:,.1f} GB left: free some, or give --out or --teacher-folder on "
-                "another disk"
+                f"{free / 1e9:,.1f} GB left: free some, or give {{out}} or {{teacher_folder}} on "
+                "another disk",
+                "out",
+                "teacher_folder",
             )
 
 

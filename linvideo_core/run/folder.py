@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .config import to_json
+from .errors import SettingError
 from .files import write_text
 
 CONFIG_NAME = "config.json"
 
 
-class OtherRunError(ValueError):
-    """A folder's run was made with other settings; name: of the field that differs first."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name
+class OtherRunError(SettingError):
+    """A folder's run was made with other settings: the first of `fields` is the first to differ."""
 
 
 def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = "") -> None:
@@ -44,13 +41,14 @@ def check_run(
     A setting that the run does not name is younger than the run, which was made as its default
     says.
 
-    Raises OtherRunError naming the first setting that differs, and ValueError for a file where the
-    folder should be.
+    Raises OtherRunError naming the first setting that differs, and SettingError for a file where
+    the folder should be.
     """
     path = folder / CONFIG_NAME
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
-        raise ValueError(f"{place} is a file and a folder is needed; choose another --out")
+        message = f"{place} is a file and a folder is needed; choose another {{out}}"
+        raise SettingError(message, "out")
     if not path.exists():
         return
     try:
@@ -58,17 +56,16 @@ def check_run(
         if not isinstance(tree, dict):
             raise ValueError("it holds no settings")
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete {folder} or choose another --out"
-        ) from error
+        message = f"{path} is damaged ({error}); delete {folder} or choose another {{out}}"
+        raise SettingError(message, "out") from error
     found = {**dict(_defaults(config)), **dict(_leaves(tree))}
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
-            flag = f"--{name.replace('_', '-')}"
             raise OtherRunError(
+                f"{folder} was made with {{{name}}} {found.get(name)} and {value} was given; "
+                f"choose another {{out}}{new_run}, or give what it was made with to continue it",
                 name,
-                f"{folder} was made with {flag} {found.get(name)} and {value} was given; choose "
-                f"another --out{new_run}, or give what it was made with to continue it",
+                "out",
             )
 
 

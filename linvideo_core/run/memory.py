@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import SettingError
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 FP32 = 4
@@ -20,8 +22,9 @@ _TRAINED = 5 * FP32
 # What autograd keeps of a Wan block with frozen weights, in widths: five of the residual stream, in
 # its own dtype, three of norms, four in the precision of the products. Trained weights keep more.
 _STREAM_KEPT, _NORMS_KEPT, _NARROW_KEPT = 5, 3, 4
-_LOWER_SAMPLING = "lower --shard-size and --evaluate-batch-size, or the video's size"
-_LOWER_STEP = "lower --batch-size, give --activation-checkpointing, or lower the video's size"
+_LOWER_SAMPLING = "lower {shard_size} and {evaluate_batch_size}, or the video's size"
+_LOWER_STEP = "lower {batch_size}, give {activation_checkpointing}, or lower the video's size"
+_FIELDS = ("batch_size", "activation_checkpointing", "shard_size", "evaluate_batch_size", "device")
 _LOWER_TRAINED = "train less of it (LoRA, a lower rank)"
 LOWER_RUN = (
     "lower --batch-size, --shard-size, --evaluate-batch-size or the video's size, or give "
@@ -82,7 +85,7 @@ def check_capacity(
     advice: str = "",
     flags: str = "",
 ) -> None:
-    """Raise ValueError, in one sentence, when needs add up to more than `free` bytes.
+    """Raise SettingError when needs add up to more than `free` bytes.
 
     advice, flags: see `check_memory`.
     """
@@ -92,10 +95,11 @@ def check_capacity(
     parts = sorted(needs, key=lambda need: -need.num_bytes)
     listed = ", ".join(f"{need.what} {show_gb(need.num_bytes)}" for need in parts)
     lowered = next((need.lower for need in parts if need.lower), advice)
-    raise ValueError(
+    raise SettingError(
         f"{torch.device(device)} has {show_gb(free)} of free memory and at least "
-        f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another --device'}"
-        f"{f'; it would fit with {flags}' if flags else ''}"
+        f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another {device}'}"
+        f"{f'; it would fit with {flags}' if flags else ''}",
+        *_FIELDS,
     )
 
 

@@ -156,10 +156,11 @@ def _check_run(identity: HostRun) -> None:
     try:
         check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     except OtherRunError as error:
-        if error.name not in _OTHERS:
+        name, *_ = error.fields
+        if name not in _OTHERS:
             raise
         raise ValueError(
-            f"the transfer {out.name!r} was begun with {_OTHERS[error.name]}: give this one "
+            f"the transfer {out.name!r} was begun with {_OTHERS[name]}: give this one "
             "another name, or that one what it was begun with"
         ) from error
 
