@@ -54,7 +54,7 @@ def remove(path: Path) -> None:
 
 
 def check_space(needs: Sequence[tuple[Path, int, str]]) -> None:
-    """Raise ValueError, in one sentence, when a disk has too little room for all that is to come.
+    """Raise SettingError when a disk has too little room for all that is to come.
 
     needs: a folder, which may not exist yet, bytes, and what they are.
     """

@@ -41,8 +41,8 @@ def check_run(
     A setting that the run does not name is younger than the run, which was made as its default
     says.
 
-    Raises OtherRunError naming the first setting that differs, and ValueError for a file where the
-    folder should be.
+    Raises OtherRunError naming the first setting that differs, and SettingError for a file where
+    the folder should be.
     """
     path = folder / CONFIG_NAME
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())

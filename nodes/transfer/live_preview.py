@@ -175,7 +175,8 @@ class LiveProgress(Callbacks):
         """Sample a video with both models, and draw them above the curves of the layers."""
         stage, videos = self._stage, {}
         if self._teacher_frames is None:
-            self._teacher_frames = self._sample(self._teacher.model)
+            with self._student.disabled():
+                self._teacher_frames = self._sample(self._teacher.model)
         if self._teacher_frames:
             now = self._sample(self._student.model)
             videos = {"the original model": self._teacher_frames, "the faster one now": now}

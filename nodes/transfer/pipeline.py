@@ -156,10 +156,11 @@ def _check_run(identity: HostRun) -> None:
     try:
         check_run(out, identity, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     except OtherRunError as error:
-        if error.fields[0] not in _OTHERS:
+        name, *_ = error.fields
+        if name not in _OTHERS:
             raise
         raise ValueError(
-            f"the transfer {out.name!r} was begun with {_OTHERS[error.fields[0]]}: give this one "
+            f"the transfer {out.name!r} was begun with {_OTHERS[name]}: give this one "
             "another name, or that one what it was begun with"
         ) from error
 
@@ -215,13 +216,8 @@ def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None
         open_run(config.out, identity, ignore=_FREE_FIELDS)
         with Student(teacher, config.student, seed=config.seed) as student:
             live = LiveProgress(student, teacher, config, host.latent_format, host.video, takes)
-            run = Run(
-                folder=config.out,
-                device=config.device,
-                precision=config.precision,
-                seed=config.seed,
-                callbacks=live,
-            )
+            where = {"folder": config.out, "device": config.device, "seed": config.seed}
+            run = Run(**where, precision=config.precision, callbacks=live)
             with live.watching():
                 linearize(student, teacher, config, run)
 
