@@ -17,7 +17,7 @@ A folder imports only those above it:
 
 Commands: `python -m linvideo_core.transfer`, `.distill`, `.evaluate`. From a checkout, too:
 `python -m benchmarks.kernels`, `.models`, `.models.training_steps`, `.in_app` and
-`python -m research.ablations`, `research.error_growth`, `research.demo_model.train`.
+`python -m research.ablations`, `research.evaluation_record`, `research.demo_model.train`.
 """
 
 __version__ = "0.1.0"

@@ -68,7 +68,7 @@ class Case:
         """Say whether it has no meaning on a CPU."""
         return bool(self.flags) or self.free_gb is not None
 
-    def told(self) -> dict[str, Any]:
+    def columns(self) -> dict[str, Any]:
         """Return the row's own columns."""
         flags = " ".join(self.flags)
         if self.free_gb is not None:
@@ -119,8 +119,8 @@ def list_cases() -> list[Case]:
             steps=2,
             sizes=_H3_WIDE,
         ),
-        _wan14("14b-81", _LONG, steps=2, is_base_checked=False, sampling_steps=4),
-        _wan14("14b-33", _SHORT),
+        _wan14("14b-81", _LONG, steps=2, is_base_checked=False),
+        _wan14("14b-33", _SHORT, sampling_steps=4),
         _wan14("14b-33-24gb", _SHORT, steps=2, is_base_checked=False, free_gb=SMALL_CARD_GB),
         _wan("1.3b-headless", "bf16", _LONG, kind="headless", steps=8),
         *(_wan(f"1.3b-{flag}", "bf16", _SHORT, flags=(f"--{flag}",)) for flag in _LOW_MEMORY),

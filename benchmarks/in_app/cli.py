@@ -27,7 +27,7 @@ from ..record import RESULTS_FOLDER, check_parts, read_record, show_rows, write_
 from .cases import Case, choose, list_cases
 from .comfyui_server import Installation, read_version
 from .measuring import KINDS
-from .workbench import NotHereError, Workbench
+from .workbench import UnavailableError, Workbench
 
 RECORD_NAME = "in_app.json"
 TITLE = "Transfers in a real ComfyUI server, and the same by the core alone, with random weights"
@@ -90,33 +90,33 @@ def run(config: InAppConfig, tell: Callable[[Row], None] = lambda row: None) -> 
     check_parts(path, device)
     shutil.rmtree(config.out / "comfyui", ignore_errors=True)
     config.out.mkdir(parents=True, exist_ok=True)
-    evaluator = Workbench(installation, config.out.absolute(), device)
+    bench = Workbench(installation, config.out.absolute(), device)
     measured: dict[str, Row] = {}
     try:
         for case in config.cases:
-            row, details = measure(case, evaluator, config.limit)
+            row, details = measure(case, bench, config.limit)
             measured[case.name] = row
             _compare(measured)
             _write(path, row, details, config, device)
             tell(row)
-            evaluator.tidy()
+            bench.tidy()
     finally:
-        evaluator.stop()
-        shutil.rmtree(evaluator.folder, ignore_errors=True)
+        bench.stop()
+        shutil.rmtree(bench.folder, ignore_errors=True)
     return read_record(path)
 
 
-def measure(case: Case, evaluator: Workbench, limit: float) -> tuple[Row, dict[str, Any]]:
+def measure(case: Case, bench: Workbench, limit: float) -> tuple[Row, dict[str, Any]]:
     """Return a case's row, and what is kept beside it; of one that fails, why and what it has."""
     begin = time.monotonic()
-    evaluator.deadline = begin + limit
-    row = {**case.told(), "seconds_per_step": None, "peak_gb": None}
+    bench.deadline = begin + limit
+    row = {**case.columns(), "seconds_per_step": None, "peak_gb": None}
     found: dict[str, Any] = {}
     try:
-        if case.needs_gpu and evaluator.device == "cpu":
-            raise NotHereError("needs a GPU")
-        KINDS[case.kind](case, evaluator, found)
-    except NotHereError as reason:
+        if case.needs_gpu and bench.device == "cpu":
+            raise UnavailableError("needs a GPU")
+        KINDS[case.kind](case, bench, found)
+    except UnavailableError as reason:
         found |= {"ok": None, "error": f"not measured: {reason}"}
     except Exception as error:
         found |= {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}

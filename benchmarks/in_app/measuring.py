@@ -17,7 +17,7 @@ from .cases import H3_TEXT_DIM, Case, h3_sizes
 from .checkpoints import GGUF
 from .comfyui_server import PACK, PromptError, Server, Stage, find_error
 from .memory_meter import watching
-from .workbench import NotHereError, Workbench
+from .workbench import UnavailableError, Workbench
 
 TEMPLATE = PACK / "workflows" / "3 Make a file (no download).json"
 
@@ -36,44 +36,44 @@ _PROMPT_TOKENS = 64
 Found = dict[str, Any]
 
 
-def measure_transfer(case: Case, evaluator: Workbench, found: Found) -> None:
+def measure_transfer(case: Case, bench: Workbench, found: Found) -> None:
     """Make a file of a Wan, sample with it, and see that the model comes back."""
-    file, weight_dtype = _checkpoint_of(case, evaluator)
-    server = evaluator.server(case.flags, case.free_gb)
+    file, weight_dtype = _checkpoint_of(case, bench)
+    server = bench.server(case.flags, case.free_gb)
     video = graphs.describe_video(case.video, case.frames)
     graph = {**graphs.load_wan(file, weight_dtype, case.video.shift), **video}
-    _measure_in_server(case, evaluator, server, graph, len(case.video.layers), found)
+    _measure_in_server(case, bench, server, graph, len(case.video.layers), found)
 
 
-def measure_minimax_h3(case: Case, evaluator: Workbench, found: Found) -> None:
+def measure_minimax_h3(case: Case, bench: Workbench, found: Found) -> None:
     """The same of a MiniMax-H3."""
     file = f"{case.name}.safetensors"
-    evaluator.write_minimax_h3(file, h3_sizes(case))
+    bench.write_minimax_h3(file, h3_sizes(case))
     prompts = graphs.draw_prompts(_PROMPT_TOKENS, case.sizes.get("text_dim", H3_TEXT_DIM))
     is_tiny = "hidden_size" in case.sizes
     sides = _H3_TINY_VIDEO if is_tiny else _H3_VIDEO
     latent = graphs.empty_minimax_h3(sides["width"], sides["height"], case.frames)
     graph = {**graphs.load_minimax_h3(file), **prompts, **latent}
     target = case.sizes["num_layers"] // 2
-    _measure_in_server(case, evaluator, evaluator.server(), graph, target, found)
+    _measure_in_server(case, bench, bench.server(), graph, target, found)
 
 
-def measure_demo(case: Case, evaluator: Workbench, found: Found) -> None:
+def measure_demo(case: Case, bench: Workbench, found: Found) -> None:
     """Run the template that makes a file of the embedded model, then judge the student."""
-    server = evaluator.server()
-    is_short = evaluator.device == "cpu"
+    server = bench.server()
+    is_short = bench.device == "cpu"
     settings = _settings(server, _SHORT_DEMO) if is_short else None
     graph = graphs.transfer_demo("demo", _quality_of(TEMPLATE), settings)
-    _train(server, graph, evaluator, found)
+    _train(server, graph, bench, found)
     made = server.folder / "models" / "linvideo" / "demo.safetensors"
-    found |= judge(made, evaluator, is_short=is_short)
+    found |= judge(made, bench, is_short=is_short)
 
 
-def measure_interrupt(case: Case, evaluator: Workbench, found: Found) -> None:
+def measure_interrupt(case: Case, bench: Workbench, found: Found) -> None:
     """Interrupt a training, see how soon it ends and what the node says, and continue it."""
-    file, weight_dtype = _checkpoint_of(case, evaluator)
-    server = evaluator.server(case.flags, case.free_gb)
-    steps = 5 * case.steps if evaluator.device == "cpu" else case.steps
+    file, weight_dtype = _checkpoint_of(case, bench)
+    server = bench.server(case.flags, case.free_gb)
+    steps = 5 * case.steps if bench.device == "cpu" else case.steps
     graph = {
         **graphs.load_wan(file, weight_dtype, case.video.shift),
         **graphs.describe_video(case.video, case.frames),
@@ -82,40 +82,40 @@ def measure_interrupt(case: Case, evaluator: Workbench, found: Found) -> None:
     }
     started = server.queue(graph)
     folder = server.folder / "output" / "linvideo" / case.name / _TRAINING
-    _wait_for(folder / "metrics.jsonl", server, started, evaluator.deadline)
+    _wait_for(folder / "metrics.jsonl", server, started, bench.deadline)
     begin = time.monotonic()
     server.ask("/interrupt", {})
-    history = server.wait(started, evaluator.deadline)
+    history = server.wait(started, bench.deadline)
     seconds = time.monotonic() - begin
     if find_error(history) != "the graph was interrupted":
         raise PromptError(f"it was to be interrupted: {find_error(history) or 'it has finished'}")
     found |= {"interrupt_seconds": seconds, "words": _last_words(server), "steps": steps}
-    _train(server, graph, evaluator, found)
+    _train(server, graph, bench, found)
     continued = next(stage.count for stage in found["stages"] if stage.name == _TRAINING)
     found["ok"] = continued < steps
 
 
-def measure_headless(case: Case, evaluator: Workbench, found: Found) -> None:
+def measure_headless(case: Case, bench: Workbench, found: Found) -> None:
     """Train with the same settings without ComfyUI; no server takes memory meanwhile."""
-    file, _ = evaluator.checkpoint(case.video, case.dtype)
-    evaluator.stop()
-    out = evaluator.out / "headless"
+    file, _ = bench.checkpoint(case.video, case.dtype)
+    bench.stop()
+    out = bench.out / "headless"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     prompts = out / "prompts.safetensors"
     headless.write_prompts(prompts, case.video)
     settings = _lengths(case.steps) | {"target": len(case.video.layers), "lora_rank": 32}
     values = headless.describe_transfer(case.video, case.frames, settings) | {
-        "frozen": case.dtype if evaluator.device == "cuda" else "fp32",
-        "model": evaluator.models / file,
+        "frozen": case.dtype if bench.device == "cuda" else "fp32",
+        "model": bench.models / file,
         "prompts": prompts,
         "out": out / "run",
-        "device": evaluator.device,
+        "device": bench.device,
     }
-    evaluator.begin_memory()
+    bench.begin_memory()
     begin = time.monotonic()
     result = out / "result.json"
-    seconds, peak = headless.measure(values, result, evaluator.read_memory, evaluator.deadline)
+    seconds, peak = headless.measure(values, result, bench.read_memory, bench.deadline)
     found |= {
         "seconds_per_step": seconds,
         "peak_gb": peak.gb,
@@ -139,16 +139,16 @@ log told them, as soon as it is known: a case that fails later keeps what it has
 """
 
 
-def judge(made: Path, evaluator: Workbench, *, is_short: bool) -> Found:
+def judge(made: Path, bench: Workbench, *, is_short: bool) -> Found:
     """Compare a file of the embedded model with its teacher, by the core's own command."""
-    out = evaluator.out / "evaluate"
+    out = bench.out / "evaluate"
     lengths = ("2", "8", "2") if is_short else ("100", "50", "100")
     words = [word for pair in zip(_LENGTH_FLAGS, lengths, strict=True) for word in pair]
     command = [sys.executable, "-m", "linvideo_core.evaluate", "--artifact", str(made), *words]
-    left = max(1.0, evaluator.deadline - time.monotonic())
+    left = max(1.0, bench.deadline - time.monotonic())
     try:
         finished = subprocess.run(
-            [*command, "--out", str(out), "--device", evaluator.device],
+            [*command, "--out", str(out), "--device", bench.device],
             cwd=PACK,
             capture_output=True,
             text=True,
@@ -167,15 +167,15 @@ def judge(made: Path, evaluator: Workbench, *, is_short: bool) -> Found:
 _LENGTH_FLAGS = ("--num-samples", "--steps", "--batch-size")
 
 
-def _checkpoint_of(case: Case, evaluator: Workbench) -> tuple[str, str]:
-    if case.dtype == GGUF and not evaluator.installation.packs:
-        raise NotHereError("a pack that loads GGUF is needed: give --gguf-pack")
-    return evaluator.checkpoint(case.video, case.dtype)
+def _checkpoint_of(case: Case, bench: Workbench) -> tuple[str, str]:
+    if case.dtype == GGUF and not bench.installation.packs:
+        raise UnavailableError("a pack that loads GGUF is needed: give --gguf-pack")
+    return bench.checkpoint(case.video, case.dtype)
 
 
 def _measure_in_server(
     case: Case,
-    evaluator: Workbench,
+    bench: Workbench,
     server: Server,
     graph: graphs.Nodes,
     target: int,
@@ -190,20 +190,18 @@ def _measure_in_server(
         # The first sampling after a model was loaded may differ from all later ones.
         for number in (1, 2):
             sampled = {**graph, **graphs.sample("model", 2, base)}
-            server.run(graphs.again(sampled, number), evaluator.deadline)
+            server.run(graphs.again(sampled, number), bench.deadline)
     training = _transfer(case, server, case.steps, target)
     sampled = {**graph, **training, **graphs.sample("linear", 2, linear)}
     found["steps"] = case.steps
-    _train(server, sampled, evaluator, found)
+    _train(server, sampled, bench, found)
     latents = _read_latents(server, linear)
     if case.sampling_steps:
-        _time_sampling(case, server, {**graph, **training}, evaluator.deadline, found)
+        _time_sampling(case, server, {**graph, **training}, bench.deadline, found)
     found["ok"] = is_finite = all(bool(x.isfinite().all()) for x in latents)
     if case.is_base_checked:
         before = _read_latents(server, base)
-        server.run(
-            graphs.again({**graph, **graphs.sample("model", 2, base)}, 3), evaluator.deadline
-        )
+        server.run(graphs.again({**graph, **graphs.sample("model", 2, base)}, 3), bench.deadline)
         is_restored = all(map(torch.equal, before, _read_latents(server, base)))
         change = max(map(_relative_difference, latents, before))
         found |= {"change": change, "base_restored": is_restored}
@@ -223,15 +221,15 @@ def _time_sampling(
             found[column] = (time.monotonic() - begin) / case.sampling_steps
 
 
-def _train(server: Server, graph: graphs.Nodes, evaluator: Workbench, found: Found) -> None:
+def _train(server: Server, graph: graphs.Nodes, bench: Workbench, found: Found) -> None:
     """Run a graph with a transfer; find its seconds, its peak and what the log says of it.
 
     Of one that fails, the peak and the stages until then.
     """
     since, begin = server.log_size(), time.monotonic()
-    with watching(lambda: evaluator.read_memory(server.process.pid)) as peak:
+    with watching(lambda: bench.read_memory(server.process.pid)) as peak:
         try:
-            server.run(graph, evaluator.deadline)
+            server.run(graph, bench.deadline)
         finally:
             stages = server.stages(since)
             found |= {

@@ -17,7 +17,7 @@ QUANTISED = {"int8": "int8_tensorwise", "nvfp4": "nvfp4"}
 _LOADED_AS = {"fp8": ("bf16", "fp8_e4m3fn")}
 
 
-class NotHereError(Exception):
+class UnavailableError(Exception):
     """Why a case cannot be measured on this machine."""
 
 
@@ -88,7 +88,7 @@ class Workbench:
     def checkpoint(self, size: Size, dtype: str) -> tuple[str, str]:
         """Return a Wan's file name, written unless it is there, and the dtype to load it in.
 
-        Raises ValueError or NotHereError where it cannot be written here.
+        Raises ValueError or UnavailableError where it cannot be written here.
         """
         form, weight_dtype = _LOADED_AS.get(dtype, (dtype, "default"))
         file = f"wan-{size.name}-{form}.{checkpoints.SUFFIXES.get(form, 'safetensors')}"

@@ -8,25 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.models.arithmetic import count_flops, find_peak, linear_flops, softmax_flops
-from benchmarks.models.random_weights import count_bytes, make_random_wan
-from benchmarks.models.runs import list_commands, merge_runs
-from benchmarks.models.teachers import HeadlessSubject, Setting
-from benchmarks.models.variants import Variant, find_softmax, plan_variants
 
 from benchmarks.kernels.baselines import Contender
-from benchmarks.models import agreement, comfyui, measuring, table
 from benchmarks.models import cli as benchmark
+from benchmarks.models import measuring
 from benchmarks.models.cli import ScaleConfig
-from benchmarks.models.measuring import COMPUTED, SAMPLED, Measured, Patience
-from benchmarks.models.sizes import SIZES, spread_layers
-from benchmarks.record import write_part
+from benchmarks.models.headless import RandomTeacher, Setting, Variant, find_softmax, plan_variants
+from benchmarks.models.measuring import COMPUTED, SAMPLED, Patience
+from benchmarks.models.random_models import count_bytes, make_random_wan
+from benchmarks.models.sizes import (
+    SIZES,
+    count_flops,
+    find_peak,
+    linear_flops,
+    softmax_flops,
+    spread_layers,
+)
 from linvideo_core.models.wan import WanModel
-from linvideo_core.run.config import run_command
 
 CPU = Setting(torch.device("cpu"), torch.float32)
-SMALL = agreement.shrink(SIZES["tiny"])
-ONCE = Patience(runs=1, seconds=0.001, video_seconds=0.0)
+SMALL = measuring.shrink(SIZES["tiny"])
+ONCE = Patience(seconds=0.001, video_seconds=0.0)
 
 
 def find_default() -> dict[str, Contender]:
@@ -34,11 +36,16 @@ def find_default() -> dict[str, Contender]:
     return find_softmax(["default"], "cpu")[0]
 
 
-def make_measured(**changes: Any) -> Measured:
+def make_measured(**changes: Any) -> dict[str, Any]:
     """Return a measurement of an all-softmax model by FlashAttention-2, with changes."""
     usual = {"num_linear": 0, "kept": "fa2", "is_compiled": False, "seconds": 1.0, "peak_gb": 3.0}
-    usual |= {"weights_gb": 2.0, "video_seconds": 100.0, "video": COMPUTED}
-    return Measured(**{**usual, **changes})
+    return usual | {"weights_gb": 2.0, "video_seconds": 100.0, "video": COMPUTED} | changes
+
+
+def rows_of(size: str, *measured: dict[str, Any], device: str = "NVIDIA H200") -> list[Any]:
+    return measuring.to_rows(
+        {"size": size, "where": "headless", "device": device, "rows": measured}
+    )
 
 
 def test_sizes_are_the_published_ones() -> None:
@@ -64,9 +71,6 @@ def test_every_weight_is_random_and_a_name_decides_which() -> None:
 
 
 def test_operations_are_those_of_the_matrix_products() -> None:
-    # Softmax grows with the square of tokens; linear attention, M = D, costs 6 L d D.
-    assert softmax_flops(2000, 256) == 4 * softmax_flops(1000, 256)
-    assert linear_flops(1000, 256, 128) == 6 * 1000 * 256 * 128
     for name, petaflops in (("1.3b-480p", 0.28), ("14b-720p", 6.6)):
         size = SIZES[name]
         assert count_flops(size, 0) / 1e15 == pytest.approx(petaflops, rel=0.05)
@@ -80,12 +84,11 @@ def test_a_card_that_is_not_known_has_no_share_of_its_peak() -> None:
     assert find_peak("NVIDIA H100 PCIe") == 756e12
     assert find_peak("NVIDIA L40S") != find_peak("NVIDIA L4")
     assert find_peak("CPU, 2 threads") is None and find_peak("NVIDIA X9000") is None
-    rows = table.assemble_rows(SIZES["tiny"], "headless", [make_measured()], "NVIDIA X9000")
-    assert rows[0]["mfu"] is None
+    assert rows_of("tiny", make_measured(), device="NVIDIA X9000")[0]["mfu"] is None
 
 
 def test_arranged_models_agree_with_the_plain_one() -> None:
-    rows = agreement.check_headless(SIZES["tiny"], find_default(), CPU)
+    rows = measuring.check_size(SIZES["tiny"], find_default(), CPU)
     assert [row["num_linear"] for row in rows] == [0, 1]
     assert rows[0]["error"] == 0
     assert rows[1]["error"] < 1e-5
@@ -97,13 +100,13 @@ def test_a_wrong_backend_is_never_timed() -> None:
 
     wrong = {"default": Contender("sdpa", "softmax", attend)}
     with pytest.raises(RuntimeError, match=r"differs from the plain model by .*; nothing was"):
-        agreement.check_headless(SIZES["tiny"], wrong, CPU)
-    agreeing, _, left_out = agreement.check_kernels(wrong, CPU)
+        measuring.check_size(SIZES["tiny"], wrong, CPU)
+    agreeing, _, left_out = measuring.check_kernels(wrong, CPU)
     assert not agreeing and "sdpa" in left_out[0]
 
 
-def test_a_subject_is_given_back_as_it_was() -> None:
-    teacher = HeadlessSubject(SMALL, find_default(), CPU)
+def test_a_model_is_given_back_as_it_was() -> None:
+    teacher = RandomTeacher(SMALL, find_default(), CPU)
     with torch.inference_mode():
         before = teacher.call_model()
         linear = teacher.with_call(Variant(num_linear=1, kept="default"), lambda call: call())
@@ -126,7 +129,8 @@ def test_backends_that_a_computer_lacks_are_named() -> None:
 
 
 def test_ratios_are_to_the_softmax_model_of_the_same_run() -> None:
-    measured = [
+    rows = rows_of(
+        "14b-720p",
         make_measured(seconds=8.0),
         make_measured(seconds=5.0, num_linear=22),
         make_measured(seconds=6.0, kept="cudnn"),
@@ -134,11 +138,9 @@ def test_ratios_are_to_the_softmax_model_of_the_same_run() -> None:
         make_measured(seconds=7.5, is_compiled=True),
         make_measured(seconds=3.75, num_linear=22, is_compiled=True),
         make_measured(seconds=3.0, kept="cudnn", num_linear=22, is_compiled=True),
-    ]
-    rows = table.assemble_rows(SIZES["14b-720p"], "headless", measured, "NVIDIA H200")
+    )
     found = {(r["baseline"], r["linear_layers"], r["kept_layers"], r["compiled"]): r for r in rows}
-    speedups = {key: row["speedup"] for key, row in found.items()}
-    assert speedups == {
+    assert {key: row["speedup"] for key, row in found.items()} == {
         ("fa2", 0, "fa2", False): 1.0,
         ("fa2", 22, "fa2", False): 1.6,
         ("fa2", 22, "cudnn", False): 2.0,
@@ -152,127 +154,56 @@ def test_ratios_are_to_the_softmax_model_of_the_same_run() -> None:
 
 
 def test_a_video_too_long_to_sample_is_computed_and_said_to_be() -> None:
-    teacher = HeadlessSubject(dataclasses.replace(SMALL, num_frames=1), find_default(), CPU)
-    instruments = ONCE.make_instruments("cpu")
+    teacher = RandomTeacher(dataclasses.replace(SMALL, num_frames=1), find_default(), CPU)
     variant = Variant(num_linear=1, kept="default")
-    computed = measuring.measure(teacher, variant, instruments, 0.0)
-    assert computed.video == COMPUTED
-    assert computed.video_seconds == pytest.approx(100 * computed.seconds)
-    sampled = measuring.measure(teacher, variant, instruments, math.inf)
-    assert sampled.video == SAMPLED and sampled.video_seconds > 0
-    assert sampled.weights_gb > teacher.weight_bytes(Variant(num_linear=0, kept="default")) / 2**30
+    computed = measuring.measure(teacher, variant, ONCE, CPU.device)
+    assert computed["video"] == COMPUTED
+    assert computed["video_seconds"] == pytest.approx(100 * computed["seconds"])
+    patient = dataclasses.replace(ONCE, video_seconds=math.inf)
+    sampled = measuring.measure(teacher, variant, patient, CPU.device)
+    assert sampled["video"] == SAMPLED and sampled["video_seconds"] > 0
+    plain = teacher.weight_bytes(Variant(num_linear=0, kept="default"))
+    assert sampled["weights_gb"] > plain / 2**30
 
 
-def test_an_interrupted_run_is_measured_anew_and_a_finished_one_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    teacher = HeadlessSubject(SMALL, find_default(), CPU)
-    plan = plan_variants(["default"], 1, compiled=False)
-
-    def stop(stage: str, done: int, total: int, **_: float) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    arguments, facts = (teacher, plan, ONCE, CPU.device, path), {"device": "this", "torch": "2"}
-    with pytest.raises(KeyboardInterrupt):
-        measuring.measure_subject(*arguments, stop, facts)
-    assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 1
-    assert measuring.read_measured(path, facts) is None
-    measuring.measure_subject(*arguments, lambda *_, **__: None, {**facts, "kept": 1})
-    found = measuring.read_measured(path, facts)
-    assert len(found["rows"]) == 2 and found["kept"] == 1
-    assert measuring.read_measured(path, {**facts, "torch": "3"}) is None
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"shapes": "2b"}, r"--shapes 2b given; names of 1\.3b-480p"),
+        ({"softmax": "fa3"}, "--softmax fa3 given"),
+        ({"seconds": 0.0}, "greater than 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ScaleConfig(**changes)
 
 
-def test_rows_of_another_command_stay_in_a_shared_record(tmp_path: Path) -> None:
-    path = tmp_path / "scale.json"
-    usual = {"title": "t", "device": "cpu"}
-    write_part(path, "train", command="b", rows=[{"what": "train", "x": 1}], **usual)
-    for x in (2, 3):
-        write_part(path, "denoise", command="a", rows=[{"what": "denoise", "x": x}], **usual)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    assert [row["x"] for row in record["rows"]] == [1, 3]
-    assert record["command"] == "b && a"
-    assert set(record["details"]["parts"]) == {"train", "denoise"}
-    record["details"]["parts"]["train"]["device"] = "another card"
-    path.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(ValueError, match="measured on another card"):
-        write_part(path, "denoise", command="a", rows=[], **usual)
-
-
-def test_a_size_measured_later_joins_the_table_and_replaces_its_own_rows(tmp_path: Path) -> None:
-    def make_run(size: str, where: str, seconds: float, flags: str = "") -> dict[str, Any]:
-        facts = {"size": size, "where": where, "device": "card", "versions": {"torch": "2"}}
-        return {**facts, "flags": flags, "rows": [vars(make_measured(seconds=seconds))]}
-
-    facts, path = {"device": "card", "versions": {"torch": "2"}}, tmp_path / "scale.json"
-    earlier = [make_run("14b-480p", "headless", 3.0), make_run("14b-480p", "ComfyUI 1", 4.0)]
-    new = [
-        make_run("14b-480p", "headless", 2.0),
-        make_run("1.3b-480p", "headless", 1.0, "--runs 9"),
-    ]
-    runs = merge_runs(earlier, new, facts, path)
-    rows = [row for run in runs for row in table.to_rows(run)]
-    assert [(row["model"], row["where"], row["seconds"]) for row in rows] == [
-        ("Wan 1.3B", "headless", 1.0), ("Wan 14B", "headless", 2.0), ("Wan 14B", "ComfyUI 1", 4.0),
-    ]  # fmt: skip
-    assert list(list_commands(runs, "measure", "tiny")) == [
-        "measure --runs 9 --shapes 1.3b-480p", "measure --shapes 14b-480p --comfyui PATH",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"has 14b-480p measured with device card, and this is X;"):
-        merge_runs(earlier, new, {"device": "X"}, path)
-
-
-def test_bad_input_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--shapes 2b given; names of 1\.3b-480p"):
-        ScaleConfig(shapes="2b")
-    with pytest.raises(ValueError, match="--softmax fa3 given"):
-        ScaleConfig(softmax="fa3")
-    nowhere = ScaleConfig(device="cpu", comfyui=tmp_path, out=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"which holds no comfy/ldm/wan/model\.py"):
-        benchmark.run(nowhere)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_failing_host_says_why_in_a_sentence(tmp_path: Path) -> None:
-    job = {"size": "tiny", "device": "cpu"}
-    with pytest.raises(ChildProcessError, match=r"ended with status 1; .*No module named 'comfy'"):
-        comfyui.measure_in_host(tmp_path, None, job, tmp_path, lambda *_, **__: None)
-
-
-def test_the_command_runs_on_any_computer_and_continues(
+def test_the_command_replaces_the_rows_of_its_size_and_keeps_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--device", "cpu", "--runs", "1", "--seconds", "0.001", "--video-seconds", "0.0"]
-    command = [*flags, "--most-frames", "2", "--out", str(tmp_path)]
-    benchmark.main(command)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
-        "config.json", "headless_tiny.json", "tokens_tiny_1.json", "tokens_tiny_2.json",
-        "scale.json", "scale.png",
-    }  # fmt: skip
-    record = json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))
-    assert record["command"] == f"python -m benchmarks.models {' '.join(flags)} --most-frames 2"
+    flags = ["--device", "cpu", "--seconds", "0.001", "--video-seconds", "0.0"]
+    command, path = [*flags, "--out", str(tmp_path)], tmp_path / "scale.json"
+    benchmark.command(command)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    measured_again = "--device cpu --shapes tiny --seconds 0.001 --video-seconds 0.0"
+    assert record["command"] == f"python -m benchmarks.models {measured_again}"
     assert [(r["linear_layers"], r["baseline"], r["what"]) for r in record["rows"]] == [
         (0, "default", "denoise"), (2, "default", "denoise"),
     ]  # fmt: skip
     assert "tiny Wan" in capsys.readouterr().out
-    benchmark.main(command)
-    path = tmp_path / "scale.json"
-    assert json.loads(path.read_text(encoding="utf-8")) == record
-    foreign = {**record["details"]["parts"]["denoise"]["runs"][0], "device": "a card"}
-    foreign["size"] = "14b-720p"
-    record["details"]["parts"]["denoise"]["runs"] = [foreign]
+    [run] = record["details"]["parts"]["denoise"]["runs"]
+    record["details"]["parts"]["denoise"]["runs"] = [{**run, "size": "14b-720p"}, run]
     path.write_text(json.dumps(record), encoding="utf-8")
-    (tmp_path / "headless_tiny.json").unlink()
-    with pytest.raises(SystemExit):
-        run_command(lambda: benchmark.main(command))
-    assert "has 14b-720p measured with device a card, and this is" in capsys.readouterr().err
-    record["details"]["parts"] = {"train": {"device": "a card"}}
+    benchmark.command(command)
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["model"] for row in again["rows"]] == 2 * ["Wan 14B"] + 2 * ["tiny Wan"]
+    record["details"]["parts"]["denoise"]["device"] = "a card"
     path.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(SystemExit):
-        run_command(lambda: benchmark.main(command))
-    assert "has rows of train measured on a card, and this is" in capsys.readouterr().err
-    assert not (tmp_path / "headless_tiny.json").exists()
+    with pytest.raises(ValueError, match="has rows of denoise measured on a card, and this is"):
+        benchmark.command(command)
 
 
 @pytest.mark.gpu
@@ -281,17 +212,9 @@ def test_the_command_runs_on_any_computer_and_continues(
 def test_a_quick_run_on_a_gpu_compares_all_backends(
     softmax: str | None, compiled: bool, tmp_path: Path
 ) -> None:
-    quick = {"runs": 1, "seconds": 0.01, "video_seconds": 0.0, "most_frames": 0}
-    compared = {"shapes": "tiny", "softmax": softmax, "compiled": compiled}
+    quick = {"seconds": 0.01, "video_seconds": 0.0, "shapes": "tiny"}
+    compared = {"softmax": softmax, "compiled": compiled}
     record = benchmark.run(ScaleConfig(device="cuda", out=tmp_path, **compared, **quick))
     assert {row["compiled"] for row in record["rows"]} == {False, compiled}
     assert {"fa2", "default"} <= {row["baseline"] for row in record["rows"]}
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in record["rows"])
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_compiled_models_agree_whatever_computes_their_softmax() -> None:
-    setting = Setting(torch.device("cuda"), torch.bfloat16)
-    softmax, _ = find_softmax(["fa2", "default"], "cuda")
-    rows = agreement.check_headless(SIZES["tiny"], softmax, setting, compiled=True)
-    assert [row["is_compiled"] for row in rows] == 4 * [False] + 4 * [True]

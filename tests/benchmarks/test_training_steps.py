@@ -10,21 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models.arithmetic import count_flops
-from benchmarks.models.random_teacher import make_random_subject
-from benchmarks.models.sizes import SIZES
+from benchmarks.models.random_models import make_random_teacher
+from benchmarks.models.sizes import SIZES, count_flops
 from benchmarks.models.training_steps import (
     StepsConfig,
     capped,
     compare_rows,
-    count_hours,
     count_step_flops,
-    keep_last,
     run,
 )
 from linvideo_core.models.config import FROZEN, FrozenConfig
 from linvideo_core.models.velocity import bind
-from linvideo_core.run.progress import silent
 from linvideo_core.transfer.config import StudentConfig
 from linvideo_core.transfer.student import Student
 
@@ -45,36 +41,9 @@ def test_the_speedup_is_in_videos_a_second_over_one_gpu() -> None:
     assert rows[1]["speedup"] == pytest.approx(2.0)
 
 
-def test_a_later_row_takes_the_place_of_its_own_kind_alone() -> None:
-    alone, two, capped_one = make_row(1, 2.0), make_row(2, 3.0), make_row(1, 4.0, cap_gb=23.0)
-    selecting, again = make_row(1, 5.0, phase="selecting"), make_row(1, 1.0)
-    found = keep_last(
-        [
-            {"command": "both", "rows": [selecting, alone]},
-            {"command": "two", "rows": [two]},
-            {"command": "capped", "rows": [capped_one]},
-            {"command": "two again", "rows": [two]},
-            {"command": "hardened", "rows": [again]},
-        ]
-    )
-    assert {run["command"]: run["rows"] for run in found} == {
-        "both": [selecting],
-        "capped": [capped_one],
-        "two again": [two],
-        "hardened": [again],
-    }
-
-
-def test_gpu_hours_weigh_both_phases_by_their_share_of_the_steps() -> None:
-    rows = [make_row(2, 6.0, "selecting"), make_row(2, 3.0), make_row(1, 9.0)]
-    (found,) = count_hours(rows)
-    assert found["gpus"] == 2
-    assert found["gpu_hours"] == pytest.approx(2 * 3000 * (0.3 * 6 + 0.7 * 3) / 3600)
-
-
 def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts() -> None:
     size = dataclasses.replace(SIZES["tiny"], layers=())
-    teacher = make_random_subject(size, "cpu", FrozenConfig(), 0)
+    teacher = make_random_teacher(size, "cpu", FrozenConfig(), 0)
     student = Student(teacher, StudentConfig(lora_rank=1), seed=0)
     for module in student.mixed.values():
         module.mode = "softmax"
@@ -116,7 +85,7 @@ def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
         out=tmp_path,
     )
     for _ in range(2):
-        run(config, silent)
+        run(config)
     assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
     (row,) = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert row["what"] == "train" and row["seconds"] > 0 and row["speedup"] == 1
@@ -125,7 +94,7 @@ def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
     record["details"]["parts"]["train"]["device"] = "a card"
     (tmp_path / "scale.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="rows of train measured on a card, and this is"):
-        run(config, silent)
+        run(config)
     assert json.loads((tmp_path / "scale.json").read_text()) == record
 
 
@@ -143,7 +112,7 @@ def test_steps_are_measured_in_every_way_to_hold_frozen_weights(
             device="cpu",
             out=tmp_path,
         )
-        record = run(config, silent)
+        record = run(config)
     found = {(row["frozen"], row["offloaded"], row["phase"]) for row in record["rows"]}
     assert found == {(frozen, n, phase) for n in (0, 3) for phase in ("selecting", "hardened")}
 
