@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linvideo_core import artifact as artifact_files
 from linvideo_core.demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT
-from linvideo_core.evaluate.entrants import load_first_stage
+from linvideo_core.evaluate.entrants import load_linearized
 from linvideo_core.evaluate.sampler import draw_noise, draw_prompts
 from linvideo_core.flow import VelocityFn, make_sigmas, sample_euler
 from linvideo_core.models.attention_sites import shapes_of
@@ -143,7 +143,7 @@ def run(config: FlowGainConfig, progress: Progress = silent) -> list[dict[str, f
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    made = load_first_stage(config.artifact)
+    made = load_linearized(config.artifact)
     teacher = load_teacher(config.teacher, config.out, device, progress).to(device)
     artifact_files.check(made, shapes_of(teacher.model))
     noise = draw_noise(teacher.latent_shape, config.videos, config.seed).to(device)

@@ -17,14 +17,14 @@ from typing import Any
 
 from .. import artifact as artifact_files
 from ..evaluate import plots
-from ..evaluate.comparison import (
+from ..evaluate.compare import (
     EVALUATION_NAME,
     STEPS_NAME,
     compare_few_step,
     read_evaluation,
     save_comparison,
 )
-from ..evaluate.entrants import find_entrants, load_first_stage, name_of
+from ..evaluate.entrants import find_entrants, load_linearized, name_of
 from ..models.attention_sites import shapes_of
 from ..run.config import parse, to_json
 from ..run.devices import resolve_device, resolve_precision
@@ -122,7 +122,7 @@ def run(
     processes.check_batch(config.training.batch_size)
     device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
-    first = load_first_stage(config.artifact)
+    first = load_linearized(config.artifact)
     check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     draft = open_teacher(config.teacher)
     if draft is not None:

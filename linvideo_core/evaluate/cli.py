@@ -40,8 +40,8 @@ from ..run.progress import Progress, TqdmProgress, silent
 from ..run.records import RESULTS_FOLDER, write_record
 from ..run.tables import show_table
 from ..teacher.teacher import TeacherConfig, load_teacher
-from .comparison import Comparison, compare_artifact, compare_few_step, save_comparison
-from .entrants import FewStepLora, find_entrants, load_first_stage, load_second_stages
+from .compare import Comparison, compare_artifact, compare_few_step, save_comparison
+from .entrants import FewStepLora, find_entrants, load_distilled, load_linearized
 from .lora_file import load_lora
 from .plots import plot_steps
 from .sampler import CompareConfig
@@ -158,8 +158,8 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    first = load_first_stage(config.artifact)
-    distilled = load_second_stages(config.distilled_paths(), first)
+    first = load_linearized(config.artifact)
+    distilled = load_distilled(config.distilled_paths(), first)
     lora = None
     if config.lora is not None:
         file, sigmas = load_lora(config.lora), config.levels_of_lora()
@@ -173,10 +173,10 @@ def run(config: EvaluateConfig, progress: Progress = silent) -> dict[str, Any]:
     how = {"seed": config.seed, "precision": precision, "progress": progress}
     if distilled or lora:
         steps = config.numbers_of_plain_steps()
-        lineup = find_entrants(
+        entrants = find_entrants(
             teacher.model, first, distilled, config.comparison, plain_steps=steps, lora=lora
         )
-        comparison = compare_few_step(teacher, lineup, config.comparison, **how)
+        comparison = compare_few_step(teacher, entrants, config.comparison, **how)
     else:
         comparison = compare_artifact(teacher, first, config.comparison, **how)
     result = save_comparison(comparison, config.out)

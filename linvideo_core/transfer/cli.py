@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifact
-from ..evaluate.comparison import (
+from ..evaluate.compare import (
     EVALUATION_NAME,
     Comparison,
     compare_artifact,

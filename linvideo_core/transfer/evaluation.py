@@ -47,7 +47,7 @@ def is_evaluated(config: EvaluationConfig, folder: Path) -> bool:
     if not config.evaluate_samples:
         return True
     # Here, as in `draw_training`: what draws is loaded when something is drawn or read.
-    from ..evaluate.comparison import read_evaluation
+    from ..evaluate.compare import read_evaluation
 
     found = read_evaluation(folder)
     return found is not None and found["settings"]["num_samples"] == config.evaluate_samples

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from linvideo_core.evaluate import video_files
+from linvideo_core.evaluate import videos as video_files
 from linvideo_core.evaluate.plots import plot_layer_scores
 from linvideo_core.run.files import write_json
 

@@ -129,7 +129,7 @@ class Worker:
     def _measure_untrained(self, seed: int) -> None:
         """Measure the teacher whose first layers are linear without training, where all begins."""
         # What draws is loaded by those alone who need it, and this comes from the pictures' room.
-        from linvideo_core.evaluate.comparison import swap
+        from linvideo_core.evaluate.compare import swap
 
         folder = teacher_folder(self.config.out, seed)
         _, reference = self._share(seed)

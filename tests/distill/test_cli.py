@@ -21,7 +21,7 @@ from linvideo_core.distill.task import (
     start_from,
 )
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
-from linvideo_core.evaluate.entrants import load_first_stage
+from linvideo_core.evaluate.entrants import load_linearized
 from linvideo_core.flow import add_noise, make_sigmas, sample_few_step, velocity_to_x0
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.progress import silent
@@ -323,7 +323,7 @@ def test_a_distilled_file_is_not_distilled_again(
 ) -> None:
     run(teacher, linearized, tmp_path)
     with pytest.raises(ValueError, match="is distilled already; give the file that `transfer`"):
-        load_first_stage(tmp_path / distill.ARTIFACT_NAME)
+        load_linearized(tmp_path / distill.ARTIFACT_NAME)
 
 
 def test_one_call_of_a_generator_predicts_the_video_itself() -> None:

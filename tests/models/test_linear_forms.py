@@ -13,7 +13,7 @@ from torch import Tensor
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError, Usage
 from linvideo_core.artifact.summary import count_bytes, describe
-from linvideo_core.evaluate.comparison import CompareConfig, compare_artifact
+from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
 from linvideo_core.models.attention import LinearAttention, LinearForm, window_attention
 from linvideo_core.models.wan import WanModel
 from linvideo_core.teacher.teacher import Teacher
