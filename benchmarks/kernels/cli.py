@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvideo_core.evaluate.plots import plot_cost
 from linvideo_core.kernels import norm_rotary
 from linvideo_core.models.wan import rotary_embedding
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
@@ -32,6 +31,7 @@ from linvideo_core.run.progress import Progress, TqdmProgress, silent
 from linvideo_core.run.records import RESULTS_FOLDER, write_record
 from linvideo_core.run.tables import render_table
 
+from ..plots import plot_cost
 from . import cost, floors, speed
 from .baselines import find_public, make_contenders
 from .timing import CudaInstruments

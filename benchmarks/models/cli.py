@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from linvideo_core.evaluate.plots import plot_cost
 from linvideo_core.run import records
 from linvideo_core.run.config import option, parse, positive, to_flags, to_json
 from linvideo_core.run.devices import resolve_device
@@ -30,6 +29,7 @@ from linvideo_core.run.progress import Progress, TqdmProgress, silent
 from linvideo_core.run.tables import render_table
 
 from ..kernels import cost
+from ..plots import plot_cost
 from . import comfyui, lengths, measuring, table
 from .agreement import check_headless, check_kernels
 from .measuring import Patience

@@ -186,15 +186,13 @@ def flicker(frames: Tensor) -> Tensor:
 
 
 def diversity(samples: Tensor, prompts: Sequence[int]) -> float | None:
-    """Return how far samples of one prompt from different noise lie apart.
+    """Return how far samples [B, ...] of one prompt lie apart; None where none was sampled twice.
 
     The mean over pairs of one prompt, then over prompts, of the root mean square difference: 0
     where noise changes nothing, sqrt(2) standard deviations where samples are unrelated. Noise
     within the samples counts as variety: read it beside a Frechet distance.
 
-    samples: [B, ...] floating. prompts: the number of each sample's prompt.
-
-    Returns None where no prompt was sampled twice.
+    prompts: the number of each sample's prompt.
     """
     flat = samples.float().flatten(1)
     numbers = torch.tensor(prompts, device=flat.device)
@@ -204,11 +202,9 @@ def diversity(samples: Tensor, prompts: Sequence[int]) -> float | None:
 
 
 def sample_distance(latents: Tensor, reference: Tensor) -> Tensor:
-    """Return `|a - b| / |b|` of samples from the same noise and prompt.
+    """Return `|a - b| / |b|` [B] fp32 of samples [B, ...] from the same noise and prompt.
 
-    latents, reference: [B, ...] floating.
-
-    Returns [B] fp32: 0 for the same sample, about 1.4 for unrelated ones of equal size.
+    0 for the same sample, about 1.4 for unrelated ones of equal size.
     """
     difference = (latents.float() - reference.float()).flatten(1).norm(dim=1)
     return difference / reference.float().flatten(1).norm(dim=1).clamp_min(_TINY)

@@ -1,4 +1,4 @@
-"""Plots of layer scores, losses, velocity errors, quality by steps and cost.
+"""Plots of layer scores, losses, velocity errors and quality by steps.
 
 matplotlib's global state is never touched, so a host may draw for itself. Colours are those of
 Okabe and Ito, which colour-blind readers tell apart.
@@ -97,14 +97,14 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
         axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name.replace("_", " "))
         smallest, largest = min(smallest, values.min()), max(largest, values.max())
     if 0 < 10 * smallest < largest:
-        _scale_by_decades(axes)
+        scale_by_decades(axes)
     if names:
         axes.legend(frameon=False, labelcolor=INK)
     title_axes(axes, "Loss")
     save_figure(figure, path)
 
 
-def _scale_by_decades(axes: Axes, digits: Sequence[int] = (1, 2, 5)) -> None:
+def scale_by_decades(axes: Axes, digits: Sequence[int] = (1, 2, 5)) -> None:
     """Make the value axis logarithmic, with plain numbers at these digits of each decade."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=digits))
@@ -132,7 +132,7 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     }
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         style_axes(axes, r"noise level $\sigma$  (sampling runs to the right)", "")
-        _draw_lines(axes, _group(rows, "model"), "sigma", key)
+        draw_lines(axes, group_rows(rows, "model"), "sigma", key)
         axes.set_xlim(1.03, -0.03)
         title_axes(axes, title)
     panels[0].set_ylim(bottom=0)
@@ -169,7 +169,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         style_axes(axes, "sampling steps", "")
-        _draw_lines(axes, lines, "steps", key)
+        draw_lines(axes, lines, "steps", key)
         steps = sorted({row["steps"] for row in rows})
         axes.set_xscale("log")
         axes.set_xticks(steps, [str(n) for n in steps])
@@ -177,7 +177,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         values = [row.get(key) or 0 for row in rows]
         # Only where there are decades: over less the axis would have hardly a number.
         if key.startswith("frechet") and 0 < 10 * min(values) < max(values):
-            _scale_by_decades(axes)
+            scale_by_decades(axes)
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         title_axes(axes, title)
@@ -185,48 +185,14 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_cost(
-    rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float], what: str = "one layer"
-) -> None:
-    """Draw time and extra memory of `what` by number of tokens, both axes logarithmic.
-
-    rows: dicts with `layer`, `tokens`, `milliseconds` and `extra_mb`.
-    slopes: layer -> exponent of its time, for the legend.
-    """
-    figure = new_figure(9.0, 4.0)
-    titles = {"milliseconds": f"Time of {what} (ms)", "extra_mb": "Extra memory at its peak (MB)"}
-    lines = _group(rows, "layer")
-    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        style_axes(axes, "tokens", "")
-        exponents = {layer: f": tokens$^{{{slope:.2f}}}$" for layer, slope in slopes.items()}
-        _draw_lines(
-            axes,
-            {
-                layer + (exponents[layer] if key == "milliseconds" else ""): lines.get(layer, [])
-                for layer in slopes
-            },
-            "tokens",
-            key,
-        )
-        tokens = sorted({row["tokens"] for row in rows})
-        axes.set_xscale("log", base=2)
-        # What a short video needs beyond its weights may be too little to be seen.
-        if seen := [row[key] for row in rows if row[key] > 0]:
-            is_narrow = key == "extra_mb" or max(seen) < 100 * min(seen)
-            _scale_by_decades(axes, (1, 2, 5) if is_narrow else (1,))
-        axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
-        axes.legend(frameon=False, labelcolor=INK)
-        title_axes(axes, title)
-    save_figure(figure, path)
-
-
-def _group(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+def group_rows(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    """Return rows by their value of a key."""
     return {
         name: [r for r in rows if r[key] == name] for name in dict.fromkeys(r[key] for r in rows)
     }
 
 
-def _draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], x: str, y: str) -> None:
+def draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], x: str, y: str) -> None:
     """Draw a line with markers for each label, through its rows that have a y."""
     for i, (label, rows) in enumerate(lines.items()):
         points = sorted((row[x], row[y]) for row in rows if row.get(y) is not None)

@@ -1,4 +1,4 @@
-"""What a transfer shows for itself: pictures of its training, and the comparison it asks for."""
+"""Pictures of a training, and how its result is compared with its teacher."""
 
 import dataclasses
 import logging
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..evaluate.sampler import CompareConfig
 from ..run.config import option, positive
+from ..run.errors import SettingError
 from ..run.folder import read_metrics
 from ..teacher.trajectories import TrajectoryConfig
 from .layer_selection.order import LAYER_ORDER_NAME, save_layer_order
@@ -26,8 +27,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         positive(self, "evaluate_batch_size")
         if self.evaluate_samples < 0 or self.evaluate_samples == 1:
-            raise ValueError(
-                f"--evaluate-samples {self.evaluate_samples} given; 0, or 2 or more are needed"
+            raise SettingError(
+                f"{{evaluate_samples}} {self.evaluate_samples} given; 0, or 2 or more are needed",
+                "evaluate_samples",
             )
 
 
@@ -46,7 +48,7 @@ def is_evaluated(config: EvaluationConfig, folder: Path) -> bool:
     """Say whether a run folder holds the comparison that is asked for, if any is."""
     if not config.evaluate_samples:
         return True
-    # Here, as in `draw_training`: what draws is loaded when something is drawn or read.
+    # Here, as in `draw_training`, so that a node pack does not load matplotlib.
     from ..evaluate.compare import read_evaluation
 
     found = read_evaluation(folder)
@@ -71,13 +73,9 @@ def draw_training(
     rows = read_metrics(metrics_path)
     if selection.rule == "learned":
         hardened_at = count_selection_steps(selection, num_steps)
-        ranking, order = (folder / name for name in (RANKING_NAME, LAYER_ORDER_NAME))
-        save_layer_order(metrics_path, ranking, order, hardened_at)
-        plots.plot_layer_scores(
-            rows,
-            folder / "layer_scores.png",
-            target=selection.target,
-            layers=layers,
-            hardened_at=hardened_at,
+        save_layer_order(
+            metrics_path, folder / RANKING_NAME, folder / LAYER_ORDER_NAME, hardened_at
         )
+        chosen = {"target": selection.target, "layers": layers, "hardened_at": hardened_at}
+        plots.plot_layer_scores(rows, folder / "layer_scores.png", **chosen)
     plots.plot_losses(rows, folder / "losses.png")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.plots import plot_cost
 from linvideo_core.evaluate import plots
 from linvideo_core.evaluate import videos as video_files
 
@@ -72,7 +73,7 @@ COST_ROWS = [
         (plots.plot_velocity_error, VELOCITY_ROWS),
         (plots.plot_steps, STEP_ROWS),
         (plots.plot_steps, [row | {"frechet": 0.5, "motion": None} for row in STEP_ROWS]),
-        (partial(plots.plot_cost, slopes={"softmax": 2.0, "linear": 1.0}), COST_ROWS),
+        (partial(plot_cost, slopes={"softmax": 2.0, "linear": 1.0}), COST_ROWS),
     ],
 )
 def test_a_plot_is_drawn(plot: Callable, rows: list[dict], tmp_path: Path) -> None:
