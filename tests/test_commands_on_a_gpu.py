@@ -21,7 +21,7 @@ LINEARIZED = "--warm-start-steps 2 --target 1 --lora-rank 2"
 DISTILLED = "--rank 2 --num-steps 2"
 EVALUATED = "--num-samples 2 --steps 4 --batch-size 2"
 # What a home recipe sets beside the sizes.
-HELD = {
+HOME_OPTIONS = {
     "plain": "",
     "home": "--frozen bf16 --offload-blocks 2 --activation-checkpointing",
     "fp8": "--frozen fp8 --activation-checkpointing",
@@ -36,12 +36,12 @@ def flags(tmp_path: Path) -> list[str]:
     return [*(str(word) for pair in files.items() for word in pair), *VIDEOS.split()]
 
 
-@pytest.mark.parametrize("frozen_weights", HELD)
+@pytest.mark.parametrize("options", HOME_OPTIONS)
 def test_a_checkpoint_is_linearized_distilled_and_evaluated(
-    frozen_weights: str, flags: list[str], tmp_path: Path
+    options: str, flags: list[str], tmp_path: Path
 ) -> None:
     made = tmp_path / "linear" / "linearized.safetensors"
-    own = [*flags, *TRAINING.split(), *HELD[frozen_weights].split()]
+    own = [*flags, *TRAINING.split(), *HOME_OPTIONS[options].split()]
     transfer.main([*own, *LINEARIZED.split(), "--out", str(made.parent)])
     few = tmp_path / "few" / "distilled.safetensors"
     distill.main([*own, *DISTILLED.split(), "--artifact", str(made), "--out", str(few.parent)])

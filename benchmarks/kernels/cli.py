@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvideo_core.evaluate.plots import plot_cost
 from linvideo_core.kernels import norm_rotary
 from linvideo_core.models.wan import rotary_embedding
 from linvideo_core.run.config import option, parse, positive, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 
+from ..plots import plot_cost
 from ..record import RESULTS_FOLDER, show_rows, write_record
 from . import speed
 from .baselines import find_public, make_contenders

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from .. import artifact as artifact_files
 from ..evaluate import plots
-from ..evaluate.comparison import (
+from ..evaluate.compare import (
     EVALUATION_NAME,
     STEPS_NAME,
     compare_few_step,
     read_evaluation,
     save_comparison,
 )
-from ..evaluate.entrants import find_entrants, load_first_stage, name_of
+from ..evaluate.entrants import find_entrants, load_linearized, name_of
 from ..models.attention_sites import shapes_of
 from ..run.callbacks import Callbacks
 from ..run.context import Run
@@ -84,7 +84,7 @@ def run(
         callbacks=callbacks or Callbacks(),
         processes=processes,
     )
-    first = load_first_stage(config.artifact)
+    first = load_linearized(config.artifact)
     check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
     draft = open_teacher(config.teacher)
     if draft is not None:
@@ -105,9 +105,9 @@ def run(
         logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         made = artifact_files.load(path)
         settings = compare_config(config.evaluation, config.trajectories)
-        lineup = find_entrants(teacher.model, first, {name_of(made): made}, settings)
+        entrants = find_entrants(teacher.model, first, {name_of(made): made}, settings)
         how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
-        comparison = compare_few_step(teacher, lineup, settings, **how)
+        comparison = compare_few_step(teacher, entrants, settings, **how)
         save_comparison(comparison, config.out)
     return path
 

@@ -18,9 +18,9 @@ from ..run.memory import explained
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
 from ..teacher.teacher import load_teacher
-from .comparison import compare_artifact, compare_few_step, save_comparison
+from .compare import compare_artifact, compare_few_step, save_comparison
 from .config import EvaluateConfig
-from .entrants import FewStepLora, find_entrants, load_first_stage, load_second_stages
+from .entrants import FewStepLora, find_entrants, load_distilled, load_linearized
 from .lora_file import load_lora
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str,
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    first = load_first_stage(config.artifact)
-    distilled = load_second_stages(config.distilled_paths(), first)
+    first = load_linearized(config.artifact)
+    distilled = load_distilled(config.distilled_paths(), first)
     lora = None
     if config.lora is not None:
         file, levels = load_lora(config.lora), config.levels_of_lora()
@@ -71,10 +71,10 @@ def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str,
     how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
     if distilled or lora:
         steps = config.numbers_of_plain_steps()
-        lineup = find_entrants(
+        entrants = find_entrants(
             teacher.model, first, distilled, config.comparison, plain_steps=steps, lora=lora
         )
-        comparison = compare_few_step(teacher, lineup, config.comparison, **how)
+        comparison = compare_few_step(teacher, entrants, config.comparison, **how)
     else:
         comparison = compare_artifact(teacher, first, config.comparison, **how)
     return save_comparison(comparison, config.out)

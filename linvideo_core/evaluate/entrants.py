@@ -1,4 +1,4 @@
-"""Who is compared where steps stand against quality: at all, at few by Euler, at few distilled."""
+"""Which models are compared with a teacher where quality stands against the number of steps."""
 
 import contextlib
 import dataclasses
@@ -12,15 +12,15 @@ from .. import artifact as artifact_files
 from ..artifact import Artifact, apply
 from ..demo import weights_path
 from ..flow import Recipe, make_sigmas
+from ..run.errors import SettingError
 from .config import CompareConfig
 from .lora_file import LoraFile, fit_lora, with_lora
 
 
-def load_first_stage(path: Path | None) -> Artifact:
+def load_linearized(path: Path | None) -> Artifact:
     """Load a linearized file; none: the embedded model's own.
 
-    Raises ArtifactError or ValueError, in one sentence, for a damaged one or one that was
-    distilled already.
+    Raises ArtifactError or ValueError for a damaged one or one that was distilled already.
     """
     path = path or weights_path("linearized.safetensors")
     artifact = artifact_files.load(path)
@@ -32,11 +32,11 @@ def load_first_stage(path: Path | None) -> Artifact:
     return artifact
 
 
-def load_second_stages(paths: Sequence[Path], first: Artifact) -> dict[str, Artifact]:
+def load_distilled(paths: Sequence[Path], first: Artifact) -> dict[str, Artifact]:
     """Load files that were distilled from `first`, by their names in a comparison.
 
-    Raises ArtifactError or ValueError, in one sentence, for a damaged one, one that is not
-    distilled, one with other linear layers than `first`, and two of one name.
+    Raises ArtifactError or ValueError for a damaged one, one that is not distilled, one with other
+    linear layers than `first`, and two of one name.
     """
     made: dict[str, Artifact] = {}
     for path in paths:
@@ -45,9 +45,10 @@ def load_second_stages(paths: Sequence[Path], first: Artifact) -> dict[str, Arti
             raise ValueError(f"{path} is not distilled; give a file that `distill` made")
         mine, theirs = (list(found.header.linear_layers) for found in (artifact, first))
         if mine != theirs:
-            raise ValueError(
+            raise SettingError(
                 f"{path} has the linear layers {mine}, the linearized file {theirs}; give the "
-                "file that it was distilled from as --artifact"
+                "file that it was distilled from as {artifact}",
+                "artifact",
             )
         if (name := name_of(artifact)) in made:
             raise ValueError(
@@ -74,16 +75,15 @@ class FewStepLora:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entrants:
-    """Who is compared beside the teacher at all its steps.
+    """The models that are compared with the teacher at all its steps.
 
     students: name -> a context that yields the model, to be entered once.
     recipes: name -> how that one is sampled; the others as the teacher.
-    unseen: names of those without pictures.
     """
 
     students: Mapping[str, contextlib.AbstractContextManager[nn.Module]]
     recipes: Mapping[str, Recipe]
-    unseen: Collection[str]
+    without_pictures: Collection[str]
 
 
 def find_entrants(
@@ -95,7 +95,7 @@ def find_entrants(
     plain_steps: Sequence[int] = (),
     lora: FewStepLora | None = None,
 ) -> Entrants:
-    """Line up the student of a teacher at all steps, then both at few, as `distilled` and `lora`.
+    """List the student at all steps, teacher and student at few, those of `distilled` and `lora`.
 
     model: the teacher.
     distilled: name -> a file with sigmas. The model "linearized_N_plain" takes as many Euler steps
@@ -124,9 +124,9 @@ def find_entrants(
         recipes |= {f"{of}_{name}": _few_step(lora.sigmas) for of in ("linearized", "teacher")}
         students[f"teacher_{name}"] = with_lora(model, lora.file, strength=lora.strength)
         students[f"linearized_{name}"] = _with_both(model, linearized, lora)
-    unseen = {f"teacher_{steps}_plain" for steps in plain_steps}
-    unseen |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
-    return Entrants(students=students, recipes=recipes, unseen=unseen)
+    hidden = {f"teacher_{steps}_plain" for steps in plain_steps}
+    hidden |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
+    return Entrants(students=students, recipes=recipes, without_pictures=hidden)
 
 
 def _few_step(sigmas: Tensor) -> Recipe:

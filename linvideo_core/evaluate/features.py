@@ -1,7 +1,7 @@
-"""Describe videos by what the teacher's own middle layer makes of them: no other network is needed.
+"""Describe videos by the activations of the teacher's own middle layer.
 
 A diffusion model's activations at low noise tell content as a trained classifier's do (Tang et al.
-2023), so a Frechet distance on them works for any model and any kind of video.
+2023), so a Frechet distance on them needs no other network for any model and kind of video.
 """
 
 import torch
@@ -22,13 +22,11 @@ SIGMA = 0.25
 def teacher_features(
     teacher: nn.Module, latents: Tensor, noise: Tensor, embeds: Tensor, *, precision: str = "fp32"
 ) -> Tensor:
-    """Return the output of the middle layer's self-attention, averaged over tokens.
+    """Return the output of the middle layer's self-attention at sigma 0.25, averaged over tokens.
 
-    The layer in the middle of the model's attention sites, at sigma 0.25: there [B, L, N, D] is
-    what every family's attention gives, after normalisation, so no few huge channels of the
-    residual stream decide.
+    Attention is computed on normalised input: no few huge channels of the residual stream decide.
 
-    teacher: whole: softmax at every site.
+    teacher: with softmax at every site.
     latents: [B, C, F, H, W], x0. noise: alike; the same for all models that are compared.
     embeds: [S, T], one prompt for all, such as the negative one, so that prompts tell nothing.
 

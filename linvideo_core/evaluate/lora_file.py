@@ -1,17 +1,14 @@
-"""Add a LoRA of others to a model's weights, such as one that makes it sample in few steps.
-
-Its file names layers as ComfyUI, diffusers, PEFT or kohya's scripts do; our own artifacts are such
-files too, their linear attention left out.
-"""
+"""Add a LoRA of others to a model's weights, such as one that makes it sample in few steps."""
 
 import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..artifact.apply import add_change
@@ -20,8 +17,7 @@ from ..models.checkpoint import from_diffusers
 logger = logging.getLogger(__name__)
 
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "unet.")
-_UNDERSCORED = "lora_unet_"
-_OWN = "linvideo."
+# How a tensor's name ends in files of ComfyUI, diffusers, PEFT and kohya's scripts -> what it is.
 _ROLES = {
     ".lora_up.weight": "up",
     ".lora_down.weight": "down",
@@ -34,7 +30,6 @@ _ROLES = {
     ".diff_b": "bias",
     ".diff_m": "modulation",
 }
-_WHOLE = ("weight", "bias", "modulation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,26 +45,28 @@ class LoraFile:
 
 
 def load_lora(path: Path) -> LoraFile:
-    """Read a LoRA file onto the CPU.
+    """Read a LoRA file onto the CPU; our own artifacts are such files, linear attention left out.
 
-    Raises FileNotFoundError or ValueError, in one sentence, for what is no LoRA or holds tensors
-    that are none of a LoRA's, such as DoRA's scales.
+    Raises FileNotFoundError or ValueError for what is no LoRA or holds tensors that are none of a
+    LoRA's, such as DoRA's scales.
     """
     if not path.is_file():
         raise FileNotFoundError(f"LoRA {path} does not exist")
-    layers: dict[str, dict[str, Tensor]] = {}
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():
-                if not key.startswith(_OWN):
-                    name, role = _split(path, key)
-                    layers.setdefault(name, {})[role] = file.get_tensor(key)
-                    _check_tensor(path, key, role, layers[name][role])
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(key for key in tensors if not key.startswith("linvideo.")):
+        suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
+        if suffix is None:
+            raise ValueError(
+                f"{path} holds {key!a}, which is not known; known are a LoRA's lora_up and "
+                "lora_down, or lora_B and lora_A, alpha, diff, diff_b and diff_m"
+            )
+        layers.setdefault(key.removesuffix(suffix), {})[_ROLES[suffix]] = tensors[key]
     for name, parts in layers.items():
-        if ("up" in parts) != ("down" in parts) or parts.keys() == {"alpha"}:
-            raise ValueError(f"{path} has only one half of the LoRA of {name!a}: it is damaged")
+        _check_factors(path, name, parts)
     if not layers:
         raise ValueError(f"{path} holds no weight changes, so it is no LoRA")
     if count := sum("modulation" in parts for parts in layers.values()):
@@ -79,28 +76,14 @@ def load_lora(path: Path) -> LoraFile:
     return LoraFile(path=path, layers=layers)
 
 
-def _split(path: Path, key: str) -> tuple[str, str]:
-    """Return the layer of a tensor in a file, and what it is of the layer's change."""
-    suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
-    if suffix is None:
+def _check_factors(path: Path, name: str, parts: Mapping[str, Tensor]) -> None:
+    pair = [parts[role] for role in ("up", "down") if role in parts]
+    is_damaged = len(pair) == 1 or any(x.ndim < 2 or not x.numel() for x in pair)
+    if is_damaged or ("alpha" in parts and (not pair or parts["alpha"].numel() != 1)):
+        shapes = {role: list(tensor.shape) for role, tensor in parts.items()}
         raise ValueError(
-            f"{path} holds {key!a}, which is not known; known are a LoRA's lora_up and lora_down, "
-            "or lora_B and lora_A, alpha, diff, diff_b and diff_m"
-        )
-    return key.removesuffix(suffix), _ROLES[suffix]
-
-
-def _check_tensor(path: Path, key: str, role: str, tensor: Tensor) -> None:
-    """Raise ValueError, in one sentence, for a tensor that no change can be made of."""
-    needed = None
-    if role == "alpha" and tensor.numel() != 1:
-        needed = "a single number"
-    elif role in ("up", "down") and (tensor.ndim < 2 or not tensor.numel()):
-        needed = "a matrix of rank 1 or more"
-    if needed is not None:
-        raise ValueError(
-            f"{path} holds {key!a} of shape {list(tensor.shape)}, where {needed} is needed: it is "
-            "damaged"
+            f"{path} holds tensors of shapes {shapes} for {name!a}, where two matrices of rank 1 "
+            "or more and at most a single number alpha are needed: it is damaged"
         )
 
 
@@ -109,14 +92,14 @@ def fit_lora(lora: LoraFile, model: nn.Module) -> LoraFile:
 
     Where something is left out, as ComfyUI does it, one warning counts and names it.
 
-    Raises ValueError, in one sentence, where nothing is left.
+    Raises ValueError where nothing is left.
     """
-    targets = _Targets(model)
+    names = {name for name, _ in model.named_parameters()}
     fitting: dict[str, dict[str, Tensor]] = {}
     strangers = set()
     for stored, parts in lora.layers.items():
         for role, tensor in parts.items():
-            if targets.find(stored, role) is None:
+            if _find_parameter(names, stored, role) is None:
                 strangers.add(stored)
             else:
                 fitting.setdefault(stored, {})[role] = tensor
@@ -135,28 +118,32 @@ def fit_lora(lora: LoraFile, model: nn.Module) -> LoraFile:
 def with_lora(model: nn.Module, lora: LoraFile, *, strength: float = 1.0) -> Iterator[nn.Module]:
     """Add `strength alpha / R up down` to the weights of a model for a while.
 
-    A linearized model is changed in the same weights as the model that it was made from. Where a
-    layer has no alpha, alpha is R; layers that the model lacks are left out, see `fit_lora`.
-    Leaving it gives the model back bit for bit.
+    Where a layer has no alpha, alpha is R; layers that the model lacks are left out, see
+    `fit_lora`. Leaving it gives the model back bit for bit.
 
-    Raises ValueError, in one sentence and with the model as it was, for names that match no layer
-    of the model, for shapes that differ, and for a sum that overflows.
+    Raises ValueError, with the model as it was, for names that match no layer of the model, for
+    shapes that differ, and for a sum that overflows.
     """
     if not math.isfinite(strength):
         raise ValueError(f"LoRA strength {strength} given; a finite number is needed")
-    targets = _Targets(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with contextlib.ExitStack() as undo:
         for stored, parts in fit_lora(lora, model).layers.items():
             for role, factors, scale in _changes(parts):
-                name = targets.find(stored, role)
-                _check(lora, stored, factors, targets.shapes[name])
+                name = _find_parameter(shapes, stored, role)
+                if not _fits(factors, shapes[name]):
+                    given = " and ".join(str(list(factor.shape)) for factor in factors)
+                    raise ValueError(
+                        f"{lora.path} changes {stored!a} by {given}, but the model has one of "
+                        f"{list(shapes[name])}: choose a LoRA made for this model"
+                    )
                 add_change(undo, model, name, factors, strength * scale)
         yield model
 
 
 def _changes(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:
     """Yield what changes, such as the weight: its name, the change's factors and its scale."""
-    for whole in _WHOLE:
+    for whole in ("weight", "bias", "modulation"):
         if whole in parts:
             yield whole, [parts[whole]], 1.0
     if "up" in parts:
@@ -165,41 +152,27 @@ def _changes(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], f
         yield "weight", [up, down], alpha / len(down)
 
 
-class _Targets:
-    """A model's parameters by the names that LoRA files have for their layers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        # A whole change may also be of a parameter that is called neither weight nor bias.
-        self._layers = {*self.shapes, *(name.rpartition(".")[0] for name in self.shapes)}
-        self._underscored = {layer.replace(".", "_"): layer for layer in self._layers}
-
-    def find(self, stored: str, role: str) -> str | None:
-        """Return the parameter that a tensor in a file changes, None where there is none."""
-        layer = self._find_layer(stored)
-        leaf = role if role in _WHOLE else "weight"
-        names = ([layer] if leaf == "weight" else []) + [f"{layer}.{leaf}"]
-        return next((name for name in names if name in self.shapes), None)
-
-    def _find_layer(self, stored: str) -> str | None:
-        if stored.startswith(_UNDERSCORED):
-            return self._underscored.get(stored.removeprefix(_UNDERSCORED).removeprefix("_"))
-        name = stored
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        return next((n for n in (name, from_diffusers(name)) if n in self._layers), None)
+def _find_parameter(names: Collection[str], stored: str, role: str) -> str | None:
+    """Return the parameter of a model that a tensor in a file changes, None where there is none."""
+    layer = stored
+    for prefix in _PREFIXES:
+        layer = layer.removeprefix(prefix)
+    if stored.startswith("lora_unet_"):
+        # kohya's scripts write underscores for the dots.
+        wanted = stored.removeprefix("lora_unet_").removeprefix("_")
+        layers = (name.rpartition(".")[0] for name in names)
+        layer = next((name for name in layers if name.replace(".", "_") == wanted), wanted)
+    leaf = role if role in ("bias", "modulation") else "weight"
+    # A whole change may also be of a parameter that is called neither weight nor bias.
+    for name in (layer, from_diffusers(layer)):
+        for parameter in (name, f"{name}.{leaf}") if leaf == "weight" else (f"{name}.{leaf}",):
+            if parameter in names:
+                return parameter
+    return None
 
 
-def _check(lora: LoraFile, stored: str, factors: list[Tensor], expected: tuple[int, ...]) -> None:
-    """Raise ValueError where a product of factors is not of a parameter's shape."""
-    if len(factors) == 2:
-        up, down = factors
-        fits = up.shape == (expected[0], len(down)) and down.shape[1] == math.prod(expected[1:])
-    else:
-        fits = factors[0].shape == expected
-    if not fits:
-        given = " and ".join(str(list(factor.shape)) for factor in factors)
-        raise ValueError(
-            f"{lora.path} changes {stored!a} by {given}, but the model has one of "
-            f"{list(expected)}: choose a LoRA made for this model"
-        )
+def _fits(factors: list[Tensor], shape: tuple[int, ...]) -> bool:
+    if len(factors) == 1:
+        return factors[0].shape == shape
+    up, down = factors
+    return up.shape == (shape[0], len(down)) and down.shape[1] == math.prod(shape[1:])

@@ -1,7 +1,7 @@
 """Measures of a student against its teacher: pure functions of tensors, each with its range.
 
-Motion is what linear attention loses first and what measures of single pictures hide, so it has
-measures of its own, here and in `motion` and `spectrum`.
+Linear attention loses motion first, which measures of single pictures do not see: it has measures
+of its own, here and in `motion` and `spectrum`.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ from torch import Tensor
 from ..flow import VelocityFn
 from .motion import motion_energy
 from .spectrum import log_spectral_distance, spatial_spectrum, temporal_spectrum
+
+_TINY = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,25 +57,19 @@ def compare_videos(
     """
     if videos is None or teacher is None:
         return {}
-    return {
+    row = {
         "motion_energy": ratio(videos.motion_energy, teacher.motion_energy),
         "motion_ratio": ratio(videos.frame_difference, teacher.frame_difference),
         "flicker": videos.flicker,
-        "spatial_spectrum_db": log_spectral_distance(
-            videos.spatial_spectrum, teacher.spatial_spectrum
-        ),
-        "temporal_spectrum_db": log_spectral_distance(
-            videos.temporal_spectrum, teacher.temporal_spectrum
-        ),
     }
+    for name in ("spatial_spectrum", "temporal_spectrum"):
+        row[f"{name}_db"] = log_spectral_distance(getattr(videos, name), getattr(teacher, name))
+    return row
 
 
 def ratio(value: float | None, teacher: float | None) -> float | None:
     """Return a value as a share of the teacher's; None where either is missing or it has none."""
     return value / teacher if teacher and value is not None else None
-
-
-_TINY = 1e-12
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -126,9 +122,9 @@ def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
 
     Raises ValueError for fewer than two rows.
     """
-    if not (features.isfinite().all() and reference.isfinite().all()):
-        return math.inf
     sides = [rows.detach().double().cpu() for rows in (features, reference)]
+    if not all(rows.isfinite().all() for rows in sides):
+        return math.inf
     if min(map(len, sides)) < 2:
         raise ValueError(f"{min(map(len, sides))} sample given; a covariance needs 2 or more")
     means = [rows.mean(dim=0) for rows in sides]
@@ -190,15 +186,13 @@ def flicker(frames: Tensor) -> Tensor:
 
 
 def diversity(samples: Tensor, prompts: Sequence[int]) -> float | None:
-    """Return how far samples of one prompt from different noise lie apart.
+    """Return how far samples [B, ...] of one prompt lie apart; None where none was sampled twice.
 
     The mean over pairs of one prompt, then over prompts, of the root mean square difference: 0
     where noise changes nothing, sqrt(2) standard deviations where samples are unrelated. Noise
     within the samples counts as variety: read it beside a Frechet distance.
 
-    samples: [B, ...] floating. prompts: the number of each sample's prompt.
-
-    Returns None where no prompt was sampled twice.
+    prompts: the number of each sample's prompt.
     """
     flat = samples.float().flatten(1)
     numbers = torch.tensor(prompts, device=flat.device)
@@ -208,20 +202,16 @@ def diversity(samples: Tensor, prompts: Sequence[int]) -> float | None:
 
 
 def sample_distance(latents: Tensor, reference: Tensor) -> Tensor:
-    """Return `|a - b| / |b|` of samples from the same noise and prompt.
+    """Return `|a - b| / |b|` [B] fp32 of samples [B, ...] from the same noise and prompt.
 
-    latents, reference: [B, ...] floating.
-
-    Returns [B] fp32: 0 for the same sample, about 1.4 for unrelated ones of equal size.
+    0 for the same sample, about 1.4 for unrelated ones of equal size.
     """
     difference = (latents.float() - reference.float()).flatten(1).norm(dim=1)
     return difference / reference.float().flatten(1).norm(dim=1).clamp_min(_TINY)
 
 
 def velocity_error(velocity: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare velocities at the same state.
-
-    velocity, reference: [B, ...] floating.
+    """Compare velocities [B, ...] at the same state.
 
     Returns the relative error `|u - v| / |v|` [B] (0 is best) and the cosine [B] in [-1, 1] (1 is
     best), both fp32.
@@ -237,15 +227,13 @@ def velocity_error_by_sigma(
 ) -> tuple[Tensor, Tensor]:
     """Compare a velocity function with stored velocities, one noise level after another.
 
-    states: [K, B, C, F, H, W], the latents at each of K noise levels.
-    references: [K, B, C, F, H, W], the velocity that is right there.
+    states, references: [K, B, C, F, H, W], latents and their right velocity at K noise levels.
     sigmas: [K] in [0, 1].
 
     Returns the relative error [K, B] and the cosine [K, B], fp32 (see `velocity_error`).
     """
-    _, B, *_ = states.shape
     pairs = [
-        velocity_error(velocity_fn(state, sigma.to(state.device).expand(B)), reference)
+        velocity_error(velocity_fn(state, sigma.to(state.device).expand(len(state))), reference)
         for state, reference, sigma in zip(states, references, sigmas, strict=True)
     ]
     errors, cosines = zip(*pairs, strict=True)

@@ -26,9 +26,9 @@ def motion_energy(frames: Tensor) -> Tensor:
 
     `sum w |d| / sum w` over pairs of neighbouring frames and blocks of up to 16 pixels that overlap
     by half: d is a block's displacement, w its variance, so that empty background counts for
-    nothing. The length of d, not its square: twice the speed is twice the energy. Content that is
-    not found again (correlation below one half) counts as standing still: noise, flicker and cuts
-    are no motion. Nor is a displacement of more than half a block found.
+    nothing. Twice the speed is twice the energy. Content that is not found again (correlation below
+    one half) counts as standing still: noise, flicker and cuts are no motion. Displacements of more
+    than half a block are not found.
 
     frames: [B, F, H, W] floating, F >= 2, H and W >= 4.
 
@@ -82,9 +82,8 @@ def _motion_energy(clip: Tensor) -> Tensor:
 def _spread(length: int) -> Tensor:
     """Return where blocks start along an axis: evenly from end to end, half a block apart."""
     size = min(_BLOCK, length)
-    return (
-        torch.linspace(0, length - size, 1 + math.ceil(2 * (length - size) / size)).round().long()
-    )
+    count = 1 + math.ceil(2 * (length - size) / size)
+    return torch.linspace(0, length - size, count).round().long()
 
 
 def _cut(frames: Tensor, corners: Tensor, shift: Tensor) -> Tensor:

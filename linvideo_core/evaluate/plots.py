@@ -1,7 +1,7 @@
-"""Plots of a transfer: layer scores, losses, velocity errors, cost; `pictures` shows the videos.
+"""Plots of layer scores, losses, velocity errors and quality by steps.
 
-Plots are drawn through matplotlib's objects, never its global state, so they are safe in a host
-that draws for itself. Colours are those of Okabe and Ito, which colour-blind readers tell apart.
+matplotlib's global state is never touched, so a host may draw for itself. Colours are those of
+Okabe and Ito, which colour-blind readers tell apart.
 """
 
 import itertools
@@ -60,7 +60,11 @@ def plot_layer_scores(
     axes.set_ylim(-0.04, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0  linear", "0.25", "0.5", "0.75", "1  softmax"])
     if hardened_at is not None:
-        mark_step(axes, hardened_at, "hardened")
+        axes.axvline(hardened_at, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "hardened", (hardened_at, 0.5), xycoords=("data", "axes fraction"), xytext=(5, 6),
+            textcoords="offset points", rotation=90, va="bottom", color=INK, fontsize=10,
+        )  # fmt: skip
     count, total = int(is_linear.sum()), len(is_linear)
     title_axes(axes, f"{count} of {total} layers are linear (target {target})")
     _draw_layers(legend, is_linear, colours)
@@ -93,14 +97,14 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
         axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name.replace("_", " "))
         smallest, largest = min(smallest, values.min()), max(largest, values.max())
     if 0 < 10 * smallest < largest:
-        _scale_by_decades(axes)
+        scale_by_decades(axes)
     if names:
         axes.legend(frameon=False, labelcolor=INK)
     title_axes(axes, "Loss")
     save_figure(figure, path)
 
 
-def _scale_by_decades(axes: Axes, digits: Sequence[int] = (1, 2, 5)) -> None:
+def scale_by_decades(axes: Axes, digits: Sequence[int] = (1, 2, 5)) -> None:
     """Make the value axis logarithmic, with plain numbers at these digits of each decade."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=digits))
@@ -120,7 +124,6 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     """
     if not rows:
         raise ValueError("no velocity errors were measured, so there is nothing to plot")
-    models = list(dict.fromkeys(row["model"] for row in rows))
     figure = new_figure(9.0, 4.0)
     panels = figure.subplots(1, 2)
     titles = {
@@ -129,22 +132,12 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     }
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         style_axes(axes, r"noise level $\sigma$  (sampling runs to the right)", "")
-        for i, model in enumerate(models):
-            mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["sigma"])
-            axes.plot(
-                [row["sigma"] for row in mine],
-                [row[key] for row in mine],
-                color=COLOURS[i % len(COLOURS)],
-                marker="osD^v"[i % 5],
-                markersize=4.5,
-                linewidth=1.8,
-                label=model,
-            )
+        draw_lines(axes, group_rows(rows, "model"), "sigma", key)
         axes.set_xlim(1.03, -0.03)
         title_axes(axes, title)
     panels[0].set_ylim(bottom=0)
-    low, _ = panels[1].get_ylim()
-    panels[1].set_ylim(min(low, 0.9), 1 + 0.04 * (1 - min(low, 0.9)))
+    low = min(panels[1].get_ylim()[0], 0.9)
+    panels[1].set_ylim(low, 1 + 0.04 * (1 - low))
     panels[1].axhline(1, color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
     panels[0].legend(frameon=False, labelcolor=INK)
     save_figure(figure, path)
@@ -171,22 +164,12 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     lines: dict[str, list[Row]] = {}
     for row in rows:
         name = row["model"].removesuffix("_plain").removesuffix(f"_{row['steps']}")
-        lines.setdefault(name, []).append(row)
+        lines.setdefault(name.replace("_", " "), []).append(row)
     figure = new_figure(4.2 * len(titles), 4.0)
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         style_axes(axes, "sampling steps", "")
-        for i, (name, mine) in enumerate(lines.items()):
-            points = sorted((r["steps"], r[key]) for r in mine if r.get(key) is not None)
-            axes.plot(
-                [steps for steps, _ in points],
-                [value for _, value in points],
-                color=COLOURS[i % len(COLOURS)],
-                marker="osD^v"[i % 5],
-                markersize=6,
-                linewidth=1.8,
-                label=name.replace("_", " "),
-            )
+        draw_lines(axes, lines, "steps", key)
         steps = sorted({row["steps"] for row in rows})
         axes.set_xscale("log")
         axes.set_xticks(steps, [str(n) for n in steps])
@@ -194,7 +177,7 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
         values = [row.get(key) or 0 for row in rows]
         # Only where there are decades: over less the axis would have hardly a number.
         if key.startswith("frechet") and 0 < 10 * min(values) < max(values):
-            _scale_by_decades(axes)
+            scale_by_decades(axes)
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         title_axes(axes, title)
@@ -202,40 +185,21 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_cost(
-    rows: Sequence[Row], path: Path, *, slopes: Mapping[str, float], what: str = "one layer"
-) -> None:
-    """Draw time and extra memory of `what` by number of tokens, both axes logarithmic.
+def group_rows(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    """Return rows by their value of a key."""
+    return {
+        name: [r for r in rows if r[key] == name] for name in dict.fromkeys(r[key] for r in rows)
+    }
 
-    rows: dicts with `layer`, `tokens`, `milliseconds` and `extra_mb`.
-    slopes: layer -> exponent of its time, for the legend.
-    """
-    figure = new_figure(9.0, 4.0)
-    titles = {"milliseconds": f"Time of {what} (ms)", "extra_mb": "Extra memory at its peak (MB)"}
-    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        style_axes(axes, "tokens", "")
-        for i, (layer, slope) in enumerate(slopes.items()):
-            mine = sorted((r for r in rows if r["layer"] == layer), key=lambda r: r["tokens"])
-            label = f"{layer}: tokens$^{{{slope:.2f}}}$" if key == "milliseconds" else layer
-            axes.plot(
-                [row["tokens"] for row in mine],
-                [row[key] for row in mine],
-                color=COLOURS[i % len(COLOURS)],
-                marker="osD^v"[i % 5],
-                markersize=4.5,
-                linewidth=1.8,
-                label=label,
-            )
-        tokens = sorted({row["tokens"] for row in rows})
-        axes.set_xscale("log", base=2)
-        # What a short video needs beyond its weights may be too little to be seen.
-        if seen := [row[key] for row in rows if row[key] > 0]:
-            is_narrow = key == "extra_mb" or max(seen) < 100 * min(seen)
-            _scale_by_decades(axes, (1, 2, 5) if is_narrow else (1,))
-        axes.set_xticks(tokens, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in tokens])
-        axes.legend(frameon=False, labelcolor=INK)
-        title_axes(axes, title)
-    save_figure(figure, path)
+
+def draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], x: str, y: str) -> None:
+    """Draw a line with markers for each label, through its rows that have a y."""
+    for i, (label, rows) in enumerate(lines.items()):
+        points = sorted((row[x], row[y]) for row in rows if row.get(y) is not None)
+        axes.plot(
+            [at for at, _ in points], [value for _, value in points], label=label,
+            color=COLOURS[i % len(COLOURS)], marker="osD^v"[i % 5], markersize=5, linewidth=1.8,
+        )  # fmt: skip
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -259,15 +223,6 @@ def style_axes(axes: Axes, x_label: str, y_label: str) -> None:
 def title_axes(axes: Axes, text: str) -> None:
     """Write a panel's title, above its left edge."""
     axes.set_title(text, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
-
-
-def mark_step(axes: Axes, step: int, text: str) -> None:
-    """Draw a vertical line at a training step, and what happened there."""
-    axes.axvline(step, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-    axes.annotate(
-        text, (step, 0.5), xycoords=("data", "axes fraction"), xytext=(5, 6),
-        textcoords="offset points", rotation=90, ha="left", va="bottom", color=INK, fontsize=10,
-    )  # fmt: skip
 
 
 def _draw_layers(axes: Axes, is_linear: np.ndarray, colours: np.ndarray) -> None:

@@ -1,7 +1,4 @@
-"""The bench of a comparison: one set of prompts, noise, noise levels and one judge for all models.
-
-Each model samples on it; what it made is measured against what the teacher made.
-"""
+"""Sampling for a comparison: every model gets the same prompts, noise, noise levels and judge."""
 
 import dataclasses
 import functools
@@ -26,13 +23,20 @@ from ..teacher.teacher import Teacher
 from . import metrics
 from .config import CompareConfig
 from .features import teacher_features
-from .metrics import VideoStatistics, compare_videos, ratio, summarize_videos
 
 logger = logging.getLogger(__name__)
 
-# Trajectories and training count their seeds up from the user's: noise and prompts of a comparison
-# must be none of theirs. PyTorch's CPU generator heeds the lower 32 bits alone.
-_HELD_OUT_SEED = 0x7E57_0000
+NUM_SHOWN = 4
+
+# Training counts its seeds up from the user's; a comparison's start far away from them. PyTorch's
+# CPU generator uses the lower 32 bits alone.
+_SEED = 0x7E57_0000
+# Features are taken under noise that no sample was made from.
+_FEATURE_SEED = 0x1_0000
+_NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
+_TENSORS = ("latents", "frames", "features", "digit_logits", "motion_logits")
+
+Row = dict[str, Any]
 
 
 def draw_prompts(num_prompts: int, num_samples: int, seed: int, *, repeats: int = 1) -> list[int]:
@@ -40,7 +44,7 @@ def draw_prompts(num_prompts: int, num_samples: int, seed: int, *, repeats: int 
 
     repeats: how many samples in a row have one prompt.
     """
-    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
+    generator = torch.Generator().manual_seed(_SEED + seed)
     rounds = -(-num_samples // (num_prompts * repeats))
     order = [torch.randperm(num_prompts, generator=generator) for _ in range(rounds)]
     return torch.cat(order).repeat_interleave(repeats)[:num_samples].tolist()
@@ -48,7 +52,7 @@ def draw_prompts(num_prompts: int, num_samples: int, seed: int, *, repeats: int 
 
 def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: int) -> Tensor:
     """Return noise [num_samples, C, F, H, W] on the CPU, each sample's the same at any number."""
-    generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
+    generator = torch.Generator().manual_seed(_SEED + seed)
     return torch.stack([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
 
 
@@ -62,23 +66,12 @@ def read_labels(prompts: list[str]) -> tuple[Tensor, Tensor] | None:
     return digits, directions
 
 
-logger = logging.getLogger(__name__)
-
-NUM_SHOWN = 4
-
-# Features are taken under noise that no sample was made from.
-_FEATURE_SEED = 0x1_0000
-_NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
-
-Row = dict[str, Any]
-
-
 @dataclasses.dataclass(kw_only=True)
 class Samples:
     """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
 
     counts: the model's linear layers and all its layers. steps: of the sampler.
-    teacher_features: once `Bench.describe` has looked.
+    teacher_features: once `Evaluator.describe` was called.
     """
 
     model: str
@@ -93,13 +86,13 @@ class Samples:
     teacher_features: Tensor | None = None
 
     @functools.cached_property
-    def videos(self) -> VideoStatistics | None:
+    def video_statistics(self) -> metrics.VideoStatistics | None:
         """What is measured of the frames alone, once."""
-        return summarize_videos(self.frames)
+        return metrics.summarize_videos(self.frames)
 
 
 class Evaluator:
-    """What all models share: prompts, noise, noise levels, the judge, the teacher's states."""
+    """Samples and measures models under the conditions that all of them share."""
 
     def __init__(
         self,
@@ -117,9 +110,8 @@ class Evaluator:
         self.callbacks = callbacks
         self.device = teacher.prompt_embeds.device
         self.sigmas = make_sigmas(settings.steps, settings.shift)
-        repeats = settings.seeds_per_prompt
         self.prompt_index = draw_prompts(
-            len(teacher.prompts), settings.num_samples, seed, repeats=repeats
+            len(teacher.prompts), settings.num_samples, seed, repeats=settings.seeds_per_prompt
         )
         self.prompts = [teacher.prompts[i] for i in self.prompt_index]
         self.noise = draw_noise(teacher.latent_shape, settings.num_samples, seed)
@@ -129,20 +121,11 @@ class Evaluator:
         self.levels = levels.round().long().tolist()
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def bind(
-        self, model: nn.Module, part: slice, guidance_scale: float | None = None
-    ) -> VelocityFn:
+    def bind(self, model: nn.Module, part: slice, guidance_scale: float) -> VelocityFn:
         """Return the guided velocity function of a model for some of the samples."""
-        if guidance_scale is None:
-            guidance_scale = self.settings.guidance_scale
-        prompt_embeds = self.teacher.prompt_embeds[self.prompt_index[part]]
-        return bind_guided(
-            model,
-            prompt_embeds,
-            self.teacher.negative_embeds.expand_as(prompt_embeds),
-            guidance_scale,
-            precision=self.precision,
-        )
+        embeds = self.teacher.prompt_embeds[self.prompt_index[part]]
+        negative = self.teacher.negative_embeds.expand_as(embeds)
+        return bind_guided(model, embeds, negative, guidance_scale, precision=self.precision)
 
     def sample(
         self,
@@ -158,15 +141,13 @@ class Evaluator:
         """
         if recipe is None:
             recipe = Recipe(sigmas=self.sigmas, guidance_scale=self.settings.guidance_scale)
-        count, size = self.settings.num_samples, self.settings.batch_size
-        counts = count_linear_layers(model)
-        made: list[Samples] = []
+        count, size, steps = self.settings.num_samples, self.settings.batch_size, len(recipe.sigmas)
+        batches, total = [], 0.0
         for start in range(0, count, size):
             part = slice(start, min(start + size, count))
-            steps = len(recipe.sigmas) - 1
             if start == 0:
-                self.callbacks.on_stage("evaluation", -(-count // size) * steps, detail=name)
-            on_step = self._watch(part, steps, keep=is_teacher and start == 0)
+                self.callbacks.on_stage("evaluation", -(-count // size) * (steps - 1), detail=name)
+            on_step = self._watch(part, steps - 1, keep=is_teacher and start == 0)
             velocity_fn = self.bind(model, part, recipe.guidance_scale)
             noise = self.noise[part].to(self.device)
             if start == 0:
@@ -175,36 +156,33 @@ class Evaluator:
                     velocity_fn(noise, self.sigmas[:1].to(self.device).expand(len(noise)))
             started = self._clock()
             latents = recipe.sample(velocity_fn, noise, seed=self.seed + start, on_step=on_step)
-            seconds = self._clock() - started
-            judged = self._judge(latents)
-            made.append(Samples(model=name, counts=counts, steps=steps, seconds=seconds, **judged))
-        return _join(made)
+            total += self._clock() - started
+            batches.append(self._judge(latents))
+        columns = dict(zip(_TENSORS, zip(*batches, strict=True), strict=True))
+        joined = {k: None if t[0] is None else torch.cat(t) for k, t in columns.items()}
+        counts = count_linear_layers(model)
+        return Samples(model=name, counts=counts, steps=steps - 1, seconds=total, **joined)
 
     def describe(self, samples: Samples) -> None:
-        """Add the teacher's features of the samples; the teacher's model is the teacher now.
+        """Add the teacher's features of the samples.
 
-        Raises ValueError where it is not: inside of a student's context.
+        Raises ValueError inside of a student's context, where the teacher is changed.
         """
         count, size = len(samples.latents), self.settings.batch_size
         noise = draw_noise(self.teacher.latent_shape, count, _FEATURE_SEED + self.seed)
-        parts = zip(samples.latents.split(size), noise.split(size), strict=True)
-        samples.teacher_features = torch.cat(
-            [
-                teacher_features(
-                    self.teacher.model,
-                    *(x.to(self.device) for x in part),
-                    self.teacher.negative_embeds,
-                    precision=self.precision,
-                ).cpu()
-                for part in parts
-            ]
-        )
+        model, embeds = self.teacher.model, self.teacher.negative_embeds
+        found = []
+        for part in zip(samples.latents.split(size), noise.split(size), strict=True):
+            latents, noised = (x.to(self.device) for x in part)
+            features = teacher_features(model, latents, noised, embeds, precision=self.precision)
+            found.append(features.cpu())
+        samples.teacher_features = torch.cat(found)
 
     def compare_velocities(self, name: str, model: nn.Module) -> list[Row]:
         """Compare a student's velocity with the teacher's at the kept states."""
         states, references = (torch.stack(part) for part in zip(*self.states.values(), strict=True))
         sigmas = self.sigmas[list(self.states)]
-        velocity_fn = self.bind(model, slice(0, states.shape[1]))
+        velocity_fn = self.bind(model, slice(0, states.shape[1]), self.settings.guidance_scale)
         errors, cosines = metrics.velocity_error_by_sigma(velocity_fn, states, references, sigmas)
         columns = (x.tolist() for x in (sigmas, errors.mean(dim=1), cosines.mean(dim=1)))
         return [
@@ -215,29 +193,28 @@ class Evaluator:
     def measure(self, samples: Samples, teacher: Samples, velocity_rows: list[Row] | None) -> Row:
         """Return the row of one model.
 
-        velocity_rows: none where velocities are no measure: of the teacher itself, and of models
-            that are not sampled along its trajectories.
+        velocity_rows: none for the teacher itself, and for models that are not sampled along its
+            trajectories.
 
         With a judge `digit` and `motion` are the fractions of samples that show what their prompt
-        asks for, and `frechet` is the distance to real clips. `frechet_teacher_features` is there
-        once both have been described.
+        asks for, and `frechet` is the distance to real clips.
         """
-        linear_layers, layers = samples.counts
-        row: Row = {"model": samples.model, "linear_layers": linear_layers, "layers": layers}
-        statistics = metrics.feature_statistics(samples.features)
+        row: Row = {"model": samples.model}
+        row["linear_layers"], row["layers"] = samples.counts
         if self.labels is not None:
             digits, directions = self.labels
             row["digit"] = metrics.accuracy(samples.digit_logits, digits)
             row["motion"] = metrics.accuracy(samples.motion_logits, directions)
+        own, others = (metrics.feature_statistics(x.features) for x in (samples, teacher))
         if self.judge is not None:
-            real = (self.judge.real_mean, self.judge.real_cov)
-            row["frechet"] = metrics.frechet_distance(*statistics, *real)
+            row["frechet"] = metrics.frechet_distance(
+                *own, self.judge.real_mean, self.judge.real_cov
+            )
         row["seconds"] = samples.seconds
         row["steps"] = samples.steps
         row["seconds_per_video"] = samples.seconds / len(samples.latents)
-        of_teacher = metrics.feature_statistics(teacher.features)
         row["frechet_to_teacher"] = (
-            0.0 if samples is teacher else metrics.frechet_distance(*statistics, *of_teacher)
+            0.0 if samples is teacher else metrics.frechet_distance(*own, *others)
         )
         if samples.teacher_features is not None and teacher.teacher_features is not None:
             row["frechet_teacher_features"] = metrics.frechet_distance_of(
@@ -245,15 +222,14 @@ class Evaluator:
             )
         distance = metrics.sample_distance(samples.latents, teacher.latents)
         row["distance_to_teacher"] = distance.mean().item()
-        row |= compare_videos(samples.videos, teacher.videos)
-        variety, of_teacher = (
-            metrics.diversity(x.latents, self.prompt_index) for x in (samples, teacher)
-        )
-        row["diversity"] = ratio(variety, of_teacher)
-        if velocity_rows or samples is teacher:
-            for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
-                values = [r[key] for r in velocity_rows] if velocity_rows else [perfect]
-                row[key] = sum(values) / len(values)
+        row |= metrics.compare_videos(samples.video_statistics, teacher.video_statistics)
+        variety = [metrics.diversity(x.latents, self.prompt_index) for x in (samples, teacher)]
+        row["diversity"] = metrics.ratio(*variety)
+        for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
+            if velocity_rows:
+                row[key] = sum(r[key] for r in velocity_rows) / len(velocity_rows)
+            elif samples is teacher:
+                row[key] = perfect
         return row
 
     def _watch(
@@ -270,20 +246,13 @@ class Evaluator:
         return on_step
 
     @torch.no_grad()
-    def _judge(self, latents: Tensor) -> dict[str, Tensor | None]:
+    def _judge(self, latents: Tensor) -> tuple[Tensor | None, ...]:
+        """Return a batch's part of each of `_TENSORS`."""
         frames = self.teacher.decode(latents).float()
         if self.judge is None:
-            digit_logits = motion_logits = None
-            features = metrics.latent_features(latents)
-        else:
-            digit_logits, motion_logits, features = (x.cpu() for x in self.judge(frames))
-        return {
-            "latents": latents.cpu(),
-            "frames": frames.cpu(),
-            "features": features.cpu(),
-            "digit_logits": digit_logits,
-            "motion_logits": motion_logits,
-        }
+            return latents.cpu(), frames.cpu(), metrics.latent_features(latents).cpu(), None, None
+        digit_logits, motion_logits, features = (x.cpu() for x in self.judge(frames))
+        return latents.cpu(), frames.cpu(), features, digit_logits, motion_logits
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
@@ -299,13 +268,3 @@ def count_linear_layers(model: nn.Module) -> tuple[int, int]:
         for site in identify(shapes_of(part))[1]
     ]
     return sum(kinds), len(kinds)
-
-
-def _join(parts: list[Samples]) -> Samples:
-    def cat(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors)
-
-    names = ("latents", "frames", "features", "digit_logits", "motion_logits")
-    tensors = {name: cat(name) for name in names}
-    return dataclasses.replace(parts[0], **tensors, seconds=sum(part.seconds for part in parts))

@@ -1,9 +1,8 @@
 """Brightness spectra: how much of a video lies in coarse and fine detail, in slow and fast change.
 
-Pictures of the world have a power that falls as 1/f^2 over space (Field 1987) and, as things move,
-over time (Dong and Atick 1995). A model that smooths loses the high end; one that adds grain or
-flicker raises it, even where single pictures look right (Durall et al. 2020 tell generated pictures
-from real ones by the radial average alone).
+A model that smooths loses the high end; one that adds grain or flicker raises it, even where single
+pictures look right (Durall et al. 2020). Natural power falls as 1/f^2 over space (Field 1987) and
+over time (Dong and Atick 1995).
 """
 
 import torch

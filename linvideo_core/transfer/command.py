@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from .. import artifact
-from ..evaluate.comparison import (
+from ..evaluate.compare import (
     EVALUATION_NAME,
     Comparison,
     compare_artifact,

@@ -1,4 +1,4 @@
-"""What a transfer shows for itself: pictures of its training, and the comparison it asks for."""
+"""Pictures of a training, and how its result is compared with its teacher."""
 
 import logging
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def is_evaluated(config: EvaluationConfig, folder: Path) -> bool:
     """Say whether a run folder holds the comparison that is asked for, if any is."""
     if not config.evaluate_samples:
         return True
-    # Here, as in `draw_training`: what draws is loaded when something is drawn or read.
-    from ..evaluate.comparison import read_evaluation
+    # Here, as in `draw_training`, so that a node pack does not load matplotlib.
+    from ..evaluate.compare import read_evaluation
 
     found = read_evaluation(folder)
     return found is not None and found["settings"]["num_samples"] == config.evaluate_samples
@@ -50,11 +50,11 @@ def draw_training(
         return
     rows = read_metrics(metrics_path)
     if selection.rule == "learned":
-        plots.plot_layer_scores(
-            rows,
-            folder / "layer_scores.png",
-            target=selection.target,
-            layers=linear_layers,
-            hardened_at=count_selection_steps(selection, num_steps),
-        )
+        hardened_at = count_selection_steps(selection, num_steps)
+        chosen = {
+            "target": selection.target,
+            "layers": linear_layers,
+            "hardened_at": hardened_at,
+        }
+        plots.plot_layer_scores(rows, folder / "layer_scores.png", **chosen)
     plots.plot_losses(rows, folder / "losses.png")

@@ -1,7 +1,4 @@
-"""One picture of a transfer in progress: samples of the model above the layer scores so far.
-
-It is shown on a node a few hundred pixels wide, so it is narrow and its letters are large.
-"""
+"""A picture of a transfer in progress, for a node a few hundred pixels wide."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,33 +47,21 @@ def _draw_scores(
     draw: ImageDraw.ImageDraw, rows: list[Mapping[str, Any]], num_steps: int, top: int
 ) -> None:
     left, right = _MARGIN, _WIDTH - _MARGIN
-    draw.text(
-        (left, top),
-        "how each layer is chosen, step by step",
-        _QUIET,
-        ImageFont.load_default(_LABEL_SIZE),
-    )
+    font = ImageFont.load_default(_LABEL_SIZE)
+    draw.text((left, top), "how each layer is chosen, step by step", _QUIET, font)
     top += _LABEL_SIZE + _GAP
     bottom = top + _PLOT_HEIGHT
-    for share, label in ((0.0, "softmax"), (1.0, "linear")):
-        y = top + share * (bottom - top)
+    for y, offset, label, anchor in ((top, 2, "softmax", "rt"), (bottom, -2, "linear", "rd")):
         draw.line((left, y, right, y), (225, 225, 225))
-        anchor = "rd" if share else "rt"
-        offset = -2 if share else 2
         draw.text(
             (right, y + offset), label, _QUIET, ImageFont.load_default(_LABEL_SIZE), anchor=anchor
         )
     if len(rows) < 2:
         return
     for layer, last in enumerate(rows[-1]["layer_scores"]):
-        points = [
-            (
-                left + (right - left) * row["step"] / max(1, num_steps - 1),
-                bottom - (bottom - top) * row["layer_scores"][layer],
-            )
-            for row in rows
-        ]
-        draw.line(points, _LINEAR if last < 0.5 else _SOFTMAX, 2)
+        x = [left + (right - left) * row["step"] / max(1, num_steps - 1) for row in rows]
+        y = [bottom - _PLOT_HEIGHT * row["layer_scores"][layer] for row in rows]
+        draw.line(list(zip(x, y, strict=True)), _LINEAR if last < 0.5 else _SOFTMAX, 2)
 
 
 def _fit(frames: Sequence[Image.Image]) -> list[Image.Image]:

@@ -8,8 +8,8 @@ import torch
 from linvideo_core import artifact
 from linvideo_core.demo import weights_path
 from linvideo_core.demo.classifier import load_judge
-from linvideo_core.evaluate.comparison import CompareConfig, compare_artifact
-from linvideo_core.evaluate.entrants import load_second_stages
+from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
+from linvideo_core.evaluate.entrants import load_distilled
 from linvideo_core.evaluate.sampler import draw_noise, draw_prompts, read_labels
 from linvideo_core.flow import sample_few_step
 from linvideo_core.models.velocity import bind
@@ -28,7 +28,7 @@ def shipped() -> artifact.Artifact:
 def test_the_shipped_few_step_file_draws_what_was_asked_in_four_calls_without_guidance(
     shipped: artifact.Artifact,
 ) -> None:
-    made = load_second_stages([FEW_STEP_PATH], shipped)["distilled_4"]
+    made = load_distilled([FEW_STEP_PATH], shipped)["distilled_4"]
     assert len(made.header.sigmas) == 5 and FEW_STEP_PATH.stat().st_size <= 4_000_000
     teacher = load_teacher(TeacherConfig())
     picks = draw_prompts(len(teacher.prompts), 8, seed=3)

@@ -17,7 +17,7 @@ from linvideo_core.distill.monitor import TrainingMonitor
 from linvideo_core.distill.rollout import draw_exits, draw_rollout, simulate_backward
 from linvideo_core.distill.task import DistillationTask, make_student, start_from
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
-from linvideo_core.evaluate.entrants import load_first_stage
+from linvideo_core.evaluate.entrants import load_linearized
 from linvideo_core.flow import add_noise, make_sigmas, sample_few_step
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.callbacks import Callbacks
@@ -254,4 +254,4 @@ def test_a_distilled_file_is_not_distilled_again(
 ) -> None:
     run(teacher, linearized, tmp_path)
     with pytest.raises(ValueError, match="is distilled already; give the file that `transfer`"):
-        load_first_stage(tmp_path / pipeline.ARTIFACT_NAME)
+        load_linearized(tmp_path / pipeline.ARTIFACT_NAME)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvideo_core.evaluate.comparison import swap
+from linvideo_core.evaluate.compare import swap
 from linvideo_core.evaluate.features import SIGMA, teacher_features
 from linvideo_core.evaluate.metrics import frechet_distance_of
 from linvideo_core.flow import add_noise

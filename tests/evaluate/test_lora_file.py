@@ -1,6 +1,8 @@
 """A LoRA of others and a LINVIDEO file are added in the space of weights."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
-from linvideo_core.evaluate.comparison import compare_few_step
+from linvideo_core.evaluate.compare import compare_few_step
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.entrants import FewStepLora, find_entrants
 from linvideo_core.evaluate.lora_file import load_lora, with_lora
@@ -19,31 +21,32 @@ from linvideo_core.teacher.teacher import Teacher
 RANK, ALPHA, STRENGTH = 3, 6.0, 0.7
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.2.ffn.0")
 DIFFUSERS = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.2.ffn.net.0.proj")
+COMFYUI = tuple(f"diffusion_model.{name}" for name in LAYERS)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def draw(*shape: int, seed: int) -> Tensor:
-    return 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def halves(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Return up and down of `LAYERS`."""
-    shapes = [model.get_parameter(f"{name}.weight").shape for name in LAYERS]
+    generator = torch.Generator().manual_seed(0)
     return [
-        (draw(out, RANK, seed=i), draw(RANK, into, seed=10 + i))
-        for i, (out, into) in enumerate(shapes)
+        tuple(0.05 * torch.randn(s, generator=generator) for s in ((rows, RANK), (RANK, columns)))
+        for rows, columns in (model.get_parameter(f"{name}.weight").shape for name in LAYERS)
     ]
 
 
 def save_lora(
-    model: nn.Module, path: Path, names: list[str], *, up: str, down: str, alpha: float | None
+    model: nn.Module,
+    path: Path,
+    names: tuple[str, ...] = COMFYUI,
+    roles: tuple[str, str] = ("lora_up", "lora_down"),
+    alpha: float | None = ALPHA,
 ) -> Path:
     tensors = {}
-    for name, (left, right) in zip(names, halves(model), strict=True):
-        tensors |= {f"{name}.{up}.weight": left, f"{name}.{down}.weight": right}
+    for name, pair in zip(names, halves(model), strict=True):
+        tensors |= {f"{name}.{role}.weight": x for role, x in zip(roles, pair, strict=True)}
         if alpha is not None:
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
     save_file(tensors, path)
@@ -52,43 +55,48 @@ def save_lora(
 
 @pytest.fixture
 def lora_path(teacher: Teacher, tmp_path: Path) -> Path:
-    names = [f"diffusion_model.{name}" for name in LAYERS]
-    return save_lora(
-        teacher.model, tmp_path / "lora.safetensors", names,
-        up="lora_up", down="lora_down", alpha=ALPHA,
-    )  # fmt: skip
+    return save_lora(teacher.model, tmp_path / "lora.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _the_model_is_given_back(teacher: Teacher) -> Iterator[None]:
+    before = weights_of(teacher.model)
+    yield
+    assert all(torch.equal(x, before[name]) for name, x in weights_of(teacher.model).items())
 
 
 @pytest.mark.parametrize(
-    ("names", "up", "down", "alpha"),
+    ("names", "roles", "alpha"),
     [
-        ([f"diffusion_model.{n}" for n in LAYERS], "lora_up", "lora_down", ALPHA),
-        ([f"diffusion_model.{n}" for n in LAYERS], "lora_B", "lora_A", None),
-        ([f"transformer.{n}" for n in DIFFUSERS], "lora_B", "lora_A", None),
-        ([f"base_model.model.{n}" for n in LAYERS], "lora_B.default", "lora_A.default", ALPHA),
-        ([f"lora_unet_{n.replace('.', '_')}" for n in LAYERS], "lora_up", "lora_down", ALPHA),
-        (list(LAYERS), "lora_up", "lora_down", None),
+        (COMFYUI, ("lora_up", "lora_down"), ALPHA),
+        (COMFYUI, ("lora_B", "lora_A"), None),
+        ([f"transformer.{n}" for n in DIFFUSERS], ("lora_B", "lora_A"), None),
+        ([f"base_model.model.{n}" for n in LAYERS], ("lora_B.default", "lora_A.default"), ALPHA),
+        ([f"lora_unet_{n.replace('.', '_')}" for n in LAYERS], ("lora_up", "lora_down"), ALPHA),
+        (LAYERS, ("lora_up", "lora_down"), None),
     ],
 )
+@pytest.mark.parametrize("strength", [STRENGTH, 0.0])
 def test_alpha_over_rank_times_up_down_is_added_under_any_naming(
-    names: list[str], up: str, down: str, alpha: float | None, teacher: Teacher, tmp_path: Path
+    names: tuple[str, ...],
+    roles: tuple[str, str],
+    alpha: float | None,
+    strength: float,
+    teacher: Teacher,
+    tmp_path: Path,
 ) -> None:
-    model, before = teacher.model, weights_of(teacher.model)
-    path = save_lora(model, tmp_path / "x.safetensors", names, up=up, down=down, alpha=alpha)
-    scale = STRENGTH * (1 if alpha is None else alpha / RANK)
-    changed = {
-        f"{name}.weight": before[f"{name}.weight"] + scale * left @ right
-        for name, (left, right) in zip(LAYERS, halves(model), strict=True)
-    }
-    with with_lora(model, load_lora(path), strength=STRENGTH):
+    model, expected = teacher.model, weights_of(teacher.model)
+    path = save_lora(model, tmp_path / "x.safetensors", names, roles, alpha)
+    for name, (up, down) in zip(LAYERS, halves(model), strict=True):
+        expected[f"{name}.weight"] += strength * (1 if alpha is None else alpha / RANK) * up @ down
+    with with_lora(model, load_lora(path), strength=strength):
         for name, found in weights_of(model).items():
-            expected = changed.get(name, before[name])
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(model).items())
+            atol = 1e-6 if strength and name.removesuffix(".weight") in LAYERS else 0
+            torch.testing.assert_close(found, expected[name], rtol=0, atol=atol)
 
 
 def test_whole_changes_reach_weights_biases_and_bare_parameters(
-    teacher: Teacher, tmp_path: Path
+    teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, before = teacher.model, weights_of(teacher.model)
     changes = {
@@ -107,6 +115,8 @@ def test_whole_changes_reach_weights_biases_and_bare_parameters(
     with with_lora(model, load_lora(tmp_path / "x.safetensors"), strength=2.0):
         for name, found in weights_of(model).items():
             assert torch.equal(found, before[name] + 0.5 * (name in changes)), name
+    (warning,) = caplog.messages
+    assert "the modulation of 2 layers (diff_m), which ComfyUI leaves out" in warning
 
 
 def test_the_lora_half_of_our_own_file_is_what_the_file_does_to_the_weights(
@@ -124,12 +134,6 @@ def test_the_lora_half_of_our_own_file_is_what_the_file_does_to_the_weights(
     assert any(not torch.equal(found[name], x) for name, x in before.items())
 
 
-def test_strength_zero_is_exact(teacher: Teacher, lora_path: Path) -> None:
-    before = weights_of(teacher.model)
-    with with_lora(teacher.model, load_lora(lora_path), strength=0.0):
-        assert all(torch.equal(x, before[name]) for name, x in weights_of(teacher.model).items())
-
-
 def test_lora_and_linearized_file_come_in_any_order(
     teacher: Teacher, linearized: Artifact, lora_path: Path
 ) -> None:
@@ -141,58 +145,56 @@ def test_lora_and_linearized_file_come_in_any_order(
     assert first.keys() == second.keys() and first.keys() > before.keys()
     for name, x in first.items():
         torch.testing.assert_close(second[name], x, rtol=0, atol=1e-6)
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(model).items())
+
+
+FFN = "blocks.0.ffn.0"
 
 
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
         ({}, "holds no weight changes"),
-        ({"blocks.9.self_attn.q.lora_up.weight": (4, 2)}, "only one half of the LoRA of 'blocks.9"),
-        ({"blocks.0.self_attn.q.dora_scale": (4, 1)}, "holds 'blocks.0.self_attn.q.dora_scale'"),
+        ({f"{FFN}.lora_up.weight": (4, 2)}, f"shapes .* for '{FFN}', where two matrices"),
+        ({f"{FFN}.dora_scale": (4, 1)}, f"holds '{FFN}.dora_scale', which is not known"),
         ({"blocks.9.ffn.0.diff": (4, 4)}, "changes 1 of 1 layers that the model does not have"),
-        ({"blocks.0.ffn.0.diff": (4, 4)}, r"by \[4, 4\], but the model has one of \[96, 128\]"),
-        (
-            {"blocks.0.ffn.0.lora_up.weight": (96, 2), "blocks.0.ffn.0.lora_down.weight": (3, 128)},
-            r"by \[96, 2\] and \[3, 128\]",
-        ),
         ({"blocks.0.diff": (4, 4)}, "changes 1 of 1 layers that the model does not have"),
         (
             {"blocks.0.cross_attn.norm_k_img.diff": (4,), "img_emb.proj.0.diff_b": (4,)},
             "changes 2 of 2 layers that the model does not have, such as 'blocks.0.cross_attn.norm",
         ),
+        ({f"{FFN}.diff": (4, 4)}, r"by \[4, 4\], but the model has one of \[96, 128\]"),
         ({"blocks.0.diff_m": (1, 6, 4)}, r"by \[1, 6, 4\], but the model has one of \[1, 6, "),
         (
-            {"blocks.0.ffn.0.lora_up.weight": (4,), "blocks.0.ffn.0.lora_down.weight": (4,)},
-            r"holds 'blocks.0.ffn.0.lora_(up|down).weight' of shape \[4\], where a matrix of",
+            {f"{FFN}.lora_up.weight": (96, 2), f"{FFN}.lora_down.weight": (3, 128)},
+            r"by \[96, 2\] and \[3, 128\]",
         ),
-        (
-            {"blocks.0.ffn.0.lora_B.weight": (96, 0), "blocks.0.ffn.0.lora_A.weight": (0, 128)},
-            r"holds 'blocks.0.ffn.0.lora_A.weight' of shape \[0, 128\], where a matrix of rank 1",
-        ),
+        ({f"{FFN}.lora_up.weight": (4,), f"{FFN}.lora_down.weight": (4,)}, "two matrices of rank"),
+        ({f"{FFN}.lora_B.weight": (96, 0), f"{FFN}.lora_A.weight": (0, 128)}, "matrices of rank 1"),
         (
             {
-                "blocks.0.ffn.0.lora_B.weight": (96, 2),
-                "blocks.0.ffn.0.lora_A.weight": (2, 128),
-                "blocks.0.ffn.0.alpha": (2,),
+                f"{FFN}.lora_B.weight": (96, 2),
+                f"{FFN}.lora_A.weight": (2, 128),
+                f"{FFN}.alpha": (2,),
             },
-            r"holds 'blocks.0.ffn.0.alpha' of shape \[2\], where a single number is needed",
+            r"'alpha': \[2\].*at most a single number alpha",
         ),
+        ({f"{FFN}.alpha": (1,)}, "two matrices"),
+        (None, "is not a whole safetensors file"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused_in_one_sentence(
-    tensors: dict[str, tuple[int, ...]], reason: str, teacher: Teacher, tmp_path: Path
+    tensors: dict[str, tuple[int, ...]] | None, reason: str, teacher: Teacher, tmp_path: Path
 ) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
-    before = weights_of(teacher.model)
-    with (
-        pytest.raises(ValueError, match=reason) as refused,
-        with_lora(teacher.model, load_lora(path)),
-    ):
-        pass
+    if tensors is None:
+        path.write_bytes(b"no tensors")
+    else:
+        save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(ValueError, match=reason) as refused, contextlib.ExitStack() as stack:
+        stack.enter_context(with_lora(teacher.model, load_lora(path)))
     assert "\n" not in str(refused.value)
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(teacher.model).items())
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_lora(tmp_path / "none.safetensors")
 
 
 def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
@@ -216,56 +218,32 @@ def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
     tensors |= {f"diffusion_model.{name}": torch.ones(size) for name, size in strangers.items()}
     save_file(tensors, tmp_path / "more.safetensors")
     model, more = teacher.model, load_lora(tmp_path / "more.safetensors")
-    caplog.clear()
     with with_lora(model, load_lora(lora_path)):
         expected = weights_of(model)
-    with caplog.at_level(logging.WARNING), with_lora(model, more):
-        found = weights_of(model)
+    caplog.clear()
+    # Once for both models.
+    settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
+    lora = FewStepLora(file=more, strength=1.0, sigmas=torch.tensor([1.0, 0.0]))
+    with caplog.at_level(logging.WARNING):
+        students = find_entrants(model, linearized, {}, settings, lora=lora).students
+        with students["teacher_lora_1"]:
+            found = weights_of(model)
+        with students["linearized_lora_1"]:
+            pass
     assert all(torch.equal(found[name], x) for name, x in expected.items())
     (warning,) = caplog.messages
     assert "changes 4 of 7 layers that the model does not have, such as" in warning
     assert "'diffusion_model.blocks.0.cross_attn.k_img'; they are left out" in warning
-    caplog.clear()
-    sigmas = torch.tensor([1.0, 0.0])
-    settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
-    lineup = find_entrants(
-        model, linearized, {}, settings, lora=FewStepLora(file=more, strength=1.0, sigmas=sigmas)
-    )
-    for name in ("teacher_lora_1", "linearized_lora_1"):
-        with lineup.students[name]:
-            pass
-    assert len(caplog.messages) == 1
-
-
-def test_a_change_of_modulation_is_said_to_be_left_out_by_comfyui(
-    teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shape = teacher.model.get_parameter("blocks.0.modulation").shape
-    names = [f"diffusion_model.blocks.{i}.diff_m" for i in range(2)]
-    save_file({name: torch.ones(shape) for name in names}, tmp_path / "x.safetensors")
-    load_lora(tmp_path / "x.safetensors")
-    (warning,) = caplog.messages
-    assert "the modulation of 2 layers (diff_m), which ComfyUI leaves out" in warning
-
-
-def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_lora(tmp_path / "none.safetensors")
-    (tmp_path / "x.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        load_lora(tmp_path / "x.safetensors")
 
 
 def test_a_few_step_lora_is_compared_on_teacher_and_linearized_model(
     teacher: Teacher, linearized: Artifact, lora_path: Path
 ) -> None:
-    before = weights_of(teacher.model)
-    lora = FewStepLora(
-        file=load_lora(lora_path), strength=1.0, sigmas=torch.tensor([1.0, 0.9, 0.6, 0.0])
-    )
+    sigmas = torch.tensor([1.0, 0.9, 0.6, 0.0])
+    lora = FewStepLora(file=load_lora(lora_path), strength=1.0, sigmas=sigmas)
     settings = CompareConfig(num_samples=3, steps=4, batch_size=3)
-    lineup = find_entrants(teacher.model, linearized, {}, settings, lora=lora)
-    rows = compare_few_step(teacher, lineup, settings, seed=0).rows
+    entrants = find_entrants(teacher.model, linearized, {}, settings, lora=lora)
+    rows = compare_few_step(teacher, entrants, settings, seed=0).rows
     steps = {row["model"]: (row["steps"], row["linear_layers"]) for row in rows}
     assert steps == {
         "teacher": (4, 0),
@@ -273,6 +251,4 @@ def test_a_few_step_lora_is_compared_on_teacher_and_linearized_model(
         "teacher_lora_3": (3, 0),
         "linearized_lora_3": (3, 2),
     }
-    distances = {row["distance_to_teacher"] for row in rows}
-    assert len(distances) == 4
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(teacher.model).items())
+    assert len({row["distance_to_teacher"] for row in rows}) == 4

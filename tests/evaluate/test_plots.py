@@ -1,13 +1,16 @@
 """Pictures are whole files of the right shape, whatever the run looked like."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from linvideo_core.evaluate import plots, video_files
-from linvideo_core.run.progress import TqdmProgress
+from benchmarks.plots import plot_cost
+from linvideo_core.evaluate import plots
+from linvideo_core.evaluate import videos as video_files
 
 SIZE = (4, 7, 12, 10)  # B, F, H, W: odd, not square
 
@@ -43,33 +46,39 @@ def test_layer_scores_are_drawn_for_any_depth(tmp_path: Path, num_layers: int) -
     assert not is_blank(path)
 
 
-def test_losses_are_drawn_for_one_row_and_for_negative_values(tmp_path: Path) -> None:
-    path = tmp_path / "losses.png"
-    for rows in (metrics(2), metrics(2)[:1], [{"step": 0, "loss": -1.0}, {"step": 1, "loss": 0.5}]):
-        plots.plot_losses(rows, path)
-        assert not is_blank(path)
+VELOCITY_ROWS = [
+    {"model": model, "sigma": sigma, "velocity_error": error, "velocity_cosine": 1 - error**2}
+    for model, error in (("swapped", 0.9), ("student", 0.1))
+    for sigma in (1.0, 0.5, 0.1)
+]
+STEP_ROWS = [
+    {"model": model, "steps": steps, "frechet_teacher_features": value, "motion_energy": value}
+    for model, steps, value in (
+        ("teacher", 50, 0.0), ("teacher_4_plain", 4, 3.0), ("distilled_4", 4, 0.5)
+    )
+]  # fmt: skip
+COST_ROWS = [
+    {"layer": layer, "tokens": tokens, "milliseconds": tokens / 9, "extra_mb": megabytes}
+    for layer in ("softmax", "linear")
+    for tokens, megabytes in ((1024, 0.0), (3000, 7.0))
+]
 
 
-def test_velocity_error_is_drawn_for_several_models(tmp_path: Path) -> None:
-    rows = [
-        {"model": model, "sigma": sigma, "velocity_error": error, "velocity_cosine": 1 - error**2}
-        for model, error in (("swapped", 0.9), ("student", 0.1))
-        for sigma in (1.0, 0.5, 0.1)
-    ]
-    plots.plot_velocity_error(rows, tmp_path / "error.png")
-    assert not is_blank(tmp_path / "error.png")
-
-
-def test_quality_by_steps_is_drawn_with_and_without_a_judge(tmp_path: Path) -> None:
-    rows = [
-        {"model": model, "steps": steps, "frechet_teacher_features": value, "motion_energy": value}
-        for model, steps, value in (
-            ("teacher", 50, 0.0), ("teacher_4_plain", 4, 3.0), ("distilled_4", 4, 0.5)
-        )
-    ]  # fmt: skip
-    for judged in ({}, {"frechet": 0.5, "motion": None}):
-        plots.plot_steps([row | judged for row in rows], tmp_path / "steps.png")
-        assert not is_blank(tmp_path / "steps.png")
+@pytest.mark.parametrize(
+    ("plot", "rows"),
+    [
+        (plots.plot_losses, metrics(2)),
+        (plots.plot_losses, metrics(2)[:1]),
+        (plots.plot_losses, [{"step": 0, "loss": -1.0}, {"step": 1, "loss": 0.5}]),
+        (plots.plot_velocity_error, VELOCITY_ROWS),
+        (plots.plot_steps, STEP_ROWS),
+        (plots.plot_steps, [row | {"frechet": 0.5, "motion": None} for row in STEP_ROWS]),
+        (partial(plot_cost, slopes={"softmax": 2.0, "linear": 1.0}), COST_ROWS),
+    ],
+)
+def test_a_plot_is_drawn(plot: Callable, rows: list[dict], tmp_path: Path) -> None:
+    plot(rows, tmp_path / "plot.png")
+    assert not is_blank(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
@@ -134,17 +143,3 @@ def test_videos_that_do_not_match_are_refused(tmp_path: Path, clips: dict, capti
     for save in (video_files.save_strip, video_files.save_animation):
         with pytest.raises(ValueError, match="one shape"):
             save(clips, captions, tmp_path / "picture")
-
-
-def test_a_progress_bar_closes_with_its_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    with TqdmProgress() as progress:
-        for done in range(1, 4):
-            progress("sampling", done, 3)
-        progress("sampling", 3, 3)
-        progress("training", 41, 100, loss=0.25)
-        progress("training", 42, 100, loss=0.125)
-    shown = capsys.readouterr().err
-    assert "sampling: 100%" in shown and "3/3" in shown
-    assert shown.count("3/3") == 1
-    assert "42/100" in shown and "loss=0.125" in shown
-    assert shown.endswith("\n")

@@ -13,10 +13,9 @@ from torch import Tensor
 from linvideo_core import artifact, kernels
 from linvideo_core.artifact import Artifact, ArtifactError, Usage
 from linvideo_core.artifact.summary import count_bytes, describe
-from linvideo_core.evaluate.comparison import CompareConfig, compare_artifact
-from linvideo_core.models import config
+from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
 from linvideo_core.models.attention import LinearAttention, window_attention
-from linvideo_core.models.config import LinearForm
+from linvideo_core.models.config import FEATURE_MAPS, LinearForm
 from linvideo_core.models.wan import WanModel
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
@@ -350,4 +349,4 @@ def test_the_students_row_has_the_bytes_of_its_tensors(wide_subject: Teacher) ->
 
 
 def test_settings_know_the_feature_maps_of_the_kernels() -> None:
-    assert config.FEATURE_MAPS == kernels.FEATURE_MAPS
+    assert FEATURE_MAPS == kernels.FEATURE_MAPS

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from linvideo_core import artifact
-from linvideo_core.evaluate.comparison import read_evaluation
+from linvideo_core.evaluate.compare import read_evaluation
 from linvideo_core.flow import make_sigmas, sample_euler
 from linvideo_core.models.experts import HIGH, LOW, SIDES, Experts
 from linvideo_core.models.velocity import TIMESTEP_SCALE, bind, bind_guided

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import artifact as artifact_files
+from ..artifact import Artifact
 from ..artifact.summary import count_bytes
 from ..flow import Recipe
 from ..models.attention import LinearAttention
@@ -20,7 +21,7 @@ from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..run.files import write_json
 from ..teacher.teacher import Teacher
-from . import plots, video_files
+from . import plots, videos
 from .config import CompareConfig
 from .entrants import Entrants
 from .sampler import NUM_SHOWN, Evaluator, Row
@@ -37,7 +38,7 @@ Students = Mapping[str, contextlib.AbstractContextManager[nn.Module]]
 
 @dataclasses.dataclass(kw_only=True)
 class Comparison:
-    """Evidence about several models that sampled the same prompts from the same noise.
+    """Measures and pictures of several models that sampled the same prompts from the same noise.
 
     rows: one a model, the teacher first: how many of its layers are linear, its measures by name.
     velocity_rows: `model`, `sigma`, `velocity_error`, `velocity_cosine` of each student.
@@ -63,11 +64,10 @@ def compare(
 ) -> Comparison:
     """Sample the teacher, then every student, and measure them; on the teacher's device.
 
-    recipes: name -> how that student is sampled; the others as the settings say, which alone makes
-        their velocities comparable with the teacher's.
-
-    A student's context is entered once, after the teacher was sampled: it may change
-    `teacher.model` in place as long as leaving it gives the teacher back.
+    students: each context is entered once, after the teacher was sampled. It may change
+        `teacher.model` in place as long as leaving it gives the teacher back.
+    recipes: name -> how that student is sampled; the others as the settings say. Velocities are
+        compared of the others alone, which follow the teacher's trajectories.
     """
     evaluator = Evaluator(
         teacher, settings, seed=seed, precision=precision, callbacks=callbacks or Callbacks()
@@ -115,85 +115,74 @@ def swap(
         restore(model, chosen, originals)
 
 
+def _swap_as(artifact: Artifact, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+    header = artifact.header
+    return swap(model, header.linear_layers, header.feature_dim, header.form)
+
+
 def compare_artifact(
-    teacher: Teacher,
-    artifact: artifact_files.Artifact,
-    settings: CompareConfig,
-    *,
-    seed: int,
-    precision: str = "fp32",
-    callbacks: Callbacks | None = None,
+    teacher: Teacher, artifact: Artifact, settings: CompareConfig, **how: Any
 ) -> Comparison:
     """Compare the teacher, the teacher with the same layers merely swapped, and the student.
 
+    how: `seed`, `precision` and `callbacks` of `compare`.
+
     The student's row also has `bytes`, those of the artifact's tensors.
     """
-    header = artifact.header
     students = {
-        "swapped": swap(teacher.model, header.linear_layers, header.feature_dim, header.form),
+        "swapped": _swap_as(artifact, teacher.model),
         "student": artifact_files.apply(artifact, teacher.model),
     }
-    comparison = compare(
-        teacher, students, settings, seed=seed, precision=precision, callbacks=callbacks
-    )
+    comparison = compare(teacher, students, settings, **how)
     comparison.rows[-1]["bytes"] = sum(count_bytes(artifact).values())
     return comparison
 
 
 def compare_few_step(
-    teacher: Teacher,
-    lineup: Entrants,
-    settings: CompareConfig,
-    *,
-    seed: int,
-    precision: str = "fp32",
-    callbacks: Callbacks | None = None,
+    teacher: Teacher, entrants: Entrants, settings: CompareConfig, **how: Any
 ) -> Comparison:
-    """Compare steps against quality, as `compare` does: the teacher at all steps and a line-up."""
-    how = {"seed": seed, "precision": precision, "callbacks": callbacks}
-    result = compare(teacher, lineup.students, settings, recipes=lineup.recipes, **how)
-    for name in lineup.unseen:
+    """Compare steps against quality: the teacher at all steps and the entrants; see `compare`."""
+    result = compare(teacher, entrants.students, settings, recipes=entrants.recipes, **how)
+    for name in entrants.without_pictures:
         del result.frames[name]
     return result
 
 
 def compare_experts(
-    teacher: Teacher,
-    made: Mapping[str, artifact_files.Artifact],
-    settings: CompareConfig,
-    *,
-    seed: int,
-    precision: str = "fp32",
-    callbacks: Callbacks | None = None,
+    teacher: Teacher, made: Mapping[str, Artifact], settings: CompareConfig, **how: Any
 ) -> Comparison:
-    """Compare two experts with their students, two models at work on each video.
+    """Compare two experts with their students, two models at work on each video; see `compare`.
 
     teacher: its model is `models.experts.Experts`; made: the file of each side.
     """
 
     @contextlib.contextmanager
-    def both(*, is_trained: bool) -> Iterator[nn.Module]:
+    def both(change: Callable) -> Iterator[nn.Module]:
         with contextlib.ExitStack() as stack:
-            for side, found in made.items():
-                expert, header = teacher.model.get_submodule(side), found.header
-                stack.enter_context(
-                    artifact_files.apply(found, expert)
-                    if is_trained
-                    else swap(expert, header.linear_layers, header.feature_dim, header.form)
-                )
+            for side, artifact in made.items():
+                stack.enter_context(change(artifact, teacher.model.get_submodule(side)))
             yield teacher.model
 
-    students = {"swapped": both(is_trained=False), "student": both(is_trained=True)}
-    return compare(teacher, students, settings, seed=seed, precision=precision, callbacks=callbacks)
+    students = {
+        "swapped": both(_swap_as),
+        "student": both(artifact_files.apply),
+    }
+    return compare(teacher, students, settings, **how)
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
-    """Write the video_files, then evaluation.json; return what that holds.
+    """Write the pictures, then evaluation.json; return what that holds.
 
-    Models of several numbers of steps are drawn by them, in steps.png.
-    `settings`, `rows` and `velocity_rows`, as in `Comparison`.
+    samples.png, samples.gif, velocity_error.png where velocities were compared, steps.png where
+    models took several numbers of steps. evaluation.json has `settings`, `rows` and
+    `velocity_rows`, as in `Comparison`.
     """
-    save_pictures(comparison, folder)
+    frames = {_caption(name): clips for name, clips in comparison.frames.items()}
+    videos.save_strip(frames, comparison.prompts, folder / "samples.png")
+    videos.save_animation(frames, comparison.prompts, folder / "samples.gif")
+    if comparison.velocity_rows:
+        rows = [row | {"model": _caption(row["model"])} for row in comparison.velocity_rows]
+        plots.plot_velocity_error(rows, folder / "velocity_error.png")
     if len({row["steps"] for row in comparison.rows}) > 1:
         plots.plot_steps(comparison.rows, folder / STEPS_NAME)
     result = {
@@ -213,16 +202,6 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     keys = ("settings", "rows", "velocity_rows")
     return result if isinstance(result, dict) and all(key in result for key in keys) else None
-
-
-def save_pictures(comparison: Comparison, folder: Path) -> None:
-    """Write samples.png, samples.gif and velocity_error.png, in a reader's words."""
-    frames = {_caption(name): clips for name, clips in comparison.frames.items()}
-    video_files.save_strip(frames, comparison.prompts, folder / "samples.png")
-    video_files.save_animation(frames, comparison.prompts, folder / "samples.gif")
-    if comparison.velocity_rows:
-        rows = [row | {"model": _caption(row["model"])} for row in comparison.velocity_rows]
-        plots.plot_velocity_error(rows, folder / "velocity_error.png")
 
 
 def _caption(name: str) -> str:

@@ -123,9 +123,8 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Cut a text, with an ellipsis, to what fits into `width` pixels."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    lengths = (n for n in range(len(text), 0, -1) if font.getlength(text[:n] + "…") <= width)
+    return text[: next(lengths, 0)].rstrip() + "…"
 
 
 def _save_image(image: Image.Image, path: Path, kind: str, **options: Any) -> None:
