@@ -11,6 +11,7 @@ import logging
 import sys
 import unittest
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.wan.model
@@ -108,18 +109,36 @@ def load_in_hosts_dtype(**settings: Any) -> Any:
     return patcher
 
 
-IS_IN_HOSTS_DTYPE = False
-"""Whether the demo's model is computed in the host's dtype, not in the fp32 that its node asks for.
+_computes_in_hosts_dtype = False
 
-Set before anything is sampled, it holds for the whole process.
-"""
+
+@contextlib.contextmanager
+def in_hosts_dtype() -> Iterator[None]:
+    """Let the demo's model compute in the host's dtype, not in the fp32 that its node asks for."""
+    global _computes_in_hosts_dtype
+    _computes_in_hosts_dtype = True
+    forget()
+    try:
+        yield
+    finally:
+        _computes_in_hosts_dtype = False
+        forget()
+
+
+def forget() -> None:
+    """Empty the caches of the test files that are loaded."""
+    for module in list(sys.modules.values()):
+        if str(getattr(module, "__file__", "")).startswith(str(Path(__file__).parent)):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 @functools.cache
 def demo() -> tuple[Any, Any, Any, Any]:
     """Return what LinVideo Demo gives: MODEL, positive, negative, LATENT."""
     model, *others = demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
-    return (load_in_hosts_dtype() if IS_IN_HOSTS_DTYPE else model, *others)
+    return (load_in_hosts_dtype() if _computes_in_hosts_dtype else model, *others)
 
 
 @functools.cache

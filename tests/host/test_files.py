@@ -53,7 +53,7 @@ def _complaint(function: Callable[..., Any], *arguments: Any) -> str:
     raise AssertionError("nothing was refused")
 
 
-def what_is_saved_is_what_is_loaded() -> None:
+def test_what_is_saved_is_what_is_loaded() -> None:
     with _folder():
         name = _save("mine")
         assert name == "mine.safetensors" and name in model_folder.list_files()
@@ -66,7 +66,7 @@ def what_is_saved_is_what_is_loaded() -> None:
             assert all(map(torch.equal, kept[name], pair))
 
 
-def a_file_is_never_replaced_unless_asked() -> None:
+def test_a_file_is_never_replaced_unless_asked() -> None:
     with _folder() as folder:
         names = [_save("mine"), _save("mine"), _save("mine.safetensors")]
         assert names == [f"mine{n}.safetensors" for n in ("", "_00001_", "_00002_")]
@@ -76,7 +76,7 @@ def a_file_is_never_replaced_unless_asked() -> None:
         assert sorted(path.name for path in folder.iterdir()) == sorted(names)
 
 
-def folders_in_a_name_are_made() -> None:
+def test_folders_in_a_name_are_made() -> None:
     with _folder() as folder:
         name = str(Path("wan", "480p", "mine.safetensors"))
         assert _save("wan/480p\\mine") == name and name in model_folder.list_files()
@@ -85,7 +85,7 @@ def folders_in_a_name_are_made() -> None:
         assert loaded.header == _shipped().header
 
 
-def a_name_that_leads_out_or_is_none_is_refused() -> None:
+def test_a_name_that_leads_out_or_is_none_is_refused() -> None:
     bad = ["", " ", ".", "..", "../mine", "wan/../../mine", "..\\mine", "/mine", "C:\\mine", "a\0b"]
     bad += ["mine.", "con", "NUL.x", ".hidden", "a*b", "%date%", "x" * 300, ".safetensors", "a/ /b"]
     bad += ["~/x", "nul.safetensors", "é" * 200, "\udcff", " . ", "\u202egnp.x", "a\n b", "a//b"]
@@ -97,20 +97,20 @@ def a_name_that_leads_out_or_is_none_is_refused() -> None:
         assert not (folder.parent / "mine.safetensors").exists()
 
 
-def a_folder_that_cannot_be_made_is_one_sentence() -> None:
+def test_a_folder_that_cannot_be_made_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "taken").write_bytes(b"")
         assert "cannot be made" in _complaint(_save, "taken/mine")
 
 
-def a_folder_in_a_files_place_is_one_sentence() -> None:
+def test_a_folder_in_a_files_place_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "mine.safetensors").mkdir()
         assert _save("mine") == "mine_00001_.safetensors"
         assert "could not write" in _complaint(lambda: _save("mine", overwrite=True))
 
 
-def a_folder_that_is_gone_costs_its_own_files_alone() -> None:
+def test_a_folder_that_is_gone_costs_its_own_files_alone() -> None:
     with _folder() as folder:
         _save("mine")
         assert "mine.safetensors" in model_folder.list_files()
@@ -151,7 +151,7 @@ def _extra_paths(text: str) -> Iterator[Path]:
         yield Path(name)
 
 
-def the_folders_come_in_comfyuis_own_order() -> None:
+def test_the_folders_come_in_comfyuis_own_order() -> None:
     text = """
         searched: {loras: first/loras, linvideo: first/linvideo}
         default: {base_path: second, is_default: true, loras: loras, linvideo: linvideo}
@@ -178,14 +178,14 @@ def the_folders_come_in_comfyuis_own_order() -> None:
         assert (folder / "last" / "linvideo" / "mine.safetensors").is_file()
 
 
-def a_folder_that_is_only_searched_is_not_saved_into() -> None:
+def test_a_folder_that_is_only_searched_is_not_saved_into() -> None:
     with _extra_paths("searched: {linvideo: here}") as folder:
         model_folder.register_folder()
         expected = [str(folder / "models" / "linvideo"), str(folder / "here")]
         assert folder_paths.get_folder_paths(model_folder.FOLDER) == expected
 
 
-def the_picture_is_an_image_and_the_words_name_the_layers() -> None:
+def test_the_picture_is_an_image_and_the_words_name_the_layers() -> None:
     picture, text = LinVideoShowFile.execute(_shipped()).result
     assert picture.dtype == torch.float32 and picture.shape[::3] == (1, 3)
     assert 0 <= float(picture.min()) < 0.2 and float(picture.max()) == 1
@@ -193,7 +193,7 @@ def the_picture_is_an_image_and_the_words_name_the_layers() -> None:
     assert f"linear layers: {layers}" in text.splitlines()
 
 
-def a_connected_file_gives_the_same_latents_as_a_chosen_one() -> None:
+def test_a_connected_file_gives_the_same_latents_as_a_chosen_one() -> None:
     model, positive, negative, latent = demo.LinVideoDemo.execute("three", "left", 1).result
     noise = comfy.sample.prepare_noise(latent["samples"], 1)
     modes = (
@@ -211,7 +211,7 @@ def a_connected_file_gives_the_same_latents_as_a_chosen_one() -> None:
     assert torch.equal(*reports)
 
 
-def the_report_says_the_strength() -> None:
+def test_the_report_says_the_strength() -> None:
     model = demo.LinVideoDemo.execute("three", "left", 1).result[0]
     weak, strong = (
         LinVideoLinearize.execute(

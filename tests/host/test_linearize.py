@@ -97,27 +97,27 @@ def _hooked(model: Any) -> list[str]:
     return [name for name, module in modules if "forward" in module.__dict__]
 
 
-def the_teacher_gives_the_latents_of_the_headless_core() -> None:
+def test_the_teacher_gives_the_latents_of_the_headless_core() -> None:
     assert_close(_teacher_latents(), _sample_headless())
 
 
-def the_linearized_model_gives_the_latents_of_the_headless_core() -> None:
+def test_the_linearized_model_gives_the_latents_of_the_headless_core() -> None:
     latents = sample(_apply_file(model_folder.SHIPPED).result[0])
     assert_close(latents, _sample_headless(_shipped()))
     assert float((latents - _teacher_latents()).norm()) > 1
 
 
-def full_weight_changes_give_the_latents_of_the_headless_core() -> None:
+def test_full_weight_changes_give_the_latents_of_the_headless_core() -> None:
     linearized = linearize(_demo()[0], _other_file(), strength=0.5)
     assert_close(sample(linearized), _sample_headless(_other_file(), strength=0.5))
 
 
-def strength_zero_leaves_the_weights_alone() -> None:
+def test_strength_zero_leaves_the_weights_alone() -> None:
     linearized = linearize(_demo()[0], _shipped(), strength=0.0)
     assert_close(sample(linearized), _sample_headless(_shipped(), strength=0.0))
 
 
-def the_model_that_came_in_gives_the_same_bits_ever_after() -> None:
+def test_the_model_that_came_in_gives_the_same_bits_ever_after() -> None:
     model, *_ = _demo()
     names = list(model.model.state_dict())
     before = _teacher_latents()
@@ -131,7 +131,7 @@ def the_model_that_came_in_gives_the_same_bits_ever_after() -> None:
     assert not _hooked(model)
 
 
-def a_model_thrown_away_while_it_is_loaded_leaves_nothing() -> None:
+def test_a_model_thrown_away_while_it_is_loaded_leaves_nothing() -> None:
     model, *_ = _demo()
     linearized = linearize(model, _shipped())
     comfy.model_management.load_models_gpu([linearized])
@@ -142,7 +142,7 @@ def a_model_thrown_away_while_it_is_loaded_leaves_nothing() -> None:
     assert torch.equal(sample(model), _teacher_latents())
 
 
-def a_clone_of_a_loaded_model_samples_alike() -> None:
+def test_a_clone_of_a_loaded_model_samples_alike() -> None:
     linearized = linearize(_demo()[0], _shipped())
     expected = sample(linearized)
     comfy.model_management.load_models_gpu([linearized])
@@ -153,14 +153,14 @@ def a_clone_of_a_loaded_model_samples_alike() -> None:
     assert torch.equal(sample(linearized), expected)
 
 
-def a_clone_made_while_sampling_and_thrown_away_changes_nothing() -> None:
+def test_a_clone_made_while_sampling_and_thrown_away_changes_nothing() -> None:
     linearized = linearize(_demo()[0], _shipped())
     assert torch.equal(
         sample(linearized, on_step=lambda *_: linearized.clone()), sample(linearized)
     )
 
 
-def a_copy_with_weights_of_its_own_samples_alike() -> None:
+def test_a_copy_with_weights_of_its_own_samples_alike() -> None:
     linearized = linearize(_demo()[0], _shipped())
     if "force_deepcopy" not in inspect.signature(linearized.clone).parameters:
         raise unittest.SkipTest("needs ComfyUI >= 0.25.0: clones with weights of their own")
@@ -169,14 +169,14 @@ def a_copy_with_weights_of_its_own_samples_alike() -> None:
     assert_close(sample(copy), sample(linearized))
 
 
-def a_lora_before_or_after_gives_the_latents_of_merged_weights() -> None:
+def test_a_lora_before_or_after_gives_the_latents_of_merged_weights() -> None:
     model, *_ = _demo()
     expected = _sample_headless(_shipped(), has_lora=True)
     assert_close(sample(linearize(with_lora(model), _shipped())), expected)
     assert_close(sample(with_lora(linearize(model, _shipped()))), expected)
 
 
-def weights_that_are_streamed_give_the_same_latents() -> None:
+def test_weights_that_are_streamed_give_the_same_latents() -> None:
     expected = sample(linearize(_demo()[0], _shipped()))
     linearized = without_dynamic_memory(linearize(_demo()[0], _shipped()))
     comfy.model_management.unload_all_models()
@@ -187,7 +187,7 @@ def weights_that_are_streamed_give_the_same_latents() -> None:
     assert_close(latents, expected)
 
 
-def compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
+def test_compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
     linearized = linearize(_demo()[0], _shipped())
     expected = sample(linearized)
     compiled = without_dynamic_memory(linearized)
@@ -198,7 +198,7 @@ def compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
     assert torch.equal(sample(_demo()[0]), _teacher_latents())
 
 
-def the_blocks_beside_the_main_ones_stay_softmax() -> None:
+def test_the_blocks_beside_the_main_ones_stay_softmax() -> None:
     patcher = load_vace(vace_weights())
     maps = next(iter(_shipped().feature_maps.values()))
     header = dataclasses.replace(
@@ -224,7 +224,7 @@ def the_blocks_beside_the_main_ones_stay_softmax() -> None:
     assert torch.equal(sample(patcher), before)
 
 
-def an_attention_override_serves_every_layer_but_ours() -> None:
+def test_an_attention_override_serves_every_layer_but_ours() -> None:
     model, *_ = _demo()
     seen = set()
     num_tokens = LATENT_SHAPE[1] * LATENT_SHAPE[2] * LATENT_SHAPE[3] // 4
@@ -251,7 +251,7 @@ def an_attention_override_serves_every_layer_but_ours() -> None:
         assert seen == others | {("cross", i) for i in layers}
 
 
-def a_forward_patched_by_another_pack_comes_back() -> None:
+def test_a_forward_patched_by_another_pack_comes_back() -> None:
     model, *_ = _demo()
     linearized = linearize(model, _shipped())
     attention = model.model.diffusion_model.blocks[_shipped().header.layers[0]].self_attn
@@ -271,7 +271,7 @@ def a_forward_patched_by_another_pack_comes_back() -> None:
         del attention.forward
 
 
-def injecting_or_ejecting_twice_is_the_same_as_once() -> None:
+def test_injecting_or_ejecting_twice_is_the_same_as_once() -> None:
     linearized = linearize(_demo()[0], _shipped())
     blocks = linearized.model.diffusion_model.blocks
     assert not _hooked(linearized)
@@ -290,7 +290,7 @@ def injecting_or_ejecting_twice_is_the_same_as_once() -> None:
     injection.eject(linearized)
 
 
-def the_feature_maps_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
+def test_the_feature_maps_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
     linearized = linearize(_demo()[0], _shipped())
     comfy.model_management.load_models_gpu([linearized, *linearized.get_additional_models()])
     loaded = {type(each.model).__name__ for each in comfy.model_management.loaded_models()}
@@ -298,14 +298,14 @@ def the_feature_maps_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
     assert not any("map" in name for name in linearized.model.state_dict())
 
 
-def applying_twice_is_refused() -> None:
+def test_applying_twice_is_refused() -> None:
     linearized = linearize(_demo()[0], _shipped())
     assert "linearized already" in complaint(ArtifactError, linearize, linearized, _other_file())
     clone = linearized.clone()
     assert "linearized already" in complaint(ArtifactError, linearize, clone, _shipped())
 
 
-def a_file_for_another_model_is_refused_with_both_names() -> None:
+def test_a_file_for_another_model_is_refused_with_both_names() -> None:
     header = dataclasses.replace(
         _shipped().header, fingerprint="wan, 30 layers, 12 heads of 128", num_layers=30
     )
@@ -318,7 +318,7 @@ def a_file_for_another_model_is_refused_with_both_names() -> None:
     assert "wan" in complaint(ArtifactError, linearize, stranger, _shipped())
 
 
-def a_missing_damaged_or_foreign_file_is_refused() -> None:
+def test_a_missing_damaged_or_foreign_file_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
         folder_paths.folder_names_and_paths[model_folder.FOLDER] = ([folder], {".safetensors"})
         undo.callback(folder_paths.folder_names_and_paths.pop, model_folder.FOLDER)
@@ -331,7 +331,7 @@ def a_missing_damaged_or_foreign_file_is_refused() -> None:
         assert "gone.safetensors" in complaint(ArtifactError, _apply_file, "gone.safetensors")
 
 
-def the_decoder_gives_frames_and_refuses_other_latents() -> None:
+def test_the_decoder_gives_frames_and_refuses_other_latents() -> None:
     samples = {"samples": torch.zeros(2, *LATENT_SHAPE)}
     (frames,) = demo.LinVideoDemoDecode.execute(samples, 8).result
     assert frames.shape == (2 * 28, 256, 256, 3) and frames.dtype == torch.float32
@@ -340,7 +340,7 @@ def the_decoder_gives_frames_and_refuses_other_latents() -> None:
     assert "[1, 4, 64, 64]" in message
 
 
-def the_sampler_previews_what_the_decoder_shows() -> None:
+def test_the_sampler_previews_what_the_decoder_shows() -> None:
     latent_format = _demo()[0].model.latent_format
     factors = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
     picture = latent_preview.Latent2RGBPreviewer(*factors).decode_latent_to_preview(_x0())

@@ -86,7 +86,7 @@ def _said_of_sampling(model: Any, **settings: Any) -> list[str]:
     return _said(model)[num_lines:]
 
 
-def the_file_is_told_its_own_weights_loaded_or_not() -> None:
+def test_the_file_is_told_its_own_weights_loaded_or_not() -> None:
     changed = with_lora(demo_nodes.load_demo_model())
     for model in (demo()[0], changed):
         assert compare_base(_file().header, model).kind == "same"
@@ -96,7 +96,7 @@ def the_file_is_told_its_own_weights_loaded_or_not() -> None:
     assert (match.kind, match.distance) == ("same", 0.0)
 
 
-def without_a_sketch_the_digest_is_compared() -> None:
+def test_without_a_sketch_the_digest_is_compared() -> None:
     """The files that were made before there were sketches, such as the shipped ones once."""
     header = dataclasses.replace(_file().header, weights_sketch=())
     assert compare_base(header, demo()[0]).kind == "same"
@@ -115,7 +115,7 @@ def _finetuned(amount: float) -> Any:
     return model
 
 
-def another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
+def test_another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
     other, slight = _finetuned(0.3), _finetuned(0.03)
     with collect_warnings() as warnings:
         linearized = linearize(other, _file())
@@ -142,7 +142,7 @@ class _Packed(nn.Module):
         return nn.functional.linear(x, self.scale * self.weight, self.bias)
 
 
-def weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied() -> None:
+def test_weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied() -> None:
     model = demo_nodes.load_demo_model()
     attention = model.model.diffusion_model.blocks[0].self_attn
     attention.q = _Packed(attention.q)
@@ -153,24 +153,24 @@ def weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied()
     assert _sample(linearized).isfinite().all()
 
 
-def weights_that_are_not_there_are_said_to_be_unknown() -> None:
+def test_weights_that_are_not_there_are_said_to_be_unknown() -> None:
     model = demo_nodes.load_demo_model()
     attention = model.model.diffusion_model.blocks[0].self_attn
     attention.q.weight = nn.Parameter(torch.empty(128, 128, device="meta"), requires_grad=False)
     assert compare_base(_file().header, model).kind == "unknown"
 
 
-def sampled_as_it_was_made_nothing_differs() -> None:
+def test_sampled_as_it_was_made_nothing_differs() -> None:
     assert _said_of_sampling(linearize(demo()[0], _file())) == _AS_MADE
 
 
-def a_file_that_does_not_say_is_not_compared() -> None:
+def test_a_file_that_does_not_say_is_not_compared() -> None:
     header = dataclasses.replace(_file().header, usage=Usage())
     linearized = linearize(demo()[0], dataclasses.replace(_file(), header=header))
     assert _said_of_sampling(linearized, cfg=7.0) == []
 
 
-def another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
+def test_another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
     linearized = linearize(demo()[0], _file())
     (said,) = _said_of_sampling(linearized, noise=make_noise(frames=4))
     assert said == "Sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 28 frames."
@@ -185,7 +185,7 @@ def another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
     assert _said_of_sampling(linearized) == _AS_MADE
 
 
-def a_guider_without_negative_prompt_guides_nothing() -> None:
+def test_a_guider_without_negative_prompt_guides_nothing() -> None:
     _, positive, negative, _ = demo()
     linearized = linearize(demo()[0], _file())
     basic = Guider_Basic(linearized)
@@ -204,7 +204,7 @@ def _said_with(guider: Any) -> list[str]:
     return _said(guider.model_patcher)
 
 
-def a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> None:
+def test_a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> None:
     made = artifact.load(model_folder.find_file(model_folder.SHIPPED_FEW_STEP))
     usage = Usage(**{**_MADE_AT, "guidance_scale": 1.0, "steps": 4, "sampler": "lcm"})
     header = dataclasses.replace(made.header, format_version=3, usage=usage)
@@ -217,28 +217,28 @@ def a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> Non
     assert "sampler euler" in said and "set cfg to 1" in said
 
 
-def steps_outside_of_an_experts_noise_levels_are_counted() -> None:
+def test_steps_outside_of_an_experts_noise_levels_are_counted() -> None:
     high = linearize(demo()[0], _file(sigma_from=1.0, sigma_to=0.875, steps=12))
     assert _said_of_sampling(high, steps=12, last_step=3) == _AS_MADE
     (said,) = _said_of_sampling(high, steps=12)
     assert said.startswith("Sampled: 7 of 12 steps at noise levels that the file was not made")
 
 
-def few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
+def test_few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
     linearized = linearize(demo()[0], _file(steps=50))
     (said,) = _said_of_sampling(linearized, steps=4)
     assert said.startswith("Sampled: 4 steps, but the file was made in 50")
     assert _said_of_sampling(linearized, steps=20) == _AS_MADE
 
 
-def kept_steps_are_said_to_be_slow() -> None:
+def test_kept_steps_are_said_to_be_slow() -> None:
     linearized = linearize(demo()[0], _file(), keep_first_steps=2)
     assert _said(linearized)[-1].startswith("The first 2 steps of each sampling run the model")
     _sample(linearized, steps=2)
     assert "every step as the model came in" in _said(linearized)[-1]
 
 
-def what_one_run_of_a_graph_samples_is_shown_together() -> None:
+def test_what_one_run_of_a_graph_samples_is_shown_together() -> None:
     linearized = linearize(demo()[0], _file())
     num_lines = len(_said(linearized))
     with CurrentNodeContext("first run", "sampler"):
@@ -255,7 +255,7 @@ def what_one_run_of_a_graph_samples_is_shown_together() -> None:
     assert _said(linearized)[num_lines:] == _AS_MADE
 
 
-def the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
+def test_the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
     shown: list[tuple[str, str, str]] = []
     server = types.SimpleNamespace(
         client_id="browser", send_progress_text=lambda *message: shown.append(message)

@@ -63,7 +63,7 @@ def _block_forward(layer: int, forward: Callable[..., Tensor], model: Any = None
         del block.forward
 
 
-def a_block_that_another_pack_computes_is_noticed() -> None:
+def test_a_block_that_another_pack_computes_is_noticed() -> None:
     expected = _sample(_linearized())
     for layer in (_layers()[0], _layers()[-1]):
         with _block_forward(layer, lambda x, *_, **__: x):
@@ -72,14 +72,14 @@ def a_block_that_another_pack_computes_is_noticed() -> None:
     assert torch.equal(_sample(_linearized()), expected)
 
 
-def all_blocks_computed_by_another_pack_are_noticed() -> None:
+def test_all_blocks_computed_by_another_pack_are_noticed() -> None:
     with contextlib.ExitStack() as stack:
         for layer in range(len(_blocks())):
             stack.enter_context(_block_forward(layer, lambda x, *_, **__: x))
         assert "0 times" in _complaint(_linearized())
 
 
-def a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
+def test_a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
     block = _blocks()[_layers()[1]]
 
     def twice(*args: Any, **kwargs: Any) -> Tensor:
@@ -90,7 +90,7 @@ def a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
         assert "2 times" in _complaint(_linearized())
 
 
-def layers_that_are_not_in_place_are_noticed() -> None:
+def test_layers_that_are_not_in_place_are_noticed() -> None:
     model = _linearized().clone()
     model.injections = {}
     assert "not in the model" in _complaint(model)
@@ -116,21 +116,21 @@ def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
     return patched
 
 
-def a_block_that_is_wrapped_stays_linear() -> None:
+def test_a_block_that_is_wrapped_stays_linear() -> None:
     with _warnings() as messages:
         wrapped = _patched(lambda args, extra: extra["original_block"](args))
         assert torch.equal(_sample(wrapped), _sample(_linearized()))
     assert not messages
 
 
-def a_block_that_is_skipped_is_said_once() -> None:
+def test_a_block_that_is_skipped_is_said_once() -> None:
     with _warnings() as messages:
         skipped = _patched(lambda args, _: args)
         assert not torch.equal(_sample(skipped), _sample(_linearized()))
     assert len(messages) == 1 and f"layers {_layers()[0]} were" in messages[0], messages
 
 
-def the_last_blocks_may_be_reused_after_a_whole_call() -> None:
+def test_the_last_blocks_may_be_reused_after_a_whole_call() -> None:
     layer, calls = _layers()[-1], []
 
     def reuse(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -145,7 +145,7 @@ def the_last_blocks_may_be_reused_after_a_whole_call() -> None:
     assert len(messages) == 1 and f"layers {layer} were" in messages[0], messages
 
 
-def a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
+def test_a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
     first: list[Tensor] = []
 
     def reuse(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -159,7 +159,7 @@ def a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
     assert "0 times" in _complaint(caching)
 
 
-def easycache_before_or_after_reuses_calls() -> None:
+def test_easycache_before_or_after_reuses_calls() -> None:
     def cached(model: Any) -> Any:
         settings = {"start_percent": 0.1, "end_percent": 0.9, "verbose": False}
         return EasyCacheNode.execute(model, 2.0, **settings).result[0]
@@ -181,7 +181,7 @@ def _runs_of_the_first_linear_layer() -> Iterator[list[int]]:
         hook.remove()
 
 
-def skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
+def test_skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
     def guided(model: Any, layers: tuple[int, ...]) -> Any:
         settings = {"start_percent": 0.0, "end_percent": 1.0, "single_layers": ""}
         names = ", ".join(map(str, layers))
@@ -195,7 +195,7 @@ def skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
     assert not torch.equal(before, _sample(_linearized()))
 
 
-def compiled_block_by_block_it_compiles_once() -> None:
+def test_compiled_block_by_block_it_compiles_once() -> None:
     expected = _sample(_linearized())
     compiled = without_dynamic_memory(_linearized())
     keys = [f"diffusion_model.blocks.{i}" for i in range(len(_blocks()))]
@@ -209,7 +209,7 @@ def compiled_block_by_block_it_compiles_once() -> None:
     assert not counters["graph_break"], counters["graph_break"]
 
 
-def compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -> None:
+def test_compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -> None:
     compiled = without_dynamic_memory(_linearized())
     set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
     with _block_forward(_layers()[0], lambda x, *_, **__: x, compiled):

@@ -11,7 +11,7 @@ from stage import assert_close, demo, relative_difference, sample, shipped, tole
 from torch._dynamo.utils import counters
 
 
-def it_compiles_once_without_a_break_and_gives_the_same_latents() -> None:
+def test_it_compiles_once_without_a_break_and_gives_the_same_latents() -> None:
     """With the node's backend and its guards; queued again, nothing is compiled."""
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):
         raise unittest.SkipTest("needs a C++ compiler, which inductor calls")

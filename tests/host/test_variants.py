@@ -192,21 +192,21 @@ def _try_wan(
     _try(patcher, noise, 4096, joining, **conditions)
 
 
-def wan_21_and_22_a14b_text_to_video() -> None:
+def test_wan_21_and_22_a14b_text_to_video() -> None:
     _try_wan()
 
 
-def wan_21_image_to_video_and_fun_inpaint() -> None:
+def test_wan_21_image_to_video_and_fun_inpaint() -> None:
     config = {"model_type": "i2v", "in_dim": 36}
     _try_wan(config=config, concat_latent_image=_latents(), clip_vision_output=_clip_vision())
 
 
-def wan_21_first_and_last_frame() -> None:
+def test_wan_21_first_and_last_frame() -> None:
     config = {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": 514}
     _try_wan(config=config, concat_latent_image=_latents(), clip_vision_output=_clip_vision(514))
 
 
-def wan_21_fun_control_with_a_reference_warns() -> None:
+def test_wan_21_fun_control_with_a_reference_warns() -> None:
     config = {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}
     conditions = {
         "concat_latent_image": _latents(32),
@@ -216,47 +216,47 @@ def wan_21_fun_control_with_a_reference_warns() -> None:
     _try_wan(config=config, joining=("reference_latent",), **conditions)
 
 
-def wan_22_a14b_image_to_video() -> None:
+def test_wan_22_a14b_image_to_video() -> None:
     _try_wan(config={"in_dim": 36}, concat_latent_image=_latents())
 
 
-def wan_22_fun_control() -> None:
+def test_wan_22_fun_control() -> None:
     config = {"in_dim": 52, "in_dim_ref_conv": 16}
     _try_wan(config=config, concat_latent_image=_latents(32))
 
 
-def wan_22_5b() -> None:
+def test_wan_22_5b() -> None:
     _try_wan(config={"in_dim": 48, "out_dim": 48}, kind="WAN22", noise=_latents(48))
 
 
-def wan_21_camera() -> None:
+def test_wan_21_camera() -> None:
     camera = random_tensor(1, 24, _F, 8 * _H, 8 * _W)
     conditions = {"camera_conditions": camera, "clip_vision_output": _clip_vision()}
     _try_wan(class_name="CameraWanModel", config={"in_dim": 32}, **conditions)
 
 
-def wan_22_camera() -> None:
+def test_wan_22_camera() -> None:
     config = {"model_type": "camera_2.2", "in_dim": 36}
     camera = random_tensor(1, 24, _F, 8 * _H, 8 * _W)
     _try_wan(class_name="CameraWanModel", config=config, camera_conditions=camera)
 
 
-def wan_vace() -> None:
+def test_wan_vace() -> None:
     config = {"vace_layers": 3, "vace_in_dim": 96}
     _try_wan(class_name="VaceWanModel", config=config, vace_frames=[_latents(32)])
 
 
-def wan_phantom_warns() -> None:
+def test_wan_phantom_warns() -> None:
     _try_wan(joining=("time_dim_concat",), time_dim_concat=_latents(frames=2))
 
 
-def wan_with_latents_as_context_warns() -> None:
+def test_wan_with_latents_as_context_warns() -> None:
     if "context_latents" not in inspect.getsource(comfy.model_base.WAN21):
         raise unittest.SkipTest("needs ComfyUI >= 0.25.0: latents as context")
     _try_wan(joining=("context_latents",), context_latents=[_latents(frames=1)])
 
 
-def wan_22_speech_with_a_reference_warns() -> None:
+def test_wan_22_speech_with_a_reference_warns() -> None:
     conditions = {
         "audio_embed": random_tensor(1, 25, 1024, 4 * _F),
         "reference_latents": [_latents(frames=1)],
@@ -268,7 +268,7 @@ def wan_22_speech_with_a_reference_warns() -> None:
     )
 
 
-def wan_humo_1_7b_with_a_reference_warns() -> None:
+def test_wan_humo_1_7b_with_a_reference_warns() -> None:
     conditions = {
         "audio_embed": random_tensor(1, _F, 8, 5, 1280),
         "reference_latents": [_latents(frames=1)],
@@ -276,7 +276,7 @@ def wan_humo_1_7b_with_a_reference_warns() -> None:
     _try_wan(class_name="HumoWanModel", joining=("reference_latent",), **conditions)
 
 
-def wan_humo_17b_with_a_reference_warns() -> None:
+def test_wan_humo_17b_with_a_reference_warns() -> None:
     conditions = {
         "audio_embed": random_tensor(1, _F, 8, 5, 1280),
         "reference_latents": [_latents(frames=1)],
@@ -289,7 +289,7 @@ def wan_humo_17b_with_a_reference_warns() -> None:
     )
 
 
-def wan_22_animate() -> None:
+def test_wan_22_animate() -> None:
     config = {**_WAN, "in_dim": 36, "num_layers": 5}
     patcher = build(f"{_MODEL}_animate", "AnimateWanModel", config)
     # Its convolutions over faces of 512 x 512 take a minute here: vectors stand in for theirs.
@@ -304,7 +304,7 @@ def wan_22_animate() -> None:
     _try(patcher, _latents(), 4096, **conditions)
 
 
-def wan_scail_warns() -> None:
+def test_wan_scail_warns() -> None:
     conditions = {
         "clip_vision_output": _clip_vision(),
         "reference_latents": [_latents(frames=1)],
@@ -314,7 +314,7 @@ def wan_scail_warns() -> None:
     _try_wan(class_name="SCAILWanModel", config={"in_dim": 20}, joining=joining, **conditions)
 
 
-def wan_scail_2_warns() -> None:
+def test_wan_scail_2_warns() -> None:
     conditions = {
         "clip_vision_output": _clip_vision(),
         "reference_latents": [_latents(frames=1)],
@@ -326,7 +326,7 @@ def wan_scail_2_warns() -> None:
     _try_wan(class_name="SCAIL2WanModel", config={"in_dim": 20}, joining=joining, **conditions)
 
 
-def wan_dancer() -> None:
+def test_wan_dancer() -> None:
     conditions = {
         "concat_latent_image": _latents(),
         "clip_vision_output": _clip_vision(),
@@ -337,20 +337,20 @@ def wan_dancer() -> None:
     _try_wan(f"{_MODEL}_wandancer", "WanDancerModel", config={"in_dim": 36}, **conditions)
 
 
-def wan_21_flow_rvs() -> None:
+def test_wan_21_flow_rvs() -> None:
     _try_wan(metadata={"transformer": {"model_type": "flow_rvs"}}, kind="WAN21_FlowRVS")
 
 
-def minimax_h3_over_text_audio_and_video() -> None:
+def test_minimax_h3_over_text_audio_and_video() -> None:
     _try(*minimax_h3(), 40)
 
 
-def minimax_h3_with_a_reference() -> None:
+def test_minimax_h3_with_a_reference() -> None:
     reference = {"kind": "image", "latent_h": _H, "latent_w": _W, "latent": _latents(24, frames=1)}
     _try(*minimax_h3(), 40, minimax_refs=[reference])
 
 
-def a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours() -> None:
+def test_a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours() -> None:
     patcher, noise = minimax_h3()
     served = []
 
@@ -372,7 +372,7 @@ def a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_ours(
     assert served == [num_tokens], served  # the one layer of three that stays softmax
 
 
-def attention_that_linear_attention_is_not_is_refused() -> None:
+def test_attention_that_linear_attention_is_not_is_refused() -> None:
     attend, whole = linear_attention, random_tensor(1, 4, 256)
     for given in (
         {"mask": torch.ones(4, 4)},
@@ -389,7 +389,7 @@ def attention_that_linear_attention_is_not_is_refused() -> None:
             raise AssertionError(f"{list(given)} was not refused")
 
 
-def every_family_of_the_core_is_known_to_the_nodes() -> None:
+def test_every_family_of_the_core_is_known_to_the_nodes() -> None:
     for family in FAMILIES:
         assert host_family(family.name).name == family.name
 
@@ -405,18 +405,18 @@ def _refusal(module: str, class_name: str, config: dict, metadata: dict) -> str:
     raise AssertionError("nothing was refused")
 
 
-def wan_that_keeps_a_cache_is_refused() -> None:
+def test_wan_that_keeps_a_cache_is_refused() -> None:
     message = _refusal(f"{_MODEL[:-5]}ar_model", "CausalWanModel", {}, {"causal_ar": True})
     assert "CausalWanSelfAttention" in message
 
 
-def wan_animate_2_is_refused() -> None:
+def test_wan_animate_2_is_refused() -> None:
     config, metadata = {"in_dim": 36}, {"model_type": "animate2"}
     message = _refusal(f"{_MODEL}_animate2", "WanAnimate2Model", config, metadata)
     assert "WanAnimate2SelfAttention" in message
 
 
-def a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:
+def test_a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:
     patcher = build(_MODEL, "WanModel", _WAN)
     artifact = _make_artifact(patcher)
     stranger = patcher.clone()

@@ -163,7 +163,7 @@ def _seen(interrupt_at: Callable[[int], bool] = lambda _: False) -> Iterator[lis
         comfy.model_management.interrupt_current_processing(False)
 
 
-def a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() -> None:
+def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() -> None:
     with _folders() as folder, _seen() as told:
         model, *_ = _demo()
         before, names = _sample(model), list(model.model.state_dict())
@@ -187,7 +187,7 @@ def _shipped_digest() -> str:
     return artifact.load(model_folder.find_file(model_folder.SHIPPED)).header.weights_digest
 
 
-def an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
+def test_an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
     with _folders() as folder:
         unbroken = _run(name="unbroken")
         # The bar at 30 is the training's start; one of its six steps is a ninth of the bar.
@@ -209,7 +209,7 @@ def an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
         assert torch.equal(tensor, expected)
 
 
-def an_interrupt_within_a_step_is_noticed_before_the_next_layer() -> None:
+def test_an_interrupt_within_a_step_is_noticed_before_the_next_layer() -> None:
     with _folders(), _seen() as told:
         attention_calls = []
 
@@ -230,7 +230,7 @@ def an_interrupt_within_a_step_is_noticed_before_the_next_layer() -> None:
         assert len(attention_calls) == 1
 
 
-def a_finished_transfer_is_not_run_again() -> None:
+def test_a_finished_transfer_is_not_run_again() -> None:
     with _folders() as folder:
         made = _run()
         path = folder / "models" / "law.safetensors"
@@ -244,7 +244,7 @@ def a_finished_transfer_is_not_run_again() -> None:
             assert again.header == made.header
 
 
-def a_name_belongs_to_one_transfer() -> None:
+def test_a_name_belongs_to_one_transfer() -> None:
     with _folders() as folder:
         made = folder / "models" / "law.safetensors"
         made.parent.mkdir()
@@ -268,7 +268,7 @@ def a_name_belongs_to_one_transfer() -> None:
         assert "another video size" in message and "/" not in message
 
 
-def a_damaged_result_is_written_again() -> None:
+def test_a_damaged_result_is_written_again() -> None:
     with _folders() as folder:
         made = _run()
         result = folder / "output" / "linvideo" / "law" / "linearized.safetensors"
@@ -287,7 +287,7 @@ def _with_lora(model: Any) -> Any:
     return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)[0]
 
 
-def a_loras_changes_are_part_of_the_teacher() -> None:
+def test_a_loras_changes_are_part_of_the_teacher() -> None:
     model = _with_lora(_demo()[0])
     with _teacher(model, _inputs()) as teacher:
         weight = teacher.model.blocks[0].self_attn.q.weight.float().cpu()
@@ -295,7 +295,7 @@ def a_loras_changes_are_part_of_the_teacher() -> None:
         torch.testing.assert_close(weight - plain, torch.full_like(plain, 0.02), atol=1e-6, rtol=0)
 
 
-def weights_of_every_kind_can_be_trained_with_every_objective() -> None:
+def test_weights_of_every_kind_can_be_trained_with_every_objective() -> None:
     for parameters, objective in zip(PARAMETERS, ("adm_literal", "velocity", "dmd"), strict=True):
         with _folders():
             made = _run(parameters=parameters, objective=objective, steps=2, warm_start_steps=0)
@@ -317,7 +317,7 @@ def _teacher(model: Any, inputs: dict[str, Any]) -> Iterator[Teacher]:
             yield teacher
 
 
-def the_teacher_is_the_model_of_the_headless_core() -> None:
+def test_the_teacher_is_the_model_of_the_headless_core() -> None:
     latents, sigma = torch.randn(2, *LATENT_SHAPE), torch.tensor([0.9, 0.2])
     with _teacher(_demo()[0], _inputs()) as teacher:
         prompts = teacher.prompt_embeds[:2]
@@ -333,7 +333,7 @@ def _assert_close(found: Tensor, expected: Tensor, tolerance: float = _TOLERANCE
     assert difference <= tolerance, difference
 
 
-def recomputed_activations_give_the_same_gradients() -> None:
+def test_recomputed_activations_give_the_same_gradients() -> None:
     gradients = []
     with torch.inference_mode(False), torch.enable_grad(), _folders() as folder:
         host = HostTeacher(_demo()[0], _inputs())
@@ -354,7 +354,7 @@ def recomputed_activations_give_the_same_gradients() -> None:
         torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
 
-def the_demos_own_prompts_and_size_are_used_where_nothing_is_connected() -> None:
+def test_the_demos_own_prompts_and_size_are_used_where_nothing_is_connected() -> None:
     host = HostTeacher(_demo()[0], _inputs(positive=None, negative=None, latent=None))
     assert host.video.latent_shape == LATENT_SHAPE and host.is_demo
     assert host.conditions.prompt_embeds.shape == (80, 8, 4096)
@@ -398,7 +398,7 @@ def _velocity_of_host(model: Any, conditions: Any, latents: Tensor, prompt: Tens
     )
 
 
-def a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_for() -> None:
+def test_a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_asked_for() -> None:
     with _folders() as folder:
         model = _make_wan(folder, torch.bfloat16)
         model.set_model_compute_dtype(torch.bfloat16)
@@ -430,7 +430,7 @@ def _start_image() -> dict[str, Tensor]:
     }
 
 
-def an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
+def test_an_image_to_video_wan_learns_with_the_image_that_is_connected() -> None:
     with _folders() as folder:
         model = _make_wan(folder, torch.float32, model_type="i2v", in_dim=36)
         image = _start_image()
@@ -468,7 +468,7 @@ _PROMPTS = ("a handwritten one moving up", "a handwritten two moving down")
 _LIST = f"\n {_PROMPTS[0]} \n\n{_PROMPTS[1]}"
 
 
-def listed_prompts_are_those_of_combined_text_encoder_nodes() -> None:
+def test_listed_prompts_are_those_of_combined_text_encoder_nodes() -> None:
     with _folders() as folder:
         negative = [[encode_prompts(["seven"]), {}]]
         for model_type, extra in (("t2v", {}), ("i2v", _start_image())):
@@ -484,13 +484,13 @@ def listed_prompts_are_those_of_combined_text_encoder_nodes() -> None:
         assert run(model, {**usual, **listed}).is_file()
 
 
-def the_demo_reads_listed_prompts_itself() -> None:
+def test_the_demo_reads_listed_prompts_itself() -> None:
     listed = HostTeacher(_demo()[0], _inputs(positive=None, prompts=_LIST))
     connected = HostTeacher(_demo()[0], _inputs(positive=[[encode_prompts(list(_PROMPTS)), {}]]))
     assert listed.conditions.digest() == connected.conditions.digest()
 
 
-def a_list_of_prompts_that_cannot_be_used_is_refused() -> None:
+def test_a_list_of_prompts_that_cannot_be_used_is_refused() -> None:
     with _folders() as folder:
         assert "disconnect positive" in _complaint(_run, prompts=_LIST)
         message = _complaint(_run, positive=None, prompts="a blue whale moving up")
@@ -501,7 +501,7 @@ def a_list_of_prompts_that_cannot_be_used_is_refused() -> None:
         assert "positive is not connected" in message
 
 
-def the_shift_comes_from_the_models_sampling() -> None:
+def test_the_shift_comes_from_the_models_sampling() -> None:
     assert HostTeacher(_demo()[0], _inputs()).shift == 3.0
     shifted = ModelSamplingSD3().patch(_demo()[0], 5.0)[0]
     assert HostTeacher(shifted, _inputs()).shift == 5.0
@@ -510,7 +510,7 @@ def the_shift_comes_from_the_models_sampling() -> None:
     assert "sampling" in _complaint(HostTeacher, other, _inputs())
 
 
-def what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
+def test_what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
     prompt = encode_prompts(["seven"])
     with _folders() as folder:
         for word, changes in {
@@ -537,7 +537,7 @@ def what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
         assert not (folder / "output").exists()
 
 
-def too_little_memory_says_what_to_lower() -> None:
+def test_too_little_memory_says_what_to_lower() -> None:
     def exhaust(value: int) -> bool:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -547,13 +547,13 @@ def too_little_memory_says_what_to_lower() -> None:
     assert not comfy.model_management.in_training
 
 
-def a_training_that_fails_says_so_in_the_nodes_words() -> None:
+def test_a_training_that_fails_says_so_in_the_nodes_words() -> None:
     with _folders():
         message = _complaint(_run, learning_rate=1e30, steps=10)
     assert "learning_rate" in message and "another name" in message
 
 
-def a_comfyui_that_cannot_train_is_named_with_the_one_that_can() -> None:
+def test_a_comfyui_that_cannot_train_is_named_with_the_one_that_can() -> None:
     if _can_train():
         raise unittest.SkipTest("this ComfyUI can train")
     with _folders() as folder:
@@ -561,7 +561,7 @@ def a_comfyui_that_cannot_train_is_named_with_the_one_that_can() -> None:
         assert not (folder / "output").exists()
 
 
-def the_copy_that_was_trained_is_let_go() -> None:
+def test_the_copy_that_was_trained_is_let_go() -> None:
     def count() -> int:
         gc.collect()
         models = [each for each in gc.get_objects() if type(each).__name__ == "HostModel"]

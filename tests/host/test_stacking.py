@@ -79,7 +79,7 @@ def _assert_in_both_orders(node: Callable[[Any], Any], expected: Tensor) -> None
         assert_close(sample(patcher), expected)
 
 
-def a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights() -> None:
+def test_a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights() -> None:
     model = merge_lora(load_headless())
     expected = sample_headless([bind_headless(model, shipped())] * STEPS)
     before = sample(demo()[0])
@@ -97,7 +97,7 @@ def _counting(calls: set[tuple[str, int]]) -> Callable[..., Tensor]:
     return attend
 
 
-def an_attention_backend_serves_every_layer_but_ours() -> None:
+def test_an_attention_backend_serves_every_layer_but_ours() -> None:
     """`set_model_optimized_attention` is all that core's Model Attention Backend does."""
     calls: set[tuple[str, int]] = set()
 
@@ -120,7 +120,7 @@ def _with_softmax(backend: str, model: Any) -> Any:
     return LinVideoSoftmaxBackend.execute(model, backend).result[0]
 
 
-def the_softmax_backend_computes_every_self_attention_but_ours() -> None:
+def test_the_softmax_backend_computes_every_self_attention_but_ours() -> None:
     """A kernel that is not there, or not in this dtype, no linear layer and no prompt asks for."""
     dtype = demo()[0].model.get_dtype_inference()
     linear = linearize(demo()[0], _maps_in(*_LAYERS))
@@ -136,7 +136,7 @@ def the_softmax_backend_computes_every_self_attention_but_ours() -> None:
         assert torch.equal(sample(choose(linear)), sample(linear))
 
 
-def a_backend_chosen_last_wins_over_one_chosen_before_ours() -> None:
+def test_a_backend_chosen_last_wins_over_one_chosen_before_ours() -> None:
     """As without LinVideo: core replaces the slot, and ours never occupies it."""
     first, last = set(), set()
     model = demo()[0].clone()
@@ -160,7 +160,7 @@ def _in_windows(model: Any) -> Any:
     return execute(model, 7, 0, "standard_static", 1, False, "flat", 2, False, **settings).result[0]
 
 
-def context_windows_are_linear_each_by_itself() -> None:
+def test_context_windows_are_linear_each_by_itself() -> None:
     noise = make_noise(14)
     teacher = bind_headless(load_headless())
     student = bind_headless(load_headless(), shipped())
@@ -174,7 +174,7 @@ def context_windows_are_linear_each_by_itself() -> None:
             assert_close(sample(patcher, noise=noise), torch.cat(halves, dim=2))
 
 
-def blocks_compiled_in_place_compile_once() -> None:
+def test_blocks_compiled_in_place_compile_once() -> None:
     """As packs did before ComfyUI had a compile node: an object patch for each block."""
     if is_streaming():
         raise unittest.SkipTest("--novram brings weights to compiled blocks in ComfyUI's own ways")
@@ -189,7 +189,7 @@ def blocks_compiled_in_place_compile_once() -> None:
     assert not counters["graph_break"], counters["graph_break"]
 
 
-def blocks_compiled_in_place_never_lose_weight_changes_unheard() -> None:
+def test_blocks_compiled_in_place_never_lose_weight_changes_unheard() -> None:
     model = without_dynamic_memory(demo()[0])
     compiled = _compile_in_place(_linearized(model), 1)
     assert "TorchCompileModel" in complaint(RuntimeError, sample, compiled)
@@ -221,7 +221,7 @@ def _sample_in_two(high: Any, low: Any) -> Tensor:
     return latents
 
 
-def two_experts_have_a_file_each() -> None:
+def test_two_experts_have_a_file_each() -> None:
     first = bind_headless(load_headless(), shipped())
     second = bind_headless(load_headless(), _maps_in(0, 7))
     expected = sample_headless([first, first, second, second])
@@ -230,7 +230,7 @@ def two_experts_have_a_file_each() -> None:
         assert_close(_sample_in_two(high, low), expected)
 
 
-def two_files_on_one_model_do_not_disturb_each_other() -> None:
+def test_two_files_on_one_model_do_not_disturb_each_other() -> None:
     before = sample(demo()[0])
     first, second = _linearized(), linearize(demo()[0], _maps_in(0, 7))
     expected = sample_headless([bind_headless(load_headless(), _maps_in(0, 7))] * STEPS)
@@ -240,7 +240,7 @@ def two_files_on_one_model_do_not_disturb_each_other() -> None:
     assert torch.equal(sample(demo()[0]), before)
 
 
-def vace_with_a_lora_is_vace_of_merged_weights() -> None:
+def test_vace_with_a_lora_is_vace_of_merged_weights() -> None:
     maps = shipped().feature_maps[1]
     header = dataclasses.replace(
         _maps_in(0, 7).header,
