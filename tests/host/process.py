@@ -44,7 +44,7 @@ class Host:
         self.root = root
         self.python = python
         self._process: subprocess.Popen | None = None
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.nodes = self._start()["nodes"]
         """The file that `import nodes` finds there."""
 

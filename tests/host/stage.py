@@ -5,9 +5,12 @@ our core without ComfyUI's model, sampler or patching, in fp32, where ComfyUI co
 """
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import inspect
 import logging
+import re
 import sys
 import unittest
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +21,11 @@ import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.sample
 import comfy.sd
+import safetensors.torch
 import torch
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
-from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.models.velocity import VelocityFn, bind_guided
 from linvideo_pack.linvideo_core.teacher.teacher import TeacherConfig, load_teacher
 from linvideo_pack.nodes import demo as demo_nodes
@@ -38,6 +41,9 @@ bits and is nowhere in it: ComfyUI leaves matrix products in full fp32, and test
 convolutions are, too.
 """
 STEPS, GUIDANCE, SHIFT = 4, 3.0, 3.0
+SHAPE = 16, 2, 16, 16
+"""Channels, frames, height and width of latents that are sampled: fewer frames than the demo's."""
+NUM_TOKENS = 2 * 16 * 16 // 4
 MODEL_OF_SHAPES = {"device": "meta", "operations": nn}
 """Settings for a model whose weights' shapes are all that is wanted.
 
@@ -88,9 +94,9 @@ def tolerance_of(model: Any) -> float:
     return max(TOLERANCES[dtype] for dtype in dtypes)
 
 
-def make_noise(frames: int = LATENT_SHAPE[1]) -> Tensor:
+def make_noise(frames: int = SHAPE[1]) -> Tensor:
     """Return the noise [1, C, F, H, W] that every sampling starts from."""
-    C, _, H, W = LATENT_SHAPE
+    C, _, H, W = SHAPE
     return torch.randn(1, C, frames, H, W, generator=torch.Generator().manual_seed(3))
 
 
@@ -136,15 +142,49 @@ def forget() -> None:
 
 @functools.cache
 def demo() -> tuple[Any, Any, Any, Any]:
-    """Return what LinVideo Demo gives: MODEL, positive, negative, LATENT."""
-    model, *others = demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
-    return (load_in_hosts_dtype() if _computes_in_hosts_dtype else model, *others)
+    """Return what LinVideo Demo gives, MODEL, positive, negative, LATENT; that smaller."""
+    model, *prompts, _ = demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
+    model = load_in_hosts_dtype() if _computes_in_hosts_dtype else model
+    return (model, *prompts, {"samples": torch.zeros(1, *SHAPE)})
 
 
 @functools.cache
 def shipped() -> Artifact:
     """Return the file that comes with the pack."""
     return artifact.load(model_folder.find_file(model_folder.SHIPPED))
+
+
+@functools.cache
+def short_demo() -> Any:
+    """Return the demo's model with its first three layers alone: to compile, and to train."""
+    return load_short_demo()
+
+
+def load_short_demo(**settings: Any) -> Any:
+    """Load it, as ComfyUI's loaders do."""
+    weights = safetensors.torch.load_file(weights_path("model.safetensors"))
+    kept = {name: x for name, x in weights.items() if not re.match(r"blocks\.[3-9]\.", name)}
+    options = {"dtype": torch.float32}
+    patcher = finish(comfy.sd.load_diffusion_model_state_dict(kept, options, **settings))
+    patcher.cached_patcher_init = (load_short_demo, ())
+    return patcher
+
+
+@functools.cache
+def short_file() -> Artifact:
+    """Return the shipped file's changes of layer 1, for the short demo."""
+    header = dataclasses.replace(
+        shipped().header,
+        fingerprint="wan, 3 layers, 1 heads of 128",
+        num_layers=3,
+        layers=(1,),
+        site_names=("blocks.1.self_attn",),
+    )
+    low_rank = {
+        n: pair for n, pair in shipped().low_rank.items() if re.match(r"blocks\.[0-2]\.", n)
+    }
+    maps = {1: shipped().feature_maps[1]}
+    return dataclasses.replace(shipped(), header=header, feature_maps=maps, low_rank=low_rank)
 
 
 def sample(
@@ -173,9 +213,14 @@ def sample_again(model: Any) -> Tensor:
     return sample(model)
 
 
+@functools.cache
+def _headless_demo() -> nn.Module:
+    return load_teacher(TeacherConfig()).model
+
+
 def load_headless(weights: dict[str, Tensor] | None = None) -> nn.Module:
     """Return the demo's model of our core, with other weights if given."""
-    model = load_teacher(TeacherConfig()).model
+    model = copy.deepcopy(_headless_demo())
     if weights is not None:
         model.load_state_dict(weights)
     return model

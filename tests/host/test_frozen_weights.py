@@ -6,7 +6,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from test_quantised import LOADERS
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.transfer.student import Student, StudentConfig
 from linvideo_pack.nodes.demo import load_demo_model
@@ -14,6 +13,7 @@ from linvideo_pack.nodes.transfer.frozen_weights import FrozenLinear, cast_weigh
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config
 from stage import demo, device, needs_cpu, relative_difference, with_lora
+from test_quantised import LOADERS
 from torch import Tensor, nn
 
 _TOLERANCE = 1e-5

@@ -22,7 +22,6 @@ import comfy.utils
 import comfy_kitchen.backends.eager.rope
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from test_transfer import _folders
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact.summary import describe_size
 from linvideo_pack.linvideo_core.flow import make_sigmas, sample_euler
@@ -39,6 +38,7 @@ from linvideo_pack.nodes.transfer.host_model import HostModel
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from stage import TOLERANCES, assert_close, complaint, device
+from test_transfer import _folders
 from torch import Tensor
 from variants import FHW, minimax_h3, random_tensor
 

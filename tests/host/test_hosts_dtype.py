@@ -5,12 +5,12 @@ The demo's node asks for fp32, so that laws elsewhere can be exact. Users' model
 
 from collections.abc import Callable
 
+import stage
 import test_few_step
 import test_first_steps
 import test_forms
 import test_linearize
 import test_stacking
-import stage
 import torch
 
 

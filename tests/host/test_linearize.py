@@ -31,6 +31,7 @@ from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
 from linvideo_pack.nodes.patching import injection
 from linvideo_pack.nodes.patching.apply import linearize
 from stage import (
+    NUM_TOKENS,
     STEPS,
     assert_close,
     bind_headless,
@@ -41,6 +42,8 @@ from stage import (
     sample,
     sample_again,
     sample_headless,
+    short_demo,
+    short_file,
     stream_weights,
     tolerance_of,
     vace_weights,
@@ -188,14 +191,15 @@ def test_weights_that_are_streamed_give_the_same_latents() -> None:
 
 
 def test_compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
-    linearized = linearize(_demo()[0], _shipped())
+    before = sample(short_demo())
+    linearized = linearize(short_demo(), short_file())
     expected = sample(linearized)
     compiled = without_dynamic_memory(linearized)
     set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
     for _ in range(2):
         assert_close(sample(compiled), expected, tolerance_of(compiled))
         assert counters["stats"]["unique_graphs"] == 1
-    assert torch.equal(sample(_demo()[0]), _teacher_latents())
+    assert torch.equal(sample(short_demo()), before)
 
 
 def test_the_blocks_beside_the_main_ones_stay_softmax() -> None:
@@ -227,10 +231,9 @@ def test_the_blocks_beside_the_main_ones_stay_softmax() -> None:
 def test_an_attention_override_serves_every_layer_but_ours() -> None:
     model, *_ = _demo()
     seen = set()
-    num_tokens = LATENT_SHAPE[1] * LATENT_SHAPE[2] * LATENT_SHAPE[3] // 4
 
     def override(function: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kind = "self" if key.shape[1] == num_tokens else "cross"
+        kind = "self" if key.shape[1] == NUM_TOKENS else "cross"
         seen.add((kind, kwargs["transformer_options"].get("block_index")))
         return function(query, key, *args, **kwargs)
 

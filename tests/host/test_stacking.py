@@ -23,6 +23,7 @@ from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.softmax_backend import LinVideoSoftmaxBackend
 from stage import (
     GUIDANCE,
+    NUM_TOKENS,
     SHIFT,
     STEPS,
     assert_close,
@@ -38,6 +39,8 @@ from stage import (
     sample,
     sample_headless,
     shipped,
+    short_demo,
+    short_file,
     tolerance_of,
     vace_weights,
     with_lora,
@@ -46,7 +49,6 @@ from stage import (
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-_NUM_TOKENS = 448
 _LAYERS = range(10)
 
 
@@ -90,7 +92,7 @@ def test_a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights() ->
 
 def _counting(calls: set[tuple[str, int]]) -> Callable[..., Tensor]:
     def attend(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kind = "self" if key.shape[1] == _NUM_TOKENS else "cross"
+        kind = "self" if key.shape[1] == NUM_TOKENS else "cross"
         calls.add((kind, kwargs["transformer_options"]["block_index"]))
         return comfy.ldm.modules.attention.attention_basic(query, key, *args, **kwargs)
 
@@ -153,15 +155,15 @@ def test_a_backend_chosen_last_wins_over_one_chosen_before_ours() -> None:
 
 
 def _in_windows(model: Any) -> Any:
-    """Let a model see 7 latent frames at a time, no frame twice."""
+    """Let a model see 2 latent frames at a time, no frame twice."""
     execute = ContextWindowsManualNode.execute
     settings = {"causal_window_fix": False}
     settings = {k: v for k, v in settings.items() if k in inspect.signature(execute).parameters}
-    return execute(model, 7, 0, "standard_static", 1, False, "flat", 2, False, **settings).result[0]
+    return execute(model, 2, 0, "standard_static", 1, False, "flat", 2, False, **settings).result[0]
 
 
 def test_context_windows_are_linear_each_by_itself() -> None:
-    noise = make_noise(14)
+    noise = make_noise(4)
     teacher = bind_headless(load_headless())
     student = bind_headless(load_headless(), shipped())
     for num_kept, patchers in (
@@ -169,7 +171,7 @@ def test_context_windows_are_linear_each_by_itself() -> None:
         (2, (_in_windows(linearize(demo()[0], shipped(), keep_first_steps=2)),)),
     ):
         velocities = [teacher] * num_kept + [student] * (STEPS - num_kept)
-        halves = [sample_headless(velocities, noise=half) for half in noise.split(7, dim=2)]
+        halves = [sample_headless(velocities, noise=half) for half in noise.split(2, dim=2)]
         for patcher in patchers:
             assert_close(sample(patcher, noise=noise), torch.cat(halves, dim=2))
 
@@ -178,7 +180,7 @@ def test_blocks_compiled_in_place_compile_once() -> None:
     """As packs did before ComfyUI had a compile node: an object patch for each block."""
     if is_streaming():
         raise unittest.SkipTest("--novram brings weights to compiled blocks in ComfyUI's own ways")
-    kept = linearize(demo()[0], shipped(), keep_first_steps=1)
+    kept = linearize(short_demo(), short_file(), keep_first_steps=1)
     expected = sample(kept)
     compiled = _compile_in_place(without_dynamic_memory(kept), 1, 2)
     before = counters["stats"]["unique_graphs"]

@@ -26,7 +26,7 @@ from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.demo.prompts import encode_prompts, make_prompt
 from linvideo_pack.linvideo_core.run.config import override
-from linvideo_pack.linvideo_core.teacher.teacher import Teacher, TeacherConfig, load_teacher
+from linvideo_pack.linvideo_core.teacher.teacher import Teacher
 from linvideo_pack.linvideo_core.teacher.trajectories import collect
 from linvideo_pack.linvideo_core.training.trainer import seed_step
 from linvideo_pack.linvideo_core.transfer.student import (
@@ -38,9 +38,18 @@ from linvideo_pack.linvideo_core.transfer.student import (
 from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize
 from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.base_weights import describe_base
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config, run
-from stage import MODEL_OF_SHAPES, device, tolerance_of
+from stage import (
+    MODEL_OF_SHAPES,
+    device,
+    load_headless,
+    make_noise,
+    short_demo,
+    short_file,
+    tolerance_of,
+)
 from torch import Tensor
 
 _TOLERANCE = 1e-5
@@ -48,7 +57,8 @@ _TOLERANCE = 1e-5
 
 @functools.cache
 def _any_demo() -> tuple[Any, Any, Any, Any]:
-    return demo.LinVideoDemo.execute("seven", "up-right", 1).result
+    _, *prompts, latent = demo.LinVideoDemo.execute("seven", "up-right", 1).result
+    return (short_demo(), *prompts, latent)
 
 
 def _can_train() -> bool:
@@ -69,7 +79,7 @@ def _inputs(**changes: Any) -> dict[str, Any]:
     """Return what the node is given; an expert's settings are told from the others by name."""
     prompts = encode_prompts([make_prompt(digit, digit) for digit in range(3)])
     settings = {
-        "target": 4,
+        "target": 2,
         "steps": 6,
         "batch_size": 2,
         "cfg": 3.0,
@@ -129,9 +139,9 @@ def _tensors(made: artifact.Artifact) -> list[Tensor]:
 
 
 def _sample(model: Any) -> Tensor:
-    _, positive, negative, latent = _demo()
-    noise = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
-    settings = (2, 3.0, "euler", "simple", positive, negative, latent["samples"])
+    _, positive, negative, _ = _demo()
+    noise = make_noise()
+    settings = (2, 3.0, "euler", "simple", positive, negative, torch.zeros_like(noise))
     return comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=1)
 
 
@@ -168,9 +178,9 @@ def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() ->
         model, *_ = _demo()
         before, names = _sample(model), list(model.model.state_dict())
         linear, made = LinVideoLinearize.execute(model, _inputs()).result[:2]
-        assert len(made.header.layers) == 4 and made.header.steps == 6
+        assert len(made.header.layers) == 2 and made.header.steps == 6
         assert made.header.provenance["model"] == "demo"
-        assert made.header.weights_digest == _shipped_digest()
+        assert made.header.weights_digest == describe_base(model).digest
         assert (folder / "models" / "law.safetensors").is_file()
         assert not torch.equal(_sample(linear), before)
         assert torch.equal(_sample(model), before)
@@ -181,10 +191,6 @@ def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() ->
     assert values == sorted(values) and len(set(values)) > 5
     pictures = [preview[1] for _, _, preview in told if preview]
     assert pictures and all(picture.mode == "RGB" for picture in pictures)
-
-
-def _shipped_digest() -> str:
-    return artifact.load(model_folder.find_file(model_folder.SHIPPED)).header.weights_digest
 
 
 def test_an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None:
@@ -291,7 +297,7 @@ def test_a_loras_changes_are_part_of_the_teacher() -> None:
     model = _with_lora(_demo()[0])
     with _teacher(model, _inputs()) as teacher:
         weight = teacher.model.blocks[0].self_attn.q.weight.float().cpu()
-        plain = load_teacher(TeacherConfig()).model.blocks[0].self_attn.q.weight
+        plain = load_headless().blocks[0].self_attn.q.weight
         torch.testing.assert_close(weight - plain, torch.full_like(plain, 0.02), atol=1e-6, rtol=0)
 
 
@@ -323,8 +329,9 @@ def test_the_teacher_is_the_model_of_the_headless_core() -> None:
         prompts = teacher.prompt_embeds[:2]
         inputs = latents.to(device()), 1000 * sigma.to(device()), prompts
         found = teacher.model(*(x.clone() for x in inputs))
-        expected = load_teacher(TeacherConfig()).model.to(device())(*inputs)
-        _assert_close(found, expected)
+        headless = load_headless()
+        headless.blocks = headless.blocks[:3]
+        _assert_close(found, headless.to(device())(*inputs))
 
 
 def _assert_close(found: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> None:
@@ -349,7 +356,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
                 task = TransferTask(student, teacher, trajectories, **settings)
                 task.loss(0, seed_step(0, 0))[0].backward()
                 gradients.append([p.grad for p in student.model.parameters() if p.requires_grad])
-    assert len(gradients[0]) > 100
+    assert len(gradients[0]) > 30
     for gradient, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
@@ -514,7 +521,7 @@ def test_what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
     prompt = encode_prompts(["seven"])
     with _folders() as folder:
         for word, changes in {
-            "target 11": {"target": 11},
+            "target 4": {"target": 4},
             "lora_rank 500": {"lora_rank": 500},
             "no prompt": {"positive": []},
             "one is needed": {"negative": [[torch.cat([prompt, prompt]), {}]]},
@@ -529,7 +536,7 @@ def test_what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
             "without folders": {"name": "a/b"},
         }.items():
             assert word in _complaint(_run, **changes), word
-        linear = linearize(_demo()[0], artifact.load(model_folder.find_file(model_folder.SHIPPED)))
+        linear = linearize(_demo()[0], short_file())
         assert "linearized already" in _complaint(run, linear, _inputs())
         wan = _make_wan(folder, torch.float32)
         message = _complaint(run, wan, _wan_inputs(positive=None))

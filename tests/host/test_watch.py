@@ -14,7 +14,14 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.call_checks import _warn_of_skipped_blocks
-from stage import assert_close, make_noise, tolerance_of, without_dynamic_memory
+from stage import (
+    assert_close,
+    make_noise,
+    short_demo,
+    short_file,
+    tolerance_of,
+    without_dynamic_memory,
+)
 from stage import demo as _demo
 from stage import shipped as _shipped
 from torch import Tensor
@@ -196,9 +203,10 @@ def test_skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
 
 
 def test_compiled_block_by_block_it_compiles_once() -> None:
-    expected = _sample(_linearized())
-    compiled = without_dynamic_memory(_linearized())
-    keys = [f"diffusion_model.blocks.{i}" for i in range(len(_blocks()))]
+    linearized = linearize(short_demo(), short_file())
+    expected = _sample(linearized)
+    compiled = without_dynamic_memory(linearized)
+    keys = [f"diffusion_model.blocks.{i}" for i in range(3)]
     set_torch_compile_wrapper(compiled, "aot_eager", keys=keys)
     num_graphs = []
     for _ in range(2):
@@ -210,7 +218,7 @@ def test_compiled_block_by_block_it_compiles_once() -> None:
 
 
 def test_compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -> None:
-    compiled = without_dynamic_memory(_linearized())
+    compiled = without_dynamic_memory(linearize(short_demo(), short_file()))
     set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
-    with _block_forward(_layers()[0], lambda x, *_, **__: x, compiled):
+    with _block_forward(1, lambda x, *_, **__: x, compiled):
         assert "0 times" in _complaint(compiled)
