@@ -16,6 +16,7 @@ import pytest
 
 from tests.host.process import Host, HostError, find_host
 from tests.host.recording import pytest_addoption, pytest_configure
+from tests.host.saved_workflows import TRY_IT, make_prompt, read
 from tests.host.server import Server, run_server
 
 __all__ = ["Host", "pytest_addoption", "pytest_configure"]
@@ -114,6 +115,7 @@ def start_server(config: pytest.Config) -> Server:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(run_server(config.stash[HOST], folder))
+        server.queue_first(make_prompt(read(TRY_IT), server.ask("/object_info")))
         config.add_cleanup(stack.pop_all().close)
     return server
 

@@ -260,13 +260,19 @@ def assert_close(latents: Tensor, expected: Tensor, tolerance: float | None = No
     assert not torch.equal(expected.cpu(), make_noise())
 
 
-def complaint(kind: type[Exception], function: Callable[..., Any], *args: Any, **kws: Any) -> str:
+def complaint(
+    kind: type[Exception] | tuple[type[Exception], ...],
+    function: Callable[..., Any],
+    *args: Any,
+    **kws: Any,
+) -> str:
     """Return the one sentence with which a call is refused."""
     try:
         function(*args, **kws)
     except kind as error:
         message = str(error)
         assert message and "\n" not in message and len(message) < 400, message
+        assert "--" not in message, message  # a flag of the command line
         return message
     raise AssertionError("nothing was refused")
 

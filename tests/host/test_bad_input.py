@@ -66,26 +66,11 @@ APPLIED = {
     ),
 }
 TRAINED = {
-    "a target larger than the layers": (
-        lambda: make_transfer(name="refused", target=11),
-        "linear",
-        "target 11",
-    ),
     "no prompts": (make_transfer_of_wan, "linear", "positive is not connected"),
-    "an empty list of prompts": (
-        lambda: make_transfer_of_wan(prompts=" \n "),
-        "linear",
-        "positive is not connected",
-    ),
     "a word that the demo does not know": (
         lambda: make_transfer(name="refused", prompts="a handwritten cat"),
         "linear",
         "'cat'",
-    ),
-    "latents of another channel count to train on": (
-        lambda: make_still(make_transfer(name="refused"), "linear", "mode.latent"),
-        "linear",
-        "[1, 4, 8, 8]",
     ),
 }
 

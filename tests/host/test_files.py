@@ -4,18 +4,16 @@ import contextlib
 import shutil
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import comfy.sample
 import folder_paths
 import torch
 from comfy.cli_args import args
 from linvideo_pack.linvideo_core.artifact import ArtifactError
-from linvideo_pack.nodes import demo, model_folder
+from linvideo_pack.nodes import model_folder
 from linvideo_pack.nodes.file_nodes import LinVideoLoad, LinVideoSave, LinVideoShowFile
-from linvideo_pack.nodes.linearize import APPLY, APPLY_INPUT, LinVideoLinearize
+from stage import complaint
 from stage import shipped as _shipped
 from utils.extra_config import load_extra_path_config
 
@@ -41,16 +39,6 @@ def _folder() -> Iterator[Path]:
 
 def _save(name: str, *, overwrite: bool = False) -> str:
     return LinVideoSave.execute(_shipped(), name, overwrite).result[0]
-
-
-def _complaint(function: Callable[..., Any], *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except ArtifactError as error:
-        message = str(error)
-        assert message and "\n" not in message and len(message) < 400, message
-        return message
-    raise AssertionError("nothing was refused")
 
 
 def test_what_is_saved_is_what_is_loaded() -> None:
@@ -91,8 +79,10 @@ def test_a_name_that_leads_out_or_is_none_is_refused() -> None:
     bad += ["~/x", "nul.safetensors", "é" * 200, "\udcff", " . ", "\u202egnp.x", "a\n b", "a//b"]
     with tempfile.TemporaryDirectory() as outside, _folder() as folder:
         for name in [*bad, f"{outside}/mine", f"/{outside}/mine", f"\\\\{outside[1:]}\\mine"]:
-            assert "filename" in _complaint(_save, name), name
-            assert "filename" in _complaint(model_folder.choose_prompts_path, name), name
+            assert "filename" in complaint(ArtifactError, _save, name), name
+            assert "filename" in complaint(ArtifactError, model_folder.choose_prompts_path, name), (
+                name
+            )
         assert not list(folder.iterdir()) and not list(Path(outside).iterdir())
         assert not (folder.parent / "mine.safetensors").exists()
 
@@ -100,14 +90,14 @@ def test_a_name_that_leads_out_or_is_none_is_refused() -> None:
 def test_a_folder_that_cannot_be_made_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "taken").write_bytes(b"")
-        assert "cannot be made" in _complaint(_save, "taken/mine")
+        assert "cannot be made" in complaint(ArtifactError, _save, "taken/mine")
 
 
 def test_a_folder_in_a_files_place_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "mine.safetensors").mkdir()
         assert _save("mine") == "mine_00001_.safetensors"
-        assert "could not write" in _complaint(lambda: _save("mine", overwrite=True))
+        assert "could not write" in complaint(ArtifactError, lambda: _save("mine", overwrite=True))
 
 
 def test_a_folder_that_is_gone_costs_its_own_files_alone() -> None:
@@ -122,8 +112,8 @@ def test_a_folder_that_is_gone_costs_its_own_files_alone() -> None:
             ]
             assert LinVideoLoad.execute(model_folder.SHIPPED).result[0].header == _shipped().header
             assert model_folder.fingerprint(model_folder.SHIPPED)
-            assert "not in models/linvideo" in _complaint(
-                model_folder.fingerprint, "mine.safetensors"
+            assert "not in models/linvideo" in complaint(
+                ArtifactError, model_folder.fingerprint, "mine.safetensors"
             )
             assert _save("again") == "again.safetensors" in model_folder.list_files()
         finally:
@@ -191,38 +181,3 @@ def test_the_picture_is_an_image_and_the_words_name_the_layers() -> None:
     assert 0 <= float(picture.min()) < 0.2 and float(picture.max()) == 1
     layers = ", ".join(map(str, _shipped().header.layers))
     assert f"linear layers: {layers}" in text.splitlines()
-
-
-def test_a_connected_file_gives_the_same_latents_as_a_chosen_one() -> None:
-    model, positive, negative, latent = demo.LinVideoDemo.execute("three", "left", 1).result
-    noise = comfy.sample.prepare_noise(latent["samples"], 1)
-    modes = (
-        {"mode": APPLY, "file": model_folder.SHIPPED, "strength": 0.5, "keep_first_steps": 0},
-        {"mode": APPLY_INPUT, "linvideo": _shipped(), "strength": 0.5, "keep_first_steps": 0},
-    )
-    samples, reports = [], []
-    for mode in modes:
-        linearized, applied, report = LinVideoLinearize.execute(model, mode).result
-        assert applied.header == _shipped().header
-        settings = (2, 3.0, "euler", "simple", positive, negative, latent["samples"])
-        samples.append(comfy.sample.sample(linearized, noise, *settings, seed=1, disable_pbar=True))
-        reports.append(report)
-    assert torch.equal(*samples)
-    assert torch.equal(*reports)
-
-
-def test_the_report_says_the_strength() -> None:
-    model = demo.LinVideoDemo.execute("three", "left", 1).result[0]
-    weak, strong = (
-        LinVideoLinearize.execute(
-            model,
-            {
-                "mode": APPLY,
-                "file": model_folder.SHIPPED,
-                "strength": strength,
-                "keep_first_steps": 0,
-            },
-        ).result[2]
-        for strength in (0.5, 1.0)
-    )
-    assert weak.shape[2:] == (1024, 3) and not torch.equal(weak, strong)

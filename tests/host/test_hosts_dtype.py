@@ -65,7 +65,6 @@ def test_other_nodes_before_or_after_work_as_without() -> None:
         test_stacking.test_the_softmax_backend_computes_every_self_attention_but_ours,
         test_stacking.test_context_windows_are_linear_each_by_itself,
         test_stacking.test_two_experts_have_a_file_each,
-        test_stacking.test_two_files_on_one_model_do_not_disturb_each_other,
     )
 
 

@@ -1,19 +1,13 @@
 """The pack in a fresh ComfyUI server: its nodes, asked and queued over HTTP."""
 
-import dataclasses
-import json
 import time
-import urllib.error
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from linvideo_core import artifact
-from linvideo_core.artifact import Artifact
 from tests.host.recording import tell_workflow
-from tests.host.server import SHIPPED, WORKFLOW_SECONDS, Server
+from tests.host.server import SHIPPED, Server
 
 pytestmark = pytest.mark.host
 
@@ -331,7 +325,7 @@ def test_the_few_step_sampler_gives_frames(server: Server) -> None:
     assert len(read_frames(server, server.queue(workflow))) == 28
 
 
-@pytest.mark.parametrize("name", ["../mine", "//tmp/mine", "con", "é" * 200, "\udcff", "a\0b\nc"])
+@pytest.mark.parametrize("name", ["../mine", "a\0b\nc"])
 def test_a_bad_filename_is_one_sentence(name: str, server: Server) -> None:
     answer = server.queue({"load": make_load(), "write": make_save("load", name)})
     assert answer["status"]["status_str"] == "error"
@@ -341,64 +335,6 @@ def test_a_bad_filename_is_one_sentence(name: str, server: Server) -> None:
     assert "filename" in message and "\n" not in message
     # The panel shows it above the message: no path of this machine, and not the pack's folder.
     assert error["exception_type"] == "linvideo_core.artifact.ArtifactError"
-
-
-@pytest.mark.parametrize("node", ["LinVideoSave", "LinVideoShowFile", "LinVideoFewStepSigmas"])
-def test_a_connection_of_the_wrong_type_is_refused_before_anything_runs(
-    node: str, server: Server
-) -> None:
-    workflow = make_workflow()
-    settings = {
-        "LinVideoSave": {"linvideo": ["demo", 0], "filename": "mine", "overwrite": False},
-        "LinVideoShowFile": {"linvideo": ["demo", 0]},
-        "LinVideoFewStepSigmas": {"source": ["demo", 3], "steps": 4},
-    }
-    workflow = {"demo": workflow["demo"], "wrong": {"class_type": node, "inputs": settings[node]}}
-    if node == "LinVideoFewStepSigmas":
-        show = {"class_type": "PreviewAny", "inputs": {"source": ["wrong", 0]}}
-        workflow["end"] = show
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        server.ask("/prompt", {"prompt": workflow})
-    errors = json.load(refused.value)["node_errors"]["wrong"]["errors"]
-    assert [error["type"] for error in errors] == ["return_type_mismatch"]
-
-
-def save_other_file(path: Path) -> None:
-    """Save one of the shipped file's maps in other layers, without weight changes."""
-    shipped = artifact.load(SHIPPED)
-    layers = (0, 7)
-    header = dataclasses.replace(
-        shipped.header,
-        layers=layers,
-        site_names=tuple(f"blocks.{layer}.self_attn" for layer in layers),
-        parameters="feature_maps",
-        lora_rank=0,
-    )
-    maps = shipped.feature_maps[shipped.header.layers[0]]
-    artifact.save(Artifact(header=header, feature_maps=dict.fromkeys(layers, maps)), path)
-
-
-def test_graphs_with_different_files_do_not_disturb_each_other(server: Server) -> None:
-    path = server.folder / "models" / "linvideo" / "other.safetensors"
-    save_other_file(path)
-    queued = []
-    try:
-        for turn, file in enumerate(2 * [FILE, path.name]):
-            graph = make_workflow(file)
-            graph["save"]["inputs"]["filename_prefix"] = f"turn{turn}"
-            # Otherwise the second round would come from the server's cache.
-            graph["demo"]["inputs"]["batch_size"] = 1 + turn // 2
-            graph["sampler"]["inputs"]["latent_image"] = ["empty", 0]
-            graph["empty"] = {
-                "class_type": "LatentFromBatch",
-                "inputs": {"samples": ["demo", 3], "batch_index": 0, "length": 1},
-            }
-            queued.append(server.ask("/prompt", {"prompt": graph})["prompt_id"])
-        answers = [server.wait(prompt_id, WORKFLOW_SECONDS) for prompt_id in queued]
-        frames = [read_frames(server, answer) for answer in answers]
-    finally:
-        path.unlink()
-    assert frames[0] == frames[2] != frames[1] == frames[3]
 
 
 def test_a_transfer_stops_on_interrupt_and_continues_when_it_is_queued_again(

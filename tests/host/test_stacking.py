@@ -232,16 +232,6 @@ def test_two_experts_have_a_file_each() -> None:
         assert_close(_sample_in_two(high, low), expected)
 
 
-def test_two_files_on_one_model_do_not_disturb_each_other() -> None:
-    before = sample(demo()[0])
-    first, second = _linearized(), linearize(demo()[0], _maps_in(0, 7))
-    expected = sample_headless([bind_headless(load_headless(), _maps_in(0, 7))] * STEPS)
-    for _ in range(2):
-        assert_close(sample(first), _expected())
-        assert_close(sample(second), expected)
-    assert torch.equal(sample(demo()[0]), before)
-
-
 def test_vace_with_a_lora_is_vace_of_merged_weights() -> None:
     maps = shipped().feature_maps[1]
     header = dataclasses.replace(

@@ -2,11 +2,9 @@
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import comfy.sample
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -16,7 +14,9 @@ from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.call_checks import _warn_of_skipped_blocks
 from stage import (
     assert_close,
-    make_noise,
+    collect_warnings,
+    complaint,
+    sample,
     short_demo,
     short_file,
     tolerance_of,
@@ -35,28 +35,18 @@ def _linearized() -> Any:
     return linearize(_demo()[0], _shipped())
 
 
+def _sample(model: Any, steps: int = _STEPS) -> Tensor:
+    # What is said once is said again to each test.
+    _warn_of_skipped_blocks.cache_clear()
+    return sample(model, steps=steps)
+
+
 def _layers() -> tuple[int, ...]:
     return _shipped().header.layers
 
 
 def _blocks() -> Any:
     return _demo()[0].model.diffusion_model.blocks
-
-
-def _sample(model: Any, steps: int = _STEPS) -> Tensor:
-    _, positive, negative, latent = _demo()
-    settings = (steps, 3.0, "euler", "simple", positive, negative, latent["samples"])
-    return comfy.sample.sample(model, make_noise(), *settings, disable_pbar=True, seed=1)
-
-
-def _complaint(model: Any) -> str:
-    try:
-        _sample(model)
-    except RuntimeError as error:
-        message = str(error)
-        assert message and "\n" not in message and len(message) < 400, message
-        return message
-    raise AssertionError("nothing was noticed")
 
 
 @contextlib.contextmanager
@@ -74,7 +64,7 @@ def test_a_block_that_another_pack_computes_is_noticed() -> None:
     expected = _sample(_linearized())
     for layer in (_layers()[0], _layers()[-1]):
         with _block_forward(layer, lambda x, *_, **__: x):
-            message = _complaint(_linearized())
+            message = complaint(RuntimeError, _sample, _linearized())
         assert f"layer {layer} was run 0 times" in message
     assert torch.equal(_sample(_linearized()), expected)
 
@@ -83,7 +73,7 @@ def test_all_blocks_computed_by_another_pack_are_noticed() -> None:
     with contextlib.ExitStack() as stack:
         for layer in range(len(_blocks())):
             stack.enter_context(_block_forward(layer, lambda x, *_, **__: x))
-        assert "0 times" in _complaint(_linearized())
+        assert "0 times" in complaint(RuntimeError, _sample, _linearized())
 
 
 def test_a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
@@ -94,27 +84,13 @@ def test_a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
         return type(block).forward(block, *args, **kwargs)
 
     with _block_forward(_layers()[1], twice):
-        assert "2 times" in _complaint(_linearized())
+        assert "2 times" in complaint(RuntimeError, _sample, _linearized())
 
 
 def test_layers_that_are_not_in_place_are_noticed() -> None:
     model = _linearized().clone()
     model.injections = {}
-    assert "not in the model" in _complaint(model)
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("linvideo_pack.nodes.patching.call_checks")
-    logger.addHandler(handler)
-    _warn_of_skipped_blocks.cache_clear()
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
+    assert "not in the model" in complaint(RuntimeError, _sample, model)
 
 
 def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
@@ -124,14 +100,14 @@ def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
 
 
 def test_a_block_that_is_wrapped_stays_linear() -> None:
-    with _warnings() as messages:
+    with collect_warnings() as messages:
         wrapped = _patched(lambda args, extra: extra["original_block"](args))
         assert torch.equal(_sample(wrapped), _sample(_linearized()))
     assert not messages
 
 
 def test_a_block_that_is_skipped_is_said_once() -> None:
-    with _warnings() as messages:
+    with collect_warnings() as messages:
         skipped = _patched(lambda args, _: args)
         assert not torch.equal(_sample(skipped), _sample(_linearized()))
     assert len(messages) == 1 and f"layers {_layers()[0]} were" in messages[0], messages
@@ -146,7 +122,7 @@ def test_the_last_blocks_may_be_reused_after_a_whole_call() -> None:
             return x
         return type(_blocks()[layer]).forward(_blocks()[layer], x, *args, **kwargs)
 
-    with _warnings() as messages, _block_forward(layer, reuse):
+    with collect_warnings() as messages, _block_forward(layer, reuse):
         _sample(_linearized())
     assert len(calls) == _STEPS
     assert len(messages) == 1 and f"layers {layer} were" in messages[0], messages
@@ -163,7 +139,7 @@ def test_a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
     caching = _linearized().clone()
     caching.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", reuse)
     assert not torch.equal(_sample(caching), _sample(_linearized()))
-    assert "0 times" in _complaint(caching)
+    assert "0 times" in complaint(RuntimeError, _sample, caching)
 
 
 def test_easycache_before_or_after_reuses_calls() -> None:
@@ -195,7 +171,7 @@ def test_skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
         node = SkipLayerGuidanceDiT.execute(model, 2.0, double_layers=names, **settings)
         return node.result[0]
 
-    with _warnings() as messages:
+    with collect_warnings() as messages:
         before = _sample(linearize(guided(_demo()[0], _layers()[:2]), _shipped()))
         assert torch.equal(_sample(guided(_linearized(), _layers()[:2])), before)
     assert len(messages) == 1, messages
@@ -221,4 +197,4 @@ def test_compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -
     compiled = without_dynamic_memory(linearize(short_demo(), short_file()))
     set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
     with _block_forward(1, lambda x, *_, **__: x, compiled):
-        assert "0 times" in _complaint(compiled)
+        assert "0 times" in complaint(RuntimeError, _sample, compiled)
