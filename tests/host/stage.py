@@ -1,4 +1,4 @@
-"""What files of laws share: the demo's graph in ComfyUI, and the same sampling by the core alone.
+"""What the tests inside ComfyUI share: the demo's graph there, and the same sampling by the core.
 
 Latents are compared by the norm of the difference over the norm of the expected ones. "Headless" is
 our core without ComfyUI's model, sampler or patching, in fp32, where ComfyUI computes.
@@ -52,7 +52,7 @@ ComfyUI's own layers have none before a file is loaded, where memory is dynamic.
 
 
 def needs_cpu(why: str) -> None:
-    """Skip a law where ComfyUI computes on anything but a CPU."""
+    """Skip a test where ComfyUI computes on anything but a CPU."""
     if device().type != "cpu":
         raise unittest.SkipTest(f"needs a CPU: {why}")
 
@@ -64,7 +64,7 @@ def is_streaming() -> bool:
 
 
 def needs_cuda(why: str) -> None:
-    """Skip a law where ComfyUI does not compute on an NVIDIA GPU."""
+    """Skip a test where ComfyUI does not compute on an NVIDIA GPU."""
     if device().type != "cuda":
         raise unittest.SkipTest(f"needs a CUDA device: {why}")
 

@@ -1,4 +1,4 @@
-"""Laws of what is read from CONDITIONING, each a function that runs inside ComfyUI."""
+"""What is read from CONDITIONING."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Laws of few-step sampling, each a function that runs inside ComfyUI; `test_laws` reports them.
+"""Few-step sampling.
 
 "Headless" is our core without ComfyUI's model, sampler or patching.
 """

@@ -1,4 +1,4 @@
-"""Laws of LINVIDEO files as nodes, each a function that runs inside ComfyUI, for `test_laws`."""
+"""LINVIDEO files as nodes."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""Laws of the first steps that the original model takes.
+"""The first steps that the original model takes.
 
 Expected latents come from the headless core: the teacher's velocity in the kept steps, the
 linearized model's in the others.

@@ -1,4 +1,4 @@
-"""Laws of files whose linear layers have a form of their own, examined inside ComfyUI."""
+"""Files whose linear layers have a form of their own."""
 
 import dataclasses
 import tempfile

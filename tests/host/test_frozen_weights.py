@@ -1,4 +1,4 @@
-"""Laws of a twin that learns beside weights that stay ComfyUI's, in whatever form they are kept."""
+"""A twin that learns beside weights that stay ComfyUI's, in whatever form they are kept."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Laws of Wan's layers with norm and rotation in one pass: the same as ComfyUI's, or left alone.
+"""Wan's layers with norm and rotation in one pass: the same as ComfyUI's, or left alone.
 
 On a CPU ComfyUI's own forward would run: `_fused` takes the other way everywhere, and says how many
 of a layer's runs took it. On a GPU it is `_as_comfyui` that takes ComfyUI's.

@@ -1,4 +1,4 @@
-"""Laws of the transfer of MiniMax-H3 inside ComfyUI, on a small model with random weights.
+"""The transfer of MiniMax-H3 inside ComfyUI, on a small model with random weights.
 
 Expected velocities are ComfyUI's own of the untouched model, called as its samplers call it.
 """

@@ -1,6 +1,6 @@
-"""Laws in the dtype that ComfyUI chooses for a Wan by itself: fp16 on a GPU.
+"""In the dtype that ComfyUI chooses for a Wan by itself: fp16 on a GPU.
 
-The demo's node asks for fp32, so that laws elsewhere can be exact. Users' models are computed so.
+The demo's node asks for fp32, so that other tests can be exact. Users' models are computed so.
 """
 
 from collections.abc import Callable

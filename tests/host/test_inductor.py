@@ -1,4 +1,4 @@
-"""Laws of a linearized model that ComfyUI's own compile node compiles to machine code."""
+"""A linearized model that ComfyUI's own compile node compiles to machine code."""
 
 import shutil
 import unittest

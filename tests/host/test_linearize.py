@@ -1,4 +1,4 @@
-"""Laws of linearizing, each a function that runs inside ComfyUI; `test_laws` reports them.
+"""Linearizing.
 
 "Headless" is our core without ComfyUI's model, sampler or patching.
 """

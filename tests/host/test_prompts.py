@@ -1,4 +1,4 @@
-"""Laws of LinVideo Export Prompts, each a function that runs inside ComfyUI, for `test_laws`.
+"""LinVideo Export Prompts.
 
 The CLIP is a tiny random UMT5 in ComfyUI's own classes, with a tokenizer made here.
 """

@@ -1,4 +1,4 @@
-"""Laws of quantised models: what is applied is exact, whatever the weights are kept in.
+"""Quantised models: what is applied is exact, whatever the weights are kept in.
 
 Expected latents come from the headless core with the weights that the quantised ones stand for, the
 file's changes added in fp32. ComfyUI computes these models in a dtype of its own choice: fp16 on a

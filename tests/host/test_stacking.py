@@ -1,4 +1,4 @@
-"""Laws of LinVideo Linearize between ComfyUI's other model nodes, before it and after it."""
+"""LinVideo Linearize between ComfyUI's other model nodes, before it and after it."""
 
 import dataclasses
 import functools

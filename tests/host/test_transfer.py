@@ -1,4 +1,4 @@
-"""Laws of the transfer inside ComfyUI, each a function that runs there; `test_laws` reports them.
+"""The transfer inside ComfyUI.
 
 A run here is a few steps on the embedded model with three prompts and tiny latents: nothing is
 learned; what is kept, continued, given back and refused is all there is.

@@ -1,4 +1,4 @@
-"""Laws of what LinVideo Linearize and LinVideo Transfer Settings hand to a transfer."""
+"""What LinVideo Linearize and LinVideo Transfer Settings hand to a transfer."""
 
 from linvideo_pack.nodes.linearize import TRANSFER
 from linvideo_pack.nodes.transfer.inputs import read_transfer_inputs

@@ -1,4 +1,4 @@
-"""Laws of what a node says: is this the file's model, and is it sampled as the file was made."""
+"""What a node says: is this the file's model, and is it sampled as the file was made."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Laws of the model variants that ComfyUI has: each is tried with tiny random weights of its own.
+"""The model variants that ComfyUI has, each with small random weights.
 
 A variant's weights are random numbers under its own parameter names, recognised by ComfyUI's own
 loader; its conditioning is what ComfyUI's nodes give it. Expected latents come from the untouched

@@ -1,4 +1,4 @@
-"""Laws of what other nodes may do to a linearized model: never pass its layers over unheard."""
+"""What other nodes may do to a linearized model: never pass its layers over unheard."""
 
 import contextlib
 import functools
