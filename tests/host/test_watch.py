@@ -36,9 +36,15 @@ def _linearized() -> Any:
 
 
 def _sample(model: Any, steps: int = _STEPS) -> Tensor:
-    # What is said once is said again to each test.
-    _warn_of_skipped_blocks.cache_clear()
     return sample(model, steps=steps)
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect warnings: what was said once before is said again."""
+    _warn_of_skipped_blocks.cache_clear()
+    with collect_warnings() as messages:
+        yield messages
 
 
 def _layers() -> tuple[int, ...]:
@@ -100,14 +106,14 @@ def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
 
 
 def test_a_block_that_is_wrapped_stays_linear() -> None:
-    with collect_warnings() as messages:
+    with _warnings() as messages:
         wrapped = _patched(lambda args, extra: extra["original_block"](args))
         assert torch.equal(_sample(wrapped), _sample(_linearized()))
     assert not messages
 
 
 def test_a_block_that_is_skipped_is_said_once() -> None:
-    with collect_warnings() as messages:
+    with _warnings() as messages:
         skipped = _patched(lambda args, _: args)
         assert not torch.equal(_sample(skipped), _sample(_linearized()))
     assert len(messages) == 1 and f"layers {_layers()[0]} were" in messages[0], messages
@@ -122,7 +128,7 @@ def test_the_last_blocks_may_be_reused_after_a_whole_call() -> None:
             return x
         return type(_blocks()[layer]).forward(_blocks()[layer], x, *args, **kwargs)
 
-    with collect_warnings() as messages, _block_forward(layer, reuse):
+    with _warnings() as messages, _block_forward(layer, reuse):
         _sample(_linearized())
     assert len(calls) == _STEPS
     assert len(messages) == 1 and f"layers {layer} were" in messages[0], messages
@@ -171,7 +177,7 @@ def test_skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
         node = SkipLayerGuidanceDiT.execute(model, 2.0, double_layers=names, **settings)
         return node.result[0]
 
-    with collect_warnings() as messages:
+    with _warnings() as messages:
         before = _sample(linearize(guided(_demo()[0], _layers()[:2]), _shipped()))
         assert torch.equal(_sample(guided(_linearized(), _layers()[:2])), before)
     assert len(messages) == 1, messages
