@@ -329,12 +329,12 @@ def made_with_weights() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collect_warnings() -> Iterator[list[str]]:
-    """Collect what LinVideo warns of."""
+def collect_warnings(part: str = "") -> Iterator[list[str]]:
+    """Collect what LinVideo warns of, or a part of it, such as ".nodes.patching"."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    root = logging.getLogger("linvideo_pack")
+    root = logging.getLogger(f"linvideo_pack{part}")
     root.addHandler(handler)
     try:
         yield messages
