@@ -33,7 +33,6 @@ if not args.cpu:  # the allocator and the dynamic video memory that ComfyUI star
     import main  # noqa: F401
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
 
 
 def load_pack(folder: str) -> None:
@@ -73,8 +72,9 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 
 def end_node() -> None:
     """Let go of what is compiled, and of what dynamic video memory keeps for a node."""
-    torch._dynamo.reset()
-    counters.clear()
+    if compiler := sys.modules.get("torch._dynamo"):
+        compiler.reset()
+        compiler.utils.counters.clear()
     memory = sys.modules.get("comfy.memory_management")
     if getattr(memory, "aimdo_enabled", False):
         import comfy_aimdo.model_vbar
