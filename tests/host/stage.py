@@ -191,15 +191,17 @@ def sample(
     model: Any,
     *,
     steps: int = STEPS,
+    cfg: float = GUIDANCE,
     sampler: str = "euler",
     noise: Tensor | None = None,
     on_step: Callable[..., None] | None = None,
+    **others: Any,
 ) -> Tensor:
-    """Sample as ComfyUI's KSampler does."""
+    """Sample as ComfyUI's KSampler does; others: settings of `comfy.sample.sample`."""
     _, positive, negative, _ = demo()
     noise = make_noise() if noise is None else noise
-    settings = (steps, GUIDANCE, sampler, "simple", positive, negative, torch.zeros_like(noise))
-    keywords = {"callback": on_step, "disable_pbar": True, "seed": 1}
+    settings = (steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise))
+    keywords = {"callback": on_step, "disable_pbar": True, "seed": 1, **others}
     return comfy.sample.sample(model, noise, *settings, **keywords)
 
 

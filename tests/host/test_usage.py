@@ -24,11 +24,11 @@ from server import PromptServer
 from stage import (
     GUIDANCE,
     SHIFT,
-    STEPS,
     collect_warnings,
     complaint,
     demo,
     make_noise,
+    sample,
     shipped,
     with_lora,
 )
@@ -60,21 +60,6 @@ def _file(**changes: Any) -> Artifact:
     return dataclasses.replace(shipped(), header=header)
 
 
-def _sample(
-    model: Any,
-    *,
-    steps: int = STEPS,
-    cfg: float = GUIDANCE,
-    sampler: str = "euler",
-    noise: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
-    _, positive, negative, _ = demo()
-    noise = make_noise() if noise is None else noise
-    inputs = (steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise))
-    return comfy.sample.sample(model, noise, *inputs, disable_pbar=True, seed=1, **settings)
-
-
 def _said(model: Any) -> list[str]:
     return model.get_attachment(KEY).report.text.splitlines()
 
@@ -82,7 +67,7 @@ def _said(model: Any) -> list[str]:
 def _said_of_sampling(model: Any, **settings: Any) -> list[str]:
     """Sample, and return what the node says of that."""
     num_lines = len(_said(linearize(demo()[0], _file())))
-    _sample(model, **settings)
+    sample(model, **settings)
     return _said(model)[num_lines:]
 
 
@@ -125,7 +110,7 @@ def test_another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> N
     with collect_warnings() as warnings:
         assert "slight finetune" in _said(linearize(slight, _file()))[1]
     assert not warnings, warnings
-    assert _sample(linearized).isfinite().all()
+    assert sample(linearized).isfinite().all()
 
 
 class _Packed(nn.Module):
@@ -150,7 +135,7 @@ def test_weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_appl
     with collect_warnings() as warnings:
         linearized = linearize(model, _file())
     assert "cannot be compared" in _said(linearized)[1] and not warnings
-    assert _sample(linearized).isfinite().all()
+    assert sample(linearized).isfinite().all()
 
 
 def test_weights_that_are_not_there_are_said_to_be_unknown() -> None:
@@ -234,7 +219,7 @@ def test_few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
 def test_kept_steps_are_said_to_be_slow() -> None:
     linearized = linearize(demo()[0], _file(), keep_first_steps=2)
     assert _said(linearized)[-1].startswith("The first 2 steps of each sampling run the model")
-    _sample(linearized, steps=2)
+    sample(linearized, steps=2)
     assert "every step as the model came in" in _said(linearized)[-1]
 
 
@@ -242,16 +227,16 @@ def test_what_one_run_of_a_graph_samples_is_shown_together() -> None:
     linearized = linearize(demo()[0], _file())
     num_lines = len(_said(linearized))
     with CurrentNodeContext("first run", "sampler"):
-        _sample(linearized)
-        _sample(linearized, cfg=5.0)
-        _sample(linearized, cfg=6.0)
-        _sample(linearized)
+        sample(linearized)
+        sample(linearized, cfg=5.0)
+        sample(linearized, cfg=6.0)
+        sample(linearized)
     assert [line[:14] for line in _said(linearized)[num_lines:]] == [
         "Sampled: cfg 5",
         "Sampled: cfg 6",
     ]
     with CurrentNodeContext("second run", "sampler"):
-        _sample(linearized)
+        sample(linearized)
     assert _said(linearized)[num_lines:] == _AS_MADE
 
 
@@ -264,7 +249,7 @@ def test_the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
     before = getattr(PromptServer, "instance", None)
     PromptServer.instance = server
     try:
-        _sample(linearized, cfg=5.0)
+        sample(linearized, cfg=5.0)
     finally:
         PromptServer.instance = before
     ((text, node_id, client_id),) = shown
