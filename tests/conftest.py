@@ -6,6 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Each worker, and what it starts, has its share of the cores. Threads that wait sleep: two
+    # processes that spin on two cores hold each other up for minutes.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():

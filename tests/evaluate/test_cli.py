@@ -64,11 +64,15 @@ def own_files(teacher: Teacher, tmp_path: Path) -> dict[str, Path]:
 def test_a_student_that_is_the_teacher_is_measured_as_perfect(teacher: Teacher) -> None:
     stages: dict[str, list[tuple[int, int]]] = {}
 
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        stages.setdefault(stage, []).append((done, total))
+    class Told(Callbacks):
+        def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
+            self.now, self.total = detail, total
+
+        def on_step_end(self, done: int, **metrics: float) -> None:
+            stages.setdefault(self.now, []).append((done, self.total))
 
     students = {"student": SAME(teacher.model)}
-    found = compare(teacher, students, SETTINGS, seed=0, progress=progress)
+    found = compare(teacher, students, SETTINGS, seed=0, callbacks=Told())
     perfect = {
         "distance_to_teacher": 0, "frechet_to_teacher": 0, "velocity_error": 0,
         "velocity_cosine": 1, "motion_ratio": 1, "motion_energy": 1, "frechet_teacher_features": 0,
@@ -81,7 +85,7 @@ def test_a_student_that_is_the_teacher_is_measured_as_perfect(teacher: Teacher) 
         assert not {"digit", "motion", "frechet"} & set(row)
     assert len(found.rows) == 2
     every = [(done, 9) for done in range(1, 10)]
-    assert stages == {"sampling teacher": every, "sampling student": every}
+    assert stages == {"teacher": every, "student": every}
     sigmas = [row["sigma"] for row in found.velocity_rows]
     assert len(sigmas) == SETTINGS.steps
     assert sigmas[0] == 1 and sigmas == sorted(sigmas, reverse=True)

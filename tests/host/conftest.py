@@ -1,156 +1,132 @@
-"""Find a real ComfyUI and run functions inside it, each in a process that sees ComfyUI alone."""
+"""Tests in a real ComfyUI: how they are collected, what they need started, where they run.
 
-import inspect
-import os
-import subprocess
-import textwrap
-from collections.abc import Callable
+A test file that imports `linvideo_pack`, the pack as ComfyUI loads it, or `stage` runs inside a
+process of ComfyUI by its own interpreter, which has no pytest: its tests are plain functions that
+raise `unittest.SkipTest` to skip. One process serves all such files.
+"""
+
+import ast
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.host.flags import FLAGS, make_environment
+from tests.host.process import Host, HostError, find_host
 from tests.host.recording import pytest_addoption, pytest_configure
-from tests.host.server import server
+from tests.host.saved_workflows import TRY_IT, make_prompt, read
+from tests.host.server import Server, run_server
 
-__all__ = ["pytest_addoption", "pytest_configure", "server"]
+__all__ = ["Host", "pytest_addoption", "pytest_configure"]
 
-TIMEOUT_SECONDS = 1800
-PACK = Path(__file__).parents[2]
-START = """
-import comfy.options
-comfy.options.enable_args_parsing()
-from comfy.cli_args import args
-if not args.cpu:  # the allocator and the dynamic video memory that ComfyUI starts with on a GPU
-    import cuda_malloc
-    import main
-"""
+HOST = pytest.StashKey[Host | HostError]()
+SERVER = pytest.StashKey[Server | HostError]()
+STARTS = ("test_comfyui_starts", "test_its_server_starts")
+"""The tests that fail where ComfyUI, or its server, cannot start; others are skipped then."""
 
 
-class Host:
-    """A ComfyUI checkout and the interpreter that has its requirements."""
+class InsideFile(pytest.File):
+    """A file of tests that run inside ComfyUI."""
 
-    def __init__(self, root: Path, python: Path) -> None:
-        self.root = root
-        self.python = python
-
-    def examine(self, laws: Path, results: Path) -> None:
-        """Run every function of a file of laws inside ComfyUI, which has loaded the pack.
-
-        A law that needs a newer ComfyUI raises `unittest.SkipTest`, saying which.
-
-        results: written as JSON, for each law's name {}, {"failed": why} or {"skipped": why}.
-        """
-        print(self.call(run_laws, str(PACK), str(laws), str(results)))
-
-    def call(self, function: Callable[..., None], *arguments: str | int | float) -> str:
-        """Run a self-contained function in ComfyUI's own process and return what it printed.
-
-        The function travels as source text, so it must import what it uses; its arguments must
-        survive `repr`. The process starts in ComfyUI's folder without PYTHONPATH: the only
-        `nodes` it can import is ComfyUI's.
-        """
-        call = f"{function.__name__}(*{arguments!r})"
-        source = "\n".join((START, textwrap.dedent(inspect.getsource(function)), call))
-        finished = subprocess.run(
-            [str(self.python), "-c", source, *FLAGS],
-            cwd=self.root,
-            env=make_environment(),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-        if finished.returncode:
-            pytest.fail(
-                f"{function.__name__} failed inside ComfyUI ({self.root}), exit status "
-                f"{finished.returncode}:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}",
-                pytrace=False,
-            )
-        return finished.stdout
+    def collect(self) -> Iterator["InsideTest"]:
+        """Yield its tests; the file is read, not imported."""
+        for node in ast.parse(self.path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                yield InsideTest.from_parent(self, name=node.name, line=node.lineno)
 
 
-def run_laws(pack: str, laws: str, results: str) -> None:
-    """Load the pack as ComfyUI does, then run a file's functions; runs in ComfyUI's process."""
-    import importlib.util
-    import json
-    import sys
-    import traceback
-    import unittest
-    from pathlib import Path
+class InsideTest(pytest.Item):
+    """A test function that runs inside ComfyUI."""
 
-    import comfy.model_management
-    import torch
+    def __init__(self, *, line: int, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.line = line
+        self.add_marker("host")
 
-    # ComfyUI's matrix products are full fp32. With TF32 a convolution's have 11 bits, in which
-    # much of what laws look for would be lost.
-    torch.backends.cudnn.allow_tf32 = False
+    def runtest(self) -> None:
+        """Let ComfyUI's process run it."""
+        answer = self.config.stash[HOST].ask(file=str(self.path), test=self.name)
+        self.add_report_section("call", "stdout", answer["printed"])
+        if answer["outcome"] == "failed":
+            pytest.fail(answer["words"], pytrace=False)
+        if answer["outcome"] == "skipped":
+            pytest.skip(answer["words"])
 
-    def load(name: str, path: Path, folders: list[str] | None) -> object:
-        spec = importlib.util.spec_from_file_location(
-            name, path, submodule_search_locations=folders
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    def end_node() -> None:
-        """Let go of what dynamic video memory keeps for a node, as ComfyUI does after each."""
-        memory = sys.modules.get("comfy.memory_management")
-        if getattr(memory, "aimdo_enabled", False):
-            import comfy_aimdo.model_vbar
-
-            comfy.model_management.reset_cast_buffers()
-            comfy_aimdo.model_vbar.vbars_reset_watermark_limits()
-
-    sys.path.append(str(Path(laws).parent))  # what files of laws share
-    load("linvideo_pack", Path(pack) / "__init__.py", [pack])
-    module = load("laws", Path(laws), None)
-    outcomes = {}
-    for name, law in list(vars(module).items()):
-        if getattr(law, "__module__", "") == "laws" and not name.startswith("_"):
-            outcomes[name] = {}
-            try:
-                with torch.inference_mode():  # as ComfyUI runs nodes
-                    law()
-            except unittest.SkipTest as missing:
-                outcomes[name]["skipped"] = str(missing)
-            except Exception:
-                outcomes[name]["failed"] = traceback.format_exc()
-            end_node()
-    Path(results).write_text(json.dumps(outcomes))
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """Return where it is and what it is called."""
+        return self.path, self.line - 1, self.name
 
 
-def find_python(root: Path) -> Path | None:
-    """Return the interpreter named by COMFYUI_PYTHON, else the one in the checkout's venv."""
-    if named := os.environ.get("COMFYUI_PYTHON"):
-        return Path(named).expanduser()
-    candidates = [
-        root / folder / binary
-        for folder in ("venv", ".venv")
-        for binary in ("bin/python", "Scripts/python.exe")
-    ]
-    return next((python for python in candidates if python.is_file()), None)
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> Any:
+    """Collect a file whose tests run inside ComfyUI without importing it."""
+    for node in ast.parse(module_path.read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if any(name.partition(".")[0] in ("linvideo_pack", "stage") for name in names):
+            return InsideFile.from_parent(parent, path=module_path)
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start what a test needs before its fixtures are made."""
+    fixtures = getattr(item, "fixturenames", ())
+    if isinstance(item, InsideTest) or "host" in fixtures:
+        require(item, HOST, start_host, STARTS[0])
+    if "server" in fixtures:
+        require(item, SERVER, start_server, STARTS[1])
+
+
+def require(
+    item: pytest.Item,
+    key: pytest.StashKey,
+    start: Callable[[pytest.Config], Any],
+    starting_test: str,
+) -> None:
+    """Start something once; where that fails, one test fails and the others are skipped.
+
+    starting_test: the one that fails, if it runs; else the first that needs it.
+    """
+    stash = item.config.stash
+    if key not in stash:
+        try:
+            stash[key] = start(item.config)
+        except HostError as error:
+            stash[key] = error
+    if not isinstance(error := stash[key], HostError):
+        return
+    if error.is_missing:
+        pytest.skip(str(error))
+    is_told = error.is_told or any(each.name == starting_test for each in item.session.items)
+    if is_told and item.name != starting_test:
+        pytest.skip(f"ComfyUI could not start: see {starting_test}")
+    error.is_told = True
+    pytest.fail(str(error), pytrace=False)
+
+
+def start_host(config: pytest.Config) -> Host:
+    host = find_host()
+    config.add_cleanup(host.stop)
+    return host
+
+
+def start_server(config: pytest.Config) -> Server:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(run_server(config.stash[HOST], folder))
+        server.queue_first(make_prompt(read(TRY_IT), server.ask("/object_info")))
+        config.add_cleanup(stack.pop_all().close)
+    return server
 
 
 @pytest.fixture(scope="session")
-def host() -> Host:
-    """The real ComfyUI: a missing default skips, a wrong COMFYUI_PATH or _PYTHON fails."""
-    refuse = (
-        pytest.fail
-        if os.environ.get("COMFYUI_PATH") or os.environ.get("COMFYUI_PYTHON")
-        else pytest.skip
-    )
-    root = Path(os.environ.get("COMFYUI_PATH") or "~/ComfyUI").expanduser().absolute()
-    if not (root / "comfy" / "ldm" / "wan" / "model.py").is_file():
-        refuse(
-            f"no ComfyUI checkout in {root}: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to "
-            "an interpreter that has its requirements"
-        )
-    python = find_python(root)
-    if python is None or not python.is_file():
-        refuse(
-            f"no Python interpreter for the ComfyUI checkout in {root} "
-            f"({python or 'no venv in it'}): set COMFYUI_PYTHON to one that has its requirements"
-        )
-    return Host(root, python)
+def host(request: pytest.FixtureRequest) -> Host:
+    """The real ComfyUI, and a process of it."""
+    return request.config.stash[HOST]
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, host: Host) -> Server:
+    """The server that tests share, with a damaged file among its models."""
+    return request.config.stash[SERVER]

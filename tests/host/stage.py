@@ -1,27 +1,31 @@
-"""What files of laws share: the demo's graph in ComfyUI, and the same sampling by the core alone.
+"""What the tests inside ComfyUI share: the demo's graph there, and the same sampling by the core.
 
 Latents are compared by the norm of the difference over the norm of the expected ones. "Headless" is
 our core without ComfyUI's model, sampler or patching, in fp32, where ComfyUI computes.
 """
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import inspect
 import logging
+import re
 import sys
 import unittest
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.sample
 import comfy.sd
+import safetensors.torch
 import torch
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
-from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.models.velocity import VelocityFn, bind_guided
 from linvideo_pack.linvideo_core.teacher.config import TeacherConfig
 from linvideo_pack.linvideo_core.teacher.teacher import load_teacher
@@ -38,6 +42,9 @@ bits and is nowhere in it: ComfyUI leaves matrix products in full fp32, and test
 convolutions are, too.
 """
 STEPS, GUIDANCE, SHIFT = 4, 3.0, 3.0
+SHAPE = 16, 2, 16, 16
+"""Channels, frames, height and width of latents that are sampled: fewer frames than the demo's."""
+NUM_TOKENS = 2 * 16 * 16 // 4
 MODEL_OF_SHAPES = {"device": "meta", "operations": nn}
 """Settings for a model whose weights' shapes are all that is wanted.
 
@@ -46,7 +53,7 @@ ComfyUI's own layers have none before a file is loaded, where memory is dynamic.
 
 
 def needs_cpu(why: str) -> None:
-    """Skip a law where ComfyUI computes on anything but a CPU."""
+    """Skip a test where ComfyUI computes on anything but a CPU."""
     if device().type != "cpu":
         raise unittest.SkipTest(f"needs a CPU: {why}")
 
@@ -58,7 +65,7 @@ def is_streaming() -> bool:
 
 
 def needs_cuda(why: str) -> None:
-    """Skip a law where ComfyUI does not compute on an NVIDIA GPU."""
+    """Skip a test where ComfyUI does not compute on an NVIDIA GPU."""
     if device().type != "cuda":
         raise unittest.SkipTest(f"needs a CUDA device: {why}")
 
@@ -88,9 +95,9 @@ def tolerance_of(model: Any) -> float:
     return max(TOLERANCES[dtype] for dtype in dtypes)
 
 
-def make_noise(frames: int = LATENT_SHAPE[1]) -> Tensor:
+def make_noise(frames: int = SHAPE[1]) -> Tensor:
     """Return the noise [1, C, F, H, W] that every sampling starts from."""
-    C, _, H, W = LATENT_SHAPE
+    C, _, H, W = SHAPE
     return torch.randn(1, C, frames, H, W, generator=torch.Generator().manual_seed(3))
 
 
@@ -109,18 +116,37 @@ def load_in_hosts_dtype(**settings: Any) -> Any:
     return patcher
 
 
-IS_IN_HOSTS_DTYPE = False
-"""Whether the demo's model is computed in the host's dtype, not in the fp32 that its node asks for.
+_computes_in_hosts_dtype = False
 
-Set before anything is sampled, it holds for the whole process.
-"""
+
+@contextlib.contextmanager
+def in_hosts_dtype() -> Iterator[None]:
+    """Let the demo's model compute in the host's dtype, not in the fp32 that its node asks for."""
+    global _computes_in_hosts_dtype
+    _computes_in_hosts_dtype = True
+    forget()
+    try:
+        yield
+    finally:
+        _computes_in_hosts_dtype = False
+        forget()
+
+
+def forget() -> None:
+    """Empty the caches of the test files that are loaded."""
+    for module in list(sys.modules.values()):
+        if str(getattr(module, "__file__", "")).startswith(str(Path(__file__).parent)):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 @functools.cache
 def demo() -> tuple[Any, Any, Any, Any]:
-    """Return what LinVideo Demo gives: MODEL, positive, negative, LATENT."""
-    model, *others = demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
-    return (load_in_hosts_dtype() if IS_IN_HOSTS_DTYPE else model, *others)
+    """Return what LinVideo Demo gives, MODEL, positive, negative, LATENT; that smaller."""
+    model, *prompts, _ = demo_nodes.LinVideoDemo.execute("seven", "up-right", 1).result
+    model = load_in_hosts_dtype() if _computes_in_hosts_dtype else model
+    return (model, *prompts, {"samples": torch.zeros(1, *SHAPE)})
 
 
 @functools.cache
@@ -129,19 +155,54 @@ def shipped() -> Artifact:
     return artifact.load(model_folder.find_file(model_folder.SHIPPED))
 
 
+@functools.cache
+def short_demo() -> Any:
+    """Return the demo's model with its first three layers alone: to compile, and to train."""
+    return load_short_demo()
+
+
+def load_short_demo(**settings: Any) -> Any:
+    """Load it, as ComfyUI's loaders do."""
+    weights = safetensors.torch.load_file(weights_path("model.safetensors"))
+    kept = {name: x for name, x in weights.items() if not re.match(r"blocks\.[3-9]\.", name)}
+    options = {} if _computes_in_hosts_dtype else {"dtype": torch.float32}
+    patcher = finish(comfy.sd.load_diffusion_model_state_dict(kept, options, **settings))
+    patcher.cached_patcher_init = (load_short_demo, ())
+    return patcher
+
+
+@functools.cache
+def short_file() -> Artifact:
+    """Return the shipped file's changes of layer 1, for the short demo."""
+    header = dataclasses.replace(
+        shipped().header,
+        fingerprint="wan, 3 layers, 1 heads of 128",
+        num_layers=3,
+        linear_layers=(1,),
+        site_names=("blocks.1.self_attn",),
+    )
+    low_rank = {
+        n: pair for n, pair in shipped().low_rank.items() if re.match(r"blocks\.[0-2]\.", n)
+    }
+    maps = {1: shipped().linear[1]}
+    return dataclasses.replace(shipped(), header=header, linear=maps, low_rank=low_rank)
+
+
 def sample(
     model: Any,
     *,
     steps: int = STEPS,
+    cfg: float = GUIDANCE,
     sampler: str = "euler",
     noise: Tensor | None = None,
     on_step: Callable[..., None] | None = None,
+    **others: Any,
 ) -> Tensor:
-    """Sample as ComfyUI's KSampler does."""
+    """Sample as ComfyUI's KSampler does; others: settings of `comfy.sample.sample`."""
     _, positive, negative, _ = demo()
     noise = make_noise() if noise is None else noise
-    settings = (steps, GUIDANCE, sampler, "simple", positive, negative, torch.zeros_like(noise))
-    keywords = {"callback": on_step, "disable_pbar": True, "seed": 1}
+    settings = (steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise))
+    keywords = {"callback": on_step, "disable_pbar": True, "seed": 1, **others}
     return comfy.sample.sample(model, noise, *settings, **keywords)
 
 
@@ -158,9 +219,14 @@ def sample_again(model: Any) -> Tensor:
 _APPLIED = contextlib.ExitStack()  # to the end: what it lends to models stays in them
 
 
+@functools.cache
+def _headless_demo() -> nn.Module:
+    return load_teacher(TeacherConfig()).model
+
+
 def load_headless(weights: dict[str, Tensor] | None = None) -> nn.Module:
     """Return the demo's model of our core, with other weights if given."""
-    model = load_teacher(TeacherConfig()).model
+    model = copy.deepcopy(_headless_demo())
     if weights is not None:
         model.load_state_dict(weights)
     return model
@@ -200,13 +266,19 @@ def assert_close(latents: Tensor, expected: Tensor, tolerance: float | None = No
     assert not torch.equal(expected.cpu(), make_noise())
 
 
-def complaint(kind: type[Exception], function: Callable[..., Any], *args: Any, **kws: Any) -> str:
+def complaint(
+    kind: type[Exception] | tuple[type[Exception], ...],
+    function: Callable[..., Any],
+    *args: Any,
+    **kws: Any,
+) -> str:
     """Return the one sentence with which a call is refused."""
     try:
         function(*args, **kws)
     except kind as error:
         message = str(error)
         assert message and "\n" not in message and len(message) < 400, message
+        assert "--" not in message, message  # a flag of the command line
         return message
     raise AssertionError("nothing was refused")
 
@@ -263,12 +335,12 @@ def made_with_weights() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collect_warnings() -> Iterator[list[str]]:
-    """Collect what LinVideo warns of."""
+def collect_warnings(part: str = "") -> Iterator[list[str]]:
+    """Collect what LinVideo warns of, or a part of it, such as ".nodes.patching"."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    root = logging.getLogger("linvideo_pack")
+    root = logging.getLogger(f"linvideo_pack{part}")
     root.addHandler(handler)
     try:
         yield messages

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.host.server import SHIPPED, Server, run_server
-from tests.host.test_workflows import NAMES, read
+from tests.host.saved_workflows import NAMES, TRY_IT, read
+from tests.host.server import SHIPPED, Server
 
 pytestmark = [pytest.mark.host, pytest.mark.browser]
 
@@ -22,7 +22,6 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "LiteGraph.Canvas.MaximumFps": 10}
 SCREEN = {"width": 1366, "height": 768}
 WAIT_SECONDS = 120
 """Only what hangs may reach this."""
-DEMO, *_ = NAMES
 MODES = ("apply a saved file", "apply a connected LINVIDEO", "run the transfer now")
 LINVIDEO_TYPES = ("LINVIDEO", "LINVIDEO_SETTINGS")
 MODEL_WIDGETS = {
@@ -109,14 +108,14 @@ def find_chromium() -> str:
     return found
 
 
-def fill_folders(folder: Path) -> None:
-    """Let every file that a workflow names be there; nothing of them is loaded here."""
+def find_missing(folder: Path) -> Iterator[Path]:
+    """Yield the path of every file that a workflow names and that is not there."""
     for node in itertools.chain.from_iterable(read(name)["nodes"] for name in NAMES):
         kind, value = MODEL_WIDGETS.get(node["type"], (None, 0))
         if kind and node["widgets_values"][value].endswith(".safetensors"):
             path = folder / "models" / kind / node["widgets_values"][value]
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
+            if not path.exists():
+                yield path
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +129,19 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def artists_server(
-    host: Any, chromium: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A server after its first-run dialog, with all models that the workflows name."""
-    with run_server(host, tmp_path_factory.mktemp("browser")) as server:
-        fill_folders(server.folder)
-        server.ask("/settings", SETTINGS)
-        yield server
+def artists_server(server: Server) -> Iterator[Server]:
+    """The server after its first-run dialog, with all models that the workflows name.
+
+    Nothing of them is loaded: they are empty files.
+    """
+    paths = set(find_missing(server.folder))
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    server.ask("/settings", SETTINGS)
+    yield server
+    for path in paths:
+        path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +181,13 @@ def test_the_template_browser_lists_the_workflows_in_their_order_and_opens_one(p
     page.evaluate("() => void app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_test_id("template-workflows-content").wait_for()
     page.get_by_text("LinVideo", exact=True).first.click()
-    page.get_by_test_id(f"template-workflow-{DEMO}").wait_for()
+    page.get_by_test_id(f"template-workflow-{TRY_IT}").wait_for()
     cards = page.locator("[data-testid^='template-workflow-']")
     listed = [card.get_attribute("data-testid") for card in cards.all()]
     assert [each.removeprefix("template-workflow-") for each in listed] == list(NAMES)
     cards.first.click()
     page.wait_for_function(
-        "(count) => app.graph.nodes.length === count", arg=len(read(DEMO)["nodes"])
+        "(count) => app.graph.nodes.length === count", arg=len(read(TRY_IT)["nodes"])
     )
 
 
@@ -201,7 +205,7 @@ def test_a_template_opens_whole_and_readable_on_a_laptop(name: str, page: Any) -
 
 
 def test_run_on_the_demo_shows_a_video_and_what_differs(page: Any, artists_server: Server) -> None:
-    open_template(page, DEMO)
+    open_template(page, TRY_IT)
     page.evaluate(
         "() => app.graph.nodes.filter(({ type }) => type === 'KSampler').forEach("
         "(node) => { node.widgets.find(({ name }) => name === 'cfg').value = 7 })"
@@ -210,7 +214,7 @@ def test_run_on_the_demo_shows_a_video_and_what_differs(page: Any, artists_serve
     page.wait_for_function(
         "() => app.graph.nodes.some(({ type, imgs }) => /WEBP/.test(type) && imgs)"
     )
-    (answer,) = artists_server.ask("/history").values()
+    *_, answer = artists_server.ask("/history").values()
     assert answer["status"]["status_str"] == "success", answer["status"]
     assert_nothing_is_wrong(page)
     page.wait_for_function(f"() => ({WORDS})().text.includes('Sampled: cfg 7')")
@@ -237,7 +241,7 @@ def reopen(page: Any) -> None:
 
 
 def test_switching_modes_and_back_loses_nothing(page: Any) -> None:
-    open_template(page, DEMO)
+    open_template(page, TRY_IT)
     typed = "a handwritten three moving left\na handwritten four moving up"
     page.evaluate(SET, ["mode.strength", 0.35])
     choose(page, "mode", MODES[2])
@@ -266,7 +270,7 @@ def test_switching_modes_and_back_loses_nothing(page: Any) -> None:
 def test_a_file_that_was_made_meanwhile_is_listed_after_r(
     page: Any, artists_server: Server
 ) -> None:
-    open_template(page, DEMO)
+    open_template(page, TRY_IT)
     made = artists_server.folder / "models" / "linvideo" / "made meanwhile.safetensors"
     made.write_bytes(SHIPPED.read_bytes())
     page.mouse.click(SCREEN["width"] // 2, SCREEN["height"] - 60)
@@ -276,6 +280,7 @@ def test_a_file_that_was_made_meanwhile_is_listed_after_r(
     choose(page, "mode", MODES[0])
     assert made.name in page.evaluate(FILES_LISTED)
     choose(page, "mode.file", made.name)
+    made.unlink()
 
 
 def search(page: Any, words: str) -> list[str]:

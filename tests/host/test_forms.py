@@ -1,4 +1,4 @@
-"""Laws of files whose linear layers have a form of their own, examined inside ComfyUI."""
+"""Files whose linear layers have a form of their own."""
 
 import dataclasses
 import tempfile
@@ -34,7 +34,7 @@ _FORMS = [
     LinearForm(feature_map="hedgehog_joint"),
     LinearForm(map_sharing="shared"),
     LinearForm(output_gate=True),
-    # No divisor of the 448 tokens: the last block is shorter.
+    # No divisor of the 128 tokens: the last block is shorter.
     LinearForm(window=45),
     LinearForm(feature_map="hedgehog_joint", map_sharing="shared", output_gate=True, window=45),
 ]
@@ -69,7 +69,7 @@ def _sample_core(made: Artifact) -> Tensor:
     return sample_headless([bind_headless(load_headless(), made)] * STEPS)
 
 
-def a_form_gives_the_latents_of_the_headless_core() -> None:
+def test_a_form_gives_the_latents_of_the_headless_core() -> None:
     plain = _sample_core(shipped())
     for form in _FORMS:
         made = _make_file(form)
@@ -81,7 +81,7 @@ def a_form_gives_the_latents_of_the_headless_core() -> None:
         assert is_close == is_plain, form
 
 
-def a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
+def test_a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
     made = _make_file(_FORMS[-1])
     linearized = without_dynamic_memory(linearize(demo()[0], made))
     comfy.model_management.unload_all_models()
@@ -94,7 +94,7 @@ def a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
     assert_close(latents, _sample_core(made), _tolerance())
 
 
-def a_layer_of_several_heads_is_the_cores() -> None:
+def test_a_layer_of_several_heads_is_the_cores() -> None:
     heads, head_dim, half = 3, 16, 8
     tokens = [_random(2, 63, heads, head_dim, seed=seed).to(device()) for seed in range(3)]
     for form in _FORMS:

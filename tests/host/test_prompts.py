@@ -1,4 +1,4 @@
-"""Laws of LinVideo Export Prompts, each a function that runs inside ComfyUI, for `test_laws`.
+"""LinVideo Export Prompts.
 
 The CLIP is a tiny random UMT5 in ComfyUI's own classes, with a tokenizer made here.
 """
@@ -108,7 +108,7 @@ def _host(text: str) -> Tensor:
     return entry[0][0]
 
 
-def what_is_stored_is_what_the_hosts_wan_receives() -> None:
+def test_what_is_stored_is_what_the_hosts_wan_receives() -> None:
     with _output() as folder:
         path = _export(_clip(), TEXTS)
         assert path == folder / "linvideo" / "mine.safetensors"
@@ -119,7 +119,7 @@ def what_is_stored_is_what_the_hosts_wan_receives() -> None:
     assert not found.prompt_embeds[:, -1].any() and found.prompt_embeds[:, 0].all()
 
 
-def the_headless_encoder_agrees_with_the_host() -> None:
+def test_the_headless_encoder_agrees_with_the_host() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -140,7 +140,7 @@ def the_headless_encoder_agrees_with_the_host() -> None:
         torch.testing.assert_close(found, _host(text), rtol=1e-4, atol=1e-4)
 
 
-def an_empty_list_stands_for_linvideos_own_prompts() -> None:
+def test_an_empty_list_stands_for_linvideos_own_prompts() -> None:
     with _output():
         found = read_embeds(_export(_clip(), []))
     assert found.prompts == default_prompts()
@@ -150,7 +150,7 @@ def an_empty_list_stands_for_linvideos_own_prompts() -> None:
     ] == NEGATIVE_PROMPT
 
 
-def the_same_inputs_are_not_encoded_again() -> None:
+def test_the_same_inputs_are_not_encoded_again() -> None:
     with _output():
         path = _export(_Counted(), TEXTS)
         before = path.stat().st_mtime_ns
@@ -158,7 +158,7 @@ def the_same_inputs_are_not_encoded_again() -> None:
         assert again.count == 1 and path.stat().st_mtime_ns == before
 
 
-def an_interrupted_export_goes_on_where_it_stopped() -> None:
+def test_an_interrupted_export_goes_on_where_it_stopped() -> None:
     with _output() as folder:
         try:
             _export(_Counted(interrupt_at=3), TEXTS)
@@ -172,7 +172,7 @@ def an_interrupted_export_goes_on_where_it_stopped() -> None:
         assert torch.equal(read_embeds(path).prompt_embeds[2], _host(TEXTS[2]))
 
 
-def a_file_with_other_prompts_is_replaced_only_when_asked() -> None:
+def test_a_file_with_other_prompts_is_replaced_only_when_asked() -> None:
     with _output():
         path = _export(_clip(), TEXTS)
         message = _complaint(ValueError, _export, _clip(), TEXTS[:2])
@@ -182,7 +182,7 @@ def a_file_with_other_prompts_is_replaced_only_when_asked() -> None:
         assert read_embeds(path).prompts == TEXTS[:2]
 
 
-def what_cannot_be_exported_is_one_sentence() -> None:
+def test_what_cannot_be_exported_is_one_sentence() -> None:
     class _Other(_Counted):
         def encode_from_tokens_scheduled(self, tokens: Any) -> Any:
             return [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]

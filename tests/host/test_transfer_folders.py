@@ -1,11 +1,12 @@
-"""Laws of what a transfer keeps on disk and of what is too large, run as those of the transfer."""
+"""What a transfer keeps on disk, and what is too large to learn from."""
 
 import shutil
 
 import comfy.model_management
 import torch
-from laws_of_transfer import (
-    _complaint,
+from linvideo_pack.nodes.transfer.pipeline import run
+from stage import complaint
+from test_transfer import (
     _demo,
     _folders,
     _make_wan,
@@ -14,10 +15,9 @@ from laws_of_transfer import (
     _tensors,
     _wan_inputs,
 )
-from linvideo_pack.nodes.transfer.pipeline import run
 
 
-def a_damaged_result_is_mended_by_its_copy_in_models() -> None:
+def test_a_damaged_result_is_mended_by_its_copy_in_models() -> None:
     with _folders() as folder:
         made = _run(steps=1, warm_start_steps=0)
         result = folder / "output" / "linvideo" / "law" / "linearized.safetensors"
@@ -28,10 +28,10 @@ def a_damaged_result_is_mended_by_its_copy_in_models() -> None:
         assert not shown and result.read_bytes() == whole
         assert all(map(torch.equal, _tensors(again), _tensors(made)))
         (folder / "models" / "law.safetensors").write_bytes(whole[:500])
-        assert "is damaged: delete it" in _complaint(_run, steps=1, warm_start_steps=0)
+        assert "is damaged: delete it" in complaint(_run, steps=1, warm_start_steps=0)
 
 
-def a_folder_that_is_deleted_during_the_transfer_is_named() -> None:
+def test_a_folder_that_is_deleted_during_the_transfer_is_named() -> None:
     with _folders() as folder:
         run_folder = folder / "output" / "linvideo" / "law"
 
@@ -42,15 +42,15 @@ def a_folder_that_is_deleted_during_the_transfer_is_named() -> None:
 
         _demo()
         with _seen(delete):
-            message = _complaint(_run)
+            message = complaint(_run)
         assert "law is gone" in message.replace("/training", "") and "Errno" not in message
         assert not comfy.model_management.in_training
 
 
-def videos_that_no_memory_holds_are_refused_with_numbers() -> None:
+def test_videos_that_no_memory_holds_are_refused_with_numbers() -> None:
     with _folders() as folder:
         model = _make_wan(folder, torch.float32)
         sizes = {"width": 16384, "height": 16384, "frames": 16384}
-        message = _complaint(run, model, _wan_inputs(**sizes))
+        message = complaint(run, model, _wan_inputs(**sizes))
         assert "GB" in message and "tokens fit" in message and "lower width" in message
         assert not (folder / "output").exists()

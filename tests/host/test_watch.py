@@ -1,12 +1,10 @@
-"""Laws of what other nodes may do to a linearized model: never pass its layers over unheard."""
+"""What other nodes may do to a linearized model: never pass its layers over unheard."""
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import comfy.sample
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -14,7 +12,16 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.model_calls import _warn_of_skipped_blocks
-from stage import assert_close, make_noise, tolerance_of, without_dynamic_memory
+from stage import (
+    assert_close,
+    collect_warnings,
+    complaint,
+    sample,
+    short_demo,
+    short_file,
+    tolerance_of,
+    without_dynamic_memory,
+)
 from stage import demo as _demo
 from stage import shipped as _shipped
 from torch import Tensor
@@ -28,28 +35,24 @@ def _linearized() -> Any:
     return linearize(_demo()[0], _shipped())
 
 
+def _sample(model: Any, steps: int = _STEPS) -> Tensor:
+    return sample(model, steps=steps)
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect warnings: what was said once before is said again."""
+    _warn_of_skipped_blocks.cache_clear()
+    with collect_warnings(".nodes.patching.model_calls") as messages:
+        yield messages
+
+
 def _layers() -> tuple[int, ...]:
     return _shipped().header.linear_layers
 
 
 def _blocks() -> Any:
     return _demo()[0].model.diffusion_model.blocks
-
-
-def _sample(model: Any, steps: int = _STEPS) -> Tensor:
-    _, positive, negative, latent = _demo()
-    settings = (steps, 3.0, "euler", "simple", positive, negative, latent["samples"])
-    return comfy.sample.sample(model, make_noise(), *settings, disable_pbar=True, seed=1)
-
-
-def _complaint(model: Any) -> str:
-    try:
-        _sample(model)
-    except RuntimeError as error:
-        message = str(error)
-        assert message and "\n" not in message and len(message) < 400, message
-        return message
-    raise AssertionError("nothing was noticed")
 
 
 @contextlib.contextmanager
@@ -63,23 +66,23 @@ def _block_forward(layer: int, forward: Callable[..., Tensor], model: Any = None
         del block.forward
 
 
-def a_block_that_another_pack_computes_is_noticed() -> None:
+def test_a_block_that_another_pack_computes_is_noticed() -> None:
     expected = _sample(_linearized())
     for layer in (_layers()[0], _layers()[-1]):
         with _block_forward(layer, lambda x, *_, **__: x):
-            message = _complaint(_linearized())
+            message = complaint(RuntimeError, _sample, _linearized())
         assert f"layer {layer} was run 0 times" in message
     assert torch.equal(_sample(_linearized()), expected)
 
 
-def all_blocks_computed_by_another_pack_are_noticed() -> None:
+def test_all_blocks_computed_by_another_pack_are_noticed() -> None:
     with contextlib.ExitStack() as stack:
         for layer in range(len(_blocks())):
             stack.enter_context(_block_forward(layer, lambda x, *_, **__: x))
-        assert "0 times" in _complaint(_linearized())
+        assert "0 times" in complaint(RuntimeError, _sample, _linearized())
 
 
-def a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
+def test_a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
     block = _blocks()[_layers()[1]]
 
     def twice(*args: Any, **kwargs: Any) -> Tensor:
@@ -87,27 +90,13 @@ def a_layer_that_runs_twice_in_a_call_is_noticed() -> None:
         return type(block).forward(block, *args, **kwargs)
 
     with _block_forward(_layers()[1], twice):
-        assert "2 times" in _complaint(_linearized())
+        assert "2 times" in complaint(RuntimeError, _sample, _linearized())
 
 
-def layers_that_are_not_in_place_are_noticed() -> None:
+def test_layers_that_are_not_in_place_are_noticed() -> None:
     model = _linearized().clone()
     model.injections = {}
-    assert "not in the model" in _complaint(model)
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("linvideo_pack.nodes.patching.model_calls")
-    logger.addHandler(handler)
-    _warn_of_skipped_blocks.cache_clear()
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
+    assert "not in the model" in complaint(RuntimeError, _sample, model)
 
 
 def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
@@ -116,21 +105,21 @@ def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
     return patched
 
 
-def a_block_that_is_wrapped_stays_linear() -> None:
+def test_a_block_that_is_wrapped_stays_linear() -> None:
     with _warnings() as messages:
         wrapped = _patched(lambda args, extra: extra["original_block"](args))
         assert torch.equal(_sample(wrapped), _sample(_linearized()))
     assert not messages
 
 
-def a_block_that_is_skipped_is_said_once() -> None:
+def test_a_block_that_is_skipped_is_said_once() -> None:
     with _warnings() as messages:
         skipped = _patched(lambda args, _: args)
         assert not torch.equal(_sample(skipped), _sample(_linearized()))
     assert len(messages) == 1 and f"layers {_layers()[0]} were" in messages[0], messages
 
 
-def the_last_blocks_may_be_reused_after_a_whole_call() -> None:
+def test_the_last_blocks_may_be_reused_after_a_whole_call() -> None:
     layer, calls = _layers()[-1], []
 
     def reuse(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -145,7 +134,7 @@ def the_last_blocks_may_be_reused_after_a_whole_call() -> None:
     assert len(messages) == 1 and f"layers {layer} were" in messages[0], messages
 
 
-def a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
+def test_a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
     first: list[Tensor] = []
 
     def reuse(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -156,10 +145,10 @@ def a_cache_may_reuse_a_call_but_not_begin_with_one() -> None:
     caching = _linearized().clone()
     caching.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", reuse)
     assert not torch.equal(_sample(caching), _sample(_linearized()))
-    assert "0 times" in _complaint(caching)
+    assert "0 times" in complaint(RuntimeError, _sample, caching)
 
 
-def easycache_before_or_after_reuses_calls() -> None:
+def test_easycache_before_or_after_reuses_calls() -> None:
     def cached(model: Any) -> Any:
         settings = {"start_percent": 0.1, "end_percent": 0.9, "verbose": False}
         return EasyCacheNode.execute(model, 2.0, **settings).result[0]
@@ -181,7 +170,7 @@ def _runs_of_the_first_linear_layer() -> Iterator[list[int]]:
         hook.remove()
 
 
-def skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
+def test_skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
     def guided(model: Any, layers: tuple[int, ...]) -> Any:
         settings = {"start_percent": 0.0, "end_percent": 1.0, "single_layers": ""}
         names = ", ".join(map(str, layers))
@@ -195,10 +184,11 @@ def skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
     assert not torch.equal(before, _sample(_linearized()))
 
 
-def compiled_block_by_block_it_compiles_once() -> None:
-    expected = _sample(_linearized())
-    compiled = without_dynamic_memory(_linearized())
-    keys = [f"diffusion_model.blocks.{i}" for i in range(len(_blocks()))]
+def test_compiled_block_by_block_it_compiles_once() -> None:
+    linearized = linearize(short_demo(), short_file())
+    expected = _sample(linearized)
+    compiled = without_dynamic_memory(linearized)
+    keys = [f"diffusion_model.blocks.{i}" for i in range(3)]
     set_torch_compile_wrapper(compiled, "aot_eager", keys=keys)
     num_graphs = []
     for _ in range(2):
@@ -209,8 +199,8 @@ def compiled_block_by_block_it_compiles_once() -> None:
     assert not counters["graph_break"], counters["graph_break"]
 
 
-def compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -> None:
-    compiled = without_dynamic_memory(_linearized())
+def test_compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -> None:
+    compiled = without_dynamic_memory(linearize(short_demo(), short_file()))
     set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
-    with _block_forward(_layers()[0], lambda x, *_, **__: x, compiled):
-        assert "0 times" in _complaint(compiled)
+    with _block_forward(1, lambda x, *_, **__: x, compiled):
+        assert "0 times" in complaint(RuntimeError, _sample, compiled)

@@ -1,4 +1,4 @@
-"""Laws of a twin that learns beside weights that stay ComfyUI's, in whatever form they are kept."""
+"""A twin that learns beside weights that stay ComfyUI's, in whatever form they are kept."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from laws_of_quantised import LOADERS
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.transfer.config import StudentConfig
 from linvideo_pack.linvideo_core.transfer.student import Student
@@ -15,6 +14,7 @@ from linvideo_pack.nodes.transfer.host_model import FrozenLinear, cast_weights, 
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config
 from stage import demo, device, needs_cpu, relative_difference, with_lora
+from test_quantised import LOADERS
 from torch import Tensor, nn
 
 _TOLERANCE = 1e-5
@@ -66,17 +66,17 @@ def _assert_alike(model: Any, name: str) -> None:
     assert worst <= 10 * _TOLERANCE
 
 
-def weights_in_every_form_give_the_velocity_and_gradients_of_copies_in_fp32() -> None:
+def test_weights_in_every_form_give_the_velocity_and_gradients_of_copies_in_fp32() -> None:
     _assert_alike(demo()[0], "as it comes")
     for name, load in LOADERS.items():
         _assert_alike(load(), name)
 
 
-def changes_of_other_nodes_are_part_of_what_is_learned_beside() -> None:
+def test_changes_of_other_nodes_are_part_of_what_is_learned_beside() -> None:
     _assert_alike(with_lora(demo()[0]), "with a LoRA")
 
 
-def a_layer_with_a_door_of_its_own_is_asked_through_it() -> None:
+def test_a_layer_with_a_door_of_its_own_is_asked_through_it() -> None:
     class Packed(nn.Linear):
         """As GGUF layers: the weight is packed, a method of the layer's own unpacks it."""
 
@@ -105,7 +105,7 @@ class _Clinging(Tensor):
         return self
 
 
-def no_class_of_the_hosts_weights_reaches_what_is_trained() -> None:
+def test_no_class_of_the_hosts_weights_reaches_what_is_trained() -> None:
     needs_cpu("weights are exchanged in place, on which dynamic memory keeps notes")
     model = load_demo_model()
     comfy.model_management.load_models_gpu([model])
@@ -122,7 +122,7 @@ def no_class_of_the_hosts_weights_reaches_what_is_trained() -> None:
         assert kept and not theirs & {weight.data_ptr() for weight in kept}
 
 
-def a_layer_that_another_node_computes_is_refused() -> None:
+def test_a_layer_that_another_node_computes_is_refused() -> None:
     model = demo()[0]
     layer = model.model.diffusion_model.blocks[3].ffn[0]
     layer.forward = lambda x: x
@@ -136,7 +136,7 @@ def a_layer_that_another_node_computes_is_refused() -> None:
         del layer.forward
 
 
-def nothing_of_the_graphs_model_is_changed() -> None:
+def test_nothing_of_the_graphs_model_is_changed() -> None:
     model = demo()[0]
     comfy.model_management.load_models_gpu([model])
     before = {name: value for name, value in model.model.state_dict().items()}

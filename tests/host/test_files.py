@@ -1,21 +1,19 @@
-"""Laws of LINVIDEO files as nodes, each a function that runs inside ComfyUI, for `test_laws`."""
+"""LINVIDEO files as nodes."""
 
 import contextlib
 import shutil
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import comfy.sample
 import folder_paths
 import torch
 from comfy.cli_args import args
 from linvideo_pack.linvideo_core.artifact import ArtifactError
-from linvideo_pack.nodes import demo, model_folder
+from linvideo_pack.nodes import model_folder
 from linvideo_pack.nodes.file_nodes import LinVideoLoad, LinVideoSave, LinVideoShowFile
-from linvideo_pack.nodes.linearize import APPLY, APPLY_INPUT, LinVideoLinearize
+from stage import complaint
 from stage import shipped as _shipped
 from utils.extra_config import load_extra_path_config
 
@@ -43,17 +41,7 @@ def _save(name: str, *, overwrite: bool = False) -> str:
     return LinVideoSave.execute(_shipped(), name, overwrite).result[0]
 
 
-def _complaint(function: Callable[..., Any], *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except ArtifactError as error:
-        message = str(error)
-        assert message and "\n" not in message and len(message) < 400, message
-        return message
-    raise AssertionError("nothing was refused")
-
-
-def what_is_saved_is_what_is_loaded() -> None:
+def test_what_is_saved_is_what_is_loaded() -> None:
     with _folder():
         name = _save("mine")
         assert name == "mine.safetensors" and name in model_folder.list_files()
@@ -66,7 +54,7 @@ def what_is_saved_is_what_is_loaded() -> None:
             assert all(map(torch.equal, kept[name], pair))
 
 
-def a_file_is_never_replaced_unless_asked() -> None:
+def test_a_file_is_never_replaced_unless_asked() -> None:
     with _folder() as folder:
         names = [_save("mine"), _save("mine"), _save("mine.safetensors")]
         assert names == [f"mine{n}.safetensors" for n in ("", "_00001_", "_00002_")]
@@ -76,7 +64,7 @@ def a_file_is_never_replaced_unless_asked() -> None:
         assert sorted(path.name for path in folder.iterdir()) == sorted(names)
 
 
-def folders_in_a_name_are_made() -> None:
+def test_folders_in_a_name_are_made() -> None:
     with _folder() as folder:
         name = str(Path("wan", "480p", "mine.safetensors"))
         assert _save("wan/480p\\mine") == name and name in model_folder.list_files()
@@ -85,32 +73,34 @@ def folders_in_a_name_are_made() -> None:
         assert loaded.header == _shipped().header
 
 
-def a_name_that_leads_out_or_is_none_is_refused() -> None:
+def test_a_name_that_leads_out_or_is_none_is_refused() -> None:
     bad = ["", " ", ".", "..", "../mine", "wan/../../mine", "..\\mine", "/mine", "C:\\mine", "a\0b"]
     bad += ["mine.", "con", "NUL.x", ".hidden", "a*b", "%date%", "x" * 300, ".safetensors", "a/ /b"]
     bad += ["~/x", "nul.safetensors", "é" * 200, "\udcff", " . ", "\u202egnp.x", "a\n b", "a//b"]
     with tempfile.TemporaryDirectory() as outside, _folder() as folder:
         for name in [*bad, f"{outside}/mine", f"/{outside}/mine", f"\\\\{outside[1:]}\\mine"]:
-            assert "filename" in _complaint(_save, name), name
-            assert "filename" in _complaint(model_folder.choose_prompts_path, name), name
+            assert "filename" in complaint(ArtifactError, _save, name), name
+            assert "filename" in complaint(ArtifactError, model_folder.choose_prompts_path, name), (
+                name
+            )
         assert not list(folder.iterdir()) and not list(Path(outside).iterdir())
         assert not (folder.parent / "mine.safetensors").exists()
 
 
-def a_folder_that_cannot_be_made_is_one_sentence() -> None:
+def test_a_folder_that_cannot_be_made_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "taken").write_bytes(b"")
-        assert "cannot be made" in _complaint(_save, "taken/mine")
+        assert "cannot be made" in complaint(ArtifactError, _save, "taken/mine")
 
 
-def a_folder_in_a_files_place_is_one_sentence() -> None:
+def test_a_folder_in_a_files_place_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "mine.safetensors").mkdir()
         assert _save("mine") == "mine_00001_.safetensors"
-        assert "could not write" in _complaint(lambda: _save("mine", overwrite=True))
+        assert "could not write" in complaint(ArtifactError, lambda: _save("mine", overwrite=True))
 
 
-def a_folder_that_is_gone_costs_its_own_files_alone() -> None:
+def test_a_folder_that_is_gone_costs_its_own_files_alone() -> None:
     with _folder() as folder:
         _save("mine")
         assert "mine.safetensors" in model_folder.list_files()
@@ -122,8 +112,8 @@ def a_folder_that_is_gone_costs_its_own_files_alone() -> None:
             ]
             assert LinVideoLoad.execute(model_folder.SHIPPED).result[0].header == _shipped().header
             assert model_folder.fingerprint(model_folder.SHIPPED)
-            assert "not in models/linvideo" in _complaint(
-                model_folder.fingerprint, "mine.safetensors"
+            assert "not in models/linvideo" in complaint(
+                ArtifactError, model_folder.fingerprint, "mine.safetensors"
             )
             assert _save("again") == "again.safetensors" in model_folder.list_files()
         finally:
@@ -151,7 +141,7 @@ def _extra_paths(text: str) -> Iterator[Path]:
         yield Path(name)
 
 
-def the_folders_come_in_comfyuis_own_order() -> None:
+def test_the_folders_come_in_comfyuis_own_order() -> None:
     text = """
         searched: {loras: first/loras, linvideo: first/linvideo}
         default: {base_path: second, is_default: true, loras: loras, linvideo: linvideo}
@@ -178,51 +168,16 @@ def the_folders_come_in_comfyuis_own_order() -> None:
         assert (folder / "last" / "linvideo" / "mine.safetensors").is_file()
 
 
-def a_folder_that_is_only_searched_is_not_saved_into() -> None:
+def test_a_folder_that_is_only_searched_is_not_saved_into() -> None:
     with _extra_paths("searched: {linvideo: here}") as folder:
         model_folder.register_folder()
         expected = [str(folder / "models" / "linvideo"), str(folder / "here")]
         assert folder_paths.get_folder_paths(model_folder.FOLDER) == expected
 
 
-def the_picture_is_an_image_and_the_words_name_the_layers() -> None:
+def test_the_picture_is_an_image_and_the_words_name_the_layers() -> None:
     picture, text = LinVideoShowFile.execute(_shipped()).result
     assert picture.dtype == torch.float32 and picture.shape[::3] == (1, 3)
     assert 0 <= float(picture.min()) < 0.2 and float(picture.max()) == 1
     layers = ", ".join(map(str, _shipped().header.linear_layers))
     assert f"linear layers: {layers}" in text.splitlines()
-
-
-def a_connected_file_gives_the_same_latents_as_a_chosen_one() -> None:
-    model, positive, negative, latent = demo.LinVideoDemo.execute("three", "left", 1).result
-    noise = comfy.sample.prepare_noise(latent["samples"], 1)
-    modes = (
-        {"mode": APPLY, "file": model_folder.SHIPPED, "strength": 0.5, "keep_first_steps": 0},
-        {"mode": APPLY_INPUT, "linvideo": _shipped(), "strength": 0.5, "keep_first_steps": 0},
-    )
-    samples, reports = [], []
-    for mode in modes:
-        linearized, applied, report = LinVideoLinearize.execute(model, mode).result
-        assert applied.header == _shipped().header
-        settings = (2, 3.0, "euler", "simple", positive, negative, latent["samples"])
-        samples.append(comfy.sample.sample(linearized, noise, *settings, seed=1, disable_pbar=True))
-        reports.append(report)
-    assert torch.equal(*samples)
-    assert torch.equal(*reports)
-
-
-def the_report_says_the_strength() -> None:
-    model = demo.LinVideoDemo.execute("three", "left", 1).result[0]
-    weak, strong = (
-        LinVideoLinearize.execute(
-            model,
-            {
-                "mode": APPLY,
-                "file": model_folder.SHIPPED,
-                "strength": strength,
-                "keep_first_steps": 0,
-            },
-        ).result[2]
-        for strength in (0.5, 1.0)
-    )
-    assert weak.shape[2:] == (1024, 3) and not torch.equal(weak, strong)

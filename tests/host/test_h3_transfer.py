@@ -1,4 +1,4 @@
-"""Laws of the transfer of MiniMax-H3 inside ComfyUI, on a small model with random weights.
+"""The transfer of MiniMax-H3 inside ComfyUI, on a small model with random weights.
 
 Expected velocities are ComfyUI's own of the untouched model, called as its samplers call it.
 """
@@ -22,7 +22,6 @@ import comfy.utils
 import comfy_kitchen.backends.eager.rope
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from laws_of_transfer import _folders
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact.summary import describe_size
 from linvideo_pack.linvideo_core.flow import make_sigmas, sample_euler
@@ -39,6 +38,7 @@ from linvideo_pack.nodes.transfer.host_model import HostModel, freeze
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from stage import TOLERANCES, assert_close, complaint, device
+from test_transfer import _folders
 from torch import Tensor
 from variants import FHW, minimax_h3, random_tensor
 
@@ -157,13 +157,13 @@ def _uncopied() -> Iterator[None]:
         host_teacher.COPIED_BYTES = usual
 
 
-def the_teacher_is_comfyuis_model_for_prompts_of_any_length() -> None:
+def test_the_teacher_is_comfyuis_model_for_prompts_of_any_length() -> None:
     _compare(_h3(), _inputs())
     with _uncopied():
         _compare(_h3(), _inputs())
 
 
-def a_table_in_place_of_the_time_embedding_is_the_models_own() -> None:
+def test_a_table_in_place_of_the_time_embedding_is_the_models_own() -> None:
     model = minimax_h3(adaln_curve_grid=9, time_embed_dim=3)[0]
     _compare(model, _inputs())
     with _folders():
@@ -187,7 +187,7 @@ def _quantised() -> Any:
     return model
 
 
-def a_model_in_fp8_learns_beside_its_own_weights() -> None:
+def test_a_model_in_fp8_learns_beside_its_own_weights() -> None:
     if "float8_e4m3fn" not in QUANT_ALGOS:
         raise unittest.SkipTest("needs a ComfyUI that keeps scaled fp8")
     model = _quantised()
@@ -213,27 +213,27 @@ def _keyframes(seed: int = 11) -> dict[str, Any]:
     return {"minimax_keyframes": keyframes, "minimax_frame_count": 9}
 
 
-def first_and_last_frames_belong_to_the_teacher_and_tell_transfers_apart() -> None:
+def test_first_and_last_frames_belong_to_the_teacher_and_tell_transfers_apart() -> None:
     _compare(_h3(), _with_options(**_keyframes()))
     given = [_with_options(**_keyframes()), _with_options(**_keyframes(seed=12)), _with_options()]
     digests = [HostTeacher(_h3(), inputs).conditions.digest() for inputs in given]
     assert len(set(digests)) == 3
 
 
-def references_belong_to_the_teacher() -> None:
+def test_references_belong_to_the_teacher() -> None:
     image = {"kind": "image", "latent_h": 8, "latent_w": 4, "latent": random_tensor(1, 24, 1, 8, 4)}
     sound = {"kind": "audio", "ref_audio_t": 3, "audio_latent": random_tensor(1, 32, 2, 3)}
     _compare(_h3(), _with_options(minimax_refs=[image, sound]))
 
 
-def frames_that_differ_between_prompts_are_refused() -> None:
+def test_frames_that_differ_between_prompts_are_refused() -> None:
     inputs = _with_options(**_keyframes())
     inputs["negative"] = [[prompt, {}] for prompt, _ in inputs["negative"]]
     message = complaint(ValueError, HostTeacher, _h3(), inputs)
     assert "the same first frame, last frame or references" in message
 
 
-def a_sampling_by_the_core_is_comfyuis() -> None:
+def test_a_sampling_by_the_core_is_comfyuis() -> None:
     from comfy_extras.nodes_minimax_h3 import MiniMaxH3SigmaShift
 
     shifted = MiniMaxH3SigmaShift.execute(_h3(), 7.0, 2.0).result[0]
@@ -265,7 +265,7 @@ def a_sampling_by_the_core_is_comfyuis() -> None:
         assert_close(found[0, 0, 0, 0, _NUM_VIDEO:] / scale, expected[1].flatten(), _TOLERANCE)
 
 
-def gradients_are_those_of_comfyuis_own_block() -> None:
+def test_gradients_are_those_of_comfyuis_own_block() -> None:
     """Compare with differences of the class's own forward, in fp64, along random directions."""
     with torch.inference_mode(False), torch.enable_grad(), _rotations_in_fp64():
         comfy.model_management.load_models_gpu([_h3()])
@@ -321,7 +321,7 @@ def _block_inputs() -> tuple[Tensor, Tensor, list[tuple[int, int, int]], Tensor]
     return tokens.to(device()), t_emb.to(device()), segments, rotations.to(device())
 
 
-def a_comfyui_that_computes_another_way_is_refused() -> None:
+def test_a_comfyui_that_computes_another_way_is_refused() -> None:
     block_class = type(_h3().model.diffusion_model.blocks[0])
     own = block_class.forward
     block_class.forward = lambda self, x, *args, **options: 1.1 * own(self, x, *args, **options)
@@ -334,7 +334,7 @@ def a_comfyui_that_computes_another_way_is_refused() -> None:
         block_class.forward = own
 
 
-def every_gradient_of_the_student_is_there_and_finite() -> None:
+def test_every_gradient_of_the_student_is_there_and_finite() -> None:
     latents = random_tensor(2, 1, 1, 1, _NUM_VIDEO + 32 * 2 * 7, seed=8).to(device())
     timesteps = torch.tensor([900.0, 300.0], device=device())
     gradients = []
@@ -373,7 +373,7 @@ def _minimax_noise() -> list[Tensor]:
     return [random_tensor(*shape, seed=21) for shape in _SHAPES]
 
 
-def a_transfer_gives_a_file_that_applies_and_leaves_the_model_as_it_was() -> None:
+def test_a_transfer_gives_a_file_that_applies_and_leaves_the_model_as_it_was() -> None:
     model = _h3()
     before = _sample(model)
     weights = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
@@ -396,7 +396,7 @@ def a_transfer_gives_a_file_that_applies_and_leaves_the_model_as_it_was() -> Non
         assert all(torch.equal(after[name], weight) for name, weight in weights.items())
 
 
-def the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
+def test_the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
     from comfy_extras.nodes_minimax_h3 import EmptyMiniMaxH3LatentAV
 
     for given, expected in (
@@ -413,7 +413,7 @@ def the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
         assert video.size == (num_frames, expected[1], expected[0])
 
 
-def latents_without_sound_are_refused() -> None:
+def test_latents_without_sound_are_refused() -> None:
     latent = {"samples": torch.zeros(1, 24, *FHW)}
     message = complaint(ValueError, HostTeacher, _h3(), _inputs(latent=latent))
     assert "Empty MiniMax H3 AV Latent" in message

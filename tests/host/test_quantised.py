@@ -1,4 +1,4 @@
-"""Laws of quantised models: what is applied is exact, whatever the weights are kept in.
+"""Quantised models: what is applied is exact, whatever the weights are kept in.
 
 Expected latents come from the headless core with the weights that the quantised ones stand for, the
 file's changes added in fp32. ComfyUI computes these models in a dtype of its own choice: fp16 on a
@@ -122,7 +122,7 @@ def _merge(model: Any) -> Any:
     return merged
 
 
-def changes_are_exact_where_merging_rounds_them() -> None:
+def test_changes_are_exact_where_merging_rounds_them() -> None:
     for kind, load in LOADERS.items():
         model = load()
         expected = _expected(model, shipped())
@@ -145,7 +145,7 @@ def _two_ways() -> list[Callable[[], Any]]:
     return [LOADERS[form] for form in ("fp8", "int8_tensorwise") if form in LOADERS]
 
 
-def a_quantised_model_comes_back_bit_for_bit() -> None:
+def test_a_quantised_model_comes_back_bit_for_bit() -> None:
     for load in _two_ways():
         model = load()
         sample(model, steps=1)
@@ -158,7 +158,7 @@ def a_quantised_model_comes_back_bit_for_bit() -> None:
         assert not any(getattr(m, "weight_function", []) for m in model.model.modules())
 
 
-def a_users_lora_is_merged_beside_bypassed_changes() -> None:
+def test_a_users_lora_is_merged_beside_bypassed_changes() -> None:
     """Merged into fp8 it is rounded as without LinVideo: the same merged weights are expected."""
     model = with_lora(_load_fp8())
     expected, tolerance = _expected(model, shipped()), tolerance_of(model)
@@ -166,7 +166,7 @@ def a_users_lora_is_merged_beside_bypassed_changes() -> None:
         assert_close(sample_again(linearized), expected, tolerance)
 
 
-def streamed_quantised_weights_give_the_same_latents() -> None:
+def test_streamed_quantised_weights_give_the_same_latents() -> None:
     settings = {"disable_dynamic": True} if is_dynamic(demo()[0]) else {}
     for load in _two_ways():
         expected = sample(linearize(load(**settings), shipped()), steps=2)
@@ -179,7 +179,7 @@ def streamed_quantised_weights_give_the_same_latents() -> None:
         assert_close(latents, expected, tolerance_of(linearized))
 
 
-def the_changes_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
+def test_the_changes_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
     model = _load_fp8()
     names = list(model.model.state_dict())
     linearized = linearize(model, shipped())
@@ -191,7 +191,7 @@ def the_changes_are_loaded_with_the_model_and_are_no_part_of_it() -> None:
     linearized.eject_model()
 
 
-def what_will_be_kept_in_fp8_is_changed_beside_its_layers() -> None:
+def test_what_will_be_kept_in_fp8_is_changed_beside_its_layers() -> None:
     """With dynamic video memory a weight is as in its file until it is used."""
     model = demo_nodes.load_demo_model()
     for layer in model.model.modules():
@@ -199,7 +199,7 @@ def what_will_be_kept_in_fp8_is_changed_beside_its_layers() -> None:
     assert not linearize(model, shipped()).patches
 
 
-def whole_weights_are_merged_and_said_to_be_rounded() -> None:
+def test_whole_weights_are_merged_and_said_to_be_rounded() -> None:
     low_rank = shipped().low_rank.items()
     deltas = {f"{name}.weight": up.float() @ down.float() for name, (down, up) in low_rank}
     modulation = torch.randn(1, 6, 128, generator=torch.Generator().manual_seed(8))
@@ -218,7 +218,7 @@ def whole_weights_are_merged_and_said_to_be_rounded() -> None:
     assert error < 0.5 * effect
 
 
-def quantised_weights_are_told_from_other_weights() -> None:
+def test_quantised_weights_are_told_from_other_weights() -> None:
     loaders = dict(LOADERS)
     for form, layout in (("nvfp4", "TensorCoreNVFP4Layout"), ("mxfp8", "TensorCoreMXFP8Layout")):
         if form in QUANT_ALGOS:
@@ -274,7 +274,7 @@ class _GgufLinear(nn.Module):
         return (scale * tensor[:, 4:].view(torch.int8)).to(dtype).reshape(tensor.tensor_shape)
 
 
-def weights_of_a_gguf_pack_are_read_through_its_layers_without_their_patches() -> None:
+def test_weights_of_a_gguf_pack_are_read_through_its_layers_without_their_patches() -> None:
     model = demo_nodes.load_demo_model()
     for layer in (0, 9):
         attention = model.model.diffusion_model.blocks[layer].self_attn
@@ -304,7 +304,7 @@ class _ForeignLinear(nn.Module):
         return nn.functional.linear(x, weight, self.bias.to(x))
 
 
-def layers_that_another_pack_quantised_take_the_changes_too() -> None:
+def test_layers_that_another_pack_quantised_take_the_changes_too() -> None:
     model = demo_nodes.load_demo_model()
     plain = _plain_weights(model)
     for layer in (1, 2):

@@ -1,4 +1,4 @@
-"""Laws of what a node says: is this the file's model, and is it sampled as the file was made."""
+"""What a node says: is this the file's model, and is it sampled as the file was made."""
 
 import dataclasses
 import functools
@@ -24,11 +24,11 @@ from server import PromptServer
 from stage import (
     GUIDANCE,
     SHIFT,
-    STEPS,
     collect_warnings,
     complaint,
     demo,
     make_noise,
+    sample,
     shipped,
     with_lora,
 )
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 _MADE_AT = {
     "width": 32,
     "height": 32,
-    "num_frames": 28,
+    "num_frames": 8,
     "guidance_scale": GUIDANCE,
     "shift": SHIFT,
     "steps": 8,
@@ -60,21 +60,6 @@ def _file(**changes: Any) -> Artifact:
     return dataclasses.replace(shipped(), header=header)
 
 
-def _sample(
-    model: Any,
-    *,
-    steps: int = STEPS,
-    cfg: float = GUIDANCE,
-    sampler: str = "euler",
-    noise: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
-    _, positive, negative, _ = demo()
-    noise = make_noise() if noise is None else noise
-    inputs = (steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise))
-    return comfy.sample.sample(model, noise, *inputs, disable_pbar=True, seed=1, **settings)
-
-
 def _said(model: Any) -> list[str]:
     return model.get_attachment(KEY).report.text.splitlines()
 
@@ -82,11 +67,11 @@ def _said(model: Any) -> list[str]:
 def _said_of_sampling(model: Any, **settings: Any) -> list[str]:
     """Sample, and return what the node says of that."""
     num_lines = len(_said(linearize(demo()[0], _file())))
-    _sample(model, **settings)
+    sample(model, **settings)
     return _said(model)[num_lines:]
 
 
-def the_file_is_told_its_own_weights_loaded_or_not() -> None:
+def test_the_file_is_told_its_own_weights_loaded_or_not() -> None:
     changed = with_lora(demo_nodes.load_demo_model())
     for model in (demo()[0], changed):
         assert compare_base(_file().header, model).kind == "same"
@@ -96,7 +81,7 @@ def the_file_is_told_its_own_weights_loaded_or_not() -> None:
     assert (match.kind, match.distance) == ("same", 0.0)
 
 
-def without_a_sketch_the_digest_is_compared() -> None:
+def test_without_a_sketch_the_digest_is_compared() -> None:
     """The files that were made before there were sketches, such as the shipped ones once."""
     header = dataclasses.replace(_file().header, weights_sketch=())
     assert compare_base(header, demo()[0]).kind == "same"
@@ -115,7 +100,7 @@ def _finetuned(amount: float) -> Any:
     return model
 
 
-def another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
+def test_another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
     other, slight = _finetuned(0.3), _finetuned(0.03)
     with collect_warnings() as warnings:
         linearized = linearize(other, _file())
@@ -125,7 +110,7 @@ def another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
     with collect_warnings() as warnings:
         assert "slight finetune" in _said(linearize(slight, _file()))[1]
     assert not warnings, warnings
-    assert _sample(linearized).isfinite().all()
+    assert sample(linearized).isfinite().all()
 
 
 class _Packed(nn.Module):
@@ -142,7 +127,7 @@ class _Packed(nn.Module):
         return nn.functional.linear(x, self.scale * self.weight, self.bias)
 
 
-def weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied() -> None:
+def test_weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied() -> None:
     model = demo_nodes.load_demo_model()
     attention = model.model.diffusion_model.blocks[0].self_attn
     attention.q = _Packed(attention.q)
@@ -150,30 +135,30 @@ def weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied()
     with collect_warnings() as warnings:
         linearized = linearize(model, _file())
     assert "cannot be compared" in _said(linearized)[1] and not warnings
-    assert _sample(linearized).isfinite().all()
+    assert sample(linearized).isfinite().all()
 
 
-def weights_that_are_not_there_are_said_to_be_unknown() -> None:
+def test_weights_that_are_not_there_are_said_to_be_unknown() -> None:
     model = demo_nodes.load_demo_model()
     attention = model.model.diffusion_model.blocks[0].self_attn
     attention.q.weight = nn.Parameter(torch.empty(128, 128, device="meta"), requires_grad=False)
     assert compare_base(_file().header, model).kind == "unknown"
 
 
-def sampled_as_it_was_made_nothing_differs() -> None:
+def test_sampled_as_it_was_made_nothing_differs() -> None:
     assert _said_of_sampling(linearize(demo()[0], _file())) == _AS_MADE
 
 
-def a_file_that_does_not_say_is_not_compared() -> None:
+def test_a_file_that_does_not_say_is_not_compared() -> None:
     header = dataclasses.replace(_file().header, usage=Usage())
     linearized = linearize(demo()[0], dataclasses.replace(_file(), header=header))
     assert _said_of_sampling(linearized, cfg=7.0) == []
 
 
-def another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
+def test_another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
     linearized = linearize(demo()[0], _file())
     (said,) = _said_of_sampling(linearized, noise=make_noise(frames=4))
-    assert said == "Sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 28 frames."
+    assert said == "Sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 8 frames."
     (said,) = _said_of_sampling(linearized, cfg=5.0)
     assert said == "Sampled: cfg 5, but the file was made at 3."
     (said,) = _said_of_sampling(linearized, cfg=1.0)
@@ -185,7 +170,7 @@ def another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
     assert _said_of_sampling(linearized) == _AS_MADE
 
 
-def a_guider_without_negative_prompt_guides_nothing() -> None:
+def test_a_guider_without_negative_prompt_guides_nothing() -> None:
     _, positive, negative, _ = demo()
     linearized = linearize(demo()[0], _file())
     basic = Guider_Basic(linearized)
@@ -204,7 +189,7 @@ def _said_with(guider: Any) -> list[str]:
     return _said(guider.model_patcher)
 
 
-def a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> None:
+def test_a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> None:
     made = artifact.load(model_folder.find_file(model_folder.SHIPPED_FEW_STEP))
     usage = Usage(**{**_MADE_AT, "guidance_scale": 1.0, "steps": 4, "sampler": "lcm"})
     header = dataclasses.replace(made.header, format_version=3, usage=usage)
@@ -217,45 +202,45 @@ def a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> Non
     assert "sampler euler" in said and "set cfg to 1" in said
 
 
-def steps_outside_of_an_experts_noise_levels_are_counted() -> None:
+def test_steps_outside_of_an_experts_noise_levels_are_counted() -> None:
     high = linearize(demo()[0], _file(sigma_from=1.0, sigma_to=0.875, steps=12))
     assert _said_of_sampling(high, steps=12, last_step=3) == _AS_MADE
     (said,) = _said_of_sampling(high, steps=12)
     assert said.startswith("Sampled: 7 of 12 steps at noise levels that the file was not made")
 
 
-def few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
+def test_few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
     linearized = linearize(demo()[0], _file(steps=50))
     (said,) = _said_of_sampling(linearized, steps=4)
     assert said.startswith("Sampled: 4 steps, but the file was made in 50")
     assert _said_of_sampling(linearized, steps=20) == _AS_MADE
 
 
-def kept_steps_are_said_to_be_slow() -> None:
+def test_kept_steps_are_said_to_be_slow() -> None:
     linearized = linearize(demo()[0], _file(), keep_first_steps=2)
     assert _said(linearized)[-1].startswith("The first 2 steps of each sampling run the model")
-    _sample(linearized, steps=2)
+    sample(linearized, steps=2)
     assert "every step as the model came in" in _said(linearized)[-1]
 
 
-def what_one_run_of_a_graph_samples_is_shown_together() -> None:
+def test_what_one_run_of_a_graph_samples_is_shown_together() -> None:
     linearized = linearize(demo()[0], _file())
     num_lines = len(_said(linearized))
     with CurrentNodeContext("first run", "sampler"):
-        _sample(linearized)
-        _sample(linearized, cfg=5.0)
-        _sample(linearized, cfg=6.0)
-        _sample(linearized)
+        sample(linearized)
+        sample(linearized, cfg=5.0)
+        sample(linearized, cfg=6.0)
+        sample(linearized)
     assert [line[:14] for line in _said(linearized)[num_lines:]] == [
         "Sampled: cfg 5",
         "Sampled: cfg 6",
     ]
     with CurrentNodeContext("second run", "sampler"):
-        _sample(linearized)
+        sample(linearized)
     assert _said(linearized)[num_lines:] == _AS_MADE
 
 
-def the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
+def test_the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
     shown: list[tuple[str, str, str]] = []
     server = types.SimpleNamespace(
         client_id="browser", send_progress_text=lambda *message: shown.append(message)
@@ -264,7 +249,7 @@ def the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
     before = getattr(PromptServer, "instance", None)
     PromptServer.instance = server
     try:
-        _sample(linearized, cfg=5.0)
+        sample(linearized, cfg=5.0)
     finally:
         PromptServer.instance = before
     ((text, node_id, client_id),) = shown

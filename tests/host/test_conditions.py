@@ -1,4 +1,4 @@
-"""Laws of what is read from CONDITIONING, each a function that runs inside ComfyUI."""
+"""What is read from CONDITIONING."""
 
 import functools
 from typing import Any
@@ -45,7 +45,7 @@ def _refusal(base: Any, positive: list[Any], negative: list[Any]) -> str:
     return complaint(ValueError, read_conditions, base, positive, negative, _VIDEO)
 
 
-def speech_is_told_of_its_audio_and_takes_positive_outputs_alone() -> None:
+def test_speech_is_told_of_its_audio_and_takes_positive_outputs_alone() -> None:
     audio = {"encoded_audio_all_layers": [torch.randn(1, 30, 1024) for _ in range(25)]}
     image = torch.rand(1, 64, 64, 3)
 
@@ -60,7 +60,7 @@ def speech_is_told_of_its_audio_and_takes_positive_outputs_alone() -> None:
     assert {"audio_embed", "reference_latent", "control_video"} <= found.inputs.keys()
 
 
-def what_differs_is_named_as_an_artist_knows_it() -> None:
+def test_what_differs_is_named_as_an_artist_knows_it() -> None:
     base = _base_model("WanModel")
     settings = {**_SIZE, "vae": _Vae(), "images": torch.rand(2, 64, 64, 3)}
     nodes = WanPhantomSubjectToVideo.execute(_prompt(1), _prompt(2), **settings)
@@ -77,7 +77,7 @@ def what_differs_is_named_as_an_artist_knows_it() -> None:
         assert f"different {words}" in message, message
 
 
-def what_nobody_has_words_for_is_named_and_is_no_image() -> None:
+def test_what_nobody_has_words_for_is_named_and_is_no_image() -> None:
     class _Base:
         def extra_conds(self, cross_attn: Tensor, marvel: Tensor, **_: Any) -> dict[str, Any]:
             given = {"c_crossattn": cross_attn, "marvel": marvel}

@@ -1,4 +1,4 @@
-"""Laws of Wan's layers with norm and rotation in one pass: the same as ComfyUI's, or left alone.
+"""Wan's layers with norm and rotation in one pass: the same as ComfyUI's, or left alone.
 
 On a CPU ComfyUI's own forward would run: `_fused` takes the other way everywhere, and says how many
 of a layer's runs took it. On a GPU it is `_as_comfyui` that takes ComfyUI's.
@@ -12,11 +12,11 @@ from typing import Any
 import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.ops
-import laws_of_linearize
-import laws_of_quantised
-import laws_of_stacking
-import laws_of_variants
-import laws_of_watch
+import test_linearize
+import test_quantised
+import test_stacking
+import test_variants
+import test_watch
 import torch
 from comfy.ldm.flux.layers import EmbedND
 from linvideo_pack.nodes.patching.apply import linearize
@@ -46,12 +46,12 @@ def _fused() -> Iterator[list[int]]:
         handle.remove()
 
 
-def _hold_fused(*laws: Callable[[], None]) -> None:
+def _hold_fused(*tests: Callable[[], None]) -> None:
     wan_family.BACKEND = "reference"
     try:
-        for law in laws:
-            law()
-            print(f"also fused: {law.__name__}")
+        for test in tests:
+            test()
+            print(f"also fused: {test.__name__}")
     finally:
         wan_family.BACKEND = "auto"
 
@@ -78,7 +78,7 @@ def _as_comfyui(model: Any) -> Any:
     return model
 
 
-def norm_and_rotation_are_comfyuis() -> None:
+def test_norm_and_rotation_are_comfyuis() -> None:
     _check_norm_and_rotation("reference")
     if device().type == "cuda":
         _check_norm_and_rotation("triton")
@@ -108,7 +108,7 @@ def _check_norm_and_rotation(backend: str) -> None:
         assert float((found - expected).norm() / expected.norm()) < 1e-6
 
 
-def a_norm_gives_its_weight_in_every_dtype() -> None:
+def test_a_norm_gives_its_weight_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         norm = _make_attention()[0].norm_q
         constant = torch.full((1, 1, 256), wan_family._CONSTANT, dtype=dtype, device=device())
@@ -116,7 +116,7 @@ def a_norm_gives_its_weight_in_every_dtype() -> None:
         torch.testing.assert_close(weight, norm.weight.to(dtype), rtol=1e-7, atol=0)
 
 
-def both_ways_give_the_same_latents() -> None:
+def test_both_ways_give_the_same_latents() -> None:
     linearized = linearize(demo()[0], shipped())
     with _fused() as num_tokens:
         expected = sample(_as_comfyui(linearized))
@@ -127,14 +127,14 @@ def both_ways_give_the_same_latents() -> None:
     assert_close(sample(linearized), expected)
 
 
-def only_where_a_kernel_runs_is_it_taken_unasked() -> None:
+def test_only_where_a_kernel_runs_is_it_taken_unasked() -> None:
     with _fused() as num_tokens:
         wan_family.BACKEND = "auto"
         sample(linearize(demo()[0], shipped()), steps=1)
         assert num_tokens and (1 in num_tokens) == (device().type == "cuda")
 
 
-def a_patch_of_attention_is_given_comfyuis_queries_and_keys() -> None:
+def test_a_patch_of_attention_is_given_comfyuis_queries_and_keys() -> None:
     shapes = []
 
     def patch(given: dict) -> Tensor:
@@ -152,7 +152,7 @@ def a_patch_of_attention_is_given_comfyuis_queries_and_keys() -> None:
         assert len(shapes) == 2 * num_calls > 0 and 1 not in num_tokens
 
 
-def what_is_not_known_is_left_to_comfyui() -> None:
+def test_what_is_not_known_is_left_to_comfyui() -> None:
     attention, x, freqs = _make_attention()
 
     def run(layer: nn.Module = attention, given: Tensor = freqs, **options: Any) -> Tensor | None:
@@ -200,35 +200,35 @@ def what_is_not_known_is_left_to_comfyui() -> None:
         wan_family.BACKEND = "auto"
 
 
-def models_that_are_compiled_or_streamed_stay_the_same() -> None:
+def test_models_that_are_compiled_or_streamed_stay_the_same() -> None:
     _hold_fused(
-        laws_of_linearize.the_linearized_model_gives_the_latents_of_the_headless_core,
-        laws_of_linearize.weights_that_are_streamed_give_the_same_latents,
-        laws_of_linearize.compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once,
-        laws_of_linearize.a_forward_patched_by_another_pack_comes_back,
-        laws_of_watch.compiled_block_by_block_it_compiles_once,
+        test_linearize.test_the_linearized_model_gives_the_latents_of_the_headless_core,
+        test_linearize.test_weights_that_are_streamed_give_the_same_latents,
+        test_linearize.test_compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once,
+        test_linearize.test_a_forward_patched_by_another_pack_comes_back,
+        test_watch.test_compiled_block_by_block_it_compiles_once,
     )
 
 
-def other_packs_nodes_before_or_after_stay_the_same() -> None:
+def test_other_packs_nodes_before_or_after_stay_the_same() -> None:
     _hold_fused(
-        laws_of_stacking.a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights,
-        laws_of_stacking.context_windows_are_linear_each_by_itself,
-        laws_of_stacking.vace_with_a_lora_is_vace_of_merged_weights,
+        test_stacking.test_a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights,
+        test_stacking.test_context_windows_are_linear_each_by_itself,
+        test_stacking.test_vace_with_a_lora_is_vace_of_merged_weights,
     )
 
 
-def quantised_models_stay_the_same() -> None:
+def test_quantised_models_stay_the_same() -> None:
     _hold_fused(
-        laws_of_quantised.a_users_lora_is_merged_beside_bypassed_changes,
-        laws_of_quantised.streamed_quantised_weights_give_the_same_latents,
+        test_quantised.test_a_users_lora_is_merged_beside_bypassed_changes,
+        test_quantised.test_streamed_quantised_weights_give_the_same_latents,
     )
 
 
-def variants_stay_the_same() -> None:
+def test_variants_stay_the_same() -> None:
     _hold_fused(
-        laws_of_variants.wan_21_and_22_a14b_text_to_video,
-        laws_of_variants.wan_22_5b,
-        laws_of_variants.wan_vace,
-        laws_of_variants.wan_22_speech_with_a_reference_warns,
+        test_variants.test_wan_21_and_22_a14b_text_to_video,
+        test_variants.test_wan_22_5b,
+        test_variants.test_wan_vace,
+        test_variants.test_wan_22_speech_with_a_reference_warns,
     )

@@ -1,4 +1,4 @@
-"""Laws of a linearized model that ComfyUI's own compile node compiles to machine code."""
+"""A linearized model that ComfyUI's own compile node compiles to machine code."""
 
 import shutil
 import unittest
@@ -7,22 +7,29 @@ from typing import Any
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from linvideo_pack.nodes.patching.apply import linearize
-from stage import assert_close, demo, relative_difference, sample, shipped, tolerance_of
+from stage import (
+    assert_close,
+    relative_difference,
+    sample,
+    short_demo,
+    short_file,
+    tolerance_of,
+)
 from torch._dynamo.utils import counters
 
 
-def it_compiles_once_without_a_break_and_gives_the_same_latents() -> None:
+def test_it_compiles_once_without_a_break_and_gives_the_same_latents() -> None:
     """With the node's backend and its guards; queued again, nothing is compiled."""
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):
         raise unittest.SkipTest("needs a C++ compiler, which inductor calls")
-    before = sample(demo()[0])
-    linearized = linearize(demo()[0], shipped())
+    before = sample(short_demo())
+    linearized = linearize(short_demo(), short_file())
     expected = sample(linearized)
     assert relative_difference(expected, before) > 0.1
     compiled = TorchCompileModel.execute(linearized, "inductor").result[0]
     assert _count_graphs(compiled, expected) == _count_graphs(compiled, expected) == 1
     assert not counters["graph_break"], counters["graph_break"]
-    assert torch.equal(sample(demo()[0]), before)
+    assert torch.equal(sample(short_demo()), before)
 
 
 def _count_graphs(compiled: Any, expected: torch.Tensor) -> int:
