@@ -73,7 +73,7 @@ def draw_summary(artifact: Artifact, *, note: str = "") -> Image.Image:
             _draw_fact(page, name, text)
     for line in note.splitlines():
         page.reserve(18)
-        page.write(line, 28, BLUE, bold=True)
+        page.write(line, 28, BLUE)
     return page.finish()
 
 

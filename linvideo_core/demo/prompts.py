@@ -4,6 +4,7 @@ A prompt reads "a handwritten seven moving up-right". The text width is Wan's ow
 model's text projection keeps its published shape. "" is the unconditional prompt.
 """
 
+import itertools
 from functools import cache
 
 import torch
@@ -15,17 +16,8 @@ from . import DIRECTIONS, weights_path
 TEXT_DIM = 4096
 NUM_TOKENS = 8
 PAD = "<pad>"
-DIGIT_WORDS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
+DIGIT_WORDS = tuple(
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 )
 DIRECTION_WORDS = tuple(DIRECTIONS)
 VOCABULARY = ("a", "handwritten", *DIGIT_WORDS, "moving", *DIRECTION_WORDS)
@@ -38,11 +30,8 @@ def make_prompt(digit: int, direction: int) -> str:
 
 def all_prompts() -> list[str]:
     """List the 80 prompts; prompt i shows digit i // 8 moving in direction i % 8."""
-    return [
-        make_prompt(digit, direction)
-        for digit in range(len(DIGIT_WORDS))
-        for direction in range(len(DIRECTION_WORDS))
-    ]
+    pairs = itertools.product(range(len(DIGIT_WORDS)), range(len(DIRECTION_WORDS)))
+    return [make_prompt(digit, direction) for digit, direction in pairs]
 
 
 def split_words(prompt: str) -> list[str]:

@@ -77,7 +77,7 @@ def test_a_single_name_has_no_folders() -> None:
 
 @given(name=hostile)
 @settings(
-    max_examples=500,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,

@@ -194,20 +194,12 @@ def test_a_velocity_function_speaks_sigma_and_the_model_timesteps(
     torch.testing.assert_close(found, wan(latents, torch.tensor([810.0, 120.0]), prompt_embeds))
 
 
-def test_guidance_combines_both_branches_and_shows_them(
-    wan: WanModel, inputs: tuple[Tensor, ...]
-) -> None:
+def test_guidance_combines_both_branches(wan: WanModel, inputs: tuple[Tensor, ...]) -> None:
     latents, timesteps, prompt_embeds = inputs
     negative = torch.zeros_like(prompt_embeds)
-    seen: list[Tensor] = []
-    guided = bind_guided(
-        wan, prompt_embeds, negative, 3.0, on_branches=lambda *branches: seen.extend(branches)
-    )(latents, timesteps / 1000)
+    guided = bind_guided(wan, prompt_embeds, negative, 3.0)(latents, timesteps / 1000)
     conditional, unconditional = wan(*inputs), wan(latents, timesteps, negative)
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(seen[0], conditional, **close)
-    torch.testing.assert_close(seen[1], unconditional, **close)
-    torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional, **close)
+    torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional, rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_one_computes_the_conditional_branch_alone(
