@@ -74,10 +74,10 @@ class InAppConfig:
         return case if case.kind == "demo" else dataclasses.replace(case, **changes)
 
 
-def run(config: InAppConfig, tell: Callable[[Row], None] = lambda row: None) -> dict[str, Any]:
+def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -> dict[str, Any]:
     """Measure every row and write the record after each; return it.
 
-    tell: hears of each row when it is measured.
+    on_row: called with each row when it is measured.
 
     Raises ValueError, before anything is measured, for bad input, for a missing GPU, and where the
     record has rows of another device.
@@ -98,7 +98,7 @@ def run(config: InAppConfig, tell: Callable[[Row], None] = lambda row: None) -> 
             measured[case.name] = row
             _compare(measured)
             _write(path, row, details, config, device)
-            tell(row)
+            on_row(row)
             bench.tidy()
     finally:
         bench.stop()
@@ -164,8 +164,8 @@ def _write(
 
 
 def _show(row: Row) -> None:
-    told = {name: value for name, value in row.items() if value not in (None, "")}
-    words = (f"{name} {format_value(value)}" for name, value in told.items())
+    shown = {name: value for name, value in row.items() if value not in (None, "")}
+    words = (f"{name} {format_value(value)}" for name, value in shown.items())
     sys.stdout.write(f"{', '.join(words)}\n")
     sys.stdout.flush()
 

@@ -157,11 +157,11 @@ class Server:
 
 def find_error(history: Mapping[str, Any]) -> str:
     """Return in one line why a graph failed; "" where it did not."""
-    for kind, told in history["status"]["messages"]:
+    for kind, what in history["status"]["messages"]:
         if kind == "execution_interrupted":
             return "the graph was interrupted"
         if kind == "execution_error":
-            said = f"{told['node_type']}: {told['exception_type']}: {told['exception_message']}"
+            said = f"{what['node_type']}: {what['exception_type']}: {what['exception_message']}"
             return " ".join(said.split())[:_ERROR_LENGTH]
     return ""
 

@@ -112,7 +112,7 @@ def measure(
         process.kill()
         process.join()
         raise RuntimeError("the time limit was reached and the headless training stopped")
-    told = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    if "error" in told or process.exitcode:
-        raise RuntimeError(told.get("error", f"it ended with exit code {process.exitcode}"))
-    return told["seconds_per_step"], peak
+    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    if "error" in found or process.exitcode:
+        raise RuntimeError(found.get("error", f"it ended with exit code {process.exitcode}"))
+    return found["seconds_per_step"], peak

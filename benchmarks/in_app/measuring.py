@@ -135,7 +135,7 @@ KINDS: dict[str, Callable[[Case, Workbench, Found], None]] = {
 """Kind of a case -> what measures it.
 
 It puts into the last argument what the row says beside the case's own columns, and `stages` as the
-log told them, as soon as it is known: a case that fails later keeps what it has.
+log says, as soon as it is known: a case that fails later keeps what it has.
 """
 
 
