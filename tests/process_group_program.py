@@ -138,7 +138,9 @@ def distil(folder: Path, processes: ProcessGroup, device: str = "cpu", **trainin
     teacher = make_frozen_teacher(run.device)
     config = DistillConfig(
         trajectories=TRANSFER.trajectories,
-        distillation=DistillationConfig(num_steps=2, rank=2, critic_steps=2, motion_weight=0.1),
+        distillation=DistillationConfig(
+            num_steps=2, lora_rank=2, critic_steps=2, motion_weight=0.1
+        ),
         training=dataclasses.replace(TRANSFER.training, **{"steps": 4, **training}),
     )
     first = make_file(teacher)

@@ -164,7 +164,7 @@ def judge(made: Path, bench: Workbench, *, is_short: bool) -> Found:
     return student | {f"teacher_{name}": rows["teacher"][name] for name in ("digit", "motion")}
 
 
-_LENGTH_FLAGS = ("--num-samples", "--steps", "--batch-size")
+_LENGTH_FLAGS = ("--num-samples", "--sampler-steps", "--batch-size")
 
 
 def _checkpoint_of(case: Case, bench: Workbench) -> tuple[str, str]:

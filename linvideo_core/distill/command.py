@@ -23,7 +23,7 @@ from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
-from ..teacher.teacher import load_teacher, open_teacher
+from ..teacher.teacher import open_teacher
 from ..teacher.trajectories import USED_AGAIN
 from ..training.fsdp import run_together
 from ..transfer.evaluation import compare_config, is_evaluated
@@ -86,11 +86,10 @@ def run(
     )
     first = load_linearized(config.artifact)
     check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
-    draft = open_teacher(config.teacher)
-    if draft is not None:
-        check_distillation(draft, config, first, device, precision, processes.size)
+    found = open_teacher(config.teacher)
+    check_distillation(found, config, first, device, precision, processes.size)
     with processes.in_turn():
-        teacher = load_teacher(draft or config.teacher, run).to(device)
+        teacher = found.load(run).to(device)
     artifact_files.check(first, shapes_of(teacher.model))
     if not is_made:
         with make_student(teacher, first, config.distillation, seed=config.seed) as student:

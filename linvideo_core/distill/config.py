@@ -19,8 +19,10 @@ class DistillationConfig:
     """How many steps, and how generator and critic are trained for them."""
 
     num_steps: int = option(4, "steps that the distilled model samples in")
-    train: str = option("lora", "weights that are trained and saved", choices=("lora", "full"))
-    rank: int = option(32, "least rank of the weight changes (train lora); a file's own is kept")
+    parameters: str = option("lora", "weights that are trained and saved", choices=("lora", "full"))
+    lora_rank: int = option(
+        32, "least rank of the weight changes (parameters lora); a file's own is kept"
+    )
     critic_steps: int = option(5, "critic updates for each update of the student")
     critic_learning_rate: float = option(2e-4, "peak learning rate of the critic")
     real_guidance_scale: float = option(
@@ -32,7 +34,7 @@ class DistillationConfig:
     )
 
     def __post_init__(self) -> None:
-        positive(self, "num_steps", "rank", "critic_steps", "critic_learning_rate")
+        positive(self, "num_steps", "lora_rank", "critic_steps", "critic_learning_rate")
         for name in ("motion_weight", "regression_weight"):
             if not getattr(self, name) >= 0:
                 raise SettingError(
@@ -79,5 +81,5 @@ class DistillConfig:
                 "artifact",
                 "model",
             )
-        by = "train" if self.distillation.train == "full" else ""
+        by = "parameters" if self.distillation.parameters == "full" else ""
         check_frozen_weights(self.teacher.frozen_weights, self.training, by)

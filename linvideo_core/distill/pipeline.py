@@ -54,7 +54,7 @@ def distill(
         made = artifact_files.extract(
             student.model,
             teacher.model,
-            parameters=config.distillation.train,
+            parameters=config.distillation.parameters,
             objective="dmd2",
             steps=config.training.steps,
             provenance=provenance(config, teacher, first),

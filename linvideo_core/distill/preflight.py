@@ -40,8 +40,8 @@ def check_distillation(
     distillation = config.distillation
     linear = check(artifact, checkpoint.shapes)
     family, _ = identify(checkpoint.shapes)
-    rank = max(distillation.rank, artifact.header.lora_rank)
-    changes = count_weights(checkpoint, family, distillation.train, rank)
+    rank = max(distillation.lora_rank, artifact.header.lora_rank)
+    changes = count_weights(checkpoint, family, distillation.parameters, rank)
     ratio = artifact.header.feature_dim // linear[0].head_dim
     num_trained = sum(count_maps(site, ratio) for site in linear) + 2 * changes
     # The student's loss and the critic's go backward together.
@@ -52,7 +52,7 @@ def check_distillation(
         precision,
         num_trained=num_trained,
         num_graphs=2,
-        all_trained=distillation.train == "full",
+        all_trained=distillation.parameters == "full",
         num_processes=num_processes,
         may_offload=num_processes == 1,
     )

@@ -43,14 +43,14 @@ def make_student(
     Raises ValueError when the artifact changes whole weights, which LoRA cannot carry on.
     """
     header = artifact.header
-    if config.train == "lora" and header.parameters == "full":
+    if config.parameters == "lora" and header.parameters == "full":
         raise SettingError(
             "{train} lora was given for a file that changes whole weights; use {train} full",
             "train",
         )
     settings = StudentConfig(
-        parameters=config.train,
-        lora_rank=max(config.rank, header.lora_rank),
+        parameters=config.parameters,
+        lora_rank=max(config.lora_rank, header.lora_rank),
         feature_ratio=header.feature_dim // _head_dim(artifact),
         form=header.form,
     )
@@ -126,7 +126,7 @@ class DistillationTask:
                 checkpoint_activations(model, student.sites)
 
     def _make_critic(self, seed: int) -> tuple[nn.Module, list[str]]:
-        if self.config.train == "full":
+        if self.config.parameters == "full":
             critic = copy.deepcopy(self.teacher.model).float().requires_grad_(True)
             return critic, [name for name, _ in critic.named_parameters()]
         device = self.teacher.prompt_embeds.device

@@ -17,13 +17,13 @@ class CompareConfig:
 
     num_samples: int = option(20, "videos that each model samples")
     seeds_per_prompt: int = option(1, "videos in a row of one prompt: 2 or more show diversity")
-    steps: int = option(DEMO_STEPS, "Euler steps")
+    sampler_steps: int = option(DEMO_STEPS, "Euler steps")
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
     shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
     batch_size: int = option(10, "videos sampled together")
 
     def __post_init__(self) -> None:
-        positive(self, "seeds_per_prompt", "steps", "shift", "batch_size")
+        positive(self, "seeds_per_prompt", "sampler_steps", "shift", "batch_size")
         if self.num_samples < 2:
             raise SettingError(
                 f"{{num_samples}} {self.num_samples} given; 2 or more are needed", "num_samples"
@@ -80,7 +80,9 @@ class EvaluateConfig:
                 f"{{plain_steps}} {self.plain_steps} given; numbers such as 25,8,4 are needed",
                 "plain_steps",
             )
-        return sorted({int(word) for word in words} - {0, self.comparison.steps}, reverse=True)
+        return sorted(
+            {int(word) for word in words} - {0, self.comparison.sampler_steps}, reverse=True
+        )
 
     def levels_of_lora(self) -> tuple[float, ...] | None:
         """Return the noise levels to sample at with the LoRA; None for 4 steps at `shift`.

@@ -109,7 +109,7 @@ class Evaluator:
         self.precision = precision
         self.callbacks = callbacks
         self.device = teacher.prompt_embeds.device
-        self.sigmas = make_sigmas(settings.steps, settings.shift)
+        self.sigmas = make_sigmas(settings.sampler_steps, settings.shift)
         self.prompt_index = draw_prompts(
             len(teacher.prompts), settings.num_samples, seed, repeats=settings.seeds_per_prompt
         )
@@ -117,7 +117,9 @@ class Evaluator:
         self.noise = draw_noise(teacher.latent_shape, settings.num_samples, seed)
         self.judge: Judge | None = load_judge(self.device) if teacher.is_demo else None
         self.labels = read_labels(self.prompts) if teacher.is_demo else None
-        levels = torch.linspace(0, settings.steps - 1, min(_NUM_STATE_LEVELS, settings.steps))
+        levels = torch.linspace(
+            0, settings.sampler_steps - 1, min(_NUM_STATE_LEVELS, settings.sampler_steps)
+        )
         self.levels = levels.round().long().tolist()
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -14,13 +14,14 @@ from ..demo.codec import LATENT_SHAPE, SPACE_PATCH, TIME_PATCH, decode_latents
 from ..demo.prompts import all_prompts, encode_prompts
 from ..models.attention_sites import blocks, shapes_of
 from ..models.base_weights import base_weights_of, keep_base_weights, weights_digest
-from ..models.checkpoint import Checkpoint, load_wan, open_wan
+from ..models.checkpoint import Checkpoint, open_wan
 from ..models.config import FrozenConfig
 from ..models.experts import parts_of
 from ..models.families import identify
 from ..prompts import read_prompts
 from ..prompts.config import PromptConfig
-from ..prompts.sources import PromptSource, find_source
+from ..prompts.embeddings import PromptEmbeds
+from ..prompts.sources import PromptSource, StoredPrompts, find_source
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..training.offload import offload
@@ -97,12 +98,16 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherCheckpoint:
-    """A checkpoint with its prompts, of which only the headers were read and checked so far."""
+    """A checkpoint with its prompts, of which only the headers were read and checked so far.
+
+    is_demo: whether it is the embedded model.
+    """
 
     checkpoint: Checkpoint
     source: PromptSource
     latent_shape: tuple[int, int, int, int]
     frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    is_demo: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -117,16 +122,16 @@ class TeacherCheckpoint:
         """
         embeds = self.source.read(run.folder, device=run.device, callbacks=run.callbacks)
         return Teacher(
-            name=self.checkpoint.path.stem,
+            name="demo" if self.is_demo else self.checkpoint.path.stem,
             model=self.load_model(),
             prompts=embeds.prompts,
             prompt_embeds=embeds.prompt_embeds,
             negative_embeds=embeds.negative_embeds,
             latent_shape=self.latent_shape,
-            decode=_preview,
-            is_demo=False,
+            decode=decode_latents if self.is_demo else _preview,
+            is_demo=self.is_demo,
             offload_blocks=self.frozen_weights.offload_blocks,
-            sampled_as=self.frozen_weights.frozen,
+            sampled_as="" if self.is_demo else self.frozen_weights.frozen,
         )
 
     def load_model(self) -> nn.Module:
@@ -139,8 +144,8 @@ class TeacherCheckpoint:
         return model
 
 
-def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
-    """Read the headers of all that a checkpoint needs; None for the embedded model.
+def open_teacher(config: TeacherConfig) -> TeacherCheckpoint:
+    """Read the headers of all that a teacher needs; without `model` it is the embedded one.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
     """
@@ -154,7 +159,7 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
                 "negative_prompt",
                 "model",
             )
-        return None
+        return _open_demo(config.prompts)
     source = find_source(config.prompts, config.text)
     checkpoint = open_wan(config.model)
     if source.width != checkpoint.config.text_dim:
@@ -189,28 +194,28 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint | None:
     )
 
 
-def load_teacher(config: TeacherConfig | TeacherCheckpoint, run: Run | None = None) -> Teacher:
+def load_teacher(config: TeacherConfig, run: Run | None = None) -> Teacher:
     """Load the embedded model or the one that `config` names, frozen, on the CPU.
 
     run: where prompts are encoded, see `TeacherCheckpoint.load`.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
     """
-    found = config if isinstance(config, TeacherCheckpoint) else open_teacher(config)
-    return _load_demo(config.prompts) if found is None else found.load(run or Run())
+    return open_teacher(config).load(run or Run())
 
 
-def _load_demo(prompts_path: Path | None) -> Teacher:
+def _open_demo(prompts_path: Path | None) -> TeacherCheckpoint:
     prompts = all_prompts() if prompts_path is None else read_prompts(prompts_path)
-    model = load_wan(demo.weights_path("model.safetensors"))
-    return Teacher(
-        name="demo",
-        model=model.eval().requires_grad_(False),
+    path = demo.weights_path("model.safetensors")
+    embeds = PromptEmbeds(
         prompts=prompts,
         prompt_embeds=encode_prompts(prompts),
         negative_embeds=encode_prompts([""])[0],
+    )
+    return TeacherCheckpoint(
+        checkpoint=open_wan(path),
+        source=StoredPrompts(path=path, embeds=embeds),
         latent_shape=LATENT_SHAPE,
-        decode=decode_latents,
         is_demo=True,
     )
 

@@ -23,7 +23,7 @@ from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
-from ..teacher.teacher import Teacher, load_teacher, open_teacher
+from ..teacher.teacher import Teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
 from ..training.fsdp import run_together
 from .config import ARTIFACT_NAME, TransferConfig
@@ -126,12 +126,10 @@ def _run_one(
     """Make the file unless it is made; return the comparison with its teacher, if still to do."""
     device, precision, processes = run.device, run.precision, run.processes
     path = config.out / ARTIFACT_NAME
-    draft = open_teacher(config.teacher)
-    footprint = None
-    if draft is not None:
-        footprint = check_transfer(draft, config, device, precision, processes.size)
+    found = open_teacher(config.teacher)
+    footprint = check_transfer(found, config, device, precision, processes.size)
     with processes.in_turn():
-        teacher = load_teacher(draft or config.teacher, run).to(device)
+        teacher = found.load(run).to(device)
     if not is_made:
         # Several processes share a training that none of them could hold alone.
         _forecast(
@@ -167,17 +165,17 @@ def _run_experts(
 ) -> Comparison | None:
     """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
     device, precision, processes = run.device, run.precision, run.processes
-    drafts = check_experts(config, device, precision)
+    checkpoints = check_experts(config, device, precision)
     with processes.in_turn():
-        teacher = load_experts(drafts, config, run)
+        teacher = load_experts(checkpoints, config, run)
     if not is_made:
-        footprint = check_transfer(drafts[HIGH], config, device, precision)
+        footprint = check_transfer(checkpoints[HIGH], config, device, precision)
         _forecast(
             teacher, config, precision, footprint, processes, tries_training=False, num_students=2
         )
         with processes.in_turn():
             open_run(config.out, config, ignore=_FREE_FIELDS)
-        names = {side: draft.checkpoint.path.stem for side, draft in drafts.items()}
+        names = {side: found.checkpoint.path.stem for side, found in checkpoints.items()}
         linearize_experts(teacher, names, config, run)
     if not processes.destroy() or is_evaluated(config.evaluation, config.out):
         return None
@@ -196,19 +194,18 @@ def _forecast(
     teacher: Teacher,
     config: TransferConfig,
     precision: str,
-    footprint: Footprint | None,
+    footprint: Footprint,
     processes: ProcessGroup,
     *,
     tries_training: bool,
     num_students: int = 1,
 ) -> None:
-    """Log what a run that has not trained yet takes; the embedded model's needs little of anything.
+    """Log what a run that has not trained yet takes.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
     if any(config.out.glob("**/training")):
         return
-    known = {} if footprint is None else dataclasses.asdict(footprint)
     forecast(
         teacher,
         config,
@@ -216,7 +213,7 @@ def _forecast(
         tries_training=tries_training and not teacher.is_demo,
         num_processes=processes.size,
         num_students=num_students,
-        **known,
+        **dataclasses.asdict(footprint),
     )
 
 

@@ -17,7 +17,7 @@ def compare_config(config: EvaluationConfig, trajectories: TrajectoryConfig) -> 
     """Return how the comparison samples: as the teacher's trajectories were sampled."""
     return CompareConfig(
         num_samples=config.evaluate_samples,
-        steps=trajectories.sampler_steps,
+        sampler_steps=trajectories.sampler_steps,
         guidance_scale=trajectories.guidance_scale,
         shift=trajectories.shift,
         batch_size=config.evaluate_batch_size,

@@ -58,7 +58,7 @@ class Footprint:
 
 
 def check_transfer(
-    draft: TeacherCheckpoint,
+    teacher: TeacherCheckpoint,
     config: TransferConfig,
     device: str,
     precision: str,
@@ -68,14 +68,14 @@ def check_transfer(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    check_offload_alone(draft.frozen_weights, num_processes)
-    family, sites = identify(draft.shapes)
+    check_offload_alone(teacher.frozen_weights, num_processes)
+    family, sites = identify(teacher.shapes)
     check_layers(config.selection, [site.layer for site in sites])
     student = config.student
     num_trained = sum(count_maps(site, student.feature_ratio) for site in sites)
-    num_trained += count_weights(draft, family, student.parameters, student.lora_rank)
+    num_trained += count_weights(teacher, family, student.parameters, student.lora_rank)
     return check_footprint(
-        draft,
+        teacher,
         config,
         device,
         precision,
@@ -87,13 +87,15 @@ def check_transfer(
     )
 
 
-def count_weights(draft: TeacherCheckpoint, family: ModelFamily, parameters: str, rank: int) -> int:
+def count_weights(
+    teacher: TeacherCheckpoint, family: ModelFamily, parameters: str, rank: int
+) -> int:
     """Return how many of a model's own weights are trained; parameters: as `--parameters`."""
     if parameters == "full":
-        return count(draft.shapes, family.trainable_prefix)
+        return count(teacher.shapes, family.trainable_prefix)
     if parameters == "lora":
-        lora.check_rank(draft.shapes, family.trainable_prefix, rank)
-        return count_low_rank(draft.shapes, family.trainable_prefix, rank)
+        lora.check_rank(teacher.shapes, family.trainable_prefix, rank)
+        return count_low_rank(teacher.shapes, family.trainable_prefix, rank)
     return 0
 
 
@@ -186,7 +188,7 @@ def count_device_bytes(shapes: Shapes, frozen_weights: FrozenConfig) -> int:
 
 
 def check_footprint(
-    draft: TeacherCheckpoint,
+    teacher: TeacherCheckpoint,
     config: RunConfig,
     device: str,
     precision: str,
@@ -202,15 +204,16 @@ def check_footprint(
     Raises ValueError, in one sentence, when it does not fit.
     """
     advice = "choose a smaller model or a machine with more memory"
-    if not all_trained and draft.frozen_weights.frozen != FROZEN[-1]:
+    may_round = not all_trained and not teacher.is_demo
+    if may_round and teacher.frozen_weights.frozen != FROZEN[-1]:
         advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
-    on_host = _on_host(draft.shapes, draft.frozen_weights, device)
+    on_host = _on_host(teacher.shapes, teacher.frozen_weights, device)
     check_memory([on_host], "cpu", advice)
-    model = draft.checkpoint.config
-    patches = zip(draft.latent_shape[1:], model.patch_size, strict=True)
+    model = teacher.checkpoint.config
+    patches = zip(teacher.latent_shape[1:], model.patch_size, strict=True)
     plan = Plan(
         config=model,
-        shapes=draft.shapes,
+        shapes=teacher.shapes,
         num_tokens=math.prod(-(-size // patch) for size, patch in patches),
         num_trained=num_trained,
         num_graphs=num_graphs,
@@ -221,11 +224,11 @@ def check_footprint(
         ),
         precision=precision,
     )
-    prompts = draft.source.need(device)
-    needs = [*plan.needs(draft.frozen_weights, config.training.activation_checkpointing), prompts]
+    prompts = teacher.source.need(device)
+    needs = [*plan.needs(teacher.frozen_weights, config.training.activation_checkpointing), prompts]
     flags = ""
-    if not all_trained and not fits(needs, device):
-        flags = plan.find_flags(draft.frozen_weights, [prompts], device, may_offload=may_offload)
+    if may_round and not fits(needs, device):
+        flags = plan.find_flags(teacher.frozen_weights, [prompts], device, may_offload=may_offload)
     check_memory(needs, device, flags=flags)
     on_device = sum(need.num_bytes for need in needs)
     if device == "cpu":

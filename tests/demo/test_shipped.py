@@ -67,7 +67,7 @@ def test_the_shipped_student_is_far_closer_to_its_teacher_than_swapped_layers(
     shipped: artifact.Artifact,
 ) -> None:
     teacher = load_teacher(TeacherConfig())
-    settings = CompareConfig(num_samples=2, steps=4, batch_size=2)
+    settings = CompareConfig(num_samples=2, sampler_steps=4, batch_size=2)
     _, swapped, student = compare_artifact(teacher, shipped, settings, seed=3).rows
     assert student["velocity_error"] < swapped["velocity_error"] / 2
     assert student["distance_to_teacher"] < swapped["distance_to_teacher"]

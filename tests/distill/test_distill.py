@@ -119,7 +119,7 @@ def make_task(
     student: Student, teacher: Teacher, *, endpoints: Endpoints | None = None, **options: Any
 ) -> DistillationTask:
     return DistillationTask(
-        student, teacher, STATISTICS, DistillationConfig(rank=4, num_steps=2, **options),
+        student, teacher, STATISTICS, DistillationConfig(lora_rank=4, num_steps=2, **options),
         training=TrainingConfig(batch_size=4), shift=3.0, run=Run(), endpoints=endpoints,
     )  # fmt: skip
 
@@ -127,7 +127,7 @@ def make_task(
 def test_a_student_starts_as_the_file_that_it_was_given(
     teacher: Teacher, linearized: Artifact
 ) -> None:
-    student = make_student(teacher, linearized, DistillationConfig(rank=4), seed=0)
+    student = make_student(teacher, linearized, DistillationConfig(lora_rank=4), seed=0)
     start_from(student, linearized)
     latents, sigma = draw(2, *teacher.latent_shape), torch.tensor([0.3, 0.8])
     prompts = teacher.prompt_embeds[:2]
@@ -145,7 +145,7 @@ def test_teacher_student_and_critic_are_one_model_and_the_teacher_comes_out_clea
     latents, timesteps = draw(3, *teacher.latent_shape), torch.tensor([900.0, 500.0, 20.0])
     inputs = (latents, timesteps, teacher.prompt_embeds)
     names, expected = [n for n, _ in teacher.model.named_parameters()], teacher.model(*inputs)
-    with make_student(teacher, linearized, DistillationConfig(rank=4), seed=0) as student:
+    with make_student(teacher, linearized, DistillationConfig(lora_rank=4), seed=0) as student:
         start_from(student, linearized)
         task = make_task(student, teacher)
         assert task.models == [teacher.model]
@@ -172,7 +172,7 @@ def test_recomputed_activations_give_the_gradients_of_both_networks(
 ) -> None:
     found = []
     for is_recomputed in (False, True):
-        settings = DistillationConfig(rank=4, num_steps=2, train=train)
+        settings = DistillationConfig(lora_rank=4, num_steps=2, parameters=train)
         with make_student(teacher, linearized, settings, seed=0) as student:
             training = TrainingConfig(batch_size=4, activation_checkpointing=is_recomputed)
             task = DistillationTask(
@@ -191,7 +191,7 @@ def test_regression_joins_the_students_turn_and_no_other(
 ) -> None:
     settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
     endpoints = Endpoints(collect(teacher, settings, Run(folder=tmp_path / "run")), 0.4)
-    student = make_student(teacher, linearized, DistillationConfig(rank=4), seed=0)
+    student = make_student(teacher, linearized, DistillationConfig(lora_rank=4), seed=0)
     options = {"critic_steps": 2, "regression_weight": 0.5}
     losses = {}
     for kind in (None, endpoints):
@@ -217,7 +217,9 @@ def run(
         trajectories=TrajectoryConfig(
             num_trajectories=3, states_per_trajectory=2, sampler_steps=4, shard_size=3
         ),
-        distillation=DistillationConfig(num_steps=2, rank=4, critic_steps=2, regression_weight=0.5),
+        distillation=DistillationConfig(
+            num_steps=2, lora_rank=4, critic_steps=2, regression_weight=0.5
+        ),
         training=TrainingConfig(steps=6, batch_size=4, checkpoint_every=2, log_every=1),
     )
     where = Run(folder=out, callbacks=callbacks or Callbacks())

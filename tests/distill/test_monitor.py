@@ -67,7 +67,7 @@ def distil(
         ),
         distillation=DistillationConfig(
             num_steps=num_steps,
-            train="full",
+            parameters="full",
             critic_steps=critic_steps,
             critic_learning_rate=critic_rate,
             real_guidance_scale=1.0,

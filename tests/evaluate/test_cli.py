@@ -28,7 +28,7 @@ from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import Teacher, load_teacher
 from tests.conftest import make_teacher, make_wan, save_inputs
 
-SETTINGS = CompareConfig(num_samples=5, steps=3, batch_size=2)
+SETTINGS = CompareConfig(num_samples=5, sampler_steps=3, batch_size=2)
 SAME = contextlib.nullcontext
 
 
@@ -87,7 +87,7 @@ def test_a_student_that_is_the_teacher_is_measured_as_perfect(teacher: Teacher) 
     every = [(done, 9) for done in range(1, 10)]
     assert stages == {"teacher": every, "student": every}
     sigmas = [row["sigma"] for row in found.velocity_rows]
-    assert len(sigmas) == SETTINGS.steps
+    assert len(sigmas) == SETTINGS.sampler_steps
     assert sigmas[0] == 1 and sigmas == sorted(sigmas, reverse=True)
 
 
@@ -142,7 +142,7 @@ def test_a_model_is_not_described_by_a_student(teacher: Teacher) -> None:
     ("arguments", "reason"),
     [
         (["--num-samples", "1"], "2 or more"),
-        (["--steps", "0"], "greater than 0"),
+        (["--sampler-steps", "0"], "greater than 0"),
         (["--plain-steps", "8;4"], "numbers such as"),
         (["--model", "wan.safetensors"], "--artifact"),
     ],
@@ -169,7 +169,7 @@ def test_the_command_writes_tables_and_pictures_of_a_model_of_ones_own(
 ) -> None:
     out = tmp_path / "out"
     size = ["--num-frames", "9", "--height", "16", "--width", "32"]
-    few = ["--num-samples", "3", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    few = ["--num-samples", "3", "--sampler-steps", "2", "--batch-size", "2", "--device", "cpu"]
     files = [str(word) for pair in own_files.items() for word in pair]
     evaluate_cli.main([*files, *size, *few, "--out", str(out)])
     assert {path.name for path in out.iterdir()} == {
@@ -203,7 +203,7 @@ def few_step_config(own_files: dict[str, Path], *distilled: Path) -> EvaluateCon
             height=16,
             width=16,
         ),
-        comparison=CompareConfig(num_samples=2, steps=4, batch_size=2, seeds_per_prompt=2),
+        comparison=CompareConfig(num_samples=2, sampler_steps=4, batch_size=2, seeds_per_prompt=2),
         artifact=own_files["--artifact"],
         distilled=",".join(map(str, distilled)),
         plain_steps="3, 2",
@@ -282,7 +282,7 @@ def test_the_demo_is_judged_and_its_labels_are_read_from_the_prompts(
         decode=decode_latents,
         is_demo=True,
     )
-    settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
+    settings = CompareConfig(num_samples=2, sampler_steps=1, batch_size=2)
     (row,) = compare(demo, {}, settings, seed=0).rows
     assert row["frechet"] > 0
     if is_labelled:

@@ -222,7 +222,7 @@ def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
         expected = weights_of(model)
     caplog.clear()
     # Once for both models.
-    settings = CompareConfig(num_samples=2, steps=1, batch_size=2)
+    settings = CompareConfig(num_samples=2, sampler_steps=1, batch_size=2)
     lora = FewStepLora(file=more, strength=1.0, sigmas=torch.tensor([1.0, 0.0]))
     with caplog.at_level(logging.WARNING):
         students = find_entrants(model, linearized, {}, settings, lora=lora).students
@@ -241,7 +241,7 @@ def test_a_few_step_lora_is_compared_on_teacher_and_linearized_model(
 ) -> None:
     sigmas = torch.tensor([1.0, 0.9, 0.6, 0.0])
     lora = FewStepLora(file=load_lora(lora_path), strength=1.0, sigmas=sigmas)
-    settings = CompareConfig(num_samples=3, steps=4, batch_size=3)
+    settings = CompareConfig(num_samples=3, sampler_steps=4, batch_size=3)
     entrants = find_entrants(teacher.model, linearized, {}, settings, lora=lora)
     rows = compare_few_step(teacher, entrants, settings, seed=0).rows
     steps = {row["model"]: (row["steps"], row["linear_layers"]) for row in rows}

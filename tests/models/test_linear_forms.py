@@ -342,7 +342,7 @@ def test_every_part_of_a_form_is_trained(
 
 def test_the_students_row_has_the_bytes_of_its_tensors(wide_subject: Teacher) -> None:
     made = extract(make_student(wide_subject, FORMS["all"], "lora"), wide_subject)
-    settings = CompareConfig(num_samples=2, steps=2, batch_size=2)
+    settings = CompareConfig(num_samples=2, sampler_steps=2, batch_size=2)
     teacher, swapped, student = compare_artifact(wide_subject, made, settings, seed=0).rows
     assert student["bytes"] == sum(count_bytes(made).values())
     assert "bytes" not in teacher and "bytes" not in swapped
