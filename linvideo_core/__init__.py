@@ -3,7 +3,7 @@
 A folder imports only those above it:
 
     flow        rectified-flow arithmetic; Euler and few-step samplers
-    run         one run of a command: settings, device, folder, files, progress, memory, tables
+    run         one run of a command: settings, errors, folder, files, callbacks, memory, processes
     kernels     linear attention, fused for GPUs, and in plain PyTorch
     demo        the embedded model of moving digits: weights, codec, prompts, classifier
     training    train any task on any number of processes
@@ -12,7 +12,7 @@ A folder imports only those above it:
     prompts     words -> prompt embeddings
     teacher     the frozen model with its prompts; the trajectories sampled from it
     evaluate    models sampled on equal terms, and measured
-    transfer    warm start, layer selection, objectives -> a linearized student and its file
+    transfer    warm start, layer selection, training -> a linearized student and its file
     distill     a linearized student -> a few-step one
 
 Commands: `python -m linvideo_core.transfer`, `.distill`, `.evaluate`. From a checkout, too:
