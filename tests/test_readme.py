@@ -10,13 +10,20 @@ import pytest
 from cogapp import Cog
 
 REPOSITORY = Path(__file__).parent.parent
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
-PACKAGES = ("linvideo_core", "benchmarks", "research")
-OURS = [c for c in COMMANDS if c.startswith(tuple(f"python -m {name}" for name in PACKAGES))]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PACKAGES = ("linvideo_core", "benchmarks", "research")
+
+
+def lines_of(page: Path) -> list[str]:
+    """Return the lines of a page's code blocks, continued ones joined."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+LINES = lines_of(PAGES[0])
+COMMANDS = [part.strip() for page in PAGES for line in lines_of(page) for part in line.split("&&")]
+OURS = [c for c in COMMANDS if c.startswith(tuple(f"python -m {name}" for name in PACKAGES))]
 
 
 def test_readme_shows_the_main_job_and_the_tests_with_their_installation() -> None:
@@ -41,12 +48,14 @@ def test_every_table_shows_its_record(page: Path) -> None:
 
 # As `python -m` runs it, in the process that has imported it for other tests, too.
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("command", OURS)
-def test_a_command_of_readme_resolves_to_a_config(
+@pytest.mark.parametrize("command", sorted({*OURS}))
+def test_a_command_of_a_page_resolves_to_a_config(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, _, module, *words = shlex.split(command)
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "argv", [module, *words, "--dry-run"])
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not ended.value.code
     assert capsys.readouterr().out.startswith("{")

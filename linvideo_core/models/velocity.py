@@ -1,6 +1,7 @@
 """Bind a model, prompts and guidance into the velocity function that flow and objectives take."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +37,23 @@ def bind_guided(
     guidance_scale: float,
     *,
     precision: str = "fp32",
+    on_branches: Callable[[Tensor, Tensor], None] | None = None,
 ) -> VelocityFn:
     """Return the velocity function of classifier-free guidance, both branches in one call.
 
     prompt_embeds, negative_embeds: [B, S, T].
     guidance_scale: 1 computes the conditional branch alone.
+    on_branches: called with (conditional, unconditional) velocities, for recording.
     """
-    if guidance_scale == 1:
+    if guidance_scale == 1 and on_branches is None:
         return bind(model, prompt_embeds, precision=precision)
     both = bind(model, torch.cat([prompt_embeds, negative_embeds]), precision=precision)
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
         branches = both(torch.cat([latents, latents]), torch.cat([sigma, sigma]))
         conditional, unconditional = branches.chunk(2)
+        if on_branches is not None:
+            on_branches(conditional, unconditional)
         return guide(conditional, unconditional, guidance_scale)
 
     return velocity
