@@ -170,7 +170,7 @@ def _show(row: Row) -> None:
     sys.stdout.flush()
 
 
-def command(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show each row as it ends and a short table last."""
     config = parse(InAppConfig, argv, description=__doc__)
     record = run(config, _show)

@@ -207,7 +207,7 @@ def _write(
     )
 
 
-def command(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show the table."""
     config = parse(BenchmarkConfig, argv, description=__doc__)
     record = run(config)

@@ -171,7 +171,7 @@ def _write(config: ScaleConfig, size: Size, found: dict[str, Any]) -> dict[str, 
     )
 
 
-def command(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show the table."""
     config = parse(ScaleConfig, argv, description=__doc__)
     config = config.settle()
