@@ -34,7 +34,7 @@ _FORMS = [
     LinearForm(feature_map="hedgehog_joint"),
     LinearForm(map_sharing="shared"),
     LinearForm(output_gate=True),
-    # No divisor of the 128 tokens: the last block is shorter.
+    # No divisor of the 192 tokens: the last block is shorter.
     LinearForm(window=45),
     LinearForm(feature_map="hedgehog_joint", map_sharing="shared", output_gate=True, window=45),
 ]
