@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import comfy.model_management
-import comfy.ops
 import torch
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact import Artifact
@@ -103,7 +102,7 @@ def test_a_layer_of_several_heads_is_the_cores() -> None:
             parameter += 0.5 * _random(*parameter.shape, seed=9 + seed)
         linear.to(device())
         tensors = {name: p.detach() for name, p in linear.named_parameters()}
-        made = LayerMaps(tensors, form, operations=comfy.ops.manual_cast, device=device())
+        made = LayerMaps(tensors, form, device())
         weights = {"query_map": linear.query_map, "key_map": linear.key_map}
         state = {
             f"{name}.weight": x.permute(0, 2, 1).reshape(-1, head_dim)
