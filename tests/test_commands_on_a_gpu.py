@@ -18,8 +18,8 @@ TRAINING = (
     "--batch-size 2 --checkpoint-every 1 --evaluate-samples 2"
 )
 LINEARIZED = "--warm-start-steps 2 --target 1 --lora-rank 2"
-DISTILLED = "--rank 2 --num-steps 2"
-EVALUATED = "--num-samples 2 --steps 4 --batch-size 2"
+DISTILLED = "--lora-rank 2 --num-steps 2"
+EVALUATED = "--num-samples 2 --sampler-steps 4 --batch-size 2"
 # What a home recipe sets beside the sizes.
 HOME_OPTIONS = {
     "plain": "",
