@@ -99,12 +99,12 @@ def test_the_generator_is_trained_on_what_it_meets_in_sampling(exit_step: int) -
 
 
 def feed(rows: list[dict[str, float]]) -> str | None:
-    health = TrainingMonitor()
-    faults = [health({"spread_ratio": 1.0, "motion_ratio": 1.0, **row}) for row in rows]
+    monitor = TrainingMonitor()
+    faults = [monitor({"spread_ratio": 1.0, "motion_ratio": 1.0, **row}) for row in rows]
     return next((fault for fault in faults if fault), None)
 
 
-def test_health_tells_spikes_and_collapses_from_noise() -> None:
+def test_the_monitor_tells_spikes_and_collapses_from_noise() -> None:
     calm = [{"critic_loss": 1.0 + 0.1 * (i % 3)} for i in range(60)]
     assert feed(calm) is None
     assert feed([*calm, {"critic_loss": 50.0}, *calm]) is None, "a single outlier"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from linvideo_core.run.config import (
     parse,
     positive,
     run_command,
+    to_flags,
     to_json,
 )
 from linvideo_core.transfer import cli as transfer
@@ -43,6 +45,7 @@ class Car:
     out: Path = option(Path("here"), "where")
     manual: Path | None = option(None, "a book")
     is_fast: bool = option(False, "whether")
+    has_roof: bool = option(True, "cover")
     share: float = option(0.5, "part")
 
     def __post_init__(self) -> None:
@@ -57,17 +60,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def read(*argv: str) -> Car:
     return parse(Car, argv, description="Drive.", presets=PRESETS)
-
-
-def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        read(*argv)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_without_flags_the_defaults_hold() -> None:
@@ -149,6 +141,7 @@ def test_json_nests_as_the_dataclasses_do() -> None:
         "out": "here",
         "manual": "book.txt",
         "is_fast": False,
+        "has_roof": True,
         "share": 0.5,
     }
     assert json.loads(to_json(Car()))["manual"] is None
@@ -167,24 +160,50 @@ def test_override_checks_what_it_makes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "is_fast"),
     [
-        (("--num-cylinders", "0"), "--num-cylinders 0 given; a number greater than 0"),
-        (("--power", "nan"), "--power nan given"),
-        (("--share", "1.01"), "--share 1.01 given; a number from 0 to 1"),
-        (("--num-cylinders", "six"), "six"),
-        (("--kind", "steam"), "steam"),
-        (("--is-fast", "yes"), "yes"),
-        (("--preset", "moon"), "moon"),
-        (("--wings", "2"), "--wings"),
-        (("--power",), "--power"),
-        (("stray",), "stray"),
+        (["--is-fast"], True),
+        (["--is-fast", "--power", "3"], True),
+        (["--is-fast", "true"], True),
+        (["--is-fast", "FALSE"], False),
+        (["--is-fast=false"], False),
+        (["--preset", "race", "--is-fast", "false"], False),
     ],
 )
-def test_a_bad_argument_is_one_sentence_and_exit_code_two(
-    argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture
+def test_a_boolean_flag_stands_alone_or_takes_true_or_false(argv: list[str], is_fast: bool) -> None:
+    assert read(*argv).is_fast is is_fast
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--num-cylinders", "0"], "--num-cylinders 0 given; a number greater than 0 is needed"),
+        (["--num-cylinders", "six"], "--num-cylinders six given; a whole number is needed"),
+        (["--num-cylinders", "1.5"], "--num-cylinders 1.5 given; a whole number is needed"),
+        (["--power", "nan"], "--power nan given; a number is needed"),
+        (["--power", ""], "--power '' given; a number is needed"),
+        (["--power"], "--power given without a value; see --help"),
+        (["--share", "1.01"], "--share 1.01 given; a number from 0 to 1 is needed"),
+        (["--kind", "steam"], "--kind steam given; one of diesel, petrol is needed"),
+        (["--preset", "moon"], "--preset moon given; one of city, race is needed"),
+        (
+            ["--is-fast", "yes"],
+            "--is-fast yes given; true or false (or the flag alone) is needed",
+        ),
+        (["--manual="], "--manual '' given; a path is needed"),
+        (["--powr", "3"], "--powr given, which is not a flag of this command; did you mean"),
+        (["--zzz=3"], "--zzz given, which is not a flag of this command; see --help"),
+        (["stray"], "'stray' given, which belongs to no flag"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_flag_value_and_expectation(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert words in refused(capsys, *argv)
+    with pytest.raises(SystemExit) as caught:
+        read(*argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {sentence}") and err.count("\n") == 1
 
 
 def test_help_names_every_flag_with_its_text_and_default(capsys: pytest.CaptureFixture) -> None:
@@ -192,8 +211,21 @@ def test_help_names_every_flag_with_its_text_and_default(capsys: pytest.CaptureF
         read("--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("--num-cylinders", "how many (default: 4)", "--manual", "100 % of it"):
-        assert words in text
+    assert "--num-cylinders N how many (default: 4)" in text
+    assert "how strong, 100 % of it (default: 1.5)" in text
+    assert "--kind diesel|petrol which (default: diesel)" in text
+    assert "--manual PATH a book (default: none)" in text
+    assert "--has-roof [true|false] cover (default: true)" in text
+    assert "--preset city|race" in text
+
+
+def test_flags_of_a_config_give_it_back() -> None:
+    engine = Engine(num_cylinders=3)
+    car = Car(engine=engine, share=0.25, is_fast=True, has_roof=False, manual=Path("a b"))
+    flags = to_flags(car)
+    assert "--is-fast --has-roof false" in flags and "--kind" not in flags
+    assert read(*shlex.split(flags)) == car
+    assert to_flags(Car()) == "" == to_flags(Car(share=1.0), without=["share"])
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError, FileNotFoundError])

@@ -24,7 +24,7 @@ from tests.allocations import peak_bytes
 from tests.conftest import TEXT_DIM, make_teacher, make_wan
 
 NUM_LAYERS, DIM = 5, 128
-SHAPE, NUM_TOKENS = (4, 4, 40, 40), 4 * 20 * 20
+SHAPE, NUM_TOKENS = (4, 4, 32, 32), 4 * 16 * 16
 NARROW = 2  # Bytes of a number in bf16.
 
 

@@ -85,7 +85,14 @@ def test_the_sentence_says_hours_and_sizes_in_units_that_can_be_read() -> None:
     )
 
 
-def test_calls_and_passes_are_measured_and_leave_the_subject_as_it_was(
+def count_trained(teacher: Teacher, config: TransferConfig) -> int:
+    """Return how many numbers a training of all layers moves, a score a layer among them."""
+    with Student(teacher, config.student, seed=0) as student:
+        parts = [*student.weights.values(), *feature_maps(student.mixed).values()]
+        return sum(p.numel() for p in parts) + len(student.mixed)
+
+
+def test_calls_and_passes_are_measured_and_leave_the_teacher_as_it_was(
     teacher: Teacher, tmp_path: Path
 ) -> None:
     config = config_of(target=1, lora_rank=2, out=tmp_path, shard_size=3)
@@ -97,10 +104,7 @@ def test_calls_and_passes_are_measured_and_leave_the_subject_as_it_was(
     assert set(sizes) == {2 * 3}
     pace = time_run(teacher, config, "fp32")
     assert min(pace.call, pace.selecting, pace.hardened) > 0
-    student = Student(teacher, config.student, seed=0)
-    parts = [*student.weights.values(), *feature_maps(student.mixed).values()]
-    # And a score a layer.
-    assert pace.num_trained == sum(p.numel() for p in parts) + 3
+    assert pace.num_trained == count_trained(teacher, config)
     after = teacher.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -137,9 +141,7 @@ def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
 def test_checkpoints_take_no_more_than_they_were_said_to(teacher: Teacher, tmp_path: Path) -> None:
     config = small_transfer(save_inputs(teacher, tmp_path)["--model"], out=tmp_path / "run")
     transfer.run(config)
-    student = Student(teacher, config.student, seed=0)
-    parts = [*student.weights.values(), *feature_maps(student.mixed).values()]
-    at_most = count_checkpoint_bytes(sum(p.numel() for p in parts) + 3)
+    at_most = count_checkpoint_bytes(count_trained(teacher, config))
     found = (config.out / "training" / "checkpoint.safetensors").stat().st_size
     assert 2 * found < at_most + 2**17
 
