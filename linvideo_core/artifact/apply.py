@@ -176,7 +176,7 @@ def extract(
 
     student: linear attention, or mixed attention hardened, stands at its sites.
     teacher: the model that the student started from, untouched; the student itself where only
-        adapters tell the two apart.
+        adapters tell the two apart, as in all but "full".
     parameters: "full" takes the changed weights, "lora" the low-rank changes, "feature_maps" none.
     steps: training steps taken.
     usage: how the artifact wants to be used; none: it does not say.
@@ -184,7 +184,10 @@ def extract(
     Weights that differ but are not stored are logged.
     Raises ArtifactError when the two are not one architecture or a layer is not decided yet.
     """
+    is_full = parameters == "full"
     family, sites = _identify_both(student, teacher)
+    if (is_full or teacher is not student) and any(_linear_at(teacher, site) for site in sites):
+        raise ArtifactError("the teacher has linear layers: give the model as it was before")
     linear = {site: module for site in sites if (module := _linear_at(student, site))}
     if not linear:
         raise ArtifactError("the student has no linear layer: there is nothing to save")
@@ -198,7 +201,6 @@ def extract(
         raise ArtifactError(
             f"parameters={parameters!r} given, but the student {state} LoRA changes"
         )
-    is_full = parameters == "full"
     trainable = trainable_weights(student, family, sites) if is_full else {}
     first = next(iter(linear.values()))
     if any(module.form != first.form for module in linear.values()):
@@ -278,8 +280,6 @@ def _identify_both(
     found = fingerprint(*identify(shapes_of(student)))
     if found != expected:
         raise ArtifactError(f"the student is {found!a}, but its teacher is {expected!a}")
-    if teacher is not student and any(_linear_at(teacher, site) for site in sites):
-        raise ArtifactError("the teacher has linear layers: give the model as it was before")
     return family, sites
 
 

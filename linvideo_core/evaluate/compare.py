@@ -185,8 +185,11 @@ def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
         plots.plot_velocity_error(rows, folder / "velocity_error.png")
     if len({row["steps"] for row in comparison.rows}) > 1:
         plots.plot_steps(comparison.rows, folder / STEPS_NAME)
+    settings = dataclasses.asdict(comparison.settings)
+    # The file's key is older than the setting's name.
+    settings["steps"] = settings.pop("sampler_steps")
     result = {
-        "settings": dataclasses.asdict(comparison.settings),
+        "settings": settings,
         "rows": comparison.rows,
         "velocity_rows": comparison.velocity_rows,
     }

@@ -14,7 +14,7 @@ from ..demo import weights_path
 from ..flow import Recipe, make_sigmas
 from ..run.errors import SettingError
 from .config import CompareConfig
-from .lora_file import LoraFile, fit_lora, with_lora
+from .lora_file import LoraFile, WeightChange, add_changes, find_changes
 
 
 def load_linearized(path: Path | None) -> Artifact:
@@ -118,12 +118,12 @@ def find_entrants(
         students[name] = apply(made, model)
         recipes[name] = _few_step(torch.tensor(made.header.sigmas))
     if lora is not None:
-        # Once for both, so that what does not fit is told once.
-        lora = dataclasses.replace(lora, file=fit_lora(lora.file, model))
+        # Once for both models, so that there is one warning, and before anything is sampled.
+        changes = find_changes(lora.file, model, strength=lora.strength)
         name = f"lora_{len(lora.sigmas) - 1}"
         recipes |= {f"{of}_{name}": _few_step(lora.sigmas) for of in ("linearized", "teacher")}
-        students[f"teacher_{name}"] = with_lora(model, lora.file, strength=lora.strength)
-        students[f"linearized_{name}"] = _with_both(model, linearized, lora)
+        students[f"teacher_{name}"] = add_changes(model, changes)
+        students[f"linearized_{name}"] = _with_both(model, linearized, changes)
     hidden = {f"teacher_{steps}_plain" for steps in plain_steps}
     hidden |= {f"linearized_{steps}_plain" for steps in set(plain_steps) - own_steps}
     return Entrants(students=students, recipes=recipes, without_pictures=hidden)
@@ -134,6 +134,8 @@ def _few_step(sigmas: Tensor) -> Recipe:
 
 
 @contextlib.contextmanager
-def _with_both(model: nn.Module, linearized: Artifact, lora: FewStepLora) -> Iterator[nn.Module]:
-    with apply(linearized, model), with_lora(model, lora.file, strength=lora.strength):
+def _with_both(
+    model: nn.Module, linearized: Artifact, changes: Sequence[WeightChange]
+) -> Iterator[nn.Module]:
+    with apply(linearized, model), add_changes(model, changes):
         yield model

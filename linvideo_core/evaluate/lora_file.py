@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -87,61 +87,72 @@ def _check_factors(path: Path, name: str, parts: Mapping[str, Tensor]) -> None:
         )
 
 
-def fit_lora(lora: LoraFile, model: nn.Module) -> LoraFile:
-    """Return a LoRA without what the model lacks, such as a text-to-video one's image layers.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightChange:
+    """`scale` times the product of `factors`, to be added to a model's parameter `name`."""
 
-    Where something is left out, as ComfyUI does it, one warning counts and names it.
-
-    Raises ValueError where nothing is left.
-    """
-    names = {name for name, _ in model.named_parameters()}
-    fitting: dict[str, dict[str, Tensor]] = {}
-    strangers = set()
-    for stored, parts in lora.layers.items():
-        for role, tensor in parts.items():
-            if _find_parameter(names, stored, role) is None:
-                strangers.add(stored)
-            else:
-                fitting.setdefault(stored, {})[role] = tensor
-    if strangers:
-        lacks = (
-            f"{lora.path} changes {len(strangers)} of {len(lora.layers)} layers that the model "
-            f"does not have, such as {min(strangers)!a}"
-        )
-        if not fitting:
-            raise ValueError(f"{lacks}: choose a LoRA made for this model")
-        logger.warning("%s; they are left out", lacks)
-    return dataclasses.replace(lora, layers=fitting)
+    name: str
+    factors: list[Tensor]
+    scale: float
 
 
-@contextlib.contextmanager
-def with_lora(model: nn.Module, lora: LoraFile, *, strength: float = 1.0) -> Iterator[nn.Module]:
-    """Add `strength alpha / R up down` to the weights of a model for a while.
+def find_changes(lora: LoraFile, model: nn.Module, *, strength: float = 1.0) -> list[WeightChange]:
+    """Return what a LoRA adds to a model's weights: `strength alpha / R up down`.
 
-    Where a layer has no alpha, alpha is R; layers that the model lacks are left out, see
-    `fit_lora`. Leaving it gives the model back bit for bit.
+    Where a layer has no alpha, alpha is R. Layers that the model lacks, such as a text-to-video
+    one's image layers, are left out as ComfyUI does it; one warning counts and names them.
 
-    Raises ValueError, with the model as it was, for names that match no layer of the model, for
-    shapes that differ, and for a sum that overflows.
+    Raises ValueError where no layer is left, for shapes that differ, and for a strength that is not
+    finite.
     """
     if not math.isfinite(strength):
         raise ValueError(f"LoRA strength {strength} given; a finite number is needed")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    changes, missing = [], set()
+    for stored, parts in lora.layers.items():
+        for role, factors, scale in _split_layer(parts):
+            name = _find_parameter(shapes, stored, role)
+            if name is None:
+                missing.add(stored)
+            elif _fits(factors, shapes[name]):
+                changes.append(WeightChange(name=name, factors=factors, scale=strength * scale))
+            else:
+                given = " and ".join(str(list(factor.shape)) for factor in factors)
+                raise ValueError(
+                    f"{lora.path} changes {stored!a} by {given}, but the model has one of "
+                    f"{list(shapes[name])}: choose a LoRA made for this model"
+                )
+    if missing:
+        lacks = (
+            f"{lora.path} changes {len(missing)} of {len(lora.layers)} layers that the model "
+            f"does not have, such as {min(missing)!a}"
+        )
+        if not changes:
+            raise ValueError(f"{lacks}: choose a LoRA made for this model")
+        logger.warning("%s; they are left out", lacks)
+    return changes
+
+
+@contextlib.contextmanager
+def add_changes(model: nn.Module, changes: Iterable[WeightChange]) -> Iterator[nn.Module]:
+    """Change a model's weights while the context lasts; then it is as before, bit for bit.
+
+    Raises ArtifactError, with the model as it was, for a sum that overflows.
+    """
     with contextlib.ExitStack() as undo:
-        for stored, parts in fit_lora(lora, model).layers.items():
-            for role, factors, scale in _changes(parts):
-                name = _find_parameter(shapes, stored, role)
-                if not _fits(factors, shapes[name]):
-                    given = " and ".join(str(list(factor.shape)) for factor in factors)
-                    raise ValueError(
-                        f"{lora.path} changes {stored!a} by {given}, but the model has one of "
-                        f"{list(shapes[name])}: choose a LoRA made for this model"
-                    )
-                add_change(undo, model, name, factors, strength * scale)
+        for change in changes:
+            add_change(undo, model, change.name, change.factors, change.scale)
         yield model
 
 
-def _changes(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:
+def with_lora(
+    model: nn.Module, lora: LoraFile, *, strength: float = 1.0
+) -> contextlib.AbstractContextManager[nn.Module]:
+    """Add a LoRA to a model's weights while the context lasts: `find_changes`, `add_changes`."""
+    return add_changes(model, find_changes(lora, model, strength=strength))
+
+
+def _split_layer(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:
     """Yield what changes, such as the weight: its name, the change's factors and its scale."""
     for whole in ("weight", "bias", "modulation"):
         if whole in parts:

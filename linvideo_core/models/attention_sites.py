@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,9 @@ def checkpoint_activations(model: nn.Module, sites: list[AttentionSite]) -> None
         block.forward = functools.partial(_checkpointed, block, block.forward)
 
 
-def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
+def _checkpointed(
+    block: nn.Module, forward: Callable[..., Tensor], /, *args: Any, **kwargs: Any
+) -> Tensor:
     """Run a block, which is recomputed with those adapters on that are on now."""
 
     def make_contexts() -> tuple[contextlib.AbstractContextManager, ...]:
@@ -151,7 +154,7 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: Tenso
 
     # Compiled code has its adapters built in.
     options = {} if torch.compiler.is_compiling() else {"context_fn": make_contexts}
-    return checkpoint(forward, *args, use_reentrant=False, **options)
+    return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
 
 @contextlib.contextmanager

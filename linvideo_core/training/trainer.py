@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..run.callbacks import Stage
 from ..run.context import Run
+from ..run.errors import SettingError
 from ..run.folder import read_whole_rows
 from .checkpoint import Checkpoint, CheckpointFiles, Monitor
 from .config import TrainingConfig
@@ -122,7 +123,7 @@ def _deleted(folder: Path) -> ValueError:
     )
 
 
-class _Diverged(ValueError):
+class _Diverged(SettingError):
     """What was trained is lost from here on: it must not replace the last good checkpoint."""
 
 
@@ -250,8 +251,9 @@ class _Fitting:
         self.num_saved = step
 
     def _diverged(self, what: str) -> _Diverged:
-        advice = "start again with another --out and a lower --learning-rate"
-        return _Diverged(f"{what}; {self.files.describe()}: {advice}")
+        advice = "start again with another {out} and a lower {learning_rate}"
+        message = f"{what}; {self.files.describe()}: {advice}"
+        return _Diverged(message, "out", "learning_rate")
 
     def resume(self) -> int:
         """Take the checkpoint's state, drop later metrics; return the number of finished steps."""

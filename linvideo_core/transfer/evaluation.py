@@ -50,11 +50,11 @@ def draw_training(
         return
     rows = read_metrics(metrics_path)
     if selection.rule == "learned":
-        hardened_at = count_selection_steps(selection, num_steps)
-        chosen = {
-            "target": selection.target,
-            "layers": linear_layers,
-            "hardened_at": hardened_at,
-        }
-        plots.plot_layer_scores(rows, folder / "layer_scores.png", **chosen)
+        plots.plot_layer_scores(
+            rows,
+            folder / "layer_scores.png",
+            target=selection.target,
+            layers=linear_layers,
+            hardened_at=count_selection_steps(selection, num_steps),
+        )
     plots.plot_losses(rows, folder / "losses.png")

@@ -53,9 +53,7 @@ def _draw_scores(
     bottom = top + _PLOT_HEIGHT
     for y, offset, label, anchor in ((top, 2, "softmax", "rt"), (bottom, -2, "linear", "rd")):
         draw.line((left, y, right, y), (225, 225, 225))
-        draw.text(
-            (right, y + offset), label, _QUIET, ImageFont.load_default(_LABEL_SIZE), anchor=anchor
-        )
+        draw.text((right, y + offset), label, _QUIET, font, anchor=anchor)
     if len(rows) < 2:
         return
     for layer, last in enumerate(rows[-1]["layer_scores"]):

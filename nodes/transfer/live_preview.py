@@ -187,7 +187,12 @@ class LiveProgress(Callbacks):
         return draw_preview(rows, videos, title=title, num_steps=stage.total)
 
     def _keep_estimate(self, _: Any, inputs: tuple[Tensor, ...], velocity: Tensor) -> None:
-        """Keep the first video as a call of the teacher estimates it: state - sigma velocity."""
+        """Keep the first video as a call of the teacher estimates it: state - sigma velocity.
+
+        In other stages the picture needs none, and the model is the student's, too.
+        """
+        if self._stage is None or self._stage.name != "sampling_teacher":
+            return
         latents, timesteps = (x.detach()[:1] for x in inputs[:2])
         sigma = (timesteps / TIMESTEP_SCALE).view(-1, *[1] * (latents.ndim - 1))
         self._estimate = latents - sigma * velocity.detach()[:1]

@@ -268,7 +268,7 @@ def test_the_command_writes_a_record_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = "--device cpu --fewest-tokens 2048 --most-tokens 4096 --seconds 0.01"
-    benchmark.command([*flags.split(), "--out", str(tmp_path)])
+    benchmark.main([*flags.split(), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"cost_cpu.json", "cost_cpu.png"}
     record = json.loads((tmp_path / "cost_cpu.json").read_text(encoding="utf-8"))
     assert record["command"] == f"python -m benchmarks.kernels {flags}"

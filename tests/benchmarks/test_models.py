@@ -186,7 +186,7 @@ def test_the_command_replaces_the_rows_of_its_size_and_keeps_others(
 ) -> None:
     flags = ["--device", "cpu", "--seconds", "0.001", "--video-seconds", "0.0"]
     command, path = [*flags, "--out", str(tmp_path)], tmp_path / "scale.json"
-    benchmark.command(command)
+    benchmark.main(command)
     record = json.loads(path.read_text(encoding="utf-8"))
     measured_again = "--device cpu --shapes tiny --seconds 0.001 --video-seconds 0.0"
     assert record["command"] == f"python -m benchmarks.models {measured_again}"
@@ -197,13 +197,13 @@ def test_the_command_replaces_the_rows_of_its_size_and_keeps_others(
     [run] = record["details"]["parts"]["denoise"]["runs"]
     record["details"]["parts"]["denoise"]["runs"] = [{**run, "size": "14b-720p"}, run]
     path.write_text(json.dumps(record), encoding="utf-8")
-    benchmark.command(command)
+    benchmark.main(command)
     again = json.loads(path.read_text(encoding="utf-8"))
     assert [row["model"] for row in again["rows"]] == 2 * ["Wan 14B"] + 2 * ["tiny Wan"]
     record["details"]["parts"]["denoise"]["device"] = "a card"
     path.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ValueError, match="has rows of denoise measured on a card, and this is"):
-        benchmark.command(command)
+        benchmark.main(command)
 
 
 @pytest.mark.gpu

@@ -157,13 +157,6 @@ def test_bad_arguments_end_with_one_sentence_and_exit_code_2(
     assert reason in message and len(message.splitlines()) == 1
 
 
-def test_a_missing_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    config = EvaluateConfig(artifact=tmp_path / "none.safetensors", out=tmp_path / "out")
-    with pytest.raises(ValueError, match="does not exist"):
-        evaluate.run(config)
-    assert not config.out.exists()
-
-
 def test_the_command_writes_tables_and_pictures_of_a_model_of_ones_own(
     own_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,33 +229,24 @@ def test_steps_are_compared_with_quality_in_one_run(
     assert all(row["diversity"] > 0 and row["seconds_per_video"] > 0 for row in rows)
 
 
-def test_files_of_the_wrong_stage_are_refused_in_one_sentence(
+def test_a_file_that_cannot_be_compared_is_refused_before_anything_is_written(
     own_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    first = own_files["--artifact"]
+    first, plain = own_files["--artifact"], few_step_config(own_files)
     two = distil(first, tmp_path / "two.safetensors")
-    for paths, reason in (
-        ([first], "is not distilled; give a file that `distill` made"),
-        ([two, two], "is a second distilled_2"),
+    none = tmp_path / "none.safetensors"
+    for config, reason in (
+        (few_step_config(own_files, first), "is not distilled; give a file that `distill` made"),
+        (few_step_config(own_files, two, two), "is a second distilled_2"),
+        (dataclasses.replace(plain, artifact=two), "is distilled already"),
+        (dataclasses.replace(plain, artifact=none), "does not exist"),
     ):
         with pytest.raises(ValueError, match=reason):
-            evaluate.run(few_step_config(own_files, *paths))
-    with pytest.raises(ValueError, match="is distilled already"):
-        evaluate.run(dataclasses.replace(few_step_config(own_files), artifact=two))
-
-
-def test_a_file_for_another_model_is_refused_before_sampling(
-    own_files: dict[str, Path], teacher: Teacher, tmp_path: Path
-) -> None:
+            evaluate.run(config)
     save_file(make_wan(num_layers=2).state_dict(), own_files["--model"])
-    config = EvaluateConfig(
-        teacher=TeacherConfig(model=own_files["--model"], prompts=own_files["--prompts"]),
-        artifact=own_files["--artifact"],
-        out=tmp_path / "out",
-    )
     with pytest.raises(ValueError, match="made for"):
-        evaluate.run(config)
-    assert not config.out.exists()
+        evaluate.run(plain)
+    assert not plain.out.exists()
 
 
 @pytest.mark.parametrize(("prompts", "is_labelled"), [(["a two moving up"], True), (["a"], False)])

@@ -193,8 +193,23 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=reason) as refused, contextlib.ExitStack() as stack:
         stack.enter_context(with_lora(teacher.model, load_lora(path)))
     assert "\n" not in str(refused.value)
+
+
+def test_a_lora_is_refused_before_anything_is_sampled(
+    teacher: Teacher, linearized: Artifact, lora_path: Path, tmp_path: Path
+) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_lora(tmp_path / "none.safetensors")
+    save_file({f"{FFN}.diff": torch.ones(4, 4)}, tmp_path / "x.safetensors")
+    settings = CompareConfig(num_samples=2, sampler_steps=1, batch_size=2)
+    for path, strength, reason in (
+        (tmp_path / "x.safetensors", 1.0, "choose a LoRA made for this model"),
+        (lora_path, float("nan"), "a finite number is needed"),
+    ):
+        file, sigmas = load_lora(path), torch.tensor([1.0, 0.0])
+        lora = FewStepLora(file=file, strength=strength, sigmas=sigmas)
+        with pytest.raises(ValueError, match=reason):
+            find_entrants(teacher.model, linearized, {}, settings, lora=lora)
 
 
 def test_layers_that_the_model_lacks_are_left_out_with_one_warning(

@@ -16,7 +16,10 @@ from linvideo_core.evaluate.metrics import (
     frechet_distance,
     frechet_distance_of,
     latent_features,
+    log_spectral_distance,
     sample_distance,
+    spatial_spectrum,
+    temporal_spectrum,
     velocity_error,
     velocity_error_by_sigma,
 )
@@ -162,22 +165,18 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     assert accuracy(logits, torch.tensor([1, 0, 0, 0])) == 0.75
 
 
-def test_sample_distance_is_relative_to_the_reference() -> None:
-    reference = torch.randn(2, 3, 4)
-    torch.testing.assert_close(sample_distance(reference, reference), torch.zeros(2), **EXACT)
-    torch.testing.assert_close(
-        sample_distance(1.25 * reference, reference), torch.full((2,), 0.25), **EXACT
-    )
-
-
-def test_velocity_error_separates_length_from_direction() -> None:
-    reference = torch.randn(1, 2, 3, 4, 4)
-    error, cosine = velocity_error(2 * reference, reference)
-    torch.testing.assert_close(error, torch.ones(1), **EXACT)
-    torch.testing.assert_close(cosine, torch.ones(1), **EXACT)
-    error, cosine = velocity_error(-reference, reference)
-    torch.testing.assert_close(error, torch.full((1,), 2.0), **EXACT)
-    torch.testing.assert_close(cosine, -torch.ones(1), **EXACT)
+@pytest.mark.parametrize(
+    ("scale", "error", "cosine"), [(1, 0, 1), (1.25, 0.25, 1), (2, 1, 1), (-1, 2, -1)]
+)
+def test_velocity_error_separates_length_from_direction(
+    scale: float, error: float, cosine: float
+) -> None:
+    reference = torch.randn(2, 4, 3, 4, 4)
+    expected = torch.full((2,), float(error))
+    found = velocity_error(scale * reference, reference)
+    torch.testing.assert_close(found[0], expected, **EXACT)
+    torch.testing.assert_close(found[1], torch.full((2,), float(cosine)), **EXACT)
+    torch.testing.assert_close(sample_distance(scale * reference, reference), expected, **EXACT)
 
 
 def test_velocity_error_by_sigma_asks_at_each_level_with_its_own_sigma() -> None:
@@ -190,3 +189,66 @@ def test_velocity_error_by_sigma_asks_at_each_level_with_its_own_sigma() -> None
     errors, cosines = velocity_error_by_sigma(scaled, states, states, sigmas)
     torch.testing.assert_close(errors, sigmas[:, None].expand(3, 2), **EXACT)
     torch.testing.assert_close(cosines, torch.ones(3, 2), **EXACT)
+
+
+def noise_with_power(exponent: float, count: int = 100, size: tuple[int, int] = (48, 63)) -> Tensor:
+    """Return [count, 1, H, W]: Gaussian noise whose power falls as 1/f^exponent."""
+    radius = torch.hypot(torch.fft.fftfreq(size[0])[:, None], torch.fft.fftfreq(size[1]))
+    radius[0, 0] = math.inf
+    spectrum = torch.fft.fft2(torch.randn(count, 1, *size)) * radius ** (-exponent / 2)
+    return torch.fft.ifft2(spectrum).real
+
+
+def slope(spectrum: Tensor) -> float:
+    """Return the exponent of a power law through bands, the lowest two left out."""
+    x = torch.arange(1, len(spectrum) + 1).log()[2:]
+    y = spectrum.log()[2:]
+    x, y = x - x.mean(), y - y.mean()
+    return ((x * y).sum() / x.square().sum()).item()
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 3.0])
+def test_the_spatial_spectrum_of_noise_falls_as_it_was_made_to(exponent: float) -> None:
+    spectrum = spatial_spectrum(noise_with_power(exponent)).mean(dim=0)
+    assert spectrum.shape == (24,)
+    assert slope(spectrum) == pytest.approx(-exponent, abs=0.05)
+
+
+def test_white_noise_has_its_variance_at_every_frequency_but_next_to_the_mean() -> None:
+    noise = 0.3 * torch.randn(4, 41, 33, 40)
+    for spectrum in (spatial_spectrum(noise), temporal_spectrum(noise)):
+        bands = spectrum.mean(dim=0)[2:]
+        torch.testing.assert_close(bands, torch.full_like(bands, 0.09), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("cycles", [2, 5, 9])
+def test_a_wave_has_its_power_at_its_own_frequency(cycles: int) -> None:
+    wave = torch.sin(2 * math.pi * cycles * torch.arange(24) / 24)
+    over_space = wave.view(1, 1, 1, 24).expand(1, 2, 24, 24)
+    over_time = wave.view(1, 24, 1, 1).expand(1, 24, 3, 5)
+    assert spatial_spectrum(over_space).argmax().item() == cycles - 1
+    assert temporal_spectrum(over_time).argmax().item() == cycles - 1
+    still = temporal_spectrum(over_space)
+    torch.testing.assert_close(still, torch.zeros_like(still), rtol=0, atol=1e-9)
+
+
+def test_blur_takes_fine_detail_and_flicker_adds_fast_change() -> None:
+    frames = noise_with_power(2.0).view(5, 20, 48, 63)
+    blurred = torch.nn.functional.avg_pool2d(frames, 3, stride=1, padding=1)
+    share = (spatial_spectrum(blurred) / spatial_spectrum(frames)).mean(dim=0)
+    assert share[0] > 0.8 and share[-1] < 0.2
+    signs = torch.tensor([1.0, -1.0] * 10).view(1, 20, 1, 1)
+    still = frames[:, :1].expand(frames.shape)
+    assert temporal_spectrum(still + 0.1 * signs).mean(dim=0).argmax().item() == 9
+
+
+def test_the_distance_is_the_gain_in_decibels_above_what_can_be_seen() -> None:
+    spectrum = 1 + torch.rand(17)
+    assert log_spectral_distance(spectrum, spectrum) == 0
+    assert log_spectral_distance(4 * spectrum, spectrum) == pytest.approx(20 * math.log10(2), 1e-4)
+    half = torch.where(torch.arange(16) < 8, 10.0, 1.0)
+    # 10 dB in half of the bands.
+    assert log_spectral_distance(half, torch.ones(16)) == pytest.approx(math.sqrt(50), 1e-4)
+    black, faint = torch.zeros(8), torch.full((8,), 1e-9)
+    assert log_spectral_distance(faint, black) < 0.01
+    assert 10 < log_spectral_distance(torch.full((8,), 1e-3), black) < math.inf

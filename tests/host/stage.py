@@ -42,9 +42,9 @@ bits and is nowhere in it: ComfyUI leaves matrix products in full fp32, and test
 convolutions are, too.
 """
 STEPS, GUIDANCE, SHIFT = 4, 3.0, 3.0
-SHAPE = 16, 2, 16, 16
+SHAPE = 16, 3, 16, 16
 """Channels, frames, height and width of latents that are sampled: fewer frames than the demo's."""
-NUM_TOKENS = 2 * 16 * 16 // 4
+NUM_TOKENS = 3 * 16 * 16 // 4
 MODEL_OF_SHAPES = {"device": "meta", "operations": nn}
 """Settings for a model whose weights' shapes are all that is wanted.
 

@@ -47,11 +47,13 @@ def test_what_is_saved_is_what_is_loaded() -> None:
         assert name == "mine.safetensors" and name in model_folder.list_files()
         (loaded,) = LinVideoLoad.execute(name).result
     assert loaded.header == _shipped().header
-    for kind in ("feature_maps", "low_rank"):
-        kept, expected = getattr(loaded, kind), getattr(_shipped(), kind)
-        assert kept.keys() == expected.keys()
-        for name, pair in expected.items():
-            assert all(map(torch.equal, kept[name], pair))
+    assert loaded.linear.keys() == _shipped().linear.keys()
+    for layer, tensors in _shipped().linear.items():
+        assert loaded.linear[layer].keys() == tensors.keys()
+        assert all(torch.equal(loaded.linear[layer][name], tensors[name]) for name in tensors)
+    assert loaded.low_rank.keys() == _shipped().low_rank.keys()
+    for name, pair in _shipped().low_rank.items():
+        assert all(map(torch.equal, loaded.low_rank[name], pair))
 
 
 def test_a_file_is_never_replaced_unless_asked() -> None:

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import comfy.model_management
-import comfy.ops
 import torch
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact import Artifact
@@ -34,7 +33,7 @@ _FORMS = [
     LinearForm(feature_map="hedgehog_joint"),
     LinearForm(map_sharing="shared"),
     LinearForm(output_gate=True),
-    # No divisor of the 128 tokens: the last block is shorter.
+    # No divisor of the 192 tokens: the last block is shorter.
     LinearForm(window=45),
     LinearForm(feature_map="hedgehog_joint", map_sharing="shared", output_gate=True, window=45),
 ]
@@ -103,7 +102,7 @@ def test_a_layer_of_several_heads_is_the_cores() -> None:
             parameter += 0.5 * _random(*parameter.shape, seed=9 + seed)
         linear.to(device())
         tensors = {name: p.detach() for name, p in linear.named_parameters()}
-        made = LayerMaps(tensors, form, operations=comfy.ops.manual_cast, device=device())
+        made = LayerMaps(tensors, form, device())
         weights = {"query_map": linear.query_map, "key_map": linear.key_map}
         state = {
             f"{name}.weight": x.permute(0, 2, 1).reshape(-1, head_dim)

@@ -1,4 +1,4 @@
-"""A twin that learns beside weights that stay ComfyUI's, in whatever form they are kept."""
+"""A copy that learns beside weights that stay ComfyUI's, in whatever form they are kept."""
 
 import contextlib
 from collections.abc import Iterator
@@ -115,10 +115,10 @@ def test_no_class_of_the_hosts_weights_reaches_what_is_trained() -> None:
             own = weight.data.as_subclass(_Clinging)
             layer._parameters[name] = nn.Parameter(own, requires_grad=False)
     for is_copied in (_COPIED, _FROZEN):
-        twin = freeze(model.model.diffusion_model, device(), is_copied=is_copied)
-        assert {type(weight) for weight in twin.parameters()} == {nn.Parameter}
+        made = freeze(model.model.diffusion_model, device(), is_copied=is_copied)
+        assert {type(weight) for weight in made.parameters()} == {nn.Parameter}
         theirs = {weight.data_ptr() for weight in model.model.parameters()}
-        kept = [weight for weight in twin.parameters() if not weight.is_meta]
+        kept = [weight for weight in made.parameters() if not weight.is_meta]
         assert kept and not theirs & {weight.data_ptr() for weight in kept}
 
 

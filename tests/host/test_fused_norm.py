@@ -23,6 +23,7 @@ from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.families import wan as wan_family
 from stage import assert_close, demo, device, made_with_weights, sample, shipped
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 _Attention = comfy.ldm.wan.model.WanSelfAttention
 
@@ -50,6 +51,8 @@ def _hold_fused(*tests: Callable[[], None]) -> None:
     wan_family.BACKEND = "reference"
     try:
         for test in tests:
+            torch._dynamo.reset()
+            counters.clear()
             test()
             print(f"also fused: {test.__name__}")
     finally:

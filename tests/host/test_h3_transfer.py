@@ -94,7 +94,7 @@ def _inputs(**changes: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _subject(model: Any, inputs: dict[str, Any]) -> Iterator[Teacher]:
+def _teacher(model: Any, inputs: dict[str, Any]) -> Iterator[Teacher]:
     """Lend the teacher of a transfer, outside of the inference mode that nodes run in."""
     with torch.inference_mode(False), torch.no_grad():
         host = HostTeacher(model, inputs)
@@ -127,7 +127,7 @@ def _velocity_of_host(model: Any, entry: list[Any], latents: Tensor, sigma: floa
 
 
 def _compare(model: Any, inputs: dict[str, Any]) -> None:
-    """Compare the twin's velocities of a batch with ComfyUI's of one sample after the other."""
+    """Compare the copy's velocities of a batch with ComfyUI's of one sample after the other."""
     latents = random_tensor(3, 1, 1, 1, _NUM_VIDEO + 32 * 2 * 7, seed=8).to(device())
     sigmas = (0.95, 0.4, 1.0)
     entries = [*inputs["positive"], *inputs["negative"]]
@@ -135,7 +135,7 @@ def _compare(model: Any, inputs: dict[str, Any]) -> None:
         _velocity_of_host(model, entry, latent[0, 0], sigma)
         for entry, latent, sigma in zip(entries, latents.unsqueeze(1), sigmas, strict=True)
     ]
-    with _subject(model, inputs) as teacher:
+    with _teacher(model, inputs) as teacher:
         prompts = torch.cat([teacher.prompt_embeds, teacher.negative_embeds[None]])
         timesteps = 1000 * torch.tensor(sigmas, device=device())
         found = teacher.model(latents.clone(), timesteps, prompts)
@@ -255,7 +255,7 @@ def test_a_sampling_by_the_core_is_comfyuis() -> None:
             disable_pbar=True,
             seed=1,
         ).unbind()
-        with _subject(model, inputs) as teacher:
+        with _teacher(model, inputs) as teacher:
             assert HostTeacher(model, inputs).shift == shift
             prompts = (teacher.prompt_embeds[:1], teacher.negative_embeds[None])
             velocity = bind_guided(teacher.model, *prompts, 3.0)
@@ -269,11 +269,11 @@ def test_gradients_are_those_of_comfyuis_own_block() -> None:
     """Compare with differences of the class's own forward, in fp64, along random directions."""
     with torch.inference_mode(False), torch.enable_grad(), _rotations_in_fp64():
         comfy.model_management.load_models_gpu([_h3()])
-        twin = freeze(_h3().model.diffusion_model, device(), is_copied=True).double()
-        own = copy.deepcopy(twin).blocks[0]
+        frozen = freeze(_h3().model.diffusion_model, device(), is_copied=True).double()
+        own = copy.deepcopy(frozen).blocks[0]
         given = {"dtype": torch.float64, "family": host_family("minimax_h3"), "video": None}
-        HostModel(twin, HostTeacher(_h3(), _inputs()).sites, Conditions(None, None), **given)
-        trained = twin.blocks[0]
+        HostModel(frozen, HostTeacher(_h3(), _inputs()).sites, Conditions(None, None), **given)
+        trained = frozen.blocks[0]
         x, *others = _block_inputs()
         weighted = random_tensor(*x.shape, seed=15).to(x)
 
@@ -339,7 +339,7 @@ def test_every_gradient_of_the_student_is_there_and_finite() -> None:
     timesteps = torch.tensor([900.0, 300.0], device=device())
     gradients = []
     for lends in (contextlib.nullcontext, _uncopied):
-        with lends(), _subject(_h3(), _inputs()) as teacher, torch.enable_grad():
+        with lends(), _teacher(_h3(), _inputs()) as teacher, torch.enable_grad():
             student = Student(teacher, StudentConfig(lora_rank=4), seed=0)
             for number, module in enumerate(student.mixed.values()):
                 module.layer_score.data.fill_(0.3 + 0.2 * number)

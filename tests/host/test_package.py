@@ -14,6 +14,8 @@ from tests.host.flags import FLAGS, make_environment
 from tests.host.process import PACK
 from tests.host.test_server import NODES
 
+OPTIONAL = {"triton"}
+"""What a module may miss that only some machines load: the kernels of an NVIDIA GPU."""
 LEFT_OUT = ("tests", "research", "benchmarks", ".ci")
 
 
@@ -63,18 +65,23 @@ def load_package() -> None:
     asyncio.run(nodes.init_external_custom_nodes())
     registered = [name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("LinVideo")]
     (pack,) = (name for name in sys.modules if name.endswith("custom_nodes/linvideo"))
+    without = collections.Counter()
     for part in ("linvideo_core", "nodes"):
         package = importlib.import_module(f"{pack}.{part}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith(".__main__"):
-                importlib.import_module(module.name)
+            try:
+                if not module.name.endswith(".__main__"):
+                    importlib.import_module(module.name)
+            except ModuleNotFoundError as missing:
+                without[missing.name] += 1
     names = collections.defaultdict(set)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         if "custom_nodes/linvideo/" in file.replace("\\", "/"):
             names[file].add(name)
     twice = [sorted(found) for found in names.values() if len(found) > 1]
-    print(json.dumps({"registered": registered, "modules": len(names), "twice": twice}))
+    found = {"registered": registered, "modules": len(names), "twice": twice, "without": without}
+    print(json.dumps(found))
 
 
 @pytest.mark.host
@@ -97,5 +104,7 @@ def test_a_comfyui_loads_it_and_each_of_its_modules_once(
     assert set(found["registered"]) == NODES.keys()
     files = [p for part in ("linvideo_core", "nodes") for p in (folder / part).rglob("*.py")]
     shipped = [path for path in files if path.name != "__main__.py"]
-    assert found["modules"] == len(shipped) + 1  # and the pack's own
+    assert found["without"].keys() <= OPTIONAL, found["without"]
+    num_loaded = len(shipped) - sum(found["without"].values())
+    assert found["modules"] == num_loaded + 1  # and the pack's own
     assert found["twice"] == []

@@ -155,15 +155,15 @@ def test_a_backend_chosen_last_wins_over_one_chosen_before_ours() -> None:
 
 
 def _in_windows(model: Any) -> Any:
-    """Let a model see 2 latent frames at a time, no frame twice."""
+    """Let a model see 3 latent frames at a time, no frame twice."""
     execute = ContextWindowsManualNode.execute
     settings = {"causal_window_fix": False}
     settings = {k: v for k, v in settings.items() if k in inspect.signature(execute).parameters}
-    return execute(model, 2, 0, "standard_static", 1, False, "flat", 2, False, **settings).result[0]
+    return execute(model, 3, 0, "standard_static", 1, False, "flat", 2, False, **settings).result[0]
 
 
 def test_context_windows_are_linear_each_by_itself() -> None:
-    noise = make_noise(4)
+    noise = make_noise(6)
     teacher = bind_headless(load_headless())
     student = bind_headless(load_headless(), shipped())
     for num_kept, patchers in (
@@ -171,7 +171,7 @@ def test_context_windows_are_linear_each_by_itself() -> None:
         (2, (_in_windows(linearize(demo()[0], shipped(), keep_first_steps=2)),)),
     ):
         velocities = [teacher] * num_kept + [student] * (STEPS - num_kept)
-        halves = [sample_headless(velocities, noise=half) for half in noise.split(2, dim=2)]
+        halves = [sample_headless(velocities, noise=half) for half in noise.split(3, dim=2)]
         for patcher in patchers:
             assert_close(sample(patcher, noise=noise), torch.cat(halves, dim=2))
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 _MADE_AT = {
     "width": 32,
     "height": 32,
-    "num_frames": 8,
+    "num_frames": 12,
     "guidance_scale": GUIDANCE,
     "shift": SHIFT,
     "steps": 8,
@@ -158,7 +158,7 @@ def test_a_file_that_does_not_say_is_not_compared() -> None:
 def test_another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
     linearized = linearize(demo()[0], _file())
     (said,) = _said_of_sampling(linearized, noise=make_noise(frames=4))
-    assert said == "Sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 8 frames."
+    assert said == "Sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 12 frames."
     (said,) = _said_of_sampling(linearized, cfg=5.0)
     assert said == "Sampled: cfg 5, but the file was made at 3."
     (said,) = _said_of_sampling(linearized, cfg=1.0)

@@ -19,6 +19,7 @@ from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import open_teacher
 from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import TransferConfig
+from tests.conftest import Recorder
 
 transformers = pytest.importorskip(
     "transformers", reason="encoding prompts needs the extra packages transformers, sentencepiece"
@@ -154,27 +155,21 @@ def test_a_text_is_cleaned_and_cut_as_in_wans_pipeline() -> None:
 def test_prompts_are_encoded_once_for_an_encoder_and_its_words(
     pipeline: Path, single: Path, tmp_path: Path
 ) -> None:
-    stages: list[tuple[int, int]] = []
-
-    def read(**changes: object) -> None:
-        stages.clear()
+    def read(**changes: object) -> Recorder:
         config = PromptConfig(**{"text_encoder": pipeline, "negative_prompt": "", **changes})
-        source = find_source(words, config)
-        source.read(
-            tmp_path, device="cpu", progress=lambda s, done, n, **_: stages.append((done, n))
-        )
+        recorder = Recorder()
+        find_source(words, config).read(tmp_path, device="cpu", callbacks=recorder)
+        return recorder
 
     words = tmp_path / "words.txt"
     words.write_text("one\ntwo\n")
-    read()
-    assert stages == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    read()
-    assert stages == []
-    read(negative_prompt="still")
-    assert stages
+    first = read()
+    assert first.seen == [("encoding_prompts", done) for done in range(4)]
+    assert first.totals == {"encoding_prompts": 3}
+    assert read().seen == []
+    assert read(negative_prompt="still").seen
     words.write_text("one\nthree\n")
-    read(negative_prompt="still")
-    assert stages
+    assert read(negative_prompt="still").seen
     assert {path.name for path in tmp_path.iterdir()} == {"words.txt", EMBEDS_NAME}
 
 
@@ -211,9 +206,9 @@ def test_a_transfer_encodes_into_its_folder_before_the_model_is_read(
         "precision": "fp32",
     }
     config = override(TransferConfig(), values)
-    seen: list[str] = []
-    transfer.run(config, lambda stage, *_, **__: seen.append(stage))
-    assert seen[0] == "encoding prompts"
+    recorder = Recorder()
+    transfer.run(config, recorder)
+    assert recorder.stages[0] == "encoding_prompts"
     embeds = read_embeds(tmp_path / "run" / EMBEDS_NAME)
     assert embeds.prompts == ["a dog runs", "a cat jumps"]
     assert embeds.prompt_embeds.shape == (2, MAX_TOKENS, TEXT_DIM)

@@ -9,15 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from torch import nn
 
-from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.transfer import cli as transfer
+from tests.conftest import make_teacher, make_wan, save_inputs
 
-TINY = WanConfig(dim=128, num_heads=1, num_layers=3, ffn_dim=32, text_dim=16, freq_dim=32)
-SIZES = "--num-frames 13 --height 32 --width 48 --num-trajectories 4 --sampler-steps 4 --device cpu"
+SIZES = "--num-frames 9 --height 16 --width 32 --num-trajectories 4 --sampler-steps 4 --device cpu"
 LENGTHS = "--states-per-trajectory 2 --shard-size 2 --warm-start-steps 2 --batch-size 2 --target 1"
 EVIDENCE = {
     "layer_scores.png",
@@ -32,20 +28,8 @@ EVIDENCE = {
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return flags that name a tiny model and its prompts, and make everything short."""
-    folder = tmp_path_factory.mktemp("model")
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = WanModel(TINY)
-        model.init_weights()
-        nn.init.normal_(model.head.head.weight, std=0.1)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    embeds = {
-        "prompt_embeds": torch.randn(3, 4, 16, generator=generator),
-        "negative_embeds": torch.zeros(4, 16),
-    }
-    save_file(embeds, folder / "prompts.safetensors")
-    files = ["--model", f"{folder}/model.safetensors", "--prompts", f"{folder}/prompts.safetensors"]
+    files = save_inputs(make_teacher(make_wan()), tmp_path_factory.mktemp("model"))
+    files = [str(word) for pair in files.items() for word in pair]
     return [*files, *SIZES.split(), *LENGTHS.split(), "--steps", "6", "--log-every", "1"]
 
 

@@ -22,6 +22,7 @@ from ...evaluate.metrics import velocity_error
 from ...models.attention import MixedAttention
 from ...models.velocity import bind
 from ...run.context import Run
+from ...run.errors import SettingError
 from ...run.files import write_json
 from ...teacher.teacher import Teacher
 from ...teacher.trajectories import Trajectories
@@ -47,7 +48,7 @@ def rank_layers(
     repeated call takes those that are there and measures the others. The layers of `mixed` are left
     as they were.
 
-    Raises ValueError where a velocity is not finite.
+    Raises SettingError where a velocity is not finite.
     """
     path = run.folder / RANKING_NAME
     num_states = config.sensitivity_videos * trajectories.states_per_trajectory
@@ -63,9 +64,11 @@ def rank_layers(
                 module.mode = one if other == layer else others
             errors[layer] = error = mean_velocity_error(model, teacher, trajectories, batches, run)
             if not math.isfinite(error):
-                raise ValueError(
+                raise SettingError(
                     f"the velocity error of layer {layer} alone is {error}; choose the layers by "
-                    "another --choice, or lower --warm-start-learning-rate"
+                    "another {choice}, or lower {warm_start_learning_rate}",
+                    "choice",
+                    "warm_start_learning_rate",
                 )
             if run.processes.is_first:
                 ranking = rank(errors, config) if len(errors) == len(mixed) else None
