@@ -153,9 +153,6 @@ def run_command(main: Callable[[], None]) -> None:
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without the usage text."""
 
-    def format_usage(self) -> str:
-        return f"usage: {self.prog} [flags]\n"
-
     def format_help(self) -> str:
         """Leave the list of all flags out of the usage: they follow, each with its meaning."""
         self.usage = "%(prog)s [flags]"

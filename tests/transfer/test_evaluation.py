@@ -48,7 +48,7 @@ def times(folder: Path) -> dict[str, int]:
 def test_a_run_ends_with_its_evidence(finished: Path) -> None:
     assert {"linearized.safetensors", "config.json", *EVIDENCE} == times(finished).keys()
     result = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
-    assert result["settings"]["num_samples"] == 3 and result["settings"]["sampler_steps"] == 4
+    assert result["settings"]["num_samples"] == 3 and result["settings"]["steps"] == 4
     rows = [(row["model"], row["linear_layers"], row["layers"]) for row in result["rows"]]
     assert rows == [("teacher", 0, 3), ("swapped", 1, 3), ("student", 1, 3)]
 
