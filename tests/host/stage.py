@@ -165,7 +165,10 @@ def load_short_demo(**settings: Any) -> Any:
     """Load it, as ComfyUI's loaders do."""
     weights = safetensors.torch.load_file(weights_path("model.safetensors"))
     kept = {name: x for name, x in weights.items() if not re.match(r"blocks\.[3-9]\.", name)}
-    options = {} if _computes_in_hosts_dtype else {"dtype": torch.float32}
+    options = {}
+    if not _computes_in_hosts_dtype:
+        # As LinVideo Demo does, for the reason that it gives.
+        kept, options = {name: x.float() for name, x in kept.items()}, {"dtype": torch.float32}
     patcher = finish(comfy.sd.load_diffusion_model_state_dict(kept, options, **settings))
     patcher.cached_patcher_init = (load_short_demo, ())
     return patcher

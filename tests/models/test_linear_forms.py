@@ -186,10 +186,10 @@ def make_student(teacher: Teacher, form: LinearForm, parameters: str = "feature_
     return student
 
 
-def extract(student: Student) -> Artifact:
+def extract(student: Student, teacher: Teacher) -> Artifact:
     settings = {"objective": "adm", "steps": 3, "provenance": {}}
     return artifact.extract(
-        student.model, student.model, parameters=student.config.parameters, **settings
+        student.model, teacher.model, parameters=student.config.parameters, **settings
     )
 
 
@@ -323,7 +323,6 @@ def trajectories(wide_teacher: Teacher, tmp_path: Path) -> Trajectories:
 def test_every_part_of_a_form_is_trained(
     name: str, wide_teacher: Teacher, trajectories: Trajectories, tmp_path: Path
 ) -> None:
-    run = Run(folder=tmp_path / "training")
     training = TrainingConfig(steps=2, batch_size=2, warmup_steps=0)
     config = StudentConfig(parameters="feature_maps", form=FORMS[name])
     run = Run(folder=tmp_path / "run")
