@@ -413,7 +413,7 @@ def test_extract_refuses_a_student_that_is_not_ready(
 
 def test_extract_refuses_another_teacher() -> None:
     student = make_student(make_teacher(), "feature_maps")
-    settings = {"parameters": "full", "objective": "adm", "steps": 1, "provenance": {}}
+    settings = {"objective": "adm", "steps": 1, "provenance": {}}
     with pytest.raises(ArtifactError, match=r"3 layers.* 4 layers"):
         artifact.extract(student, make_teacher(num_layers=4), parameters="full", **settings)
     for teacher, parameters in ((student, "full"), (copy.deepcopy(student), "feature_maps")):
