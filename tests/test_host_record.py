@@ -39,6 +39,8 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return what runs pytest in its folder on tests of some outcomes and returns what it said."""
     pytester.makeini("[pytest]\nmarkers = host\n")
     monkeypatch.setenv("workflow", "demo")
+    # Each run would import the plugins of this installation again.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
     def run(*outcomes: str, comfyui: str = "1.2.3", device: str = "cpu") -> str:
         monkeypatch.setenv("comfyui", comfyui)

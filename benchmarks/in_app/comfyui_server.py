@@ -24,7 +24,7 @@ CPU_FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 _VERSION = "comfyui_version.py"
 _NEEDED = ("comfy/ldm/wan/model.py", "comfy/sample.py", _VERSION)
 _FOLDERS = ("custom_nodes", "models/linvideo", "models/diffusion_models", "output", "user")
-_STAGE = re.compile(r"LinVideo: ([\w ]+): (\d+) \w+ in ([\d.]+) s")
+_STAGE = re.compile(r"LinVideo: (\w+): (\d+) \w+ in ([\d.]+) s")
 _GRACE_SECONDS = 30
 _ERROR_LENGTH = 400
 

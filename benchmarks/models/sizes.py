@@ -53,11 +53,6 @@ class Size:
         _, patch_height, patch_width = self.config.patch_size
         return frames * (height // patch_height) * (width // patch_width)
 
-    def with_latent_frames(self, frames: int) -> "Size":
-        """Return the size of a video with so many latent frames."""
-        name = f"{self.name}, {frames} latent frames"
-        return dataclasses.replace(self, name=name, num_frames=_FRAME_STRIDE * (frames - 1) + 1)
-
 
 def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:
     """Choose layers at even distances, the first one left out: speed depends on their number."""

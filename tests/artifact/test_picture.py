@@ -1,18 +1,20 @@
 """The picture and the words of a file, whatever the file says of itself."""
 
 import dataclasses
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.artifact.picture import draw_summary
 from linvideo_core.artifact.summary import count_bytes, describe, title
+from linvideo_core.demo import weights_path
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import load_teacher
+from linvideo_core.transfer.preview import draw_preview
 
 
 def make_artifact(num_layers: int = 10, **header: object) -> Artifact:
@@ -37,8 +39,8 @@ def make_artifact(num_layers: int = 10, **header: object) -> Artifact:
     )
 
 
-def pixels(artifact: Artifact, note: str = "") -> np.ndarray:
-    return np.asarray(draw_summary(artifact, note=note))
+def pixels(made: Artifact, note: str = "") -> np.ndarray:
+    return np.asarray(draw_summary(made, note=note))
 
 
 @pytest.mark.parametrize("num_layers", [1, 10, 30, 40, 61, 1000])
@@ -57,18 +59,18 @@ def test_the_picture_shows_which_layers_are_linear_and_how_it_was_made() -> None
         linear={layer: first.linear[0] for layer in layers["linear_layers"]},
     )
     changed = [other, make_artifact(steps=13), make_artifact(provenance={"seed": 1})]
-    for artifact in changed:
-        assert not np.array_equal(pixels(artifact), pixels(first))
+    for made in changed:
+        assert not np.array_equal(pixels(made), pixels(first))
     assert len(pixels(first, "applied to a model")) > len(pixels(first))
 
 
 def test_what_a_stranger_wrote_into_a_file_is_one_readable_line_each() -> None:
     strange = {"notes": "a\nb\x00\u202e" + "long " * 5000, "word": "x" * 5000}
-    artifact = make_artifact(provenance=strange)
-    facts = describe(artifact)
+    made = make_artifact(provenance=strange)
+    facts = describe(made)
     assert all(text.isprintable() and len(text) <= 400 for text in facts.values())
     assert "notes a b long" in facts["made with"] and "word xxx" in facts["made with"]
-    assert len(pixels(artifact)) < 2 * len(pixels(make_artifact()))
+    assert len(pixels(made)) < 2 * len(pixels(make_artifact()))
 
 
 def test_the_words_name_the_sampling_grid_of_a_distilled_file() -> None:
@@ -79,31 +81,21 @@ def test_the_words_name_the_sampling_grid_of_a_distilled_file() -> None:
 
 
 def test_the_bytes_are_those_of_the_tensors() -> None:
-    artifact = make_artifact()
-    assert count_bytes(artifact) == {"feature maps": 4 * 2 * 16 * 4, "weight changes": 0}
-    header = dataclasses.replace(artifact.header, parameters="lora", lora_rank=2)
+    made = make_artifact()
+    assert count_bytes(made) == {"feature maps": 4 * 2 * 16 * 4, "weight changes": 0}
+    header = dataclasses.replace(made.header, parameters="lora", lora_rank=2)
     low_rank = {"blocks.0.ffn.0": (torch.zeros(2, 5), torch.zeros(7, 2))}
-    changed = dataclasses.replace(artifact, header=header, low_rank=low_rank)
+    changed = dataclasses.replace(made, header=header, low_rank=low_rank)
     assert count_bytes(changed)["weight changes"] == 24 * 4
     assert describe(changed)["weight changes"] == "LoRA of rank 2 on 1 weight"
 
 
-def test_applying_showing_and_previewing_a_file_need_no_matplotlib() -> None:
-    program = """
-        import sys
-        sys.modules["matplotlib"] = None
-        from linvideo_core import artifact
-        from linvideo_core.artifact.picture import draw_summary
-        from linvideo_core.demo import weights_path
-        from linvideo_core.teacher.teacher import TeacherConfig, load_teacher
-        from linvideo_core.transfer import pipeline
-        from linvideo_core.transfer.preview import draw_preview
-        made = artifact.load(weights_path("linearized.safetensors"))
-        with artifact.apply(made, load_teacher(TeacherConfig()).model):
-            print(draw_summary(made).width, draw_preview([], {}, title="a", num_steps=1).width)
-    """
-    finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert finished.stdout.split() == ["1024", "560"]
+def test_applying_showing_and_previewing_a_file_need_no_matplotlib(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ["matplotlib", *filter(lambda name: name.startswith("matplotlib."), sys.modules)]:
+        monkeypatch.setitem(sys.modules, name, None)
+    made = artifact.load(weights_path("linearized.safetensors"))
+    with artifact.apply(made, load_teacher(TeacherConfig()).model):
+        widths = draw_summary(made).width, draw_preview([], {}, title="a", num_steps=1).width
+    assert widths == (1024, 560)

@@ -1,6 +1,7 @@
 """The benchmark of transfers in ComfyUI: its files, its reading of a log, rows that fail."""
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from benchmarks.in_app.cases import list_cases
 from benchmarks.in_app.checkpoints import quantise_q8_0, write_wan
 from benchmarks.in_app.cli import InAppConfig
 from benchmarks.in_app.comfyui_server import Server, Stage
-from benchmarks.in_app.headless import describe_transfer
+from benchmarks.in_app.headless import describe_transfer, train, write_prompts
 from benchmarks.in_app.memory_meter import resident, watching
 from benchmarks.models.sizes import SIZES
 from benchmarks.record import read_record
@@ -24,7 +25,7 @@ from linvideo_core.transfer.config import TransferConfig
 
 TINY = SIZES["tiny"]
 LOG = """
-LinVideo: sampling the teacher: 1 videos in 12.34 s
+LinVideo: sampling_teacher: 1 videos in 12.34 s
 LinVideo: training: 8 steps in 25.30 s
 another line, training: 9 steps in 1.00 s
 """
@@ -89,7 +90,7 @@ def test_the_log_tells_of_stages_after_a_place(tmp_path: Path) -> None:
     with log.open("a") as file:
         file.write(LOG)
     assert server.stages(since) == [
-        Stage("sampling the teacher", 1, 12.34),
+        Stage("sampling_teacher", 1, 12.34),
         Stage("training", 8, 25.3),
     ]
 
@@ -139,7 +140,7 @@ def test_a_peak_is_seen_while_it_lasts() -> None:
     assert peak.gb * 2**30 > before + 30_000_000
 
 
-def test_the_headless_transfer_has_the_settings_of_the_nodes() -> None:
+def test_the_headless_transfer_has_the_settings_of_the_nodes_and_runs(tmp_path: Path) -> None:
     settings = {"steps": 8, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2}
     values = describe_transfer(TINY, 17, {**settings, "target": 2, "lora_rank": 32})
     config = override(TransferConfig(), values)
@@ -147,6 +148,12 @@ def test_the_headless_transfer_has_the_settings_of_the_nodes() -> None:
     assert config.trajectories.num_trajectories == 1 and config.trajectories.sampler_steps == 8
     assert config.training.activation_checkpointing and config.trajectories.shift == TINY.shift
     assert config.selection.target == 2 and config.teacher.num_frames == 17
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("model", "prompts")}
+    write_wan(paths["model"], TINY, "bf16", "cpu")
+    write_prompts(paths["prompts"], TINY)
+    run = {"steps": 2, "out": tmp_path / "run", "device": "cpu"}
+    train({**values, **paths, **run}, tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["seconds_per_step"] > 0
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
