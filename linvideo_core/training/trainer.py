@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -93,8 +94,8 @@ def fit(
 
     monitor: sees every row of metrics, those of an earlier run first, and may find a fault.
 
-    Raises ValueError when the loss is no longer finite or `monitor` finds a fault; the last
-    checkpoint from before it is kept.
+    Raises ValueError when the loss is no longer finite or `monitor` finds a fault, the last
+    checkpoint from before it being kept, and when the folder is deleted meanwhile.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     fitting = _Fitting(task, config, run, monitor)
@@ -111,6 +112,15 @@ def fit(
                 fitting.save()
             run.processes.stop_together()
     fitting.keep_average()
+
+
+def _deleted(folder: Path) -> ValueError:
+    """Return the error of a folder that is gone; it names the outermost one that is."""
+    while not folder.parent.exists():
+        folder = folder.parent
+    return ValueError(
+        f"{folder} was deleted while this run wrote into it; repeat the command to begin again"
+    )
 
 
 class _Diverged(SettingError):
@@ -160,6 +170,8 @@ class _Fitting:
             raise
         # KeyboardInterrupt and a host's own interruption are no Exception.
         except BaseException as error:
+            if isinstance(error, OSError) and not self.files.folder.exists():
+                raise _deleted(self.files.folder) from error
             has_more = self.num_finished is not None and self.num_finished > self.num_saved
             if has_more and self.processes.is_agreed(error):
                 try:

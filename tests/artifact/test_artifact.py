@@ -418,8 +418,9 @@ def test_extract_refuses_another_teacher() -> None:
     settings = {"parameters": "full", "objective": "adm", "steps": 1, "provenance": {}}
     with pytest.raises(ArtifactError, match=r"3 layers.* 4 layers"):
         artifact.extract(student, make_teacher(num_layers=4), **settings)
+    other = make_student(make_teacher(), "feature_maps")
     with pytest.raises(ArtifactError, match="teacher has linear layers"):
-        artifact.extract(student, student, **settings)
+        artifact.extract(student, other, **settings)
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def test_a_student_starts_as_the_file_that_it_was_given(
     with torch.no_grad():
         found = bind(student.model, prompts)(latents, sigma)
         student.remove()
-        with artifact.transfer_into(teacher.model, linearized) as model:
-            expected = bind(model, prompts)(latents, sigma)
+        with artifact.apply(linearized, teacher.model):
+            expected = bind(teacher.model, prompts)(latents, sigma)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

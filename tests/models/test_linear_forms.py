@@ -17,6 +17,7 @@ from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
 from linvideo_core.models.attention import LinearAttention, window_attention
 from linvideo_core.models.config import FEATURE_MAPS, LinearForm
 from linvideo_core.models.wan import WanModel
+from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
@@ -168,7 +169,7 @@ def test_shared_maps_are_one_a_layer_and_give_heads_their_own_features() -> None
 
 
 @pytest.fixture
-def wide_subject(teacher: Teacher, wide_wan: WanModel) -> Teacher:
+def wide_teacher(teacher: Teacher, wide_wan: WanModel) -> Teacher:
     """A teacher of two heads: shared maps differ from one a head."""
     return dataclasses.replace(teacher, model=wide_wan.eval().requires_grad_(False))
 
@@ -192,28 +193,34 @@ def extract(student: Student, teacher: Teacher) -> Artifact:
     )
 
 
+def make_file(teacher: Teacher, form: LinearForm, parameters: str = "feature_maps") -> Artifact:
+    """Return the file of a student that is gone: the teacher's model is as it was."""
+    with make_student(teacher, form, parameters) as student:
+        return extract(student, teacher)
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_saved_form_gives_the_students_velocity(
-    form: LinearForm, wide_subject: Teacher, inputs: tuple[Tensor, ...], tmp_path: Path
+    form: LinearForm, wide_teacher: Teacher, inputs: tuple[Tensor, ...], tmp_path: Path
 ) -> None:
-    student = make_student(wide_subject, form)
-    before, expected = wide_subject.model(*inputs), student.model(*inputs)
-    path = tmp_path / "a.safetensors"
-    artifact.save(extract(student, wide_subject), path, dtype=torch.float32)
+    before, path = wide_teacher.model(*inputs), tmp_path / "a.safetensors"
+    with make_student(wide_teacher, form) as student:
+        expected = student.model(*inputs)
+        artifact.save(extract(student, wide_teacher), path, dtype=torch.float32)
     loaded = artifact.load(path)
     assert loaded.header.form == form
-    with artifact.apply(loaded, wide_subject.model) as model:
+    with artifact.apply(loaded, wide_teacher.model) as model:
         assert torch.equal(model(*inputs), expected)
-    assert torch.equal(wide_subject.model(*inputs), before)
+    assert torch.equal(wide_teacher.model(*inputs), before)
     assert not torch.allclose(before, expected)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_file_has_what_its_form_asks_for_and_the_version_that_says_it_all(
-    name: str, wide_subject: Teacher, tmp_path: Path
+    name: str, wide_teacher: Teacher, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
-    artifact.save(extract(make_student(wide_subject, FORMS[name]), wide_subject), path)
+    artifact.save(make_file(wide_teacher, FORMS[name]), path)
     with safe_open(path, framework="pt") as file:
         entries, names = file.metadata(), set(file.keys())
     assert entries["linvideo.format_version"] == "3"
@@ -223,9 +230,9 @@ def test_a_file_has_what_its_form_asks_for_and_the_version_that_says_it_all(
 
 
 @pytest.mark.parametrize("name", NEW_FORMS)
-def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_subject: Teacher) -> None:
-    made = extract(make_student(wide_subject, FORMS[name]), wide_subject)
-    plain = extract(make_student(wide_subject, LinearForm()), wide_subject)
+def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_teacher: Teacher) -> None:
+    made = make_file(wide_teacher, FORMS[name])
+    plain = extract(make_student(wide_teacher, LinearForm()), wide_teacher)
     assert describe(made)["feature maps"] != describe(plain)["feature maps"]
     per_layer = {"joint": 0, "shared": -2 * 128 * 64, "gate": 2 * 128, "window": 2}
     expected = sum(per_layer.values()) if name == "all" else per_layer[name]
@@ -254,8 +261,8 @@ def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_subject: Teac
         ({"window_mix": None}, "'window_mix' of layer 0 is missing"),
         ({"gate": torch.zeros(2)}, r"shape \[2\]; \[N, D\] is expected"),
         ({"window_mix": torch.zeros(2, 1)}, r"shape \[2, 1\]; \[N\] is expected"),
-        ({"gate": torch.zeros(2, 64)}, r"\[2, 64\]; \[N, D\] is expected with N = 2, D = 128"),
-        ({"window_mix": torch.zeros(3)}, r"\[3\]; \[N\] is expected with N = 2, D = 128"),
+        ({"gate": torch.zeros(2, 64)}, r"\[2, 64\]; \[N, D\] is expected with D = 128, N = 2"),
+        ({"window_mix": torch.zeros(3)}, r"\[3\]; \[N\] is expected with D = 128, N = 2"),
         ({"gate": torch.full((2, 128), math.nan)}, "gate' holds NaN"),
         ({"query_map": torch.zeros(2, 128, 64)}, r"\[1, D, 64\] is expected.* shared"),
     ],
@@ -263,11 +270,11 @@ def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_subject: Teac
 def test_a_defect_of_a_form_is_named_in_one_sentence(
     changes: dict[str, str | Tensor | None],
     sentence: str,
-    wide_subject: Teacher,
+    wide_teacher: Teacher,
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.safetensors"
-    artifact.save(extract(make_student(wide_subject, FORMS["all"]), wide_subject), path)
+    artifact.save(make_file(wide_teacher, FORMS["all"]), path)
     with safe_open(path, framework="pt") as file:
         entries = file.metadata()
     tensors = load_file(path)
@@ -283,50 +290,51 @@ def test_a_defect_of_a_form_is_named_in_one_sentence(
     save_file(tensors, path, metadata=entries)
     with (
         pytest.raises(ArtifactError, match=sentence) as caught,
-        artifact.apply(artifact.load(path), wide_subject.model),
+        artifact.apply(artifact.load(path), wide_teacher.model),
     ):
         pass
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_whose_version_does_not_know_its_form_is_refused(wide_subject: Teacher) -> None:
-    made = extract(make_student(wide_subject, LinearForm()), wide_subject).header
+def test_a_header_whose_version_does_not_know_its_form_is_refused(wide_teacher: Teacher) -> None:
+    made = extract(make_student(wide_teacher, LinearForm()), wide_teacher).header
     header = dataclasses.replace(made, format_version=1, usage=Usage(), weights_sketch=())
     for part in PARTS.values():
         with pytest.raises(ArtifactError, match="format_version is 1; 2 is expected"):
             dataclasses.replace(header, **part)
 
 
-def test_a_student_of_two_forms_is_refused(wide_subject: Teacher) -> None:
-    student = make_student(wide_subject, LinearForm())
+def test_a_student_of_two_forms_is_refused(wide_teacher: Teacher) -> None:
+    student = make_student(wide_teacher, LinearForm())
     student.mixed[2].linear.form = FORMS["joint"]
     with pytest.raises(ArtifactError, match="differ in form"):
-        extract(student, wide_subject)
+        extract(student, wide_teacher)
 
 
 @pytest.fixture
-def trajectories(wide_subject: Teacher, tmp_path: Path) -> Trajectories:
+def trajectories(wide_teacher: Teacher, tmp_path: Path) -> Trajectories:
     settings = TrajectoryConfig(
         num_trajectories=2, states_per_trajectory=2, sampler_steps=4, shard_size=2
     )
-    return collect(wide_subject, settings, tmp_path / "trajectories", seed=0)
+    return collect(wide_teacher, settings, Run(folder=tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", NEW_FORMS)
 def test_every_part_of_a_form_is_trained(
-    name: str, wide_subject: Teacher, trajectories: Trajectories, tmp_path: Path
+    name: str, wide_teacher: Teacher, trajectories: Trajectories, tmp_path: Path
 ) -> None:
     training = TrainingConfig(steps=2, batch_size=2, warmup_steps=0)
     config = StudentConfig(parameters="feature_maps", form=FORMS[name])
+    run = Run(folder=tmp_path / "run")
     task = TransferTask(
-        Student(wide_subject, config, seed=0),
-        wide_subject,
+        Student(wide_teacher, config, seed=0),
+        wide_teacher,
         trajectories,
         selection=SelectionConfig(target=2, choice="alternate"),
         objective=ObjectiveConfig(),
         training=training,
-        precision="fp32",
-        layers=[0, 2],
+        run=run,
+        linear_layers=(0, 2),
     )
     before = {n: p.detach().clone() for n, p in feature_maps(task.student.mixed).items()}
     assert {n.partition(".")[2] for n in before} == {
@@ -334,16 +342,16 @@ def test_every_part_of_a_form_is_trained(
     }
     loss, _ = task.loss(0, seed_step(0, 0))
     assert bool(torch.isfinite(loss))
-    fit(task, training, tmp_path / "training", seed=0)
+    fit(task, training, run.below("training"))
     for parameter_name, parameter in feature_maps(task.student.mixed).items():
         is_linear = not parameter_name.startswith("1.")
         assert torch.equal(parameter, before[parameter_name]) != is_linear, parameter_name
 
 
-def test_the_students_row_has_the_bytes_of_its_tensors(wide_subject: Teacher) -> None:
-    made = extract(make_student(wide_subject, FORMS["all"], "lora"), wide_subject)
+def test_the_students_row_has_the_bytes_of_its_tensors(wide_teacher: Teacher) -> None:
+    made = make_file(wide_teacher, FORMS["all"], "lora")
     settings = CompareConfig(num_samples=2, sampler_steps=2, batch_size=2)
-    teacher, swapped, student = compare_artifact(wide_subject, made, settings, seed=0).rows
+    teacher, swapped, student = compare_artifact(wide_teacher, made, settings, seed=0).rows
     assert student["bytes"] == sum(count_bytes(made).values())
     assert "bytes" not in teacher and "bytes" not in swapped
 

@@ -173,7 +173,6 @@ def test_of_a_checkpoint_only_what_lies_under_the_prefixes_is_read(path: Path) -
     ("changes", "words"),
     [
         ({"frozen": "bf16", "parameters": "full"}, "with --parameters full"),
-        ({"frozen": "fp8", "objective": "dmd"}, "with --objective dmd"),
         ({"frozen": "fp8", "model": None, "prompts": None}, "and none was given: give --model"),
         ({"offload_blocks": 1}, "without --activation-checkpointing"),
         ({"offload_blocks": -1}, "0 or more"),

@@ -153,11 +153,12 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_on
 
 
 def test_what_is_trained_counts_as_the_student_frees_it(teacher: Teacher) -> None:
-    student = Student(teacher, StudentConfig(lora_rank=3), seed=0)
     shapes = {name: tuple(p.shape) for name, p in teacher.model.named_parameters()}
-    assert count_low_rank(shapes, "blocks.", 3) == sum(p.numel() for p in student.weights.values())
-    full = Student(teacher, StudentConfig(parameters="full"), seed=0)
-    assert count(shapes, "blocks.") == sum(p.numel() for p in full.weights.values())
+    with Student(teacher, StudentConfig(lora_rank=3), seed=0) as student:
+        weights = student.weights.values()
+        assert count_low_rank(shapes, "blocks.", 3) == sum(p.numel() for p in weights)
+    with Student(teacher, StudentConfig(parameters="full"), seed=0) as full:
+        assert count(shapes, "blocks.") == sum(p.numel() for p in full.weights.values())
     assert count(shapes) == sum(p.numel() for p in teacher.model.parameters())
 
 
@@ -224,8 +225,8 @@ def test_a_distillation_that_cannot_fit_is_refused_before_anything_is_made(
         "evaluate_samples": 0,
     }
     made = transfer.run(override(TransferConfig(), files | small))
-    values = {**files, **small, "artifact": made, "rank": 2, "out": tmp_path / "few"}
-    del values["target"], values["lora_rank"]
+    values = {**files, **small, "out": tmp_path / "few"}
+    del values["target"]
     config = override(distill.DistillConfig(artifact=made), {**values, "batch_size": 10**9})
     with pytest.raises(ValueError, match="lower --batch-size"):
         distill.run(config)
@@ -273,9 +274,9 @@ def test_the_presets_for_homes_leave_their_card_a_tenth(
 @pytest.mark.parametrize(
     ("free_gb", "flags"),
     [
-        (100, "--activation-checkpointing"),
-        (60, "--activation-checkpointing --frozen bf16"),
-        (48, "--activation-checkpointing --frozen bf16 --offload-blocks 8"),
+        (100, "{activation_checkpointing}"),
+        (60, "{activation_checkpointing} {frozen} bf16"),
+        (48, "{activation_checkpointing} {frozen} bf16 {offload_blocks} 8"),
         (20, ""),
     ],
 )
@@ -295,10 +296,10 @@ def test_weights_that_the_computers_own_memory_cannot_hold_are_not_proposed(
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
     plan = plan_of("14b-480p", 1)
     found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
-    assert found == "--activation-checkpointing --frozen fp8"
+    assert found == "{activation_checkpointing} {frozen} fp8"
     free["cuda"] = int(30e9)
     found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
-    assert found.startswith("--activation-checkpointing --frozen fp8 --offload-blocks")
+    assert found.startswith("{activation_checkpointing} {frozen} fp8 {offload_blocks}")
     assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=False) == ""
 
 
@@ -307,27 +308,27 @@ def test_page_locked_blocks_count_as_what_they_really_take(
 ) -> None:
     values = {"frozen": "bf16", "offload_blocks": 3, "activation_checkpointing": True}
     config = override(TransferConfig(), {**files, **values, "evaluate_samples": 0})
-    draft = open_teacher(config.teacher)
-    block = count_frozen_bytes(draft.shapes, "bf16", "blocks.0.")
-    assert count_frozen_bytes(draft.shapes, "bf16") < 3 * 2**19 and block < 2**19
+    checkpoint = open_teacher(config.teacher)
+    block = count_frozen_bytes(checkpoint.shapes, "bf16", "blocks.0.")
+    assert count_frozen_bytes(checkpoint.shapes, "bf16") < 3 * 2**19 and block < 2**19
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**19 - 1)
     with pytest.raises(ValueError, match=r"page-locked 1\.6 MB.*lower --offload-blocks"):
-        check_transfer(draft, config, "cuda", "bf16")
+        check_transfer(checkpoint, config, "cuda", "bf16")
 
 
 def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = override(TransferConfig(), {**files, "evaluate_samples": 0, "num_trajectories": 1})
-    draft = open_teacher(config.teacher)
+    checkpoint = open_teacher(config.teacher)
     told = []
 
     def free_bytes(device: object) -> int:
         return 10**12 if not told else told[0]
 
     monkeypatch.setattr(memory, "free_bytes", free_bytes)
-    check_transfer(draft, config, "cpu", "fp32")
+    check_transfer(checkpoint, config, "cpu", "fp32")
     told.append(1_500_000_000)
     with pytest.raises(ValueError, match="it would fit with --activation-checkpointing") as caught:
-        check_transfer(draft, config, "cpu", "fp32")
+        check_transfer(checkpoint, config, "cpu", "fp32")
     assert "\n" not in str(caught.value)

@@ -199,7 +199,7 @@ def test_a_transfer_and_a_distillation_with_offloaded_blocks_make_the_same_files
             name: getattr(config.teacher, name)
             for name in ("model", "prompts", "num_frames", "height", "width")
         }
-        few |= {"batch_size": 4, "steps": 2, "rank": 2, "activation_checkpointing": True}
+        few |= {"batch_size": 4, "steps": 2, "lora_rank": 2, "activation_checkpointing": True}
         few |= {"num_trajectories": 2, "states_per_trajectory": 2, "sampler_steps": 4}
         few |= {"evaluate_samples": 2, "device": "cpu", "out": tmp_path / f"d{num_blocks}"}
         start = distill.DistillConfig(artifact=first)

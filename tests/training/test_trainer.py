@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -330,6 +331,30 @@ def test_a_damaged_checkpoint_is_named_in_one_sentence(damage: str, tmp_path: Pa
     path.unlink()
     train(tmp_path)
     assert read_checkpoint(tmp_path) == expected
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("gone", ["run", "run/training"])
+def test_a_folder_that_is_deleted_meanwhile_is_named_in_one_sentence(
+    gone: str, log_every: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run" / "training"
+
+    def delete(step: int) -> None:
+        if step == 6:
+            shutil.rmtree(tmp_path / gone)
+
+    with pytest.raises(ValueError) as caught:
+        train(
+            folder, prepare=lambda task: setattr(task, "before_loss", delete), log_every=log_every
+        )
+    assert str(caught.value) == (
+        f"{tmp_path / gone} was deleted while this run wrote into it; repeat the command to begin "
+        "again"
+    )
+    assert not caplog.records and not folder.exists()
+    train(folder, log_every=log_every)
+    assert finished_steps(folder) == SETTINGS.steps
 
 
 FULL_DISK = """

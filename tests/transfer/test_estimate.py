@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linvideo_core.run.config import override
+from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect, count_bytes, count_missing
@@ -20,7 +21,7 @@ from linvideo_core.transfer.estimate import Estimate, count_checkpoint_bytes, es
 from linvideo_core.transfer.pace import Pace, time_run, time_teacher
 from linvideo_core.transfer.student import Student
 from linvideo_core.transfer.warm_start import feature_maps
-from tests.conftest import save_inputs, small_transfer
+from tests.conftest import Recorder, save_inputs, small_transfer
 
 PACE = Pace(call=2.0, selecting=30.0, hardened=20.0)
 
@@ -109,12 +110,12 @@ def test_calls_and_passes_are_measured_and_leave_the_subject_as_it_was(
 
 def test_only_what_is_missing_is_counted(teacher: Teacher, tmp_path: Path) -> None:
     settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
-    how = {"seed": 0, "precision": "fp32"}
-    assert count_missing(teacher, settings, tmp_path, **how) == 3
-    collect(teacher, settings, tmp_path, seed=0)
-    assert count_missing(teacher, settings, tmp_path, **how) == 0
+    run = Run(folder=tmp_path / "run")
+    assert count_missing(teacher, settings, run) == 3
+    collect(teacher, settings, run)
+    assert count_missing(teacher, settings, run) == 0
     more = dataclasses.replace(settings, num_trajectories=7)
-    assert count_missing(teacher, more, tmp_path, **how) == 4
+    assert count_missing(teacher, more, run) == 4
 
 
 def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
@@ -147,15 +148,11 @@ def test_the_command_says_what_it_takes_before_the_teacher_is_sampled(
     teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = small_transfer(save_inputs(teacher, tmp_path)["--model"], out=tmp_path / "run")
-    said: list[str] = []
-
-    def progress(stage: str, done: int, total: int, **metrics: float) -> None:
-        if not said:
-            said.extend(record.getMessage() for record in caplog.records)
-
-    with caplog.at_level(logging.INFO, logger="linvideo_core"):
-        transfer.run(config, progress)
-    assert [line for line in said if line.startswith("this run takes about")]
+    recorder = Recorder(stop_at=("sampling_teacher", 0))
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        transfer.run(config, recorder)
+    assert any(text.startswith("this run takes about") for text in caplog.messages)
+    assert recorder.seen == [("sampling_teacher", 0)]
 
 
 def test_memory_that_is_too_small_for_a_step_is_found_before_the_teacher_is_sampled(
