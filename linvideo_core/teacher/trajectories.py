@@ -163,7 +163,8 @@ def collect(teacher: Teacher, config: TrajectoryConfig, run: Run) -> Trajectorie
     found = kept.find()
     if found.num_found < total:
         raise ValueError(
-            f"{kept.folder} lost files while the teacher was sampled; repeat the command"
+            f"{kept.folder} lost files while the teacher was sampled; start again with the "
+            "same settings"
         )
     return Trajectories(found.paths, config, found.rows)
 

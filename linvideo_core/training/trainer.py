@@ -119,7 +119,7 @@ def _deleted(folder: Path) -> ValueError:
     while not folder.parent.exists():
         folder = folder.parent
     return ValueError(
-        f"{folder} was deleted while this run wrote into it; repeat the command to begin again"
+        f"{folder} was deleted while this run wrote into it; start again with the same settings"
     )
 
 

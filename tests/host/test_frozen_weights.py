@@ -23,7 +23,7 @@ _COPIED, _FROZEN = True, False
 
 def _inputs() -> dict[str, Any]:
     sockets = dict.fromkeys(("positive", "negative", "clip", "latent", "settings"))
-    return {"name": "law", "quality": "draft", "prompts": "", "keep_first_steps": 0, **sockets}
+    return {"name": "fast", "quality": "draft", "prompts": "", "keep_first_steps": 0, **sockets}
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def _inputs(**changes: Any) -> dict[str, Any]:
     }
     usual = {
         "mode": TRANSFER,
-        "name": "law",
+        "name": "fast",
         "quality": "standard",
         "prompts": "",
         "positive": [[prompts, {}]],
@@ -171,7 +171,7 @@ def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() ->
         assert len(made.header.linear_layers) == 2 and made.header.steps == 6
         assert made.header.provenance["model"] == "demo"
         assert made.header.weights_digest == describe_base(model).digest
-        assert (folder / "models" / "law.safetensors").is_file()
+        assert (folder / "models" / "fast.safetensors").is_file()
         assert not torch.equal(_sample(linear), before)
         assert torch.equal(_sample(model), before)
         assert list(model.model.state_dict()) == names
@@ -196,8 +196,8 @@ def test_an_interrupted_transfer_continues_and_ends_as_an_unbroken_one() -> None
                 else:
                     raise AssertionError(f"nothing stopped at {moment}")
             assert not comfy.model_management.in_training
-            assert not (folder / "models" / "law.safetensors").exists()
-        rows = (folder / "output" / "linvideo" / "law" / "training" / "metrics.jsonl").read_text()
+            assert not (folder / "models" / "fast.safetensors").exists()
+        rows = (folder / "output" / "linvideo" / "fast" / "training" / "metrics.jsonl").read_text()
         assert rows
         continued = _run()
     assert continued.header.linear_layers == unbroken.header.linear_layers
@@ -229,7 +229,7 @@ def test_an_interrupt_within_a_step_is_noticed_before_the_next_layer() -> None:
 def test_a_finished_transfer_is_not_run_again() -> None:
     with _folders() as folder:
         made = _run()
-        path = folder / "models" / "law.safetensors"
+        path = folder / "models" / "fast.safetensors"
         before = path.read_bytes()
         for prepare in (lambda: None, path.unlink):
             prepare()
@@ -239,7 +239,7 @@ def test_a_finished_transfer_is_not_run_again() -> None:
             assert path.read_bytes() == before
             assert again.header == made.header
         # A damaged result is written again.
-        result = folder / "output" / "linvideo" / "law" / "linearized.safetensors"
+        result = folder / "output" / "linvideo" / "fast" / "linearized.safetensors"
         result.write_bytes(result.read_bytes()[:500])
         path.unlink()
         again = _run()
@@ -249,7 +249,7 @@ def test_a_finished_transfer_is_not_run_again() -> None:
 
 def test_a_name_belongs_to_one_transfer() -> None:
     with _folders() as folder:
-        made = folder / "models" / "law.safetensors"
+        made = folder / "models" / "fast.safetensors"
         made.parent.mkdir()
         made.write_bytes(b"a file of another origin")
         assert "another name" in complaint(_REFUSALS, _run)
@@ -571,20 +571,20 @@ def test_the_copy_that_was_trained_is_let_go() -> None:
 def test_a_damaged_result_is_mended_by_its_copy_in_models() -> None:
     with _folders() as folder:
         made = _run(steps=1, warm_start_steps=0)
-        result = folder / "output" / "linvideo" / "law" / "linearized.safetensors"
+        result = folder / "output" / "linvideo" / "fast" / "linearized.safetensors"
         whole = result.read_bytes()
         result.write_bytes(whole[:500])
         with _seen() as shown:
             again = _run(steps=1, warm_start_steps=0)
         assert not shown and result.read_bytes() == whole
         assert all(map(torch.equal, _tensors(again), _tensors(made)))
-        (folder / "models" / "law.safetensors").write_bytes(whole[:500])
+        (folder / "models" / "fast.safetensors").write_bytes(whole[:500])
         assert "is damaged: delete it" in complaint(_REFUSALS, _run, steps=1, warm_start_steps=0)
 
 
 def test_a_folder_that_is_deleted_during_the_transfer_is_named() -> None:
     with _folders() as folder:
-        run_folder = folder / "output" / "linvideo" / "law"
+        run_folder = folder / "output" / "linvideo" / "fast"
 
         def delete(value: int) -> bool:
             if value > 40:
@@ -594,7 +594,7 @@ def test_a_folder_that_is_deleted_during_the_transfer_is_named() -> None:
         _demo()
         with _seen(delete):
             message = complaint(_REFUSALS, _run)
-        assert "law is gone" in message.replace("/training", "") and "Errno" not in message
+        assert f"{run_folder} was deleted" in message and "Errno" not in message
         assert not comfy.model_management.in_training
 
 

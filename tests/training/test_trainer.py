@@ -349,8 +349,8 @@ def test_a_folder_that_is_deleted_meanwhile_is_named_in_one_sentence(
             folder, prepare=lambda task: setattr(task, "before_loss", delete), log_every=log_every
         )
     assert str(caught.value) == (
-        f"{tmp_path / gone} was deleted while this run wrote into it; repeat the command to begin "
-        "again"
+        f"{tmp_path / gone} was deleted while this run wrote into it; start again with the same "
+        "settings"
     )
     assert not caplog.records and not folder.exists()
     train(folder, log_every=log_every)
