@@ -79,11 +79,16 @@ def extra_mb(call: Call, device: torch.device) -> float:
 
 
 def _free_at_once() -> None:
-    """Make glibc hand freed tensors back to the system, so that holes in its heap do not count."""
+    """Make glibc hand freed tensors back to the system, those freed before and those to come.
+
+    Else a call may fill holes of the heap that count as resident already.
+    """
     if sys.platform == "linux":
-        # Other C libraries have no mallopt.
+        # Other C libraries have neither.
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+            library.malloc_trim(0)
 
 
 def _synchronize(device: torch.device) -> None:
