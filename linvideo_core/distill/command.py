@@ -1,7 +1,6 @@
 """One run of the command: check, train, compare, and say what was made."""
 
 import logging
-import sys
 from pathlib import Path
 
 from .. import artifact as artifact_files
@@ -10,7 +9,6 @@ from ..evaluate.compare import (
     EVALUATION_NAME,
     STEPS_NAME,
     compare_few_step,
-    read_evaluation,
     save_comparison,
 )
 from ..evaluate.entrants import find_entrants, load_linearized, name_of
@@ -19,13 +17,10 @@ from ..run.callbacks import Callbacks
 from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
 from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
-from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..run.progress import TerminalCallbacks
-from ..run.tables import show_table
 from ..teacher.teacher import open_teacher
 from ..teacher.trajectories import USED_AGAIN
-from ..training.fsdp import run_together
+from ..transfer.command import FREE_FIELDS, list_files, run_with_bars, show_evaluation
 from ..transfer.evaluation import compare_config, is_evaluated
 from .config import ARTIFACT_NAME, DistillConfig
 from .pipeline import distill
@@ -34,15 +29,6 @@ from .task import make_student
 
 logger = logging.getLogger(__name__)
 
-# What a repeated command may change: none of it decides the artifact.
-_FREE_FIELDS = (
-    "out",
-    "teacher_folder",
-    "shard_size",
-    "offload_blocks",
-    "evaluate_samples",
-    "evaluate_batch_size",
-)
 _SHOWN = ("model", "steps", "digit", "motion", "motion_energy", "frechet", "seconds_per_video")
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
@@ -69,7 +55,7 @@ def run(
     path = config.out / ARTIFACT_NAME
     is_made = path.exists() and (config.out / CONFIG_NAME).exists()
     if is_made:
-        open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+        open_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
         if is_evaluated(config.evaluation, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return path
@@ -85,7 +71,7 @@ def run(
         processes=processes,
     )
     first = load_linearized(config.artifact)
-    check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    check_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
     found = open_teacher(config.teacher)
     check_distillation(found, config, first, device, precision, processes.size)
     with processes.in_turn():
@@ -94,7 +80,7 @@ def run(
     if not is_made:
         with make_student(teacher, first, config.distillation, seed=config.seed) as student:
             with processes.in_turn():
-                open_run(config.out, config, ignore=_FREE_FIELDS)
+                open_run(config.out, config, ignore=FREE_FIELDS)
             artifact_files.warn_of_other_weights(first, teacher.model)
             distill(student, teacher, first, config, run)
     metrics_path = config.out / "training" / "metrics.jsonl"
@@ -113,24 +99,11 @@ def run(
 
 def summarize(config: DistillConfig) -> str:
     """Say for a reader what a finished run has made: the table, then the files."""
-    lines = []
-    if config.evaluation.evaluate_samples and (found := read_evaluation(config.out)):
-        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
-        lines += [show_table(rows), ""]
-    lines.append(f"{config.out} holds")
-    for name, meaning in _FILES.items():
-        if (config.out / name).exists():
-            lines.append(f"  {name:<24}{meaning}")
-    return "\n".join(lines) + "\n"
+    table = show_evaluation(config.out, config.evaluation, _SHOWN)
+    lines = [table, ""] if table else []
+    return "\n".join([*lines, *list_files(config.out, _FILES)]) + "\n"
 
 
 def main(config: DistillConfig) -> None:
     """Run the distillation with progress bars, on however many processes there are."""
-    run_together(lambda processes: _run_with_bars(config, processes))
-
-
-def _run_with_bars(config: DistillConfig, processes: ProcessGroup) -> None:
-    with TerminalCallbacks(is_shown=processes.is_first) as callbacks, explained(LOWER_RUN):
-        run(config, callbacks, processes)
-    if processes.is_first:
-        sys.stdout.write(f"\n{summarize(config)}")
+    run_with_bars(config, run, summarize)

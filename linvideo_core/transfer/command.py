@@ -3,7 +3,9 @@
 import dataclasses
 import logging
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from .. import artifact
 from ..evaluate.compare import (
@@ -26,7 +28,7 @@ from ..run.tables import show_table
 from ..teacher.teacher import Teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
 from ..training.fsdp import run_together
-from .config import ARTIFACT_NAME, TransferConfig
+from .config import ARTIFACT_NAME, EvaluationConfig, TransferConfig
 from .estimate import forecast
 from .evaluation import compare_config, draw_training, is_evaluated
 from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
@@ -38,8 +40,10 @@ from .student import Student
 
 logger = logging.getLogger(__name__)
 
+ConfigT = TypeVar("ConfigT")
+
 # What a repeated command may change: none of it decides the artifact.
-_FREE_FIELDS = (
+FREE_FIELDS = (
     "out",
     "teacher_folder",
     "shard_size",
@@ -88,14 +92,14 @@ def run(
     paths = list_artifacts(config)
     is_made = all(path.exists() for path in paths) and (config.out / CONFIG_NAME).exists()
     if is_made:
-        open_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+        open_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
         if is_evaluated(config.evaluation, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
             return paths[0]
     processes.check_batch(config.training.batch_size)
     device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
-    check_run(config.out, config, ignore=_FREE_FIELDS, new_run=USED_AGAIN)
+    check_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
     make = _run_experts if config.experts.low_noise_model is not None else _run_one
     run = Run(
         folder=config.out,
@@ -138,7 +142,7 @@ def _run_one(
         with Student(teacher, config.student, seed=config.seed) as student:
             check_layers(config.selection, list(student.mixed))
             with processes.in_turn():
-                open_run(config.out, config, ignore=_FREE_FIELDS)
+                open_run(config.out, config, ignore=FREE_FIELDS)
             linearize(student, teacher, config, run)
     if not processes.destroy():
         return None
@@ -174,7 +178,7 @@ def _run_experts(
             teacher, config, precision, footprint, processes, tries_training=False, num_students=2
         )
         with processes.in_turn():
-            open_run(config.out, config, ignore=_FREE_FIELDS)
+            open_run(config.out, config, ignore=FREE_FIELDS)
         names = {side: found.checkpoint.path.stem for side, found in checkpoints.items()}
         linearize_experts(teacher, names, config, run)
     if not processes.destroy() or is_evaluated(config.evaluation, config.out):
@@ -229,24 +233,42 @@ def summarize(config: TransferConfig) -> str:
             f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
         )
     lines.append("")
-    if config.evaluation.evaluate_samples and (found := read_evaluation(config.out)):
-        rows = [{key: row[key] for key in _SHOWN if key in row} for row in found["rows"]]
-        lines += [show_table(rows), "swapped: the same layers linear, without any training", ""]
-    lines.append(f"{config.out} holds")
-    width = 2 + max(len(name) for name in _FILES if (config.out / name).exists())
-    for name, meaning in _FILES.items():
-        if (config.out / name).exists():
-            lines.append(f"  {name:<{max(24, width)}}{meaning}")
-    return "\n".join(lines) + "\n"
+    if table := show_evaluation(config.out, config.evaluation, _SHOWN):
+        lines += [table, "swapped: the same layers linear, without any training", ""]
+    return "\n".join([*lines, *list_files(config.out, _FILES)]) + "\n"
+
+
+def show_evaluation(folder: Path, config: EvaluationConfig, columns: Sequence[str]) -> str:
+    """Return the table of a run folder's comparison; "" where none was asked for or made."""
+    found = read_evaluation(folder) if config.evaluate_samples else None
+    if found is None:
+        return ""
+    return show_table([{key: row[key] for key in columns if key in row} for row in found["rows"]])
+
+
+def list_files(folder: Path, meanings: Mapping[str, str]) -> list[str]:
+    """Return lines that say which files a run folder holds; meanings: by the files' names."""
+    held = {name: meaning for name, meaning in meanings.items() if (folder / name).exists()}
+    width = max([24, *(2 + len(name) for name in held)])
+    return [f"{folder} holds", *(f"  {name:<{width}}{meaning}" for name, meaning in held.items())]
 
 
 def main(config: TransferConfig) -> None:
     """Run the transfer with progress bars, on however many processes there are."""
-    run_together(lambda processes: _run_with_bars(config, processes))
+    run_with_bars(config, run, summarize)
 
 
-def _run_with_bars(config: TransferConfig, processes: ProcessGroup) -> None:
-    with TerminalCallbacks(is_shown=processes.is_first) as callbacks, explained(LOWER_RUN):
-        run(config, callbacks, processes)
-    if processes.is_first:
-        sys.stdout.write(f"\n{summarize(config)}")
+def run_with_bars(
+    config: ConfigT,
+    run: Callable[[ConfigT, Callbacks, ProcessGroup], object],
+    summarize: Callable[[ConfigT], str],
+) -> None:
+    """Run a training's command on all processes; the first one shows bars and the summary."""
+
+    def work(processes: ProcessGroup) -> None:
+        with TerminalCallbacks(is_shown=processes.is_first) as callbacks, explained(LOWER_RUN):
+            run(config, callbacks, processes)
+        if processes.is_first:
+            sys.stdout.write(f"\n{summarize(config)}")
+
+    run_together(work)

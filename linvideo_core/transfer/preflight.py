@@ -122,7 +122,7 @@ class Plan:
     precision: str
 
     def needs(self, frozen_weights: FrozenConfig, is_checkpointed: bool) -> list[Need]:
-        """Return what must be on the device at once, the weights held as `held` says."""
+        """Return what must be on the device at once, the weights held as `frozen_weights` says."""
         return training_needs(
             Transformer(
                 dim=self.config.dim,
