@@ -1,5 +1,6 @@
 """What PyTorch's CPU allocator gives out while something runs."""
 
+import gc
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -7,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return by how many bytes tensors in CPU memory grew at their peak while `run` ran."""
+    # What others left behind must not be given back in between: it would be subtracted.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         result = run()
     del result

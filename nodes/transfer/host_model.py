@@ -70,12 +70,6 @@ class FrozenLinear(nn.Linear):
     """A linear layer whose weight stays in the graph's model; the gradient reaches its input."""
 
     def __init__(self, layer: nn.Module) -> None:
-        """Raises ValueError where another node computes the host's layer in a way of its own."""
-        if "forward" in layer.__dict__:
-            raise ValueError(
-                "another node computes this model's layers in a way of its own (such as a bypass "
-                "LoRA), which a transfer cannot learn from: connect the model from before it"
-            )
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         # The shape alone, by which a model is recognised.
         self.weight.requires_grad_(False)
@@ -138,6 +132,7 @@ class _Freezer:
     def _make(self, module: nn.Module) -> nn.Module:
         has_weight = getattr(module, "weight", None) is not None
         if has_weight and hasattr(module, "out_features"):
+            _check_is_plain(module)
             return self._copy_linear(module) if self.is_copied else FrozenLinear(module)
         made = _empty_copy(module)
         children = {name: child for name, child in module._modules.items() if child is not None}
@@ -171,6 +166,17 @@ class _Freezer:
         for name, tensor in module._buffers.items():
             if tensor is not None:
                 made._buffers[name] = tensor.detach().to(self.device, copy=True)
+
+
+def _check_is_plain(layer: nn.Module) -> None:
+    """Raise ValueError where another node computes a layer in a way of its own."""
+    forward = layer.__dict__.get("forward")
+    # ComfyUI gives a layer its own method back when a bypass LoRA leaves it.
+    if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:
+        raise ValueError(
+            "another node computes this model's layers in a way of its own (such as a bypass "
+            "LoRA), which a transfer cannot learn from: connect the model from before it"
+        )
 
 
 def _empty_copy(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from linvideo_pack.nodes.demo import load_demo_model
 from linvideo_pack.nodes.transfer.host_model import FrozenLinear, cast_weights, freeze
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
 from linvideo_pack.nodes.transfer.pipeline import make_config
-from stage import demo, device, needs_cpu, relative_difference, with_lora
+from stage import complaint, demo, device, needs_cpu, relative_difference, with_lora
 from test_quantised import LOADERS
 from torch import Tensor, nn
 
@@ -122,18 +122,16 @@ def test_no_class_of_the_hosts_weights_reaches_what_is_trained() -> None:
         assert kept and not theirs & {weight.data_ptr() for weight in kept}
 
 
-def test_a_layer_that_another_node_computes_is_refused() -> None:
-    model = demo()[0]
-    layer = model.model.diffusion_model.blocks[3].ffn[0]
-    layer.forward = lambda x: x
-    try:
-        freeze(model.model.diffusion_model, device(), is_copied=_FROZEN)
-    except ValueError as error:
-        assert "from before it" in str(error)
-    else:
-        raise AssertionError("a layer's own forward was passed over")
-    finally:
-        del layer.forward
+def test_a_bypass_lora_is_refused_and_one_that_has_left_is_not() -> None:
+    bypassed = with_lora(demo()[0], is_bypassed=True)
+    comfy.model_management.load_models_gpu([bypassed])
+    for is_copied in (_COPIED, _FROZEN):
+        with _learning():
+            words = complaint(
+                ValueError, freeze, bypassed.model.diffusion_model, device(), is_copied=is_copied
+            )
+        assert "from before it" in words
+    _assert_alike(demo()[0], "after a bypass LoRA")
 
 
 def test_nothing_of_the_graphs_model_is_changed() -> None:
