@@ -120,7 +120,7 @@ def make_random_teacher(
 
 
 def draw_states(size: Size, path: Path, seed: int) -> Trajectories:
-    """Write a shard of random states and open it, as a teacher's."""
+    """Write the file of a video of random states and open it, as a teacher's."""
     config = TrajectoryConfig(
         num_trajectories=1,
         states_per_trajectory=_NUM_STATES,
@@ -129,13 +129,13 @@ def draw_states(size: Size, path: Path, seed: int) -> Trajectories:
         shift=size.shift,
     )
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, _NUM_STATES, *size.latent_shape)
+    shape = (_NUM_STATES, *size.latent_shape)
     states = {
         name: torch.randn(shape, generator=generator).half()
         for name in ("latents", "conditional", "unconditional")
     }
-    step = torch.linspace(0, VIDEO_STEPS - 1, _NUM_STATES).long().unsqueeze(0)
-    write_tensors(path, {**states, "step": step, "prompt": torch.zeros(1, dtype=torch.int64)})
+    step = torch.linspace(0, VIDEO_STEPS - 1, _NUM_STATES).long()
+    write_tensors(path, {**states, "step": step, "prompt": torch.zeros((), dtype=torch.int64)})
     return Trajectories([path], config)
 
 

@@ -58,7 +58,7 @@ class TrajectoryConfig:
     sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
     shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
-    shard_size: int = option(8, "videos sampled together and stored in one file")
+    shard_size: int = option(8, "videos sampled together")
     teacher_folder: Path | None = option(
         None,
         "where the teacher's samples are kept for every run that can use them; none: the folder "

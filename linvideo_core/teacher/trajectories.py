@@ -2,8 +2,10 @@
 
 The teacher's own sampler runs with guidance; at a few noise levels of each trajectory the state
 and both branches' velocities are kept. They belong to model, prompts, size, sampler and seed: a
-folder called after these serves every run that asks for them, whatever else it is set to. Files are
-written one by one: a repeated call, or another run, continues after the last whole one.
+folder called after these serves every run that asks for them. It holds a file a video: a repeated
+call, or another run, adds only those that are missing. What is random of a video (prompt, noise,
+which states are kept) is drawn from (seed, its number) alone: it is the same whatever is sampled
+together with it, up to rounding.
 """
 
 import dataclasses
@@ -11,30 +13,31 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artifact import Usage
-from ..flow import make_sigmas
+from ..flow import make_sigmas, sample_euler
+from ..models.velocity import bind_guided
 from ..run.context import Run
 from ..run.files import check_space, write_tensors
 from ..run.memory import show_gb
 from .config import TrajectoryConfig
-from .sampling import KEPT, Sampling, sample_videos
-from .shards import FoundVideos, find_videos, name_shard
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 USED_AGAIN = " beside it, which uses the teacher's samples again if they fit"
 """What a run in another folder would have of one that is there, see `run.folder.check_run`."""
-# Changes whenever the same settings give other samples.
-_FORM = 2
+# Changes whenever the same settings give other samples or other files.
+_FORM = 3
 _DECISIVE = ("states_per_trajectory", "sampler_steps", "guidance_scale", "shift")
+_KEPT = ("latents", "conditional", "unconditional")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,29 +57,25 @@ class States:
 
 
 class Trajectories:
-    """Stored shards, memory-mapped; `draw` picks states at random, `take` those that are named.
+    """Stored videos, memory-mapped; `pick` draws states at random, `take` reads those it is given.
 
     States are numbered video by video; those of one video go through its noise levels in order.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], config: TrajectoryConfig, rows: Tensor | None = None
-    ) -> None:
-        """rows: [videos] int64, each one's place among the rows of all files; none: all of them."""
+    def __init__(self, paths: Sequence[Path], config: TrajectoryConfig) -> None:
+        """paths: one file a video."""
         self.states_per_trajectory = config.states_per_trajectory
         self.guidance_scale = config.guidance_scale
         self.sigmas = make_sigmas(config.sampler_steps, config.shift)
-        self._shards = [load_file(path) for path in paths]
-        self._ends = torch.tensor([len(shard["step"]) for shard in self._shards]).cumsum(0)
-        self._rows = torch.arange(int(self._ends[-1])) if rows is None else rows
+        self._videos = [load_file(path) for path in paths]
 
     def __len__(self) -> int:
         """Return the number of stored states."""
-        return len(self._rows) * self.states_per_trajectory
+        return len(self._videos) * self.states_per_trajectory
 
     def steps(self) -> Tensor:
         """Return the index into the sampling grid of every state, [len] int64."""
-        return torch.cat([shard["step"] for shard in self._shards])[self._rows].flatten()
+        return torch.cat([video["step"] for video in self._videos])
 
     def pick(
         self, batch_size: int, generator: torch.Generator, weights: Tensor | None = None
@@ -99,79 +98,131 @@ class Trajectories:
 
     def take(self, picks: Tensor, device: torch.device | str) -> States:
         """Bring the states `picks` [B] int64, in [0, len), to `device` in fp32."""
-        rows = self._rows[picks // self.states_per_trajectory]
-        where = torch.searchsorted(self._ends, rows, right=True)
-        parts: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(States)}
-        order = []
-        for index in where.unique().tolist():
-            shard = self._shards[index]
-            places = (where == index).nonzero().squeeze(1)
-            video = rows[places] - (self._ends[index - 1] if index else 0)
-            state = picks[places] % self.states_per_trajectory
-            order.append(places)
-            parts["prompt"].append(shard["prompt"][video])
-            for name in ("latents", "conditional", "unconditional", "step"):
-                parts[name].append(shard[name][video, state])
-        back = torch.cat(order).argsort()
-        drawn = {name: torch.cat(values)[back].to(device) for name, values in parts.items()}
-        return States(**{n: t.float() if t.is_floating_point() else t for n, t in drawn.items()})
+        places = [divmod(pick, self.states_per_trajectory) for pick in picks.tolist()]
+
+        def read(name: str) -> Tensor:
+            return torch.stack([self._videos[v][name][state] for v, state in places]).to(device)
+
+        prompt = torch.stack([self._videos[video]["prompt"] for video, _ in places]).to(device)
+        kept = {name: read(name).float() for name in _KEPT}
+        return States(**kept, step=read("step"), prompt=prompt)
 
 
 def collect(teacher: Teacher, config: TrajectoryConfig, run: Run) -> Trajectories:
     """Sample what is missing of the teacher's videos, and open them.
 
-    They lie in a folder that is called after what decides them; of another shard size or of fewer
-    videos they serve as well. Several processes share what is missing. Callbacks are called at
-    each of the sampler's steps; one that raises costs the shard in the making.
+    Several processes share what is missing. Callbacks are called at each of the sampler's steps;
+    one that raises costs the videos in the making.
 
     Raises ValueError, in one sentence, when the disk is too full or the folder holds a file of
     something else.
     """
-    kept = _Kept(teacher, config, run)
-    found, total = kept.find(), config.num_trajectories
-    chunks = found.split_missing(config.shard_size)
+    identity, paths = _find_files(teacher, config, run)
+    missing = set(_find_missing(paths, identity))
     # All have looked before one writes.
     run.processes.wait()
-    if chunks:
-        num_bytes = count_bytes(config, teacher.latent_shape, total - found.num_found)
-        check_space([(kept.folder, num_bytes, "the teacher's samples")])
-        _announce(kept.folder, found.num_found, total, num_bytes)
-        kept.folder.mkdir(parents=True, exist_ok=True)
-    sampling = Sampling(
-        sigmas=make_sigmas(config.sampler_steps, config.shift),
-        guidance_scale=config.guidance_scale,
-        num_kept=config.states_per_trajectory,
-        seed=run.seed,
-        precision=run.precision,
-    )
-    done = found.num_found
+    total, done = len(paths), len(paths) - len(missing)
+    if missing:
+        num_bytes = count_bytes(config, teacher.latent_shape, len(missing))
+        _make_room(paths[0].parent, done, total, num_bytes)
     run.begin_stage("sampling_teacher", total, done)
+    # Videos are sampled again with those that they were sampled with: to the same bytes.
+    videos = torch.arange(total).split(config.shard_size)
+    chunks = [chunk for chunk in map(Tensor.tolist, videos) if missing.intersection(chunk)]
     mine = set(run.processes.share(torch.arange(len(chunks))).tolist())
-    for number, videos in enumerate(chunks):
-        path = kept.folder / name_shard(videos)
-        # Another run may have made it since.
-        if number in mine and not path.exists():
+    for number, chunk in enumerate(chunks):
+        num_new = len(missing.intersection(chunk))
+        # Another run may have made some since.
+        wanted = [v for v in chunk if number in mine and v in missing and not paths[v].exists()]
+        if wanted:
 
-            def on_step(step: int, done: int = done, size: int = len(videos)) -> None:
-                run.callbacks.on_step_end(done + size * step // config.sampler_steps)
+            def on_step(step: int, done: int = done, num_new: int = num_new) -> None:
+                run.callbacks.on_step_end(done + num_new * step // config.sampler_steps)
 
-            tensors = sample_videos(teacher, sampling, videos, on_step)
-            write_tensors(path, tensors, {"identity": kept.identity})
-        done += len(videos)
+            tensors = sample_videos(teacher, config, run, chunk, on_step)
+            for video in wanted:
+                write_tensors(paths[video], tensors[video], {"identity": identity})
+        done += num_new
         run.callbacks.on_step_end(done)
     run.processes.wait()
-    found = kept.find()
-    if found.num_found < total:
+    if _find_missing(paths, identity):
         raise ValueError(
-            f"{kept.folder} lost files while the teacher was sampled; start again with the "
+            f"{paths[0].parent} lost files while the teacher was sampled; start again with the "
             "same settings"
         )
-    return Trajectories(found.paths, config, found.rows)
+    return Trajectories(paths, config)
+
+
+@torch.no_grad()
+def sample_videos(
+    teacher: Teacher,
+    config: TrajectoryConfig,
+    run: Run,
+    videos: Sequence[int],
+    on_step: Callable[[int], None],
+) -> dict[int, dict[str, Tensor]]:
+    """Sample videos together; `on_step` is called before each of the sampler's steps.
+
+    Returns of each video the kept states and both branches' velocities [kept, C, F, H, W] fp16, the
+    step [kept] that each is of, and the index [] of the prompt.
+    """
+    device = teacher.prompt_embeds.device
+    drawn = [_draw_video(teacher, config, run.seed, video) for video in videos]
+    prompt, noise, kept_steps = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+    kept: dict[str, list[Tensor]] = {name: [] for name in _KEPT}
+    order: list[Tensor] = []
+    branches: list[Tensor] = []
+
+    def on_branches(conditional: Tensor, unconditional: Tensor) -> None:
+        branches[:] = conditional, unconditional
+
+    def keep(step: int, latents: Tensor, velocity: Tensor) -> None:
+        on_step(step)
+        rows = (kept_steps == step).any(dim=1).nonzero().squeeze(1)
+        for name, tensor in zip(kept, (latents, *branches), strict=True):
+            kept[name].append(tensor[rows.to(device)].half().cpu())
+        order.append(rows)
+
+    velocity_fn = bind_guided(
+        teacher.model,
+        teacher.prompt_embeds[prompt.to(device)],
+        teacher.negative_embeds.expand(len(videos), -1, -1),
+        config.guidance_scale,
+        precision=run.precision,
+        on_branches=on_branches,
+    )
+    sigmas = make_sigmas(config.sampler_steps, config.shift)
+    sample_euler(velocity_fn, noise.to(device), sigmas, on_step=keep)
+    # States arrive step by step; a stable sort by video brings each video's together, in order.
+    by_video = torch.cat(order).argsort(stable=True)
+    shape = kept_steps.shape
+    stored = {name: torch.cat(parts)[by_video].unflatten(0, shape) for name, parts in kept.items()}
+    stored |= {"step": kept_steps, "prompt": prompt}
+    return {video: {n: t[row] for n, t in stored.items()} for row, video in enumerate(videos)}
+
+
+def spread_edges(config: TrajectoryConfig) -> Tensor:
+    """Return where the strata of steps begin and end of which one each is kept, [kept + 1]."""
+    num_kept = config.states_per_trajectory
+    return torch.linspace(0, config.sampler_steps, num_kept + 1).round().long()
+
+
+def _draw_video(
+    teacher: Teacher, config: TrajectoryConfig, seed: int, video: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a video's prompt [], noise [C, F, H, W] and the steps [kept] that are kept of it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + video)
+    prompt = torch.randint(len(teacher.prompts), (), generator=generator)
+    noise = torch.randn(teacher.latent_shape, generator=generator)
+    edges = spread_edges(config)
+    shares = torch.rand(config.states_per_trajectory, generator=generator)
+    return prompt, noise, edges[:-1] + (shares * edges.diff()).long()
 
 
 def count_missing(teacher: Teacher, config: TrajectoryConfig, run: Run) -> int:
     """Return how many videos `collect` would have to sample."""
-    return config.num_trajectories - _Kept(teacher, config, run).find().num_found
+    identity, paths = _find_files(teacher, config, run)
+    return len(_find_missing(paths, identity))
 
 
 def count_bytes(
@@ -179,11 +230,53 @@ def count_bytes(
 ) -> int:
     """Return what videos take on disk, of a latent shape (C, F, H, W); none given: all of them."""
     count = config.num_trajectories if num_videos is None else num_videos
-    tensors = len(KEPT) * config.states_per_trajectory * math.prod(latent_shape)
+    tensors = len(_KEPT) * config.states_per_trajectory * math.prod(latent_shape)
     return count * tensors * torch.float16.itemsize
 
 
-def _announce(folder: Path, num_found: int, total: int, num_bytes: int) -> None:
+def _find_files(teacher: Teacher, config: TrajectoryConfig, run: Run) -> tuple[str, list[Path]]:
+    """Return what decides the samples, as JSON, and the videos' files, in a folder called after it.
+
+    Nothing need be there yet.
+    """
+    sampler = {name: float(getattr(config, name)) for name in _DECISIVE}
+    others = {"form": _FORM, "precision": run.precision, "seed": run.seed}
+    identity = json.dumps({**teacher.describe(), **sampler, **others})
+    name = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    folder = config.folder_beside(run.folder) / name
+    numbers = range(config.num_trajectories)
+    return identity, [folder / f"video-{number:06d}.safetensors" for number in numbers]
+
+
+def _find_missing(paths: Sequence[Path], identity: str) -> list[int]:
+    """Return the numbers of files that are not there; damaged ones are taken away.
+
+    Raises ValueError for a file that has another identity.
+    """
+    return [video for video, path in enumerate(paths) if not _is_whole(path, identity)]
+
+
+def _is_whole(path: Path, identity: str) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("identity")
+    except FileNotFoundError:
+        return False
+    except SafetensorError:
+        logger.warning("%s is damaged and will be sampled again", path)
+        path.unlink(missing_ok=True)
+        return False
+    if found != identity:
+        raise ValueError(
+            f"{path} was sampled with other settings; delete {path.parent}, whose samples will be "
+            "made again"
+        )
+    return True
+
+
+def _make_room(folder: Path, num_found: int, total: int, num_bytes: int) -> None:
+    """Make the samples' folder, and say what they take; see `check_space` for its error."""
+    check_space([(folder, num_bytes, "the teacher's samples")])
     there = (
         f"{num_found} of {total} videos are there, the others take" if num_found else "they take"
     )
@@ -194,21 +287,7 @@ def _announce(folder: Path, num_found: int, total: int, num_bytes: int) -> None:
         there,
         show_gb(num_bytes),
     )
-
-
-class _Kept:
-    """Samples on disk: what decides them, as JSON, and the folder that is called after it."""
-
-    def __init__(self, teacher: Teacher, config: TrajectoryConfig, run: Run) -> None:
-        sampler = {name: float(getattr(config, name)) for name in _DECISIVE}
-        others = {"form": _FORM, "precision": run.precision, "seed": run.seed}
-        self.identity = json.dumps({**teacher.describe(), **sampler, **others})
-        root = config.folder_beside(run.folder)
-        self.folder = root / hashlib.blake2b(self.identity.encode(), digest_size=6).hexdigest()
-        self._num_videos = config.num_trajectories
-
-    def find(self) -> FoundVideos:
-        return find_videos(self.folder, self.identity, self._num_videos)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def find_usage(teacher: Teacher, config: TrajectoryConfig) -> Usage:

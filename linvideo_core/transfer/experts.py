@@ -25,9 +25,8 @@ from ..run.config import override
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..run.memory import Need, check_memory
-from ..teacher.sampling import spread_edges
 from ..teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
-from ..teacher.trajectories import States, Trajectories, collect
+from ..teacher.trajectories import States, Trajectories, collect, spread_edges
 from .config import ARTIFACT_NAME, TransferConfig
 from .evaluation import draw_training
 from .pipeline import linearize
@@ -101,7 +100,7 @@ def check_experts(
         )
     sigmas = make_sigmas(settings.sampler_steps, settings.shift)
     num_high = int(own_steps(sigmas, HIGH, boundary).sum())
-    edges = spread_edges(settings.states_per_trajectory, settings.sampler_steps)
+    edges = spread_edges(settings)
     # One state is kept of each stratum: some stratum must lie on each side of the boundary.
     if edges[1] > num_high or edges[-2] < num_high:
         raise SettingError(

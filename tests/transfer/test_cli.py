@@ -152,7 +152,7 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     shards, training = tmp_path / "teacher", out / "training"
     warm_start = out / "warm_start"
     moments: dict[str, Callable[[], bool]] = {
-        "sampling": lambda: len(list(shards.glob("*/videos-*"))) >= 2,
+        "sampling": lambda: len(list(shards.glob("*/video-*"))) >= 2,
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
         "before the choice": lambda: num_rows(training / "metrics.jsonl") >= 5,
         "after the choice": lambda: num_rows(training / "metrics.jsonl") >= 14,
