@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from .. import artifact as artifact_files
+from ..artifact import Artifact
 from ..evaluate import plots
 from ..evaluate.compare import (
     EVALUATION_NAME,
@@ -12,19 +13,24 @@ from ..evaluate.compare import (
     save_comparison,
 )
 from ..evaluate.entrants import find_entrants, load_linearized, name_of
-from ..models.attention_sites import shapes_of
+from ..models.families import identify
 from ..run.callbacks import Callbacks
-from ..run.context import Run
-from ..run.devices import resolve_device, resolve_precision
-from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
+from ..run.folder import open_run, read_metrics
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..teacher.teacher import open_teacher
-from ..teacher.trajectories import USED_AGAIN
-from ..transfer.command import FREE_FIELDS, list_files, run_with_bars, show_evaluation
-from ..transfer.evaluation import compare_config, is_evaluated
+from ..teacher.teacher import TeacherCheckpoint, open_teacher
+from ..transfer.command import (
+    FREE_FIELDS,
+    begin_run,
+    compare_config,
+    is_evaluated,
+    is_made,
+    list_files,
+    run_with_bars,
+    show_evaluation,
+)
+from ..transfer.preflight import check_footprint, count_maps, count_weights
 from .config import ARTIFACT_NAME, DistillConfig
 from .pipeline import distill
-from .preflight import check_distillation
 from .task import make_student
 
 logger = logging.getLogger(__name__)
@@ -53,31 +59,15 @@ def run(
     wrong; its last good checkpoint is kept.
     """
     path = config.out / ARTIFACT_NAME
-    is_made = path.exists() and (config.out / CONFIG_NAME).exists()
-    if is_made:
-        open_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
-        if is_evaluated(config.evaluation, config.out):
-            logger.info("%s is finished: nothing was left to do", config.out)
-            return path
-    processes.check_batch(config.training.batch_size)
-    device = processes.place(resolve_device(config.device))
-    precision = resolve_precision(config.precision, device)
-    run = Run(
-        folder=config.out,
-        device=device,
-        precision=precision,
-        seed=config.seed,
-        callbacks=callbacks or Callbacks(),
-        processes=processes,
-    )
+    run = begin_run(config, [path], callbacks, processes)
+    if run is None:
+        return path
     first = load_linearized(config.artifact)
-    check_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
     found = open_teacher(config.teacher)
-    check_distillation(found, config, first, device, precision, processes.size)
+    check_distillation(found, config, first, run.device, run.precision, processes.size)
     with processes.in_turn():
-        teacher = found.load(run).to(device)
-    artifact_files.check(first, shapes_of(teacher.model))
-    if not is_made:
+        teacher = found.load(run).to(run.device)
+    if not is_made(config.out, [path]):
         with make_student(teacher, first, config.distillation, seed=config.seed) as student:
             with processes.in_turn():
                 open_run(config.out, config, ignore=FREE_FIELDS)
@@ -87,14 +77,48 @@ def run(
     if processes.is_first and metrics_path.exists():
         plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
     if processes.destroy() and not is_evaluated(config.evaluation, config.out):
-        logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
+        logger.info("comparing %s with its teacher on %s in %s", path, run.device, run.precision)
         made = artifact_files.load(path)
         settings = compare_config(config.evaluation, config.trajectories)
         entrants = find_entrants(teacher.model, first, {name_of(made): made}, settings)
-        how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
+        how = {"seed": run.seed, "precision": run.precision, "callbacks": run.callbacks}
         comparison = compare_few_step(teacher, entrants, settings, **how)
         save_comparison(comparison, config.out)
     return path
+
+
+def check_distillation(
+    checkpoint: TeacherCheckpoint,
+    config: DistillConfig,
+    first: Artifact,
+    device: str,
+    precision: str,
+    num_processes: int = 1,
+) -> None:
+    """Raise ValueError, in one sentence, where a file of this teacher cannot be distilled.
+
+    By headers and arithmetic alone, before anything long begins.
+    """
+    distillation = config.distillation
+    linear = artifact_files.check(first, checkpoint.shapes)
+    family, _ = identify(checkpoint.shapes)
+    rank = max(distillation.lora_rank, first.header.lora_rank)
+    changes = count_weights(checkpoint, family, distillation.parameters, rank)
+    ratio = first.header.feature_dim // linear[0].head_dim
+    check_footprint(
+        checkpoint,
+        device,
+        precision,
+        trajectories=config.trajectories,
+        training=config.training,
+        evaluation=config.evaluation,
+        num_trained=sum(count_maps(site, ratio) for site in linear) + 2 * changes,
+        # The student's loss and the critic's go backward together.
+        num_graphs=2,
+        all_trained=distillation.parameters == "full",
+        num_processes=num_processes,
+        may_offload=num_processes == 1,
+    )
 
 
 def summarize(config: DistillConfig) -> str:

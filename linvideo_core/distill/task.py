@@ -29,7 +29,6 @@ from ..transfer.student import Student
 from ..transfer.warm_start import feature_maps
 from . import dmd2
 from .config import DistillationConfig
-from .rollout import Rollout, draw_exits, draw_rollout, simulate_backward
 from .teacher_statistics import Endpoints, TeacherStatistics, motion_of
 
 _BETAS = (0.0, 0.999)
@@ -162,7 +161,7 @@ class DistillationTask:
         is_generator_turn = step % self.config.critic_steps == 0
         rollout, on_device = self._draw_rollout(generator)
         prompt_embeds = self.teacher.prompt_embeds[rollout.prompt.to(rollout.noise.device)]
-        latents = simulate_backward(
+        latents = dmd2.simulate_backward(
             lambda count: self._bind(self.student.model, prompt_embeds[:count]),
             rollout,
             self.sigmas,
@@ -197,17 +196,17 @@ class DistillationTask:
         with self.student.disabled(), lora.switched(enabled):
             yield
 
-    def _draw_rollout(self, generator: torch.Generator) -> tuple[Rollout, torch.Generator]:
+    def _draw_rollout(self, generator: torch.Generator) -> tuple[dmd2.Rollout, torch.Generator]:
         """Draw random prompts, exits and noise; return a generator on the device, too."""
         device = self.teacher.prompt_embeds.device
         B = self.training.batch_size
         prompt = torch.randint(len(self.teacher.prompts), (B,), generator=generator)
-        exits = draw_exits(B, self.config.num_steps, generator)
+        exits = dmd2.draw_exits(B, self.config.num_steps, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
         on_device = torch.Generator(device).manual_seed(seed)
         shape = self.teacher.latent_shape
-        return draw_rollout(prompt, exits, shape, on_device, self.processes), on_device
+        return dmd2.draw_rollout(prompt, exits, shape, on_device, self.processes), on_device
 
     def _draw_score_noise(self, x0: Tensor, on_device: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the noise levels [B] and noise [B, ...] at which scores are compared."""

@@ -1,39 +1,45 @@
 """One run of the command: check, train, compare, and say what was made."""
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .. import artifact
+from ..evaluate import plots
 from ..evaluate.compare import (
     EVALUATION_NAME,
-    Comparison,
     compare_artifact,
     compare_experts,
     read_evaluation,
     save_comparison,
 )
+from ..evaluate.config import CompareConfig
 from ..models.experts import HIGH, LOW
 from ..run.callbacks import Callbacks
 from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
-from ..run.folder import CONFIG_NAME, check_run, open_run
+from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
 from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
+from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import Teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
+from ..training.config import TrainingConfig
 from ..training.fsdp import run_together
-from .config import ARTIFACT_NAME, EvaluationConfig, TransferConfig
+from .config import (
+    ARTIFACT_NAME,
+    TRAINING_NAME,
+    EvaluationConfig,
+    SelectionConfig,
+    TransferConfig,
+)
 from .estimate import forecast
-from .evaluation import compare_config, draw_training, is_evaluated
 from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
-from .layer_selection.rules import check_layers
-from .layer_selection.sensitivity import RANKING_NAME
+from .layer_selection import RANKING_NAME, count_selection_steps
 from .pipeline import linearize
 from .preflight import Footprint, check_transfer
 from .student import Student
@@ -90,18 +96,65 @@ def run(
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
     paths = list_artifacts(config)
-    is_made = all(path.exists() for path in paths) and (config.out / CONFIG_NAME).exists()
-    if is_made:
+    run = begin_run(config, paths, callbacks, processes)
+    if run is None:
+        return paths[0]
+    make = _make_one if config.experts.low_noise_model is None else _make_experts
+    teacher = make(config, run, is_made(config.out, paths))
+    if not processes.destroy():
+        return paths[0]
+    made = [artifact.load(path) for path in paths]
+    folders = [config.out] if len(made) == 1 else [config.out / side for side in EXPERT_NAMES]
+    for folder, each in zip(folders, made, strict=True):
+        draw_training(folder, each.header.linear_layers, config.selection, config.training.steps)
+    if not is_evaluated(config.evaluation, config.out):
+        # What ships is what is measured: the saved file, in a model that is not compiled.
+        logger.info("comparing %s with its teacher on %s in %s", paths[0], run.device,
+                    run.precision)  # fmt: skip
+        settings = compare_config(config.evaluation, config.trajectories)
+        how = {"seed": run.seed, "precision": run.precision, "callbacks": run.callbacks}
+        if len(made) == 1:
+            comparison = compare_artifact(teacher, made[0], settings, **how)
+        else:
+            by_side = dict(zip(EXPERT_NAMES, made, strict=True))
+            comparison = compare_experts(teacher, by_side, settings, **how)
+        save_comparison(comparison, config.out)
+    return paths[0]
+
+
+class RunConfig(Protocol):
+    """What the configs of a transfer and of a distillation have in common."""
+
+    out: Path
+    seed: int
+    device: str
+    precision: str
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+
+def begin_run(
+    config: RunConfig,
+    paths: Sequence[Path],
+    callbacks: Callbacks | None,
+    processes: ProcessGroup,
+) -> Run | None:
+    """Return how a command runs; None where its folder holds all that it would make.
+
+    paths: of the files that it makes.
+
+    Raises ValueError, in one sentence, for a folder of another run or what the machine has not.
+    """
+    if is_made(config.out, paths):
         open_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
         if is_evaluated(config.evaluation, config.out):
             logger.info("%s is finished: nothing was left to do", config.out)
-            return paths[0]
+            return None
     processes.check_batch(config.training.batch_size)
     device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     check_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
-    make = _run_experts if config.experts.low_noise_model is not None else _run_one
-    run = Run(
+    return Run(
         folder=config.out,
         device=device,
         precision=precision,
@@ -109,10 +162,11 @@ def run(
         callbacks=callbacks or Callbacks(),
         processes=processes,
     )
-    comparison = make(config, run, is_made)
-    if comparison is not None:
-        save_comparison(comparison, config.out)
-    return paths[0]
+
+
+def is_made(folder: Path, paths: Sequence[Path]) -> bool:
+    """Say whether a run folder holds its files, and the settings that they were made with."""
+    return all(path.exists() for path in [*paths, folder / CONFIG_NAME])
 
 
 def list_artifacts(config: TransferConfig) -> list[Path]:
@@ -122,103 +176,93 @@ def list_artifacts(config: TransferConfig) -> list[Path]:
     return [config.out / name for name in EXPERT_NAMES.values()]
 
 
-def _run_one(
-    config: TransferConfig,
-    run: Run,
-    is_made: bool,
-) -> Comparison | None:
-    """Make the file unless it is made; return the comparison with its teacher, if still to do."""
-    device, precision, processes = run.device, run.precision, run.processes
-    path = config.out / ARTIFACT_NAME
+def _make_one(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
+    """Make the file unless it is made; return the teacher."""
+    processes = run.processes
     found = open_teacher(config.teacher)
-    footprint = check_transfer(found, config, device, precision, processes.size)
+    footprint = check_transfer(found, config, run.device, run.precision, processes.size)
     with processes.in_turn():
-        teacher = found.load(run).to(device)
+        teacher = found.load(run).to(run.device)
     if not is_made:
         # Several processes share a training that none of them could hold alone.
-        _forecast(
-            teacher, config, precision, footprint, processes, tries_training=processes.size == 1
-        )
+        tries_training = processes.size == 1 and not teacher.is_demo
+        _forecast(teacher, config, run, footprint, tries_training=tries_training)
         with Student(teacher, config.student, seed=config.seed) as student:
-            check_layers(config.selection, list(student.mixed))
             with processes.in_turn():
                 open_run(config.out, config, ignore=FREE_FIELDS)
             linearize(student, teacher, config, run)
-    if not processes.destroy():
-        return None
-    made = artifact.load(path)
-    draw_training(config.out, made.header.linear_layers, config.selection, config.training.steps)
-    if is_evaluated(config.evaluation, config.out):
-        return None
-    logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
-    # What ships is what is measured: the saved file, in a model that is not compiled.
-    return compare_artifact(
-        teacher,
-        made,
-        compare_config(config.evaluation, config.trajectories),
-        seed=config.seed,
-        precision=precision,
-        callbacks=run.callbacks,
-    )
+    return teacher
 
 
-def _run_experts(
-    config: TransferConfig,
-    run: Run,
-    is_made: bool,
-) -> Comparison | None:
+def _make_experts(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     """Do the same for Wan 2.2's two experts, whose students are compared at work together."""
-    device, precision, processes = run.device, run.precision, run.processes
-    checkpoints = check_experts(config, device, precision)
-    with processes.in_turn():
+    checkpoints, footprint = check_experts(config, run.device, run.precision)
+    with run.processes.in_turn():
         teacher = load_experts(checkpoints, config, run)
     if not is_made:
-        footprint = check_transfer(checkpoints[HIGH], config, device, precision)
-        _forecast(
-            teacher, config, precision, footprint, processes, tries_training=False, num_students=2
-        )
-        with processes.in_turn():
+        _forecast(teacher, config, run, footprint, tries_training=False, num_students=2)
+        with run.processes.in_turn():
             open_run(config.out, config, ignore=FREE_FIELDS)
         names = {side: found.checkpoint.path.stem for side, found in checkpoints.items()}
         linearize_experts(teacher, names, config, run)
-    if not processes.destroy() or is_evaluated(config.evaluation, config.out):
-        return None
-    logger.info("comparing both experts with their students on %s in %s", device, precision)
-    return compare_experts(
-        teacher,
-        {side: artifact.load(config.out / name) for side, name in EXPERT_NAMES.items()},
-        compare_config(config.evaluation, config.trajectories),
-        seed=config.seed,
-        precision=precision,
-        callbacks=run.callbacks,
-    )
+    return teacher
 
 
 def _forecast(
-    teacher: Teacher,
-    config: TransferConfig,
-    precision: str,
-    footprint: Footprint,
-    processes: ProcessGroup,
-    *,
-    tries_training: bool,
-    num_students: int = 1,
+    teacher: Teacher, config: TransferConfig, run: Run, footprint: Footprint, **how: Any
 ) -> None:
-    """Log what a run that has not trained yet takes.
+    """Log what a run that has not trained yet takes; see `forecast`."""
+    if not any(config.out.glob("**/training")):
+        forecast(
+            teacher,
+            config,
+            run.precision,
+            footprint=footprint,
+            num_processes=run.processes.size,
+            **how,
+        )
 
-    Raises ValueError, in one sentence, where a disk has too little room.
-    """
-    if any(config.out.glob("**/training")):
-        return
-    forecast(
-        teacher,
-        config,
-        precision,
-        tries_training=tries_training and not teacher.is_demo,
-        num_processes=processes.size,
-        num_students=num_students,
-        **dataclasses.asdict(footprint),
+
+def compare_config(config: EvaluationConfig, trajectories: TrajectoryConfig) -> CompareConfig:
+    """Return how the comparison samples: as the teacher's trajectories were sampled."""
+    return CompareConfig(
+        num_samples=config.evaluate_samples,
+        sampler_steps=trajectories.sampler_steps,
+        guidance_scale=trajectories.guidance_scale,
+        shift=trajectories.shift,
+        batch_size=config.evaluate_batch_size,
     )
+
+
+def is_evaluated(config: EvaluationConfig, folder: Path) -> bool:
+    """Say whether a run folder holds the comparison that is asked for, if any is."""
+    if not config.evaluate_samples:
+        return True
+    found = read_evaluation(folder)
+    return found is not None and found["settings"]["num_samples"] == config.evaluate_samples
+
+
+def draw_training(
+    folder: Path, linear_layers: Sequence[int], selection: SelectionConfig, num_steps: int
+) -> None:
+    """Draw losses, and layer scores if learned, from a training's metrics if still there.
+
+    linear_layers: those that became linear; num_steps: of the training.
+    """
+    metrics_path = folder / TRAINING_NAME / "metrics.jsonl"
+    if not metrics_path.exists():
+        logger.warning("%s is gone; its pictures are left out", metrics_path)
+        return
+    rows = read_metrics(metrics_path)
+    if selection.rule == "learned":
+        plots.plot_layer_scores(
+            rows,
+            folder / "layer_scores.png",
+            target=selection.target,
+            layers=linear_layers,
+            hardened_at=count_selection_steps(selection, num_steps),
+        )
+    plots.plot_losses(rows, folder / "losses.png")
 
 
 def summarize(config: TransferConfig) -> str:

@@ -4,28 +4,67 @@ A few calls of the run's own kind are measured, and multiplied by how many there
 """
 
 import dataclasses
+import gc
+import itertools
 import logging
+import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from ..models.velocity import bind_guided
 from ..run.context import Run
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb
+from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import Teacher
-from ..teacher.trajectories import count_bytes, count_missing
+from ..teacher.trajectories import States, Trajectories, count_bytes, count_missing
 from ..training.checkpoint import finished_steps
-from .config import TRAINING_NAME, TransferConfig
-from .layer_selection.rules import count_selection_steps
-from .pace import Pace, time_run
+from ..training.trainer import seed_step
+from .config import TRAINING_NAME, SelectionConfig, TransferConfig
+from .layer_selection import count_selection_steps
+from .preflight import Footprint
+from .student import Student, TransferTask
 
 logger = logging.getLogger(__name__)
 
-# The warm start of one video in calls of the guided teacher: one branch, and linear attention there
+# In calls of the guided teacher, all of one video. A training step's pass, while layers are chosen
+# and after: `adm` with recomputed activations on an H100 (results/scale.json): 8.8 and 6.3 for Wan
+# 1.3B, 7.8 while choosing for 14B. A step of the warm start: one branch, and linear attention there
 # and back.
-_WARM_START = 0.7
+_SELECTING, _HARDENED, _WARM_START = 8.3, 6.0, 0.7
+# What Adam and the average add to the gradient and the number itself.
+_OPTIMISER = 3 * FP32
 # Of a trained number a checkpoint holds four: itself, its average, both averages of Adam. The next
-# checkpoint is written before the last one goes.
-_CHECKPOINTS = 2 * 4 * FP32
+# checkpoint is written before the last one goes. The result holds it once.
+_CHECKPOINTS = (2 * 4 + 1) * FP32
+# Passes differ: some samples move before they are compared, others do not.
+_TIMED = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds of a run's own calls.
+
+    call: of the teacher with guidance, for one video.
+    selecting, hardened: of a training step's forward and backward pass, the whole batch of this
+        process, while layers are chosen and after.
+    num_trained: numbers that are trained, 0 where no training was tried.
+    device_bytes: the peak of all these on a GPU, with the optimiser; None where it is not known.
+    """
+
+    call: float
+    selecting: float
+    hardened: float
+    num_trained: int = 0
+    device_bytes: int | None = None
+
+    @classmethod
+    def from_call(cls, seconds: float, batch_size: int) -> "Pace":
+        """Tell a pass's seconds from those of a call; batch_size: of this process."""
+        of_batch = seconds * batch_size
+        return cls(call=seconds, selecting=_SELECTING * of_batch, hardened=_HARDENED * of_batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,19 +83,10 @@ class Estimate:
     device_bytes: int | None = None
     memory_bytes: int | None = None
 
-    @property
-    def seconds(self) -> float:
-        """All of it."""
-        return self.sampling + self.warm_start + self.training + self.comparing
-
-    @property
-    def hours(self) -> float:
-        """All of it, in hours."""
-        return self.seconds / 3600
-
     def sentence(self, device_total: int | None = None) -> str:
         """Say it in one sentence; device_total: bytes of the GPU."""
-        unit, name = (3600, "hours") if self.seconds >= 3600 else (60, "minutes")
+        seconds = self.sampling + self.warm_start + self.training + self.comparing
+        unit, name = (3600, "hours") if seconds >= 3600 else (60, "minutes")
         parts = {
             "sampling the teacher": self.sampling,
             "training": self.warm_start + self.training,
@@ -69,55 +99,7 @@ class Estimate:
         if self.device_bytes:
             of_all = f", which has {show_gb(device_total)}" if device_total else ""
             sizes.insert(0, f"{show_gb(self.device_bytes)} of the GPU{of_all}")
-        return f"about {self.seconds / unit:.1f} {name} ({times}); {', '.join(sizes)}"
-
-
-def estimate(
-    config: TransferConfig,
-    pace: Pace,
-    *,
-    num_missing: int,
-    disk_bytes: int,
-    num_done: int = 0,
-    num_processes: int = 1,
-    num_students: int = 1,
-    device_bytes: int | None = None,
-    memory_bytes: int | None = None,
-) -> Estimate:
-    """Return what a transfer takes, from its own pace and arithmetic.
-
-    num_missing: videos that the teacher has still to sample, see `count_missing`.
-    num_done: training steps that a checkpoint holds; the warm start is over then.
-    disk_bytes: of samples and checkpoints. num_students: one an expert.
-    device_bytes: at least, where the pace does not know the peak; memory_bytes: of the CPU.
-    """
-    training, evaluation = config.training, config.evaluation
-    steps = config.trajectories.sampler_steps
-    selecting = 0
-    if config.selection.rule == "learned":
-        selecting = count_selection_steps(config.selection, training.steps)
-    num_selecting = max(0, selecting - num_done)
-    num_hardened = training.steps - max(selecting, num_done)
-    a_pass = num_selecting * pace.selecting + num_hardened * pace.hardened
-    share = training.batch_size / num_processes
-    warm_steps = 0 if num_done else config.warm_start.warm_start_steps
-    warm_start = warm_steps * share * _WARM_START * pace.call
-    # The teacher, the layers merely swapped, and the student; the first process alone.
-    comparing = 3 * evaluation.evaluate_samples * steps * pace.call
-    return Estimate(
-        sampling=-(-num_missing // num_processes) * steps * pace.call,
-        warm_start=num_students * warm_start,
-        training=num_students * training.accumulation * a_pass,
-        comparing=comparing,
-        disk_bytes=disk_bytes,
-        device_bytes=pace.device_bytes or device_bytes,
-        memory_bytes=memory_bytes,
-    )
-
-
-def count_checkpoint_bytes(num_trained: int) -> int:
-    """Return what a training's checkpoints take on disk at most, and its result."""
-    return (_CHECKPOINTS + FP32) * num_trained
+        return f"about {seconds / unit:.1f} {name} ({times}); {', '.join(sizes)}"
 
 
 def forecast(
@@ -125,16 +107,15 @@ def forecast(
     config: TransferConfig,
     precision: str,
     *,
+    footprint: Footprint | None = None,
     tries_training: bool = True,
-    num_trained: int = 0,
     num_processes: int = 1,
     num_students: int = 1,
-    device_bytes: int | None = None,
-    memory_bytes: int | None = None,
 ) -> Estimate:
     """Measure a transfer's pace, log what it takes, and return it.
 
-    num_trained: where training is not tried; the others see `estimate`.
+    footprint: what it takes at least, for what is not measured; needed where training is not tried.
+    num_students: one an expert; the others see `time_run`.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
@@ -142,14 +123,10 @@ def forecast(
     run = Run(folder=config.out, precision=precision, seed=config.seed)
     num_missing = count_missing(teacher, config.trajectories, run)
     pace = time_run(
-        teacher,
-        config,
-        precision,
-        tries_training=tries_training,
-        num_processes=num_processes,
+        teacher, config, precision, tries_training=tries_training, num_processes=num_processes
     )
-    num_trained = pace.num_trained or num_trained
     samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
+    num_trained = pace.num_trained if tries_training else footprint.num_trained
     checkpoints = num_students * count_checkpoint_bytes(num_trained)
     check_space(
         [(root, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
@@ -162,12 +139,183 @@ def forecast(
         num_processes=num_processes,
         num_students=num_students,
         disk_bytes=samples + checkpoints,
-        device_bytes=device_bytes,
-        memory_bytes=memory_bytes,
     )
+    if footprint is not None:
+        found = dataclasses.replace(
+            found,
+            device_bytes=found.device_bytes or footprint.device_bytes,
+            memory_bytes=footprint.memory_bytes,
+        )
     device = teacher.prompt_embeds.device
-    total = None
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+    is_gpu = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if is_gpu else None
     logger.info("this run takes %s", found.sentence(total))
     return found
+
+
+def estimate(
+    config: TransferConfig,
+    pace: Pace,
+    *,
+    num_missing: int,
+    disk_bytes: int,
+    num_done: int = 0,
+    num_processes: int = 1,
+    num_students: int = 1,
+) -> Estimate:
+    """Return what a transfer takes, from its own pace and arithmetic.
+
+    num_missing: videos that the teacher has still to sample, see `count_missing`.
+    num_done: training steps that a checkpoint holds; the warm start is over then.
+    disk_bytes: of samples and checkpoints.
+    """
+    training = config.training
+    of_video = config.trajectories.sampler_steps * pace.call
+    selecting = 0
+    if config.selection.rule == "learned":
+        selecting = count_selection_steps(config.selection, training.steps)
+    num_selecting = max(0, selecting - num_done)
+    num_hardened = training.steps - max(selecting, num_done)
+    passes = num_selecting * pace.selecting + num_hardened * pace.hardened
+    warm_steps = 0 if num_done else config.warm_start.warm_start_steps
+    warm_start = warm_steps * training.batch_size / num_processes * _WARM_START * pace.call
+    return Estimate(
+        sampling=-(-num_missing // num_processes) * of_video,
+        warm_start=num_students * warm_start,
+        training=num_students * training.accumulation * passes,
+        # The teacher, the layers merely swapped, and the student; the first process alone.
+        comparing=3 * config.evaluation.evaluate_samples * of_video,
+        disk_bytes=disk_bytes,
+        device_bytes=pace.device_bytes,
+    )
+
+
+def count_checkpoint_bytes(num_trained: int) -> int:
+    """Return what a training's checkpoints take on disk at most, and its result."""
+    return _CHECKPOINTS * num_trained
+
+
+def time_run(
+    teacher: Teacher,
+    config: TransferConfig,
+    precision: str,
+    *,
+    tries_training: bool = True,
+    num_processes: int = 1,
+) -> Pace:
+    """Measure calls of the teacher and passes of a training that is thrown away.
+
+    tries_training: else a pass is counted in calls; num_processes share a batch.
+
+    The teacher is left as it was; memory that is too small is found here. Nothing is compiled for
+    it: a run that is will be faster.
+    """
+    device = teacher.prompt_embeds.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    call = time_teacher(teacher, config.trajectories, precision)
+    if not tries_training:
+        return Pace.from_call(call, config.training.batch_size // num_processes)
+    try:
+        pace = _time_training(teacher, config, precision, call)
+    finally:
+        # A layer's forward refers to the layer: only the collector takes the two apart.
+        gc.collect()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) + _OPTIMISER * pace.num_trained
+        pace = dataclasses.replace(pace, device_bytes=peak)
+        torch.cuda.empty_cache()
+    return pace
+
+
+def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> float:
+    """Measure the seconds of a guided call of the teacher, of one video of as many as together."""
+    size = min(config.shard_size, config.num_trajectories)
+    device = teacher.prompt_embeds.device
+    velocity_fn = bind_guided(
+        teacher.model,
+        teacher.prompt_embeds[:1].expand(size, -1, -1),
+        teacher.negative_embeds.expand(size, -1, -1),
+        config.guidance_scale,
+        precision=precision,
+        on_branches=lambda conditional, unconditional: None,
+    )
+    latents = torch.randn(size, *teacher.latent_shape, generator=seed_step(0, 0)).to(device)
+    sigma = torch.ones(size, device=device)
+    with torch.no_grad():
+        return _time(lambda: velocity_fn(latents, sigma), device) / size
+
+
+class _RandomStates(Trajectories):
+    """Noise in place of a teacher's states: one state at each level."""
+
+    def __init__(self, teacher: Teacher, config: TrajectoryConfig) -> None:
+        super().__init__([], config)
+        self._shape = teacher.latent_shape
+
+    def __len__(self) -> int:
+        return len(self.sigmas) - 1
+
+    def steps(self) -> Tensor:
+        return torch.arange(len(self))
+
+    def take(self, picks: Tensor, device: torch.device | str) -> States:
+        latents, conditional, unconditional = torch.randn(
+            3, len(picks), *self._shape, device=device
+        )
+        return States(
+            latents=latents,
+            conditional=conditional,
+            unconditional=unconditional,
+            step=picks.to(device),
+            prompt=torch.zeros_like(picks, device=device),
+        )
+
+
+def _time_training(teacher: Teacher, config: TransferConfig, precision: str, call: float) -> Pace:
+    """Measure passes, forward and backward, while layers are chosen and after."""
+    with Student(teacher, config.student, seed=config.seed) as student:
+        task = TransferTask(
+            student,
+            teacher,
+            _RandomStates(teacher, config.trajectories),
+            selection=SelectionConfig(target=config.selection.target),
+            objective=config.objective,
+            training=config.training,
+            run=Run(precision=precision),
+        )
+        parameters = [p for group in task.parameter_groups() for p in group.parameters.values()]
+
+        def time_passes() -> float:
+            steps = itertools.count()
+
+            def run_pass() -> None:
+                step = next(steps)
+                task.loss(step, seed_step(0, step))[0].backward()
+
+            return _time(run_pass, teacher.prompt_embeds.device)
+
+        selecting = time_passes()
+        student.harden([*student.mixed][: config.selection.target])
+        return Pace(
+            call=call,
+            selecting=selecting,
+            hardened=time_passes(),
+            num_trained=sum(parameter.numel() for parameter in parameters),
+        )
+
+
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    """Return the mean seconds of a call that was made once before."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    call()
+    wait()
+    start = time.perf_counter()
+    for _ in range(_TIMED):
+        call()
+    wait()
+    return (time.perf_counter() - start) / _TIMED

@@ -28,9 +28,8 @@ from ..run.memory import Need, check_memory
 from ..teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
 from ..teacher.trajectories import States, Trajectories, collect, spread_edges
 from .config import ARTIFACT_NAME, TransferConfig
-from .evaluation import draw_training
 from .pipeline import linearize
-from .preflight import check_transfer
+from .preflight import Footprint, check_transfer
 from .student import Student
 
 logger = logging.getLogger(__name__)
@@ -83,8 +82,8 @@ def own_sigmas(sigmas: Tensor, side: str, boundary: float) -> Tensor:
 
 def check_experts(
     config: TransferConfig, device: str, precision: str
-) -> dict[str, TeacherCheckpoint]:
-    """Read the headers of both experts; return their checkpoints by side.
+) -> tuple[dict[str, TeacherCheckpoint], Footprint]:
+    """Read the headers of both experts; return their checkpoints by side, and what a run takes.
 
     Raises FileNotFoundError or ValueError, in one sentence, for what cannot work.
     """
@@ -112,11 +111,11 @@ def check_experts(
             "states_per_trajectory",
             "shift",
         )
-    check_transfer(found[HIGH], config, device, precision)
+    footprint = check_transfer(found[HIGH], config, device, precision)
     size = count_frozen_bytes(found[HIGH].shapes, config.teacher.frozen_weights.frozen)
     advice = "choose smaller models or a machine with more memory"
     check_memory([Need("each of two experts", size)] * 2, "cpu", advice)
-    return found
+    return found, footprint
 
 
 def load_experts(
@@ -156,9 +155,6 @@ def linearize_experts(
         if not run.processes.is_first:
             continue
         made = artifact.load(mine.folder / ARTIFACT_NAME)
-        draw_training(
-            mine.folder, made.header.linear_layers, config.selection, config.training.steps
-        )
         artifact.save(_with_range(made, side, config.experts.boundary), path)
 
 

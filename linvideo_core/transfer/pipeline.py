@@ -12,8 +12,7 @@ from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, collect, find_usage
 from ..training.trainer import fit
 from .config import ARTIFACT_NAME, TRAINING_NAME, WARM_START_NAME, TransferConfig
-from .layer_selection.rules import choose_layers
-from .layer_selection.sensitivity import rank_layers
+from .layer_selection import choose_layers, rank_layers
 from .student import Student, TransferTask, accelerated
 from .warm_start import fit_feature_maps
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 from ..models import lora
 from ..models.attention_sites import AttentionSite, ModelFamily, Shapes
@@ -11,6 +10,7 @@ from ..models.config import FROZEN, FrozenConfig
 from ..models.families import identify
 from ..models.quantized import count_frozen_bytes
 from ..models.wan import WanConfig
+from ..run.errors import SettingError
 from ..run.memory import (
     FP32,
     Need,
@@ -24,24 +24,8 @@ from ..run.memory import (
 from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import TeacherCheckpoint
 from ..training.config import TrainingConfig
-from .config import EvaluationConfig, TransferConfig, check_offload_alone
-from .layer_selection.rules import check_layers
-
-
-class RunConfig(Protocol):
-    """What the configs of a transfer and of a distillation have in common."""
-
-    @property
-    def trajectories(self) -> TrajectoryConfig:
-        """How the teacher is sampled."""
-
-    @property
-    def training(self) -> TrainingConfig:
-        """How the student is trained."""
-
-    @property
-    def evaluation(self) -> EvaluationConfig:
-        """What is sampled in the end."""
+from .config import EvaluationConfig, TransferConfig
+from .layer_selection import check_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +52,6 @@ def check_transfer(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    check_offload_alone(teacher.frozen_weights, num_processes)
     family, sites = identify(teacher.shapes)
     check_layers(config.selection, [site.layer for site in sites])
     student = config.student
@@ -76,9 +59,11 @@ def check_transfer(
     num_trained += count_weights(teacher, family, student.parameters, student.lora_rank)
     return check_footprint(
         teacher,
-        config,
         device,
         precision,
+        trajectories=config.trajectories,
+        training=config.training,
+        evaluation=config.evaluation,
         num_trained=num_trained,
         num_graphs=1,
         all_trained=student.parameters == "full",
@@ -189,10 +174,12 @@ def count_device_bytes(shapes: Shapes, frozen_weights: FrozenConfig) -> int:
 
 def check_footprint(
     teacher: TeacherCheckpoint,
-    config: RunConfig,
     device: str,
     precision: str,
     *,
+    trajectories: TrajectoryConfig,
+    training: TrainingConfig,
+    evaluation: EvaluationConfig,
     num_trained: int,
     num_graphs: int,
     all_trained: bool,
@@ -203,11 +190,18 @@ def check_footprint(
 
     Raises ValueError, in one sentence, when it does not fit.
     """
+    frozen_weights = teacher.frozen_weights
+    if frozen_weights.offload_blocks and num_processes > 1:
+        raise SettingError(
+            f"{{offload_blocks}} {frozen_weights.offload_blocks} was given to {num_processes} "
+            "processes, which hold a part of each block already: leave it out",
+            "offload_blocks",
+        )
     advice = "choose a smaller model or a machine with more memory"
     may_round = not all_trained and not teacher.is_demo
-    if may_round and teacher.frozen_weights.frozen != FROZEN[-1]:
+    if may_round and frozen_weights.frozen != FROZEN[-1]:
         advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
-    on_host = _on_host(teacher.shapes, teacher.frozen_weights, device)
+    on_host = _on_host(teacher.shapes, frozen_weights, device)
     check_memory([on_host], "cpu", advice)
     model = teacher.checkpoint.config
     patches = zip(teacher.latent_shape[1:], model.patch_size, strict=True)
@@ -217,18 +211,18 @@ def check_footprint(
         num_tokens=math.prod(-(-size // patch) for size, patch in patches),
         num_trained=num_trained,
         num_graphs=num_graphs,
-        batch_size=config.training.batch_size // num_processes,
+        batch_size=training.batch_size // num_processes,
         sampled_together=max(
-            min(config.trajectories.shard_size, config.trajectories.num_trajectories),
-            min(config.evaluation.evaluate_batch_size, config.evaluation.evaluate_samples),
+            min(trajectories.shard_size, trajectories.num_trajectories),
+            min(evaluation.evaluate_batch_size, evaluation.evaluate_samples),
         ),
         precision=precision,
     )
     prompts = teacher.source.need(device)
-    needs = [*plan.needs(teacher.frozen_weights, config.training.activation_checkpointing), prompts]
+    needs = [*plan.needs(frozen_weights, training.activation_checkpointing), prompts]
     flags = ""
     if may_round and not fits(needs, device):
-        flags = plan.find_flags(teacher.frozen_weights, [prompts], device, may_offload=may_offload)
+        flags = plan.find_flags(frozen_weights, [prompts], device, may_offload=may_offload)
     check_memory(needs, device, flags=flags)
     on_device = sum(need.num_bytes for need in needs)
     if device == "cpu":

@@ -1,7 +1,24 @@
-"""The student: the teacher's own model with adapters, and the task of training it."""
+"""The student: the teacher's own model with adapters, how its layers are chosen, and its training.
+
+Layers are chosen by selective transfer (LinVideo section 3.2). Each layer mixes
+`r softmax + (1 - r) linear` with a learnable layer score r in [0, 1], and starts at
+r = 1 - target / layers, where the budget is met exactly. The objective then decides which layers
+give softmax up, the budget loss holds the sum, and the rounding loss drives each r to 0 or 1. The
+choice is hardened long before training ends, and the rest of training runs on it.
+
+The paper's budget is a loss, and so it is here while layers compete: its push is the same for all,
+so that the layers to which softmax is worth most keep it. But it leaves the sum a little off, and
+at the end, when the rounding loss holds every r at 0 or 1, a whole layer off: hardening then swaps
+a layer that nobody trained for it. So in the last part of the selection scores are also projected
+onto the budget after each step, where the rounding loss is at its strongest and reaches furthest.
+
+A choice that is fixed (see `layer_selection`) is hardened at once: no layer score moves, and there
+are no selection losses.
+"""
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,11 +45,19 @@ from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
 from ..training.trainer import ParameterGroup
-from .adm import VelocityFns, adm_loss
-from .batches import Batch, Batches
 from .config import ObjectiveConfig, SelectionConfig, StudentConfig
-from .layer_selection.rules import Selection
+from .layer_selection import count_selection_steps
+from .objective import Batch, Batches, adm_loss
 from .warm_start import feature_maps
+
+logger = logging.getLogger(__name__)
+
+# Share of the selection after which the rounding loss is at its end: only then does it reach the
+# middle, and what is undecided there needs the rest to get to 0 or 1 before the choice is made.
+_ROUNDED_AT = 0.6
+# The rounding loss's exponent falls between these, and its weight grows to this many times.
+_ALPHAS = (20.0, 2.0)
+_ROUNDING_GROWTH = 10.0
 
 
 class Student(contextlib.AbstractContextManager):
@@ -105,8 +130,7 @@ class Student(contextlib.AbstractContextManager):
 
     def harden(self, linear_layers: Sequence[int]) -> None:
         """Make exactly these layers linear and all others softmax."""
-        for layer, module in self.mixed.items():
-            module.mode = "linear" if layer in linear_layers else "softmax"
+        harden(self.mixed, linear_layers)
 
     def remove(self) -> None:
         """Take the adapters out of the model."""
@@ -119,6 +143,136 @@ class Student(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+@torch.no_grad()
+def harden(mixed: Mapping[int, MixedAttention], linear_layers: Sequence[int]) -> None:
+    """Make exactly these layers linear, r = 0, and all others softmax, r = 1."""
+    for layer, module in mixed.items():
+        module.mode = "linear" if layer in linear_layers else "softmax"
+        module.layer_score.fill_(0 if layer in linear_layers else 1)
+
+
+class Selection:
+    """The choice of a student's layers: scores on their way to a hardened choice, or a fixed one.
+
+    is_learned: whether layer scores are trained. mixed: of every layer.
+    """
+
+    def __init__(
+        self,
+        mixed: Mapping[int, MixedAttention],
+        config: SelectionConfig,
+        num_steps: int,
+        linear_layers: Sequence[int] | None = None,
+    ) -> None:
+        """num_steps: of all the training; linear_layers: a fixed choice, none: they are learned."""
+        self.is_learned = linear_layers is None
+        self.mixed = dict(mixed)
+        self.config = config
+        self.harden_at = count_selection_steps(config, num_steps)
+        for module in self.mixed.values():
+            module.layer_score.data.fill_(1 - config.target / len(mixed))
+            module.layer_score.requires_grad_(self.is_learned)
+        if linear_layers is not None:
+            self.harden(linear_layers)
+
+    @property
+    def linear_layers(self) -> tuple[int, ...] | None:
+        """The linear layers once the choice is made, None before."""
+        chosen = tuple(layer for layer, module in self.mixed.items() if module.mode == "linear")
+        return chosen or None
+
+    def layer_scores(self) -> Tensor:
+        """Return r of every layer [layers], with gradient."""
+        return torch.stack([module.layer_score for module in self.mixed.values()])
+
+    def trained_scores(self) -> dict[str, nn.Parameter]:
+        """Return the layer scores that are trained, by name: all of them, or none if fixed."""
+        if not self.is_learned:
+            return {}
+        return {f"{layer}.layer_score": module.layer_score for layer, module in self.mixed.items()}
+
+    def loss(self, step: int) -> Tensor:
+        """Return `lambda (L_con + L_reg)` while layers are being chosen, 0 afterwards."""
+        scores = self.layer_scores()
+        if self.linear_layers is not None:
+            return scores.new_zeros(())
+        share = self._share(step)
+        budget = budget_loss(scores, self.config.target)
+        moving = along_budget(scores) if share == 1 else scores
+        rounding = rounding_loss(moving, alpha_at(share))
+        return self.config.selection_weight * (budget + _ROUNDING_GROWTH**share * rounding)
+
+    def _share(self, step: int) -> float:
+        """Return how far the rounding loss is on its way, in [0, 1]; 1: scores are projected."""
+        return min(1.0, step / (_ROUNDED_AT * self.harden_at))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Keep every r in [0, 1]; make the choice when `step` is the last of the selection."""
+        if self.linear_layers is not None:
+            return
+        scores, target = self.layer_scores(), self.config.target
+        scores = project(scores, target) if self._share(step) == 1 else scores.clamp(0, 1)
+        for module, score in zip(self.mixed.values(), scores, strict=True):
+            module.layer_score.copy_(score)
+        if step + 1 >= self.harden_at:
+            layers, lowest = [*self.mixed], scores.argsort(stable=True)[:target]
+            self.harden(sorted(layers[pick] for pick in lowest.tolist()))
+
+    def harden(self, linear_layers: Sequence[int]) -> None:
+        """Make the choice."""
+        harden(self.mixed, linear_layers)
+        logger.info("linear layers from here on: %s", [*linear_layers])
+
+
+def alpha_at(share: float) -> float:
+    """Return the rounding loss's exponent after `share` in [0, 1] of its way, geometric."""
+    start, end = _ALPHAS
+    return start * (end / start) ** share
+
+
+def budget_loss(layer_scores: Tensor, target: int) -> Tensor:
+    """Return `(sum of 1 - r - target)^2` for layer scores [layers] (LinVideo eq. 6).
+
+    The paper counts `round(1 - r)` with a straight-through gradient, whose sign flips whenever a
+    layer crosses 0.5, which holds layers there.
+    """
+    return ((1 - layer_scores).sum() - target).square()
+
+
+def project(layer_scores: Tensor, target: int) -> Tensor:
+    """Return the nearest scores [layers] in [0, 1] whose sum of 1 - r is `target`, exactly.
+
+    The Euclidean projection onto the capped simplex: `clamp(r - shift, 0, 1)`. The sum falls
+    linearly between the shifts at which a score reaches 0 or 1, so it is solved between two.
+
+    target: from 0 to the number of layers.
+    """
+    wanted = len(layer_scores) - target
+    shifts = torch.cat([layer_scores, layer_scores - 1]).sort().values
+    sums = (layer_scores - shifts.unsqueeze(1)).clamp(0, 1).sum(dim=1)
+    right = (sums > wanted).sum(dim=0, keepdim=True).clamp(1, len(shifts) - 1)
+    (low, high), (more, less) = ((x[right - 1], x[right]) for x in (shifts, sums))
+    share = (more - wanted) / (more - less).clamp_min(1e-12)
+    return (layer_scores - torch.lerp(low, high, share.clamp(0, 1))).clamp(0, 1)
+
+
+def along_budget(layer_scores: Tensor) -> Tensor:
+    """Return the same scores [layers] with the gradient's mean over those within (0, 1) taken out.
+
+    Scores whose sum is held move against each other alone. An optimiser that divides each gradient
+    by its own size would make one common push of them, which the projection takes back.
+    """
+    is_free = (layer_scores > 0) & (layer_scores < 1)
+    mean = (layer_scores * is_free).sum() / is_free.sum().clamp_min(1)
+    return torch.where(is_free, layer_scores - (mean - mean.detach()), layer_scores)
+
+
+def rounding_loss(layer_scores: Tensor, alpha: float) -> Tensor:
+    """Return `sum (1 - |2 r - 1|^alpha)`, zero only where every r is 0 or 1 (LinVideo eq. 7)."""
+    return (1 - (2 * layer_scores - 1).abs().pow(alpha)).sum()
 
 
 @contextlib.contextmanager
@@ -162,9 +316,6 @@ class TransferTask:
         size = training.batch_size
         self.batches = Batches(teacher, trajectories, objective, size, run.processes)
         self.models = [*dict.fromkeys([teacher.model, student.model])]
-        self.velocities = VelocityFns(
-            student=self._student, student_guided=self._student_guided, teacher=self._teacher
-        )
         if training.activation_checkpointing:
             checkpoint_activations(student.model, student.sites)
 
@@ -182,7 +333,13 @@ class TransferTask:
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the objective on a fresh batch plus the selection losses."""
         batch = self.batches.draw(generator)
-        objective_loss = adm_loss(batch, self.velocities, self.trajectories.sigmas)
+        objective_loss = adm_loss(
+            batch,
+            self.trajectories.sigmas,
+            student=self._student,
+            student_guided=self._student_guided,
+            teacher=self._teacher,
+        )
         metrics = {"objective_loss": objective_loss.detach()}
         if self.selection.is_learned:
             metrics["layer_scores"] = self.selection.layer_scores().detach().clone()

@@ -22,8 +22,8 @@ from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
 from ..training.trainer import ParameterGroup, fit
-from .batches import Batches
 from .config import ObjectiveConfig, WarmStartConfig
+from .objective import Batches
 
 # Of the warm start's own steps, those in which its learning rate rises; a cosine follows.
 _WARMUP_SHARE = 0.1

@@ -13,8 +13,8 @@ from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
 from linvideo_core.distill import dmd2, pipeline
 from linvideo_core.distill.config import DistillationConfig
-from linvideo_core.distill.monitor import TrainingMonitor
-from linvideo_core.distill.rollout import draw_exits, draw_rollout, simulate_backward
+from linvideo_core.distill.dmd2 import draw_exits, draw_rollout, simulate_backward
+from linvideo_core.distill.pipeline import TrainingMonitor
 from linvideo_core.distill.task import DistillationTask, make_student, start_from
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
 from linvideo_core.evaluate.entrants import load_linearized

@@ -16,8 +16,8 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import seed_step
-from linvideo_core.transfer.batches import Batches
 from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
+from linvideo_core.transfer.objective import Batches
 from linvideo_core.transfer.student import Student, TransferTask
 from linvideo_core.transfer.warm_start import WarmStart
 from tests.allocations import peak_bytes

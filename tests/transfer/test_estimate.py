@@ -17,8 +17,15 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect, count_bytes, count_missing
 from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import TransferConfig
-from linvideo_core.transfer.estimate import Estimate, count_checkpoint_bytes, estimate, forecast
-from linvideo_core.transfer.pace import Pace, time_run, time_teacher
+from linvideo_core.transfer.estimate import (
+    Estimate,
+    Pace,
+    count_checkpoint_bytes,
+    estimate,
+    forecast,
+    time_run,
+    time_teacher,
+)
 from linvideo_core.transfer.student import Student
 from linvideo_core.transfer.warm_start import feature_maps
 from tests.conftest import Recorder, save_inputs, small_transfer

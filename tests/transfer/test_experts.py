@@ -20,10 +20,9 @@ from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect
 from linvideo_core.transfer import command as transfer
-from linvideo_core.transfer.adm import VelocityFns, adm_loss
-from linvideo_core.transfer.batches import Batch, Batches
 from linvideo_core.transfer.config import ObjectiveConfig, TransferConfig
 from linvideo_core.transfer.experts import EXPERT_NAMES, OwnStates, linearize_experts
+from linvideo_core.transfer.objective import Batch, Batches, adm_loss
 from tests.conftest import TEXT_DIM, Recorder, make_wan
 
 BOUNDARY = 0.8
@@ -112,11 +111,11 @@ def test_nothing_is_compared_beyond_the_boundary(side: str, pair: Teacher, tmp_p
         asked.append(sigma)
         return latents * 0.5
 
-    velocities = VelocityFns(student=velocity, student_guided=velocity, teacher=velocity)
+    asks = dict.fromkeys(("student", "student_guided", "teacher"), velocity)
     batches = Batches(pair, states, ObjectiveConfig(max_jump=9), 8)
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
-        adm_loss(batches.draw(generator), velocities, states.sigmas)
+        adm_loss(batches.draw(generator), states.sigmas, **asks)
     sigma = torch.cat(asked)
     assert bool(((sigma >= BOUNDARY) == (side == HIGH)).all())
     assert set(sigma.tolist()) <= set(own)

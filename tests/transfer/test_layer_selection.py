@@ -10,13 +10,12 @@ from torch import Tensor
 
 from linvideo_core.models.attention import LinearAttention, MixedAttention
 from linvideo_core.transfer.config import SelectionConfig
-from linvideo_core.transfer.layer_selection.rules import (
+from linvideo_core.transfer.layer_selection import check_layers, choose_layers
+from linvideo_core.transfer.student import (
     Selection,
     along_budget,
     alpha_at,
     budget_loss,
-    check_layers,
-    choose_layers,
     project,
     rounding_loss,
 )
@@ -306,7 +305,7 @@ def test_a_listed_layer_that_the_model_lacks_is_refused() -> None:
 
 def test_a_target_beyond_the_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="--target 6 given; the model has 5"):
-        make_selection(5, target=6)
+        check_layers(SelectionConfig(target=6), range(5))
 
 
 @pytest.mark.parametrize(

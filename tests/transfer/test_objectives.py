@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from linvideo_core.flow import euler_step, make_sigmas, velocity_to_score
-from linvideo_core.transfer.adm import VelocityFns, adm_loss
-from linvideo_core.transfer.batches import (
+from linvideo_core.transfer.config import LEVELS, ObjectiveConfig
+from linvideo_core.transfer.objective import (
     Batch,
+    adm_loss,
     count_stored,
     fitted_gain,
     level_density,
     level_weights,
     move,
 )
-from linvideo_core.transfer.config import LEVELS, ObjectiveConfig
 
 DATA_MEAN, DATA_STD = 0.6, 0.5
 STATE_MEAN, STATE_STD = 0.2, 0.9
@@ -88,10 +88,9 @@ def make_batch(step: int, step_to: int | None = None, latents: Tensor | None = N
     )
 
 
-def velocities(student: Callable, **others: Callable) -> VelocityFns:
-    return VelocityFns(
-        **{"student": student, "student_guided": student, "teacher": teacher} | others
-    )
+def loss_of(batch: Batch, student: Callable, **others: Callable) -> Tensor:
+    velocities = {"student": student, "student_guided": student, "teacher": teacher}
+    return adm_loss(batch, SIGMAS, **velocities | others)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.4, 0.9])
@@ -106,11 +105,11 @@ def test_the_cases_own_velocities_have_the_scores_they_claim(sigma: float) -> No
 def test_adm_is_the_weighted_fisher_divergence(departed: int, length: int) -> None:
     start, end = SIGMAS[departed], SIGMAS[departed + length]
     q, p = pushed_moments(-0.3, 0.4, start, end), teacher_moments(end)
-    known = velocities(
+    loss = loss_of(
+        make_batch(departed, departed + length),
         lambda x, sigma, batch: gaussian_velocity(x, end, q),
         student_guided=lambda x, sigma, batch: -0.3 * x + 0.4,
     )
-    loss = adm_loss(make_batch(departed, departed + length), known, SIGMAS)
     slope = 1 / p[1] ** 2 - 1 / q[1] ** 2
     offset = q[0] / q[1] ** 2 - p[0] / p[1] ** 2
     fisher = (slope * q[0] + offset) ** 2 + slope**2 * q[1] ** 2
@@ -123,7 +122,7 @@ def test_adm_rests_exactly_where_the_velocities_agree(batch: Batch) -> None:
     def evaluate(offset: float, slope: float) -> tuple[float, float]:
         theta = parameters(offset, slope)
         student = lambda x, s, _: teacher(x, s) + theta[0] + theta[1] * x  # noqa: E731
-        loss = adm_loss(batch, velocities(student), SIGMAS)
+        loss = loss_of(batch, student)
         gradient = torch.autograd.grad(loss, theta)
         return loss.item(), torch.stack(gradient).abs().max().item()
 
@@ -140,7 +139,7 @@ def test_the_gradient_stops_at_the_move() -> None:
     with torch.no_grad():
         reached = euler_step(nodes(), student(nodes(), start, None), start, end)
     expected = (student(reached, end, None) - teacher(reached, end)).square().mean()
-    found = adm_loss(make_batch(1, 4), velocities(student), SIGMAS)
+    found = loss_of(make_batch(1, 4), student)
     gradients = (torch.autograd.grad(loss, theta) for loss in (found, expected))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
@@ -152,7 +151,7 @@ def test_stored_rows_alone_are_velocity_matching_and_ask_the_student_alone() -> 
         raise AssertionError("asked without need")
 
     student = lambda x, sigma, batch: 0.5 * x  # noqa: E731
-    loss = adm_loss(batch, velocities(student, student_guided=never, teacher=never), SIGMAS)
+    loss = loss_of(batch, student, student_guided=never, teacher=never)
     expected = (0.5 * batch.latents - batch.velocity).square().mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
 
@@ -175,8 +174,7 @@ def test_moving_rows_move_as_the_sampler_does_with_their_own_prompts(stored: lis
 
         return velocity
 
-    noted = velocities(note("student"), student_guided=note("guided"), teacher=note("teacher"))
-    adm_loss(batch, noted, SIGMAS)
+    loss_of(batch, note("student"), student_guided=note("guided"), teacher=note("teacher"))
     assert seen == ["guided", "teacher", "student"]
     moves = ~is_stored
     for name in ("guided", "teacher"):
@@ -198,8 +196,8 @@ def test_a_process_whose_rows_all_stay_calls_the_models_that_others_call() -> No
         return teacher(x, sigma)
 
     student = lambda x, sigma, batch: 0.5 * x  # noqa: E731
-    called = velocities(student, student_guided=counted, teacher=counted)
-    assert adm_loss(batch, called, SIGMAS) == adm_loss(make_batch(2), velocities(student), SIGMAS)
+    found = loss_of(batch, student, student_guided=counted, teacher=counted)
+    assert found == loss_of(make_batch(2), student)
     assert seen == [1, 1]
 
 

@@ -17,6 +17,7 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.transfer import pipeline
+from linvideo_core.transfer.command import draw_training
 from linvideo_core.transfer.config import (
     ARTIFACT_NAME,
     MEASURES,
@@ -26,8 +27,7 @@ from linvideo_core.transfer.config import (
     TransferConfig,
     WarmStartConfig,
 )
-from linvideo_core.transfer.evaluation import draw_training
-from linvideo_core.transfer.layer_selection.sensitivity import RANKING_NAME, rank, rank_layers
+from linvideo_core.transfer.layer_selection import RANKING_NAME, rank, rank_layers
 from linvideo_core.transfer.student import Student
 from tests.conftest import Recorder
 

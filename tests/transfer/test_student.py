@@ -16,7 +16,6 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import fit, seed_step
-from linvideo_core.transfer.batches import Batch, Batches, level_density
 from linvideo_core.transfer.config import (
     OBJECTIVES,
     PARAMETERS,
@@ -24,6 +23,7 @@ from linvideo_core.transfer.config import (
     SelectionConfig,
     StudentConfig,
 )
+from linvideo_core.transfer.objective import Batch, Batches, level_density
 from linvideo_core.transfer.student import Student, TransferTask
 from tests.conftest import Recorder
 

@@ -14,8 +14,8 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.training.trainer import fit, seed_step
-from linvideo_core.transfer.batches import Batches
 from linvideo_core.transfer.config import ObjectiveConfig, StudentConfig, WarmStartConfig
+from linvideo_core.transfer.objective import Batches
 from linvideo_core.transfer.student import Student
 from linvideo_core.transfer.warm_start import WarmStart, feature_maps, fit_feature_maps
 

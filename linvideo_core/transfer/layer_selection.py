@@ -1,10 +1,11 @@
-"""Layer sensitivity: what one linear layer does to the velocity, by forward passes only.
+"""The layers that a list, a rule or a ranking makes linear, where training does not choose them.
 
-Replace-one makes one layer linear in the softmax model: the layers that then err least are chosen.
-Restore-one gives one layer its softmax back in the linear model: the layers whose return helps
-least are chosen. The error is the mean of |u - v| / |v| over the stored states of a few videos,
-which are spread over all noise levels, and over both guidance branches. States and the teacher's
-velocities v are stored in fp16, which adds about 1e-3.
+A ranking is by layer sensitivity: what one linear layer does to the velocity, by forward passes
+only. Replace-one makes one layer linear in the softmax model: the layers that then err least are
+chosen. Restore-one gives one layer its softmax back in the linear model: the layers whose return
+helps least are chosen. The error is the mean of |u - v| / |v| over the stored states of a few
+videos, which are spread over all noise levels, and over both guidance branches. States and the
+teacher's velocities v are stored in fp16, which adds about 1e-3.
 """
 
 import contextlib
@@ -18,19 +19,67 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...evaluate.metrics import velocity_error
-from ...models.attention import MixedAttention
-from ...models.velocity import bind
-from ...run.context import Run
-from ...run.errors import SettingError
-from ...run.files import write_json
-from ...teacher.teacher import Teacher
-from ...teacher.trajectories import Trajectories
-from ..config import SensitivityConfig
+from ..evaluate.metrics import velocity_error
+from ..models.attention import MixedAttention
+from ..models.velocity import bind
+from ..run.context import Run
+from ..run.errors import SettingError
+from ..run.files import write_json
+from ..teacher.teacher import Teacher
+from ..teacher.trajectories import Trajectories
+from .config import SelectionConfig, SensitivityConfig
 
 logger = logging.getLogger(__name__)
 
 RANKING_NAME = "sensitivity.json"
+
+
+def count_selection_steps(config: SelectionConfig, num_steps: int) -> int:
+    """Return after how many of a training's steps the choice is made."""
+    return max(1, round(config.selection_share * num_steps))
+
+
+def check_target(config: SelectionConfig, num_layers: int) -> None:
+    """Raise SettingError for a target larger than the number of layers."""
+    if config.target > num_layers:
+        raise SettingError(
+            f"{{target}} {config.target} given; the model has {num_layers} self-attention layers",
+            "target",
+        )
+
+
+def check_layers(config: SelectionConfig, layers: Sequence[int]) -> None:
+    """Raise SettingError where a model with these layers cannot have the target or the list."""
+    check_target(config, len(layers))
+    if unknown := [layer for layer in config.listed if layer not in layers]:
+        raise SettingError(
+            f"{{layers}} {config.layers} given; the model has no layer {unknown[0]}, its "
+            f"self-attention layers are {min(layers)} to {max(layers)}",
+            "layers",
+        )
+
+
+def choose_layers(
+    config: SelectionConfig, layers: Sequence[int], ranking: Sequence[int] = ()
+) -> tuple[int, ...] | None:
+    """Return the layers that a rule, a list or a ranking makes linear; None where learned.
+
+    "alternate" spreads them evenly over depth: every other layer where half become linear.
+    layers: the model's, in depth order; ranking: the same from the least to the most sensitive, for
+    "sensitivity".
+    """
+    check_layers(config, layers)
+    count, total = config.target, len(layers)
+    match config.rule:
+        case "learned":
+            return None
+        case "listed":
+            return config.listed
+        case "alternate":
+            return tuple(layers[(2 * i + 1) * total // (2 * count)] for i in range(count))
+    if sorted(ranking) != sorted(layers):
+        raise ValueError(f"a ranking of the layers {[*layers]} is needed; {[*ranking]} given")
+    return tuple(sorted(ranking[:count]))
 
 
 def rank_layers(

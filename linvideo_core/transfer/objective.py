@@ -1,7 +1,20 @@
-"""Draw training batches: stored states, a guidance branch for each, and where it is trained.
+"""The objective: which states a batch is trained at, and anytime distribution matching there.
 
-This is the one place where a training's batch is divided among processes: all draw it whole, each
-keeps its rows.
+LinVideo's ADM (eq. 8) pushes the student's state x^_t along `s_p - s_q`, the score of the teacher
+less the student's own. Both scores are affine in a velocity, `s_p - s_q = -(1 - t)/t (u_p - u_q)`,
+so the push vanishes where the two velocities agree at the states that the student itself reaches.
+The literal push acts on the parameters through the step that led to x^_t: what linear attention
+cannot represent stays in it as a constant force and nothing balances it. Here the same two
+velocities at the same states make the weighted Fisher divergence
+
+    E_{x ~ q_t} w(t) |s_q(x) - s_p(x)|^2,    with w(t) = (t / (1 - t))^2, hence |u_q - u_p|^2,
+
+whose gradient is taken at (x^_t, t) through u_q alone: bounded below, zero only at the same fixed
+point, no critic.
+
+A share of each batch stays at its stored state, where the teacher's velocity is known: plain
+velocity matching, which keeps the student near the states that the teacher's sampler visits, and
+costs nothing more. With all rows stored it is velocity matching and nothing else.
 
 Noise levels. A student's velocity is wrong by e_i at the grid point i. To first order its video
 ends
@@ -19,10 +32,12 @@ thousandfold near s = 1, where what is drawn is decided.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..flow import euler_step
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
@@ -70,10 +85,10 @@ class Batch:
 
 
 class Batches:
-    """The batches of one training.
+    """The batches of one training, and the one place where they are divided among processes.
 
-    Sampling calls both guidance branches, so both are trained: guidance multiplies the error of
-    either.
+    All processes draw a batch whole, each keeps its rows. Sampling calls both guidance branches, so
+    both are trained: guidance multiplies the error of either.
     """
 
     def __init__(
@@ -189,3 +204,53 @@ def level_density(sigmas: Tensor, levels: str) -> Tensor:
         return torch.full((len(sigmas) - 1,), 1 / (len(sigmas) - 1))
     weights = (sigmas[:-1] - sigmas[1:]) * fitted_gain(sigmas[:-1]).sqrt()
     return weights / weights.sum()
+
+
+BatchVelocityFn = Callable[[Tensor, Tensor, Batch], Tensor]
+"""`(latents [B, C, F, H, W], sigma [B], batch) -> velocity`; the batch's rows have the prompts."""
+
+
+def adm_loss(
+    batch: Batch,
+    sigmas: Tensor,
+    *,
+    student: BatchVelocityFn,
+    student_guided: BatchVelocityFn,
+    teacher: BatchVelocityFn,
+) -> Tensor:
+    """Return the weighted mean squared error of the student's velocity, a scalar.
+
+    sigmas: the sampling grid [steps + 1].
+    student, teacher: in each row's own guidance branch; student_guided: both branches combined, as
+        the sampler calls the student.
+
+    Rows that are not stored move first, by one guided step of the student, as in sampling; no
+    gradient flows through the move or the teacher.
+    """
+    sigmas = sigmas.to(batch.latents.device)
+    latents, target = batch.latents, batch.velocity
+    if batch.any_moves:
+        latents, target = _move(batch, sigmas, student_guided, teacher)
+    error = student(latents, sigmas[batch.step_to], batch) - target
+    return (batch.weight * error.float().square().flatten(1).mean(dim=1)).mean()
+
+
+@torch.no_grad()
+def _move(
+    batch: Batch, sigmas: Tensor, student_guided: BatchVelocityFn, teacher: BatchVelocityFn
+) -> tuple[Tensor, Tensor]:
+    """Return all rows' states after the moves, and the teacher's velocities there."""
+    # Stored rows come first. All processes must call a sharded model: one of which no row moves
+    # calls it with a row whose result it drops.
+    num_stored = int(batch.is_stored.sum())
+    first = min(num_stored, len(batch.is_stored) - 1)
+    moving = batch.take(slice(first, None))
+    start, end = sigmas[moving.step], sigmas[moving.step_to]
+    jump = student_guided(moving.latents, start, moving)
+    latents = euler_step(moving.latents, jump, start, end)
+    velocity = teacher(latents, end, moving)
+    moved = slice(num_stored - first, None)
+    return (
+        torch.cat([batch.latents[:num_stored], latents[moved]]),
+        torch.cat([batch.velocity[:num_stored], velocity[moved]]),
+    )

@@ -1,1 +1,0 @@
-"""Which layers become linear: learned scores, a rule, or measured sensitivity."""
