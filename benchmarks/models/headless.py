@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from linvideo_core.flow import make_sigmas, sample_euler
+from linvideo_core.flow import TIMESTEP_SCALE, bind_guided, make_sigmas, sample_euler
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import (
     AttentionSite,
@@ -18,7 +18,6 @@ from linvideo_core.models.attention_sites import (
     shapes_of,
 )
 from linvideo_core.models.families import identify
-from linvideo_core.models.velocity import TIMESTEP_SCALE, bind_guided
 
 from ..kernels.baselines import Contender, find_public, make_contenders
 from .random_models import count_bytes, draw_inputs, make_random_maps, make_random_wan

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact
-from ..flow import VelocityFn, add_noise, make_sigmas, velocity_to_x0
+from ..flow import VelocityFn, add_noise, bind, bind_guided, make_sigmas, velocity_to_x0
 from ..models import lora
 from ..models.attention_sites import checkpoint_activations
-from ..models.velocity import bind, bind_guided
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..teacher.teacher import Teacher

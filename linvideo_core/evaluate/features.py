@@ -7,12 +7,11 @@ A diffusion model's activations at low noise tell content as a trained classifie
 import torch
 from torch import Tensor, nn
 
-from ..flow import add_noise
+from ..flow import add_noise, bind
 from ..models.attention import LinearAttention, MixedAttention
 from ..models.attention_sites import attention_at, shapes_of
 from ..models.experts import expert_at
 from ..models.families import identify
-from ..models.velocity import bind
 
 # Enough noise for the model to be at home, little enough for it to see what is there.
 SIGMA = 0.25

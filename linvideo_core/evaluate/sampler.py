@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ..demo.classifier import Judge, load_judge
 from ..demo.prompts import parse_prompt
-from ..flow import Recipe, VelocityFn, make_sigmas
+from ..flow import Recipe, VelocityFn, bind_guided, make_sigmas
 from ..models.attention import LinearAttention
 from ..models.attention_sites import attention_at, shapes_of
 from ..models.experts import parts_of
 from ..models.families import identify
-from ..models.velocity import bind_guided
 from ..run.callbacks import Callbacks
 from ..teacher.teacher import Teacher
 from . import metrics

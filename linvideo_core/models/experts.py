@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .velocity import TIMESTEP_SCALE
+from ..flow import TIMESTEP_SCALE
 
 HIGH, LOW = SIDES = ("high_noise", "low_noise")
 

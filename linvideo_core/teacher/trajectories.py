@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artifact import Usage
-from ..flow import make_sigmas, sample_euler
-from ..models.velocity import bind_guided
+from ..flow import bind_guided, make_sigmas, sample_euler
 from ..run.context import Run
 from ..run.files import check_space, write_tensors
 from ..run.memory import show_gb

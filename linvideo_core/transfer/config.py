@@ -222,3 +222,13 @@ def check_frozen_weights(
         raise SettingError(
             f"{given} and {{compile}} given; they do not work together: leave one out", *fields
         )
+
+
+def check_offload_alone(frozen_weights: FrozenConfig, num_processes: int) -> None:
+    """Raise SettingError where several processes would offload blocks."""
+    if frozen_weights.offload_blocks and num_processes > 1:
+        raise SettingError(
+            f"{{offload_blocks}} {frozen_weights.offload_blocks} was given to {num_processes} "
+            "processes, which hold a part of each block already: leave it out",
+            "offload_blocks",
+        )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..models.velocity import bind_guided
+from ..flow import bind_guided
 from ..run.context import Run
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from .. import artifact
 from ..artifact import Artifact
-from ..flow import make_sigmas
+from ..flow import TIMESTEP_SCALE, make_sigmas
 from ..models.experts import HIGH, LOW, SIDES, Experts, is_high_noise
 from ..models.quantized import count_frozen_bytes
-from ..models.velocity import TIMESTEP_SCALE
 from ..run.config import override
 from ..run.context import Run
 from ..run.errors import SettingError

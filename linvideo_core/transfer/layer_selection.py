@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluate.metrics import velocity_error
+from ..flow import bind
 from ..models.attention import MixedAttention
-from ..models.velocity import bind
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..run.files import write_json

@@ -10,7 +10,6 @@ from ..models.config import FROZEN, FrozenConfig
 from ..models.families import identify
 from ..models.quantized import count_frozen_bytes
 from ..models.wan import WanConfig
-from ..run.errors import SettingError
 from ..run.memory import (
     FP32,
     Need,
@@ -24,7 +23,7 @@ from ..run.memory import (
 from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import TeacherCheckpoint
 from ..training.config import TrainingConfig
-from .config import EvaluationConfig, TransferConfig
+from .config import EvaluationConfig, TransferConfig, check_offload_alone
 from .layer_selection import check_layers
 
 
@@ -191,12 +190,7 @@ def check_footprint(
     Raises ValueError, in one sentence, when it does not fit.
     """
     frozen_weights = teacher.frozen_weights
-    if frozen_weights.offload_blocks and num_processes > 1:
-        raise SettingError(
-            f"{{offload_blocks}} {frozen_weights.offload_blocks} was given to {num_processes} "
-            "processes, which hold a part of each block already: leave it out",
-            "offload_blocks",
-        )
+    check_offload_alone(frozen_weights, num_processes)
     advice = "choose a smaller model or a machine with more memory"
     may_round = not all_trained and not teacher.is_demo
     if may_round and frozen_weights.frozen != FROZEN[-1]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flow import bind, bind_guided
 from ..models import lora
 from ..models.attention import LinearAttention, MixedAttention
 from ..models.attention_sites import (
@@ -39,7 +40,6 @@ from ..models.attention_sites import (
     trainable_weights,
 )
 from ..models.families import identify
-from ..models.velocity import bind, bind_guided
 from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flow import autocast, bind
 from ..models.attention import MixedAttention
 from ..models.lora import switched
-from ..models.velocity import autocast, bind
 from ..run.context import Run
 from ..run.process_group import ProcessGroup
 from ..teacher.teacher import Teacher

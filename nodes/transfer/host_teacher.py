@@ -14,10 +14,10 @@ import torch
 from comfy.model_management import module_size
 
 from ...linvideo_core.demo.codec import decode_latents
+from ...linvideo_core.flow import TIMESTEP_SCALE
 from ...linvideo_core.models import attention_sites
 from ...linvideo_core.models.base_weights import digested_weights, keep_base_weights
 from ...linvideo_core.models.families import identify
-from ...linvideo_core.models.velocity import TIMESTEP_SCALE
 from ...linvideo_core.run.memory import (
     FP32,
     Need,

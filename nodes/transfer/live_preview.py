@@ -15,8 +15,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
-from ...linvideo_core.flow import make_sigmas, sample_euler
-from ...linvideo_core.models.velocity import TIMESTEP_SCALE, bind_guided
+from ...linvideo_core.flow import TIMESTEP_SCALE, bind_guided, make_sigmas, sample_euler
 from ...linvideo_core.run.callbacks import Callbacks, Stage
 from ...linvideo_core.run.folder import read_metrics
 from ...linvideo_core.teacher.teacher import Teacher

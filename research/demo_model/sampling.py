@@ -15,7 +15,7 @@ from linvideo_core.demo.classifier import Judge
 from linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
 from linvideo_core.demo.prompts import all_prompts, encode_prompts, parse_prompt
 from linvideo_core.evaluate.metrics import accuracy, feature_statistics, frechet_distance
-from linvideo_core.models.velocity import bind_guided
+from linvideo_core.flow import bind_guided
 from linvideo_core.models.wan import WanModel
 
 

@@ -20,8 +20,8 @@ from benchmarks.models.training_steps import (
     count_step_flops,
     run,
 )
+from linvideo_core.flow import bind
 from linvideo_core.models.config import FrozenConfig
-from linvideo_core.models.velocity import bind
 from linvideo_core.transfer.config import StudentConfig
 from linvideo_core.transfer.student import Student
 

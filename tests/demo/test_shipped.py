@@ -11,8 +11,7 @@ from linvideo_core.demo.classifier import load_judge
 from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
 from linvideo_core.evaluate.entrants import load_distilled
 from linvideo_core.evaluate.sampler import draw_noise, draw_prompts, read_labels
-from linvideo_core.flow import sample_few_step
-from linvideo_core.models.velocity import bind
+from linvideo_core.flow import bind, sample_few_step
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
 from research.demo_model.sampling import measure_clips

@@ -18,8 +18,7 @@ from linvideo_core.distill.pipeline import TrainingMonitor
 from linvideo_core.distill.task import DistillationTask, make_student, start_from
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
 from linvideo_core.evaluate.entrants import load_linearized
-from linvideo_core.flow import add_noise, make_sigmas, sample_few_step
-from linvideo_core.models.velocity import bind
+from linvideo_core.flow import add_noise, bind, make_sigmas, sample_few_step
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig

@@ -7,10 +7,9 @@ from torch import Tensor
 from linvideo_core.evaluate.compare import swap
 from linvideo_core.evaluate.features import SIGMA, teacher_features
 from linvideo_core.evaluate.metrics import frechet_distance_of
-from linvideo_core.flow import add_noise
+from linvideo_core.flow import TIMESTEP_SCALE, add_noise
 from linvideo_core.models.attention_sites import attention_at, shapes_of
 from linvideo_core.models.families import identify
-from linvideo_core.models.velocity import TIMESTEP_SCALE
 from linvideo_core.teacher.teacher import Teacher
 
 

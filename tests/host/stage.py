@@ -26,7 +26,7 @@ import torch
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
-from linvideo_pack.linvideo_core.models.velocity import VelocityFn, bind_guided
+from linvideo_pack.linvideo_core.flow import VelocityFn, bind_guided
 from linvideo_pack.linvideo_core.teacher.config import TeacherConfig
 from linvideo_pack.linvideo_core.teacher.teacher import load_teacher
 from linvideo_pack.nodes import demo as demo_nodes

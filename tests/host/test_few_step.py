@@ -19,8 +19,7 @@ from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.linvideo_core.evaluate.lora_file import load_lora, with_lora
-from linvideo_pack.linvideo_core.flow import sample_few_step
-from linvideo_pack.linvideo_core.models.velocity import bind_guided
+from linvideo_pack.linvideo_core.flow import bind_guided, sample_few_step
 from linvideo_pack.nodes import model_folder
 from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
 from linvideo_pack.nodes.patching.apply import linearize

@@ -24,8 +24,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact.summary import describe_size
-from linvideo_pack.linvideo_core.flow import make_sigmas, sample_euler
-from linvideo_pack.linvideo_core.models.velocity import bind_guided
+from linvideo_pack.linvideo_core.flow import bind_guided, make_sigmas, sample_euler
 from linvideo_pack.linvideo_core.teacher.teacher import Teacher
 from linvideo_pack.linvideo_core.transfer.config import StudentConfig
 from linvideo_pack.linvideo_core.transfer.student import Student

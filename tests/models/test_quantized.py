@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linvideo_core import artifact
+from linvideo_core.flow import bind
 from linvideo_core.models.attention_sites import shapes_of
 from linvideo_core.models.base_weights import weights_digest
 from linvideo_core.models.checkpoint import load_wan, open_wan
 from linvideo_core.models.config import FROZEN
 from linvideo_core.models.families import identify
 from linvideo_core.models.quantized import Float8Linear, count_frozen_bytes
-from linvideo_core.models.velocity import bind
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
 from linvideo_core.teacher.config import TeacherConfig

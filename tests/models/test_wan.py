@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from linvideo_core.flow import bind, bind_guided
 from linvideo_core.kernels.reference import rotate
 from linvideo_core.models.checkpoint import infer_config, load_wan
-from linvideo_core.models.velocity import bind, bind_guided
 from linvideo_core.models.wan import WanConfig, WanModel, rotary_embedding, timestep_embedding
 
 PUBLISHED = {

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from benchmarks.models.sizes import SIZES
 from linvideo_core.distill import command as distill
+from linvideo_core.flow import bind
 from linvideo_core.models.attention_sites import checkpoint_activations, shapes_of
 from linvideo_core.models.config import FROZEN, FrozenConfig
 from linvideo_core.models.quantized import count_frozen_bytes, place
-from linvideo_core.models.velocity import bind
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run import memory
 from linvideo_core.run.config import override

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from linvideo_core.flow import bind
 from linvideo_core.models.attention_sites import checkpoint_activations
 from linvideo_core.models.config import FROZEN
 from linvideo_core.models.quantized import place
-from linvideo_core.models.velocity import bind
 from linvideo_core.run.context import Run
 from linvideo_core.run.memory import Transformer, training_needs
 from linvideo_core.teacher.config import TrajectoryConfig

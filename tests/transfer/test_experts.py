@@ -11,9 +11,8 @@ from torch import Tensor
 
 from linvideo_core import artifact
 from linvideo_core.evaluate.compare import read_evaluation
-from linvideo_core.flow import make_sigmas, sample_euler
+from linvideo_core.flow import TIMESTEP_SCALE, bind, bind_guided, make_sigmas, sample_euler
 from linvideo_core.models.experts import HIGH, LOW, SIDES, Experts
-from linvideo_core.models.velocity import TIMESTEP_SCALE, bind, bind_guided
 from linvideo_core.run.config import override
 from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig

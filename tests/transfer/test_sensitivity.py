@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from linvideo_core import artifact
-from linvideo_core.models.velocity import bind
+from linvideo_core.flow import bind
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.context import Run
 from linvideo_core.teacher.config import TrajectoryConfig
