@@ -46,10 +46,11 @@ def make_student(
             "{train} lora was given for a file that changes whole weights; use {train} full",
             "train",
         )
+    head_dim = next(iter(artifact.linear.values()))["query_map"].shape[1]
     settings = StudentConfig(
         parameters=config.parameters,
         lora_rank=max(config.lora_rank, header.lora_rank),
-        feature_ratio=header.feature_dim // _head_dim(artifact),
+        feature_ratio=header.feature_dim // head_dim,
         form=header.form,
     )
     student = Student(teacher, settings, seed=seed)
@@ -78,10 +79,6 @@ def start_from(student: Student, artifact: Artifact) -> None:
         else:
             layer.lora.down[: len(down)] = down
             layer.lora.up[:, : len(down)] = up
-
-
-def _head_dim(artifact: Artifact) -> int:
-    return next(iter(artifact.linear.values()))["query_map"].shape[1]
 
 
 class DistillationTask:

@@ -72,11 +72,7 @@ def end_of(trajectories: Trajectories, picks: Tensor, device: torch.device | str
     """
     per_video = trajectories.states_per_trajectory
     last = picks // per_video * per_video + per_video - 1
-    return guided_x0(trajectories, trajectories.take(last, device))
-
-
-def guided_x0(trajectories: Trajectories, states: States) -> Tensor:
-    """Return the teacher's guided clean estimate [B, C, F, H, W] at stored states."""
+    states = trajectories.take(last, device)
     velocity = guide(states.conditional, states.unconditional, trajectories.guidance_scale)
     sigma = trajectories.sigmas.to(states.latents.device)[states.step]
     return velocity_to_x0(states.latents, velocity, sigma)

@@ -9,7 +9,6 @@ low-noise expert's grid begins at its own first level, and its jumps, which go d
 """
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -31,8 +30,6 @@ from .pipeline import linearize
 from .preflight import Footprint, check_transfer
 from .student import Student
 
-logger = logging.getLogger(__name__)
-
 EXPERT_NAMES = {side: f"linearized_{side}.safetensors" for side in SIDES}
 
 
@@ -47,8 +44,9 @@ class OwnStates(Trajectories):
         self._whole = whole
         own = own_steps(whole.sigmas, side, boundary)
         self._picks = own[whole.steps()].nonzero().squeeze(1)
-        self._first = int(own.nonzero()[0])
-        self.sigmas = own_sigmas(whole.sigmas, side, boundary)
+        steps = own.nonzero()
+        self._first = int(steps[0])
+        self.sigmas = whole.sigmas[self._first : int(steps[-1]) + 2]
         self.guidance_scale = whole.guidance_scale
         share = len(self._picks) / len(whole)
         self.states_per_trajectory = max(1, round(share * whole.states_per_trajectory))
@@ -71,12 +69,6 @@ def own_steps(sigmas: Tensor, side: str, boundary: float) -> Tensor:
     """Return [steps] bool: at which of a grid's steps [steps + 1] an expert works."""
     is_high = is_high_noise(TIMESTEP_SCALE * sigmas[:-1], boundary)
     return is_high if side == HIGH else ~is_high
-
-
-def own_sigmas(sigmas: Tensor, side: str, boundary: float) -> Tensor:
-    """Return an expert's part of a grid [steps + 1]: its levels, and where its last step leads."""
-    own = own_steps(sigmas, side, boundary).nonzero().squeeze(1)
-    return sigmas[int(own[0]) : int(own[-1]) + 2]
 
 
 def check_experts(

@@ -8,11 +8,10 @@ videos, which are spread over all noise levels, and over both guidance branches.
 teacher's velocities v are stored in fp16, which adds about 1e-3.
 """
 
-import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,8 @@ def rank_layers(
     batches = run.processes.share(picks).split(batch_size // run.processes.size)
     errors = {layer: error for layer, error in _read(path, measured).items() if layer in mixed}
     one, others = ("linear", "softmax")[:: 1 if config.sensitivity == "replace-one" else -1]
-    with _modes_kept(mixed):
+    modes = {module: module.mode for module in mixed.values()}
+    try:
         run.begin_stage("ranking_layers", len(mixed), len(errors))
         for layer in [layer for layer in mixed if layer not in errors]:
             for other, module in mixed.items():
@@ -123,6 +123,9 @@ def rank_layers(
                 ranking = rank(errors, config) if len(errors) == len(mixed) else None
                 write_json(path, {**measured, "ranking": ranking, "errors": errors})
             run.callbacks.on_step_end(len(errors))
+    finally:
+        for module, mode in modes.items():
+            module.mode = mode
     return rank(errors, config)
 
 
@@ -164,16 +167,6 @@ def mean_velocity_error(
             errors.append(velocity_error(velocity, reference)[0].double())
     found = torch.cat(errors)
     return run.processes.mean(found.mean(), weight=len(found)).item()
-
-
-@contextlib.contextmanager
-def _modes_kept(mixed: Mapping[int, MixedAttention]) -> Iterator[None]:
-    modes = [module.mode for module in mixed.values()]
-    try:
-        yield
-    finally:
-        for module, mode in zip(mixed.values(), modes, strict=True):
-            module.mode = mode
 
 
 def _read(path: Path, measured: Mapping[str, Any]) -> dict[int, float]:

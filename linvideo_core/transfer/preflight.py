@@ -107,6 +107,11 @@ class Plan:
 
     def needs(self, frozen_weights: FrozenConfig, is_checkpointed: bool) -> list[Need]:
         """Return what must be on the device at once, the weights held as `frozen_weights` says."""
+        weight_bytes = count_frozen_bytes(self.shapes, frozen_weights.frozen)
+        if frozen_weights.offload_blocks > 2:
+            # Of offloaded blocks, two are there.
+            block = count_frozen_bytes(self.shapes, frozen_weights.frozen, "blocks.0.")
+            weight_bytes -= block * (frozen_weights.offload_blocks - 2)
         return training_needs(
             Transformer(
                 dim=self.config.dim,
@@ -115,7 +120,7 @@ class Plan:
                 num_tokens=self.num_tokens,
                 stream_bytes=FP32 if frozen_weights.frozen == "fp32" else 2,
             ),
-            weight_bytes=count_device_bytes(self.shapes, frozen_weights),
+            weight_bytes=weight_bytes,
             num_trained=self.num_trained,
             num_graphs=self.num_graphs,
             batch_size=self.batch_size,
@@ -160,15 +165,6 @@ def _on_host(shapes: Shapes, frozen_weights: FrozenConfig, device: str) -> Need:
     if waiting > reading:
         return Need("the offloaded blocks, page-locked", waiting, "lower {offload_blocks}")
     return Need("the model while it is read", reading)
-
-
-def count_device_bytes(shapes: Shapes, frozen_weights: FrozenConfig) -> int:
-    """Return the bytes of frozen weights on the device: of offloaded blocks, those of two."""
-    total = count_frozen_bytes(shapes, frozen_weights.frozen)
-    if frozen_weights.offload_blocks:
-        block = count_frozen_bytes(shapes, frozen_weights.frozen, "blocks.0.")
-        total -= block * max(0, frozen_weights.offload_blocks - 2)
-    return total
 
 
 def check_footprint(

@@ -41,11 +41,6 @@ _REAL_LENGTHS = {
 }
 
 
-def choose_target(num_layers: int) -> int:
-    """Return how many of a model's layers become linear: a little more than half, as published."""
-    return max(1, min(num_layers, round(_LINEAR_SHARE * num_layers)))
-
-
 def settings_for(quality: str, *, is_embedded: bool, num_layers: int) -> dict[str, Any]:
     """Return the settings of a transfer by the names of `TransferConfig`'s fields.
 
@@ -56,7 +51,7 @@ def settings_for(quality: str, *, is_embedded: bool, num_layers: int) -> dict[st
     if quality not in QUALITIES:
         raise ValueError(f"quality {quality!r} given; one of {', '.join(QUALITIES)} is needed")
     usual, lengths = (_EMBEDDED, _EMBEDDED_LENGTHS) if is_embedded else (_REAL, _REAL_LENGTHS)
-    return {**usual, **lengths[quality], "target": choose_target(num_layers)}
+    return {**usual, **lengths[quality], "target": max(1, round(_LINEAR_SHARE * num_layers))}
 
 
 def settings_by_steps(steps: int) -> dict[str, Any]:

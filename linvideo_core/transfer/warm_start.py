@@ -7,7 +7,7 @@ takes its gradient as soon as it was called, so only one layer's activations are
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from ..flow import autocast, bind
 from ..models.attention import MixedAttention
 from ..models.lora import switched
 from ..run.context import Run
-from ..run.process_group import ProcessGroup
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
@@ -70,12 +69,15 @@ class WarmStart:
 
         sigmas = self.batches.trajectories.sigmas.to(batch.latents.device)
         velocity_fn = bind(self.model, batch.branch_embeds, precision=self.run.precision)
-        off = switched(dict.fromkeys(self.mixed.values(), False))
-        with off, _hooked(self.mixed, learn), torch.no_grad():
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            stack.enter_context(switched(dict.fromkeys(self.mixed.values(), False)))
+            for module in self.mixed.values():
+                stack.callback(module.register_forward_hook(learn).remove)
             velocity_fn(batch.latents, sigmas[batch.step])
         layer_errors = torch.stack([torch.stack(each).mean() for each in errors.values()])
-        loss = _Differentiated.apply(layer_errors.mean(), [*gradients.values()], *gradients)
-        return loss, {"layer_errors": layer_errors}
+        # Zeros whose gradients are those that were taken.
+        taken = [((p - p.detach()) * gradient).sum() for p, gradient in gradients.items()]
+        return layer_errors.mean() + sum(taken), {"layer_errors": layer_errors}
 
     def _differentiate(
         self, module: MixedAttention, args: tuple[Tensor, ...], output: Tensor
@@ -84,9 +86,12 @@ class WarmStart:
 
         args: query, key and value of its softmax attention, which returned `output`.
         """
+        target = output.detach().float()
+        # Of the whole batch, on all processes.
+        size = self.run.processes.mean(target.square().mean())
         with torch.enable_grad():
             linear = module.linear(*(x.detach() for x in args))
-            error = _relative_error(linear, output.detach(), self.run.processes)
+            error = (linear.float() - target).square().mean() / size
             share = error / len(self.mixed)
         del linear
         with autocast(output.device, "fp32"):
@@ -101,37 +106,6 @@ class WarmStart:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Nothing to take back."""
-
-
-def _relative_error(linear: Tensor, softmax: Tensor, processes: ProcessGroup) -> Tensor:
-    """Return `|linear - softmax|^2 / |softmax|^2`; the denominator is the whole batch's."""
-    target = softmax.float()
-    size = processes.mean(target.square().mean())
-    return (linear.float() - target).square().mean() / size
-
-
-class _Differentiated(torch.autograd.Function):
-    """A loss whose gradients were taken before: its backward pass hands them out."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *_: nn.Parameter) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
-
-
-@contextlib.contextmanager
-def _hooked(mixed: Mapping[int, MixedAttention], hook: Any) -> Iterator[None]:
-    """Call a forward hook right after every call of every layer."""
-    handles = [module.register_forward_hook(hook) for module in mixed.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def fit_feature_maps(
