@@ -291,19 +291,3 @@ def test_states_are_numbered_video_by_video_and_what_is_taken_belongs_together(
         assert torch.equal(getattr(taken, name), stored[name].flatten(0, 1)[picks].float())
     assert torch.equal(taken.step, stored["step"].flatten()[picks])
     assert torch.equal(taken.prompt, stored["prompt"][picks // 2])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_trajectories": 0},
-        {"sampler_steps": 0},
-        {"shard_size": -1},
-        {"shift": 0.0},
-        {"states_per_trajectory": 51},
-    ],
-)
-def test_impossible_settings_are_refused_by_flag(options: dict[str, float]) -> None:
-    flag = "--" + next(iter(options)).replace("_", "-")
-    with pytest.raises(ValueError, match=flag):
-        TrajectoryConfig(**options)

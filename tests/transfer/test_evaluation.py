@@ -87,16 +87,6 @@ def test_the_comparison_can_be_left_out(
     assert "samples.png" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("count", ["1", "-2"])
-def test_a_number_of_samples_that_cannot_be_measured_is_refused(
-    count: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        transfer.main(["--evaluate-samples", count])
-    assert ended.value.code == 2
-    assert f"--evaluate-samples {count} given" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_an_interrupted_run_says_how_to_continue(flags: list[str], tmp_path: Path) -> None:
     # A shell ignores SIGINT for what it starts in the background, and children inherit that.
