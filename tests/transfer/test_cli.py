@@ -1,7 +1,11 @@
-"""The command as a user runs it: killed and repeated, asked for a plan, given bad arguments."""
+"""The command as a user runs it: killed and repeated, asked for a plan, given bad arguments.
+
+It compares what it saved with the teacher, and never does a thing twice.
+"""
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,9 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import parse, to_json
 from linvideo_core.run.memory import free_bytes
 from linvideo_core.teacher.config import TeacherConfig
@@ -24,48 +27,38 @@ from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.transfer import cli
 from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import TransferConfig
-from tests.conftest import Recorder, save_inputs, small_transfer
+from tests.conftest import (
+    TEXT_DIM,
+    Recorder,
+    make_teacher,
+    make_wan,
+    save_inputs,
+    small_transfer,
+)
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "linvideo_core.transfer"]
-TEXT_DIM = 64
 NUM_LAYERS = 3
 TIMEOUT_SECONDS = 120
-
-
-def write_prompts(path: Path, *, width: int = TEXT_DIM) -> None:
-    generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(4, 5, width, generator=generator)
-    save_file({"prompt_embeds": embeds[:3], "negative_embeds": embeds[3].clone()}, path)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Wan, prompt embeddings, and files that are neither."""
     folder = tmp_path_factory.mktemp("files")
-    torch.manual_seed(0)
-    config = WanConfig(
-        dim=128,
-        num_heads=1,
-        num_layers=NUM_LAYERS,
-        ffn_dim=64,
-        text_dim=TEXT_DIM,
-        freq_dim=32,
-        in_channels=4,
-        out_channels=4,
-    )
-    model = WanModel(config)
-    model.init_weights()
-    nn.init.normal_(model.head.head.weight, std=0.1)
-    save_file(model.state_dict(), folder / "wan.safetensors")
-    wide = WanModel(dataclasses.replace(config, in_channels=48, out_channels=48))
-    save_file(wide.state_dict(), folder / "wan_5b.safetensors")
-    write_prompts(folder / "prompts.safetensors")
-    write_prompts(folder / "wide.safetensors", width=TEXT_DIM + 1)
-    save_file({"prompt_embeds": torch.zeros(3, 5, TEXT_DIM)}, folder / "half.safetensors")
-    rounded = {n: t.to(torch.float8_e4m3fn) for n, t in model.state_dict().items()}
-    save_file(rounded, folder / "fp8.safetensors")
-    save_file(model.state_dict(), folder / "wan-00001-of-00003.safetensors")
+    model = make_wan(num_layers=NUM_LAYERS)
+    save_inputs(make_teacher(model), folder)
+    weights = model.state_dict()
+    wide = WanModel(dataclasses.replace(model.config, in_channels=48, out_channels=48))
+    embeds = torch.zeros(3, 5, TEXT_DIM + 1)
+    for name, tensors in {
+        "wan_5b": wide.state_dict(),
+        "wan-00001-of-00003": weights,
+        "fp8": {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()},
+        "wide": {"prompt_embeds": embeds, "negative_embeds": embeds[0].clone()},
+        "half": {"prompt_embeds": torch.zeros(3, 5, TEXT_DIM)},
+    }.items():
+        save_file(tensors, folder / f"{name}.safetensors")
     (folder / "empty.txt").write_text("\n \n")
     (folder / "words.txt").write_text("a dog runs\n")
     (folder / "text.safetensors").write_text("a letter, not a model\n" * 20)
@@ -78,7 +71,7 @@ def arguments(files: Path, **changes: object) -> list[str]:
     Nothing is left to "auto", whose decision would be logged.
     """
     flags = {
-        "model": files / "wan.safetensors",
+        "model": files / "model.safetensors",
         "prompts": files / "prompts.safetensors",
         "out": "new",
         "num_frames": 5,
@@ -125,15 +118,19 @@ def finish(argv: list[str]) -> None:
     assert process.returncode == 0, errors
 
 
+def wait_until(is_time: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not is_time():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.002)
+
+
 def kill_when(argv: list[str], is_time: Callable[[], bool]) -> None:
     """Start the command and end it without warning once the run folder shows the moment."""
     process = start(argv)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
-        while not is_time():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, "the moment never came"
-            time.sleep(0.002)
+        wait_until(is_time, process)
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -246,7 +243,7 @@ BAD: dict[str, tuple[dict[str, object], list[str], str]] = {
     "missing prompts": ({"prompts": "none.safetensors"}, [], "none.safetensors does not exist"),
     "prompts that are none": ({"prompts": "text.safetensors"}, [], "text.safetensors"),
     "half the prompts": ({"prompts": "half.safetensors"}, [], "negative_embeds"),
-    "embeddings of another width": ({"prompts": "wide.safetensors"}, [], "width 65"),
+    "embeddings of another width": ({"prompts": "wide.safetensors"}, [], f"width {TEXT_DIM + 1}"),
     "an empty prompt file": ({"prompts": "empty.txt"}, [], "holds no prompts; write one a line"),
     "prompts without an encoder": ({"prompts": "words.txt"}, [], "give --text-encoder the UMT5"),
     "embeddings and an encoder": ({"text_encoder": "umt5"}, [], "holds embeddings already"),
@@ -353,7 +350,7 @@ def test_a_bad_argument_ends_in_one_sentence_and_exit_code_two(name: str, answer
 
 def test_a_latent_of_a_5b_spans_twice_as_many_pixels(files: Path) -> None:
     size = {"num_frames": 5, "height": 64, "width": 96}
-    for name, latent_shape in (("wan", (4, 2, 8, 12)), ("wan_5b", (48, 2, 4, 6))):
+    for name, latent_shape in (("model", (4, 2, 8, 12)), ("wan_5b", (48, 2, 4, 6))):
         paths = {"model": files / f"{name}.safetensors", "prompts": files / "prompts.safetensors"}
         assert open_teacher(TeacherConfig(**paths, **size)).latent_shape == latent_shape
 
@@ -375,3 +372,92 @@ def test_a_dry_run_prints_the_config_and_touches_nothing(name: str, answers: Pat
         preset["batch_size"],
     )
     assert list((answers / "empty").iterdir()) == []
+
+
+SHORT = {
+    "num_trajectories": 4,
+    "states_per_trajectory": 2,
+    "sampler_steps": 4,
+    "shard_size": 2,
+    "warm_start_steps": 2,
+    "steps": 6,
+    "target": 1,
+}
+EVIDENCE = {
+    "layer_scores.png",
+    "losses.png",
+    "samples.png",
+    "samples.gif",
+    "velocity_error.png",
+    "evaluation.json",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run folder of a finished transfer."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    cli.main(arguments(files, **SHORT, evaluate_samples=3, out=out))
+    return out
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_run_ends_with_its_evidence(finished: Path) -> None:
+    assert {"linearized.safetensors", "config.json", *EVIDENCE} == times(finished).keys()
+    result = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["settings"]["num_samples"] == 3 and result["settings"]["steps"] == 4
+    rows = [(row["model"], row["linear_layers"], row["layers"]) for row in result["rows"]]
+    assert rows == [("teacher", 0, 3), ("swapped", 1, 3), ("student", 1, 3)]
+
+
+def test_a_finished_run_repeated_does_nothing_and_says_so(
+    finished: Path,
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = times(finished)
+    with caplog.at_level(logging.INFO):
+        cli.main(arguments(files, **SHORT, evaluate_samples=3, out=finished))
+    assert times(finished) == before
+    assert "is finished" in caplog.text
+    shown = capsys.readouterr().out
+    assert "1 of 3 layers are linear" in shown and "student" in shown
+    assert all(name in shown for name in {"linearized.safetensors", *EVIDENCE})
+
+
+def test_more_samples_repeat_the_comparison_alone(finished: Path, files: Path) -> None:
+    before = times(finished)
+    cli.main(arguments(files, **SHORT, evaluate_samples=4, out=finished))
+    after = times(finished)
+    assert after["linearized.safetensors"] == before["linearized.safetensors"]
+    assert after["evaluation.json"] != before["evaluation.json"]
+
+
+def test_the_comparison_can_be_left_out(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    cli.main(arguments(files, **SHORT, evaluate_samples=0, out=out))
+    pictures = {"layer_scores.png", "losses.png"}
+    assert times(out).keys() == {"linearized.safetensors", "config.json", *pictures}
+    assert "samples.png" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_an_interrupted_run_says_how_to_continue(files: Path, tmp_path: Path) -> None:
+    # A shell ignores SIGINT for what it starts in the background, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = tmp_path / "out"
+    endless = {**SHORT, "steps": 10**6, "checkpoint_every": 2, "out": out}
+    process = start(arguments(files, **endless))
+    wait_until((out / "training" / "checkpoint.safetensors").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = errors.splitlines()[-1]
+    assert last == "interrupted; the same command continues from the last checkpoint"
+    assert "Traceback" not in errors

@@ -22,7 +22,7 @@ from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import ObjectiveConfig, TransferConfig
 from linvideo_core.transfer.experts import EXPERT_NAMES, OwnStates, linearize_experts
 from linvideo_core.transfer.objective import Batch, Batches, adm_loss
-from tests.conftest import TEXT_DIM, Recorder, make_wan
+from tests.conftest import TEXT_DIM, Recorder, make_wan, small_transfer
 
 BOUNDARY = 0.8
 SETTINGS = TrajectoryConfig(
@@ -120,24 +120,20 @@ def test_nothing_is_compared_beyond_the_boundary(side: str, pair: Teacher, tmp_p
     assert set(sigma.tolist()) <= set(own)
 
 
-def config_of(out: Path, **changes: Any) -> TransferConfig:
+def config_of(folder: Path, **changes: Any) -> TransferConfig:
+    """Return a transfer of seconds of two experts in files of a folder, into its folder `run`."""
     values = {
+        "low_noise_model": folder / "low.safetensors",
         "num_trajectories": 4,
         "states_per_trajectory": 4,
         "sampler_steps": 12,
         "shard_size": 2,
         "boundary": BOUNDARY,
         "target": 2,
-        "warm_start_steps": 2,
         "steps": 5,
-        "batch_size": 2,
-        "lora_rank": 2,
-        "device": "cpu",
-        "precision": "fp32",
-        "out": out,
         **changes,
     }
-    return override(TransferConfig(), values)
+    return small_transfer(folder / "high.safetensors", **values)
 
 
 def test_each_student_meets_its_own_noise_levels_only_and_its_file_says_which(
@@ -150,7 +146,7 @@ def test_each_student_meets_its_own_noise_levels_only_and_its_file_says_which(
         getattr(pair.model, side).register_forward_pre_hook(hook)
     names = {side: f"my_{side}" for side in SIDES}
     before = {n: p.clone() for n, p in pair.model.state_dict().items()}
-    config = config_of(tmp_path / "run")
+    config = config_of(tmp_path)
     told = Recorder()
     linearize_experts(pair, names, config, Run(folder=config.out, callbacks=told))
     per_expert = ["warm_start", "training"]
@@ -177,28 +173,14 @@ def test_each_student_meets_its_own_noise_levels_only_and_its_file_says_which(
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> dict[str, Any]:
-    """Flags of a transfer of both experts from files."""
+def files(tmp_path: Path) -> None:
+    """Both experts, in files of the temporary folder."""
     for name, seed in (("high", 1), ("low", 2)):
         save_file(make_wan(seed=seed).state_dict(), tmp_path / f"{name}.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(4, 5, TEXT_DIM, generator=generator)
-    tensors = {"prompt_embeds": embeds[:3].clone(), "negative_embeds": embeds[3].clone()}
-    save_file(tensors, tmp_path / "prompts.safetensors")
-    return {
-        "model": tmp_path / "high.safetensors",
-        "low_noise_model": tmp_path / "low.safetensors",
-        "prompts": tmp_path / "prompts.safetensors",
-        "num_frames": 5,
-        "height": 32,
-        "width": 32,
-        "evaluate_samples": 2,
-        "evaluate_batch_size": 2,
-    }
 
 
 def test_one_command_makes_both_files_and_continues_where_it_stopped(
-    files: dict[str, Any], tmp_path: Path
+    files: None, tmp_path: Path
 ) -> None:
     class StopSecond(Recorder):
         def on_step_end(self, done: int, **metrics: float) -> None:
@@ -206,12 +188,12 @@ def test_one_command_makes_both_files_and_continues_where_it_stopped(
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        transfer.run(config_of(tmp_path / "run", **files), StopSecond())
+        transfer.run(config_of(tmp_path), StopSecond())
     assert (tmp_path / "run" / EXPERT_NAMES[HIGH]).exists()
     assert not (tmp_path / "run" / EXPERT_NAMES[LOW]).exists()
-    config = config_of(tmp_path / "run", **files)
+    config = config_of(tmp_path)
     transfer.run(config)
-    whole = config_of(tmp_path / "whole", **files)
+    whole = config_of(tmp_path, out=tmp_path / "whole")
     transfer.run(whole)
     for name in EXPERT_NAMES.values():
         found, expected = (load_file(config.out / name) for config in (config, whole))
@@ -237,23 +219,25 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_is_one_sentence_before_anything_is_made(
-    name: str, files: dict[str, Any], tmp_path: Path
+    name: str, files: None, tmp_path: Path
 ) -> None:
     changes, words = BAD[name]
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        transfer.run(config_of(tmp_path / "run", **{**files, **changes}))
+        transfer.run(config_of(tmp_path, **changes))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_experts_of_two_architectures_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
+def test_experts_of_two_architectures_are_refused(files: None, tmp_path: Path) -> None:
     save_file(make_wan(num_layers=4).state_dict(), tmp_path / "low.safetensors")
     with pytest.raises(ValueError, match="differ in architecture"):
-        transfer.run(config_of(tmp_path / "run", **files))
+        transfer.run(config_of(tmp_path))
 
 
 def test_a_second_expert_without_the_first_is_refused() -> None:
-    with pytest.raises(ValueError, match="--low-noise-model was given without --model"):
-        config_of(Path("run"), low_noise_model=Path("low.safetensors"))
-    with pytest.raises(ValueError, match=r"--boundary 1\.0 given"):
-        config_of(Path("run"), boundary=1.0)
+    for values, words in (
+        ({"low_noise_model": Path("low.safetensors")}, "--low-noise-model was given without --mod"),
+        ({"boundary": 1.0}, "--boundary 1.0 given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            override(TransferConfig(), values)
