@@ -24,9 +24,8 @@ from ..transfer.command import (
     compare_config,
     is_evaluated,
     is_made,
-    list_files,
     run_with_bars,
-    show_evaluation,
+    show_results,
 )
 from ..transfer.preflight import check_footprint, count_maps, count_weights
 from .config import ARTIFACT_NAME, DistillConfig
@@ -107,11 +106,9 @@ def check_distillation(
     ratio = first.header.feature_dim // linear[0].head_dim
     check_footprint(
         checkpoint,
+        config,
         device,
         precision,
-        trajectories=config.trajectories,
-        training=config.training,
-        evaluation=config.evaluation,
         num_trained=sum(count_maps(site, ratio) for site in linear) + 2 * changes,
         # The student's loss and the critic's go backward together.
         num_graphs=2,
@@ -123,9 +120,7 @@ def check_distillation(
 
 def summarize(config: DistillConfig) -> str:
     """Say for a reader what a finished run has made: the table, then the files."""
-    table = show_evaluation(config.out, config.evaluation, _SHOWN)
-    lines = [table, ""] if table else []
-    return "\n".join([*lines, *list_files(config.out, _FILES)]) + "\n"
+    return show_results(config, _SHOWN, _FILES)
 
 
 def main(config: DistillConfig) -> None:

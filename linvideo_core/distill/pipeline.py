@@ -1,16 +1,12 @@
 """The stages of a distillation, from a linearized file to its few-step one, in order."""
 
 import dataclasses
-import datetime
 import logging
 import statistics
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from .. import __version__
 from .. import artifact as artifact_files
 from ..artifact import Artifact
 from ..flow import make_sigmas
@@ -18,6 +14,7 @@ from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, collect, find_usage
 from ..training.trainer import fit
+from ..transfer.pipeline import provenance
 from ..transfer.student import Student, accelerated
 from ..transfer.warm_start import fit_feature_maps
 from .config import ARTIFACT_NAME, DistillConfig
@@ -70,7 +67,7 @@ def distill(
             parameters=config.distillation.parameters,
             objective="dmd2",
             steps=config.training.steps,
-            provenance=provenance(config, teacher, first),
+            provenance=_provenance(config, teacher, first),
             sigmas=task.sigmas.tolist(),
             usage=dataclasses.replace(
                 find_usage(teacher, config.trajectories),
@@ -109,18 +106,8 @@ def _train(
     return task
 
 
-def provenance(config: DistillConfig, teacher: Teacher, first: Artifact) -> dict[str, Any]:
+def _provenance(config: DistillConfig, teacher: Teacher, first: Artifact) -> dict[str, Any]:
     """Say where an artifact comes from, for its header: this stage, then the one before it."""
-    mine = {
-        "linvideo": __version__,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "model": teacher.name,
-        "stages": 1 if config.single_stage else 2,
-        "real_guidance_scale": config.distillation.real_guidance_scale,
-        "seed": config.seed,
-        **config.teacher.frozen_weights.provenance,
-    }
     said = first.header.usage.said
     before = {
         **first.header.provenance,
@@ -128,6 +115,12 @@ def provenance(config: DistillConfig, teacher: Teacher, first: Artifact) -> dict
         "objective": first.header.objective,
         "steps": first.header.steps,
     }
+    mine = provenance(
+        config,
+        teacher,
+        stages=1 if config.single_stage else 2,
+        real_guidance_scale=config.distillation.real_guidance_scale,
+    )
     return mine | {f"transfer {name}": value for name, value in before.items()}
 
 

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from .. import artifact
 from ..evaluate import plots
@@ -28,12 +28,12 @@ from ..run.tables import show_table
 from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import Teacher, open_teacher
 from ..teacher.trajectories import USED_AGAIN
-from ..training.config import TrainingConfig
 from ..training.fsdp import run_together
 from .config import (
     ARTIFACT_NAME,
     TRAINING_NAME,
     EvaluationConfig,
+    RunConfig,
     SelectionConfig,
     TransferConfig,
 )
@@ -120,17 +120,6 @@ def run(
             comparison = compare_experts(teacher, by_side, settings, **how)
         save_comparison(comparison, config.out)
     return paths[0]
-
-
-class RunConfig(Protocol):
-    """What the configs of a transfer and of a distillation have in common."""
-
-    out: Path
-    seed: int
-    device: str
-    precision: str
-    training: TrainingConfig
-    evaluation: EvaluationConfig
 
 
 def begin_run(
@@ -276,25 +265,26 @@ def summarize(config: TransferConfig) -> str:
             f"{len(header.linear_layers)} of {header.num_layers} layers "
             f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
         )
-    lines.append("")
-    if table := show_evaluation(config.out, config.evaluation, _SHOWN):
-        lines += [table, "swapped: the same layers linear, without any training", ""]
-    return "\n".join([*lines, *list_files(config.out, _FILES)]) + "\n"
+    note = "swapped: the same layers linear, without any training"
+    return "\n".join([*lines, "", show_results(config, _SHOWN, _FILES, note)])
 
 
-def show_evaluation(folder: Path, config: EvaluationConfig, columns: Sequence[str]) -> str:
-    """Return the table of a run folder's comparison; "" where none was asked for or made."""
-    found = read_evaluation(folder) if config.evaluate_samples else None
-    if found is None:
-        return ""
-    return show_table([{key: row[key] for key in columns if key in row} for row in found["rows"]])
+def show_results(
+    config: RunConfig, columns: Sequence[str], meanings: Mapping[str, str], note: str = ""
+) -> str:
+    """Return the table of a run's comparison, if one was asked for, and what its folder holds.
 
-
-def list_files(folder: Path, meanings: Mapping[str, str]) -> list[str]:
-    """Return lines that say which files a run folder holds; meanings: by the files' names."""
-    held = {name: meaning for name, meaning in meanings.items() if (folder / name).exists()}
+    note: said below the table; meanings: of files, by their names.
+    """
+    lines = []
+    found = read_evaluation(config.out) if config.evaluation.evaluate_samples else None
+    if found is not None:
+        rows = [{key: row[key] for key in columns if key in row} for row in found["rows"]]
+        lines = [show_table(rows), *([note] if note else []), ""]
+    held = {name: what for name, what in meanings.items() if (config.out / name).exists()}
     width = max([24, *(2 + len(name) for name in held)])
-    return [f"{folder} holds", *(f"  {name:<{width}}{meaning}" for name, meaning in held.items())]
+    lines += [f"{config.out} holds", *(f"  {name:<{width}}{what}" for name, what in held.items())]
+    return "\n".join(lines) + "\n"
 
 
 def main(config: TransferConfig) -> None:

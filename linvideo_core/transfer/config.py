@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Protocol
 
 from ..models.config import ExpertsConfig, FrozenConfig, LinearForm
 from ..run.config import fraction, option, positive
@@ -191,6 +192,19 @@ class TransferConfig:
             )
         trained_by = "parameters" if self.student.parameters == "full" else ""
         check_frozen_weights(frozen_weights, self.training, trained_by)
+
+
+class RunConfig(Protocol):
+    """What the settings of a transfer and of a distillation have in common."""
+
+    teacher: TeacherConfig
+    trajectories: TrajectoryConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    out: Path
+    seed: int
+    device: str
+    precision: str
 
 
 def check_frozen_weights(

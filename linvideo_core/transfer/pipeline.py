@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from .. import __version__, artifact
+from ..artifact import Artifact
 from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, collect, find_usage
 from ..training.trainer import fit
-from .config import ARTIFACT_NAME, TRAINING_NAME, WARM_START_NAME, TransferConfig
+from .config import ARTIFACT_NAME, TRAINING_NAME, WARM_START_NAME, RunConfig, TransferConfig
 from .layer_selection import choose_layers, rank_layers
 from .student import Student, TransferTask, accelerated
 from .warm_start import fit_feature_maps
@@ -70,29 +71,32 @@ def linearize(
 
     # 5. Save what the student has that its teacher has not.
     if run.processes.is_first:
-        made = artifact.extract(
-            student.model,
-            teacher.model,
-            parameters=config.student.parameters,
-            objective=config.objective.objective,
-            steps=config.training.steps,
-            provenance=provenance(config, teacher),
-            usage=find_usage(teacher, config.trajectories),
-        )
-        artifact.save(made, run.folder / ARTIFACT_NAME)
+        artifact.save(_make_artifact(student, teacher, config), run.folder / ARTIFACT_NAME)
 
 
-def provenance(config: TransferConfig, teacher: Teacher) -> dict[str, Any]:
-    """Say where an artifact comes from, for its header."""
+def _make_artifact(student: Student, teacher: Teacher, config: TransferConfig) -> Artifact:
     choice = config.selection.rule
     if choice == "sensitivity":
         choice = f"{choice} ({config.sensitivity.sensitivity})"
+    return artifact.extract(
+        student.model,
+        teacher.model,
+        parameters=config.student.parameters,
+        objective=config.objective.objective,
+        steps=config.training.steps,
+        provenance=provenance(config, teacher, choice=choice),
+        usage=find_usage(teacher, config.trajectories),
+    )
+
+
+def provenance(config: RunConfig, teacher: Teacher, **more: Any) -> dict[str, Any]:
+    """Say where an artifact comes from, for its header."""
     return {
         "linvideo": __version__,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "model": teacher.name,
-        "choice": choice,
+        **more,
         "seed": config.seed,
         **config.teacher.frozen_weights.provenance,
     }

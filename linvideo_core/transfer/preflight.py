@@ -20,10 +20,8 @@ from ..run.memory import (
     fits,
     training_needs,
 )
-from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import TeacherCheckpoint
-from ..training.config import TrainingConfig
-from .config import EvaluationConfig, TransferConfig, check_offload_alone
+from .config import RunConfig, TransferConfig, check_offload_alone
 from .layer_selection import check_layers
 
 
@@ -58,11 +56,9 @@ def check_transfer(
     num_trained += count_weights(teacher, family, student.parameters, student.lora_rank)
     return check_footprint(
         teacher,
+        config,
         device,
         precision,
-        trajectories=config.trajectories,
-        training=config.training,
-        evaluation=config.evaluation,
         num_trained=num_trained,
         num_graphs=1,
         all_trained=student.parameters == "full",
@@ -169,12 +165,10 @@ def _on_host(shapes: Shapes, frozen_weights: FrozenConfig, device: str) -> Need:
 
 def check_footprint(
     teacher: TeacherCheckpoint,
+    config: RunConfig,
     device: str,
     precision: str,
     *,
-    trajectories: TrajectoryConfig,
-    training: TrainingConfig,
-    evaluation: EvaluationConfig,
     num_trained: int,
     num_graphs: int,
     all_trained: bool,
@@ -185,7 +179,8 @@ def check_footprint(
 
     Raises ValueError, in one sentence, when it does not fit.
     """
-    frozen_weights = teacher.frozen_weights
+    frozen_weights, training = teacher.frozen_weights, config.training
+    trajectories, evaluation = config.trajectories, config.evaluation
     check_offload_alone(frozen_weights, num_processes)
     advice = "choose a smaller model or a machine with more memory"
     may_round = not all_trained and not teacher.is_demo

@@ -112,12 +112,6 @@ def start(argv: list[str]) -> subprocess.Popen:
     )
 
 
-def finish(argv: list[str]) -> None:
-    process = start(argv)
-    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 0, errors
-
-
 def wait_until(is_time: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not is_time():
@@ -151,14 +145,13 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     moments: dict[str, Callable[[], bool]] = {
         "sampling": lambda: len(list(shards.glob("*/video-*"))) >= 2,
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
-        "before the choice": lambda: num_rows(training / "metrics.jsonl") >= 5,
-        "after the choice": lambda: num_rows(training / "metrics.jsonl") >= 14,
+        "training": lambda: num_rows(training / "metrics.jsonl") >= 14,
     }
     argv = arguments(files, out=out, evaluate_samples=0)
     for is_time in moments.values():
         kill_when(argv, is_time)
         assert not (out / "linearized.safetensors").exists()
-    finish(argv)
+    cli.main(argv)
 
     unbroken = tmp_path / "apart" / "unbroken"
     cli.main(arguments(files, out=unbroken, evaluate_samples=0))
@@ -228,61 +221,50 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 EMBEDDED = {"model": None, "prompts": None}
-BAD: dict[str, tuple[dict[str, object], list[str], str]] = {
-    "a missing model": ({"model": "none.safetensors"}, [], "none.safetensors does not exist"),
-    "no safetensors": ({"model": "text.safetensors"}, [], "text.safetensors"),
-    "a model that is none": ({"model": "prompts.safetensors"}, [], "holds no Wan model"),
-    "a folder of several files": ({"model": "."}, [], "give one of these files"),
-    "a target beyond the layers": ({"target": NUM_LAYERS + 1}, [], "--target 4 given"),
-    "a layer beyond the model": ({"layers": "0,3"}, [], "--layers 0,3 given; the model has no"),
-    "a list against the target": ({"layers": "1"}, [], "--target is 2; give --target 1"),
-    "a list and a rule": ({"layers": "0,1", "choice": "alternate"}, [], "leave one of them out"),
-    "an unknown choice": ({"choice": "best"}, [], "--choice best given"),
-    "no target": ({"target": 0}, [], "--target 0 given"),
-    "no prompts": ({"prompts": None}, [], "--prompts"),
-    "missing prompts": ({"prompts": "none.safetensors"}, [], "none.safetensors does not exist"),
-    "prompts that are none": ({"prompts": "text.safetensors"}, [], "text.safetensors"),
-    "half the prompts": ({"prompts": "half.safetensors"}, [], "negative_embeds"),
-    "embeddings of another width": ({"prompts": "wide.safetensors"}, [], f"width {TEXT_DIM + 1}"),
-    "an empty prompt file": ({"prompts": "empty.txt"}, [], "holds no prompts; write one a line"),
-    "prompts without an encoder": ({"prompts": "words.txt"}, [], "give --text-encoder the UMT5"),
-    "embeddings and an encoder": ({"text_encoder": "umt5"}, [], "holds embeddings already"),
+BAD: dict[str, tuple[dict[str, object], str]] = {
+    "a missing model": ({"model": "none.safetensors"}, "none.safetensors does not exist"),
+    "no safetensors": ({"model": "text.safetensors"}, "text.safetensors"),
+    "a model that is none": ({"model": "prompts.safetensors"}, "holds no Wan model"),
+    "a folder of several files": ({"model": "."}, "give one of these files"),
+    "an unknown choice": ({"choice": "best"}, "--choice best given"),
+    "no prompts": ({"prompts": None}, "--prompts"),
+    "missing prompts": ({"prompts": "none.safetensors"}, "none.safetensors does not exist"),
+    "prompts that are none": ({"prompts": "text.safetensors"}, "text.safetensors"),
+    "half the prompts": ({"prompts": "half.safetensors"}, "negative_embeds"),
+    "embeddings of another width": ({"prompts": "wide.safetensors"}, f"width {TEXT_DIM + 1}"),
+    "an empty prompt file": ({"prompts": "empty.txt"}, "holds no prompts; write one a line"),
+    "prompts without an encoder": ({"prompts": "words.txt"}, "give --text-encoder the UMT5"),
+    "embeddings and an encoder": ({"text_encoder": "umt5"}, "holds embeddings already"),
     "an encoder without a model": (
         {**EMBEDDED, "text_encoder": "umt5"},
-        [],
         "--text-encoder, --tokenizer or --negative-prompt was given without --model",
     ),
-    "a shard without the others": ({"model": "wan-00001-of-00003.safetensors"}, [], "are missing"),
-    "a quantised model": ({"model": "fp8.safetensors"}, [], "F8_E4M3, a quantised model"),
-    "a boundary beyond all noise": ({"boundary": 2}, [], "--boundary 2.0 given"),
-    "too little memory": ({"batch_size": 10**9}, [], "lower --batch-size"),
+    "a shard without the others": ({"model": "wan-00001-of-00003.safetensors"}, "are missing"),
+    "a quantised model": ({"model": "fp8.safetensors"}, "F8_E4M3, a quantised model"),
+    "a boundary beyond all noise": ({"boundary": 2}, "--boundary 2.0 given"),
+    "too little memory": ({"batch_size": 10**9}, "lower --batch-size"),
     "too little memory for the embedded model": (
         {**EMBEDDED, "batch_size": 10**5},
-        [],
         "lower --batch-size",
     ),
-    "an unknown flag": ({}, ["--speed", "9"], "--speed"),
-    "a stray word": ({}, ["faster"], "faster"),
-    "no steps": ({"steps": 0}, [], "--steps 0 given"),
-    "steps in words": ({"steps": "many"}, [], "many"),
-    "a height between patches": ({"height": 50}, [], "--height 50 given"),
+    "an unknown flag": ({"speed": 9}, "--speed"),
+    "no steps": ({"steps": 0}, "--steps 0 given"),
+    "steps in words": ({"steps": "many"}, "many"),
+    "a height between patches": ({"height": 50}, "--height 50 given"),
     "a height between a 5B's patches": (
         {"model": "wan_5b.safetensors", "height": 48},
-        [],
         "--height 48 given; wan_5b.safetensors needs a multiple of 32",
     ),
-    "frames off the grid": ({"num_frames": 6}, [], "--num-frames 6 given"),
-    "an unknown objective": ({"objective": "gan"}, [], "gan"),
-    "more states than steps": ({"states_per_trajectory": 99}, [], "--states-per-trajectory 99"),
+    "frames off the grid": ({"num_frames": 6}, "--num-frames 6 given"),
+    "an unknown objective": ({"objective": "gan"}, "gan"),
     "a rank beyond the model": (
         {"parameters": "lora", "lora_rank": 999},
-        [],
         "--lora-rank 999 exceeds",
     ),
-    "an unknown device": ({"device": "abacus"}, [], "--device abacus given"),
-    "a device that is not there": ({"device": "cuda"}, [], "--device cuda given"),
-    "an out folder of another config": ({"out": "taken"}, [], "was made with --steps 7"),
-    "an out that is a file": ({"out": "text.safetensors/run"}, [], "text.safetensors"),
+    "an unknown device": ({"device": "abacus"}, "--device abacus given"),
+    "a device that is not there": ({"device": "cuda"}, "--device cuda given"),
+    "an out folder of another config": ({"out": "taken"}, "was made with --steps 7"),
+    "an out that is a file": ({"out": "text.safetensors/run"}, "text.safetensors"),
 }
 if free_bytes("cpu") is None:
     for name in [name for name in BAD if name.startswith("too little memory")]:
@@ -303,9 +285,9 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "answer": str(folder / name),
             "folder": str(work),
-            "argv": [*arguments(Path("."), **changes), *more],
+            "argv": arguments(Path("."), **changes),
         }
-        for name, (changes, more, _) in BAD.items()
+        for name, (changes, _) in BAD.items()
     ]
     empty = folder / "empty"
     empty.mkdir()
@@ -339,13 +321,9 @@ def test_a_bad_argument_ends_in_one_sentence_and_exit_code_two(name: str, answer
     code, out, err = (
         (answers / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("code", "out", "err")
     )
-    assert "Traceback" not in err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert BAD[name][2] in err
-    assert code == "2"
-    assert out == ""
+    assert (code, out) == ("2", "")
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    assert BAD[name][1] in err
 
 
 def test_a_latent_of_a_5b_spans_twice_as_many_pixels(files: Path) -> None:

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from linvideo_core.run.config import override
-from linvideo_core.run.context import Run
-from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
-from linvideo_core.teacher.trajectories import collect, count_bytes, count_missing
+from linvideo_core.teacher.trajectories import count_bytes
 from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import TransferConfig
 from linvideo_core.transfer.estimate import (
@@ -26,6 +24,7 @@ from linvideo_core.transfer.estimate import (
     time_run,
     time_teacher,
 )
+from linvideo_core.transfer.preflight import Footprint
 from linvideo_core.transfer.student import Student
 from linvideo_core.transfer.warm_start import feature_maps
 from tests.conftest import Recorder, save_inputs, small_transfer
@@ -56,7 +55,6 @@ def test_each_stage_takes_its_calls() -> None:
     assert found.sampling == 10 * 50 * 2
     assert found.training == 30 * 30 + 70 * 20
     assert found.warm_start == found.comparing == 0
-    assert found.seconds == 3600 * found.hours == 3300
     assert told(config_of(), num_missing=0).sampling == 0
     assert told(config_of(accumulation=3)).training == 3 * found.training
     assert told(config_of(choice="first")).training == 100 * 20
@@ -119,22 +117,13 @@ def test_calls_and_passes_are_measured_and_leave_the_teacher_as_it_was(
     assert not list(tmp_path.iterdir())
 
 
-def test_only_what_is_missing_is_counted(teacher: Teacher, tmp_path: Path) -> None:
-    settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
-    run = Run(folder=tmp_path / "run")
-    assert count_missing(teacher, settings, run) == 3
-    collect(teacher, settings, run)
-    assert count_missing(teacher, settings, run) == 0
-    more = dataclasses.replace(settings, num_trajectories=7)
-    assert count_missing(teacher, more, run) == 4
-
-
 def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(target=1, out=tmp_path / "runs" / "a")
     samples = count_bytes(config.trajectories, teacher.latent_shape)
-    settings = {"tries_training": False, "num_trained": 10**6}
+    footprint = Footprint(num_trained=10**6, memory_bytes=0, device_bytes=None)
+    settings = {"tries_training": False, "footprint": footprint}
     needed = samples + count_checkpoint_bytes(10**6)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
