@@ -43,17 +43,6 @@ class DistillationConfig:
                 )
 
 
-def check_batch(config: DistillationConfig, training: TrainingConfig) -> None:
-    """Raise SettingError when a batch holds no video for each of the steps."""
-    if training.batch_size < config.num_steps:
-        raise SettingError(
-            f"{{batch_size}} {training.batch_size} given; {{num_steps}} {config.num_steps} or more "
-            "is needed, a video for each step",
-            "batch_size",
-            "num_steps",
-        )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """The run."""
@@ -74,7 +63,13 @@ class DistillConfig:
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
-        check_batch(self.distillation, self.training)
+        if self.training.batch_size < self.distillation.num_steps:
+            raise SettingError(
+                f"{{batch_size}} {self.training.batch_size} given; {{num_steps}} "
+                f"{self.distillation.num_steps} or more is needed, a video for each step",
+                "batch_size",
+                "num_steps",
+            )
         if self.teacher.model is not None and self.artifact is None:
             raise SettingError(
                 "{model} was given without {artifact}; give the file made for it",

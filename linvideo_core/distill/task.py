@@ -168,7 +168,9 @@ class DistillationTask:
         else:
             with torch.no_grad():
                 x0 = self._predict(latents, sigma, prompt_embeds)
-        sigma, noise = self._draw_score_noise(x0, on_device)
+        B, share = self.training.batch_size, self.processes.share
+        sigma = share(dmd2.draw_score_sigma(B, self.shift, on_device))
+        noise = share(torch.randn(B, *x0.shape[1:], generator=on_device, device=x0.device))
         noisy = add_noise(x0.detach(), noise, sigma)
         with self._as_critic():
             fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, sigma)
@@ -177,7 +179,14 @@ class DistillationTask:
         if not is_generator_turn:
             return critic_loss, metrics
         with torch.no_grad(), self.student.disabled():
-            real_velocity = self._guided(prompt_embeds)(noisy, sigma)
+            guided = bind_guided(
+                self.teacher.model,
+                prompt_embeds,
+                self.teacher.negative_embeds.expand_as(prompt_embeds),
+                self.config.real_guidance_scale,
+                precision=self.precision,
+            )
+            real_velocity = guided(noisy, sigma)
         push = dmd2.distribution_push(x0, noisy, sigma, real_velocity, fake_velocity)
         losses["generator"] = dmd2.generator_loss(x0, push)
         metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
@@ -203,13 +212,6 @@ class DistillationTask:
         on_device = torch.Generator(device).manual_seed(seed)
         shape = self.teacher.latent_shape
         return dmd2.draw_rollout(prompt, exits, shape, on_device, self.processes), on_device
-
-    def _draw_score_noise(self, x0: Tensor, on_device: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the noise levels [B] and noise [B, ...] at which scores are compared."""
-        B, share = self.training.batch_size, self.processes.share
-        sigma = dmd2.draw_score_sigma(B, self.shift, on_device)
-        noise = torch.randn(B, *x0.shape[1:], generator=on_device, device=x0.device)
-        return share(sigma), share(noise)
 
     def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
@@ -256,15 +258,6 @@ class DistillationTask:
 
     def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> VelocityFn:
         return bind(model, prompt_embeds, precision=self.precision)
-
-    def _guided(self, prompt_embeds: Tensor) -> VelocityFn:
-        return bind_guided(
-            self.teacher.model,
-            prompt_embeds,
-            self.teacher.negative_embeds.expand_as(prompt_embeds),
-            self.config.real_guidance_scale,
-            precision=self.precision,
-        )
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""
