@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ..flow import bind_guided
 from ..run.context import Run
@@ -19,7 +18,7 @@ from ..run.files import check_space
 from ..run.memory import FP32, show_gb
 from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import Teacher
-from ..teacher.trajectories import States, Trajectories, count_bytes, count_missing
+from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
 from ..training.checkpoint import finished_steps
 from ..training.trainer import seed_step
 from .config import TRAINING_NAME, SelectionConfig, TransferConfig
@@ -247,29 +246,15 @@ def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> 
 
 
 class _RandomStates(Trajectories):
-    """Noise in place of a teacher's states: one state at each level."""
+    """A video of noise in place of the teacher's, to measure what a training step takes."""
 
     def __init__(self, teacher: Teacher, config: TrajectoryConfig) -> None:
         super().__init__([], config)
-        self._shape = teacher.latent_shape
-
-    def __len__(self) -> int:
-        return len(self.sigmas) - 1
-
-    def steps(self) -> Tensor:
-        return torch.arange(len(self))
-
-    def take(self, picks: Tensor, device: torch.device | str) -> States:
-        latents, conditional, unconditional = torch.randn(
-            3, len(picks), *self._shape, device=device
-        )
-        return States(
-            latents=latents,
-            conditional=conditional,
-            unconditional=unconditional,
-            step=picks.to(device),
-            prompt=torch.zeros_like(picks, device=device),
-        )
+        shape = (config.states_per_trajectory, *teacher.latent_shape)
+        names = ("latents", "conditional", "unconditional")
+        video = {name: torch.randn(shape).half() for name in names}
+        video |= {"step": spread_edges(config)[:-1], "prompt": torch.zeros((), dtype=torch.int64)}
+        self._videos = [video]
 
 
 def _time_training(teacher: Teacher, config: TransferConfig, precision: str, call: float) -> Pace:
