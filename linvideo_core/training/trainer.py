@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..run.callbacks import Stage
 from ..run.context import Run
 from ..run.errors import SettingError
-from ..run.folder import read_whole_rows
 from .checkpoint import Checkpoint, CheckpointFiles, Monitor
 from .config import TrainingConfig
 
@@ -288,11 +287,15 @@ class _Fitting:
                 }
 
     def _drop_metrics_from(self, step: int) -> None:
-        rows = read_whole_rows(self.metrics_path, before=step)
+        path, rows = self.metrics_path, []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # The last one may be cut short.
+            rows = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
         # All have read before one writes.
         self.processes.wait()
-        if self.processes.is_first and self.metrics_path.exists():
-            self.metrics_path.write_text("".join(rows), encoding="utf-8")
+        if self.processes.is_first and path.exists():
+            path.write_text("".join(rows), encoding="utf-8")
         for row in map(json.loads, rows if self.monitor else ()):
             self.files.see_row(row["step"])
             self.monitor(row)
