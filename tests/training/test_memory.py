@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from linvideo_core.models.attention_sites import checkpoint_activations
-from linvideo_core.models.config import FROZEN
 from linvideo_core.models.quantized import place
 from linvideo_core.models.velocity import bind
 from linvideo_core.run.context import Run
@@ -24,7 +23,7 @@ from linvideo_core.transfer.warm_start import WarmStart
 from tests.allocations import peak_bytes
 from tests.conftest import TEXT_DIM, make_teacher, make_wan
 
-NUM_LAYERS, DIM = 4, 128
+NUM_LAYERS, DIM = 3, 128
 # Small, but so that activations are far larger than the weights of a block.
 SHAPE, NUM_TOKENS = (4, 4, 24, 24), 4 * 12 * 12
 NARROW = 2  # Bytes of a number in bf16.
@@ -82,7 +81,7 @@ def test_the_passes_before_the_one_that_learns_leave_nothing_behind(
     assert peaks["adm"] <= 1.01 * peaks["velocity"]
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("frozen", ["fp32", "fp8"])
 def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step(
     frozen: str, tmp_path: Path
 ) -> None:
@@ -101,7 +100,7 @@ def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step
     assert peaks[NUM_LAYERS] <= peak_of_call(teacher, "mixed", is_checkpointed=True)
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("frozen", ["fp32", "fp8"])
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_the_peak_of_a_step_is_what_it_was_told_to_twice_that_and_mixing_keeps_two_outputs(
     frozen: str, is_checkpointed: bool
