@@ -211,21 +211,9 @@ def refuse(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     command.run(override(TransferConfig(), values), processes=processes)
 
 
-SCENARIOS: dict[str, Callable[[Path, ProcessGroup, str], None]] = {
-    scenario.__name__: scenario
-    for scenario in (
-        transfer,
-        transfer_long,
-        transfer_rounded,
-        transfer_all_weights,
-        transfer_by_ranking,
-        distil,
-        distil_one_video_each,
-        share_one_copy,
-        stop_transfer,
-        refuse,
-    )
-}
+TRANSFERS = (transfer, transfer_long, transfer_rounded, transfer_all_weights, transfer_by_ranking)
+OTHERS = (distil, distil_one_video_each, share_one_copy, stop_transfer, refuse)
+SCENARIOS: dict[str, Callable[..., None]] = {run.__name__: run for run in (*TRANSFERS, *OTHERS)}
 
 
 def main(processes: ProcessGroup) -> None:

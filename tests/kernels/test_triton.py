@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter, which rounds to bf16 towa
 """
 
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -105,16 +106,18 @@ def test_fused_is_the_definition_in_value_and_gradient(
     assert_is_the_definition(make_inputs(*lengths, batch=1, **settings), "triton")
 
 
-# The last is longer than one split.
-@pytest.mark.parametrize("lengths", [(1, 33), (33, 1), (150, 150)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "batch", "dtype"),
+    [
+        *itertools.product([(1, 33), (33, 1)], [2], [torch.float32, torch.bfloat16]),
+        pytest.param((150, 150), 1, torch.float32, id="several splits"),
+    ],
+)
 def test_fused_is_the_definition_at_any_length(
-    lengths: tuple[int, int], dtype: torch.dtype, device: str
+    lengths: tuple[int, int], batch: int, dtype: torch.dtype, device: str
 ) -> None:
-    batch = 1 if lengths == (150, 150) else 2
-    assert_is_the_definition(
-        make_inputs(*lengths, batch=batch, dtype=dtype, device=device), "triton"
-    )
+    inputs = make_inputs(*lengths, batch=batch, dtype=dtype, device=device)
+    assert_is_the_definition(inputs, "triton")
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
