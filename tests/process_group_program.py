@@ -28,13 +28,14 @@ from linvideo_core.distill.task import make_student
 from linvideo_core.models.attention_sites import blocks
 from linvideo_core.models.quantized import place
 from linvideo_core.run.callbacks import Callbacks, Stage
-from linvideo_core.run.config import run_command
+from linvideo_core.run.config import override, run_command
 from linvideo_core.run.context import Run
 from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.training import fsdp
 from linvideo_core.training.config import TrainingConfig
+from linvideo_core.transfer import command
 from linvideo_core.transfer.config import (
     SelectionConfig,
     SensitivityConfig,
@@ -91,33 +92,31 @@ def transfer(
 def make_run(
     folder: Path, processes: ProcessGroup, device: str, callbacks: Callbacks | None = None
 ) -> Run:
-    callbacks = callbacks or Callbacks()
-    where = {"folder": folder, "device": processes.place(device)}
-    return Run(**where, processes=processes, callbacks=callbacks)
+    callbacks, device = callbacks or Callbacks(), processes.place(device)
+    return Run(folder=folder, device=device, processes=processes, callbacks=callbacks)
+
+
+def retrained(config: TransferConfig = TRANSFER, **training: Any) -> TransferConfig:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
 
 
 def transfer_long(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Transfer in many steps, with many checkpoints."""
-    training = dataclasses.replace(
-        TRANSFER.training, steps=16, checkpoint_every=4, learning_rate=1e-4, map_learning_rate=1e-4
-    )
-    transfer(folder, processes, device, config=dataclasses.replace(TRANSFER, training=training))
+    rates = {"learning_rate": 1e-4, "map_learning_rate": 1e-4}
+    config = retrained(steps=16, checkpoint_every=4, **rates)
+    transfer(folder, processes, device, config=config)
 
 
 def transfer_rounded(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Transfer beside frozen weights in fp8, recomputing activations."""
-    training = dataclasses.replace(TRANSFER.training, activation_checkpointing=True)
-    config = dataclasses.replace(TRANSFER, training=training)
+    config = retrained(activation_checkpointing=True)
     transfer(folder, processes, device, config=config, frozen="fp8")
 
 
 def transfer_all_weights(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Train a copy of all weights, recomputing activations."""
-    config = dataclasses.replace(
-        TRANSFER,
-        student=StudentConfig(parameters="full"),
-        training=dataclasses.replace(TRANSFER.training, steps=4, activation_checkpointing=True),
-    )
+    config = dataclasses.replace(TRANSFER, student=StudentConfig(parameters="full"))
+    config = retrained(config, steps=4, activation_checkpointing=True)
     transfer(folder, processes, device, config=config)
 
 
@@ -127,8 +126,8 @@ def transfer_by_ranking(folder: Path, processes: ProcessGroup, device: str = "cp
         TRANSFER,
         selection=SelectionConfig(target=1, choice="sensitivity"),
         sensitivity=SensitivityConfig(sensitivity_videos=4),
-        training=dataclasses.replace(TRANSFER.training, steps=2, accumulation=2),
     )
+    config = retrained(config, steps=2, accumulation=2)
     transfer(folder, processes, device, config=config)
 
 
@@ -141,9 +140,12 @@ def distil(folder: Path, processes: ProcessGroup, device: str = "cpu", **trainin
         distillation=DistillationConfig(
             num_steps=2, lora_rank=2, critic_steps=2, motion_weight=0.1
         ),
-        training=dataclasses.replace(TRANSFER.training, **{"steps": 4, **training}),
+        training=retrained(steps=4, **training).training,
     )
-    first = make_file(teacher)
+    with Student(teacher, StudentConfig(lora_rank=2), seed=3) as student:
+        student.harden([1])
+        settings = {"parameters": "lora", "objective": "adm", "steps": 1, "provenance": {}}
+        first = artifact.extract(student.model, teacher.model, **settings)
     with make_student(teacher, first, config.distillation, seed=0) as student:
         distill(student, teacher, first, config, run)
 
@@ -177,14 +179,6 @@ def count_values(model: nn.Module) -> int:
     return sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
 
 
-def make_file(teacher: Teacher) -> artifact.Artifact:
-    with Student(teacher, StudentConfig(lora_rank=2), seed=3) as student:
-        student.harden([1])
-        return artifact.extract(
-            student.model, teacher.model, parameters="lora", objective="adm", steps=1, provenance={}
-        )
-
-
 class StopOne(Callbacks):
     """Asks this process to stop after some steps of training."""
 
@@ -211,11 +205,15 @@ def stop_transfer(folder: Path, processes: ProcessGroup, device: str = "cpu") ->
     raise AssertionError("the transfer was not stopped")
 
 
-SCENARIOS: dict[str, Callable[[Path, ProcessGroup, str], None]] = {
-    name: scenario
-    for name, scenario in globals().items()
-    if name.startswith(("transfer", "distil_", "stop_transfer", "share_")) or name == "distil"
-}
+def refuse(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
+    """Ask for what no two processes can share, which ends them."""
+    values = {"batch_size": 3, "out": folder, "device": device}
+    command.run(override(TransferConfig(), values), processes=processes)
+
+
+TRANSFERS = (transfer, transfer_long, transfer_rounded, transfer_all_weights, transfer_by_ranking)
+OTHERS = (distil, distil_one_video_each, share_one_copy, stop_transfer, refuse)
+SCENARIOS: dict[str, Callable[..., None]] = {run.__name__: run for run in (*TRANSFERS, *OTHERS)}
 
 
 def main(processes: ProcessGroup) -> None:

@@ -1,5 +1,5 @@
 """`python -m linvideo_core.evaluate`, see `cli`."""
 
-from ..run.launch import launch
+from ..run.config import launch
 
 launch(__package__)

@@ -57,13 +57,7 @@ def linear_attention(
 
 @linear_attention.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    backend: str,
-    is_joint: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, _: Tensor, backend: str, *__: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, D = query.shape
     M = 2 * query_map.shape[2]

@@ -276,6 +276,33 @@ def map_kernel(
 
 
 @triton.jit
+def _pull_back_weights(
+    plus, minus, total_plus, total_minus, slope_plus, slope_minus, n_plus, n_minus
+):
+    """Return the gradient of x W, do o, and what scales either half's exponentials to weights.
+
+    plus, minus, totals: of `_exponentials`; slopes: do s.
+    """
+    # Until the rows are scaled, weights lack 1 / total of their half and 1 / weight of both.
+    w_plus, w_minus = plus * n_plus[None, :], minus * n_minus[None, :]
+    weight_plus, weight_minus = tl.sum(w_plus, 1) / total_plus, tl.sum(w_minus, 1) / total_minus
+    along_plus = tl.sum(w_plus * slope_plus, 1) / total_plus
+    along_minus = tl.sum(w_minus * slope_minus, 1) / total_minus
+    scale = 1 / tl.maximum(weight_plus + weight_minus, _LEAST_WEIGHT)
+    along = scale * (along_plus + along_minus)
+    scale_plus, scale_minus = scale / total_plus, scale / total_minus
+    # Softmax's gradient: a da less a times its sum over the half.
+    drawn_plus = scale_plus * (along_plus - along * weight_plus)
+    drawn_minus = scale_minus * (along_minus - along * weight_minus)
+    # Each (slope - along) scale n - drawn as two multiply-adds.
+    slope_plus = slope_plus * scale_plus[:, None] - (along * scale_plus)[:, None]
+    slope_minus = slope_minus * scale_minus[:, None] - (along * scale_minus)[:, None]
+    dz = plus * (slope_plus * n_plus[None, :] - drawn_plus[:, None])
+    dz -= minus * (slope_minus * n_minus[None, :] - drawn_minus[:, None])
+    return dz, along, scale_plus, scale_minus
+
+
+@triton.jit
 def backward_query_kernel(
     p_query, p_upstream, p_map, p_means, p_normaliser, p_dquery, p_rows, p_dmap,
     query_b, query_l, query_n, upstream_b, upstream_l, upstream_n, dquery_b, dquery_l, dquery_n,
@@ -313,22 +340,9 @@ def backward_query_kernel(
         slope_minus = _product(upstream, tl.trans(means_minus), PRECISION)
         # Read at every block: registers are what this kernel is short of.
         n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
-        # Until the rows are scaled, weights lack 1 / total of their half and 1 / weight of both.
-        w_plus, w_minus = plus * n_plus[None, :], minus * n_minus[None, :]
-        weight_plus, weight_minus = tl.sum(w_plus, 1) / total_plus, tl.sum(w_minus, 1) / total_minus
-        along_plus = tl.sum(w_plus * slope_plus, 1) / total_plus
-        along_minus = tl.sum(w_minus * slope_minus, 1) / total_minus
-        scale = 1 / tl.maximum(weight_plus + weight_minus, _LEAST_WEIGHT)
-        along = scale * (along_plus + along_minus)
-        scale_plus, scale_minus = scale / total_plus, scale / total_minus
-        # Softmax's gradient: a da less a times its sum over the half.
-        drawn_plus = scale_plus * (along_plus - along * weight_plus)
-        drawn_minus = scale_minus * (along_minus - along * weight_minus)
-        # Each (slope - along) scale n - drawn as two multiply-adds.
-        slope_plus = slope_plus * scale_plus[:, None] - (along * scale_plus)[:, None]
-        slope_minus = slope_minus * scale_minus[:, None] - (along * scale_minus)[:, None]
-        dz = plus * (slope_plus * n_plus[None, :] - drawn_plus[:, None])
-        dz -= minus * (slope_minus * n_minus[None, :] - drawn_minus[:, None])
+        dz, along, scale_plus, scale_minus = _pull_back_weights(
+            plus, minus, total_plus, total_minus, slope_plus, slope_minus, n_plus, n_minus
+        )
         dz = dz.to(feature_map.dtype)
         dquery = _product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dquery, dquery_l, start, last, dquery, BLOCK, D)

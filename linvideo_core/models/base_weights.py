@@ -81,7 +81,8 @@ def compare_weights(made_from: BaseWeights, found: BaseWeights) -> WeightsMatch:
         # Of quantised weights the digest is never that of the weights they were made from.
         is_plain = found.digest and found.bits >= 16
         return WeightsMatch("other" if is_plain else "unknown")
-    distance = sketch_distance(made_from.sketch, found.sketch)
+    # An estimate of the weights' own relative distance, to about 9 %.
+    distance = math.dist(made_from.sketch, found.sketch)
     if distance < _SAME:
         return WeightsMatch("same", distance)
     # Weights of few bits are rounded by more: 1.5 to 2 times 2^-bits of their norm was measured.
@@ -165,11 +166,6 @@ def sketch(weights: Iterable[Tensor]) -> tuple[float, ...]:
         sums += np.bincount((places >> 8) % SKETCH_SIZE, signed, SKETCH_SIZE) / norm
         start, count = start + values.size, count + 1
     return tuple(round(float(value), _DIGITS) for value in sums / math.sqrt(count))
-
-
-def sketch_distance(first: Sequence[float], second: Sequence[float]) -> float:
-    """Estimate the relative distance of the weights behind two sketches, to about 9 %."""
-    return math.dist(first, second)
 
 
 def _scramble(places: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ are flat, so field names are unique within a command.
 import argparse
 import dataclasses
 import difflib
+import importlib
 import json
 import logging
 import math
@@ -53,22 +54,25 @@ def to_json(config: Any) -> str:
 
 
 def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
-    """Return a config with flat field names replaced at whatever depth they are declared."""
+    """Return a config with flat field names replaced at whatever depth they are declared.
+
+    Raises SettingError for a value that a field does not take.
+    """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        current = getattr(config, field.name)
+        name, current = field.name, getattr(config, field.name)
         if dataclasses.is_dataclass(current):
-            changes[field.name] = override(current, values)
-        elif field.name in values:
-            changes[field.name] = values[field.name]
+            changes[name] = override(current, values)
+        elif name in values:
+            changes[name] = value = values[name]
+            if (choices := field.metadata.get("choices")) and value not in choices:
+                known = ", ".join(choices)
+                raise SettingError(f"{{{name}}} {value} given; one of {known} is needed", name)
     return dataclasses.replace(config, **changes)
 
 
 def to_flags(config: Any, *, without: Sequence[str] = ()) -> str:
-    """Return the flags that turn the default config into this one, as they are typed.
-
-    without: field names to leave out.
-    """
+    """Return the flags that turn the default config into this one, those `without` left out."""
     words = []
     usual = {field.name: value for _, field, _, value in _leaves(type(config)())}
     for _, field, kind, value in _leaves(config):
@@ -105,9 +109,10 @@ def parse(
         parser.add_argument("--help-all", action="help", help="show every setting and stop")
     if presets:
         usual = next(iter(presets))
+        find = {name: name for name in presets}.__getitem__
         parser.add_argument(
             "--preset",
-            type=_reader("preset", *_one_of(list(presets))),
+            type=_reader("preset", find, f"one of {', '.join(presets)}"),
             default=usual,
             metavar="|".join(presets),
             help=f"named settings, which the other flags refine (default: {usual})",
@@ -116,8 +121,7 @@ def parse(
     groups: dict[type, Any] = {}
     for owner, field, kind, value in _leaves(defaults):
         if owner not in groups:
-            title = (owner.__doc__ or "").splitlines()[0].rstrip(".")
-            groups[owner] = parser.add_argument_group(title)
+            groups[owner] = parser.add_argument_group(owner.__doc__.splitlines()[0].rstrip("."))
         is_shown = shows_all or field.name in shown
         _add_flag(groups[owner], field, kind, value, is_shown=is_shown)
     known, strangers = parser.parse_known_args(argv)
@@ -125,7 +129,7 @@ def parse(
         parser.error(_explain_stranger(strangers[0], [leaf[1].name for leaf in _leaves(defaults)]))
     given = vars(known)
     is_dry_run = given.pop("dry_run")
-    preset = dict(presets[given.pop("preset")]) if presets else {}
+    preset = presets[given.pop("preset")] if presets else {}
     try:
         config = override(defaults, {**preset, **given})
     except ValueError as error:
@@ -148,6 +152,16 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def launch(package: str) -> None:
+    """Run the `main` of a package's `cli`, which is imported here: what `python -m` runs.
+
+    PyTorch reads the policy when it is imported: threads that spin while they wait slow a command
+    down tenfold where anything else computes on the same cores.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    run_command(importlib.import_module(".cli", package).main)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,11 +190,10 @@ class _Parser(argparse.ArgumentParser):
 def _add_flag(
     group: Any, field: dataclasses.Field, kind: type, value: Any, *, is_shown: bool
 ) -> None:
-    choices = field.metadata["choices"]
     usual = "none" if value is None else str(value).lower() if kind is bool else value
     read, expected, metavar = _KINDS[kind]
-    if choices:
-        (read, expected), metavar = _one_of(choices), "|".join(choices)
+    if choices := field.metadata["choices"]:
+        metavar = "|".join(choices)
     text = f"{field.metadata['help']} (default: {usual})".replace("%", "%%")
     group.add_argument(
         flag_of(field.name),
@@ -222,7 +235,7 @@ def _reader(name: str, read: Callable[[str], Any], expected: str) -> Callable[[s
     def reader(text: str) -> Any:
         try:
             return read(text)
-        except ValueError:
+        except (ValueError, KeyError):
             given = text if text and " " not in text else repr(text)
             sentence = f"{flag_of(name)} {given} given; {expected} is needed"
             raise argparse.ArgumentTypeError(sentence) from None
@@ -230,19 +243,8 @@ def _reader(name: str, read: Callable[[str], Any], expected: str) -> Callable[[s
     return reader
 
 
-def _one_of(choices: Sequence[str]) -> tuple[Callable[[str], str], str]:
-    def read(text: str) -> str:
-        if text not in choices:
-            raise ValueError
-        return text
-
-    return read, f"one of {', '.join(choices)}"
-
-
 def _read_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    return {"true": True, "false": False}[text.lower()]
 
 
 def _read_float(text: str) -> float:

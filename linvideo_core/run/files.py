@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -84,7 +83,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value atomically as indented JSON; what is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_finite(value), indent=1) + "\n")
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    write_text(path, json.dumps(finite, indent=1) + "\n")
 
 
 def write_tensors(
@@ -94,15 +94,3 @@ def write_tensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata or {}))
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value

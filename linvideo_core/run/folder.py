@@ -18,16 +18,11 @@ class OtherRunError(SettingError):
 
 
 def open_run(folder: Path, config: Any, *, ignore: tuple[str, ...] = (), new_run: str = "") -> None:
-    """Create the folder with `config.json`, or check that it belongs to the same config.
-
-    See `check_run`.
-    """
-    path = folder / CONFIG_NAME
-    if path.exists():
-        check_run(folder, config, ignore=ignore, new_run=new_run)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_json(config))
+    """Check a folder, see `check_run`; create it with its `config.json` where there is none."""
+    check_run(folder, config, ignore=ignore, new_run=new_run)
+    if not (path := folder / CONFIG_NAME).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_json(config))
 
 
 def check_run(
@@ -38,8 +33,7 @@ def check_run(
     ignore: field names that may differ between the first call and a later one.
     new_run: what another folder would still have of this one, to be told.
 
-    A setting that the run does not name is younger than the run, which was made as its default
-    says.
+    A run that does not name a setting is older than it, and was made as its default says.
 
     Raises OtherRunError naming the first setting that differs, and SettingError for a file where
     the folder should be.
@@ -74,14 +68,6 @@ def check_run(
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_whole_rows(path: Path, *, before: int) -> list[str]:
-    """Return the lines of a metrics.jsonl, if there is one, up to a step; none cut short."""
-    if not path.exists():
-        return []
-    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < before]
 
 
 def _defaults(config: Any) -> Iterator[tuple[str, Any]]:

@@ -1,12 +1,12 @@
 """Whether a run fits into memory, by arithmetic on shapes, before anything long begins.
 
-Every count is a lower bound: what must be there at once, without an allocator's waste and without
-what kernels need between. A run that is refused cannot work; one that is not may still be short,
-and ends in a sentence then, too.
+Every count is a lower bound, without an allocator's waste and without what kernels need between: a
+run that is refused cannot work; one that is not may still be short, and ends in a sentence then.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,17 +31,9 @@ LOWER_RUN = (
     "{evaluate_batch_size} or {offload_blocks} this run continues, else give a new {out} beside "
     "it, which uses the teacher's samples that there are"
 )
-_FIELDS = (
-    "batch_size",
-    "shard_size",
-    "evaluate_batch_size",
-    "activation_checkpointing",
-    "frozen",
-    "offload_blocks",
-    "out",
-    "device",
-)
-"""All that a sentence on memory may name."""
+# All that a sentence on memory may name.
+_FIELDS = ("batch_size", "shard_size", "evaluate_batch_size", "activation_checkpointing")
+_FIELDS += ("frozen", "offload_blocks", "out", "device")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -76,38 +68,28 @@ def fits(needs: Sequence[Need], device: torch.device | str) -> bool:
 
 
 def check_memory(
-    needs: Sequence[Need], device: torch.device | str, advice: str = "", flags: str = ""
+    needs: Sequence[Need],
+    device: torch.device | str,
+    advice: str = "choose another {device}",
+    flags: str = "",
+    free: int | None = None,
 ) -> None:
     """Raise SettingError when a device has less free than the needs add up to.
 
     advice: what to do where no need says what would lower it.
     flags: with which it would fit; "" where none are known.
+    free: bytes; None asks the device.
     """
-    free = free_bytes(device)
-    if free is not None:
-        check_capacity(needs, device, free, advice, flags)
-
-
-def check_capacity(
-    needs: Sequence[Need],
-    device: torch.device | str,
-    free: int,
-    advice: str = "",
-    flags: str = "",
-) -> None:
-    """Raise SettingError when needs add up to more than `free` bytes.
-
-    advice, flags: see `check_memory`.
-    """
+    free = free_bytes(device) if free is None else free
     needed = sum(need.num_bytes for need in needs)
-    if needed <= free:
+    if free is None or needed <= free:
         return
     parts = sorted(needs, key=lambda need: -need.num_bytes)
     listed = ", ".join(f"{need.what} {show_gb(need.num_bytes)}" for need in parts)
     lowered = next((need.lower for need in parts if need.lower), advice)
     raise SettingError(
         f"{torch.device(device)} has {show_gb(free)} of free memory and at least "
-        f"{show_gb(needed)} are needed ({listed}): {lowered or 'choose another {device}'}"
+        f"{show_gb(needed)} are needed ({listed}): {lowered}"
         f"{f'; it would fit with {flags}' if flags else ''}",
         *_FIELDS,
     )
@@ -115,10 +97,7 @@ def check_capacity(
 
 @contextlib.contextmanager
 def explained(lower: str) -> Iterator[None]:
-    """Raise SettingError where memory runs out after all.
-
-    lower: what would need less of it.
-    """
+    """Raise SettingError where memory runs out after all; `lower` would need less of it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -126,8 +105,7 @@ def explained(lower: str) -> Iterator[None]:
             raise
         in_use = ""
         if torch.cuda.is_available():
-            gpus = range(torch.cuda.device_count())
-            num_bytes = sum(torch.cuda.memory_allocated(number) for number in gpus)
+            num_bytes = sum(map(torch.cuda.memory_allocated, range(torch.cuda.device_count())))
             in_use = f" with {show_gb(num_bytes)} of the GPU's in use"
         raise SettingError(f"memory ran out{in_use}: {lower}", *_FIELDS) from error
 
@@ -164,9 +142,7 @@ def number_of_gpu(device: torch.device | str) -> int:
 
 def count(shapes: Shapes, prefix: str = "") -> int:
     """Return how many numbers the tensors under a prefix are."""
-    return sum(
-        torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith(prefix)
-    )
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
 
 
 def count_low_rank(shapes: Shapes, prefix: str, rank: int) -> int:
@@ -200,47 +176,31 @@ def training_needs(
     batch_size: videos of a pass, of this process alone.
     sampled_together: videos, each in both guidance branches.
     """
-    size = min(model.stream_bytes, FP32 if precision == "fp32" else 2)
+    stream = model.stream_bytes
+    size = min(stream, FP32 if precision == "fp32" else 2)
     # Autocast computes norms in fp32, whatever the stream is in.
-    norms = model.stream_bytes if precision == "fp32" else FP32
-    weights = Need("the weights", weight_bytes, "")
-    trained = Need("what is trained, with its optimiser", _TRAINED * num_trained, _LOWER_TRAINED)
-    step = Need(
-        "a training step's activations",
-        num_graphs * batch_size * _kept_bytes(model, size, norms, is_checkpointed),
-        _LOWER_STEP,
-    )
-    sampling = Need(
-        "the sampling of the teacher",
-        2 * sampled_together * _passing_bytes(model, size),
-        _LOWER_SAMPLING,
-    )
-    training = [trained, step]
+    norms = stream if precision == "fp32" else FP32
+    widths = _STREAM_KEPT * stream + _NORMS_KEPT * norms + _NARROW_KEPT * size
+    block = model.dim * widths + model.ffn_dim * size
+    kept = model.num_layers * block
+    if is_checkpointed:
+        # Recomputed blocks keep their input alone, all but the one at work.
+        kept = model.num_layers * model.dim * stream + block
+    activations = num_graphs * batch_size * model.num_tokens * kept
+    training = [
+        Need("what is trained, with its optimiser", _TRAINED * num_trained, _LOWER_TRAINED),
+        Need("a training step's activations", activations, _LOWER_STEP),
+    ]
+    # A video's stream and one feed-forward layer, in both guidance branches.
+    passing = model.num_tokens * (model.dim * stream + 2 * size * model.ffn_dim)
+    sampling = Need("the sampling of the teacher", 2 * sampled_together * passing, _LOWER_SAMPLING)
     is_sampling_larger = sampling.num_bytes > sum(need.num_bytes for need in training)
-    return [weights, *([sampling] if is_sampling_larger else training)]
+    return [Need("the weights", weight_bytes), *([sampling] if is_sampling_larger else training)]
 
 
 def show_gb(num_bytes: int) -> str:
     """Return bytes in GB of 10^9, for a sentence."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 5e7 else f"{num_bytes / 1e6:,.1f} MB"
-
-
-def _kept_bytes(model: Transformer, size: int, norms: int, is_checkpointed: bool) -> int:
-    """Return what one video leaves behind for the backward pass.
-
-    Recomputed blocks keep their input alone, all but the one at work.
-    """
-    stream = model.stream_bytes
-    widths = _STREAM_KEPT * stream + _NORMS_KEPT * norms + _NARROW_KEPT * size
-    block = model.dim * widths + model.ffn_dim * size
-    if is_checkpointed:
-        return model.num_tokens * (stream * model.dim * model.num_layers + block)
-    return model.num_tokens * model.num_layers * block
-
-
-def _passing_bytes(model: Transformer, size: int) -> int:
-    """Return what one video needs in a forward pass: its stream and one feed-forward layer."""
-    return model.num_tokens * (model.stream_bytes * model.dim + 2 * size * model.ffn_dim)
 
 
 def _free_of_machine() -> int | None:

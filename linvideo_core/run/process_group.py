@@ -15,9 +15,7 @@ from .errors import SettingError
 
 
 class ProcessGroup:
-    """A run's processes; this class is a group of one, whose methods cost nothing.
-
-    All processes call the same methods in the same order.
+    """A run's processes, which all call the same methods in the same order; here one alone.
 
     rank, size: this process's number, from 0, and how many there are.
     """
@@ -31,10 +29,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def place(self, device: str) -> str:
-        """Return the device of this process, where all were asked for `device`.
-
-        Raises SettingError where they cannot all have one.
-        """
+        """Return this process's own of `device`; raise SettingError where not all can have one."""
         return device
 
     def check_batch(self, batch_size: int) -> None:
@@ -51,10 +46,7 @@ class ProcessGroup:
         return whole[self.rank :: self.size]
 
     def mean(self, value: Tensor, weight: float = 1.0) -> Tensor:
-        """Return the mean of every process's value, weighted.
-
-        Its gradient is that of this process's value: gradients are averaged later.
-        """
+        """Return the weighted mean of every process's value; its gradient is that of this one's."""
         return value
 
     def std(self, x: Tensor) -> Tensor:
@@ -69,11 +61,8 @@ class ProcessGroup:
         """Return a row of metrics whose floating-point tensors are means over all processes."""
         if self.size == 1:
             return row
-        numbers = {
-            name: value.detach()
-            for name, value in row.items()
-            if isinstance(value, Tensor) and value.is_floating_point()
-        }
+        tensors = {n: value.detach() for n, value in row.items() if isinstance(value, Tensor)}
+        numbers = {n: value for n, value in tensors.items() if value.is_floating_point()}
         return {**row, **dict(zip(numbers, self._mean_all([*numbers.values()]), strict=True))}
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -104,10 +93,9 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def sharded(self, models: Mapping[nn.Module, Sequence[nn.Module]]) -> Iterator[None]:
-        """Shard the parameters of models over the processes while the context lasts.
+        """Shard models, each with its blocks in depth order, while the context lasts.
 
-        models: each with its blocks in depth order. Within, and after, parameters are other
-        objects than before.
+        Within, and after, parameters are other objects than before.
         """
         yield
 

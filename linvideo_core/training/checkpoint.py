@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..run.files import remove, write_json, write_tensors
@@ -17,6 +19,7 @@ from .fsdp import load_shards, save_shards
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 _FOLDER = "checkpoint-{:08d}"
+_EARLIER = "checkpoint_before_"
 _STATE_NAME = "state.json"
 
 
@@ -27,11 +30,6 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Tensor]
     state: dict[str, Any]
-
-
-def name_checkpoint(step: int, *, is_file: bool) -> str:
-    """Return how a checkpoint of one process, or of several, is called in its folder."""
-    return CHECKPOINT_NAME if is_file else _FOLDER.format(step)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -55,78 +53,18 @@ def finished_steps(folder: Path) -> int:
         return 0
 
 
-def read_checkpoint(path: Path, like: Mapping[str, Tensor], processes: ProcessGroup) -> Checkpoint:
-    """Read what `find_checkpoint` found.
-
-    like: the parameters by name; a process group's tensors become shards as theirs.
-
-    Raises ValueError, KeyError or SafetensorError for one that is damaged.
-    """
-    if path.is_dir():
-        found = json.loads((path / _STATE_NAME).read_text(encoding="utf-8"))
-        sizes = {name: (path / name).stat().st_size for name in _shards_in(path)}
-        if found["shards"] != sizes:
-            raise ValueError(f"it holds the shards {sizes} and was left with {found['shards']}")
-        tensors = load_shards(path, like, is_alone=processes.size == 1)
-        return Checkpoint(step=found["step"], tensors=tensors, state=found["state"])
-    step, state = _read_file(path)
-    if processes.size > 1:
-        tensors = load_shards(path.parent, like, is_alone=False)
-        return Checkpoint(step=step, tensors=tensors, state=state)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    return Checkpoint(step=step, tensors=tensors, state=state)
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, processes: ProcessGroup) -> None:
-    """Write a checkpoint, then take earlier ones away.
-
-    Raises OSError where that fails; the earlier one is then intact.
-    """
-    if processes.size == 1:
-        metadata = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
-        write_tensors(folder / CHECKPOINT_NAME, checkpoint.tensors, metadata)
-        _remove_folders(folder, but=None)
-        return
-    path = folder / _FOLDER.format(checkpoint.step)
-    part = path.with_name(f".{path.name}.part")
-    if processes.is_first:
-        remove(part)
-        part.mkdir()
-    processes.wait()
-    save_shards(part, checkpoint.tensors)
-    if processes.is_first:
-        shards = {name: (part / name).stat().st_size for name in _shards_in(part)}
-        state = {"step": checkpoint.step, "state": checkpoint.state, "shards": shards}
-        write_json(part / _STATE_NAME, state)
-        remove(path)
-        os.replace(part, path)
-        _remove_folders(folder, but=path)
-        (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
-    processes.wait()
-
-
 def _read_file(path: Path) -> tuple[int, dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     return int(metadata["step"]), json.loads(metadata["state"])
 
 
-def _shards_in(path: Path) -> list[str]:
-    return sorted(shard.name for shard in path.glob("*.safetensors"))
+def _measure_shards(path: Path) -> dict[str, int]:
+    return {shard.name: shard.stat().st_size for shard in sorted(path.glob("*.safetensors"))}
 
 
 def _step_of(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
-
-
-def _remove_folders(folder: Path, *, but: Path | None) -> None:
-    for path in folder.glob("*checkpoint-*"):
-        if path.is_dir() and path != but:
-            remove(path)
-
-
-_EARLIER = "checkpoint_before_"
 
 
 class Monitor(Protocol):
@@ -145,13 +83,11 @@ class CheckpointFiles:
     """The last checkpoint in a folder; beside it those back to one that any fault comes after.
 
     Every process of a process group calls alike; the first one alone moves files.
+
+    delay: see `Monitor`; None: no fault is looked for, and one checkpoint is enough.
     """
 
     def __init__(self, folder: Path, delay: int | None, processes: ProcessGroup) -> None:
-        """delay: rows of metrics within which a fault is found, its first row included.
-
-        None: no fault is looked for, and one checkpoint is enough.
-        """
         self.folder = folder
         self.processes = processes
         self._delay = delay
@@ -174,25 +110,66 @@ class CheckpointFiles:
         return f"the last good checkpoint is {path}" if path else "no good checkpoint is there"
 
     def read(self, like: Mapping[str, Tensor]) -> Checkpoint:
-        """Return the last checkpoint; see `read_checkpoint`."""
-        checkpoint = read_checkpoint(self.path, like, self.processes)
-        self._step = checkpoint.step
-        return checkpoint
+        """Return the last checkpoint.
+
+        like: the parameters by name; a process group's tensors become shards as theirs.
+
+        Raises ValueError, KeyError or SafetensorError for one that is damaged.
+        """
+        path, is_alone = self.path, self.processes.size == 1
+        if path.is_dir():
+            found = json.loads((path / _STATE_NAME).read_text(encoding="utf-8"))
+            step, state, sizes = found["step"], found["state"], _measure_shards(path)
+            if found["shards"] != sizes:
+                raise ValueError(f"it holds the shards {sizes} and was left with {found['shards']}")
+            tensors = load_shards(path, like, is_alone=is_alone)
+        else:
+            step, state = _read_file(path)
+            tensors = load_file(path) if is_alone else load_shards(self.folder, like)
+        self._step = step
+        return Checkpoint(step=step, tensors=tensors, state=state)
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint; drop those that no fault can lead back to."""
+        """Write a checkpoint; drop those that no fault can lead back to.
+
+        Raises OSError where that fails; the earlier one is then intact.
+        """
         if self._delay is not None:
             with self.processes.in_turn():
                 if self.processes.is_first and (path := self.path):
                     path.replace(path.with_name(f"{_EARLIER}{self._step}{path.suffix}"))
-        write_checkpoint(self.folder, checkpoint, self.processes)
+        if self.processes.size == 1:
+            metadata = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
+            write_tensors(self.folder / CHECKPOINT_NAME, checkpoint.tensors, metadata)
+            self._remove_folders(but=None)
+        else:
+            self._write_shards(checkpoint)
         self._step = checkpoint.step
         if self.processes.is_first:
-            earlier = self._earlier()
-            best = max(filter(self._is_good, earlier), default=0)
-            for step, path in earlier.items():
-                if step < best:
-                    remove(path)
+            best = max(filter(self._is_good, self._earlier()), default=0)
+            self._remove_earlier(before=best)
+
+    def _write_shards(self, checkpoint: Checkpoint) -> None:
+        path = self.folder / _FOLDER.format(checkpoint.step)
+        part = path.with_name(f".{path.name}.part")
+        if self.processes.is_first:
+            remove(part)
+            part.mkdir()
+        self.processes.wait()
+        save_shards(part, checkpoint.tensors)
+        if self.processes.is_first:
+            state = {"step": checkpoint.step, "state": checkpoint.state}
+            write_json(part / _STATE_NAME, {**state, "shards": _measure_shards(part)})
+            remove(path)
+            os.replace(part, path)
+            self._remove_folders(but=path)
+            (self.folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+        self.processes.wait()
+
+    def _remove_folders(self, *, but: Path | None) -> None:
+        for path in self.folder.glob("*checkpoint-*"):
+            if path.is_dir() and path != but:
+                remove(path)
 
     def see_row(self, step: int) -> None:
         """Take note that metrics were logged in step number `step`."""
@@ -209,18 +186,21 @@ class CheckpointFiles:
                     remove(path)
                 if (best := max(filter(self._is_good, earlier), default=None)) is not None:
                     self._put_back(best, earlier)
-            for path in self._earlier().values():
-                remove(path)
+            self._remove_earlier()
 
     def finish(self) -> None:
         """Drop what only an unfinished training needs."""
         if self.processes.is_first:
-            for path in self._earlier().values():
+            self._remove_earlier()
+
+    def _remove_earlier(self, before: float = math.inf) -> None:
+        for step, path in self._earlier().items():
+            if step < before:
                 remove(path)
 
     def _put_back(self, step: int, earlier: Mapping[int, Path]) -> None:
         path = earlier[step]
-        path.replace(path.with_name(name_checkpoint(step, is_file=path.is_file())))
+        path.replace(path.with_name(CHECKPOINT_NAME if path.is_file() else _FOLDER.format(step)))
 
     def _earlier(self) -> dict[int, Path]:
         paths = self.folder.glob(f"{_EARLIER}*")

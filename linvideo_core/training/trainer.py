@@ -11,7 +11,6 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from ..run.callbacks import Stage
 from ..run.context import Run
 from ..run.errors import SettingError
-from ..run.folder import read_whole_rows
 from .checkpoint import Checkpoint, CheckpointFiles, Monitor
 from .config import TrainingConfig
 
@@ -114,15 +112,6 @@ def fit(
     fitting.keep_average()
 
 
-def _deleted(folder: Path) -> ValueError:
-    """Return the error of a folder that is gone; it names the outermost one that is."""
-    while not folder.parent.exists():
-        folder = folder.parent
-    return ValueError(
-        f"{folder} was deleted while this run wrote into it; start again with the same settings"
-    )
-
-
 class _Diverged(SettingError):
     """What was trained is lost from here on: it must not replace the last good checkpoint."""
 
@@ -150,8 +139,8 @@ class _Fitting:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters.values()), "betas": g.betas} for g in groups],
             weight_decay=config.weight_decay,
-            foreach=run.processes.size > 1
-            or None,  # One by one, sharded parameters take long to ask.
+            # One by one, sharded parameters take long to ask.
+            foreach=run.processes.size > 1 or None,
         )
         self.num_finished: int | None = 0
         self.num_saved = 0
@@ -170,8 +159,13 @@ class _Fitting:
             raise
         # KeyboardInterrupt and a host's own interruption are no Exception.
         except BaseException as error:
-            if isinstance(error, OSError) and not self.files.folder.exists():
-                raise _deleted(self.files.folder) from error
+            folder = self.files.folder
+            if isinstance(error, OSError) and not folder.exists():
+                gone = [folder, *(path for path in folder.parents if not path.exists())][-1]
+                raise ValueError(
+                    f"{gone} was deleted while this run wrote into it; start again with the same "
+                    "settings"
+                ) from error
             has_more = self.num_finished is not None and self.num_finished > self.num_saved
             if has_more and self.processes.is_agreed(error):
                 try:
@@ -288,11 +282,15 @@ class _Fitting:
                 }
 
     def _drop_metrics_from(self, step: int) -> None:
-        rows = read_whole_rows(self.metrics_path, before=step)
+        path, rows = self.metrics_path, []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # The last one may be cut short.
+            rows = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
         # All have read before one writes.
         self.processes.wait()
-        if self.processes.is_first and self.metrics_path.exists():
-            self.metrics_path.write_text("".join(rows), encoding="utf-8")
+        if self.processes.is_first and path.exists():
+            path.write_text("".join(rows), encoding="utf-8")
         for row in map(json.loads, rows if self.monitor else ()):
             self.files.see_row(row["step"])
             self.monitor(row)

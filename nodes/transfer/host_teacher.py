@@ -22,7 +22,7 @@ from ...linvideo_core.run.memory import (
     FP32,
     Need,
     Transformer,
-    check_capacity,
+    check_memory,
     count,
     count_low_rank,
     show_gb,
@@ -105,7 +105,7 @@ class HostTeacher:
         Raises ValueError where a transfer with these settings cannot fit.
         """
         needs = self.needs(config)
-        check_capacity(needs, self.device, self._usable_bytes())
+        check_memory(needs, self.device, free=self._usable_bytes())
         # The weights are ComfyUI's: what of them does not fit beside the rest waits elsewhere.
         beside = sum(need.num_bytes for need in needs[1:])
         with torch.inference_mode():

@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter, which rounds to bf16 towa
 """
 
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -105,17 +106,18 @@ def test_fused_is_the_definition_in_value_and_gradient(
     assert_is_the_definition(make_inputs(*lengths, batch=1, **settings), "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("query_length", "key_length"), [(1, 33), (33, 1)])
-def test_fused_is_the_definition_at_odd_lengths(
-    query_length: int, key_length: int, dtype: torch.dtype, device: str
+@pytest.mark.parametrize(
+    ("lengths", "batch", "dtype"),
+    [
+        *itertools.product([(1, 33), (33, 1)], [2], [torch.float32, torch.bfloat16]),
+        pytest.param((150, 150), 1, torch.float32, id="several splits"),
+    ],
+)
+def test_fused_is_the_definition_at_any_length(
+    lengths: tuple[int, int], batch: int, dtype: torch.dtype, device: str
 ) -> None:
-    inputs = make_inputs(query_length, key_length, dtype=dtype, device=device)
+    inputs = make_inputs(*lengths, batch=batch, dtype=dtype, device=device)
     assert_is_the_definition(inputs, "triton")
-
-
-def test_fused_is_the_definition_over_several_splits(device: str) -> None:
-    assert_is_the_definition(make_inputs(150, 150, batch=1, device=device), "triton")
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -217,15 +219,15 @@ def test_a_second_copy_of_the_package_computes_beside_the_first() -> None:
 
 
 def test_a_map_that_heads_share_is_one_a_head_with_its_gradients_summed(device: str) -> None:
-    tokens, maps = make_inputs(9, 21, device=device)[:3], make_inputs(9, 21, device=device)[3:]
+    *tokens, query_map, key_map = make_inputs(9, 21, device=device)
     N = tokens[0].shape[2]
-    shared = [m[:1].detach().requires_grad_(True) for m in maps]
+    shared = [m[:1].detach().requires_grad_(True) for m in (query_map, key_map)]
     copies = [m.detach().repeat(N, 1, 1).requires_grad_(True) for m in shared]
     found = linear_attention(*tokens, *(m.expand(N, -1, -1) for m in shared), backend="triton")
     expected = linear_attention(*tokens, *copies, backend="triton")
     assert torch.equal(found, expected)
-    found.square().sum().backward()
-    expected.square().sum().backward()
+    for out in (found, expected):
+        out.square().sum().backward()
     for one, each in zip(shared, copies, strict=True):
         torch.testing.assert_close(one.grad, each.grad.sum(dim=0, keepdim=True))
 
@@ -300,15 +302,16 @@ def test_a_cuda_graph_replays_it() -> None:
     assert torch.equal(output, expected)
 
 
-@pytest.mark.gpu
-def test_auto_is_fused_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    inputs = make_inputs(63, 63, dtype=torch.bfloat16, device="cuda")
-    assert torch.equal(linear_attention(*inputs), linear_attention(*inputs, backend="triton"))
-
-
-def test_auto_on_a_cpu_is_the_reference_whatever_triton_says() -> None:
-    inputs = make_inputs(63, 63)
-    assert torch.equal(linear_attention(*inputs), linear_attention(*inputs, backend="reference"))
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "reference"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)],
+)
+def test_auto_is_fused_on_a_gpu_and_the_reference_on_a_cpu_whatever_triton_says(
+    device: str, backend: str
+) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = make_inputs(63, 63, dtype=dtype, device=device)
+    assert torch.equal(linear_attention(*inputs), linear_attention(*inputs, backend=backend))
 
 
 @pytest.mark.parametrize(
@@ -327,16 +330,13 @@ def test_a_backend_is_refused_where_it_cannot_run(
         linear_attention(*make_inputs(5, 5, **settings), backend=backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
-def test_dtypes_that_are_no_numbers_of_a_model_are_refused(dtype: torch.dtype) -> None:
+def test_dtypes_that_are_no_numbers_of_a_model_and_no_tokens_are_refused() -> None:
     query, *rest = (x.detach() for x in make_inputs(5, 5))
-    with pytest.raises(ValueError, match="fp16, bf16 or fp32"):
-        linear_attention(query.to(dtype), *rest)
-    with pytest.raises(ValueError, match="query and key alike"):
-        linear_attention(query.half(), *rest)
-
-
-def test_no_token_is_refused() -> None:
-    query, key, value, *maps = make_inputs(5, 5)
-    with pytest.raises(ValueError, match="at least one token"):
-        linear_attention(query[:, :0], key, value, *maps)
+    for refused, words in (
+        (query.to(torch.int32), "fp16, bf16 or fp32"),
+        (query.to(torch.complex64), "fp16, bf16 or fp32"),
+        (query.half(), "query and key alike"),
+        (query[:, :0], "at least one token"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_attention(refused, *rest)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linvideo_core.kernels import SOFTMAX_KERNELS, softmax_attention
 from linvideo_core.models.attention import LinearAttention, MixedAttention, SoftmaxAttention
@@ -25,14 +25,6 @@ def make_mixed(layer_score: float) -> MixedAttention:
     linear = LinearAttention(3, 16, 16)
     linear.init_weights(torch.Generator().manual_seed(1))
     return MixedAttention(linear, layer_score)
-
-
-def count_calls(module: nn.Module) -> list[str]:
-    """Return a list that grows by a name whenever a child of the module is called."""
-    calls: list[str] = []
-    for name, child in module.named_children():
-        child.register_forward_hook(lambda *_, name=name: calls.append(name))
-    return calls
 
 
 @pytest.mark.parametrize(("query_length", "key_length"), [(1, 1), (63, 63), (63, 5), (1, 1000)])
@@ -62,53 +54,40 @@ def test_every_kernel_of_softmax_is_the_definition_on_a_gpu(kernel: str) -> None
     torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.01)
 
 
-def test_r_one_is_softmax_and_r_zero_is_linear() -> None:
-    triple = make_triple()
-    for layer_score, branch in ((1.0, "softmax"), (0.0, "linear")):
-        mixed = make_mixed(layer_score)
-        expected = mixed.get_submodule(branch)(*triple)
-        torch.testing.assert_close(mixed(*triple), expected, rtol=0, atol=0)
-
-
-def test_a_mixture_lies_on_the_line_between_its_branches() -> None:
-    triple = make_triple()
-    mixed = make_mixed(0.3)
-    expected = 0.3 * mixed.softmax(*triple) + 0.7 * mixed.linear(*triple)
-    torch.testing.assert_close(mixed(*triple), expected)
-
-
 @pytest.mark.parametrize("layer_score", [0.0, 0.2, 0.5, 0.9, 1.0])
-def test_the_gradient_of_r_is_the_upstream_gradient_along_softmax_less_linear(
+def test_a_mixture_lies_between_its_branches_and_r_learns_along_their_difference(
     layer_score: float,
 ) -> None:
     triple = make_triple()
     mixed = make_mixed(layer_score)
     upstream = torch.randn(2, 63, 3, 16, generator=torch.Generator().manual_seed(2))
-    mixed(*triple).backward(upstream)
+    found = mixed(*triple)
+    found.backward(upstream)
     with torch.no_grad():
-        expected = (upstream * (mixed.softmax(*triple) - mixed.linear(*triple))).sum()
+        softmax, linear = mixed.softmax(*triple), mixed.linear(*triple)
+    torch.testing.assert_close(found, layer_score * softmax + (1 - layer_score) * linear)
+    if layer_score in (0, 1):
+        assert torch.equal(found, softmax if layer_score else linear)
+    expected = (upstream * (softmax - linear)).sum()
     torch.testing.assert_close(mixed.layer_score.grad, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("choice", ["linear", "softmax"])
-def test_a_hardened_layer_computes_its_branch_alone(choice: str) -> None:
-    triple = make_triple()
+def test_a_hardened_layer_computes_its_branch_alone_and_gives_r_no_gradient(choice: str) -> None:
+    triple = [x.requires_grad_() for x in make_triple()]
     mixed = make_mixed(0.4)
     expected = mixed.get_submodule(choice)(*triple)
-    calls = count_calls(mixed)
+    calls: list[str] = []
+    for name, child in mixed.named_children():
+        child.register_forward_hook(lambda *_, name=name: calls.append(name))
     mixed(*triple)
     assert sorted(calls) == ["linear", "softmax"]
     calls.clear()
     mixed.mode = choice
-    torch.testing.assert_close(mixed(*triple), expected, rtol=0, atol=0)
-    assert calls == [choice]
-
-
-def test_a_hardened_layer_gives_r_no_gradient() -> None:
-    mixed = make_mixed(0.4)
-    mixed.mode = "linear"
-    mixed(*make_triple()).sum().backward()
-    assert mixed.layer_score.grad is None
+    found = mixed(*triple)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert calls == [choice] and mixed.layer_score.grad is None
 
 
 def test_a_disabled_layer_is_softmax_in_any_mode() -> None:

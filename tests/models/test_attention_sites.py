@@ -25,7 +25,7 @@ def sites_of(model: nn.Module) -> list[attention_sites.AttentionSite]:
     return identify(attention_sites.shapes_of(model))[1]
 
 
-@pytest.mark.parametrize(("num_heads", "num_layers"), [(1, 1), (2, 12), (12, 30), (40, 40)])
+@pytest.mark.parametrize(("num_heads", "num_layers"), [(1, 1), (2, 12), (40, 40)])
 def test_sites_are_found_in_depth_order(num_heads: int, num_layers: int) -> None:
     with torch.device("meta"):
         config = WanConfig(dim=128 * num_heads, num_heads=num_heads, num_layers=num_layers)
@@ -46,25 +46,16 @@ def minimax_h3_shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
     return {"video_patch_proj.weight": (5376, 96), "audio_patch_proj.weight": (5376, 32), **shapes}
 
 
-def test_the_sites_of_minimax_h3_are_its_main_blocks_alone() -> None:
+def test_minimax_h3_has_its_main_blocks_alone_as_sites_and_trains_no_modulation() -> None:
     family, sites = identify(minimax_h3_shapes(50))
     assert attention_sites.fingerprint(family, sites) == "minimax_h3, 50 layers, 56 heads of 128"
     assert [site.name for site in sites] == [f"blocks.{i}.attn" for i in range(50)]
-
-
-def test_modulations_of_minimax_h3_are_not_trained() -> None:
-    modulation = "blocks.0.adaln_proj.linear.weight"
-    shapes = minimax_h3_shapes(2) | {modulation: (96768, 24)}
-    family, _ = identify(shapes)
-    trainable = family.trainable(shapes)
-    assert modulation not in trainable
-    assert {name for name in trainable if name.endswith("weight")} == {
-        f"blocks.{i}.attn.{name}.weight" for i in range(2) for name in ("qkv_proj", "q_norm")
-    }
-
-
-def test_layers_of_the_same_names_without_both_streams_are_no_minimax_h3() -> None:
-    shapes = minimax_h3_shapes(2)
+    shapes = minimax_h3_shapes(2) | {"blocks.0.adaln_proj.linear.weight": (96768, 24)}
+    own = ("qkv_proj.weight", "q_norm.weight")
+    # Modulations are not trained.
+    names = {f"blocks.{i}.attn.{name}" for i in range(2) for name in own}
+    assert set(family.trainable(shapes)) == names
+    # Layers of the same names without both streams are those of another model.
     del shapes["audio_patch_proj.weight"]
     with pytest.raises(ValueError, match="minimax_h3"):
         identify(shapes)
@@ -103,10 +94,7 @@ def test_install_takes_effect_and_restore_gives_back_the_same_modules(
 
 def test_install_touches_only_the_sites_it_is_given(wan: WanModel) -> None:
     sites = sites_of(wan)
-    asked: list[attention_sites.AttentionSite] = []
-    originals = attention_sites.install(wan, sites[1:2], lambda s: (asked.append(s), Nothing())[1])
-    assert asked == sites[1:2]
-    assert list(originals) == [1]
+    assert list(attention_sites.install(wan, sites[1:2], lambda site: Nothing())) == [1]
     kinds = [type(attention_sites.attention_at(wan, site)) for site in sites]
     assert kinds == [SoftmaxAttention, Nothing, SoftmaxAttention]
     assert isinstance(wan.blocks[1].cross_attn.attention, SoftmaxAttention)
@@ -133,14 +121,11 @@ def test_trainable_weights_are_the_blocks_own(wan: WanModel) -> None:
     assert set(attention_sites.trainable_weights(wan, family, sites)) == set(before)
 
 
-def test_blocks_are_those_that_hold_the_sites(wan: WanModel) -> None:
-    assert attention_sites.blocks(wan, sites_of(wan)) == list(wan.blocks)
-
-
 def test_recomputed_activations_give_equal_values_and_gradients(
     wan: WanModel, inputs: tuple[Tensor, ...]
 ) -> None:
     other = copy.deepcopy(wan)
+    assert attention_sites.blocks(wan, sites_of(wan)) == list(wan.blocks)
     attention_sites.checkpoint_activations(other, sites_of(other))
     calls: list[int] = []
     other.blocks[1].ffn.register_forward_hook(lambda *_: calls.append(1))

@@ -43,10 +43,9 @@ def as_official(wan: WanModel) -> Tensors:
     return {name: tensor.clone() for name, tensor in wan.state_dict().items()}
 
 
-def as_comfyui(wan: WanModel) -> Tensors:
-    return {f"model.diffusion_model.{n}": t for n, t in as_official(wan).items()} | {
-        "vae.decoder.bias": torch.zeros(3)
-    }
+def as_comfyui(wan: WanModel, prefix: str = "model.diffusion_model.") -> Tensors:
+    own = {f"{prefix}{name}": tensor for name, tensor in as_official(wan).items()}
+    return own | {"vae.decoder.bias": torch.zeros(3)}
 
 
 def as_diffusers(wan: WanModel) -> Tensors:
@@ -57,6 +56,7 @@ def as_diffusers(wan: WanModel) -> Tensors:
 FORMS: dict[str, Callable[[WanModel], Tensors]] = {
     "official": as_official,
     "comfyui": as_comfyui,
+    "comfyui, short": lambda wan: as_comfyui(wan, "diffusion_model."),
     "diffusers": as_diffusers,
 }
 
@@ -108,7 +108,6 @@ def find_any_shard(folder: Path, tensors: Tensors) -> Path:
 
 
 PLACES = (
-    find_single,
     find_folder,
     find_pipeline,
     write_shards,
@@ -118,9 +117,11 @@ PLACES = (
 )
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_in_every_place_is_the_same_velocity(
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [*((form, find_single) for form in FORMS), *(("diffusers", place) for place in PLACES)],
+)
+def test_every_form_and_every_place_is_the_same_velocity(
     form: str,
     place: Callable[[Path, Tensors], Path],
     wan: WanModel,
@@ -260,3 +261,85 @@ def test_a_file_of_another_family_is_called_by_its_name(names: str, tmp_path: Pa
         open_wan(path)
     assert "known are Wan 2.1 and 2.2" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def update(name: str, *shape: int) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "2.1 image-to-video": (update("img_emb.proj.0.bias", 3), "image-to-video"),
+    "2.2 image-to-video": (update("patch_embedding.weight", 128, 9, 1, 2, 2), "image-to-video"),
+    "VACE": (update("vace_blocks.0.bias", 3), "VACE"),
+    "a missing tensor": (lambda t: t.pop("blocks.1.ffn.0.bias"), "blocks.1.ffn.0.bias"),
+    "a missing layer": (
+        lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.1.")],
+        "blocks.1.",
+    ),
+    "an extra tensor": (update("other", 3), "other"),
+    "a shape of another width": (update("blocks.2.ffn.2.bias", 7), "blocks.2.ffn.2.bias"),
+    "no patch embedding": (lambda t: t.pop("patch_embedding.weight"), "not a Wan"),
+    "a flat patch embedding": (update("patch_embedding.weight", 128, 4), "not a Wan"),
+    "a head without shape": (update("head.head.weight"), "not a Wan"),
+    "layers without numbers": (update("blocks.x.bias", 3), "not a Wan"),
+    "a narrow model": (update("patch_embedding.weight", 64, 4, 1, 2, 2), "not a Wan"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_model_is_refused_in_one_sentence(name: str, wan: WanModel, tmp_path: Path) -> None:
+    change, words = CHANGES[name]
+    tensors = as_official(wan)
+    change(tensors)
+    path = find_single(tmp_path, tensors)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_wan(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a model",
+        b"\xff" * 200,
+        (2**40).to_bytes(8, "little") + b"{}",
+        len(b"{}").to_bytes(8, "little") + b"{}",
+        len(b"[1]").to_bytes(8, "little") + b"[1]",
+        b"PK\x03\x04" + b"\0" * 100,
+    ],
+)
+def test_a_file_of_another_kind_is_refused_in_one_sentence(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"other\.safetensors") as caught:
+        load_wan(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_file_is_refused_in_one_sentence(wan: WanModel, tmp_path: Path) -> None:
+    path = find_single(tmp_path, as_official(wan))
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    assert json.loads(whole[8:header])
+    for size in (4, 8, header // 2, header, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a readable safetensors file") as caught:
+            load_wan(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "none.safetensors", "exist"), (tmp_path, "without a safetens")):
+        with pytest.raises(FileNotFoundError, match=words):
+            load_wan(path)
+
+
+def test_half_precision_files_load_in_the_dtype_that_is_asked_for(
+    wan: WanModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "wan.safetensors"
+    save_file({n: t.half() for n, t in wan.state_dict().items()}, path)
+    assert {p.dtype for p in load_wan(path).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_wan(path, frozen="bf16").parameters()} == {torch.bfloat16}

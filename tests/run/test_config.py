@@ -21,6 +21,7 @@ from linvideo_core.run.config import (
     to_flags,
     to_json,
 )
+from linvideo_core.run.errors import SettingError, flag_of
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer import pipeline
 
@@ -62,33 +63,31 @@ def read(*argv: str) -> Car:
     return parse(Car, argv, description="Drive.", presets=PRESETS)
 
 
-def test_without_flags_the_defaults_hold() -> None:
-    config = parse(Car, [], description="Drive.")
-    assert config == Car()
+RACE = Car(engine=Engine(num_cylinders=12), is_fast=True, share=1.0)
 
 
-def test_flags_reach_fields_at_any_depth() -> None:
-    config = read(
-        *("--num-cylinders", "6", "--power", "2e-1", "--kind", "petrol"),
-        *("--out", "there", "--manual", "book.txt", "--is-fast", "true"),
-    )
-    assert config == Car(
-        engine=Engine(num_cylinders=6, power=0.2, kind="petrol"),
-        out=Path("there"),
-        manual=Path("book.txt"),
-        is_fast=True,
-    )
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", Car()),
+        ("--preset city", Car()),
+        ("--preset race", RACE),
+        ("--power 2e-1 --kind petrol", Car(engine=Engine(power=0.2, kind="petrol"))),
+        ("--out there --manual book.txt", Car(out=Path("there"), manual=Path("book.txt"))),
+        ("--share 1 --preset race --is-fast false", dataclasses.replace(RACE, is_fast=False)),
+        ("--is-fast", Car(is_fast=True)),
+        ("--is-fast --share 0", Car(is_fast=True, share=0.0)),
+        ("--is-fast true", Car(is_fast=True)),
+        ("--has-roof FALSE", Car(has_roof=False)),
+        ("--has-roof=false", Car(has_roof=False)),
+    ],
+)
+def test_flags_reach_fields_at_any_depth_and_refine_the_preset(argv: str, expected: Car) -> None:
+    assert read(*argv.split()) == expected
 
 
-def test_a_preset_changes_defaults_and_flags_change_the_preset() -> None:
-    race = read("--preset", "race")
-    assert (race.engine.num_cylinders, race.is_fast, race.share) == (12, True, 1.0)
-    changed = read("--num-cylinders", "8", "--preset", "race", "--is-fast", "false")
-    assert (changed.engine.num_cylinders, changed.is_fast, changed.share) == (8, False, 1.0)
-
-
-def test_the_first_preset_is_the_default() -> None:
-    assert read() == read("--preset", "city")
+def test_a_command_may_have_no_presets() -> None:
+    assert parse(Car, ["--share", "0"], description="Drive.") == Car(share=0.0)
 
 
 def test_a_dry_run_prints_the_config_and_stops(capsys: pytest.CaptureFixture) -> None:
@@ -108,18 +107,17 @@ def test_help_shows_what_most_need_and_help_all_shows_every_setting(
         texts.append(capsys.readouterr().out)
     assert "--out" in texts[0] and "--power" not in texts[0]
     assert "--out" in texts[1] and "--power" in texts[1]
-    assert read("--power", "2").engine.power == 2
 
 
-@pytest.mark.parametrize("command", ["transfer", "distill", "evaluate"])
-def test_settings_are_read_without_pytorch(command: str) -> None:
-    program = f"""
-import sys
-from linvideo_core.{command} import cli
-try:
-    cli.main(["--dry-run"])
-except SystemExit:
-    sys.exit("torch" in sys.modules)
+def test_settings_are_read_without_pytorch() -> None:
+    program = """
+import importlib, sys
+for command in ("transfer", "distill", "evaluate"):
+    try:
+        importlib.import_module(f"linvideo_core.{command}.cli").main(["--dry-run"])
+    except SystemExit as end:
+        assert not end.code
+    assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
@@ -147,60 +145,41 @@ def test_json_nests_as_the_dataclasses_do() -> None:
     assert json.loads(to_json(Car()))["manual"] is None
 
 
-def test_override_replaces_flat_names_and_leaves_the_original() -> None:
+def test_override_replaces_flat_names_and_checks_what_it_makes() -> None:
     car = Car()
-    changed = override(car, {"power": 3.0, "share": 0.1})
-    assert (changed.engine.power, changed.share) == (3.0, 0.1)
-    assert (car.engine.power, car.share) == (1.5, 0.5)
-
-
-def test_override_checks_what_it_makes() -> None:
-    with pytest.raises(ValueError, match="--power -1 given"):
-        override(Car(), {"power": -1})
-
-
-@pytest.mark.parametrize(
-    ("argv", "is_fast"),
-    [
-        (["--is-fast"], True),
-        (["--is-fast", "--power", "3"], True),
-        (["--is-fast", "true"], True),
-        (["--is-fast", "FALSE"], False),
-        (["--is-fast=false"], False),
-        (["--preset", "race", "--is-fast", "false"], False),
-    ],
-)
-def test_a_boolean_flag_stands_alone_or_takes_true_or_false(argv: list[str], is_fast: bool) -> None:
-    assert read(*argv).is_fast is is_fast
+    assert override(car, {"power": 3.0, "share": 0.1}) == Car(engine=Engine(power=3.0), share=0.1)
+    assert car == Car()
+    for value in (-1, float("nan")):
+        with pytest.raises(SettingError, match=f"--power {value} given"):
+            override(car, {"power": value})
+    with pytest.raises(SettingError, match="--kind steam given; one of diesel, petrol is needed"):
+        override(car, {"kind": "steam"})
 
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--num-cylinders", "0"], "--num-cylinders 0 given; a number greater than 0 is needed"),
-        (["--num-cylinders", "six"], "--num-cylinders six given; a whole number is needed"),
-        (["--num-cylinders", "1.5"], "--num-cylinders 1.5 given; a whole number is needed"),
-        (["--power", "nan"], "--power nan given; a number is needed"),
-        (["--power", ""], "--power '' given; a number is needed"),
-        (["--power"], "--power given without a value; see --help"),
-        (["--share", "1.01"], "--share 1.01 given; a number from 0 to 1 is needed"),
-        (["--kind", "steam"], "--kind steam given; one of diesel, petrol is needed"),
-        (["--preset", "moon"], "--preset moon given; one of city, race is needed"),
-        (
-            ["--is-fast", "yes"],
-            "--is-fast yes given; true or false (or the flag alone) is needed",
-        ),
-        (["--manual="], "--manual '' given; a path is needed"),
-        (["--powr", "3"], "--powr given, which is not a flag of this command; did you mean"),
-        (["--zzz=3"], "--zzz given, which is not a flag of this command; see --help"),
-        (["stray"], "'stray' given, which belongs to no flag"),
+        ("--num-cylinders 0", "--num-cylinders 0 given; a number greater than 0 is needed"),
+        ("--num-cylinders six", "--num-cylinders six given; a whole number is needed"),
+        ("--num-cylinders 1.5", "--num-cylinders 1.5 given; a whole number is needed"),
+        ("--power nan", "--power nan given; a number is needed"),
+        ("--power ''", "--power '' given; a number is needed"),
+        ("--power", "--power given without a value; see --help"),
+        ("--share 1.01", "--share 1.01 given; a number from 0 to 1 is needed"),
+        ("--kind steam", "--kind steam given; one of diesel, petrol is needed"),
+        ("--preset moon", "--preset moon given; one of city, race is needed"),
+        ("--is-fast yes", "--is-fast yes given; true or false (or the flag alone) is needed"),
+        ("--manual=", "--manual '' given; a path is needed"),
+        ("--powr 3", "--powr given, which is not a flag of this command; did you mean --power?"),
+        ("--zzz=3", "--zzz given, which is not a flag of this command; see --help"),
+        ("stray", "'stray' given, which belongs to no flag"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_flag_value_and_expectation(
-    argv: list[str], sentence: str, capsys: pytest.CaptureFixture
+    argv: str, sentence: str, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        read(*argv)
+        read(*shlex.split(argv))
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {sentence}") and err.count("\n") == 1
@@ -228,7 +207,7 @@ def test_flags_of_a_config_give_it_back() -> None:
     assert to_flags(Car()) == "" == to_flags(Car(share=1.0), without=["share"])
 
 
-@pytest.mark.parametrize("kind", [ValueError, OSError, FileNotFoundError])
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
 def test_what_a_user_can_put_right_ends_in_one_sentence(
     kind: type[Exception], capsys: pytest.CaptureFixture
 ) -> None:
@@ -250,17 +229,10 @@ def test_a_fault_of_the_program_keeps_its_trace() -> None:
     assert logging.getLogger().handlers
 
 
-def leaf_names(config: object) -> list[str]:
-    names = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        names += leaf_names(value) if dataclasses.is_dataclass(value) else [field.name]
-    return names
-
-
 def test_the_transfers_flags_are_unique_and_its_presets_name_nothing_else() -> None:
-    names = leaf_names(pipeline.TransferConfig())
-    assert len(set(names)) == len(names)
+    # argparse refuses a flag that is there twice, and one that is not there.
     for preset in transfer.PRESETS.values():
-        assert set(preset) <= set(names)
-        override(pipeline.TransferConfig(), {"model": Path("wan.safetensors"), **preset})
+        values = {"model": Path("wan.safetensors"), **preset}
+        argv = [f"{flag_of(name)}={value}" for name, value in values.items()]
+        found = parse(pipeline.TransferConfig, argv, description="A transfer.")
+        assert found == override(pipeline.TransferConfig(), values)

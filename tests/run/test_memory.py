@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.models.sizes import SIZES
+from linvideo_core.artifact import Artifact, save
 from linvideo_core.distill import command as distill
 from linvideo_core.flow import bind
 from linvideo_core.models.attention_sites import checkpoint_activations, shapes_of
@@ -25,7 +26,6 @@ from linvideo_core.run.memory import (
     count_low_rank,
     explained,
     free_bytes,
-    show_gb,
     training_needs,
 )
 from linvideo_core.teacher.teacher import Teacher, open_teacher
@@ -39,14 +39,20 @@ from tests.conftest import TEXT_DIM, save_inputs
 HUGE = 10**18
 
 
+tells_free_memory = pytest.mark.skipif(
+    free_bytes("cpu") is None, reason="this system does not tell its free memory"
+)
+
+
 def test_a_device_that_has_enough_is_not_refused() -> None:
     free = free_bytes("cpu")
     assert free is None or 0 < free < 10**15
     check_memory([Need("a byte", 1), Need("another", 1)], "cpu")
     check_memory([Need("anything", HUGE)], "meta")
+    check_memory([Need("ten bytes", 10)], "cpu", free=10)
 
 
-@pytest.mark.skipif(free_bytes("cpu") is None, reason="this system does not tell its free memory")
+@tells_free_memory
 def test_a_refusal_says_what_is_needed_what_is_free_and_what_to_lower() -> None:
     needs = [Need("the weights", 10**9), Need("a step", HUGE, "lower --batch-size")]
     with pytest.raises(ValueError) as caught:
@@ -54,8 +60,8 @@ def test_a_refusal_says_what_is_needed_what_is_free_and_what_to_lower() -> None:
     message = str(caught.value)
     assert message.startswith("cpu has ") and "\n" not in message
     assert "a step 1,000,000,000.0 GB, the weights 1.0 GB): lower --batch-size" in message
-    with pytest.raises(ValueError, match="choose another --device"):
-        check_memory([Need("the weights", HUGE)], "cpu")
+    with pytest.raises(ValueError, match=r"has 1\.0 MB of free .*: choose another --device"):
+        check_memory([Need("the weights", HUGE)], "cpu", free=10**6)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -82,35 +88,13 @@ def test_what_the_allocator_holds_unused_counts_as_free() -> None:
     assert abs(free_bytes("cuda") - before) < 2**26
 
 
-def test_bytes_are_said_in_units_that_can_be_read() -> None:
-    assert [show_gb(n) for n in (2e9, 3e6)] == ["2.0 GB", "3.0 MB"]
-
-
 def needs_of(wan: WanConfig, tokens: int, stream_bytes: int = 4, **changes: Any) -> dict[str, int]:
-    settings = {
-        "weight_bytes": 0,
-        "num_trained": 0,
-        "num_graphs": 1,
-        "batch_size": 1,
-        "sampled_together": 0,
-        "is_checkpointed": False,
-        "precision": "fp32",
-        **changes,
-    }
-    model = Transformer(
-        dim=wan.dim,
-        ffn_dim=wan.ffn_dim,
-        num_layers=wan.num_layers,
-        num_tokens=tokens,
-        stream_bytes=stream_bytes,
-    )
+    numbers = ("weight_bytes", "num_trained", "sampled_together")
+    settings = {**dict.fromkeys(numbers, 0), "num_graphs": 1, "batch_size": 1}
+    settings |= {"is_checkpointed": False, "precision": "fp32", **changes}
+    sizes = {name: getattr(wan, name) for name in ("dim", "ffn_dim", "num_layers")}
+    model = Transformer(**sizes, num_tokens=tokens, stream_bytes=stream_bytes)
     return {need.what: need.num_bytes for need in training_needs(model, **settings)}
-
-
-def round_weights(model: nn.Module, frozen: str) -> None:
-    for name, parameter in list(model.named_parameters()):
-        place(model, name, parameter.detach(), frozen)
-    model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
@@ -120,7 +104,9 @@ def round_weights(model: nn.Module, frozen: str) -> None:
 def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_one(
     frozen: str, parameters: str, precision: str, is_checkpointed: bool, teacher: Teacher
 ) -> None:
-    round_weights(teacher.model, frozen)
+    for name, parameter in list(teacher.model.named_parameters()):
+        place(teacher.model, name, parameter.detach(), frozen)
+    teacher.model.requires_grad_(False)
     student = Student(teacher, StudentConfig(parameters=parameters, lora_rank=2), seed=0)
     for module in student.mixed.values():
         module.mode = "softmax"
@@ -198,7 +184,7 @@ def files(teacher: Teacher, tmp_path: Path) -> dict[str, Any]:
         ({"shard_size": 10**9, "num_trajectories": 10**9}, "lower --shard-size"),
     ],
 )
-@pytest.mark.skipif(free_bytes("cpu") is None, reason="this system does not tell its free memory")
+@tells_free_memory
 def test_a_transfer_that_cannot_fit_is_refused_before_anything_is_made(
     changes: dict[str, Any], words: str, files: dict[str, Any]
 ) -> None:
@@ -209,25 +195,14 @@ def test_a_transfer_that_cannot_fit_is_refused_before_anything_is_made(
     assert not files["out"].exists()
 
 
-@pytest.mark.skipif(free_bytes("cpu") is None, reason="this system does not tell its free memory")
+@tells_free_memory
 def test_a_distillation_that_cannot_fit_is_refused_before_anything_is_made(
-    files: dict[str, Any], tmp_path: Path
+    files: dict[str, Any], linearized: Artifact, tmp_path: Path
 ) -> None:
-    small = {
-        "num_frames": 5,
-        "height": 32,
-        "width": 32,
-        "num_trajectories": 2,
-        "states_per_trajectory": 2,
-        "sampler_steps": 4,
-        "warm_start_steps": 0,
-        "steps": 1,
-        "evaluate_samples": 0,
-    }
-    made = transfer.run(override(TransferConfig(), files | small))
-    values = {**files, **small, "out": tmp_path / "few"}
-    del values["target"]
-    config = override(distill.DistillConfig(artifact=made), {**values, "batch_size": 10**9})
+    save(linearized, tmp_path / "linearized.safetensors")
+    del files["target"]
+    config = distill.DistillConfig(artifact=tmp_path / "linearized.safetensors")
+    config = override(config, {**files, "evaluate_samples": 0, "batch_size": 10**9})
     with pytest.raises(ValueError, match="lower --batch-size"):
         distill.run(config)
     assert not config.out.exists()
@@ -271,36 +246,28 @@ def test_the_presets_for_homes_leave_their_card_a_tenth(
     assert config.selection.target == len(SIZES[name].layers)
 
 
+CHECKPOINTED = "{activation_checkpointing}"
+
+
 @pytest.mark.parametrize(
-    ("free_gb", "flags"),
+    ("gpu_gb", "cpu_gb", "may_offload", "flags"),
     [
-        (100, "{activation_checkpointing}"),
-        (60, "{activation_checkpointing} {frozen} bf16"),
-        (48, "{activation_checkpointing} {frozen} bf16 {offload_blocks} 8"),
-        (20, ""),
+        (100, 1000, True, CHECKPOINTED),
+        (60, 1000, True, f"{CHECKPOINTED} {{frozen}} bf16"),
+        (48, 1000, True, f"{CHECKPOINTED} {{frozen}} bf16 {{offload_blocks}} 8"),
+        (20, 1000, True, ""),
+        (40, 20, True, f"{CHECKPOINTED} {{frozen}} fp8"),
+        (30, 20, True, f"{CHECKPOINTED} {{frozen}} fp8 {{offload_blocks}} 24"),
+        (30, 20, False, ""),
     ],
 )
-def test_a_plan_finds_the_flags_that_cost_least_of_those_that_fit(
-    free_gb: float, flags: str, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_finds_the_flags_that_cost_least_of_those_that_fit_both_memories(
+    gpu_gb: int, cpu_gb: int, may_offload: bool, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = {"cpu": 10**12, "cuda": int(free_gb * 1e9)}
+    free = {"cpu": int(cpu_gb * 1e9), "cuda": int(gpu_gb * 1e9)}
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
     plan = plan_of("14b-480p", 1)
-    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True) == flags
-
-
-def test_weights_that_the_computers_own_memory_cannot_hold_are_not_proposed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    free = {"cpu": int(20e9), "cuda": int(40e9)}
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free[str(device)])
-    plan = plan_of("14b-480p", 1)
-    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
-    assert found == "{activation_checkpointing} {frozen} fp8"
-    free["cuda"] = int(30e9)
-    found = plan.find_flags(FrozenConfig(), [], "cuda", may_offload=True)
-    assert found.startswith("{activation_checkpointing} {frozen} fp8 {offload_blocks}")
-    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=False) == ""
+    assert plan.find_flags(FrozenConfig(), [], "cuda", may_offload=may_offload) == flags
 
 
 def test_page_locked_blocks_count_as_what_they_really_take(
@@ -321,14 +288,9 @@ def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
 ) -> None:
     config = override(TransferConfig(), {**files, "evaluate_samples": 0, "num_trajectories": 1})
     checkpoint = open_teacher(config.teacher)
-    told = []
-
-    def free_bytes(device: object) -> int:
-        return 10**12 if not told else told[0]
-
-    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
     check_transfer(checkpoint, config, "cpu", "fp32")
-    told.append(1_500_000_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_500_000_000)
     with pytest.raises(ValueError, match="it would fit with --activation-checkpointing") as caught:
         check_transfer(checkpoint, config, "cpu", "fp32")
     assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Two processes train as one does; they stop, fail and continue together, on CPUs and on GPUs."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from linvideo_core.training.fsdp import init_process_group
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = "tests/process_group_program.py"
 TIMEOUT_SECONDS = 300
 
 # What `parallel` promises for the same global batch: of each metric, and of each tensor the norm
@@ -45,17 +47,47 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
-def torchrun(*argv: str) -> subprocess.CompletedProcess:
-    """Run a program in two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [sys.executable, *launcher, *argv],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
+def start_ranks(folder: Path, scenario: str) -> list[subprocess.Popen]:
+    """Start both processes of a scenario as torchrun does, without its watch over them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    return [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, str(folder), scenario],
+            cwd=ROOT,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@dataclasses.dataclass
+class Killed:
+    """A transfer of two processes on CPUs after one of them was killed: what the other did."""
+
+    folder: Path
+    code: int
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """Kill a process as soon as there is a checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    first, second = start_ranks(folder, "transfer_long")
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while find_checkpoint(folder / "transfer_long/training") is None:
+        assert first.poll() is None and second.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    _, errors = first.communicate(timeout=TIMEOUT_SECONDS)
+    assert not (folder / "transfer_long/student.safetensors").exists()
+    return Killed(folder / "transfer_long", first.returncode, errors)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -67,10 +99,13 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(device: str, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    device: str, killed: Killed, one_thread: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with what one process and two made of the same trainings, under `one` and `two`.
 
-    `two/one_to_two` was begun by one process and finished by two, `one/two_to_one` the reverse.
+    `two/one_to_two` was begun by one process and finished by two, `one/two_to_one` the reverse;
+    what the two wrote last on stderr is in `two/errors`.
     """
     folder = tmp_path_factory.mktemp("processes")
     one, two = folder / "one", folder / "two"
@@ -80,14 +115,47 @@ def folder(device: str, one_thread: None, tmp_path_factory: pytest.TempPathFacto
         "share_one_copy",
         f"stop_transfer={one / 'two_to_one'}",
         "transfer=one_to_two",
+        *([f"transfer_long={killed.folder}"] if device == "cpu" else []),
+        "refuse",
     ]
-    finished = torchrun("tests/process_group_program.py", str(two), ",".join(jobs), device)
-    assert finished.returncode == 0, finished.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [sys.executable, *launcher, PROGRAM, str(two), ",".join(jobs), device],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert finished.returncode != 0
+    (two / "errors").write_text(finished.stderr)
     for name in SCENARIOS:
         program.SCENARIOS[name](one / name, SINGLE_PROCESS, device)
     (one / "two_to_one" / "before").write_text(find_checkpoint(one / "two_to_one/training").name)
     program.transfer(one / "two_to_one", SINGLE_PROCESS, device)
     return folder
+
+
+def errors_in(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_what_all_processes_refuse_is_said_once(folder: Path) -> None:
+    text = (folder / "two" / "errors").read_text()
+    said = errors_in(text)
+    assert len(said) == 1 and "--batch-size 3 given to 2 processes" in said[0], text
+    assert not (folder / "two" / "refuse").exists()
+
+
+def test_after_a_process_is_killed_the_other_says_so_and_the_same_command_continues(
+    device: str, killed: Killed, folder: Path
+) -> None:
+    said = errors_in(killed.errors)
+    assert killed.code == 2 and "Traceback" not in killed.errors
+    assert len(said) == 1 and "the same command continues from the last checkpoint" in said[0]
+    if device == "cpu":
+        program.transfer_long(folder / "one" / "transfer_long", SINGLE_PROCESS)
+        assert distance(killed.folder, folder / "one" / "transfer_long") < WEIGHT_TOLERANCE
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -169,12 +237,20 @@ def test_the_teacher_comes_out_of_the_shards_as_it_went_in(folder: Path) -> None
         assert all(torch.equal(found[key], teacher[key]) for key in teacher)
 
 
-@pytest.mark.parametrize("way", ["one/two_to_one", "two/one_to_two"])
-def test_a_training_continues_on_another_number_of_processes(way: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "checkpoint"),
+    [("one/two_to_one", "checkpoint.safetensors"), ("two/one_to_two", "checkpoint-00000006")],
+)
+def test_a_training_continues_on_another_number_of_processes(
+    way: str, checkpoint: str, folder: Path
+) -> None:
     assert distance(folder / way, folder / "one" / "transfer") < WEIGHT_TOLERANCE
     rows = (folder / way / "training" / "metrics.jsonl").read_text().splitlines()
     steps = program.TRANSFER.training.steps
     assert [json.loads(row)["step"] for row in rows] == list(range(steps))
+    # The checkpoint in the other form is gone.
+    names = {path.name for path in (folder / way / "training").iterdir()}
+    assert names == {checkpoint, "metrics.jsonl"}
 
 
 def test_one_process_asked_to_stop_stops_both_after_the_same_step_and_keeps_it(
@@ -182,15 +258,6 @@ def test_one_process_asked_to_stop_stops_both_after_the_same_step_and_keeps_it(
 ) -> None:
     kept = (folder / "one" / "two_to_one" / "before").read_text()
     assert kept == f"checkpoint-{program.STOP_AT:08d}"
-
-
-def test_a_newer_checkpoint_takes_the_place_of_one_in_the_other_form(folder: Path) -> None:
-    for way, kind in (("one/two_to_one", ".safetensors"), ("two/one_to_two", "")):
-        names = {path.name for path in (folder / way / "training").iterdir()}
-        expected = (
-            f"checkpoint{kind}" if kind else f"checkpoint-{program.TRANSFER.training.steps:08d}"
-        )
-        assert names == {expected, "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("damage", ["a missing shard", "a cut shard", "no state"])
@@ -215,77 +282,6 @@ def test_damaged_shards_are_named_in_one_sentence(
         program.transfer(out, SINGLE_PROCESS, device)
     assert str(checkpoint) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--batch-size", "3"], "--batch-size 3 given to 2 processes"),
-        (["--steps", "0"], "--steps 0 given"),
-    ],
-)
-def test_what_all_processes_refuse_is_said_once(
-    flags: list[str], sentence: str, tmp_path: Path
-) -> None:
-    argv = ["-m", "linvideo_core.transfer", "--out", str(tmp_path / "new"), *flags]
-    finished = torchrun(*argv)
-    assert finished.returncode != 0
-    said = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, finished.stderr
-    assert sentence in said[0]
-    assert not (tmp_path / "new").exists()
-
-
-def start_ranks(folder: Path, port: int) -> list[subprocess.Popen]:
-    """Start both processes of a transfer as torchrun does, without its watch over them."""
-    return [
-        subprocess.Popen(
-            [sys.executable, "tests/process_group_program.py", str(folder), "transfer_long"],
-            cwd=ROOT,
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            ),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
-def find_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def test_after_a_process_is_killed_the_other_says_so_and_the_same_command_continues(
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "transfer_long"
-    first, second = start_ranks(tmp_path, find_port())
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while find_checkpoint(out / "training") is None:
-        assert first.poll() is None and second.poll() is None, first.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    second.send_signal(signal.SIGKILL)
-    second.communicate()
-    _, errors = first.communicate(timeout=TIMEOUT_SECONDS)
-    assert first.returncode == 2
-    said = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "the same command continues from the last checkpoint" in said[0]
-    assert "Traceback" not in errors
-    assert not (out / "student.safetensors").exists()
-
-    for process in start_ranks(tmp_path, find_port()):
-        _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-        assert process.returncode == 0, errors
-    program.SCENARIOS["transfer_long"](tmp_path / "alone", SINGLE_PROCESS)
-    assert distance(out, tmp_path / "alone") < WEIGHT_TOLERANCE
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
