@@ -143,7 +143,9 @@ def test_a_rival_that_is_wrong_or_cannot_run_is_left_out_and_named() -> None:
     broken = dataclasses.replace(sdpa, attend=fail)
     agreeing, _, left_out = agreement.check_contenders([own, wrong(eager), broken], CPU, (32,), 2)
     assert agreeing == [own]
-    assert left_out[0].startswith("eager cannot be timed: it differs from its definition in fp64 by 2.0e-02 (")
+    assert left_out[0].startswith(
+        "eager cannot be timed: it differs from its definition in fp64 by 2.0e-02 ("
+    )
     assert left_out[1] == "sdpa cannot be timed: no kernel"
     nan = dataclasses.replace(eager, attend=lambda *x: math.nan * eager.attend(*x))
     agreeing, *_ = agreement.check_contenders([own, nan], CPU, (32,), 2)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.models.random_models import make_random_teacher
 from benchmarks.models.sizes import SIZES, count_flops
 from benchmarks.models.training_steps import (
+    LOWER_STEPS,
     PHASES,
     StepsConfig,
     capped,
@@ -22,6 +23,7 @@ from benchmarks.models.training_steps import (
 )
 from linvideo_core.models.config import FrozenConfig
 from linvideo_core.models.velocity import bind
+from linvideo_core.run.memory import explained
 from linvideo_core.transfer.config import StudentConfig
 from linvideo_core.transfer.student import Student
 
@@ -44,7 +46,7 @@ def test_the_speedup_is_in_videos_a_second_over_one_gpu() -> None:
 
 def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts() -> None:
     size = dataclasses.replace(SIZES["tiny"], layers=())
-    teacher = make_random_teacher(size, "cpu", FrozenConfig(), 0)
+    teacher = make_random_teacher(size, "cpu", FrozenConfig())
     student = Student(teacher, StudentConfig(lora_rank=1), seed=0)
     for module in student.mixed.values():
         module.mode = "softmax"
@@ -154,6 +156,10 @@ def test_a_computers_own_memory_cannot_be_capped() -> None:
 
 @pytest.mark.gpu
 def test_more_than_the_cap_is_refused_in_one_sentence_and_the_cap_is_lifted() -> None:
-    with pytest.raises(ValueError, match=r"--cap-gb 0\.5 is too little"), capped("cuda", 0.5):
+    with (
+        pytest.raises(ValueError, match=r"memory ran out .* give --frozen fp8"),
+        explained(LOWER_STEPS),
+        capped("cuda", 0.5),
+    ):
         torch.empty(2**30, dtype=torch.uint8, device="cuda")
     torch.empty(2**30, dtype=torch.uint8, device="cuda")
