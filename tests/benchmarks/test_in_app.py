@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.in_app import cli as in_app
-from benchmarks.in_app.cases import list_cases
-from benchmarks.in_app.checkpoints import quantise_q8_0, write_wan
+from benchmarks.in_app.cases import CASES, choose
+from benchmarks.in_app.checkpoints import write_wan
 from benchmarks.in_app.cli import InAppConfig
 from benchmarks.in_app.comfyui_server import Server, Stage
 from benchmarks.in_app.headless import describe_transfer, train, write_prompts
-from benchmarks.in_app.memory_meter import resident, watching
+from benchmarks.in_app.measuring import KINDS
+from benchmarks.in_app.workbench import resident, watching
 from benchmarks.models.sizes import SIZES
-from benchmarks.record import read_record
+from benchmarks.record import RESULTS_FOLDER, read_record
 from linvideo_core.run.config import override
 from linvideo_core.transfer.config import TransferConfig
 
@@ -77,9 +78,11 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
         in_app.run(InAppConfig(comfyui=tmp_path, cpu=True, out=tmp_path))
 
 
-def test_names_of_rows_are_their_own() -> None:
-    names = [case.name for case in list_cases()]
-    assert len(set(names)) == len(names)
+def test_every_row_of_the_page_can_be_measured() -> None:
+    page = read_record(RESULTS_FOLDER / "in_app.json")
+    assert {row["what"] for row in page["rows"]} == {case.name for case in choose("")}
+    assert [case.name for case in choose("14b-81, demo")] == ["14b-81", "demo"]
+    assert {case.kind for case in CASES.values()} == KINDS.keys()
 
 
 def test_the_log_tells_of_stages_after_a_place(tmp_path: Path) -> None:
@@ -109,16 +112,6 @@ def test_every_form_of_a_checkpoint_stands_for_the_same_weights(tmp_path: Path) 
     for name in ("head.head.weight", "blocks.0.norm3.weight", "patch_embedding.weight"):
         assert read["fp8_scaled"][name].dtype == torch.float16
         assert_close(read["fp8_scaled"][name].float(), read["fp16"][name].float(), 1e-3)
-
-
-def test_q8_0_stands_for_its_weights() -> None:
-    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    packed = quantise_q8_0(weight)
-    assert packed.shape == (6, 2 * 34) and packed.dtype == torch.uint8
-    blocks = packed.unflatten(-1, (2, 34))
-    scale = blocks[..., :2].contiguous().view(torch.float16).float()
-    numbers = blocks[..., 2:].contiguous().view(torch.int8).float()
-    assert_close((scale * numbers).flatten(-2), weight, 0.01)
 
 
 def test_a_file_that_the_disk_has_no_room_for_is_not_begun(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Random prompts, latents that are kept, and checkpoints that only ComfyUI can write."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,13 +147,13 @@ def _device() -> torch.device:
 
 
 def keep_words(server: PromptServer) -> None:
-    """Write down what nodes say under themselves, with the time, beside the kept latents."""
+    """Write down what nodes say under themselves, beside the kept latents."""
     send: Callable[..., None] = server.send_progress_text
 
     def send_and_keep(text: str, *args: Any, **kwargs: Any) -> None:
         said = text if isinstance(text, str) else bytes(text).decode(errors="replace")
         with (_folder() / "words.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "words": said}) + "\n")
+            file.write(json.dumps({"words": said}) + "\n")
         send(text, *args, **kwargs)
 
     server.send_progress_text = send_and_keep
