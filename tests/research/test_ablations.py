@@ -39,7 +39,6 @@ def test_rows_that_come_to_the_same_training_share_its_run() -> None:
     ("changes", "reason"),
     [
         ({"tables": "objective,speed"}, "--tables objective,speed given, and 'speed' is unknown"),
-        ({"only": "last"}, "--only last given, and 'last' is unknown"),
         ({"seeds": 0}, "--seeds 0 given"),
     ],
 )
@@ -73,10 +72,12 @@ def test_a_share_is_what_the_student_has_of_its_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runs_that_are_done_are_not_done_again_and_one_that_fails_is_a_row(tmp_path: Path) -> None:
+def test_runs_that_are_done_are_not_done_again_and_one_that_fails_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TABLES, "selection", {"alternate": {"choice": "alternate"}})
     config = AblationConfig(
         tables="selection",
-        only="alternate",
         seeds=1,
         jobs=1,
         steps=2,
