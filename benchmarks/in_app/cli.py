@@ -29,13 +29,10 @@ from .comfyui_server import Installation, read_version
 from .measuring import KINDS
 from .workbench import UnavailableError, Workbench
 
-RECORD_NAME = "in_app.json"
 TITLE = "Transfers in a real ComfyUI server, and the same by the core alone, with random weights"
 LIMIT_SECONDS = 300.0
 """Of a row: one that takes longer is stopped."""
 COLUMNS = ("what", "frames", "where", "seconds_per_step", "peak_gb", "ok", "seconds", "error")
-
-_HEADLESS, _SAME_IN_APP = "1.3b-headless", "1.3b-bf16"
 
 Row = dict[str, Any]
 
@@ -85,10 +82,12 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
     device = "cpu" if config.cpu else "cuda"
     if not config.cpu and not torch.cuda.is_available():
         raise SettingError("no GPU was found; give {cpu} to measure tiny models", "cpu")
-    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
+    path = (RESULTS_FOLDER if config.record else config.out) / "in_app.json"
     check_parts(path, device)
     shutil.rmtree(config.out / "comfyui", ignore_errors=True)
     config.out.mkdir(parents=True, exist_ok=True)
+    hidden = ["comfyui", "python", "gguf_pack", "rows", "out", "record"]
+    flags = to_flags(config, without=hidden)
     bench = Workbench(installation, config.out.absolute(), device)
     measured: dict[str, Row] = {}
     try:
@@ -96,7 +95,15 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
             row, details = measure(case, bench)
             measured[case.name] = row
             _compare(measured)
-            _write(path, row, details, config, device)
+            write_part(
+                path,
+                case.name,
+                title=TITLE,
+                command=f"python -m benchmarks.in_app --comfyui PATH {flags}".strip(),
+                rows=[row],
+                device=device,
+                details={"comfyui": read_version(installation.root), **details},
+            )
             on_row(row)
             bench.tidy()
     finally:
@@ -128,42 +135,25 @@ def _find(config: InAppConfig) -> Installation:
         raise SettingError("{comfyui} was not given; name the folder of a ComfyUI", "comfyui")
     root = config.comfyui.expanduser().absolute()
     read_version(root)
-    packs = (config.gguf_pack,) if config.gguf_pack is not None else ()
-    if missing := [path for path in packs if not (path / "__init__.py").is_file()]:
-        raise SettingError(
-            f"{{gguf_pack}} {missing[0]} given, which holds no pack of nodes", "gguf_pack"
-        )
+    pack = config.gguf_pack
+    if pack is not None and not (pack / "__init__.py").is_file():
+        raise SettingError(f"{{gguf_pack}} {pack} given, which holds no pack of nodes", "gguf_pack")
     python = (config.python or Path(sys.executable)).expanduser().absolute()
-    return Installation(root=root, python=python, packs=packs)
+    return Installation(root=root, python=python, gguf_pack=pack)
 
 
 def _compare(measured: Mapping[str, Row]) -> None:
     """Say in the headless row how many times as long a step takes in the app, in the same run."""
-    headless, in_app = (measured.get(name, {}) for name in (_HEADLESS, _SAME_IN_APP))
+    in_app, headless = (measured.get(name, {}) for name in ("1.3b-bf16", "1.3b-headless"))
     seconds = [row.get("seconds_per_step") for row in (in_app, headless)]
     if all(seconds) and in_app["frames"] == headless["frames"]:
         headless["app_over_headless"] = seconds[0] / seconds[1]
 
 
-def _write(
-    path: Path, row: Row, details: Mapping[str, Any], config: InAppConfig, device: str
-) -> None:
-    flags = to_flags(config, without=["comfyui", "python", "gguf_pack", "rows", "out", "record"])
-    write_part(
-        path,
-        row["what"],
-        title=TITLE,
-        command=f"python -m benchmarks.in_app --comfyui PATH {flags}".strip(),
-        rows=[row],
-        device=device,
-        details={"comfyui": read_version(config.comfyui.expanduser()), **details},
-    )
-
-
 def _show(row: Row) -> None:
     shown = {name: value for name, value in row.items() if value not in (None, "")}
-    words = (f"{name} {format_value(value)}" for name, value in shown.items())
-    sys.stdout.write(f"{', '.join(words)}\n")
+    words = ", ".join(f"{name} {format_value(value)}" for name, value in shown.items())
+    sys.stdout.write(f"{words}\n")
     sys.stdout.flush()
 
 

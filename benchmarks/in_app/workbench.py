@@ -154,7 +154,7 @@ class Workbench:
 
         Raises ValueError or UnavailableError where it cannot be written here.
         """
-        if dtype == checkpoints.GGUF and not self.installation.packs:
+        if dtype == checkpoints.GGUF and self.installation.gguf_pack is None:
             raise UnavailableError("a pack that loads GGUF is needed: give --gguf-pack")
         form, weight_dtype = _LOADED_AS.get(dtype, (dtype, "default"))
         suffix = "gguf" if form == checkpoints.GGUF else "safetensors"

@@ -204,25 +204,19 @@ def make_module(
     weight = 1 + 0.1 * torch.randn(heads * HEAD_DIM, generator=torch.Generator().manual_seed(0))
     weight = weight.to(torch.bfloat16).to(setting.device, setting.dtype)
     rotary = rotary_embedding((tokens, 1, 1), HEAD_DIM, setting.device)
-    settings = {"weight": weight, "rotary": rotary, "num_heads": heads, "eps": _EPS}
     if name == KITCHEN:
-        rotate = _make_kitchen_rotate(weight, rotary, heads)
+        from comfy_kitchen import apply_rope1
+
+        cos, sin = rotary
+        turn = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None, :, None]
+
+        def rotate(x: Tensor) -> Tensor:
+            # As ComfyUI does it for Wan: PyTorch's norm, then a kernel that rotates.
+            normed = F.rms_norm(x, weight.shape, weight, _EPS)
+            return apply_rope1(normed.unflatten(2, (heads, HEAD_DIM)), turn)
     else:
-        rotate = functools.partial(norm_rotary, **settings, backend=MODULES[name])
+        settings = {"num_heads": heads, "eps": _EPS, "backend": MODULES[name]}
+        rotate = functools.partial(norm_rotary, weight=weight, rotary=rotary, **settings)
     query, key = (x.flatten(2) for x in inputs[:2])
     attend = contender.attend
     return torch.no_grad()(lambda: attend(rotate(query), rotate(key), *inputs[2:]).flatten(2))
-
-
-def _make_kitchen_rotate(
-    weight: Tensor, rotary: tuple[Tensor, Tensor], heads: int
-) -> Callable[[Tensor], Tensor]:
-    """Return qk-norm and rotation as ComfyUI runs them for Wan: PyTorch's norm, then its kernel."""
-    from comfy_kitchen import apply_rope1
-
-    cos, sin = rotary
-    turn = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None, :, None]
-    split = (heads, HEAD_DIM)
-    return lambda x: apply_rope1(
-        F.rms_norm(x, weight.shape, weight, _EPS).unflatten(2, split), turn
-    )

@@ -36,17 +36,6 @@ def contenders_of(*names: str) -> list[Contender]:
     return [c for c in make_contenders(backend="reference") if c.name in names]
 
 
-def test_the_floor_is_what_must_be_moved_over_the_bandwidth() -> None:
-    # 4 or 7 tensors of 32760 x 12 x 128 in bf16, at 4.3 TB/s.
-    shape = Shape(32760, 12)
-    forward = speed.floor_milliseconds(shape, FORWARD, 2, 4.3e12)
-    assert forward == pytest.approx(0.0936, rel=1e-3)
-    assert speed.floor_milliseconds(shape, MODULE, 2, 4.3e12) == forward
-    for step in (BACKWARD, FROZEN):
-        assert speed.floor_milliseconds(shape, step, 2, 4.3e12) == pytest.approx(1.75 * forward)
-    assert speed.floor_milliseconds(shape, FORWARD, 4, 8.6e12) == pytest.approx(forward)
-
-
 def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
     times = {
         ("fused", FORWARD, 1): 2.0, ("fused", BACKWARD, 1): 4.0, ("fused", FROZEN, 1): 3.0,

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.record import RESULTS_FOLDER
 from linvideo_core.run.config import parse
 from linvideo_core.transfer.config import TransferConfig
-from research import ablations
+from research import ablations, evaluation_record
 from research.ablation_plots import draw
 from research.ablations import PRESETS, TABLES, AblationConfig, list_runs, read_row, summarize
 
@@ -106,3 +106,17 @@ def test_the_record_is_drawn_also_where_seeds_diverged(tmp_path: Path) -> None:
     names = [path.name for path in draw(record, tmp_path)]
     assert names == ["evidence_target.png", "evidence_objective.png", "evidence_selection.png"]
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
+def test_the_evaluation_of_the_shipped_file_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluation_record, "RESULTS_FOLDER", tmp_path)
+    flags = "--num-samples 2 --sampler-steps 2 --batch-size 2 --device cpu"
+    evaluation_record.main([*flags.split(), "--out", str(tmp_path / "evaluate")])
+    record = json.loads((tmp_path / "transfer_demo.json").read_text(encoding="utf-8"))
+    assert [row["model"] for row in record["rows"]] == ["teacher", "swapped", "student"]
+    assert record["title"] == "Embedded model, 5 of 10 layers linear, 2 samples"
+    assert record["command"].startswith("python -m research.evaluation_record --num-samples 2")
+    with pytest.raises(ValueError, match="of the embedded model and its own files alone"):
+        evaluation_record.main(["--artifact", "other.safetensors"])
