@@ -28,12 +28,7 @@ from linvideo_core.models.config import FrozenConfig
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import option, parse, positive, run_command, to_flags
 from linvideo_core.run.context import Run
-from linvideo_core.run.devices import (
-    device_option,
-    precision_option,
-    resolve_device,
-    resolve_precision,
-)
+from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.memory import explained, number_of_gpu
 from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
@@ -87,7 +82,6 @@ class StepsConfig:
     untimed_steps: int = option(2, "steps before the first one that is timed")
     timed_steps: int = option(5, "steps behind a time, which is their median")
     device: str = device_option()
-    precision: str = precision_option()
     cap_gb: float | None = option(
         None, "memory of the GPU that may be used, in GB of 2^30 bytes, as cards have; none: all"
     )
@@ -152,7 +146,7 @@ class StepClock(Callbacks):
     def __init__(self, device: str, untimed_steps: int = 0) -> None:
         self.untimed_steps = untimed_steps
         self.peak_gb: float | None = None
-        self._device, self._times = torch.device(device), [0.0]
+        self.device, self._times = torch.device(device), [0.0]
 
     def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
         """Take the time at which a stage begins."""
@@ -161,10 +155,10 @@ class StepClock(Callbacks):
     def on_step_end(self, done: int, **metrics: float) -> None:
         """Take the time of a step."""
         self._times.append(self._now())
-        if self._device.type == "cuda":
-            self.peak_gb = torch.cuda.max_memory_allocated(self._device) / GB
+        if self.device.type == "cuda":
+            self.peak_gb = torch.cuda.max_memory_allocated(self.device) / GB
             if done <= self.untimed_steps:
-                torch.cuda.reset_peak_memory_stats(self._device)
+                torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
     def step_seconds(self) -> list[float]:
@@ -172,8 +166,8 @@ class StepClock(Callbacks):
         return [end - begin for begin, end in itertools.pairwise(self._times)][self.untimed_steps :]
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
@@ -238,11 +232,17 @@ def measure_steps(teacher: Teacher, phase: str, config: StepsConfig, run: Run) -
         )
         with accelerated(task.models, student, training, run):
             fit(task, training, run.below("fit"))
+    return _make_row(size, phase, config, processes.size, clock)
+
+
+def _make_row(
+    size: Size, phase: str, config: StepsConfig, gpus: int, clock: StepClock
+) -> dict[str, Any]:
     seconds = statistics.median(clock.step_seconds)
     flops = config.batch_per_gpu * count_step_flops(
         size, phase=phase, parameters=config.student.parameters
     )
-    peak = find_peak(describe_device(run.device))
+    peak = find_peak(describe_device(clock.device))
     return {
         "model": size.model,
         "resolution": size.resolution,
@@ -253,7 +253,7 @@ def measure_steps(teacher: Teacher, phase: str, config: StepsConfig, run: Run) -
         "seconds": seconds,
         "peak_gb": clock.peak_gb,
         "mfu": flops / seconds / peak if peak else None,
-        "gpus": processes.size,
+        "gpus": gpus,
         "phase": phase,
         "trained": config.student.parameters,
         "frozen": config.frozen_weights.frozen,
@@ -278,7 +278,7 @@ def run(config: StepsConfig, processes: ProcessGroup = SINGLE_PROCESS) -> dict[s
     where = Run(
         folder=config.out / "steps",
         device=device,
-        precision=resolve_precision(config.precision, device),
+        precision=resolve_precision("auto", device),
         processes=processes,
     )
     new = []
