@@ -6,7 +6,7 @@
 import datetime
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,49 +54,58 @@ def write_part(
     rows: Sequence[Row],
     device: torch.device | str,
     details: Row | None = None,
+    is_added_to: bool = False,
 ) -> dict[str, Any]:
     """Replace one part of a record that several commands fill; return the whole record.
 
     part: the value of `what` in all these rows. The record's `details["parts"]` says of every part
         where it was measured, and holds its `details`.
+    is_added_to: some of the rows were in the part before, so its earlier commands are kept, too.
 
-    Raises ValueError where the other parts were measured on another device.
+    Raises ValueError where the record has parts of another device.
     """
-    check_parts(path, device, without=part)
-    parts, others = {}, []
-    if path.is_file():
-        earlier = read_record(path)
-        parts = {k: v for k, v in _parts_of(earlier).items() if k != part}
-        others = [row for row in earlier["rows"] if row.get("what") in parts]
-    parts[part] = {**describe_source(command, device), **(details or {})}
+    check_parts(path, device)
+    earlier = read_record(path) if path.is_file() else {"rows": []}
+    parts = _parts_of(earlier)
+    if is_added_to and part in parts:
+        command = _join([*parts[part]["command"].split(" && "), command])
+    source = {**describe_source(command, device), **(details or {})}
+    parts = {name: found for name, found in parts.items() if name != part} | {part: source}
+    others = [row for row in earlier["rows"] if row["what"] in parts and row["what"] != part]
     return write_record(
         path,
         title=title,
-        command=" && ".join(dict.fromkeys(source["command"] for source in parts.values())),
+        command=_join(found["command"] for found in parts.values()),
         rows=[*others, *rows],
         device=device,
         details={"parts": parts},
     )
 
 
-def check_parts(path: Path, device: torch.device | str, *, without: str = "") -> None:
-    """Raise ValueError where a part of a record, but for `without`, is of another device."""
+def check_parts(path: Path, device: torch.device | str) -> None:
+    """Raise ValueError where a part of a record was measured on another device."""
     device_name = describe_device(device)
     for name, source in _parts_of(read_record(path) if path.is_file() else {}).items():
-        if name != without and source["device"] != device_name:
+        if source["device"] != device_name:
             raise ValueError(
                 f"{path} has rows of {name} measured on {source['device']}, and this is "
                 f"{device_name}; write to another folder, or delete it and measure all here"
             )
 
 
-def read_part(path: Path, part: str) -> dict[str, Any]:
-    """Return what `write_part` keeps of a part beside its rows; {} where there is none."""
-    return _parts_of(read_record(path)).get(part, {}) if path.is_file() else {}
+def read_part(path: Path, part: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of a part, and what `write_part` keeps beside them; none: of neither."""
+    record = read_record(path) if path.is_file() else {"rows": []}
+    rows = [row for row in record["rows"] if row.get("what") == part]
+    return rows, _parts_of(record).get(part, {})
 
 
 def _parts_of(record: Row) -> dict[str, Any]:
     return record.get("details", {}).get("parts", {})
+
+
+def _join(commands: Iterable[str]) -> str:
+    return " && ".join(dict.fromkeys(commands))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -105,11 +114,8 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
-    missing = [
-        key
-        for key in ("title", *SOURCE, "rows")
-        if not isinstance(record, dict) or key not in record
-    ]
+    keys = record if isinstance(record, dict) else ()
+    missing = [key for key in ("title", *SOURCE, "rows") if key not in keys]
     if missing:
         raise ValueError(f"{path} is not a record: it lacks {', '.join(missing)}")
     return record

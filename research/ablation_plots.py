@@ -19,7 +19,7 @@ class Seeds:
     """The runs behind the rows of a record."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        details = record.get("details", record)
+        details = record["details"]
         self._runs = {run["run"]: run for run in details["runs"]}
         self._members = {(m["table"], m["name"]): m["runs"] for m in details["members"]}
 

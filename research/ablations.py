@@ -106,7 +106,6 @@ class AblationConfig:
     """Which rows are run, how often, and what all of them share."""
 
     tables: str = option("objective", "tables to make, such as objective,selection; or all")
-    only: str = option("", "rows to run, such as adm,velocity; none: all of the tables")
     seeds: int = option(2, "seeds of each row, counted up from 0")
     jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
     steps: int = option(60, "training steps of a row")
@@ -121,37 +120,17 @@ class AblationConfig:
 
     def __post_init__(self) -> None:
         positive(self, "seeds", "jobs", "steps")
-        tables = self.choose_tables()
-        if self.only:
-            known = {name for rows in tables.values() for name in rows}
-            _check_names(self, "only", known)
+        if strangers := [name for name in self.chosen if name not in TABLES]:
+            raise SettingError(
+                f"{{tables}} {self.tables} given, and {strangers[0]!r} is unknown; names of "
+                f"{','.join(TABLES)} with commas between are needed",
+                "tables",
+            )
 
-    def choose_tables(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Return the tables, or the rows of them, that are wanted."""
-        if self.tables == "all":
-            wanted = TABLES
-        else:
-            _check_names(self, "tables", TABLES)
-            wanted = {name: TABLES[name] for name in self.tables.split(",")}
-        rows = self.only.split(",")
-        return {
-            table: {
-                name: changes
-                for name, changes in all_rows.items()
-                if self.only == "" or name in rows
-            }
-            for table, all_rows in wanted.items()
-        }
-
-
-def _check_names(config: AblationConfig, field: str, known: Any) -> None:
-    given = getattr(config, field)
-    if strangers := [name for name in given.split(",") if name not in known]:
-        raise SettingError(
-            f"{{{field}}} {given} given, and {strangers[0]!r} is unknown; names of "
-            f"{','.join(known)} with commas between are needed",
-            field,
-        )
+    @property
+    def chosen(self) -> list[str]:
+        """The names of the tables to make."""
+        return list(TABLES) if self.tables == "all" else self.tables.split(",")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,8 +165,8 @@ class Run:
 def list_runs(config: AblationConfig) -> dict[tuple[str, str], list[Run]]:
     """Return the runs, one a seed, of every row (table, name); rows of the same flags share."""
     rows = {}
-    for table, variants in config.choose_tables().items():
-        for name, changes in variants.items():
+    for table in config.chosen:
+        for name, changes in TABLES[table].items():
             steps = max(1, round(config.steps * changes.get("steps_factor", 1.0)))
             flags = " ".join(_to_flags({**changes, "steps": steps}))
             key = re.sub(r"[^\w.,]+", "-", flags).strip("-")
@@ -276,10 +255,8 @@ def run(config: AblationConfig) -> dict[str, Any]:
     done: dict[Path, Row] = {}
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(unique)) as bar:
         for runs in (list(first.values()), later):
-            places = itertools.islice(itertools.cycle(cards), len(runs))
-            for one, row in zip(
-                runs, pool.map(do_run, runs, [config] * len(runs), places), strict=True
-            ):
+            settings = itertools.repeat(config), itertools.cycle(cards)
+            for one, row in zip(runs, pool.map(do_run, runs, *settings), strict=True):
                 done[one.folder] = row
                 bar.update()
     names = {folder: str(folder.relative_to(config.out)) for folder in done}
@@ -308,17 +285,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, do the runs with a bar, show the tables."""
     config = parse(AblationConfig, argv, description=__doc__, presets=PRESETS)
-    shown = (
-        "table",
-        "name",
-        "seeds",
-        "digit",
-        "motion",
-        "frechet_share",
-        "frechet_teacher",
-        "error",
-    )
-    rows = [{name: row.get(name) for name in shown} for row in run(config)["rows"]]
+    rows = [{name: row.get(name) for name in _SHOWN} for row in run(config)["rows"]]
     sys.stdout.write(f"\n{show_rows(rows)}\nall of it: {config.out}\n")
 
 

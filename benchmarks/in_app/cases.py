@@ -1,7 +1,6 @@
 """What is measured: each case is a row of the record, on its own."""
 
 import dataclasses
-import json
 from typing import Any
 
 from linvideo_core.run.errors import SettingError
@@ -26,8 +25,6 @@ _H3_TINY = {
     "time_embed_dim": 24,
 }
 _H3_WIDE = {"num_layers": 4, "token_refiner_num_layers": 1}
-H3_TEXT_DIM = 5120
-"""The width of MiniMax-H3's prompts, unless a case says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,27 +56,20 @@ class Case:
         return SIZES[self.size]
 
     @property
-    def where(self) -> str:
-        """Whose training it is."""
-        return "headless" if self.kind == "headless" else "comfyui"
-
-    @property
     def needs_gpu(self) -> bool:
         """Say whether it has no meaning on a CPU."""
         return bool(self.flags) or self.free_gb is not None
 
     def columns(self) -> dict[str, Any]:
         """Return the row's own columns."""
-        flags = " ".join(self.flags)
-        if self.free_gb is not None:
-            flags = f"{flags} {self.free_gb:g} GB free".strip()
+        free = () if self.free_gb is None else (f"{self.free_gb:g} GB free",)
         return {
             "what": self.name,
             "model": self.model,
             "dtype": self.dtype,
             "frames": self.frames,
-            "where": self.where,
-            "flags": flags,
+            "where": "headless" if self.kind == "headless" else "comfyui",
+            "flags": " ".join((*self.flags, *free)),
         }
 
     def on_cpu(self) -> "Case":
@@ -92,44 +82,6 @@ class Case:
         return dataclasses.replace(tiny, model=tiny.video.model, frames=tiny.video.num_frames)
 
 
-def list_cases() -> list[Case]:
-    """Return all cases, those that share a server or a checkpoint beside each other."""
-    return [
-        Case(name="demo", kind="demo", model="embedded", dtype="fp16", frames=28),
-        _wan("1.3b-bf16", "bf16", _LONG, steps=8, sampling_steps=10),
-        _wan("1.3b-interrupt", "bf16", _SHORT, kind="interrupt", steps=6),
-        *(
-            _wan(f"1.3b-{dtype}", dtype, _SHORT)
-            for dtype in ("fp8", "int8", "nvfp4", "fp16", "fp8_scaled", "gguf")
-        ),
-        Case(
-            name="h3-small",
-            kind="minimax_h3",
-            model="MiniMax-H3, random, small",
-            dtype="bf16",
-            frames=22,
-            sizes=_H3_TINY,
-        ),
-        Case(
-            name="h3-wide",
-            kind="minimax_h3",
-            model="MiniMax-H3, 4 of 50 layers",
-            dtype="bf16",
-            frames=124,
-            steps=2,
-            sizes=_H3_WIDE,
-        ),
-        _wan14("14b-81", _LONG, steps=2, is_base_checked=False),
-        _wan14("14b-33", _SHORT, sampling_steps=4),
-        _wan14("14b-33-24gb", _SHORT, steps=2, is_base_checked=False, free_gb=SMALL_CARD_GB),
-        _wan("1.3b-headless", "bf16", _LONG, kind="headless", steps=8),
-        *(_wan(f"1.3b-{flag}", "bf16", _SHORT, flags=(f"--{flag}",)) for flag in _LOW_MEMORY),
-    ]
-
-
-_LOW_MEMORY = ("lowvram", "novram")
-
-
 def _wan(name: str, dtype: str, frames: int, *, kind: str = "transfer", **others: Any) -> Case:
     kwargs = {"model": "Wan 1.3B", "size": "1.3b-480p", **others}
     return Case(name=name, kind=kind, dtype=dtype, frames=frames, **kwargs)
@@ -139,20 +91,39 @@ def _wan14(name: str, frames: int, **others: Any) -> Case:
     return _wan(name, "fp8_scaled", frames, model="Wan 14B", size="14b-480p", **others)
 
 
-def choose(names: str, cases: list[Case]) -> list[Case]:
+def _h3(name: str, model: str, frames: int, sizes: dict[str, int], **others: Any) -> Case:
+    kwargs = {"model": f"MiniMax-H3, {model}", "frames": frames, "sizes": sizes, **others}
+    return Case(name=name, kind="minimax_h3", dtype="bf16", **kwargs)
+
+
+_CASES = [
+    Case(name="demo", kind="demo", model="embedded", dtype="fp16", frames=28),
+    _wan("1.3b-bf16", "bf16", _LONG, steps=8, sampling_steps=10),
+    _wan("1.3b-interrupt", "bf16", _SHORT, kind="interrupt", steps=6),
+    *(
+        _wan(f"1.3b-{dtype}", dtype, _SHORT)
+        for dtype in ("fp8", "int8", "nvfp4", "fp16", "fp8_scaled", "gguf")
+    ),
+    _h3("h3-small", "random, small", 22, _H3_TINY),
+    _h3("h3-wide", "4 of 50 layers", 124, _H3_WIDE, steps=2),
+    _wan14("14b-81", _LONG, steps=2, is_base_checked=False),
+    _wan14("14b-33", _SHORT, sampling_steps=4),
+    _wan14("14b-33-24gb", _SHORT, steps=2, is_base_checked=False, free_gb=SMALL_CARD_GB),
+    _wan("1.3b-headless", "bf16", _LONG, kind="headless", steps=8),
+    *(_wan(f"1.3b-{flag}", "bf16", _SHORT, flags=(f"--{flag}",)) for flag in ("lowvram", "novram")),
+]
+# Those that share a server or a checkpoint stand beside each other.
+CASES = {case.name: case for case in _CASES}
+
+
+def choose(names: str) -> list[Case]:
     """Return the cases of a list such as "demo,14b-81", all of them for "".
 
     Raises SettingError for a name that none has.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = {case.name: case for case in cases}
-    if strangers := [name for name in wanted if name not in known]:
+    if strangers := [name for name in wanted if name not in CASES]:
         raise SettingError(
-            f"{{rows}} {strangers[0]} given; one of {', '.join(known)} is needed", "rows"
+            f"{{rows}} {strangers[0]} given; one of {', '.join(CASES)} is needed", "rows"
         )
-    return [known[name] for name in wanted] if wanted else cases
-
-
-def h3_sizes(case: Case) -> str:
-    """Return a MiniMax-H3's sizes as the node that writes it takes them."""
-    return json.dumps(case.sizes)
+    return [CASES[name] for name in wanted or CASES]

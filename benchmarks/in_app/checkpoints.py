@@ -5,22 +5,19 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.errors import SettingError
+from linvideo_core.run.files import write_tensors
 from linvideo_core.run.memory import free_bytes, show_gb
 
 from ..models.random_models import fill_random
 from ..models.sizes import Size
 
-STORED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_SCALED, GGUF = "fp8_scaled", "gguf"
-SUFFIXES = {GGUF: "gguf"}
 
 _FP8 = torch.float8_e4m3fn
-_Q8_BLOCK, _Q8_LARGEST = 32, 127
 
 
 def write_wan(path: Path, size: Size, form: str, device: str) -> None:
@@ -48,10 +45,8 @@ def write_wan(path: Path, size: Size, form: str, device: str) -> None:
             tensors[f"{name.removesuffix('weight')}scale_weight"] = scale.reshape(1).cpu()
             tensors[name] = (weight / scale).to(_FP8).cpu()
         else:
-            tensors[name] = weight.to(STORED.get(form, torch.float16)).cpu()
-    temporary = path.with_suffix(".part")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+            tensors[name] = weight.to(torch.bfloat16 if form == "bf16" else torch.float16).cpu()
+    write_tensors(path, tensors)
 
 
 def _check_room(path: Path, num_bytes: int) -> None:
@@ -76,20 +71,8 @@ def _is_matrix_of_block(name: str, shape: tuple[int, ...]) -> bool:
 def _draw(name: str, shape: tuple[int, ...], device: str) -> Tensor:
     # In fp32 first: some CPUs draw other numbers in 16 bits, and forms must have the same weights.
     tensor = torch.empty(shape, dtype=torch.float32, device=device)
-    fill_random([(name, tensor)], seed=0)
+    fill_random([(name, tensor)])
     return tensor
-
-
-def quantise_q8_0(weight: Tensor) -> Tensor:
-    """Return a matrix [out, in] as GGUF's Q8_0, [out, in / 32 * 34] uint8.
-
-    32 numbers in a row share a scale: its two bytes in fp16, then theirs.
-    """
-    blocks = weight.float().unflatten(-1, (-1, _Q8_BLOCK))
-    scale = blocks.abs().amax(dim=-1, keepdim=True) / _Q8_LARGEST
-    numbers = (blocks / scale.clamp_min(1e-30)).round().to(torch.int8)
-    packed = torch.cat([scale.half().view(torch.uint8), numbers.view(torch.uint8)], dim=-1)
-    return packed.flatten(-2)
 
 
 def _write_gguf(path: Path, shapes: dict[str, tuple[int, ...]], device: str) -> None:
@@ -101,8 +84,8 @@ def _write_gguf(path: Path, shapes: dict[str, tuple[int, ...]], device: str) -> 
     for name, shape in shapes.items():
         weight = _draw(name, shape, device)
         if _is_matrix_of_block(name, shape):
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, quantise_q8_0(weight).cpu().numpy(), raw_dtype=kind)
+            packed = gguf.quants.quantize(weight.cpu().numpy(), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         elif len(shape) > 4:
             # GGUF has four dimensions at most.
             writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))

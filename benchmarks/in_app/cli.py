@@ -24,16 +24,15 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.tables import format_value
 
 from ..record import RESULTS_FOLDER, check_parts, read_record, show_rows, write_part
-from .cases import Case, choose, list_cases
+from .cases import Case, choose
 from .comfyui_server import Installation, read_version
 from .measuring import KINDS
 from .workbench import UnavailableError, Workbench
 
-RECORD_NAME = "in_app.json"
 TITLE = "Transfers in a real ComfyUI server, and the same by the core alone, with random weights"
+LIMIT_SECONDS = 300.0
+"""Of a row: one that takes longer is stopped."""
 COLUMNS = ("what", "frames", "where", "seconds_per_step", "peak_gb", "ok", "seconds", "error")
-
-_HEADLESS, _SAME_IN_APP = "1.3b-headless", "1.3b-bf16"
 
 Row = dict[str, Any]
 
@@ -48,30 +47,27 @@ class InAppConfig:
     rows: str = option("", "rows to measure, such as demo,14b-81; none: all")
     frames: int | None = option(None, "frames of every row but the demo's; none: each row's own")
     steps: int | None = option(None, "training steps of those rows; none: each row's own")
-    limit: float = option(300.0, "seconds that a row may take")
     cpu: bool = option(False, "measure on the CPU, with models of next to no size")
     out: Path = option(Path("runs/in-app"), "folder of the servers, their logs, and the record")
     record: bool = option(False, "write results/in_app.json, not the one in --out")
 
     def __post_init__(self) -> None:
-        positive(self, "limit")
-        for name in ("frames", "steps"):
-            if getattr(self, name) is not None:
-                positive(self, name)
-        choose(self.rows, list_cases())
+        positive(self, *self._changes)
+        choose(self.rows)
 
     @property
     def cases(self) -> list[Case]:
         """The cases as they are measured here."""
-        chosen = choose(self.rows, list_cases())
-        given = {"frames": self.frames, "steps": self.steps}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return [self._adapt(case, changes) for case in chosen]
+        chosen = [case.on_cpu() if self.cpu else case for case in choose(self.rows)]
+        return [
+            case if case.kind == "demo" else dataclasses.replace(case, **self._changes)
+            for case in chosen
+        ]
 
-    def _adapt(self, case: Case, changes: Mapping[str, int]) -> Case:
-        if self.cpu:
-            case = case.on_cpu()
-        return case if case.kind == "demo" else dataclasses.replace(case, **changes)
+    @property
+    def _changes(self) -> dict[str, int]:
+        given = {"frames": self.frames, "steps": self.steps}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -> dict[str, Any]:
@@ -86,18 +82,28 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
     device = "cpu" if config.cpu else "cuda"
     if not config.cpu and not torch.cuda.is_available():
         raise SettingError("no GPU was found; give {cpu} to measure tiny models", "cpu")
-    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
+    path = (RESULTS_FOLDER if config.record else config.out) / "in_app.json"
     check_parts(path, device)
     shutil.rmtree(config.out / "comfyui", ignore_errors=True)
     config.out.mkdir(parents=True, exist_ok=True)
+    hidden = ["comfyui", "python", "gguf_pack", "rows", "out", "record"]
+    flags = to_flags(config, without=hidden)
     bench = Workbench(installation, config.out.absolute(), device)
     measured: dict[str, Row] = {}
     try:
         for case in config.cases:
-            row, details = measure(case, bench, config.limit)
+            row, details = measure(case, bench)
             measured[case.name] = row
             _compare(measured)
-            _write(path, row, details, config, device)
+            write_part(
+                path,
+                case.name,
+                title=TITLE,
+                command=f"python -m benchmarks.in_app --comfyui PATH {flags}".strip(),
+                rows=[row],
+                device=device,
+                details={"comfyui": read_version(installation.root), **details},
+            )
             on_row(row)
             bench.tidy()
     finally:
@@ -106,10 +112,10 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
     return read_record(path)
 
 
-def measure(case: Case, bench: Workbench, limit: float) -> tuple[Row, dict[str, Any]]:
+def measure(case: Case, bench: Workbench) -> tuple[Row, dict[str, Any]]:
     """Return a case's row, and what is kept beside it; of one that fails, why and what it has."""
     begin = time.monotonic()
-    bench.deadline = begin + limit
+    bench.deadline = begin + LIMIT_SECONDS
     row = {**case.columns(), "seconds_per_step": None, "peak_gb": None}
     found: dict[str, Any] = {}
     try:
@@ -129,44 +135,25 @@ def _find(config: InAppConfig) -> Installation:
         raise SettingError("{comfyui} was not given; name the folder of a ComfyUI", "comfyui")
     root = config.comfyui.expanduser().absolute()
     read_version(root)
-    packs = (config.gguf_pack,) if config.gguf_pack is not None else ()
-    if missing := [path for path in packs if not (path / "__init__.py").is_file()]:
-        raise SettingError(
-            f"{{gguf_pack}} {missing[0]} given, which holds no pack of nodes", "gguf_pack"
-        )
+    pack = config.gguf_pack
+    if pack is not None and not (pack / "__init__.py").is_file():
+        raise SettingError(f"{{gguf_pack}} {pack} given, which holds no pack of nodes", "gguf_pack")
     python = (config.python or Path(sys.executable)).expanduser().absolute()
-    return Installation(root=root, python=python, packs=packs)
+    return Installation(root=root, python=python, gguf_pack=pack)
 
 
 def _compare(measured: Mapping[str, Row]) -> None:
     """Say in the headless row how many times as long a step takes in the app, in the same run."""
-    headless, in_app = (measured.get(name, {}) for name in (_HEADLESS, _SAME_IN_APP))
+    in_app, headless = (measured.get(name, {}) for name in ("1.3b-bf16", "1.3b-headless"))
     seconds = [row.get("seconds_per_step") for row in (in_app, headless)]
     if all(seconds) and in_app["frames"] == headless["frames"]:
         headless["app_over_headless"] = seconds[0] / seconds[1]
 
 
-def _write(
-    path: Path, row: Row, details: Mapping[str, Any], config: InAppConfig, device: str
-) -> None:
-    flags = to_flags(
-        config, without=["comfyui", "python", "gguf_pack", "rows", "limit", "out", "record"]
-    )
-    write_part(
-        path,
-        row["what"],
-        title=TITLE,
-        command=f"python -m benchmarks.in_app --comfyui PATH {flags}".strip(),
-        rows=[row],
-        device=device,
-        details={"comfyui": read_version(config.comfyui.expanduser()), **details},
-    )
-
-
 def _show(row: Row) -> None:
     shown = {name: value for name, value in row.items() if value not in (None, "")}
-    words = (f"{name} {format_value(value)}" for name, value in shown.items())
-    sys.stdout.write(f"{', '.join(words)}\n")
+    words = ", ".join(f"{name} {format_value(value)}" for name, value in shown.items())
+    sys.stdout.write(f"{words}\n")
     sys.stdout.flush()
 
 

@@ -21,8 +21,6 @@ START_SECONDS = 300
 NODES = Path(__file__).parent / "comfyui_nodes"
 CPU_FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 
-_VERSION = "comfyui_version.py"
-_NEEDED = ("comfy/ldm/wan/model.py", "comfy/sample.py", _VERSION)
 _FOLDERS = ("custom_nodes", "models/linvideo", "models/diffusion_models", "output", "user")
 _STAGE = re.compile(r"LinVideo: (\w+): (\d+) \w+ in ([\d.]+) s")
 _GRACE_SECONDS = 30
@@ -32,17 +30,14 @@ Graph = Mapping[str, Mapping[str, Any]]
 
 
 def read_version(root: Path) -> str:
-    """Return the version of the ComfyUI in a folder.
-
-    Raises SettingError where there is none.
-    """
-    if missing := [name for name in _NEEDED if not (root / name).is_file()]:
+    """Return the version of the ComfyUI in a folder; raise SettingError where there is none."""
+    path = root / "comfyui_version.py"
+    if not path.is_file():
         raise SettingError(
-            f"{{comfyui}} {root} given, which holds no {missing[0]}; name the folder of a ComfyUI",
+            f"{{comfyui}} {root} given, which holds no {path.name}; name the folder of a ComfyUI",
             "comfyui",
         )
-    text = (root / _VERSION).read_text(encoding="utf-8")
-    found = re.search(r"__version__ = [\"'](.+)[\"']", text)
+    found = re.search(r"__version__ = [\"'](.+)[\"']", path.read_text(encoding="utf-8"))
     return found[1] if found else "of an unknown version"
 
 
@@ -52,11 +47,11 @@ class PromptError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Installation:
-    """A ComfyUI checkout, the interpreter that has its requirements, other packs to link."""
+    """A ComfyUI checkout, the interpreter that has its requirements, a pack that loads GGUF."""
 
     root: Path
     python: Path
-    packs: tuple[Path, ...] = ()
+    gguf_pack: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +77,13 @@ class Server:
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """GET a path, or POST a body to it, and return the JSON that comes back."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.address + path, data, headers)
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.address + path, data, kind)
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.loads(response.read() or b"{}")
 
     def queue(self, graph: Graph) -> str:
-        """Queue a graph in API format and return its id.
-
-        Raises PromptError with what the server says where it refuses the graph.
-        """
+        """Queue a graph and return its id; raise PromptError where the server refuses it."""
         try:
             return self.ask("/prompt", {"prompt": graph})["prompt_id"]
         except urllib.error.HTTPError as error:
@@ -209,8 +201,8 @@ def _make_environment() -> dict[str, str]:
     """Return ComfyUI's environment: our own folder on the path would hide its modules."""
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     kept = [folder for folder in folders if folder and Path(folder).resolve() != PACK.resolve()]
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    environment |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+    environment.pop("PYTHONSAFEPATH", None)
     return {**environment, "PYTHONPATH": os.pathsep.join(kept)}
 
 
@@ -218,15 +210,16 @@ def _lay_out(installation: Installation, folder: Path) -> None:
     for name in _FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     packs = {"LinVideo": PACK, "LinVideoBenchmarks": NODES}
-    for name, target in (packs | {path.name: path for path in installation.packs}).items():
+    if installation.gguf_pack is not None:
+        packs[installation.gguf_pack.name] = installation.gguf_pack
+    for name, target in packs.items():
         link = folder / "custom_nodes" / name
         if not link.is_symlink():
             link.symlink_to(target.absolute(), target_is_directory=True)
 
 
 def _find_free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 
-from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import resolve_precision
@@ -21,40 +21,15 @@ from linvideo_core.transfer.quality import settings_by_steps, settings_for
 from linvideo_core.transfer.student import Student
 
 from ..models.sizes import GUIDANCE_SCALE, Size
-from .memory_meter import Peak, watching
-
-_TRAINING = "training"
-
-
-class TrainingClock(Callbacks):
-    """Keeps the seconds a step of a training, as the server's log counts them."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: float | None = None
-        self._stage, self._begun, self._first = "", 0.0, 0
-
-    def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
-        """Take the time at which a stage begins."""
-        self._stage, self._begun, self._first = stage, self._now(), done
-
-    def on_step_end(self, done: int, **metrics: float) -> None:
-        """Take the time since the training began."""
-        if self._stage == _TRAINING and done > self._first:
-            self.seconds = (self._now() - self._begun) / (done - self._first)
-
-    def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        return time.monotonic()
+from ..models.training_steps import StepClock
+from .workbench import Peak, watching
 
 
 def describe_transfer(size: Size, frames: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat settings of the transfer that the node runs with `settings`, its names."""
-    draft = settings_for("draft", is_embedded=False, num_layers=size.config.num_layers)
     renamed = {"num_videos": "num_trajectories"}
     return {
-        **draft,
+        **settings_for("draft", is_embedded=False, num_layers=size.config.num_layers),
         **{renamed.get(name, name): value for name, value in settings.items()},
         **settings_by_steps(settings["steps"]),
         "guidance_scale": GUIDANCE_SCALE,
@@ -75,10 +50,13 @@ def write_prompts(path: Path, size: Size) -> None:
 
 
 def train(values: Mapping[str, Any], result: Path) -> None:
-    """Run the stages of a transfer; write seconds a step, or why there are none, as JSON."""
+    """Run the stages of a transfer; write seconds a step, or why there are none, as JSON.
+
+    The seconds are the mean over all steps, the first one included, as in the server's log.
+    """
     try:
         config = override(TransferConfig(), values)
-        clock = TrainingClock(config.device)
+        clock = StepClock(config.device)
         run = Run(
             folder=config.out,
             device=config.device,
@@ -89,7 +67,7 @@ def train(values: Mapping[str, Any], result: Path) -> None:
         teacher = load_teacher(config.teacher, run).to(config.device)
         with Student(teacher, config.student, seed=config.seed) as student:
             linearize(student, teacher, config, run)
-        write_json(result, {"seconds_per_step": clock.seconds})
+        write_json(result, {"seconds_per_step": statistics.fmean(clock.step_seconds)})
     except Exception as error:
         write_json(result, {"error": f"{type(error).__name__}: {error}"})
         raise

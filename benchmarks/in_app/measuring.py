@@ -5,19 +5,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from ..kernels.agreement import relative_error
 from . import graphs, headless
-from .cases import H3_TEXT_DIM, Case, h3_sizes
-from .checkpoints import GGUF
+from .cases import Case
 from .comfyui_server import PACK, PromptError, Server, Stage, find_error
-from .memory_meter import watching
-from .workbench import UnavailableError, Workbench
+from .workbench import Workbench, watching
 
 TEMPLATE = PACK / "workflows" / "3 Make a file (no download).json"
 
@@ -29,31 +27,27 @@ _SHORT_DEMO = {
     "num_videos": 2,
     "sampler_steps": 8,
 }
-_H3_VIDEO = {"width": 832, "height": 480}
-_H3_TINY_VIDEO = {"width": 64, "height": 64}
-_PROMPT_TOKENS = 64
+# The width of MiniMax-H3's prompts, unless a case says otherwise.
+_H3_TEXT_DIM = 5120
 
 Found = dict[str, Any]
 
 
 def measure_transfer(case: Case, bench: Workbench, found: Found) -> None:
     """Make a file of a Wan, sample with it, and see that the model comes back."""
-    file, weight_dtype = _checkpoint_of(case, bench)
+    graph = _load_wan(case, bench)
     server = bench.server(case.flags, case.free_gb)
-    video = graphs.describe_video(case.video, case.frames)
-    graph = {**graphs.load_wan(file, weight_dtype, case.video.shift), **video}
     _measure_in_server(case, bench, server, graph, len(case.video.layers), found)
 
 
 def measure_minimax_h3(case: Case, bench: Workbench, found: Found) -> None:
     """The same of a MiniMax-H3."""
     file = f"{case.name}.safetensors"
-    bench.write_minimax_h3(file, h3_sizes(case))
-    prompts = graphs.draw_prompts(_PROMPT_TOKENS, case.sizes.get("text_dim", H3_TEXT_DIM))
-    is_tiny = "hidden_size" in case.sizes
-    sides = _H3_TINY_VIDEO if is_tiny else _H3_VIDEO
-    latent = graphs.empty_minimax_h3(sides["width"], sides["height"], case.frames)
-    graph = {**graphs.load_minimax_h3(file), **prompts, **latent}
+    if not (bench.models / file).exists():
+        bench.write("MiniMaxH3", file=file, sizes=json.dumps(case.sizes))
+    video = (64, 64) if "hidden_size" in case.sizes else (832, 480)
+    text_dim = case.sizes.get("text_dim", _H3_TEXT_DIM)
+    graph = graphs.load_minimax_h3(file, text_dim, *video, case.frames)
     target = case.sizes["num_layers"] // 2
     _measure_in_server(case, bench, bench.server(), graph, target, found)
 
@@ -62,24 +56,21 @@ def measure_demo(case: Case, bench: Workbench, found: Found) -> None:
     """Run the template that makes a file of the embedded model, then judge the student."""
     server = bench.server()
     is_short = bench.device == "cpu"
-    settings = _settings(server, _SHORT_DEMO) if is_short else None
-    graph = graphs.transfer_demo("demo", _quality_of(TEMPLATE), settings)
-    _train(server, graph, bench, found)
+    settings = _settings(server) | _SHORT_DEMO if is_short else None
+    nodes = json.loads(TEMPLATE.read_text(encoding="utf-8"))["nodes"]
+    (values,) = (node["widgets_values"] for node in nodes if node["type"] == "LinVideo")
+    _train(server, graphs.transfer_demo("demo", values[2], settings), bench, found)
     made = server.folder / "models" / "linvideo" / "demo.safetensors"
     found |= judge(made, bench, is_short=is_short)
 
 
 def measure_interrupt(case: Case, bench: Workbench, found: Found) -> None:
     """Interrupt a training, see how soon it ends and what the node says, and continue it."""
-    file, weight_dtype = _checkpoint_of(case, bench)
+    graph = _load_wan(case, bench)
     server = bench.server(case.flags, case.free_gb)
     steps = 5 * case.steps if bench.device == "cpu" else case.steps
-    graph = {
-        **graphs.load_wan(file, weight_dtype, case.video.shift),
-        **graphs.describe_video(case.video, case.frames),
-        **_transfer(case, server, steps, len(case.video.layers)),
-        **graphs.sample("linear", 2, case.name),
-    }
+    graph |= _transfer(case, server, steps, len(case.video.layers))
+    graph |= graphs.sample("linear", 2, case.name)
     started = server.queue(graph)
     folder = server.folder / "output" / "linvideo" / case.name / _TRAINING
     _wait_for(folder / "metrics.jsonl", server, started, bench.deadline)
@@ -89,7 +80,9 @@ def measure_interrupt(case: Case, bench: Workbench, found: Found) -> None:
     seconds = time.monotonic() - begin
     if find_error(history) != "the graph was interrupted":
         raise PromptError(f"it was to be interrupted: {find_error(history) or 'it has finished'}")
-    found |= {"interrupt_seconds": seconds, "words": _last_words(server), "steps": steps}
+    said = server.folder / "output" / "benchmark" / "words.jsonl"
+    lines = said.read_text(encoding="utf-8").splitlines() if said.exists() else ['{"words": null}']
+    found |= {"interrupt_seconds": seconds, **json.loads(lines[-1]), "steps": steps}
     _train(server, graph, bench, found)
     continued = next(stage.count for stage in found["stages"] if stage.name == _TRAINING)
     found["ok"] = continued < steps
@@ -116,16 +109,11 @@ def measure_headless(case: Case, bench: Workbench, found: Found) -> None:
     begin = time.monotonic()
     result = out / "result.json"
     seconds, peak = headless.measure(values, result, bench.read_memory, bench.deadline)
-    found |= {
-        "seconds_per_step": seconds,
-        "peak_gb": peak.gb,
-        "ok": True,
-        "steps": case.steps,
-        "seconds": time.monotonic() - begin,
-    }
+    found |= {"seconds_per_step": seconds, "peak_gb": peak.gb, "ok": True, "steps": case.steps}
+    found["seconds"] = time.monotonic() - begin
 
 
-KINDS: dict[str, Callable[[Case, Workbench, Found], None]] = {
+KINDS = {
     "transfer": measure_transfer,
     "minimax_h3": measure_minimax_h3,
     "demo": measure_demo,
@@ -142,18 +130,13 @@ log says, as soon as it is known: a case that fails later keeps what it has.
 def judge(made: Path, bench: Workbench, *, is_short: bool) -> Found:
     """Compare a file of the embedded model with its teacher, by the core's own command."""
     out = bench.out / "evaluate"
-    lengths = ("2", "8", "2") if is_short else ("100", "50", "100")
-    words = [word for pair in zip(_LENGTH_FLAGS, lengths, strict=True) for word in pair]
-    command = [sys.executable, "-m", "linvideo_core.evaluate", "--artifact", str(made), *words]
+    samples, steps = (2, 8) if is_short else (100, 50)
+    words = f"--num-samples {samples} --batch-size {samples} --sampler-steps {steps}".split()
+    words += ["--artifact", str(made), "--out", str(out), "--device", bench.device]
+    command = [sys.executable, "-m", "linvideo_core.evaluate", *words]
     left = max(1.0, bench.deadline - time.monotonic())
     try:
-        finished = subprocess.run(
-            [*command, "--out", str(out), "--device", bench.device],
-            cwd=PACK,
-            capture_output=True,
-            text=True,
-            timeout=left,
-        )
+        finished = subprocess.run(command, cwd=PACK, capture_output=True, text=True, timeout=left)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError("the time limit was reached and evaluate stopped") from error
     if finished.returncode:
@@ -164,13 +147,9 @@ def judge(made: Path, bench: Workbench, *, is_short: bool) -> Found:
     return student | {f"teacher_{name}": rows["teacher"][name] for name in ("digit", "motion")}
 
 
-_LENGTH_FLAGS = ("--num-samples", "--sampler-steps", "--batch-size")
-
-
-def _checkpoint_of(case: Case, bench: Workbench) -> tuple[str, str]:
-    if case.dtype == GGUF and not bench.installation.packs:
-        raise UnavailableError("a pack that loads GGUF is needed: give --gguf-pack")
-    return bench.checkpoint(case.video, case.dtype)
+def _load_wan(case: Case, bench: Workbench) -> graphs.Nodes:
+    file, weight_dtype = bench.checkpoint(case.video, case.dtype)
+    return graphs.load_wan(file, weight_dtype, case.video, case.frames)
 
 
 def _measure_in_server(
@@ -203,7 +182,7 @@ def _measure_in_server(
         before = _read_latents(server, base)
         server.run(graphs.again({**graph, **graphs.sample("model", 2, base)}, 3), bench.deadline)
         is_restored = all(map(torch.equal, before, _read_latents(server, base)))
-        change = max(map(_relative_difference, latents, before))
+        change = max(map(relative_error, latents, before))
         found |= {"change": change, "base_restored": is_restored}
         found["ok"] = is_finite and is_restored and change > 0
 
@@ -254,30 +233,18 @@ def _lengths(steps: int) -> dict[str, int]:
 
 def _transfer(case: Case, server: Server, steps: int, target: int) -> graphs.Nodes:
     settings = {"target": target, "learning_rate": 1e-4, **_lengths(steps)}
-    return graphs.transfer(case.name, _settings(server, {}), settings)
+    return graphs.transfer(case.name, _settings(server), settings)
 
 
-def _settings(server: Server, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return all inputs of LinVideo Transfer Settings: as it is added, but for what is chosen."""
+def _settings(server: Server) -> dict[str, Any]:
+    """Return all inputs of LinVideo Transfer Settings as it is added."""
     (node,) = server.ask("/object_info/LinVideoTransferSettings").values()
-    defaults = {name: told[1].get("default") for name, told in node["input"]["required"].items()}
-    return defaults | chosen
-
-
-def _quality_of(workflow: Path) -> str:
-    nodes = json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
-    (values,) = (n["widgets_values"] for n in nodes if n["type"] == "LinVideo")
-    return values[2]
+    return {name: told[1].get("default") for name, told in node["input"]["required"].items()}
 
 
 def _read_latents(server: Server, tag: str) -> list[torch.Tensor]:
     path = server.folder / "output" / "benchmark" / f"{tag}.safetensors"
     return list(load_file(path).values())
-
-
-def _relative_difference(latents: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = (latents.double() - expected.double()).norm()
-    return float(difference / expected.double().norm())
 
 
 def _wait_for(path: Path, server: Server, prompt_id: str, deadline: float) -> None:
@@ -289,11 +256,3 @@ def _wait_for(path: Path, server: Server, prompt_id: str, deadline: float) -> No
         if time.monotonic() > deadline:
             server.wait(prompt_id, deadline)
         time.sleep(0.02)
-
-
-def _last_words(server: Server) -> str | None:
-    """Return what a node said last under itself."""
-    path = server.folder / "output" / "benchmark" / "words.jsonl"
-    if not path.exists():
-        return None
-    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["words"]

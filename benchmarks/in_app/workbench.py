@@ -1,7 +1,10 @@
 """What cases share: the server that runs, the checkpoints that are written, memory to compare."""
 
 import contextlib
+import dataclasses
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,16 +12,84 @@ import torch
 from ..models.sizes import Size
 from . import checkpoints
 from .comfyui_server import CPU_FLAGS, Installation, Server, run_server
-from .memory_meter import resident, smaller_card, used_on_gpu
 
-QUANTISED = {"int8": "int8_tensorwise", "nvfp4": "nvfp4"}
-"""ComfyUI's name of a quantised form."""
+GB = 2**30
+"""Bytes of a GB as cards are sold by it."""
 
+_QUANTISED = {"int8": "int8_tensorwise", "nvfp4": "nvfp4"}
+# Dtype of a row -> the form of the file, and what the loader makes of it.
 _LOADED_AS = {"fp8": ("bf16", "fp8_e4m3fn")}
+_EVERY_SECONDS = 0.1
 
 
 class UnavailableError(Exception):
     """Why a case cannot be measured on this machine."""
+
+
+@dataclasses.dataclass
+class Peak:
+    """The largest number of bytes that was seen, in GB of 2^30; None where nothing can be read."""
+
+    gb: float | None = None
+
+
+@contextlib.contextmanager
+def watching(read: Callable[[], int | None]) -> Iterator[Peak]:
+    """Read memory ten times a second while a block runs."""
+    peak, is_done = Peak(), threading.Event()
+
+    def poll() -> None:
+        while True:
+            if (num_bytes := read()) is not None:
+                peak.gb = max(peak.gb or 0.0, num_bytes / GB)
+            if is_done.wait(_EVERY_SECONDS):
+                return
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        is_done.set()
+        thread.join()
+
+
+def used_on_gpu() -> int:
+    """Return the bytes of the GPU that all processes together use now."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def resident(process_id: int) -> int | None:
+    """Return the bytes of CPU memory of a process; None where the system does not tell."""
+    try:
+        status = Path(f"/proc/{process_id}/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = status.partition("VmRSS:")[2].split()
+    return 1024 * int(found[0]) if found else None
+
+
+@contextlib.contextmanager
+def smaller_card(free_gb: float | None) -> Iterator[None]:
+    """Take so much of the GPU that what is free is as on a smaller card; None: take nothing.
+
+    Whatever allocates there, PyTorch or a host's own memory, then meets the end of the card.
+
+    Raises ValueError where the GPU has less than that free.
+    """
+    if free_gb is None:
+        yield
+        return
+    free, _ = torch.cuda.mem_get_info()
+    if (taken := free - int(free_gb * GB)) < 0:
+        raise ValueError(f"{free_gb:g} GB are to be left free and the GPU has {free / GB:.1f}")
+    taken_memory = torch.empty(taken, dtype=torch.uint8, device="cuda")
+    try:
+        yield
+    finally:
+        del taken_memory
+        torch.cuda.empty_cache()
 
 
 class Workbench:
@@ -31,17 +102,13 @@ class Workbench:
     def __init__(self, installation: Installation, out: Path, device: str) -> None:
         self.installation, self.out, self.device = installation, out, device
         self.folder = out / "comfyui"
+        self.models = self.folder / "models" / "diffusion_models"
         self.deadline = time.monotonic()
         self._running = contextlib.ExitStack()
         self._server: Server | None = None
         self._kind: tuple[tuple[str, ...], float | None] | None = None
         self._before = 0
         self._num_servers = 0
-
-    @property
-    def models(self) -> Path:
-        """Return where the server looks for diffusion models."""
-        return self.folder / "models" / "diffusion_models"
 
     def server(self, flags: tuple[str, ...] = (), free_gb: float | None = None) -> Server:
         """Return a running server of these flags on a card with so much memory left."""
@@ -64,10 +131,9 @@ class Workbench:
 
     def tidy(self) -> None:
         """Let the server forget the case that has ended, well or not."""
-        if self._server is None:
-            return
         try:
-            self._server.free_memory()
+            if self._server is not None:
+                self._server.free_memory()
         except OSError:
             self.stop()
 
@@ -81,37 +147,33 @@ class Workbench:
 
     def read_memory(self, process_id: int) -> int | None:
         """Return the bytes that the only process measured takes, on a CPU those in its memory."""
-        if self.device == "cuda":
-            return used_on_gpu() - self._before
-        return resident(process_id)
+        return used_on_gpu() - self._before if self.device == "cuda" else resident(process_id)
 
     def checkpoint(self, size: Size, dtype: str) -> tuple[str, str]:
         """Return a Wan's file name, written unless it is there, and the dtype to load it in.
 
         Raises ValueError or UnavailableError where it cannot be written here.
         """
+        if dtype == checkpoints.GGUF and self.installation.gguf_pack is None:
+            raise UnavailableError("a pack that loads GGUF is needed: give --gguf-pack")
         form, weight_dtype = _LOADED_AS.get(dtype, (dtype, "default"))
-        file = f"wan-{size.name}-{form}.{checkpoints.SUFFIXES.get(form, 'safetensors')}"
-        path = self.models / file
-        if path.exists():
+        suffix = "gguf" if form == checkpoints.GGUF else "safetensors"
+        file = f"wan-{size.name}-{form}.{suffix}"
+        if (self.models / file).exists():
             return file, weight_dtype
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if form in QUANTISED:
+        self.models.mkdir(parents=True, exist_ok=True)
+        if form in _QUANTISED:
             source, _ = self.checkpoint(size, "bf16")
-            inputs = {"source": source, "file": file, "form": QUANTISED[form]}
-            self._write("LinVideoBenchmarkQuantised", inputs)
+            self.write("Quantised", source=source, file=file, form=_QUANTISED[form])
         else:
-            checkpoints.write_wan(path, size, form, self.device)
+            checkpoints.write_wan(self.models / file, size, form, self.device)
             if self.device == "cuda":
                 torch.cuda.empty_cache()
         return file, weight_dtype
 
-    def write_minimax_h3(self, file: str, sizes: str) -> None:
-        """Write a random MiniMax-H3, unless it is there."""
-        if not (self.models / file).exists():
-            self._write("LinVideoBenchmarkMiniMaxH3", {"file": file, "sizes": sizes})
-
-    def _write(self, node: str, inputs: dict[str, str]) -> None:
+    def write(self, node: str, **inputs: str) -> None:
+        """Write a checkpoint that only ComfyUI can write, by one of `comfyui_nodes`."""
         server = self.server()
-        server.run({"write": {"class_type": node, "inputs": inputs}}, self.deadline)
+        graph = {"write": {"class_type": f"LinVideoBenchmark{node}", "inputs": inputs}}
+        server.run(graph, self.deadline)
         server.free_memory()

@@ -2,83 +2,57 @@
 
 Forward is timed without a graph, from roped q, k, v. Backward is timed alone: `torch.autograd.grad`
 of a graph that is kept, with the gradients of both maps; the pass "backward, maps frozen" is
-without them. A module goes from the projected q, k, v, before qk-norm and rotation, to the output
-projection's input.
+without them.
 
 The byte floor is what must be moved at least, over the bandwidth that a plain copy reaches: forward
 and module read q, k, v and write o; backward reads q, k, v, do and writes dq, dk, dv.
 """
 
-import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from linvideo_core.kernels.reference import linear_attention as define_linear
-
-from .agreement import INPUTS, LENGTHS, check, relative_error
-from .baselines import TOLERANCE, Contender
+from .agreement import HEADS, INPUTS, LENGTHS, check_contenders, check_modules, first_line
+from .contenders import (
+    HEAD_DIM,
+    KITCHEN,
+    MODULES,
+    RATIOS,
+    Contender,
+    Setting,
+    Shape,
+    make_inputs,
+    make_module,
+)
 from .timing import METHOD, Call, extra_mb, milliseconds
 
 logger = logging.getLogger(__name__)
 
-HEAD_DIM = 128
-RATIOS = (1, 2)
 FORWARD, BACKWARD, FROZEN = "forward", "backward", "backward, maps frozen"
-KITCHEN = "module, comfy-kitchen RoPE"
 NUM_COPIED = 2**30
+SHAPES = (Shape(32760, 12), Shape(32760, 40), Shape(75600, 40))
+"""Wan 1.3B at 480p, 14B at 480p, 14B at 720p."""
 
+_BASELINE = next(iter(MODULES))
 _MOVED_TENSORS = {FORWARD: 4, BACKWARD: 7, FROZEN: 7}
 _ERRORS = {BACKWARD: INPUTS, FROZEN: INPUTS[:3]}
 _RIVALS = ("compile", "compile_half", "eager", "fla", "sdpa", "fa2", "cudnn", "sage")
-_CHECKED_HEADS = 12
 
 Row = dict[str, Any]
 
 
-class Shape(NamedTuple):
-    """Tokens and heads of a video model's self-attention."""
-
-    tokens: int
-    heads: int
-
-    def __str__(self) -> str:
-        return f"{self.tokens} x {self.heads}"
-
-
-SHAPES = (Shape(32760, 12), Shape(32760, 40), Shape(75600, 40))
-"""Wan 1.3B at 480p, 14B at 480p, 14B at 720p."""
-
-NormRotary = Callable[[Tensor], Tensor]
-"""Maps a projection [B, L, N D] to normed, roped heads [B, L, N, D]."""
-
-MakeNormRotary = Callable[[Shape, torch.device, torch.dtype], NormRotary]
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One measurement; ratio is M / D, 0 where features do not matter."""
+class Task(NamedTuple):
+    """One measurement: a pass, or a module by its name; ratio is M / D, 0 for softmax."""
 
     shape: Shape
     step: str
     ratio: int
     contender: Contender
-    norm_rotary: MakeNormRotary | None = None
-
-
-class Setting(NamedTuple):
-    """Where everything is measured, and for how many seconds each call is repeated."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.bfloat16
-    seed: int = 0
-    seconds: float = 0.4
 
 
 class Measured(NamedTuple):
@@ -92,18 +66,6 @@ class Measured(NamedTuple):
     extra_mb: float
 
 
-def make_inputs(shape: Shape, ratio: int, setting: Setting) -> list[Tensor]:
-    """Return random query, key, value [1, L, N, D] and maps [N, D, M/2], projections near 1."""
-    generator = torch.Generator(setting.device).manual_seed(setting.seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=setting.dtype, device=setting.device)
-
-    tokens = [normal(1, shape.tokens, shape.heads, HEAD_DIM) for _ in range(3)]
-    half = max(ratio, 1) * HEAD_DIM // 2
-    return [*tokens, *(normal(shape.heads, HEAD_DIM, half) * HEAD_DIM**-0.5 for _ in range(2))]
-
-
 def make_call(task: Task, setting: Setting) -> Call:
     """Return what is timed: a function without arguments that returns what it computed."""
     inputs = make_inputs(task.shape, task.ratio, setting)
@@ -114,41 +76,28 @@ def make_call(task: Task, setting: Setting) -> Call:
         output = attend(*inputs)
         upstream = torch.randn(output.shape, dtype=output.dtype, device=output.device)
         return lambda: torch.autograd.grad(output, wanted, upstream, retain_graph=True)
-    if task.norm_rotary:
-        rotate = task.norm_rotary(task.shape, setting.device, setting.dtype)
-        return _make_module_call(attend, inputs, rotate)
-    return torch.no_grad()(lambda: attend(*inputs))
-
-
-def _make_module_call(
-    attend: Callable[..., Tensor], inputs: list[Tensor], rotate: NormRotary
-) -> Call:
-    query, key = (x.flatten(2) for x in inputs[:2])
-    return torch.no_grad()(lambda: attend(rotate(query), rotate(key), *inputs[2:]).flatten(2))
+    if task.step == FORWARD:
+        return torch.no_grad()(lambda: attend(*inputs))
+    return make_module(task.step, task.contender, inputs, setting)
 
 
 def plan(
-    shapes: Sequence[Shape],
-    contenders: Sequence[Contender],
-    modules: Mapping[str, MakeNormRotary],
+    shapes: Sequence[Shape], contenders: Sequence[Contender], modules: Sequence[str]
 ) -> list[Task]:
     """List the measurements behind the record's rows, contenders in the order given.
 
-    modules: pass -> norm and rotation; the first is eager, and what all are compared with. Softmax
-    is measured after each.
+    Softmax is measured after each module, other rivals after the eager one.
     """
     tasks = []
     for shape in shapes:
         for contender in contenders:
-            for ratio in RATIOS if contender.has_maps else (0,):
-                steps = [FORWARD, BACKWARD] if contender.is_differentiable else [FORWARD]
-                # Compiling once more for frozen maps would cost more than it says.
-                steps += [FROZEN] if contender.name in ("fused", "eager") else []
-                tasks += [Task(shape, step, ratio, contender) for step in steps]
-                for i, (step, norm_rotary) in enumerate(modules.items()):
-                    is_baseline = i == 0 and contender.name == "eager"
-                    if contender.name in ("fused", "sdpa") or is_baseline:
-                        tasks.append(Task(shape, step, ratio, contender, norm_rotary))
+            steps = [FORWARD, BACKWARD] if contender.is_differentiable else [FORWARD]
+            # Compiling once more for frozen maps would cost more than it says.
+            steps += [FROZEN] if contender.name in ("fused", "eager") else []
+            steps += modules if contender.name in ("fused", "sdpa") else []
+            steps += [_BASELINE] if contender.name == "eager" else []
+            ratios = RATIOS if contender.has_maps else (0,)
+            tasks += [Task(shape, step, ratio, contender) for ratio in ratios for step in steps]
     return tasks
 
 
@@ -175,77 +124,19 @@ def measure_all(tasks: Sequence[Task], setting: Setting) -> tuple[list[Measured]
             # Out of memory, or no kernel for this size: the others can still be measured.
             if task.contender is tasks[0].contender:
                 raise
-            reason = (str(error) or repr(error)).splitlines()[0]
-            left_out.append(f"{task.contender.name}, {task.step} at {task.shape}: {reason}")
+            name = task.contender.name
+            left_out.append(f"{name}, {task.step} at {task.shape}: {first_line(error)}")
             logger.warning("left out: %s", left_out[-1])
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
     return measured, left_out
 
 
-def check_contenders(
-    contenders: Sequence[Contender],
-    setting: Setting,
-    lengths: Sequence[int] = LENGTHS,
-    heads: int = _CHECKED_HEADS,
-) -> tuple[list[Contender], list[Row], list[str]]:
-    """Return the contenders that agree with their definition, all errors, and who was left out."""
-    rows: list[Row] = []
-    left_out: dict[str, str] = {}
-    cases = [(tokens, ratio) for tokens in lengths for ratio in RATIOS]
-    for tokens, ratio in tqdm(cases, "checking agreement"):
-        inputs = make_inputs(Shape(tokens, heads), ratio, setting)
-        # Softmax has no features: once is enough.
-        mine = [
-            c for c in contenders if c.name not in left_out and (c.has_maps or ratio == RATIOS[0])
-        ]
-        for contender, result in check(mine, inputs, setting.seed):
-            if isinstance(result, str):
-                left_out[contender.name] = result
-                logger.warning("left out: %s", result)
-                continue
-            features = ratio if contender.has_maps else 0
-            rows.append(
-                {"contender": contender.name, "ratio": features, "tokens": tokens, **result}
-            )
-    agreeing = [c for c in contenders if c.name not in left_out]
-    return agreeing, rows, list(left_out.values())
-
-
-def check_module(
-    own: Contender,
-    modules: Mapping[str, MakeNormRotary],
-    setting: Setting,
-    tokens: int = LENGTHS[-1],
-    heads: int = _CHECKED_HEADS,
-) -> list[Row]:
-    """Return the error of each module against eager norm and rotation of fp64 and the definition.
-
-    The rotation itself rounds to fp32, which is exact enough.
-    """
-    rows = []
-    shape = Shape(tokens, heads)
-    exact_rotary = next(iter(modules.values()))(shape, setting.device, torch.float64)
-    for ratio in RATIOS:
-        inputs = make_inputs(shape, ratio, setting)
-        wide = [x.double() for x in inputs]
-        expected = _make_module_call(define_linear, wide, exact_rotary)()
-        for step, norm_rotary in modules.items():
-            rotate = norm_rotary(shape, setting.device, setting.dtype)
-            error = relative_error(_make_module_call(own.attend, inputs, rotate)(), expected)
-            if not error < TOLERANCE:
-                raise RuntimeError(
-                    f"{step} differs from its definition by {error:.1e}; nothing was timed"
-                )
-            rows.append({"contender": own.name, "ratio": ratio, "tokens": tokens, step: error})
-    return rows
-
-
 def measure_over_tokens(
     sizes: Sequence[int],
     contenders: Sequence[Contender],
     setting: Setting,
-    heads: int = _CHECKED_HEADS,
+    heads: int = HEADS,
 ) -> list[Row]:
     """Return rows of `tokens`, `layer`, `milliseconds`, `extra_mb`: ours at M = D, and softmax."""
     layers = {"fused": ("linear", 1), "sdpa": ("softmax", 0)}
@@ -286,7 +177,7 @@ def measure_speed(
     shapes: Sequence[Shape],
     sizes: Sequence[int],
     contenders: Sequence[Contender],
-    modules: Mapping[str, MakeNormRotary],
+    modules: Sequence[str],
     setting: Setting,
     *,
     lengths: Sequence[int] = LENGTHS,
@@ -294,25 +185,24 @@ def measure_speed(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Check agreement at `lengths`, then measure everything; return the record's rows and details.
 
+    sizes: numbers of tokens of `measure_over_tokens`.
     num_copied: bf16 elements of the copy that gives the bandwidth.
 
     Raises RuntimeError where our own kernels are wrong; rivals that are, or that cannot run, are
     left out and named.
     """
     agreeing, agreement, left_out = check_contenders(contenders, setting, lengths)
-    agreement += check_module(agreeing[0], modules, setting, lengths[-1])
+    agreement += check_modules(agreeing[0], modules, setting, lengths[-1])
     bandwidth = measure_copy_bandwidth(setting, num_copied)
     measured, failed = measure_all(plan(shapes, agreeing, modules), setting)
-    over_tokens = measure_over_tokens(sizes, agreeing, setting)
-    baseline = next(iter(modules))
-    rows = assemble_rows(measured, agreement, bandwidth, setting.dtype.itemsize, baseline)
+    rows = assemble_rows(measured, agreement, bandwidth, setting.dtype.itemsize)
     return rows, {
         "method": METHOD,
         "copy_terabytes_per_second": bandwidth / 1e12,
         "left_out": [*left_out, *failed],
         "agreement": agreement,
         "measured": [{**item._asdict(), "shape": str(item.shape)} for item in measured],
-        "over_tokens": over_tokens,
+        "over_tokens": measure_over_tokens(sizes, agreeing, setting),
     }
 
 
@@ -338,30 +228,26 @@ def find_error(agreement: Sequence[Row], contender: str, ratio: int, step: str) 
 
 
 def assemble_rows(
-    measured: Sequence[Measured],
-    agreement: Sequence[Row],
-    bandwidth: float,
-    itemsize: int,
-    baseline: str,
+    measured: Sequence[Measured], agreement: Sequence[Row], bandwidth: float, itemsize: int
 ) -> list[Row]:
     """Turn measurements into the record's rows: one for each pass of the fused kernels.
 
     vs_x is x's time over ours; vs_kitchen is that of softmax after ComfyUI's norm and rotation.
-    bandwidth: bytes per second. baseline: the module whose times the others' modules have.
+    bandwidth: bytes per second.
     """
     times = {item[:4]: item.milliseconds for item in measured}
     rows = []
     for shape, step, ratio, name, time, memory in measured:
         if name != "fused":
             continue
-        theirs = step if step in _MOVED_TENSORS else baseline
+        is_module = step not in _MOVED_TENSORS
+        theirs = _BASELINE if is_module else step
         # Softmax has no maps: its backward pass is one and the same.
         plain = BACKWARD if step == FROZEN else theirs
         others = {
             rival: times.get((shape, theirs, ratio, rival), times.get((shape, plain, 0, rival)))
             for rival in _RIVALS
         }
-        is_module = theirs == baseline
         others["kitchen"] = times.get((shape, KITCHEN, 0, "sdpa")) if is_module else None
         rows.append(
             {

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,7 +63,7 @@ def extra_mb(call: Call, device: torch.device) -> float:
     """
     if device.type != "cuda":
         _free_at_once()
-        before = _reset_peak_memory()
+        before = _peak_memory(is_reset=True)
         call()
         return (_peak_memory() - before) / _MEGABYTE
     torch.cuda.synchronize()
@@ -83,12 +82,11 @@ def _free_at_once() -> None:
 
     Else a call may fill holes of the heap that count as resident already.
     """
-    if sys.platform == "linux":
-        # Other C libraries have neither.
-        with contextlib.suppress(AttributeError):
-            library = ctypes.CDLL(None)
-            library.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-            library.malloc_trim(0)
+    # Other C libraries have neither.
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+        library.malloc_trim(0)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -96,16 +94,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _reset_peak_memory() -> float:
-    """Return the peak of resident memory so far, lowered first to what is in use now."""
+def _peak_memory(*, is_reset: bool = False) -> float:
+    """Return this process's peak of resident memory in bytes; NaN where Linux does not tell.
+
+    is_reset: it is lowered first to what is in use now.
+    """
     # A container may forbid it: the peak so far is then a little above what is in use.
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak_memory()
-
-
-def _peak_memory() -> float:
-    """Return this process's peak of resident memory in bytes; NaN where Linux does not tell."""
+        if is_reset:
+            Path("/proc/self/clear_refs").write_text("5")
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

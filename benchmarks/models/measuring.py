@@ -1,62 +1,164 @@
-"""Check a model's variants against plain ones, time them, and turn the times into rows."""
+"""Our own Wan with random weights: variants checked against plain ones, timed, turned into rows."""
 
+import contextlib
 import dataclasses
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from linvideo_core.run.errors import SettingError
+from linvideo_core.flow import TIMESTEP_SCALE, bind_guided, make_sigmas, sample_euler
+from linvideo_core.models.attention import LinearAttention
+from linvideo_core.models.attention_sites import (
+    AttentionSite,
+    compiled_blocks,
+    install,
+    restore,
+    shapes_of,
+)
+from linvideo_core.models.families import identify
+from linvideo_core.run import memory
 
-from ..kernels.agreement import relative_error
-from ..kernels.baselines import Contender, make_contenders
-from ..kernels.speed import Setting as KernelSetting
-from ..kernels.speed import check_contenders
+from ..kernels.agreement import check_contenders, first_line, relative_error
+from ..kernels.contenders import Contender, Setting, find_public, make_contenders
 from ..kernels.timing import extra_mb, median_of_runs, time_once
-from .headless import Call, RandomTeacher, Setting, Variant, find_softmax, plan_variants
-from .sizes import SIZES, VIDEO_STEPS, Size, count_flops, find_peak
+from .random_models import count_bytes, draw_inputs, make_random_maps, make_random_wan
+from .sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size, count_flops, find_peak
 
 METHOD = "median of calls, each until the device is done with it; first call excluded"
 SAMPLED, COMPUTED = "sampled", "computed"
+BACKENDS = {"fa2": "fa2", "cudnn": "cudnn", "default": "sdpa", "sage": "sage"}
+"""Name of a softmax backend in the record -> in `benchmarks.kernels`."""
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
+# Noise level of the call that is timed; all levels take as long.
+_SIGMA = 0.7
 _LENGTHS, _HEADS = (1000,), 2
-# Relative norms of differences, for models of bf16; a CPU computes in fp32.
+# Relative norms of differences.
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
-_BRANCHES, _MOST_RUNS = 2, 5
+_BRANCHES = 2
+_RUNS = {
+    "cpu": {"runs": 5, "seconds": 0.2},
+    "cuda": {"runs": 5, "seconds": 2.0, "fewest": 3},
+}
 _MEGABYTE, _GIGABYTE = 2**20, 2**30
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long is measured.
+class Variant:
+    """A way to compute a model.
 
-    seconds: a call's time is the median of the runs that fit, on a GPU of at least 3, at most 5.
-    video_seconds: a video is sampled if that should take no longer.
+    num_linear: linear layers; kept: the softmax backend of all others.
+    is_compiled: whether the blocks are compiled.
     """
 
-    seconds: float
-    video_seconds: float
+    num_linear: int
+    kept: str
+    is_compiled: bool = False
 
 
-def check_kernels(
-    softmax: Mapping[str, Contender], setting: Setting
-) -> tuple[dict[str, Contender], list[Row], list[str]]:
-    """Compare the fused linear path and all softmax backends with their definitions in fp64.
+def find_softmax(device: str) -> tuple[dict[str, Contender], list[str]]:
+    """Return the softmax backends that a device has, and a sentence for what is absent.
 
-    Returns the backends that agree, all errors, and a sentence for each that was left out.
-    Raises RuntimeError where the linear path is wrong: its speed would mean nothing.
+    On a CPU PyTorch has the default alone.
     """
-    own = make_contenders("triton" if setting.device.type == "cuda" else "reference")[0]
-    kernel_setting = KernelSetting(setting.device, setting.dtype, setting.seed)
-    contenders = [own, *softmax.values()]
-    agreeing, rows, left_out = check_contenders(contenders, kernel_setting, _LENGTHS, _HEADS)
-    names = {contender.name for contender in agreeing}
-    return {k: c for k, c in softmax.items() if c.name in names}, rows, left_out
+    public, absent = find_public() if device == "cuda" else ([], [])
+    known = {contender.name: contender for contender in [*make_contenders(), *public]}
+    wanted = BACKENDS if device == "cuda" else {"default": BACKENDS["default"]}
+    found = {name: known[kernel] for name, kernel in wanted.items() if kernel in known}
+    return found, [sentence for sentence in absent if not sentence.startswith("fla ")]
+
+
+def plan_variants(softmax: Sequence[str], num_linear: int, *, compiled: bool) -> list[Variant]:
+    """List what is measured: with each backend all layers softmax, then some of them linear.
+
+    Pairs that are compared stand side by side, so that a card that grows warm burdens both.
+    compiled: whether all of it is measured with compiled blocks, too.
+    """
+    return [
+        Variant(num_linear=n, kept=kept, is_compiled=is_compiled)
+        for is_compiled in ((False, True) if compiled else (False,))
+        for kept in softmax
+        for n in (0, num_linear)
+    ]
+
+
+class BackendAttention(nn.Module):
+    """Softmax attention by one of the kernels' contenders."""
+
+    def __init__(self, contender: Contender) -> None:
+        super().__init__()
+        self._attend = contender.attend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend over all keys; query, key, value and the result are [B, L, N, D]."""
+        return self._attend(query, key, value)
+
+
+class RandomTeacher:
+    """Our own Wan with random weights, on a device in the dtype that `DTYPES` has for it."""
+
+    def __init__(self, size: Size, softmax: Mapping[str, Contender], device: str) -> None:
+        self.size, self._softmax = size, softmax
+        self.model = make_random_wan(size, device, DTYPES[device])
+        _, self._sites = identify(shapes_of(self.model))
+        self._linear = {
+            site.layer: _make_linear(site, device)
+            for site in self._sites
+            if site.layer in size.layers
+        }
+        self._inputs = draw_inputs(size, device)
+
+    def call_model(self) -> Tensor:
+        """Return the velocity [1, C, F, H, W] of the model as it stands."""
+        latents, prompt, _ = self._inputs
+        timesteps = torch.full((1,), TIMESTEP_SCALE * _SIGMA, device=latents.device)
+        return self.model(latents, timesteps, prompt)
+
+    def sample_video(self) -> Tensor:
+        """Return a sampled video: both branches in one call, as in a transfer."""
+        latents, prompt, negative = self._inputs
+        velocity = bind_guided(self.model, prompt, negative, GUIDANCE_SCALE)
+        return sample_euler(velocity, latents, make_sigmas(VIDEO_STEPS, self.size.shift))
+
+    def weight_bytes(self, variant: Variant) -> int:
+        """Return the bytes of the weights, feature maps included where layers are linear."""
+        maps = self._linear.values() if variant.num_linear else ()
+        return count_bytes([self.model, *maps])
+
+    @contextlib.contextmanager
+    def arranged(self, variant: Variant) -> Iterator[Callable[[], Tensor]]:
+        """Compute the model as a variant for a while; yields `call_model`."""
+
+        def make(site: AttentionSite) -> nn.Module:
+            if variant.num_linear and site.layer in self._linear:
+                return self._linear[site.layer]
+            return BackendAttention(self._softmax[variant.kept])
+
+        # What stands there between variants must be plain: installing adds nothing to the weights.
+        plain = install(self.model, self._sites, make)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                if variant.is_compiled:
+                    torch._dynamo.reset()
+                    stack.enter_context(compiled_blocks([self.model], self._sites))
+                yield self.call_model
+        finally:
+            restore(self.model, self._sites, plain)
+
+
+def _make_linear(site: AttentionSite, device: str) -> LinearAttention:
+    with torch.device("meta"):
+        linear = LinearAttention(1, 2, 2)
+    maps = make_random_maps(site.layer, site.num_heads, site.head_dim, device)
+    linear.query_map, linear.key_map = (nn.Parameter(x, requires_grad=False) for x in maps)
+    return linear
 
 
 def shrink(size: Size) -> Size:
@@ -67,8 +169,22 @@ def shrink(size: Size) -> Size:
     )
 
 
+def check_kernels(
+    softmax: Mapping[str, Contender], device: str
+) -> tuple[dict[str, Contender], list[Row], list[str]]:
+    """Compare the fused linear path and all softmax backends with their definitions in fp64.
+
+    Returns the backends that agree, all errors, and a sentence for each that was left out.
+    Raises RuntimeError where the linear path is wrong: its speed would mean nothing.
+    """
+    own = make_contenders("triton" if device == "cuda" else "reference")[0]
+    setting = Setting(torch.device(device), DTYPES[device])
+    agreeing, rows, left_out = check_contenders([own, *softmax.values()], setting, _LENGTHS, _HEADS)
+    return {name: c for name, c in softmax.items() if c in agreeing}, rows, left_out
+
+
 def check_size(
-    size: Size, softmax: Mapping[str, Contender], setting: Setting, *, compiled: bool = False
+    size: Size, softmax: Mapping[str, Contender], device: str, *, compiled: bool = False
 ) -> list[Row]:
     """Compare the variants of a shrunk model with the plain one and with linear layers in fp32.
 
@@ -79,20 +195,21 @@ def check_size(
     Raises RuntimeError for a variant that is wrong.
     """
     size = shrink(size)
-    expected = _compute_expected(size, setting)
-    teacher = RandomTeacher(size, softmax, setting)
+    expected = _compute_expected(size, device)
+    teacher = RandomTeacher(size, softmax, device)
     rows = []
     for variant in plan_variants(list(softmax), len(size.layers), compiled=compiled):
         try:
-            found = teacher.with_call(variant, lambda call: call())
+            with teacher.arranged(variant) as call:
+                found = call()
         except Exception:
             # What cannot be compiled is named when it is to be timed.
             if not variant.is_compiled:
                 raise
             continue
-        error = relative_error(found, expected[variant.num_linear].to(found.device))
+        error = relative_error(found, expected[variant.num_linear])
         rows.append({**dataclasses.asdict(variant), "error": error})
-        if not error < _TOLERANCE[setting.dtype]:
+        if not error < _TOLERANCE[DTYPES[device]]:
             raise RuntimeError(
                 f"{variant} differs from the plain model by {error:.1e}; nothing was timed"
             )
@@ -100,53 +217,47 @@ def check_size(
 
 
 @torch.inference_mode()
-def _compute_expected(size: Size, setting: Setting) -> dict[int, Tensor]:
+def _compute_expected(size: Size, device: str) -> dict[int, Tensor]:
     """Return the plain model's velocity, and in fp32 that of the model with its linear layers."""
     softmax = {"default": next(c for c in make_contenders() if c.name == "sdpa")}
-    teacher = RandomTeacher(size, softmax, setting)
+    teacher = RandomTeacher(size, softmax, device)
     plain = teacher.call_model()
     # At this head dim the definition in plain PyTorch computes fp32, on every device.
     teacher.model.float()
-    variant = Variant(num_linear=len(size.layers), kept="default")
-    return {0: plain, variant.num_linear: teacher.with_call(variant, lambda call: call())}
+    with teacher.arranged(Variant(num_linear=len(size.layers), kept="default")) as call:
+        return {0: plain, len(size.layers): call()}
 
 
-def measure(
-    teacher: RandomTeacher, variant: Variant, patience: Patience, device: torch.device
-) -> Row:
+def measure(teacher: RandomTeacher, variant: Variant, video_seconds: float, device: str) -> Row:
     """Measure one variant; its first call, which may compile, gives the memory and no time.
 
+    video_seconds: a video is sampled if that should take no longer.
+
     Returns the variant's fields, `seconds` of a call, `peak_gb` (2^30 bytes: the weights and all
-    that is allocated during a call), `weights_gb`, `video_seconds`, and `video`: whether those were
-    "sampled", or "computed" as that many calls.
+    that is allocated during a call), `video_seconds`, and `video`: whether those were "sampled",
+    or "computed" as that many calls.
     Raises RuntimeError where its output is not finite: such numbers are computed at another speed.
     """
+    where = torch.device(device)
     outputs: list[Tensor] = []
-    fewest = 3 if device.type == "cuda" else 1
+    with teacher.arranged(variant) as call:
 
-    def use(call: Call) -> tuple[float, float]:
         def keep_output() -> Tensor:
             outputs[:] = [call()]
             return outputs[0]
 
-        memory = extra_mb(keep_output, device)
-        runs = {"runs": _MOST_RUNS, "seconds": patience.seconds, "fewest": fewest}
-        return memory, median_of_runs(keep_output, device, **runs)
-
-    memory, milliseconds = teacher.with_call(variant, use)
-    if not outputs.pop().isfinite().all():
-        raise RuntimeError(f"{teacher.size.name}: {variant} gives no finite output")
-    computed, how = _BRANCHES * VIDEO_STEPS * milliseconds / 1000, COMPUTED
-    # One pair of videos shows whether calls add up to them: that of the default path.
-    if variant.kept == "default" and not variant.is_compiled and computed <= patience.video_seconds:
-        computed = teacher.with_video(variant, lambda call: time_once(call, device)) / 1000
-        how = SAMPLED
-    weights = teacher.weight_bytes(variant)
+        allocated = extra_mb(keep_output, where) * _MEGABYTE
+        seconds = median_of_runs(keep_output, where, **_RUNS[device]) / 1000
+        if not outputs.pop().isfinite().all():
+            raise RuntimeError(f"{teacher.size.name}: {variant} gives no finite output")
+        # One pair of videos shows whether calls add up to them: that of the default path.
+        computed, how = _BRANCHES * VIDEO_STEPS * seconds, COMPUTED
+        if variant.kept == "default" and not variant.is_compiled and computed <= video_seconds:
+            computed, how = time_once(teacher.sample_video, where) / 1000, SAMPLED
     return {
         **dataclasses.asdict(variant),
-        "seconds": milliseconds / 1000,
-        "peak_gb": (weights + memory * _MEGABYTE) / _GIGABYTE,
-        "weights_gb": weights / _GIGABYTE,
+        "seconds": seconds,
+        "peak_gb": (teacher.weight_bytes(variant) + allocated) / _GIGABYTE,
         "video_seconds": computed,
         "video": how,
     }
@@ -154,9 +265,9 @@ def measure(
 
 def measure_size(
     size: Size,
-    backends: Sequence[str],
-    setting: Setting,
-    patience: Patience,
+    softmax: Mapping[str, Contender],
+    video_seconds: float,
+    device: str,
     *,
     compiled: bool = False,
 ) -> Row:
@@ -166,22 +277,20 @@ def measure_size(
 
     Returns `rows` of `measure`, and how they came about.
     """
-    wanted, absent = find_softmax(backends, setting.device.type)
-    softmax, kernels, wrong = check_kernels(wanted, setting)
-    models = check_size(size, softmax, setting, compiled=compiled)
+    softmax, kernels, left_out = check_kernels(softmax, device)
+    models = check_size(size, softmax, device, compiled=compiled)
     free_memory()
-    teacher = RandomTeacher(size, softmax, setting)
-    rows, left_out = [], [*absent, *wrong]
+    teacher = RandomTeacher(size, softmax, device)
+    rows = []
     plan = plan_variants(list(softmax), len(size.layers), compiled=compiled)
     for variant in tqdm(plan, size.name):
         try:
-            rows.append(measure(teacher, variant, patience, setting.device))
+            rows.append(measure(teacher, variant, video_seconds, device))
         except Exception as error:
             # Whatever a rival cannot do, the others can still be measured.
             if variant.kept == "default" and not variant.is_compiled:
                 raise
-            reason = (str(error) or repr(error)).splitlines()[0]
-            left_out.append(f"{size.name}, {variant.kept}: {reason}")
+            left_out.append(f"{size.name}, {variant.kept}: {first_line(error)}")
         free_memory()
     return {
         "size": size.name,
@@ -196,29 +305,22 @@ def measure_size(
 def free_memory() -> None:
     """Give back what dropped models held."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def check_memory(size: Size, device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(size: Size, device: str) -> None:
     """Raise SettingError where a device cannot hold a size's weights and a call.
 
     The estimate of a call: two tensors as wide as the feed-forward layer, and twelve of the width.
     """
-    if device.type != "cuda":
-        return
-    config = size.config
+    config, itemsize = size.config, DTYPES[device].itemsize
     block = 8 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    weights = config.num_layers * block * dtype.itemsize
-    call = size.tokens * (2 * config.ffn_dim + 12 * config.dim) * dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    if weights + call > free:
-        raise SettingError(
-            f"{{shapes}} {size.name} takes about {(weights + call) / _GIGABYTE:.0f} GB and "
-            f"{free / _GIGABYTE:.0f} GB are free on {torch.cuda.get_device_name(device)}: leave it "
-            "out, or free the device",
-            "shapes",
-        )
+    call = size.tokens * (2 * config.ffn_dim + 12 * config.dim)
+    needs = [
+        memory.Need(f"the weights of {size.name}", config.num_layers * block * itemsize),
+        memory.Need("a call", call * itemsize),
+    ]
+    memory.check_memory(needs, device, "leave that size out, or free the device")
 
 
 def to_rows(run: Mapping[str, Any]) -> list[Row]:

@@ -21,18 +21,16 @@ from .sizes import GUIDANCE_SCALE, VIDEO_STEPS, Size
 _NUM_STATES, _NUM_PROMPTS = 8, 4
 
 
-def make_random_wan(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> WanModel:
+def make_random_wan(size: Size, device: str, dtype: torch.dtype) -> WanModel:
     """Return a frozen model whose parameters never existed elsewhere or in another dtype."""
     with torch.device("meta"):
         model = WanModel(size.config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    fill_random(model.named_parameters(), seed)
+    fill_random(model.named_parameters())
     return model
 
 
-def make_frozen_wan(
-    size: Size, device: torch.device, frozen_weights: FrozenConfig, seed: int
-) -> WanModel:
+def make_frozen_wan(size: Size, device: str, frozen_weights: FrozenConfig) -> WanModel:
     """Return a frozen model with its weights in the form that `frozen_weights` names.
 
     They are drawn and rounded on the device, one at a time; blocks to be offloaded are on the CPU.
@@ -43,7 +41,7 @@ def make_frozen_wan(
     for part, group in itertools.groupby(drawn, key=lambda item: item[0].split(".")[:2]):
         for name, shape in group:
             value = torch.empty(shape, device=device)
-            fill_random([(name, value)], seed)
+            fill_random([(name, value)])
             place(model, name, value, frozen_weights.frozen)
         if part[0] == "blocks" and int(part[1]) < frozen_weights.offload_blocks:
             model.get_submodule(".".join(part)).cpu()
@@ -51,15 +49,15 @@ def make_frozen_wan(
 
 
 @torch.no_grad()
-def fill_random(parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:
-    """Overwrite parameters in place; what a name gets depends on the name and the seed alone.
+def fill_random(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Overwrite parameters in place; what a name gets depends on the name alone.
 
     Matrices keep the scale of what they multiply, norms are near 1; nothing is zero, because
     multiplying zeros takes less power, and so less time, than real weights do.
     """
     for name, parameter in parameters:
         generator = torch.Generator(parameter.device)
-        generator.manual_seed(_seed_of(name, seed))
+        generator.manual_seed(_seed_of(name))
         if name.endswith("modulation"):
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         elif parameter.ndim > 1:
@@ -69,22 +67,20 @@ def fill_random(parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:
             parameter.normal_(mean, std, generator=generator)
 
 
-def make_random_maps(
-    layer: int, heads: int, head_dim: int, device: torch.device, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Return random feature maps of a layer, [N, D, D/2] bf16 each: as many features as D."""
+def make_random_maps(layer: int, heads: int, head_dim: int, device: str) -> list[Tensor]:
+    """Return a layer's random maps of queries and keys, [N, D, D/2] bf16 each: D features."""
     maps = []
     for side in ("query", "key"):
-        generator = torch.Generator(device).manual_seed(_seed_of(f"{layer}.{side}", seed))
+        generator = torch.Generator(device).manual_seed(_seed_of(f"{layer}.{side}"))
         size = (heads, head_dim, head_dim // 2)
         drawn = torch.randn(size, generator=generator, device=device) * head_dim**-0.75
         maps.append(drawn.to(torch.bfloat16))
-    return maps[0], maps[1]
+    return maps
 
 
-def draw_inputs(size: Size, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_inputs(size: Size, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return random latents [1, C, F, H, W] and two prompts [1, S, text_dim], fp32."""
-    settings = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    settings = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     latents = torch.randn(1, *size.latent_shape, **settings)
     prompt, negative = (
         torch.randn(1, size.prompt_tokens, size.config.text_dim, **settings) for _ in range(2)
@@ -98,16 +94,14 @@ def count_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(x.numel() * x.element_size() for x in parameters.values())
 
 
-def make_random_teacher(
-    size: Size, device: str, frozen_weights: FrozenConfig, seed: int
-) -> Teacher:
+def make_random_teacher(size: Size, device: str, frozen_weights: FrozenConfig) -> Teacher:
     """Return a frozen teacher of random weights with random prompts, on a device."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     shape = (_NUM_PROMPTS + 1, size.prompt_tokens, size.config.text_dim)
     embeds = torch.randn(shape, generator=generator, device=device)
     teacher = Teacher(
         name=f"random {size.model}",
-        model=make_frozen_wan(size, torch.device(device), frozen_weights, seed),
+        model=make_frozen_wan(size, device, frozen_weights),
         prompts=[f"prompt {i}" for i in range(_NUM_PROMPTS)],
         prompt_embeds=embeds[:-1],
         negative_embeds=embeds[-1],
@@ -119,7 +113,7 @@ def make_random_teacher(
     return teacher.to(device)
 
 
-def draw_states(size: Size, path: Path, seed: int) -> Trajectories:
+def draw_states(size: Size, path: Path) -> Trajectories:
     """Write the file of a video of random states and open it, as a teacher's."""
     config = TrajectoryConfig(
         num_trajectories=1,
@@ -128,7 +122,7 @@ def draw_states(size: Size, path: Path, seed: int) -> Trajectories:
         guidance_scale=GUIDANCE_SCALE,
         shift=size.shift,
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shape = (_NUM_STATES, *size.latent_shape)
     states = {
         name: torch.randn(shape, generator=generator).half()
@@ -139,6 +133,6 @@ def draw_states(size: Size, path: Path, seed: int) -> Trajectories:
     return Trajectories([path], config)
 
 
-def _seed_of(name: str, seed: int) -> int:
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+def _seed_of(name: str) -> int:
+    digest = hashlib.blake2b(f"0 {name}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")

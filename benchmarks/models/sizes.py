@@ -11,10 +11,10 @@ from linvideo_core.models.wan import WanConfig
 
 PROMPT_TOKENS = 512
 VIDEO_STEPS, GUIDANCE_SCALE = 50, 5.0
-_LATENT_CHANNELS, _FRAME_STRIDE, _PIXEL_STRIDE = 16, 4, 8
+_FRAME_STRIDE, _PIXEL_STRIDE = 4, 8
 
-# LinVideo's published choice for Wan 1.3B and 16 linear layers, counted from 1.
-_PUBLISHED_1B = (*range(2, 9), *range(10, 14), 15, 16, 23, 25, 30)
+# LinVideo's published choice for Wan 1.3B and 16 linear layers: 2-8, 10-13, 15, ... from 1.
+_PUBLISHED_1B = (*range(1, 8), *range(9, 13), 14, 15, 22, 24, 29)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,8 @@ class Size:
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of the latents."""
         frames = (self.num_frames - 1) // _FRAME_STRIDE + 1
-        return (
-            self.config.in_channels,
-            frames,
-            self.height // _PIXEL_STRIDE,
-            self.width // _PIXEL_STRIDE,
-        )
+        sides = (self.height // _PIXEL_STRIDE, self.width // _PIXEL_STRIDE)
+        return (self.config.in_channels, frames, *sides)
 
     @property
     def tokens(self) -> int:
@@ -60,29 +56,32 @@ def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:
 
 
 def _make_sizes() -> dict[str, Size]:
-    small = WanConfig()
-    large = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
-    # Whatever its width, ComfyUI takes prompts and times to be as wide as those of all Wan models.
-    tiny = WanConfig(dim=256, num_heads=2, num_layers=4, ffn_dim=512)
-    layers = tuple(layer - 1 for layer in _PUBLISHED_1B)
+    small = {"model": "Wan 1.3B", "config": WanConfig(), "layers": _PUBLISHED_1B}
+    large = {
+        "model": "Wan 14B",
+        "config": WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
+        "layers": spread_layers(40, 22),
+    }
     low = {"resolution": "480p", "num_frames": 81, "height": 480, "width": 832, "shift": 3.0}
     high = {"resolution": "720p", "num_frames": 81, "height": 720, "width": 1280, "shift": 5.0}
+    tiny = Size(
+        name="tiny",
+        model="tiny Wan",
+        resolution="96 x 128",
+        # Whatever its width, ComfyUI takes prompts and times to be as wide as those of all Wans.
+        config=WanConfig(dim=256, num_heads=2, num_layers=4, ffn_dim=512),
+        layers=spread_layers(4, 2),
+        num_frames=17,
+        height=96,
+        width=128,
+        shift=3.0,
+        prompt_tokens=16,
+    )
     found = (
-        Size(name="1.3b-480p", model="Wan 1.3B", config=small, layers=layers, **low),
-        Size(name="14b-480p", model="Wan 14B", config=large, layers=spread_layers(40, 22), **low),
-        Size(name="14b-720p", model="Wan 14B", config=large, layers=spread_layers(40, 22), **high),
-        Size(
-            name="tiny",
-            model="tiny Wan",
-            resolution="96 x 128",
-            config=tiny,
-            layers=spread_layers(4, 2),
-            num_frames=17,
-            height=96,
-            width=128,
-            shift=3.0,
-            prompt_tokens=16,
-        ),
+        Size(name="1.3b-480p", **small, **low),
+        Size(name="14b-480p", **large, **low),
+        Size(name="14b-720p", **large, **high),
+        tiny,
     )
     return {size.name: size for size in found}
 
@@ -90,7 +89,7 @@ def _make_sizes() -> dict[str, Size]:
 SIZES = _make_sizes()
 """Name -> size; the tiny one shows on any computer that everything runs."""
 
-# Dense bf16 with fp32 accumulation, TFLOP/s, by a part of the device's name; longer names first.
+# Dense bf16 with fp32 accumulation, TFLOP/s, by the longest of these that a name has.
 _PEAKS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -108,10 +107,8 @@ _PEAKS = {
 
 def find_peak(device_name: str) -> float | None:
     """Return a card's peak of dense bf16 operations a second; none for an unknown device."""
-    for part in sorted(_PEAKS, key=len, reverse=True):
-        if part in device_name.split() or (" " in part and part in device_name):
-            return 1e12 * _PEAKS[part]
-    return None
+    parts = [part for part in _PEAKS if f" {part} " in f" {device_name} "]
+    return 1e12 * _PEAKS[max(parts, key=len)] if parts else None
 
 
 def count_flops(size: Size, num_linear: int) -> int:

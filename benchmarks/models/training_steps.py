@@ -13,7 +13,7 @@ Rows of one size, way to train and number of GPUs replace earlier ones in --out 
 
 import contextlib
 import dataclasses
-import gc
+import itertools
 import shutil
 import statistics
 import sys
@@ -28,12 +28,7 @@ from linvideo_core.models.config import FrozenConfig
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import option, parse, positive, run_command, to_flags
 from linvideo_core.run.context import Run
-from linvideo_core.run.devices import (
-    device_option,
-    precision_option,
-    resolve_device,
-    resolve_precision,
-)
+from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.memory import explained, number_of_gpu
 from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
@@ -50,16 +45,9 @@ from linvideo_core.transfer.config import (
 )
 from linvideo_core.transfer.student import Student, TransferTask, accelerated
 
-from ..record import (
-    RESULTS_FOLDER,
-    check_parts,
-    describe_device,
-    read_part,
-    read_record,
-    show_rows,
-    write_part,
-)
+from ..record import RESULTS_FOLDER, check_parts, describe_device, read_part, show_rows, write_part
 from .cli import RECORD_NAME, RECORD_TITLE
+from .measuring import free_memory
 from .random_models import draw_states, make_random_teacher
 from .sizes import SIZES, Size, count_flops, find_peak, linear_flops, softmax_flops
 
@@ -69,63 +57,10 @@ GB = 2**30
 LOWER_STEPS = "give --frozen fp8, more --offload-blocks or a lower --batch-per-gpu"
 """What makes a step need less."""
 
-
-@contextlib.contextmanager
-def capped(device: str, cap_gb: float | None) -> Iterator[None]:
-    """Let PyTorch's allocator give out no more than so much of a GPU's memory for a while.
-
-    Raises SettingError where more is asked for, and where it cannot be capped.
-    """
-    if cap_gb is None:
-        yield
-        return
-    if not device.startswith("cuda"):
-        raise SettingError(
-            f"{{cap_gb}} {cap_gb:g} given on {device}; a GPU's memory alone can be capped", "cap_gb"
-        )
-    total = torch.cuda.mem_get_info(device)[1]
-    if cap_gb * GB > total:
-        raise SettingError(
-            f"{{cap_gb}} {cap_gb:g} given; {device} has {total / GB:.1f} GB in all", "cap_gb"
-        )
-    index = number_of_gpu(device)
-    torch.cuda.set_per_process_memory_fraction(cap_gb * GB / total, index)
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        peak = torch.cuda.max_memory_allocated(device) / GB
-        raise SettingError(
-            f"{{cap_gb}} {cap_gb:g} is too little: {peak:.1f} GB were in use when more was asked "
-            f"for; {LOWER_STEPS}",
-            "cap_gb",
-        ) from error
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, index)
-
-
 PHASES = ("selecting", "hardened")
 
 _WAY = ("trained", "frozen", "offloaded", "recomputed", "compiled", "cap_gb")
 _KEY = ("model", "resolution", "gpus", "phase", *_WAY)
-
-
-def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give each row its speed-up over the one of its kind on one GPU: in videos a second."""
-
-    def pace(row: Mapping[str, Any]) -> float:
-        return row["gpus"] * row["batch_per_gpu"] / row["seconds"]
-
-    by_key = {_key(row): row for row in rows}
-    alone = [by_key.get(_key({**row, "gpus": 1})) for row in rows]
-    return [
-        {**row, "speedup": pace(row) / pace(one) if one else None}
-        for row, one in zip(rows, alone, strict=True)
-    ]
-
-
-def _key(row: Mapping[str, Any]) -> tuple:
-    return tuple(row[name] for name in _KEY)
-
 
 # What the rows of this command are called in a record that others fill, too.
 _PART = "train"
@@ -146,9 +81,7 @@ class StepsConfig:
     compile: bool = option(False, "compile the blocks")
     untimed_steps: int = option(2, "steps before the first one that is timed")
     timed_steps: int = option(5, "steps behind a time, which is their median")
-    seed: int = option(0, "seed of weights and states")
     device: str = device_option()
-    precision: str = precision_option()
     cap_gb: float | None = option(
         None, "memory of the GPU that may be used, in GB of 2^30 bytes, as cards have; none: all"
     )
@@ -159,51 +92,83 @@ class StepsConfig:
         positive(self, "batch_per_gpu", "untimed_steps", "timed_steps")
         if self.cap_gb is not None:
             positive(self, "cap_gb")
-        if self.frozen_weights.offload_blocks and not self.recomputed:
+        num_blocks = self.frozen_weights.offload_blocks
+        if num_blocks and not self.recomputed:
             raise SettingError(
-                f"{{offload_blocks}} {self.frozen_weights.offload_blocks} was given with "
-                "{recomputed} false; the way back would keep all blocks on the device: leave one "
-                "of them out",
+                f"{{offload_blocks}} {num_blocks} was given with {{recomputed}} false; the way "
+                "back would keep all blocks on the device: leave one of them out",
                 "offload_blocks",
                 "recomputed",
             )
         training = TrainingConfig(activation_checkpointing=self.recomputed, compile=self.compile)
         is_full = self.student.parameters == "full"
         check_frozen_weights(self.frozen_weights, training, "parameters" if is_full else "")
-        if self.frozen_weights.offload_blocks > (most := SIZES[self.size].config.num_layers):
+        if num_blocks > (most := SIZES[self.size].config.num_layers):
             raise SettingError(
-                f"{{offload_blocks}} {self.frozen_weights.offload_blocks} given; {self.size} has "
-                f"{most} blocks",
+                f"{{offload_blocks}} {num_blocks} given; {self.size} has {most} blocks",
                 "offload_blocks",
             )
 
 
-class StepClock(Callbacks):
-    """Keeps the seconds of a training's steps, and the memory at their peak.
+@contextlib.contextmanager
+def capped(device: str, cap_gb: float | None) -> Iterator[None]:
+    """Let PyTorch's allocator give out no more than so much of a GPU's memory for a while.
 
-    step_seconds: of each step after the untimed ones; peak_gb: None without a GPU.
+    Raises SettingError where it cannot be capped so.
+    """
+    if cap_gb is None:
+        yield
+        return
+    if not device.startswith("cuda"):
+        raise SettingError(
+            f"{{cap_gb}} {cap_gb:g} given on {device}; a GPU's memory alone can be capped", "cap_gb"
+        )
+    total = torch.cuda.mem_get_info(device)[1]
+    if cap_gb * GB > total:
+        raise SettingError(
+            f"{{cap_gb}} {cap_gb:g} given; {device} has {total / GB:.1f} GB in all", "cap_gb"
+        )
+    index = number_of_gpu(device)
+    torch.cuda.set_per_process_memory_fraction(cap_gb * GB / total, index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
+class StepClock(Callbacks):
+    """Keeps the seconds of the last stage's steps, and the memory at their peak.
+
+    untimed_steps: the first ones, which do not count for the peak either; peak_gb: None without a
+    GPU.
     """
 
-    def __init__(self, device: str, untimed_steps: int) -> None:
-        self.device = device
+    def __init__(self, device: str, untimed_steps: int = 0) -> None:
         self.untimed_steps = untimed_steps
-        self.step_seconds: list[float] = []
         self.peak_gb: float | None = None
-        self._last = 0.0
+        self.device, self._times = torch.device(device), [0.0]
+
+    def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
+        """Take the time at which a stage begins."""
+        self._times = [self._now()]
 
     def on_step_end(self, done: int, **metrics: float) -> None:
         """Take the time of a step."""
-        is_cuda = self.device.startswith("cuda")
-        if is_cuda:
+        self._times.append(self._now())
+        if self.device.type == "cuda":
+            self.peak_gb = torch.cuda.max_memory_allocated(self.device) / GB
+            if done <= self.untimed_steps:
+                torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """The seconds of each step that is timed."""
+        return [end - begin for begin, end in itertools.pairwise(self._times)][self.untimed_steps :]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        if done > self.untimed_steps:
-            self.step_seconds.append(now - self._last)
-            if is_cuda:
-                self.peak_gb = torch.cuda.max_memory_allocated(self.device) / GB
-        elif is_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._last = time.perf_counter()
+        return time.perf_counter()
 
 
 def count_step_flops(size: Size, *, phase: str, parameters: str) -> int:
@@ -229,21 +194,15 @@ def count_step_flops(size: Size, *, phase: str, parameters: str) -> int:
     return 3 * student + teacher + backward
 
 
-def measure_steps(
-    teacher: Teacher,
-    size: Size,
-    phase: str,
-    config: StepsConfig,
-    *,
-    device: str,
-    precision: str,
-    processes: ProcessGroup,
-) -> dict[str, Any]:
-    """Train for a few steps as `transfer` does; return a row of the table without its speed-up."""
-    folder = config.out / "steps"
+def measure_steps(teacher: Teacher, phase: str, config: StepsConfig, run: Run) -> dict[str, Any]:
+    """Train for a few steps as `transfer` does; return a row of the table without its speed-up.
+
+    run: whose folder is emptied, and whose callbacks are a clock of its own.
+    """
+    size, processes = SIZES[config.size], run.processes
     if processes.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True)
     processes.wait()
     num_steps = config.untimed_steps + config.timed_steps
     is_hardened = phase == "hardened"
@@ -257,20 +216,13 @@ def measure_steps(
         compile=config.compile,
     )
     listed = ",".join(map(str, size.layers)) if is_hardened else None
-    clock = StepClock(device, config.untimed_steps)
-    run = Run(
-        folder=folder,
-        device=device,
-        precision=precision,
-        seed=config.seed,
-        callbacks=clock,
-        processes=processes,
-    )
-    with Student(teacher, config.student, seed=config.seed) as student:
+    clock = StepClock(run.device, config.untimed_steps)
+    run = dataclasses.replace(run, callbacks=clock)
+    with Student(teacher, config.student, seed=run.seed) as student:
         task = TransferTask(
             student,
             teacher,
-            draw_states(size, folder / f"states-{processes.rank}.safetensors", config.seed),
+            draw_states(size, run.folder / f"states-{processes.rank}.safetensors"),
             selection=SelectionConfig(target=len(size.layers), layers=listed, selection_share=1.0),
             # Every video moves on: of a batch of one, half of the steps would otherwise be cheap.
             objective=ObjectiveConfig(anchor_share=0.0),
@@ -316,52 +268,60 @@ def _make_row(
 def run(config: StepsConfig, processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, Any] | None:
     """Measure, and write the record; return it, None on all processes but the first.
 
-    Raises ValueError, before anything is measured, where the record has rows of another device.
+    Rows that are not measured again stay in the record.
+    Raises ValueError, before anything is measured, where it has rows of another device.
     """
     device = processes.place(resolve_device(config.device))
-    precision = resolve_precision(config.precision, device)
-    size = SIZES[config.size]
     check_offload_alone(config.frozen_weights, processes.size)
     path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
     check_parts(path, device)
-    rows = []
+    where = Run(
+        folder=config.out / "steps",
+        device=device,
+        precision=resolve_precision("auto", device),
+        processes=processes,
+    )
+    new = []
     with capped(device, config.cap_gb):
         for phase in PHASES if config.phase == "both" else (config.phase,):
-            teacher = make_random_teacher(size, device, config.frozen_weights, config.seed)
-            settings = {"device": device, "precision": precision, "processes": processes}
-            rows.append(measure_steps(teacher, size, phase, config, **settings))
+            teacher = make_random_teacher(SIZES[config.size], device, config.frozen_weights)
+            new.append(measure_steps(teacher, phase, config, where))
             del teacher
-            gc.collect()
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            free_memory()
     if not processes.destroy():
         return None
-    shutil.rmtree(config.out / "steps", ignore_errors=True)
-    return _write(path, rows, _describe_command(config, processes.size), device)
-
-
-def _describe_command(config: StepsConfig, gpus: int) -> str:
-    """Return what to type to measure this again."""
+    shutil.rmtree(where.folder, ignore_errors=True)
+    earlier, _ = read_part(path, _PART)
+    launch = f"torchrun --nproc-per-node {processes.size}" if processes.size > 1 else "python"
+    words = f"-m benchmarks.models.training_steps --size {config.size}"
     flags = to_flags(config, without=["out", "record", "size"])
-    launch = f"torchrun --nproc-per-node {gpus}" if gpus > 1 else "python"
-    module = "-m benchmarks.models.training_steps"
-    return f"{launch} {module} --size {config.size} {flags}".strip()
-
-
-def _write(path: Path, new: list[dict[str, Any]], command: str, device: str) -> dict[str, Any]:
-    """Put rows into the record: what they do not measure again stays."""
-    recorded = read_record(path)["rows"] if path.is_file() else []
-    earlier = [row for row in recorded if row["what"] == _PART]
-    rows = list({_key(row): row for row in [*earlier, *new]}.values())
-    commands = read_part(path, _PART).get("command", "").split(" && ")
     return write_part(
         path,
         _PART,
         title=RECORD_TITLE,
-        command=" && ".join(filter(None, dict.fromkeys([*commands, command]))),
-        rows=compare_rows(rows),
+        command=f"{launch} {words} {flags}".strip(),
+        rows=compare_rows(list({_key(row): row for row in [*earlier, *new]}.values())),
         device=device,
+        is_added_to=True,
     )
+
+
+def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Give each row its speed-up over the one of its kind on one GPU: in videos a second."""
+
+    def pace(row: Mapping[str, Any]) -> float:
+        return row["gpus"] * row["batch_per_gpu"] / row["seconds"]
+
+    by_key = {_key(row): row for row in rows}
+    alone = [by_key.get(_key({**row, "gpus": 1})) for row in rows]
+    return [
+        {**row, "speedup": pace(row) / pace(one) if one else None}
+        for row, one in zip(rows, alone, strict=True)
+    ]
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    return tuple(row[name] for name in _KEY)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,8 +1,7 @@
 """Clips of a handwritten digit moving in one of eight directions, rendered on any device.
 
-The handwriting is scikit-learn's `load_digits` (1,797 images of 8 x 8), drawn 10 pixels
-high on a black canvas of 32. Everything random comes from one `torch.Generator`, so a clip can be
-rebuilt from its seed.
+The handwriting is scikit-learn's `load_digits` (1,797 images of 8 x 8), drawn 10 pixels high on a
+black canvas of 32. All that is random comes from one `torch.Generator`: a seed gives a clip again.
 """
 
 from typing import NamedTuple
@@ -20,11 +19,7 @@ HELD_OUT_EVERY = 5
 
 
 class DigitImages(NamedTuple):
-    """Handwritten digits.
-
-    images: [N, 8, 8] fp32 in [0, 1]
-    labels: [N] int64, 0 to 9
-    """
+    """Handwritten digits: images [N, 8, 8] fp32 in [0, 1], labels [N] int64, 0 to 9."""
 
     images: Tensor
     labels: Tensor

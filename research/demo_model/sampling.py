@@ -1,6 +1,5 @@
 """Draw clips from the demo's model, measure them, show them."""
 
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,56 +12,32 @@ from linvideo_core import flow
 from linvideo_core.demo import DEMO_SHIFT, DEMO_STEPS
 from linvideo_core.demo.classifier import Judge
 from linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
-from linvideo_core.demo.prompts import all_prompts, encode_prompts, parse_prompt
+from linvideo_core.demo.prompts import encode_prompts
 from linvideo_core.evaluate.metrics import accuracy, feature_statistics, frechet_distance
 from linvideo_core.flow import bind_guided
 from linvideo_core.models.wan import WanModel
-
-
-def sample_and_measure(
-    model: WanModel,
-    judge: Judge,
-    *,
-    guidance_scale: float,
-    num_samples: int = 1000,
-    steps: int = DEMO_STEPS,
-    seed: int = 0,
-) -> tuple[dict[str, float], Tensor]:
-    """Sample all prompts in turn on the judge's device and measure the clips.
-
-    The seed alone decides the noise, so two models can be compared clip by clip.
-
-    Returns the measures of `measure_clips` and frames [num_samples, F, 32, 32] fp32, [0, 1].
-    """
-    device = judge.real_mean.device
-    prompts = list(islice(cycle(all_prompts()), num_samples))
-    digits, directions = torch.tensor([parse_prompt(prompt) for prompt in prompts]).T
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(num_samples, *LATENT_SHAPE, generator=generator).to(device)
-    sigmas = flow.make_sigmas(steps, DEMO_SHIFT)
-    frames = sample_frames(model, prompts, noise, sigmas, guidance_scale=guidance_scale)
-    return measure_clips(judge, frames, digits, directions), frames
 
 
 @torch.no_grad()
 def sample_frames(
     model: WanModel,
     prompts: list[str],
-    noise: Tensor,
-    sigmas: Tensor,
+    device: str,
     *,
     guidance_scale: float,
+    seed: int,
     batch_size: int = 250,
 ) -> Tensor:
     """Sample clips with Euler steps and classifier-free guidance; bf16 autocast on CUDA.
 
-    noise: [B, 16, F, H, W] fp32
-    sigmas: [steps + 1] fp32, falling 1 -> 0
+    The seed alone decides the noise, so two models can be compared clip by clip.
 
-    Returns frames [B, F, 32, 32] fp32, [0, 1].
+    Returns frames [len(prompts), F, 32, 32] fp32, [0, 1].
     """
-    device = noise.device
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(prompts), *LATENT_SHAPE, generator=generator).to(device)
+    sigmas = flow.make_sigmas(DEMO_STEPS, DEMO_SHIFT)
+    precision = "bf16" if noise.device.type == "cuda" else "fp32"
     unconditional = encode_prompts([""], device=device)
     parts = []
     for start in range(0, len(prompts), batch_size):

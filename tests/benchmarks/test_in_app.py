@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.in_app import cli as in_app
-from benchmarks.in_app.cases import list_cases
-from benchmarks.in_app.checkpoints import quantise_q8_0, write_wan
+from benchmarks.in_app.cases import CASES, choose
+from benchmarks.in_app.checkpoints import write_wan
 from benchmarks.in_app.cli import InAppConfig
 from benchmarks.in_app.comfyui_server import Server, Stage
 from benchmarks.in_app.headless import describe_transfer, train, write_prompts
-from benchmarks.in_app.memory_meter import resident, watching
+from benchmarks.in_app.measuring import KINDS
+from benchmarks.in_app.workbench import resident, watching
 from benchmarks.models.sizes import SIZES
-from benchmarks.record import read_record
+from benchmarks.record import RESULTS_FOLDER, read_record
 from linvideo_core.run.config import override
 from linvideo_core.transfer.config import TransferConfig
 
@@ -35,15 +36,15 @@ another line, training: 9 steps in 1.00 s
 def broken_host(tmp_path: Path) -> Path:
     """A checkout that looks like ComfyUI and ends as soon as it is started."""
     root = tmp_path / "host"
-    for name in ("comfy/ldm/wan/model.py", "comfy/sample.py"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
+    root.mkdir()
     (root / "comfyui_version.py").write_text('__version__ = "1.2.3"\n')
     (root / "main.py").write_text("raise SystemExit('no such thing as a lunch')\n")
     return root
 
 
-def test_rows_that_fail_say_why(broken_host: Path, tmp_path: Path) -> None:
+def test_rows_that_fail_say_why_and_one_measured_again_replaces_its_own_alone(
+    broken_host: Path, tmp_path: Path
+) -> None:
     told: list[str] = []
     config = InAppConfig(
         comfyui=broken_host,
@@ -59,13 +60,8 @@ def test_rows_that_fail_say_why(broken_host: Path, tmp_path: Path) -> None:
     assert "--gguf-pack" in by_name["1.3b-gguf"]["error"]
     assert record["command"] == "python -m benchmarks.in_app --comfyui PATH --cpu"
     assert record["details"]["parts"]["demo"]["comfyui"] == "1.2.3"
-
-
-def test_a_row_measured_again_replaces_its_own_alone(broken_host: Path, tmp_path: Path) -> None:
-    for rows in ("demo,1.3b-gguf", "demo"):
-        in_app.run(InAppConfig(comfyui=broken_host, cpu=True, out=tmp_path / "out", rows=rows))
-    record = read_record(tmp_path / "out" / "in_app.json")
-    assert sorted(row["what"] for row in record["rows"]) == ["1.3b-gguf", "demo"]
+    record = in_app.run(dataclasses.replace(config, rows="demo"))
+    assert [row["what"] for row in record["rows"]] == [*told[1:], "demo"]
 
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -77,9 +73,11 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
         in_app.run(InAppConfig(comfyui=tmp_path, cpu=True, out=tmp_path))
 
 
-def test_names_of_rows_are_their_own() -> None:
-    names = [case.name for case in list_cases()]
-    assert len(set(names)) == len(names)
+def test_every_row_of_the_page_can_be_measured() -> None:
+    page = read_record(RESULTS_FOLDER / "in_app.json")
+    assert {row["what"] for row in page["rows"]} == {case.name for case in choose("")}
+    assert [case.name for case in choose("14b-81, demo")] == ["14b-81", "demo"]
+    assert {case.kind for case in CASES.values()} == KINDS.keys()
 
 
 def test_the_log_tells_of_stages_after_a_place(tmp_path: Path) -> None:
@@ -109,16 +107,6 @@ def test_every_form_of_a_checkpoint_stands_for_the_same_weights(tmp_path: Path) 
     for name in ("head.head.weight", "blocks.0.norm3.weight", "patch_embedding.weight"):
         assert read["fp8_scaled"][name].dtype == torch.float16
         assert_close(read["fp8_scaled"][name].float(), read["fp16"][name].float(), 1e-3)
-
-
-def test_q8_0_stands_for_its_weights() -> None:
-    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    packed = quantise_q8_0(weight)
-    assert packed.shape == (6, 2 * 34) and packed.dtype == torch.uint8
-    blocks = packed.unflatten(-1, (2, 34))
-    scale = blocks[..., :2].contiguous().view(torch.float16).float()
-    numbers = blocks[..., 2:].contiguous().view(torch.int8).float()
-    assert_close((scale * numbers).flatten(-2), weight, 0.01)
 
 
 def test_a_file_that_the_disk_has_no_room_for_is_not_begun(tmp_path: Path) -> None:

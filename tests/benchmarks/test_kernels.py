@@ -10,18 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import agreement, baselines, speed
+from benchmarks.kernels import agreement, contenders, speed
 from benchmarks.kernels import cli as benchmark
-from benchmarks.kernels.baselines import Contender, find_public, make_contenders
-from benchmarks.kernels.cli import MODULES, BenchmarkConfig
-from benchmarks.kernels.speed import BACKWARD, FORWARD, FROZEN, Measured, Setting, Shape
+from benchmarks.kernels.cli import BenchmarkConfig
+from benchmarks.kernels.contenders import (
+    KITCHEN,
+    MODULES,
+    Contender,
+    Setting,
+    Shape,
+    find_public,
+    make_contenders,
+    make_inputs,
+)
+from benchmarks.kernels.speed import BACKWARD, FORWARD, FROZEN, Measured, Task
 from benchmarks.kernels.timing import extra_mb, milliseconds
 
 MODULE = next(iter(MODULES))
-EAGER_MODULE = {MODULE: MODULES[MODULE]}
 SHAPE = Shape(33, 2)
-
-
 CPU = Setting(torch.device("cpu"), torch.float32, seconds=0.0)
 
 
@@ -30,24 +36,13 @@ def contenders_of(*names: str) -> list[Contender]:
     return [c for c in make_contenders(backend="reference") if c.name in names]
 
 
-def test_the_floor_is_what_must_be_moved_over_the_bandwidth() -> None:
-    # 4 or 7 tensors of 32760 x 12 x 128 in bf16, at 4.3 TB/s.
-    shape = Shape(32760, 12)
-    forward = speed.floor_milliseconds(shape, FORWARD, 2, 4.3e12)
-    assert forward == pytest.approx(0.0936, rel=1e-3)
-    assert speed.floor_milliseconds(shape, MODULE, 2, 4.3e12) == forward
-    for step in (BACKWARD, FROZEN):
-        assert speed.floor_milliseconds(shape, step, 2, 4.3e12) == pytest.approx(1.75 * forward)
-    assert speed.floor_milliseconds(shape, FORWARD, 4, 8.6e12) == pytest.approx(forward)
-
-
 def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
     times = {
         ("fused", FORWARD, 1): 2.0, ("fused", BACKWARD, 1): 4.0, ("fused", FROZEN, 1): 3.0,
         ("fused", "module", 1): 2.5, ("fused", MODULE, 1): 5.0,
         ("eager", FORWARD, 1): 10.0, ("eager", FROZEN, 1): 9.0, ("eager", MODULE, 1): 15.0,
         ("sdpa", FORWARD, 0): 100.0, ("sdpa", BACKWARD, 0): 300.0, ("sdpa", MODULE, 0): 110.0,
-        ("sdpa", speed.KITCHEN, 0): 105.0,
+        ("sdpa", KITCHEN, 0): 105.0,
     }  # fmt: skip
     measured = [
         Measured(SHAPE, step, ratio, name, milliseconds, 1.5)
@@ -60,7 +55,7 @@ def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
         {"contender": "eager", "ratio": 1, "tokens": 5, "forward": 5e-3},
     ]
     bandwidth = 4 * 33 * 2 * 128 * 2 * 1000  # the floor of forward is 1 ms
-    rows = speed.assemble_rows(measured, errors, bandwidth, 2, MODULE)
+    rows = speed.assemble_rows(measured, errors, bandwidth, 2)
     assert [row["pass"] for row in rows] == [FORWARD, BACKWARD, FROZEN, "module", MODULE]
     assert list(rows[0]) == [
         "shape", "pass", "features", "milliseconds", "floor_ratio", "vs_compile",
@@ -81,36 +76,23 @@ def test_rows_hold_each_fused_step_and_the_others_over_it() -> None:
     assert (backward["relative_error"], frozen["relative_error"]) == (4e-3, 2e-3)
 
 
-def test_softmax_in_chunks_is_softmax_in_value_and_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(agreement, "_CHUNK", 7)
-    inputs = [x.double() for x in speed.make_inputs(SHAPE, 1, CPU)]
-    upstream = torch.randn(inputs[0].shape, dtype=torch.float64)
-    exact = agreement.compute_softmax(inputs, upstream)
-    [softmax] = contenders_of("sdpa")
-    errors = agreement.compare(softmax, inputs, upstream, exact)
-    assert errors.keys() == {"forward", "query", "key", "value"}
-    assert max(errors.values()) < 1e-12
-
-
 def test_causal_attention_sees_no_later_token() -> None:
-    inputs = speed.make_inputs(SHAPE, 1, CPU)
-    exact = agreement.compute_causal(inputs, inputs[0])
+    inputs = make_inputs(SHAPE, 1, CPU)
+    exact = agreement.define_causal(*inputs)
     changed = [inputs[0], *(x.clone() for x in inputs[1:3]), *inputs[3:]]
     for x in changed[1:3]:
         x[:, 20:] = 1.0
-    found = agreement.compute_causal(changed, inputs[0])
-    assert torch.equal(found.output[:, :20], exact.output[:, :20])
-    assert not torch.allclose(found.output[:, 20:], exact.output[:, 20:])
+    found = agreement.define_causal(*changed)
+    assert torch.equal(found[:, :20], exact[:, :20])
+    assert not torch.allclose(found[:, 20:], exact[:, 20:])
 
 
 def test_every_contender_agrees_in_value_and_gradients() -> None:
-    contenders = contenders_of("fused", "eager", "sdpa", "compile_half")
-    agreeing, rows, left_out = speed.check_contenders(contenders, CPU, (32, 33), 2)
-    assert agreeing == contenders and not left_out
+    wanted = contenders_of("fused", "eager", "sdpa", "compile_half")
+    agreeing, rows, left_out = agreement.check_contenders(wanted, CPU, (33,), 2)
+    assert agreeing == wanted and not left_out
     cells = {(row["contender"], row["ratio"], row["tokens"]) for row in rows}
-    assert len(rows) == len(cells) == 3 * 2 * 2 + 2
+    assert len(rows) == len(cells) == 3 * 2 + 1
     for row in rows:
         gradients = agreement.INPUTS[: 5 if row["ratio"] else 3]
         names = {"forward", *(gradients if row["contender"] != "compile_half" else ())}
@@ -128,29 +110,18 @@ def test_every_module_agrees_with_eager_norm_and_rotation() -> None:
     if torch.cuda.is_available():
         pytest.skip("the benchmark itself checks the compiled kernels")
     [own] = contenders_of("fused")
-    rows = speed.check_module(own, MODULES, CPU, 5, 2)
+    rows = agreement.check_modules(own, list(MODULES), CPU, 5, 2)
     assert [row["ratio"] for row in rows] == [1, 1, 2, 2]
     for row, step in zip(rows, [*MODULES, *MODULES], strict=True):
         assert row[step] < 1e-4
 
 
-def test_a_module_that_is_wrong_is_not_timed() -> None:
-    [own] = contenders_of("fused")
-
-    def make_wrong(*where: object) -> speed.NormRotary:
-        return lambda x: x.unflatten(2, (2, 128))
-
-    with pytest.raises(RuntimeError, match="wrong differs from its definition"):
-        speed.check_module(own, {**EAGER_MODULE, "wrong": make_wrong}, CPU, 5, 2)
-
-
 def test_nothing_is_timed_where_our_own_kernels_are_wrong() -> None:
     own, eager = contenders_of("fused", "eager")
-    with pytest.raises(RuntimeError, match="fused differs from its definition in fp64"):
-        speed.measure_speed(
-            [SHAPE], [32], [wrong(own), eager], EAGER_MODULE, CPU,
-            lengths=(32, 33),
-        )  # fmt: skip
+    with pytest.raises(RuntimeError, match=f"{MODULE} differs from its definition"):
+        agreement.check_modules(wrong(own), [MODULE], CPU, 5, 2)
+    with pytest.raises(RuntimeError, match="fused cannot be timed: it differs from its definition"):
+        speed.measure_speed([SHAPE], [32], [wrong(own), eager], [MODULE], CPU, lengths=(32, 33))
 
 
 def test_a_rival_that_is_wrong_or_cannot_run_is_left_out_and_named() -> None:
@@ -159,12 +130,14 @@ def test_a_rival_that_is_wrong_or_cannot_run_is_left_out_and_named() -> None:
 
     own, eager, sdpa = contenders_of("fused", "eager", "sdpa")
     broken = dataclasses.replace(sdpa, attend=fail)
-    agreeing, _, left_out = speed.check_contenders([own, wrong(eager), broken], CPU, (32,), 2)
+    agreeing, _, left_out = agreement.check_contenders([own, wrong(eager), broken], CPU, (32,), 2)
     assert agreeing == [own]
-    assert left_out[0].startswith("eager differs from its definition in fp64 by 2.0e-02 (")
-    assert left_out[1] == "sdpa cannot run: no kernel"
+    assert left_out[0].startswith(
+        "eager cannot be timed: it differs from its definition in fp64 by 2.0e-02 ("
+    )
+    assert left_out[1] == "sdpa cannot be timed: no kernel"
     nan = dataclasses.replace(eager, attend=lambda *x: math.nan * eager.attend(*x))
-    agreeing, *_ = speed.check_contenders([own, nan], CPU, (32,), 2)
+    agreeing, *_ = agreement.check_contenders([own, nan], CPU, (32,), 2)
     assert agreeing == [own]
 
 
@@ -174,7 +147,7 @@ def test_a_rival_that_fails_at_a_size_costs_only_its_own_figure() -> None:
 
     own, eager = contenders_of("fused", "eager")
     broken = dataclasses.replace(eager, attend=fail)
-    tasks = [speed.Task(SHAPE, FORWARD, 1, contender) for contender in (own, broken)]
+    tasks = [Task(SHAPE, FORWARD, 1, contender) for contender in (own, broken)]
     measured, failed = speed.measure_all(tasks, CPU)
     assert [item.contender for item in measured] == ["fused"]
     assert failed == ["eager, forward at 33 x 2: out of memory"]
@@ -190,7 +163,7 @@ def test_a_public_package_is_compared_or_named() -> None:
 def test_backward_is_timed_alone_with_and_without_the_maps() -> None:
     [own] = contenders_of("fused")
     for step, count in ((BACKWARD, 5), (FROZEN, 3)):
-        call = speed.make_call(speed.Task(SHAPE, step, 2, own), CPU)
+        call = speed.make_call(Task(SHAPE, step, 2, own), CPU)
         first, again = call(), call()
         assert len(first) == count
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
@@ -199,14 +172,14 @@ def test_backward_is_timed_alone_with_and_without_the_maps() -> None:
 @pytest.mark.slow
 def test_the_compiled_definition_is_differentiated_again_and_again() -> None:
     [compiled] = contenders_of("compile")
-    call = speed.make_call(speed.Task(SHAPE, BACKWARD, 1, compiled), CPU)
+    call = speed.make_call(Task(SHAPE, BACKWARD, 1, compiled), CPU)
     assert all(torch.equal(x, y) for x, y in zip(call(), call(), strict=True))
 
 
 def test_the_whole_measurement_runs_and_is_a_record(tmp_path: Path) -> None:
-    contenders = contenders_of("fused", "eager", "sdpa")
+    wanted = contenders_of("fused", "eager", "sdpa")
     rows, details = speed.measure_speed(
-        [SHAPE], [16, 32], contenders, EAGER_MODULE, CPU, lengths=(32, 33), num_copied=2**10
+        [SHAPE], [16, 32], wanted, [MODULE], CPU, lengths=(32, 33), num_copied=2**10
     )
     steps = [FORWARD, BACKWARD, FROZEN, MODULE]
     cells = [(row["pass"], row["features"]) for row in rows]
@@ -231,10 +204,14 @@ def test_extra_memory_is_what_a_call_takes_beyond_what_it_returns() -> None:
 
 
 @pytest.mark.gpu
-def test_a_quick_run_on_a_gpu_writes_the_record_of_the_kernels(tmp_path: Path) -> None:
-    record = benchmark.run(BenchmarkConfig(device="cuda", quick=True, out=tmp_path))
+def test_a_run_on_a_gpu_writes_the_record_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(speed, "SHAPES", (Shape(4680, 12),))
+    quick = {"most_tokens": 4096, "seconds": 0.1}
+    record = benchmark.run(BenchmarkConfig(device="cuda", out=tmp_path, **quick))
     assert {path.name for path in tmp_path.iterdir()} == {"kernels.json", "kernels.png"}
-    assert record["command"].endswith("kernels --device cuda --quick")
+    assert record["command"].endswith("kernels --device cuda --most-tokens 4096 --seconds 0.1")
     assert {row["features"] for row in record["rows"]} == {"D", "2D"}
     for row in record["rows"]:
         assert row["milliseconds"] > 0 and row["floor_ratio"] > 0
@@ -250,8 +227,8 @@ def test_a_wrong_layer_is_not_timed_on_a_cpu(
     ) -> Tensor:
         return value + 0.0 * (query + key)
 
-    monkeypatch.setattr(baselines, "_attend_softmax", attend_wrongly)
-    with pytest.raises(RuntimeError, match="sdpa differs from its definition"):
+    monkeypatch.setattr(contenders, "_attend_softmax", attend_wrongly)
+    with pytest.raises(RuntimeError, match="sdpa cannot be timed: it differs from its definition"):
         benchmark.run(BenchmarkConfig(device="cpu", most_tokens=2048, out=tmp_path))
 
 
@@ -267,13 +244,13 @@ def test_the_slope_of_a_power_law_is_its_exponent_whatever_small_sizes_cost() ->
 def test_the_command_writes_a_record_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = "--device cpu --fewest-tokens 2048 --most-tokens 4096 --seconds 0.01"
+    flags = "--device cpu --most-tokens 2048 --seconds 0.01"
     benchmark.main([*flags.split(), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"cost_cpu.json", "cost_cpu.png"}
     record = json.loads((tmp_path / "cost_cpu.json").read_text(encoding="utf-8"))
     assert record["command"] == f"python -m benchmarks.kernels {flags}"
     cells = [(row["tokens"], row["layer"]) for row in record["rows"]]
-    assert cells == [(n, layer) for n in (2048, 4096) for layer in ("linear", "softmax")]
+    assert cells == [(n, layer) for n in (1024, 2048) for layer in ("linear", "softmax")]
     for row in record["rows"]:
         assert tuple(row) == ("tokens", "layer", "milliseconds", "extra_mb")
         assert row["milliseconds"] > 0
@@ -282,18 +259,10 @@ def test_the_command_writes_a_record_and_a_picture(
     assert "time grows as linear" in capsys.readouterr().out
 
 
-def test_what_is_not_given_is_usual_for_the_device() -> None:
-    usual = BenchmarkConfig(device="cpu").settle()
-    assert (usual.sizes, usual.seconds) == ([1024 * 2**i for i in range(7)], 25.0)
-    quick = BenchmarkConfig(device="cpu", quick=True, out=Path("runs")).settle()
-    assert (quick.most_tokens, quick.seconds) == (4096, 0.1)
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quick": True}, "--quick given without --out"),
-        ({"most_tokens": 100}, "--most-tokens 100 given; at least twice --fewest-tokens"),
+        ({"most_tokens": 100}, "--most-tokens 100 given; at least 2048 is needed"),
         ({"seconds": 0.0}, "greater than 0"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.models.random_models import make_random_teacher
 from benchmarks.models.sizes import SIZES, count_flops
 from benchmarks.models.training_steps import (
+    LOWER_STEPS,
     PHASES,
     StepsConfig,
     capped,
@@ -22,8 +23,11 @@ from benchmarks.models.training_steps import (
 )
 from linvideo_core.flow import bind
 from linvideo_core.models.config import FrozenConfig
+from linvideo_core.run.memory import explained
 from linvideo_core.transfer.config import StudentConfig
 from linvideo_core.transfer.student import Student
+
+OFFLOADED, FULL = FrozenConfig(offload_blocks=3), StudentConfig(parameters="full")
 
 
 def make_row(gpus: int, seconds: float, phase: str = "hardened", **more: Any) -> dict[str, Any]:
@@ -32,6 +36,12 @@ def make_row(gpus: int, seconds: float, phase: str = "hardened", **more: Any) ->
         "frozen": "fp32", "offloaded": 0, "recomputed": True, "compiled": False, "batch_per_gpu": 1,
         "cap_gb": None, "seconds": seconds, **more,
     }  # fmt: skip
+
+
+def configure(out: Path, **changes: Any) -> StepsConfig:
+    """Return one untimed and one timed step of the tiny model, with changes."""
+    tiny = {"size": "tiny", "device": "cpu", "student": StudentConfig(lora_rank=1)}
+    return StepsConfig(untimed_steps=1, timed_steps=1, out=out, **tiny, **changes)
 
 
 def test_the_speedup_is_in_videos_a_second_over_one_gpu() -> None:
@@ -44,7 +54,7 @@ def test_the_speedup_is_in_videos_a_second_over_one_gpu() -> None:
 
 def test_the_operations_of_a_call_and_its_way_back_are_those_that_torch_counts() -> None:
     size = dataclasses.replace(SIZES["tiny"], layers=())
-    teacher = make_random_teacher(size, "cpu", FrozenConfig(), 0)
+    teacher = make_random_teacher(size, "cpu", FrozenConfig())
     student = Student(teacher, StudentConfig(lora_rank=1), seed=0)
     for module in student.mixed.values():
         module.mode = "softmax"
@@ -76,15 +86,7 @@ def test_whole_weights_cost_more_on_the_way_back_and_a_choice_more_than_none() -
 def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
     tmp_path: Path,
 ) -> None:
-    config = StepsConfig(
-        size="tiny",
-        phase="hardened",
-        student=StudentConfig(lora_rank=1),
-        untimed_steps=1,
-        timed_steps=1,
-        device="cpu",
-        out=tmp_path,
-    )
+    config = configure(tmp_path, phase="hardened")
     for _ in range(2):
         run(config)
     assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
@@ -106,16 +108,8 @@ def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
 def test_steps_are_measured_in_every_way_to_hold_frozen_weights(
     frozen: str, num_blocks: int, phase: str, tmp_path: Path
 ) -> None:
-    config = StepsConfig(
-        size="tiny",
-        phase=phase,
-        student=StudentConfig(lora_rank=1),
-        frozen_weights=FrozenConfig(frozen=frozen, offload_blocks=num_blocks),
-        untimed_steps=1,
-        timed_steps=1,
-        device="cpu",
-        out=tmp_path,
-    )
+    held = FrozenConfig(frozen=frozen, offload_blocks=num_blocks)
+    config = configure(tmp_path, phase=phase, frozen_weights=held)
     found = [(row["frozen"], row["offloaded"], row["phase"]) for row in run(config)["rows"]]
     phases = PHASES if phase == "both" else (phase,)
     assert found == [(frozen, num_blocks, measured) for measured in phases]
@@ -125,18 +119,9 @@ def test_steps_are_measured_in_every_way_to_hold_frozen_weights(
     ("changes", "words"),
     [
         ({"frozen_weights": FrozenConfig(offload_blocks=31)}, "1.3b-480p has 30 blocks"),
-        (
-            {"frozen_weights": FrozenConfig(offload_blocks=3), "recomputed": False},
-            "--recomputed false",
-        ),
-        ({"frozen_weights": FrozenConfig(offload_blocks=3), "compile": True}, "--compile given"),
-        (
-            {
-                "frozen_weights": FrozenConfig(frozen="fp8"),
-                "student": StudentConfig(parameters="full"),
-            },
-            "--parameters full",
-        ),
+        ({"frozen_weights": OFFLOADED, "recomputed": False}, "--recomputed false"),
+        ({"frozen_weights": OFFLOADED, "compile": True}, "--compile given"),
+        ({"frozen_weights": FrozenConfig(frozen="fp8"), "student": FULL}, "--parameters full"),
         ({"cap_gb": -1.0}, "greater than 0"),
     ],
 )
@@ -154,6 +139,10 @@ def test_a_computers_own_memory_cannot_be_capped() -> None:
 
 @pytest.mark.gpu
 def test_more_than_the_cap_is_refused_in_one_sentence_and_the_cap_is_lifted() -> None:
-    with pytest.raises(ValueError, match=r"--cap-gb 0\.5 is too little"), capped("cuda", 0.5):
+    with (
+        pytest.raises(ValueError, match=r"memory ran out .* give --frozen fp8"),
+        explained(LOWER_STEPS),
+        capped("cuda", 0.5),
+    ):
         torch.empty(2**30, dtype=torch.uint8, device="cuda")
     torch.empty(2**30, dtype=torch.uint8, device="cuda")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.plots import plot_cost
+from benchmarks.kernels.cli import plot_cost
 from linvideo_core.evaluate import plots
 from linvideo_core.evaluate import videos as video_files
 

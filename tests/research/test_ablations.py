@@ -10,7 +10,7 @@ import pytest
 from benchmarks.record import RESULTS_FOLDER
 from linvideo_core.run.config import parse
 from linvideo_core.transfer.config import TransferConfig
-from research import ablations
+from research import ablations, evaluation_record
 from research.ablation_plots import draw
 from research.ablations import PRESETS, TABLES, AblationConfig, list_runs, read_row, summarize
 
@@ -39,7 +39,6 @@ def test_rows_that_come_to_the_same_training_share_its_run() -> None:
     ("changes", "reason"),
     [
         ({"tables": "objective,speed"}, "--tables objective,speed given, and 'speed' is unknown"),
-        ({"only": "last"}, "--only last given, and 'last' is unknown"),
         ({"seeds": 0}, "--seeds 0 given"),
     ],
 )
@@ -73,10 +72,12 @@ def test_a_share_is_what_the_student_has_of_its_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runs_that_are_done_are_not_done_again_and_one_that_fails_is_a_row(tmp_path: Path) -> None:
+def test_runs_that_are_done_are_not_done_again_and_one_that_fails_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TABLES, "selection", {"alternate": {"choice": "alternate"}})
     config = AblationConfig(
         tables="selection",
-        only="alternate",
         seeds=1,
         jobs=1,
         steps=2,
@@ -105,3 +106,17 @@ def test_the_record_is_drawn_also_where_seeds_diverged(tmp_path: Path) -> None:
     names = [path.name for path in draw(record, tmp_path)]
     assert names == ["evidence_target.png", "evidence_objective.png", "evidence_selection.png"]
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
+def test_the_evaluation_of_the_shipped_file_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluation_record, "RESULTS_FOLDER", tmp_path)
+    flags = "--num-samples 2 --sampler-steps 2 --batch-size 2 --device cpu"
+    evaluation_record.main([*flags.split(), "--out", str(tmp_path / "evaluate")])
+    record = json.loads((tmp_path / "transfer_demo.json").read_text(encoding="utf-8"))
+    assert [row["model"] for row in record["rows"]] == ["teacher", "swapped", "student"]
+    assert record["title"] == "Embedded model, 5 of 10 layers linear, 2 samples"
+    assert record["command"].startswith("python -m research.evaluation_record --num-samples 2")
+    with pytest.raises(ValueError, match="of the embedded model and its own files alone"):
+        evaluation_record.main(["--artifact", "other.safetensors"])

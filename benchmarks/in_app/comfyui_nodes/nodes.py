@@ -1,8 +1,7 @@
 """Random prompts, latents that are kept, and checkpoints that only ComfyUI can write."""
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ _ROTATION_BASE = 10_000.0
 
 
 def _folder() -> Path:
-    """Return where what is kept lies."""
     folder = Path(folder_paths.get_output_directory()) / "benchmark"
     folder.mkdir(exist_ok=True)
     return folder
@@ -29,23 +27,25 @@ def _model_path(file: str) -> Path:
     return Path(folder_paths.models_dir) / "diffusion_models" / file
 
 
+def _schema(name: str, inputs: list[Any], outputs: Sequence[Any] = ()) -> io.Schema:
+    """Return a node's schema; one without outputs is run for what it writes."""
+    return io.Schema(
+        node_id=f"LinVideoBenchmark{name}",
+        category="LinVideo benchmark",
+        inputs=inputs,
+        outputs=list(outputs),
+        is_output_node=not outputs,
+    )
+
+
 class Conditioning(io.ComfyNode):
-    """seed, tokens, width -> a prompt of random numbers."""
+    """seed, tokens, width -> a prompt of random numbers; another `again` makes the same again."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        return io.Schema(
-            node_id="LinVideoBenchmarkConditioning",
-            category="LinVideo benchmark",
-            inputs=[
-                io.Int.Input("seed"),
-                io.Int.Input("tokens", default=512),
-                io.Int.Input("width", default=4096),
-                io.Int.Input("again", tooltip="The same under another number is made again."),
-            ],
-            outputs=[io.Conditioning.Output()],
-        )
+        numbers = [io.Int.Input(name) for name in ("seed", "tokens", "width", "again")]
+        return _schema("Conditioning", numbers, [io.Conditioning.Output()])
 
     @classmethod
     def execute(cls, seed: int, tokens: int, width: int, again: int) -> io.NodeOutput:
@@ -60,12 +60,7 @@ class Latent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        return io.Schema(
-            node_id="LinVideoBenchmarkLatent",
-            category="LinVideo benchmark",
-            inputs=[io.Latent.Input("latent"), io.String.Input("tag")],
-            is_output_node=True,
-        )
+        return _schema("Latent", [io.Latent.Input("latent"), io.String.Input("tag")])
 
     @classmethod
     def execute(cls, latent: dict[str, Any], tag: str) -> io.NodeOutput:
@@ -83,12 +78,7 @@ class Quantised(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        return io.Schema(
-            node_id="LinVideoBenchmarkQuantised",
-            category="LinVideo benchmark",
-            inputs=[io.String.Input(name) for name in ("source", "file", "form")],
-            is_output_node=True,
-        )
+        return _schema("Quantised", [io.String.Input(name) for name in ("source", "file", "form")])
 
     @classmethod
     def execute(cls, source: str, file: str, form: str) -> io.NodeOutput:
@@ -114,12 +104,7 @@ class MiniMaxH3(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        return io.Schema(
-            node_id="LinVideoBenchmarkMiniMaxH3",
-            category="LinVideo benchmark",
-            inputs=[io.String.Input("file"), io.String.Input("sizes")],
-            is_output_node=True,
-        )
+        return _schema("MiniMaxH3", [io.String.Input("file"), io.String.Input("sizes")])
 
     @classmethod
     def execute(cls, file: str, sizes: str) -> io.NodeOutput:
@@ -148,13 +133,13 @@ def _device() -> torch.device:
 
 
 def keep_words(server: PromptServer) -> None:
-    """Write down what nodes say under themselves, with the time, beside the kept latents."""
+    """Write down what nodes say under themselves, beside the kept latents."""
     send: Callable[..., None] = server.send_progress_text
 
     def send_and_keep(text: str, *args: Any, **kwargs: Any) -> None:
         said = text if isinstance(text, str) else bytes(text).decode(errors="replace")
         with (_folder() / "words.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "words": said}) + "\n")
+            file.write(json.dumps({"words": said}) + "\n")
         send(text, *args, **kwargs)
 
     server.send_progress_text = send_and_keep

@@ -1,27 +1,71 @@
 """Who is compared: the fused kernels, the definition eager and compiled, softmax, public packages.
 
 All take query, key, value [B, L, N, D] and both maps [N, D, M/2], which softmax passes over, and
-return [B, L, N, D].
+return [B, L, N, D]. A module goes from the projected q, k, v, before qk-norm and rotation, to the
+output projection's input.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 from torch import Tensor
 
-from linvideo_core.kernels import linear_attention, reference, softmax_attention
+from linvideo_core.kernels import linear_attention, norm_rotary, reference, softmax_attention
+from linvideo_core.models.wan import rotary_embedding
 
 Attend = Callable[..., Tensor]
 
-# Name in the tables -> of the kernel; PyTorch's own FlashAttention is the second.
-_SOFTMAX = {"sdpa": "default", "fa2": "flash", "cudnn": "cudnn"}
-
+HEAD_DIM = 128
+RATIOS = (1, 2)
+KITCHEN = "module, comfy-kitchen RoPE"
 
 # Largest error of value or gradient that is timed, for tensors in bf16.
 TOLERANCE = 1e-2
+
+# Name in the tables -> of the kernel; PyTorch's own FlashAttention is the second.
+_SOFTMAX = {"sdpa": "default", "fa2": "flash", "cudnn": "cudnn"}
+_EPS = 1e-6
+
+MODULES = {"module, eager norm and RoPE": "reference", "module": "triton"}
+"""Pass of the record -> backend of norm and rotation; the first is what rivals have too."""
+
+
+class Shape(NamedTuple):
+    """Tokens and heads of a video model's self-attention."""
+
+    tokens: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.heads}"
+
+
+class Setting(NamedTuple):
+    """Where everything is measured, and for how many seconds each call is repeated."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    seconds: float = 0.4
+
+
+def make_inputs(shape: Shape, ratio: int, setting: Setting) -> list[Tensor]:
+    """Return random query, key, value [1, L, N, D] and maps [N, D, M/2], projections near 1.
+
+    ratio: M / D; 0 where features do not matter.
+    """
+    generator = torch.Generator(setting.device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=setting.dtype, device=setting.device)
+
+    tokens = [normal(1, shape.tokens, shape.heads, HEAD_DIM) for _ in range(3)]
+    half = max(ratio, 1) * HEAD_DIM // 2
+    return [*tokens, *(normal(shape.heads, HEAD_DIM, half) * HEAD_DIM**-0.5 for _ in range(2))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,3 +182,41 @@ def _make_sage() -> Contender:
 
 
 _PUBLIC = {"fla": _make_fla, "sageattention": _make_sage}
+
+
+def find_modules() -> tuple[list[str], list[str]]:
+    """Return all modules that can be measured, and a sentence for what is absent."""
+    try:
+        import comfy_kitchen  # noqa: F401
+    except ImportError as error:
+        return list(MODULES), [f"ComfyUI's norm and rotation are not compared: {error}"]
+    return [*MODULES, KITCHEN], []
+
+
+def make_module(
+    name: str, contender: Contender, inputs: Sequence[Tensor], setting: Setting
+) -> Callable[[], Tensor]:
+    """Return a call of a contender behind a module's norm and rotation; its result is [1, L, N D].
+
+    inputs: see `make_inputs`; query and key are taken as they come from their projections.
+    """
+    _, tokens, heads, _ = inputs[0].shape
+    weight = 1 + 0.1 * torch.randn(heads * HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    weight = weight.to(torch.bfloat16).to(setting.device, setting.dtype)
+    rotary = rotary_embedding((tokens, 1, 1), HEAD_DIM, setting.device)
+    if name == KITCHEN:
+        from comfy_kitchen import apply_rope1
+
+        cos, sin = rotary
+        turn = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None, :, None]
+
+        def rotate(x: Tensor) -> Tensor:
+            # As ComfyUI does it for Wan: PyTorch's norm, then a kernel that rotates.
+            normed = F.rms_norm(x, weight.shape, weight, _EPS)
+            return apply_rope1(normed.unflatten(2, (heads, HEAD_DIM)), turn)
+    else:
+        settings = {"num_heads": heads, "eps": _EPS, "backend": MODULES[name]}
+        rotate = functools.partial(norm_rotary, weight=weight, rotary=rotary, **settings)
+    query, key = (x.flatten(2) for x in inputs[:2])
+    attend = contender.attend
+    return torch.no_grad()(lambda: attend(rotate(query), rotate(key), *inputs[2:]).flatten(2))
