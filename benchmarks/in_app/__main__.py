@@ -1,5 +1,5 @@
 """`python -m benchmarks.in_app`, see `cli`."""
 
-from linvideo_core.run.launch import launch
+from linvideo_core.run.config import launch
 
 launch(__package__)
