@@ -33,7 +33,6 @@ GRID = (1.0, 0.9, 0.75, 0.5, 0.0)
 def header_of(usage: Usage, **changes: Any) -> ArtifactHeader:
     return ArtifactHeader(
         **{
-            "format_version": 3,
             "family": "wan",
             "fingerprint": "wan, 3 layers, 2 heads of 128",
             "weights_digest": "0123456789abcdef",
@@ -65,23 +64,6 @@ def test_a_file_keeps_how_it_wants_to_be_used(usage: Usage, tmp_path: Path) -> N
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         stored = json.loads(file.metadata()["linvideo.usage"])
     assert stored == usage.said
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_file_that_does_not_say_is_of_a_version_that_older_readers_know(
-    version: int, tmp_path: Path
-) -> None:
-    header = header_of(Usage(), format_version=version, window=16 * (version - 1))
-    artifact.save(artifact_of(header), tmp_path / "a.safetensors")
-    assert artifact.load(tmp_path / "a.safetensors").header.usage == Usage()
-    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        assert not file.metadata().keys() & {"linvideo.usage", "linvideo.weights_sketch"}
-
-
-@pytest.mark.parametrize("changes", [{"usage": WAN}, {"weights_sketch": 64 * (0.1,)}])
-def test_what_only_a_newer_reader_knows_needs_its_version(changes: dict[str, Any]) -> None:
-    with pytest.raises(ArtifactError, match="format_version is 2; 3 is expected"):
-        header_of(**{"usage": Usage(), "format_version": 2, **changes})
 
 
 @pytest.mark.parametrize(
