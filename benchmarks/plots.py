@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from linvideo_core.evaluate.plots import (
+    INK,
     Row,
     draw_lines,
     group_rows,
@@ -13,7 +14,6 @@ from linvideo_core.evaluate.plots import (
     style_axes,
     title_axes,
 )
-from linvideo_core.run.drawing import INK
 
 
 def plot_cost(

@@ -9,9 +9,10 @@ from ..evaluate.compare import (
     EVALUATION_NAME,
     STEPS_NAME,
     compare_few_step,
+    load_linearized,
+    name_of,
     save_comparison,
 )
-from ..evaluate.entrants import find_entrants, load_linearized, name_of
 from ..models.attention_sites import shapes_of
 from ..run.callbacks import Callbacks
 from ..run.context import Run
@@ -90,9 +91,8 @@ def run(
         logger.info("comparing %s with its teacher on %s in %s", path, device, precision)
         made = artifact_files.load(path)
         settings = compare_config(config.evaluation, config.trajectories)
-        entrants = find_entrants(teacher.model, first, {name_of(made): made}, settings)
         how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
-        comparison = compare_few_step(teacher, entrants, settings, **how)
+        comparison = compare_few_step(teacher, first, {name_of(made): made}, settings, **how)
         save_comparison(comparison, config.out)
     return path
 

@@ -126,8 +126,7 @@ class _Rows(list):
 
     def __init__(self, path: Path, identity: str) -> None:
         super().__init__()
-        self.path = path
-        self.metadata = {"identity": identity}
+        self.path, self.identity = path, identity
         if find_identity(path) == identity:
             with safe_open(path, framework="pt") as file:
                 length = int(file.metadata()["padded_to"])
@@ -140,7 +139,7 @@ class _Rows(list):
 
     def save(self) -> None:
         """Write down what is there."""
-        metadata = {**self.metadata, "padded_to": str(len(self[0]))}
+        metadata = {"identity": self.identity, "padded_to": str(len(self[0]))}
         write_tensors(self.path, {"rows": torch.stack(self.trimmed())}, metadata)
 
 

@@ -8,8 +8,7 @@ import torch
 from linvideo_core import artifact
 from linvideo_core.demo import weights_path
 from linvideo_core.demo.classifier import load_judge
-from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
-from linvideo_core.evaluate.entrants import load_distilled
+from linvideo_core.evaluate.compare import CompareConfig, compare_artifact, load_distilled
 from linvideo_core.evaluate.sampler import draw_noise, draw_prompts, read_labels
 from linvideo_core.flow import sample_few_step
 from linvideo_core.models.velocity import bind

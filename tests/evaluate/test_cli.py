@@ -16,9 +16,8 @@ from linvideo_core.demo.prompts import TEXT_DIM, encode_prompts
 from linvideo_core.evaluate import cli as evaluate_cli
 from linvideo_core.evaluate import command as evaluate
 from linvideo_core.evaluate import sampler
-from linvideo_core.evaluate.compare import CompareConfig, compare, swap
+from linvideo_core.evaluate.compare import CompareConfig, compare, load_linearized, swap
 from linvideo_core.evaluate.config import EvaluateConfig
-from linvideo_core.evaluate.entrants import load_linearized
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import install, shapes_of
 from linvideo_core.models.families import identify
@@ -133,7 +132,6 @@ def test_diversity_takes_samples_of_one_prompt(seeds: int, shown: bool, teacher:
 def test_a_model_is_not_described_by_a_student(teacher: Teacher) -> None:
     made = sampler.Evaluator(teacher, SETTINGS, seed=0, precision="fp32", callbacks=Callbacks())
     samples = made.sample("teacher", teacher.model, is_teacher=True)
-    assert "frechet_teacher_features" not in made.measure(samples, samples, None)
     with swap(teacher.model, (1,), 128), pytest.raises(ValueError, match="from the teacher alone"):
         made.describe(samples)
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from linvideo_core.evaluate.compare import swap
-from linvideo_core.evaluate.features import SIGMA, teacher_features
 from linvideo_core.evaluate.metrics import frechet_distance_of
+from linvideo_core.evaluate.sampler import FEATURE_SIGMA, teacher_features
 from linvideo_core.flow import add_noise
 from linvideo_core.models.attention_sites import attention_at, shapes_of
 from linvideo_core.models.families import identify
@@ -26,7 +26,7 @@ def test_features_are_the_middle_layers_attention_averaged_over_tokens(teacher: 
     seen: list[Tensor] = []
     middle = attention_at(teacher.model, sites[1])
     hook = middle.register_forward_hook(lambda module, args, output: seen.append(output))
-    sigma = torch.full((2,), SIGMA)
+    sigma = torch.full((2,), FEATURE_SIGMA)
     with torch.no_grad():
         embeds = teacher.negative_embeds.expand(2, -1, -1)
         teacher.model(add_noise(latents, noise, sigma), TIMESTEP_SCALE * sigma, embeds)

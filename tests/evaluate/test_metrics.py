@@ -21,7 +21,6 @@ from linvideo_core.evaluate.metrics import (
     spatial_spectrum,
     temporal_spectrum,
     velocity_error,
-    velocity_error_by_sigma,
 )
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
@@ -177,18 +176,6 @@ def test_velocity_error_separates_length_from_direction(
     torch.testing.assert_close(found[0], expected, **EXACT)
     torch.testing.assert_close(found[1], torch.full((2,), float(cosine)), **EXACT)
     torch.testing.assert_close(sample_distance(scale * reference, reference), expected, **EXACT)
-
-
-def test_velocity_error_by_sigma_asks_at_each_level_with_its_own_sigma() -> None:
-    sigmas = torch.tensor([1.0, 0.5, 0.25])
-    states = torch.randn(3, 2, 4, 3, 5, 5)
-
-    def scaled(latents: Tensor, sigma: Tensor) -> Tensor:
-        return latents * (1 + sigma.view(-1, 1, 1, 1, 1))
-
-    errors, cosines = velocity_error_by_sigma(scaled, states, states, sigmas)
-    torch.testing.assert_close(errors, sigmas[:, None].expand(3, 2), **EXACT)
-    torch.testing.assert_close(cosines, torch.ones(3, 2), **EXACT)
 
 
 def noise_with_power(exponent: float, count: int = 100, size: tuple[int, int] = (48, 63)) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvideo_core.evaluate.motion import find_displacements, motion_energy
+from linvideo_core.evaluate.metrics import find_displacements, motion_energy
 
 STEPS = [(0.0, 0.0), (0.1, 0.0), (0.3, -0.4), (0.5, 0.5), (-0.8, 1.3), (2.4, 1.1), (0.0, -3.6)]
 

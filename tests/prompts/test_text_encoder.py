@@ -13,7 +13,7 @@ from linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
 from linvideo_core.prompts.config import PromptConfig
 from linvideo_core.prompts.embeddings import read_embeds
 from linvideo_core.prompts.sources import EMBEDS_NAME, find_source
-from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder
+from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder, open_tokenizer
 from linvideo_core.run.config import override
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import open_teacher
@@ -139,8 +139,8 @@ def test_a_fast_tokenizer_says_what_its_library_says(pipeline: Path, tmp_path: P
     fast.enable_truncation(3)
     fast.enable_padding(length=8)
     fast.save(str(tmp_path / "tokenizer.json"))
-    encoder = open_encoder(pipeline, tmp_path)
-    assert cut(encoder.load("cpu").tokenize("a boat a kite")) == [3, 4, 3, 2, 1]
+    tokenize = open_tokenizer(open_encoder(pipeline, tmp_path).tokenizer)
+    assert cut(tokenize("a boat a kite")) == [3, 4, 3, 2, 1]
 
 
 def test_a_text_is_cleaned_and_cut_as_in_wans_pipeline() -> None:
