@@ -47,7 +47,6 @@ def save(artifact: Artifact, path: str | Path, *, dtype: torch.dtype = torch.flo
         raise ArtifactError(f"dtype {dtype} given; fp16, bf16 or fp32 is expected")
     if not path.parent.is_dir():
         raise ArtifactError(f"the folder {path.parent} does not exist: create it first")
-    artifact.validate()
     metadata = _encode_header(artifact)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _name_tensors(artifact):
@@ -115,15 +114,7 @@ def _encode_header(artifact: Artifact) -> dict[str, str]:
     values = {entry: plain.get(name, getattr(header, name)) for name, entry in _ENTRIES.items()}
     values[_VERSION] = FORMAT_VERSION
     values[_BARE] = [name for name in artifact.deltas if _is_bare(name)]
-    entries = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
-    for name, text in entries.items():
-        _check_length(name, text)
-    return entries
-
-
-def _check_length(name: str, text: str) -> None:
-    if len(text) > _MAX_ENTRY:
-        raise ArtifactError(f"the header entry {name} is {len(text)} characters long: too long")
+    return {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
 
 
 def _decode_header(
@@ -152,7 +143,8 @@ def _decode_header(
 
 def _parse(name: str, text: str) -> Any:
     """Parse strict JSON: no NaN, no infinity, no repeated name, no absurd depth or length."""
-    _check_length(name, text)
+    if len(text) > _MAX_ENTRY:
+        raise ArtifactError(f"the header entry {name} is {len(text)} characters long: too long")
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -277,10 +277,6 @@ class Artifact:
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Raise ArtifactError when header and tensors contradict each other."""
         parameters = self.header.parameters
         if self.deltas and parameters != "full":
             raise ArtifactError(f"parameters is {parameters!r}, yet full weight changes are there")

@@ -139,13 +139,13 @@ class Evaluator:
         """
         if recipe is None:
             recipe = Recipe(sigmas=self.sigmas, guidance_scale=self.settings.guidance_scale)
-        count, size, steps = self.settings.num_samples, self.settings.batch_size, len(recipe.sigmas)
+        count, size = self.settings.num_samples, self.settings.batch_size
+        steps, starts = len(recipe.sigmas) - 1, range(0, count, size)
+        self.callbacks.on_stage("evaluation", len(starts) * steps, detail=name)
         batches, total = [], 0.0
-        for start in range(0, count, size):
+        for start in starts:
             part = slice(start, min(start + size, count))
-            if start == 0:
-                self.callbacks.on_stage("evaluation", -(-count // size) * (steps - 1), detail=name)
-            on_step = self._watch(part, steps - 1, keep=is_teacher and start == 0)
+            on_step = self._watch(len(batches) * steps, keep=is_teacher and start == 0)
             velocity_fn = self.bind(model, part, recipe.guidance_scale)
             noise = self.noise[part].to(self.device)
             if start == 0:
@@ -160,7 +160,7 @@ class Evaluator:
         return Samples(
             model=name,
             counts=count_linear_layers(model),
-            steps=steps - 1,
+            steps=steps,
             seconds=total,
             video_measures=metrics.summarize_videos(tensors["frames"]),
             **tensors,
@@ -234,16 +234,12 @@ class Evaluator:
                 row[key] = perfect
         return row
 
-    def _watch(
-        self, part: slice, steps: int, *, keep: bool
-    ) -> Callable[[int, Tensor, Tensor], None]:
-        batches_before = part.start // self.settings.batch_size
-
+    def _watch(self, done: int, *, keep: bool) -> Callable[[int, Tensor, Tensor], None]:
         def on_step(i: int, latents: Tensor, velocity: Tensor) -> None:
             if keep and i in self.levels:
                 few = slice(0, _NUM_STATE_SAMPLES)
                 self.states[i] = (latents[few].clone(), velocity[few].clone())
-            self.callbacks.on_step_end(batches_before * steps + i + 1)
+            self.callbacks.on_step_end(done + i + 1)
 
         return on_step
 
