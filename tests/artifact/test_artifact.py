@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +95,7 @@ def make_small(parameters: str = "full") -> Artifact:
             lora_rank=2 if parameters == "lora" else 0,
             objective="velocity",
             steps=5,
+            sigmas=(1.0, 0.75, 0.3, 0.0),
             provenance=PROVENANCE,
         ),
         linear={
@@ -167,7 +167,7 @@ def rewrite(path: Path, change: Callable[[Tensors, Entries], object]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_round_trip_keeps_everything(tmp_path: Path, parameters: str, dtype: torch.dtype) -> None:
-    made = make_artifact(parameters)[2]
+    made = make_small(parameters)
     artifact.save(made, tmp_path / "a.safetensors", dtype=dtype)
     assert_same(made, artifact.load(tmp_path / "a.safetensors"), dtype)
     assert os.listdir(tmp_path) == ["a.safetensors"]
@@ -207,8 +207,15 @@ def test_applied_model_is_the_student(tmp_path: Path, parameters: str) -> None:
     assert (before - expected).abs().max() > 10 * FP16_TOLERANCE["atol"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("parameters", PARAMETERS)
+@pytest.mark.parametrize(
+    ("parameters", "dtype"),
+    [
+        ("full", torch.float32),
+        ("full", torch.float16),
+        ("lora", torch.bfloat16),
+        ("feature_maps", torch.float32),
+    ],
+)
 def test_afterwards_the_model_is_bit_for_bit_what_it_was(
     parameters: str, dtype: torch.dtype
 ) -> None:
@@ -699,23 +706,6 @@ def test_a_refused_save_keeps_the_earlier_file(
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_a_failed_write_keeps_the_earlier_file(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource", reason="file size limits are POSIX")
-    path = tmp_path / "a.safetensors"
-    artifact.save(make_small(), path)
-    before = path.read_bytes()
-    made = dataclasses.replace(artifact.load(path), deltas={"x.weight": torch.ones(200, 200)})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(ArtifactError, match="the earlier file, if any, is intact"):
-            artifact.save(made, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-
-
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(ArtifactError, match="does not exist"):
@@ -723,10 +713,3 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="could not write"):
         artifact.save(make_small(), tmp_path / "folder")
     assert os.listdir(tmp_path) == ["folder"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="permission bits are POSIX")
-def test_a_saved_file_is_as_public_as_any_other(tmp_path: Path) -> None:
-    artifact.save(make_small(), tmp_path / "a.safetensors")
-    (tmp_path / "other").touch()
-    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
