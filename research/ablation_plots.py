@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS_FOLDER
-from linvideo_core.evaluate.plots import Axes, new_figure, save_figure, style_axes, title_axes
-from linvideo_core.run.drawing import BLUE, INK, VERMILION
+from linvideo_core.evaluate.plots import (
+    BLUE,
+    INK,
+    VERMILION,
+    Axes,
+    new_figure,
+    save_figure,
+    style_axes,
+    title_axes,
+)
 from linvideo_core.run.tables import format_value
 
 _DOTTED = (0, (1, 3))

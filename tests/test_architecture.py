@@ -151,7 +151,7 @@ KEEPERS = {
     "tokenizers": {"linvideo_core.prompts.text_encoder"},
     "sentencepiece": {"linvideo_core.prompts.text_encoder"},
     "ftfy": {"linvideo_core.prompts.text_encoder"},
-    "matplotlib": {"linvideo_core.evaluate.plots", "linvideo_core.run.drawing"},
+    "matplotlib": {"linvideo_core.evaluate.plots"},
 }
 
 

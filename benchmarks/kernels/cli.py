@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from linvideo_core.evaluate.plots import (
+    INK,
     draw_lines,
     group_rows,
     new_figure,
@@ -28,7 +29,6 @@ from linvideo_core.evaluate.plots import (
 )
 from linvideo_core.run.config import option, parse, positive, to_flags
 from linvideo_core.run.devices import resolve_device
-from linvideo_core.run.drawing import INK
 from linvideo_core.run.errors import SettingError
 
 from ..record import RESULTS_FOLDER, show_rows, write_record

@@ -26,7 +26,7 @@ from ..models.base_weights import base_weights_of, compare_weights
 from ..models.families import identify
 from ..models.lora import LowRank
 from ..models.quantized import Float8Linear
-from .header import Artifact, ArtifactError, ArtifactHeader, Usage, version_for
+from .header import Artifact, ArtifactError, ArtifactHeader, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -188,26 +188,12 @@ def extract(
     family, sites = _identify_both(student, teacher)
     if (is_full or teacher is not student) and any(_linear_at(teacher, site) for site in sites):
         raise ArtifactError("the teacher has linear layers: give the model as it was before")
-    linear = {site: module for site in sites if (module := _linear_at(student, site))}
-    if not linear:
-        raise ArtifactError("the student has no linear layer: there is nothing to save")
-    low_rank = {
-        name.removesuffix(".lora"): (_copy_to_cpu(module.down), _copy_to_cpu(module.up))
-        for name, module in student.named_modules()
-        if isinstance(module, LowRank)
-    }
-    if bool(low_rank) != (parameters == "lora"):
-        state = "has" if low_rank else "has no"
-        raise ArtifactError(
-            f"parameters={parameters!r} given, but the student {state} LoRA changes"
-        )
+    linear = _collect_linear(student, sites)
+    low_rank = _collect_low_rank(student, parameters)
     trainable = trainable_weights(student, family, sites) if is_full else {}
     first = next(iter(linear.values()))
-    if any(module.form != first.form for module in linear.values()):
-        raise ArtifactError("the student's linear layers differ in form: a file holds one form")
-    usage, base = usage or Usage(), base_weights_of(teacher, family, sites)
+    base = base_weights_of(teacher, family, sites)
     header = ArtifactHeader(
-        format_version=version_for(first.form, usage, base.sketch),
         family=family.name,
         fingerprint=fingerprint(family, sites),
         weights_digest=base.digest,
@@ -220,7 +206,7 @@ def extract(
         objective=objective,
         steps=steps,
         sigmas=tuple(float(sigma) for sigma in sigmas),
-        usage=usage,
+        usage=usage or Usage(),
         weights_sketch=base.sketch,
         provenance=dict(provenance),
         **dataclasses.asdict(first.form),
@@ -281,6 +267,31 @@ def _identify_both(
     if found != expected:
         raise ArtifactError(f"the student is {found!a}, but its teacher is {expected!a}")
     return family, sites
+
+
+def _collect_linear(
+    student: nn.Module, sites: Sequence[AttentionSite]
+) -> dict[AttentionSite, LinearAttention]:
+    linear = {site: module for site in sites if (module := _linear_at(student, site))}
+    if not linear:
+        raise ArtifactError("the student has no linear layer: there is nothing to save")
+    if len({module.form for module in linear.values()}) > 1:
+        raise ArtifactError("the student's linear layers differ in form: a file holds one form")
+    return linear
+
+
+def _collect_low_rank(student: nn.Module, parameters: str) -> dict[str, tuple[Tensor, Tensor]]:
+    low_rank = {
+        name.removesuffix(".lora"): (_copy_to_cpu(module.down), _copy_to_cpu(module.up))
+        for name, module in student.named_modules()
+        if isinstance(module, LowRank)
+    }
+    if bool(low_rank) != (parameters == "lora"):
+        state = "has" if low_rank else "has no"
+        raise ArtifactError(
+            f"parameters={parameters!r} given, but the student {state} LoRA changes"
+        )
+    return low_rank
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..run.files import write_tensors
-from .header import DTYPES, Artifact, ArtifactError, ArtifactHeader, Usage, check_version
+from .header import DTYPES, Artifact, ArtifactError, ArtifactHeader, Usage, refuse
 
 SUFFIX = ".safetensors"
+FORMAT_VERSION = 3
 _OURS = "linvideo."
 _WEIGHTS = "diffusion_model."
 _DIFF, _DIFF_BIAS = ".diff", ".diff_b"
@@ -26,8 +27,7 @@ _DOWN, _UP = ".lora_down.weight", ".lora_up.weight"
 _STORED_DTYPES = ("F16", "BF16", "F32", "F64")
 _MAX_ENTRY = 2**20
 
-# Which version brought a header field; a file of an earlier one has none of it.
-_SINCE = {"map_sharing": 2, "output_gate": 2, "window": 2, "usage": 3, "weights_sketch": 3}
+_VERSION = _OURS + "format_version"
 _ENTRIES = {
     field.name: _OURS + {"linear_layers": "layers"}.get(field.name, field.name)
     for field in dataclasses.fields(ArtifactHeader)
@@ -47,7 +47,6 @@ def save(artifact: Artifact, path: str | Path, *, dtype: torch.dtype = torch.flo
         raise ArtifactError(f"dtype {dtype} given; fp16, bf16 or fp32 is expected")
     if not path.parent.is_dir():
         raise ArtifactError(f"the folder {path.parent} does not exist: create it first")
-    artifact.validate()
     metadata = _encode_header(artifact)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _name_tensors(artifact):
@@ -112,49 +111,30 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _encode_header(artifact: Artifact) -> dict[str, str]:
     header = artifact.header
     plain = {"provenance": dict(header.provenance), "usage": header.usage.said}
-    values = {
-        _ENTRIES[name]: plain.get(name, getattr(header, name))
-        for name in _fields_of(header.format_version)
-    }
+    values = {entry: plain.get(name, getattr(header, name)) for name, entry in _ENTRIES.items()}
+    values[_VERSION] = FORMAT_VERSION
     values[_BARE] = [name for name in artifact.deltas if _is_bare(name)]
-    entries = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
-    for name, text in entries.items():
-        _check_length(name, text)
-    return entries
-
-
-def _fields_of(version: int) -> list[str]:
-    """Return the header's fields that a file of a version has."""
-    return [name for name in _ENTRIES if version >= _SINCE.get(name, 1)]
-
-
-def _check_length(name: str, text: str) -> None:
-    if len(text) > _MAX_ENTRY:
-        raise ArtifactError(f"the header entry {name} is {len(text)} characters long: too long")
+    return {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
 
 
 def _decode_header(
     metadata: Mapping[str, str], names: list[str]
 ) -> tuple[ArtifactHeader, list[str]]:
     """Return the header and the names of the bare parameters."""
-    if (version_entry := _ENTRIES["format_version"]) not in metadata:
+    if _VERSION not in metadata:
         _refuse_stranger(names)
-    # A newer version may have other fields, so the version is checked first.
-    version = _parse(version_entry, metadata[version_entry])
-    check_version(version)
-    fields = _fields_of(version)
-    expected = {*(_ENTRIES[name] for name in fields), _BARE}
+    # Another version may have other fields, so the version is checked first.
+    if (version := _parse(_VERSION, metadata[_VERSION])) != FORMAT_VERSION:
+        advice = "update LinVideo, or make the file again if it is an older one"
+        refuse("format_version", version, f"this LinVideo reads {FORMAT_VERSION}: {advice}")
+    expected = {*_ENTRIES.values(), _VERSION, _BARE}
     if differing := expected ^ {name for name in metadata if name.startswith(_OURS)}:
         name = min(differing)
         fault = "missing" if name in expected else "unknown"
         raise ArtifactError(f"the header entry {name!a} is {fault}: get the original file again")
-    values = {name: _parse(_ENTRIES[name], metadata[_ENTRIES[name]]) for name in fields}
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
-    if "usage" in values:
-        values["usage"] = Usage.parse(values["usage"])
-    header = ArtifactHeader(**values)
+    values = {name: _parse(entry, metadata[entry]) for name, entry in _ENTRIES.items()}
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    header = ArtifactHeader(**values | {"usage": Usage.parse(values["usage"])})
     bare = _parse(_BARE, metadata[_BARE])
     if not isinstance(bare, list) or not all(map(_is_bare, bare)):
         raise ArtifactError(f"{_BARE} is not a list of parameters called neither weight nor bias")
@@ -163,7 +143,8 @@ def _decode_header(
 
 def _parse(name: str, text: str) -> Any:
     """Parse strict JSON: no NaN, no infinity, no repeated name, no absurd depth or length."""
-    _check_length(name, text)
+    if len(text) > _MAX_ENTRY:
+        raise ArtifactError(f"the header entry {name} is {len(text)} characters long: too long")
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

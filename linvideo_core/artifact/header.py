@@ -5,7 +5,6 @@ of one sentence that names the field.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ from torch import Tensor
 from ..models.base_weights import SKETCH_SIZE, BaseWeights
 from ..models.config import FEATURE_MAPS, MAP_SHARINGS, LinearForm
 
-FORMAT_VERSION = 3
 PARAMETERS = ("full", "lora", "feature_maps")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_TEXT = 200
@@ -73,7 +71,7 @@ def _one_of(choices: tuple[str, ...]) -> Rule:
 def _is_falling_to_zero(sigmas: object) -> bool:
     if not isinstance(sigmas, tuple) or not all(map(_is_number, sigmas)):
         return False
-    falls = all(high > low for high, low in itertools.pairwise(sigmas))
+    falls = list(sigmas) == sorted(set(sigmas), reverse=True)
     return not sigmas or (falls and 1 >= sigmas[0] > sigmas[-1] == 0)
 
 
@@ -180,7 +178,6 @@ _RULES: dict[str, Rule] = {
 class ArtifactHeader:
     """What an artifact says of itself.
 
-    format_version: of the file; the lowest that says all of it is taken, see `version_for`.
     family, fingerprint: the architecture that it fits, see `models.attention_sites.fingerprint`.
     weights_digest, weights_sketch: of the weights that it was trained from, see
         `models.base_weights`; the sketch is empty where there is none.
@@ -197,7 +194,6 @@ class ArtifactHeader:
     Raises ArtifactError naming the field that is wrong.
     """
 
-    format_version: int = 1
     family: str
     fingerprint: str
     weights_digest: str
@@ -219,22 +215,18 @@ class ArtifactHeader:
     weights_sketch: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_version(self.format_version)
         rank = _integer(1, 65536) if self.parameters == "lora" else _integer(0, 0)
         for name, (is_valid, expected) in {**_RULES, "lora_rank": rank}.items():
             if not is_valid(getattr(self, name)):
                 refuse(name, getattr(self, name), expected)
-        needed = version_for(self.form, self.usage, self.weights_sketch)
-        if self.format_version < needed:
-            refuse("format_version", self.format_version, f"{needed} is expected for what it says")
         self._check_layers()
         _check_provenance(self.provenance)
 
     @property
     def form(self) -> LinearForm:
         """Return what the linear layers are made of."""
-        names = [field.name for field in dataclasses.fields(LinearForm)]
-        return LinearForm(**{name: getattr(self, name) for name in names})
+        fields = dataclasses.fields(LinearForm)
+        return LinearForm(**{field.name: getattr(self, field.name) for field in fields})
 
     @property
     def base_weights(self) -> BaseWeights:
@@ -258,16 +250,14 @@ class ArtifactHeader:
         layers, names = self.linear_layers, self.site_names
         if not isinstance(layers, tuple) or not layers or not all(map(_is_integer, layers)):
             refuse("linear_layers", layers, "the numbers of one layer or more are expected")
-        for layer in layers:
-            if not 0 <= layer < self.num_layers:
-                has_none = f"a model of {self.num_layers} layers has no layer {_show(layer)}"
-                refuse("linear_layers", layers, has_none)
+        if outside := [layer for layer in layers if not 0 <= layer < self.num_layers]:
+            has_none = f"a model of {self.num_layers} layers has no layer {_show(outside[0])}"
+            refuse("linear_layers", layers, has_none)
         if list(layers) != sorted(set(layers)):
             refuse("linear_layers", layers, "each layer once, in ascending order, is expected")
         is_list = isinstance(names, tuple) and all(map(_is_text, names))
         if not is_list or len(set(names)) != len(names) or len(names) != len(layers):
-            expected = f"{len(layers)} module names, each once, are expected"
-            refuse("site_names", names, expected)
+            refuse("site_names", names, f"{len(layers)} module names, each once, are expected")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -287,10 +277,6 @@ class Artifact:
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Raise ArtifactError when header and tensors contradict each other."""
         parameters = self.header.parameters
         if self.deltas and parameters != "full":
             raise ArtifactError(f"parameters is {parameters!r}, yet full weight changes are there")
@@ -311,22 +297,6 @@ class Artifact:
             _check_tensor(f"the change of {name}", delta)
         for name, pair in self.low_rank.items():
             _check_low_rank(name, *pair, rank=self.header.lora_rank)
-
-
-def check_version(version: object) -> None:
-    """Raise ArtifactError unless this LinVideo reads files of a version."""
-    if not _is_integer(version) or version < 1:
-        refuse("format_version", version, "a whole number from 1 is expected")
-    if version > FORMAT_VERSION:
-        expected = f"this LinVideo reads version {FORMAT_VERSION}: update LinVideo"
-        refuse("format_version", version, expected)
-
-
-def version_for(form: LinearForm, usage: Usage, weights_sketch: tuple[float, ...]) -> int:
-    """Return the lowest format version that says all of this, so that older LinVideos read it."""
-    if usage.said or weights_sketch:
-        return 3
-    return 1 if form == LinearForm() else 2
 
 
 def _check_provenance(provenance: object) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..run.drawing import BLUE, INK, PAPER, QUIET, VERMILION
 from .header import Artifact
 from .summary import count_bytes, describe, show_bytes, title
 
+INK, QUIET, PAPER = "#222222", "#767676", "#ffffff"
+BLUE, VERMILION = "#0072B2", "#D55E00"
 _WIDTH, _MARGIN = 1024, 44
 _INNER = _WIDTH - 2 * _MARGIN
 _VALUES_AT = _MARGIN + 236

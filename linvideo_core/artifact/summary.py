@@ -1,9 +1,7 @@
 """In words: what an artifact says of itself, and how a sampling differs from what it wants."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-
-from torch import Tensor
+from collections.abc import Iterator, Sequence
 
 from ..flow import make_sigmas
 from .header import Artifact, ArtifactHeader, Usage
@@ -53,8 +51,8 @@ def count_bytes(artifact: Artifact) -> dict[str, int]:
     low_rank = (factor for pair in artifact.low_rank.values() for factor in pair)
     linear = (tensor for tensors in artifact.linear.values() for tensor in tensors.values())
     return {
-        "feature maps": _sum_bytes(linear),
-        "weight changes": _sum_bytes([*artifact.deltas.values(), *low_rank]),
+        "feature maps": sum(tensor.nbytes for tensor in linear),
+        "weight changes": sum(tensor.nbytes for tensor in [*artifact.deltas.values(), *low_rank]),
     }
 
 
@@ -108,10 +106,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _sum_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _printable(text: str, max_length: int) -> str:
     """Make one printable line of any text, cut to a length."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -131,8 +125,7 @@ def find_differences(
     usage = header.usage
     return [
         *_compare_size(usage, sampled),
-        *_compare_guidance(usage.guidance_scale, sampled.guidance_scale),
-        *_compare_shift(usage.shift, sampled.shift),
+        *_compare_settings(usage, sampled),
         *_compare_levels(header, sampled.sampler, sigmas),
         *_compare_steps(header, sigmas),
         *_compare_range(usage, sigmas),
@@ -145,20 +138,18 @@ def _compare_size(usage: Usage, sampled: Usage) -> Iterator[str]:
         yield f"{describe_size(sampled)}, but the file was made at {describe_size(usage)}"
 
 
-def _compare_guidance(made: float | None, found: float | None) -> Iterator[str]:
+def _compare_settings(usage: Usage, sampled: Usage) -> Iterator[str]:
+    made, found = usage.guidance_scale, sampled.guidance_scale
     if _is_like(made, found):
-        return
-    if made == 1:
+        pass
+    elif made == 1:
         yield f"cfg {found:g}, but guidance is trained into the file: set cfg to 1"
     elif found == 1:
         yield f"no guidance (cfg 1), but the file was made at cfg {made:g}"
     else:
         yield f"cfg {found:g}, but the file was made at {made:g}"
-
-
-def _compare_shift(made: float | None, found: float | None) -> Iterator[str]:
-    if not _is_like(made, found):
-        yield f"shift {found:g}, but the file was made at {made:g}"
+    if not _is_like(usage.shift, sampled.shift):
+        yield f"shift {sampled.shift:g}, but the file was made at {usage.shift:g}"
 
 
 def _compare_levels(

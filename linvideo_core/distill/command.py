@@ -10,9 +10,10 @@ from ..evaluate.compare import (
     EVALUATION_NAME,
     STEPS_NAME,
     compare_few_step,
+    load_linearized,
+    name_of,
     save_comparison,
 )
-from ..evaluate.entrants import find_entrants, load_linearized, name_of
 from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..run.folder import open_run, read_metrics
@@ -79,9 +80,8 @@ def run(
         logger.info("comparing %s with its teacher on %s in %s", path, run.device, run.precision)
         made = artifact_files.load(path)
         settings = compare_config(config.evaluation, config.trajectories)
-        entrants = find_entrants(teacher.model, first, {name_of(made): made}, settings)
         how = {"seed": run.seed, "precision": run.precision, "callbacks": run.callbacks}
-        comparison = compare_few_step(teacher, entrants, settings, **how)
+        comparison = compare_few_step(teacher, first, {name_of(made): made}, settings, **how)
         save_comparison(comparison, config.out)
     return path
 

@@ -18,9 +18,15 @@ from ..run.memory import explained
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
 from ..teacher.teacher import load_teacher
-from .compare import compare_artifact, compare_few_step, save_comparison
+from .compare import (
+    FewStepLora,
+    compare_artifact,
+    compare_few_step,
+    load_distilled,
+    load_linearized,
+    save_comparison,
+)
 from .config import EvaluateConfig
-from .entrants import FewStepLora, find_entrants, load_distilled, load_linearized
 from .lora_file import load_lora
 
 logger = logging.getLogger(__name__)
@@ -54,11 +60,13 @@ def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str,
     distilled = load_distilled(config.distilled_paths(), first)
     lora = None
     if config.lora is not None:
-        file, levels = load_lora(config.lora), config.levels_of_lora()
+        levels = config.levels_of_lora()
         sigmas = make_sigmas(_LORA_STEPS, config.comparison.shift)
-        if levels is not None:
-            sigmas = torch.tensor(levels)
-        lora = FewStepLora(file=file, strength=config.lora_strength, sigmas=sigmas)
+        lora = FewStepLora(
+            file=load_lora(config.lora),
+            strength=config.lora_strength,
+            sigmas=torch.tensor(levels) if levels else sigmas,
+        )
     teacher = load_teacher(
         config.teacher,
         Run(folder=config.out, device=device, callbacks=callbacks or Callbacks()),
@@ -70,11 +78,8 @@ def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str,
     logger.info("comparing %s with its students on %s in %s", teacher.name, device, precision)
     how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
     if distilled or lora:
-        steps = config.numbers_of_plain_steps()
-        entrants = find_entrants(
-            teacher.model, first, distilled, config.comparison, plain_steps=steps, lora=lora
-        )
-        comparison = compare_few_step(teacher, entrants, config.comparison, **how)
+        how |= {"plain_steps": config.numbers_of_plain_steps(), "lora": lora}
+        comparison = compare_few_step(teacher, first, distilled, config.comparison, **how)
     else:
         comparison = compare_artifact(teacher, first, config.comparison, **how)
     return save_comparison(comparison, config.out)

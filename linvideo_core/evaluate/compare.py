@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import artifact as artifact_files
-from ..artifact import Artifact
+from ..artifact import Artifact, apply, load
 from ..artifact.summary import count_bytes
-from ..flow import Recipe
+from ..demo import weights_path
+from ..flow import Recipe, make_sigmas
 from ..models.attention import LinearAttention
 from ..models.attention_sites import AttentionSite, install, restore, shapes_of
 from ..models.config import LinearForm
 from ..models.families import identify
 from ..run.callbacks import Callbacks
+from ..run.errors import SettingError
 from ..run.files import write_json
 from ..teacher.teacher import Teacher
 from . import plots, videos
 from .config import CompareConfig
-from .entrants import Entrants
+from .lora_file import LoraFile, WeightChange, add_changes, find_changes
 from .sampler import NUM_SHOWN, Evaluator, Row
 
 EVALUATION_NAME = "evaluation.json"
@@ -129,23 +130,9 @@ def compare_artifact(
 
     The student's row also has `bytes`, those of the artifact's tensors.
     """
-    students = {
-        "swapped": _swap_as(artifact, teacher.model),
-        "student": artifact_files.apply(artifact, teacher.model),
-    }
-    comparison = compare(teacher, students, settings, **how)
+    comparison = compare_experts(teacher, {"": artifact}, settings, **how)
     comparison.rows[-1]["bytes"] = sum(count_bytes(artifact).values())
     return comparison
-
-
-def compare_few_step(
-    teacher: Teacher, entrants: Entrants, settings: CompareConfig, **how: Any
-) -> Comparison:
-    """Compare steps against quality: the teacher at all steps and the entrants; see `compare`."""
-    result = compare(teacher, entrants.students, settings, recipes=entrants.recipes, **how)
-    for name in entrants.without_pictures:
-        del result.frames[name]
-    return result
 
 
 def compare_experts(
@@ -153,7 +140,7 @@ def compare_experts(
 ) -> Comparison:
     """Compare two experts with their students, two models at work on each video; see `compare`.
 
-    teacher: its model is `models.experts.Experts`; made: the file of each side.
+    made: submodule of the teacher's model, such as a side of `models.experts.Experts` -> its file.
     """
 
     @contextlib.contextmanager
@@ -163,11 +150,148 @@ def compare_experts(
                 stack.enter_context(change(artifact, teacher.model.get_submodule(side)))
             yield teacher.model
 
-    students = {
-        "swapped": both(_swap_as),
-        "student": both(artifact_files.apply),
-    }
+    students = {"swapped": both(_swap_as), "student": both(apply)}
     return compare(teacher, students, settings, **how)
+
+
+def load_linearized(path: Path | None) -> Artifact:
+    """Load a linearized file; none: the embedded model's own.
+
+    Raises ArtifactError or ValueError for a damaged one or one that was distilled already.
+    """
+    path = path or weights_path("linearized.safetensors")
+    artifact = load(path)
+    if artifact.header.sigmas:
+        raise ValueError(
+            f"{path} is distilled already; give the file that `transfer` made, with any number of "
+            "steps"
+        )
+    return artifact
+
+
+def load_distilled(paths: Sequence[Path], first: Artifact) -> dict[str, Artifact]:
+    """Load files that were distilled from `first`, by their names in a comparison.
+
+    Raises ArtifactError or ValueError for a damaged one, one that is not distilled, one with other
+    linear layers than `first`, and two of one name.
+    """
+    made: dict[str, Artifact] = {}
+    for path in paths:
+        artifact = load(path)
+        if not artifact.header.sigmas:
+            raise ValueError(f"{path} is not distilled; give a file that `distill` made")
+        mine, theirs = (list(found.header.linear_layers) for found in (artifact, first))
+        if mine != theirs:
+            raise SettingError(
+                f"{path} has the linear layers {mine}, the linearized file {theirs}; give the "
+                "file that it was distilled from as {artifact}",
+                "artifact",
+            )
+        if (name := name_of(artifact)) in made:
+            raise ValueError(
+                f"{path} is a second {name}; give one file of each number of stages and steps"
+            )
+        made[name] = artifact
+    return made
+
+
+def name_of(artifact: Artifact) -> str:
+    """Return how a comparison calls a distilled file: "distilled_4" or "single_stage_4"."""
+    is_single = artifact.header.provenance.get("stages") == 1
+    return f"{'single_stage' if is_single else 'distilled'}_{_count_steps(artifact)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewStepLora:
+    """A LoRA that makes the teacher sample in few steps, and how: at `sigmas` [steps + 1]."""
+
+    file: LoraFile
+    strength: float
+    sigmas: Tensor
+
+
+def compare_few_step(
+    teacher: Teacher,
+    linearized: Artifact,
+    distilled: Mapping[str, Artifact],
+    settings: CompareConfig,
+    *,
+    plain_steps: Sequence[int] = (),
+    lora: FewStepLora | None = None,
+    **how: Any,
+) -> Comparison:
+    """Compare steps against quality: the teacher at all steps and `find_students`' models.
+
+    how: `seed`, `precision` and `callbacks` of `compare`.
+
+    There are no pictures of `plain_steps`, but where a distilled file takes as many.
+    """
+    students, recipes = find_students(
+        teacher.model, linearized, distilled, settings, plain_steps=plain_steps, lora=lora
+    )
+    result = compare(teacher, students, settings, recipes=recipes, **how)
+    shown = {f"linearized_{_count_steps(made)}_plain" for made in distilled.values()}
+    for name in students:
+        if name.endswith("_plain") and name not in shown:
+            del result.frames[name]
+    return result
+
+
+def find_students(
+    model: nn.Module,
+    linearized: Artifact,
+    distilled: Mapping[str, Artifact],
+    settings: CompareConfig,
+    *,
+    plain_steps: Sequence[int] = (),
+    lora: FewStepLora | None = None,
+) -> tuple[Students, dict[str, Recipe]]:
+    """Return the models to compare with a teacher at all its steps, and how they are sampled.
+
+    Those without a recipe are sampled as the teacher. "linearized" takes all steps.
+
+    distilled: name -> a file with sigmas. The model "linearized_N_plain" takes as many Euler steps
+        with guidance as one of them without having been distilled.
+    plain_steps: numbers of Euler steps that teacher ("teacher_N_plain") and student also take.
+    lora: added to the teacher ("teacher_lora_N") and to the linearized model, without guidance.
+    """
+    students = {"linearized": apply(linearized, model)}
+    recipes = {}
+    own_steps = set(map(_count_steps, distilled.values()))
+    for steps in sorted(own_steps | set(plain_steps), reverse=True):
+        sigmas = make_sigmas(steps, settings.shift)
+        plain = Recipe(sigmas=sigmas, guidance_scale=settings.guidance_scale)
+        recipes |= {f"{name}_{steps}_plain": plain for name in ("linearized", "teacher")}
+        students[f"linearized_{steps}_plain"] = apply(linearized, model)
+        if steps in plain_steps:
+            students[f"teacher_{steps}_plain"] = contextlib.nullcontext(model)
+    for name, made in distilled.items():
+        students[name] = apply(made, model)
+        recipes[name] = _few_step(torch.tensor(made.header.sigmas))
+    if lora is not None:
+        # Once for both models, so that there is one warning, and before anything is sampled.
+        changes = find_changes(lora.file, model, strength=lora.strength)
+        name = f"lora_{len(lora.sigmas) - 1}"
+        recipes |= {f"{of}_{name}": _few_step(lora.sigmas) for of in ("linearized", "teacher")}
+        students[f"teacher_{name}"] = add_changes(model, changes)
+        students[f"linearized_{name}"] = _with_both(model, linearized, changes)
+    return students, recipes
+
+
+def _count_steps(distilled: Artifact) -> int:
+    return len(distilled.header.sigmas) - 1
+
+
+def _few_step(sigmas: Tensor) -> Recipe:
+    return Recipe(sigmas=sigmas, guidance_scale=1.0, is_few_step=True)
+
+
+@contextlib.contextmanager
+def _with_both(
+    model: nn.Module, linearized: Artifact, changes: Sequence[WeightChange]
+) -> Iterator[nn.Module]:
+    with apply(linearized, model), add_changes(model, changes):
+        yield model
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:

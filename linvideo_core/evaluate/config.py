@@ -70,31 +70,27 @@ class EvaluateConfig:
         return [Path(name.strip()) for name in self.distilled.split(",") if name.strip()]
 
     def numbers_of_plain_steps(self) -> list[int]:
-        """Return the numbers of Euler steps that are compared with all steps.
-
-        Raises ValueError for anything but a list of numbers.
-        """
+        """Return the numbers of Euler steps to compare with all; SettingError for other words."""
         words = [word.strip() for word in self.plain_steps.split(",") if word.strip()]
         if not all(word.isascii() and word.isdigit() for word in words):
             raise SettingError(
                 f"{{plain_steps}} {self.plain_steps} given; numbers such as 25,8,4 are needed",
                 "plain_steps",
             )
-        return sorted(
-            {int(word) for word in words} - {0, self.comparison.sampler_steps}, reverse=True
-        )
+        numbers = set(map(int, words)) - {0, self.comparison.sampler_steps}
+        return sorted(numbers, reverse=True)
 
-    def levels_of_lora(self) -> tuple[float, ...] | None:
-        """Return the noise levels to sample at with the LoRA; None for 4 steps at `shift`.
+    def levels_of_lora(self) -> list[float]:
+        """Return the noise levels to sample at with the LoRA; none for 4 steps at `shift`.
 
         Raises SettingError for anything but numbers that fall from at most 1 to 0.
         """
         if not self.lora_sigmas:
-            return None
+            return []
         try:
-            levels = tuple(float(word) for word in self.lora_sigmas.split(","))
+            levels = [float(word) for word in self.lora_sigmas.split(",")]
         except ValueError:
-            levels = ()
+            levels = []
         falls = all(high > low for high, low in itertools.pairwise(levels))
         if len(levels) < 2 or not falls or levels[0] > 1 or levels[-1] != 0:
             raise SettingError(

@@ -32,6 +32,10 @@ _ROLES = {
 }
 
 
+WeightChange = tuple[str, list[Tensor], float]
+"""A parameter's name, and what is added to it: matrices and the scale of their product."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraFile:
     """A LoRA as its file has it.
@@ -87,15 +91,6 @@ def _check_factors(path: Path, name: str, parts: Mapping[str, Tensor]) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightChange:
-    """`scale` times the product of `factors`, to be added to a model's parameter `name`."""
-
-    name: str
-    factors: list[Tensor]
-    scale: float
-
-
 def find_changes(lora: LoraFile, model: nn.Module, *, strength: float = 1.0) -> list[WeightChange]:
     """Return what a LoRA adds to a model's weights: `strength alpha / R up down`.
 
@@ -115,7 +110,7 @@ def find_changes(lora: LoraFile, model: nn.Module, *, strength: float = 1.0) -> 
             if name is None:
                 missing.add(stored)
             elif _fits(factors, shapes[name]):
-                changes.append(WeightChange(name=name, factors=factors, scale=strength * scale))
+                changes.append((name, factors, strength * scale))
             else:
                 given = " and ".join(str(list(factor.shape)) for factor in factors)
                 raise ValueError(
@@ -141,15 +136,8 @@ def add_changes(model: nn.Module, changes: Iterable[WeightChange]) -> Iterator[n
     """
     with contextlib.ExitStack() as undo:
         for change in changes:
-            add_change(undo, model, change.name, change.factors, change.scale)
+            add_change(undo, model, *change)
         yield model
-
-
-def with_lora(
-    model: nn.Module, lora: LoraFile, *, strength: float = 1.0
-) -> contextlib.AbstractContextManager[nn.Module]:
-    """Add a LoRA to a model's weights while the context lasts: `find_changes`, `add_changes`."""
-    return add_changes(model, find_changes(lora, model, strength=strength))
 
 
 def _split_layer(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:

@@ -1,72 +1,67 @@
 """Measures of a student against its teacher: pure functions of tensors, each with its range.
 
 Linear attention loses motion first, which measures of single pictures do not see: it has measures
-of its own, here and in `motion`. Spectra show smoothing, grain and flicker even where single
-pictures look right (Durall et al. 2020): natural power falls as 1/f^2 over space (Field 1987) and
-over time (Dong and Atick 1995).
+of its own. Spectra show smoothing, grain and flicker even where single pictures look right (Durall
+et al. 2020): natural power falls as 1/f^2 over space (Field 1987) and over time (Dong and Atick
+1995).
+
+Motion is found without a trained network. A block's displacement from one frame to the next is
+found to whole pixels at the peak of the phase correlation (Kuglin and Hines 1975), then to
+fractions by the plane that lies through the phases of the cross-power spectrum (Stone et al. 2001).
+A window that stands still drags the answer towards zero, so the second frame's window follows the
+displacement found so far and the plane is fitted again, as particle image velocimetry does
+(Westerweel 1997).
 """
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..flow import VelocityFn
-from .motion import motion_energy
-
 _TINY = 1e-12
 # Power of rounding to 8 bits, which is white: what is weaker no picture shows.
 _INVISIBLE = (1 / 255) ** 2 / 12
+_BLOCK = 16
+_NUM_FITS = 6
+# Blocks that correlate less once aligned show something else.
+_SAME_CONTENT = 0.5
+# Share of the largest magnitude under which a frequency's phase is rounding error.
+_FAINT = 1e-3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VideoStatistics:
-    """Means over one model's videos: see the functions of the same names."""
-
-    motion_energy: float
-    frame_difference: float
-    flicker: float
-    spatial_spectrum: Tensor
-    temporal_spectrum: Tensor
-
-
-def summarize_videos(frames: Tensor) -> VideoStatistics | None:
-    """Return the statistics of videos; None for fewer than 3 frames or 4 x 4 pixels.
+def summarize_videos(frames: Tensor) -> dict[str, Tensor]:
+    """Return the mean of each measure below of videos; none for under 3 frames or 4 x 4 pixels.
 
     frames: [B, F, H, W] floating in [0, 1].
     """
     _, F, H, W = frames.shape
     if F < 3 or min(H, W) < 4:
-        return None
-    return VideoStatistics(
-        motion_energy=motion_energy(frames).mean().item(),
-        frame_difference=frame_difference(frames).mean().item(),
-        flicker=flicker(frames).mean().item(),
-        spatial_spectrum=spatial_spectrum(frames).mean(dim=0),
-        temporal_spectrum=temporal_spectrum(frames).mean(dim=0),
-    )
+        return {}
+    measures = (motion_energy, frame_difference, flicker, spatial_spectrum, temporal_spectrum)
+    return {measure.__name__: measure(frames).mean(dim=0) for measure in measures}
 
 
-def compare_videos(
-    videos: VideoStatistics | None, teacher: VideoStatistics | None
-) -> dict[str, Any]:
-    """Return the row's columns; none where there are no statistics.
+def compare_videos(videos: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the row's columns of two `summarize_videos`; none where there are no measures.
 
     `motion_energy` and `motion_ratio` are shares of the teacher's, None where it has none at all.
     `flicker` is the videos' own. The spectra's distances are in dB, 0 for the same.
     """
-    if videos is None or teacher is None:
+    if not videos or not teacher:
         return {}
+    energies, changes = (
+        [side[name].item() for side in (videos, teacher)]
+        for name in ("motion_energy", "frame_difference")
+    )
     row = {
-        "motion_energy": ratio(videos.motion_energy, teacher.motion_energy),
-        "motion_ratio": ratio(videos.frame_difference, teacher.frame_difference),
-        "flicker": videos.flicker,
+        "motion_energy": ratio(*energies),
+        "motion_ratio": ratio(*changes),
+        "flicker": videos["flicker"].item(),
     }
     for name in ("spatial_spectrum", "temporal_spectrum"):
-        row[f"{name}_db"] = log_spectral_distance(getattr(videos, name), getattr(teacher, name))
+        row[f"{name}_db"] = log_spectral_distance(videos[name], teacher[name])
     return row
 
 
@@ -76,10 +71,7 @@ def ratio(value: float | None, teacher: float | None) -> float | None:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the fraction of rows whose largest logit is the label's: 0 to 1, 1 is best.
-
-    logits: [B, K] floating. labels: [B] int64, in [0, K).
-    """
+    """Return the share of rows of logits [B, K] whose largest is the label's; labels: [B] int64."""
     return (logits.argmax(dim=-1) == labels.to(logits.device)).double().mean().item()
 
 
@@ -88,8 +80,7 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for fewer than two rows, which have no covariance.
     """
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} sample given; a covariance needs 2 or more")
+    _check_rows(features)
     features = features.double()
     return features.mean(dim=0), torch.cov(features.T).view(features.shape[1], -1)
 
@@ -115,21 +106,18 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
 
 
 def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
-    """Return the Frechet distance between the Gaussians of two sets of features, in fp64.
+    """Return `frechet_distance` of the statistics of features [B, D] and a reference [B', D].
 
-    The same as `frechet_distance` of their statistics, but the trace of the root is taken as the
-    nuclear norm of `X Y^T` of the centred rows, B by B', so that thousands of features of a few
-    samples cost no decomposition of a covariance.
-
-    features: [B, D] floating, B >= 2. reference: [B', D] floating, B' >= 2.
+    The trace of the root is taken as the nuclear norm of `X Y^T` of the centred rows, B by B', so
+    that thousands of features of a few samples cost no decomposition of a covariance.
 
     Raises ValueError for fewer than two rows.
     """
     sides = [rows.detach().double().cpu() for rows in (features, reference)]
     if not all(rows.isfinite().all() for rows in sides):
         return math.inf
-    if min(map(len, sides)) < 2:
-        raise ValueError(f"{min(map(len, sides))} sample given; a covariance needs 2 or more")
+    for rows in sides:
+        _check_rows(rows)
     means = [rows.mean(dim=0) for rows in sides]
     left, right = (
         (rows - mean) / (len(rows) - 1) ** 0.5 for rows, mean in zip(sides, means, strict=True)
@@ -138,6 +126,11 @@ def frechet_distance_of(features: Tensor, reference: Tensor) -> float:
     overlap = torch.linalg.svdvals(left @ right.T).sum()
     distance = (means[0] - means[1]).square().sum() + traces - 2 * overlap
     return max(distance.item(), 0.0)
+
+
+def _check_rows(features: Tensor) -> None:
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} sample given; a covariance needs 2 or more")
 
 
 def latent_features(latents: Tensor) -> Tensor:
@@ -158,7 +151,7 @@ def latent_features(latents: Tensor) -> Tensor:
 def frame_difference(frames: Tensor) -> Tensor:
     """Measure how much pictures change from frame to frame: mean |x[f + 1] - x[f]|.
 
-    Contrast, flicker and noise count as well as motion; `motion.motion_energy` sees motion alone.
+    Contrast, flicker and noise count as well as motion; `motion_energy` sees motion alone.
 
     frames: [B, F, H, W] floating in [0, 1], F >= 2.
 
@@ -280,20 +273,129 @@ def velocity_error(velocity: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]
     return sample_distance(velocity, reference), cosine
 
 
-@torch.no_grad()
-def velocity_error_by_sigma(
-    velocity_fn: VelocityFn, states: Tensor, references: Tensor, sigmas: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compare a velocity function with stored velocities, one noise level after another.
+def motion_energy(frames: Tensor) -> Tensor:
+    """Measure how far what is visible moves, in pixels a frame.
 
-    states, references: [K, B, C, F, H, W], latents and their right velocity at K noise levels.
-    sigmas: [K] in [0, 1].
+    `sum w |d| / sum w` over pairs of neighbouring frames and blocks of up to 16 pixels that overlap
+    by half: d is a block's displacement, w its variance, so that empty background counts for
+    nothing. Twice the speed is twice the energy. Content that is not found again (correlation below
+    one half) counts as standing still: noise, flicker and cuts are no motion. Displacements of more
+    than half a block are not found.
 
-    Returns the relative error [K, B] and the cosine [K, B], fp32 (see `velocity_error`).
+    frames: [B, F, H, W] floating, F >= 2, H and W >= 4.
+
+    Returns [B] fp32 in [0, 11.4]; 0 is a still.
+    Raises ValueError for fewer frames or pixels.
     """
-    pairs = [
-        velocity_error(velocity_fn(state, sigma.to(state.device).expand(len(state))), reference)
-        for state, reference, sigma in zip(states, references, sigmas, strict=True)
-    ]
-    errors, cosines = zip(*pairs, strict=True)
-    return torch.stack(errors), torch.stack(cosines)
+    _, F, H, W = frames.shape
+    if F < 2 or min(H, W) < 4:
+        raise ValueError(
+            f"{F} frames of {H} x {W} given; motion needs 2 or more frames of 4 x 4 or more"
+        )
+    # One video at a time bounds the memory.
+    return torch.stack([_motion_energy(clip.float()) for clip in frames])
+
+
+def find_displacements(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find where the content of each block of a frame lies in the next frame.
+
+    frames: [F, H, W] fp32, F >= 2, H and W >= 4.
+
+    Returns, for K blocks, the displacement [F - 1, K, 2] in pixels, down and right; the blocks'
+    variance [F - 1, K]; and the correlation [F - 1, K] in [-1, 1] of the content once aligned.
+    """
+    F, H, W = frames.shape
+    size = torch.tensor([min(_BLOCK, H), min(_BLOCK, W)], device=frames.device)
+    corners = torch.cartesian_prod(_spread(H), _spread(W)).to(frames.device)
+    corners = corners.expand(F - 1, -1, -1)
+    shift = torch.zeros_like(corners, dtype=torch.float32)
+    block = _cut(frames[:-1], corners, shift)
+    spectrum = torch.fft.rfft2(block)
+
+    def cross(shift: Tensor) -> Tensor:
+        return torch.fft.rfft2(_cut(frames[1:], corners, shift)) * spectrum.conj()
+
+    shift = _peak(cross(shift), block.shape[-2:])
+    for _ in range(_NUM_FITS):
+        shift = shift.round() + _fit_plane(cross(shift), block.shape[-1])
+        shift = torch.clamp(shift, -size / 2, size / 2)
+    found = _move_back(_cut(frames[1:], corners, shift), shift - shift.round())
+    power, found_power = (x.square().mean(dim=(-2, -1)) for x in (block, found))
+    correlation = (block * found).mean(dim=(-2, -1)) / (power * found_power).sqrt().clamp_min(_TINY)
+    return shift, power, correlation
+
+
+def _motion_energy(clip: Tensor) -> Tensor:
+    shift, power, correlation = find_displacements(clip)
+    lengths = shift.norm(dim=-1) * (correlation > _SAME_CONTENT)
+    return (power * lengths).sum() / power.sum().clamp_min(_TINY)
+
+
+def _spread(length: int) -> Tensor:
+    """Return where blocks start along an axis: evenly from end to end, half a block apart."""
+    size = min(_BLOCK, length)
+    count = 1 + math.ceil(2 * (length - size) / size)
+    return torch.linspace(0, length - size, count).round().long()
+
+
+def _cut(frames: Tensor, corners: Tensor, shift: Tensor) -> Tensor:
+    """Return blocks [F, K, h, w] displaced by shift [F, K, 2], windowed, of mean 0.
+
+    The block moves by whole pixels and the window in it by the rest. Beyond a frame's edge its last
+    pixels go on.
+    """
+    whole = shift.round()
+    indices, windows = [], []
+    for axis, length in enumerate(frames.shape[1:]):
+        steps = torch.arange(min(_BLOCK, length), device=frames.device)
+        index = (corners + whole.long())[..., axis, None] + steps
+        indices.append(index.clamp(0, length - 1))
+        phase = (steps + 1 - (shift - whole)[..., axis, None]) / (len(steps) + 1)
+        windows.append((math.pi * phase.clamp(0, 1)).sin().square())
+    number = torch.arange(len(frames), device=frames.device).view(-1, 1, 1, 1)
+    blocks = frames[number, indices[0][..., :, None], indices[1][..., None, :]]
+    window = windows[0][..., :, None] * windows[1][..., None, :]
+    mean = (blocks * window).sum(dim=(-2, -1)) / window.sum(dim=(-2, -1))
+    return window * (blocks - mean[..., None, None])
+
+
+def _peak(cross: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the peak [..., 2] of the phase correlation, in whole pixels."""
+    magnitude = cross.abs()
+    faint = _FAINT * magnitude.amax(dim=(-2, -1), keepdim=True) + _TINY
+    surface = torch.fft.irfft2(cross / (magnitude + faint), s=size)
+    peak = surface.flatten(-2).argmax(dim=-1)
+    place = torch.stack([peak // size[1], peak % size[1]], dim=-1)
+    limits = torch.tensor(size, device=cross.device)
+    return torch.where(place > limits // 2, place - limits, place).float()
+
+
+def _move_back(blocks: Tensor, shift: Tensor) -> Tensor:
+    """Return blocks [..., h, w] moved by less than a pixel, against shift [..., 2]."""
+    h, w = blocks.shape[-2:]
+    turns = shift @ _frequencies(h, w, blocks.device).T
+    phases = torch.polar(torch.ones_like(turns), 2 * math.pi * turns).unflatten(-1, (h, -1))
+    return torch.fft.irfft2(torch.fft.rfft2(blocks) * phases, s=(h, w))
+
+
+def _frequencies(height: int, width: int, device: torch.device) -> Tensor:
+    """Return the frequencies [K, 2] of `rfft2`, in cycles a pixel, down and right."""
+    down, right = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
+    return torch.cartesian_prod(down, right).to(device)
+
+
+def _fit_plane(cross: Tensor, width: int) -> Tensor:
+    """Return the displacement [..., 2] of less than a pixel whose phases fit the cross spectrum.
+
+    Least squares over the frequencies k of `phase = -2 pi k d`, weighted by magnitude.
+    """
+    k = _frequencies(cross.shape[-2], width, cross.device)
+    # The phase of the highest frequency has no sign.
+    weight = cross.abs().flatten(-2) * (k.abs() < 0.5).all(dim=-1)
+    turns = -cross.angle().flatten(-2) / (2 * math.pi)
+    normal = torch.einsum("...k,ki,kj->...ij", weight, k, k)
+    # Along an edge any displacement fits; the least of them is taken.
+    trace = normal.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    normal = normal + (_FAINT * trace + _TINY)[..., None, None] * torch.eye(2, device=k.device)
+    moment = torch.einsum("...k,ki->...i", weight * turns, k)
+    return torch.linalg.solve(normal, moment).clamp(-1, 1)

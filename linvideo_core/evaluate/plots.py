@@ -15,13 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..run.drawing import BLUE, INK, PAPER, QUIET, VERMILION
+from ..artifact.picture import BLUE, INK, PAPER, QUIET, VERMILION
 from ..run.files import replacing
 
 Row = Mapping[str, Any]
 
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+"""DejaVu Sans, which matplotlib carries on every system."""
 _DPI = 150
+_DOTTED = {"color": QUIET, "linewidth": 0.8, "linestyle": (0, (1, 3))}
 
 
 def plot_layer_scores(
@@ -56,7 +59,7 @@ def plot_layer_scores(
     for layer, colour in enumerate(colours):
         width, alpha = (2.0, 1.0) if is_linear[layer] else (0.9, 0.55)
         axes.plot(steps, scores[:, layer], color=colour, linewidth=width, alpha=alpha)
-    axes.axhline(0.5, color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
+    axes.axhline(0.5, **_DOTTED)
     axes.set_ylim(-0.04, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0  linear", "0.25", "0.5", "0.75", "1  softmax"])
     if hardened_at is not None:
@@ -86,7 +89,7 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
     figure = new_figure(9.0, 4.6)
     axes = figure.subplots()
     style_axes(axes, "training step", "loss")
-    smallest, largest = np.inf, -np.inf
+    seen: list[float] = []
     drawn = names if any(_takes_turns(rows, name) for name in names) else ["loss", *names]
     for i, name in enumerate(drawn):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -95,8 +98,8 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
         if name == "loss":
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
         axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name.replace("_", " "))
-        smallest, largest = min(smallest, values.min()), max(largest, values.max())
-    if 0 < 10 * smallest < largest:
+        seen += values.tolist()
+    if 0 < 10 * min(seen) < max(seen):
         scale_by_decades(axes)
     if names:
         axes.legend(frameon=False, labelcolor=INK)
@@ -138,7 +141,7 @@ def plot_velocity_error(rows: Sequence[Row], path: Path) -> None:
     panels[0].set_ylim(bottom=0)
     low = min(panels[1].get_ylim()[0], 0.9)
     panels[1].set_ylim(low, 1 + 0.04 * (1 - low))
-    panels[1].axhline(1, color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
+    panels[1].axhline(1, **_DOTTED)
     panels[0].legend(frameon=False, labelcolor=INK)
     save_figure(figure, path)
 
@@ -187,9 +190,10 @@ def plot_steps(rows: Sequence[Row], path: Path) -> None:
 
 def group_rows(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     """Return rows by their value of a key."""
-    return {
-        name: [r for r in rows if r[key] == name] for name in dict.fromkeys(r[key] for r in rows)
-    }
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
 def draw_lines(axes: Axes, lines: Mapping[str, Sequence[Row]], x: str, y: str) -> None:
@@ -228,11 +232,10 @@ def title_axes(axes: Axes, text: str) -> None:
 def _draw_layers(axes: Axes, is_linear: np.ndarray, colours: np.ndarray) -> None:
     """Draw a square for each layer, first on top, filled where it is linear: the legend."""
     count = len(is_linear)
-    for layer in range(count):
-        face = colours[layer] if is_linear[layer] else "none"
-        axes.barh(layer, 1, height=0.72, facecolor=face, edgecolor=colours[layer], linewidth=1.2)
-    every = 1 if count <= 20 else 5
-    axes.set_yticks(range(0, count, every))
+    faces = colours * [1, 1, 1, 0]
+    faces[is_linear] = colours[is_linear]
+    axes.barh(range(count), 1, height=0.72, color=faces, edgecolor=colours, linewidth=1.2)
+    axes.set_yticks(range(0, count, 1 if count <= 20 else 5))
     axes.set_ylim(count - 0.4, -0.6)
     axes.set_xlim(0, 1.04)
     axes.set_xticks([])

@@ -1,7 +1,6 @@
 """Sampling for a comparison: every model gets the same prompts, noise, noise levels and judge."""
 
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -12,16 +11,15 @@ from torch import Tensor, nn
 
 from ..demo.classifier import Judge, load_judge
 from ..demo.prompts import parse_prompt
-from ..flow import Recipe, VelocityFn, bind_guided, make_sigmas
-from ..models.attention import LinearAttention
+from ..flow import Recipe, VelocityFn, add_noise, bind, bind_guided, make_sigmas
+from ..models.attention import LinearAttention, MixedAttention
 from ..models.attention_sites import attention_at, shapes_of
-from ..models.experts import parts_of
+from ..models.experts import expert_at, parts_of
 from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..teacher.teacher import Teacher
 from . import metrics
 from .config import CompareConfig
-from .features import teacher_features
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +31,8 @@ _SEED = 0x7E57_0000
 # Features are taken under noise that no sample was made from.
 _FEATURE_SEED = 0x1_0000
 _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
-_TENSORS = ("latents", "frames", "features", "digit_logits", "motion_logits")
+# Enough noise for the model to be at home, little enough for it to see what is there.
+FEATURE_SIGMA = 0.25
 
 Row = dict[str, Any]
 
@@ -70,6 +69,7 @@ class Samples:
     """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
 
     counts: the model's linear layers and all its layers. steps: of the sampler.
+    video_measures: see `metrics.summarize_videos`.
     teacher_features: once `Evaluator.describe` was called.
     """
 
@@ -79,15 +79,11 @@ class Samples:
     latents: Tensor
     frames: Tensor
     features: Tensor
-    digit_logits: Tensor | None
-    motion_logits: Tensor | None
     seconds: float
+    video_measures: dict[str, Tensor]
+    digit_logits: Tensor | None = None
+    motion_logits: Tensor | None = None
     teacher_features: Tensor | None = None
-
-    @functools.cached_property
-    def video_statistics(self) -> metrics.VideoStatistics | None:
-        """What is measured of the frames alone, once."""
-        return metrics.summarize_videos(self.frames)
 
 
 class Evaluator:
@@ -142,13 +138,13 @@ class Evaluator:
         """
         if recipe is None:
             recipe = Recipe(sigmas=self.sigmas, guidance_scale=self.settings.guidance_scale)
-        count, size, steps = self.settings.num_samples, self.settings.batch_size, len(recipe.sigmas)
+        count, size = self.settings.num_samples, self.settings.batch_size
+        steps, starts = len(recipe.sigmas) - 1, range(0, count, size)
+        self.callbacks.on_stage("evaluation", len(starts) * steps, detail=name)
         batches, total = [], 0.0
-        for start in range(0, count, size):
+        for start in starts:
             part = slice(start, min(start + size, count))
-            if start == 0:
-                self.callbacks.on_stage("evaluation", -(-count // size) * (steps - 1), detail=name)
-            on_step = self._watch(part, steps - 1, keep=is_teacher and start == 0)
+            on_step = self._watch(len(batches) * steps, keep=is_teacher and start == 0)
             velocity_fn = self.bind(model, part, recipe.guidance_scale)
             noise = self.noise[part].to(self.device)
             if start == 0:
@@ -159,10 +155,15 @@ class Evaluator:
             latents = recipe.sample(velocity_fn, noise, seed=self.seed + start, on_step=on_step)
             total += self._clock() - started
             batches.append(self._judge(latents))
-        columns = dict(zip(_TENSORS, zip(*batches, strict=True), strict=True))
-        joined = {k: None if t[0] is None else torch.cat(t) for k, t in columns.items()}
-        counts = count_linear_layers(model)
-        return Samples(model=name, counts=counts, steps=steps - 1, seconds=total, **joined)
+        tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        return Samples(
+            model=name,
+            counts=count_linear_layers(model),
+            steps=steps,
+            seconds=total,
+            video_measures=metrics.summarize_videos(tensors["frames"]),
+            **tensors,
+        )
 
     def describe(self, samples: Samples) -> None:
         """Add the teacher's features of the samples.
@@ -179,20 +180,22 @@ class Evaluator:
             found.append(features.cpu())
         samples.teacher_features = torch.cat(found)
 
+    @torch.no_grad()
     def compare_velocities(self, name: str, model: nn.Module) -> list[Row]:
-        """Compare a student's velocity with the teacher's at the kept states."""
-        states, references = (torch.stack(part) for part in zip(*self.states.values(), strict=True))
-        sigmas = self.sigmas[list(self.states)]
-        velocity_fn = self.bind(model, slice(0, states.shape[1]), self.settings.guidance_scale)
-        errors, cosines = metrics.velocity_error_by_sigma(velocity_fn, states, references, sigmas)
-        columns = (x.tolist() for x in (sigmas, errors.mean(dim=1), cosines.mean(dim=1)))
-        return [
-            {"model": name, "sigma": sigma, "velocity_error": error, "velocity_cosine": cosine}
-            for sigma, error, cosine in zip(*columns, strict=True)
-        ]
+        """Return a student's velocity error and cosine at each noise level of the kept states."""
+        (first, _), *_ = self.states.values()
+        velocity_fn = self.bind(model, slice(0, len(first)), self.settings.guidance_scale)
+        rows = []
+        for i, (state, velocity) in self.states.items():
+            sigma = self.sigmas[i]
+            found = velocity_fn(state, sigma.to(state.device).expand(len(state)))
+            error, cosine = (x.mean().item() for x in metrics.velocity_error(found, velocity))
+            row = {"velocity_error": error, "velocity_cosine": cosine}
+            rows.append({"model": name, "sigma": sigma.item(), **row})
+        return rows
 
     def measure(self, samples: Samples, teacher: Samples, velocity_rows: list[Row] | None) -> Row:
-        """Return the row of one model.
+        """Return the row of one model, both described.
 
         velocity_rows: none for the teacher itself, and for models that are not sampled along its
             trajectories.
@@ -200,65 +203,98 @@ class Evaluator:
         With a judge `digit` and `motion` are the fractions of samples that show what their prompt
         asks for, and `frechet` is the distance to real clips.
         """
-        row: Row = {"model": samples.model}
-        row["linear_layers"], row["layers"] = samples.counts
+        linear_layers, layers = samples.counts
+        row: Row = {"model": samples.model, "linear_layers": linear_layers, "layers": layers}
         if self.labels is not None:
             digits, directions = self.labels
             row["digit"] = metrics.accuracy(samples.digit_logits, digits)
             row["motion"] = metrics.accuracy(samples.motion_logits, directions)
         own, others = (metrics.feature_statistics(x.features) for x in (samples, teacher))
         if self.judge is not None:
-            row["frechet"] = metrics.frechet_distance(
-                *own, self.judge.real_mean, self.judge.real_cov
-            )
+            real = (self.judge.real_mean, self.judge.real_cov)
+            row["frechet"] = metrics.frechet_distance(*own, *real)
         row["seconds"] = samples.seconds
         row["steps"] = samples.steps
         row["seconds_per_video"] = samples.seconds / len(samples.latents)
-        row["frechet_to_teacher"] = (
-            0.0 if samples is teacher else metrics.frechet_distance(*own, *others)
+        is_teacher = samples is teacher
+        row["frechet_to_teacher"] = 0.0 if is_teacher else metrics.frechet_distance(*own, *others)
+        row["frechet_teacher_features"] = metrics.frechet_distance_of(
+            samples.teacher_features, teacher.teacher_features
         )
-        if samples.teacher_features is not None and teacher.teacher_features is not None:
-            row["frechet_teacher_features"] = metrics.frechet_distance_of(
-                samples.teacher_features, teacher.teacher_features
-            )
         distance = metrics.sample_distance(samples.latents, teacher.latents)
         row["distance_to_teacher"] = distance.mean().item()
-        row |= metrics.compare_videos(samples.video_statistics, teacher.video_statistics)
+        row |= metrics.compare_videos(samples.video_measures, teacher.video_measures)
         variety = [metrics.diversity(x.latents, self.prompt_index) for x in (samples, teacher)]
         row["diversity"] = metrics.ratio(*variety)
         for key, perfect in (("velocity_error", 0.0), ("velocity_cosine", 1.0)):
             if velocity_rows:
                 row[key] = sum(r[key] for r in velocity_rows) / len(velocity_rows)
-            elif samples is teacher:
+            elif is_teacher:
                 row[key] = perfect
         return row
 
-    def _watch(
-        self, part: slice, steps: int, *, keep: bool
-    ) -> Callable[[int, Tensor, Tensor], None]:
-        batches_before = part.start // self.settings.batch_size
-
+    def _watch(self, done: int, *, keep: bool) -> Callable[[int, Tensor, Tensor], None]:
         def on_step(i: int, latents: Tensor, velocity: Tensor) -> None:
             if keep and i in self.levels:
                 few = slice(0, _NUM_STATE_SAMPLES)
                 self.states[i] = (latents[few].clone(), velocity[few].clone())
-            self.callbacks.on_step_end(batches_before * steps + i + 1)
+            self.callbacks.on_step_end(done + i + 1)
 
         return on_step
 
     @torch.no_grad()
-    def _judge(self, latents: Tensor) -> tuple[Tensor | None, ...]:
-        """Return a batch's part of each of `_TENSORS`."""
+    def _judge(self, latents: Tensor) -> dict[str, Tensor]:
+        """Return a batch's part of each tensor of `Samples`."""
         frames = self.teacher.decode(latents).float()
+        found = {"latents": latents, "frames": frames}
         if self.judge is None:
-            return latents.cpu(), frames.cpu(), metrics.latent_features(latents).cpu(), None, None
-        digit_logits, motion_logits, features = (x.cpu() for x in self.judge(frames))
-        return latents.cpu(), frames.cpu(), features, digit_logits, motion_logits
+            found["features"] = metrics.latent_features(latents)
+        else:
+            names = ("digit_logits", "motion_logits", "features")
+            found |= zip(names, self.judge(frames), strict=True)
+        return {name: tensor.cpu() for name, tensor in found.items()}
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+@torch.no_grad()
+def teacher_features(
+    teacher: nn.Module, latents: Tensor, noise: Tensor, embeds: Tensor, *, precision: str = "fp32"
+) -> Tensor:
+    """Return the output of the middle layer's self-attention at sigma 0.25, averaged over tokens.
+
+    A diffusion model's activations at low noise tell content as a trained classifier's do (Tang et
+    al. 2023), so a Frechet distance on them needs no other network for any kind of video. Attention
+    is computed on normalised input: no few huge channels of the residual stream decide.
+
+    latents: [B, C, F, H, W], x0. noise: alike; the same for all models that are compared.
+    embeds: [S, T], one prompt for all, such as the negative one, so that prompts tell nothing.
+
+    Returns [B, N D] fp32.
+    Raises ValueError where the model has linear layers: it is no teacher then.
+    """
+    expert = expert_at(teacher, FEATURE_SIGMA)
+    _, sites = identify(shapes_of(expert))
+    modules = [attention_at(expert, site) for site in sites]
+    if any(isinstance(module, LinearAttention | MixedAttention) for module in modules):
+        raise ValueError("the model has linear layers; features are taken from the teacher alone")
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(output.float().mean(dim=1).flatten(1))
+
+    sigma = torch.full((len(latents),), FEATURE_SIGMA, device=latents.device)
+    velocity_fn = bind(teacher, embeds.expand(len(latents), -1, -1), precision=precision)
+    hook = modules[len(modules) // 2].register_forward_hook(keep)
+    try:
+        velocity_fn(add_noise(latents, noise, sigma), sigma)
+    finally:
+        hook.remove()
+    (features,) = found
+    return features
 
 
 def count_linear_layers(model: nn.Module) -> tuple[int, int]:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..run.drawing import find_font
 from ..run.files import replacing
+from .plots import FONTS
 
 _STRIP_FRAME_SIZE = 96
 _ANIMATION_SCALE = 3
@@ -116,7 +116,7 @@ def _enlarge(frame: np.ndarray, scale: int) -> Image.Image:
 
 
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(find_font(bold=bold)), size)
+    return ImageFont.truetype(FONTS / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -4,11 +4,10 @@ Wan pads every prompt to one length with zeros. A file holds the rows up to its 
 `padded_to` in its header says how long the model wants them.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,21 +71,27 @@ def encode_once(
     if find_identity(path) == identity:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _kept(path.with_name(f"{path.stem}.unfinished.safetensors"), identity) as rows:
-        total = len(prompts) + 1
-        callbacks = callbacks or Callbacks()
-        callbacks.on_stage("encoding_prompts", total, len(rows))
+    unfinished = path.with_name(f"{path.stem}.unfinished.safetensors")
+    rows = _read_rows(unfinished) if find_identity(unfinished) == identity else []
+    callbacks = callbacks or Callbacks()
+    callbacks.on_stage("encoding_prompts", len(prompts) + 1, len(rows))
+    try:
         for text in [negative, *prompts][len(rows) :]:
-            rows.append(encode(text).detach().cpu())
-            _check_row(text, rows)
+            rows.append(_check_row(text, encode(text).detach().cpu(), rows))
             callbacks.on_step_end(len(rows))
             if len(rows) % _KEPT_EVERY == 0:
-                rows.save()
-        negative_embeds, *prompt_embeds = rows.trimmed()
+                _write_rows(unfinished, rows, identity)
+        negative_embeds, *prompt_embeds = _trim(rows)
         tensors = {"negative_embeds": negative_embeds, "prompt_embeds": torch.stack(prompt_embeds)}
         metadata = {"identity": identity, "padded_to": str(len(rows[0]))}
         texts = {"prompts": json.dumps(list(prompts)), "negative_prompt": negative}
         write_tensors(path, tensors, metadata | texts)
+    # An interruption, also a host's own, is no Exception.
+    except BaseException:
+        if rows:
+            _write_rows(unfinished, rows, identity)
+        raise
+    unfinished.unlink(missing_ok=True)
     return True
 
 
@@ -121,51 +126,32 @@ def read_embeds(path: Path) -> PromptEmbeds:
     return PromptEmbeds(_read_texts(metadata, shapes[0][0]), *embeds)
 
 
-class _Rows(list):
-    """Encoded prompts [S, T] in order, kept in a file while there are more to come."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        super().__init__()
-        self.path = path
-        self.metadata = {"identity": identity}
-        if find_identity(path) == identity:
-            with safe_open(path, framework="pt") as file:
-                length = int(file.metadata()["padded_to"])
-                self.extend(_pad(row, length) for row in file.get_tensor("rows"))
-
-    def trimmed(self) -> list[Tensor]:
-        """Return the rows without the padding that all of them end with."""
-        longest = max(_count_tokens(row) for row in self)
-        return [row[:longest].clone() for row in self]
-
-    def save(self) -> None:
-        """Write down what is there."""
-        metadata = {**self.metadata, "padded_to": str(len(self[0]))}
-        write_tensors(self.path, {"rows": torch.stack(self.trimmed())}, metadata)
+def _read_rows(path: Path) -> list[Tensor]:
+    with safe_open(path, framework="pt") as file:
+        length = int(file.metadata()["padded_to"])
+        return [_pad(row, length) for row in file.get_tensor("rows")]
 
 
-@contextlib.contextmanager
-def _kept(path: Path, identity: str) -> Iterator[_Rows]:
-    rows = _Rows(path, identity)
-    try:
-        yield rows
-    # An interruption, also a host's own, is no Exception.
-    except BaseException:
-        if rows:
-            rows.save()
-        raise
-    path.unlink(missing_ok=True)
+def _write_rows(path: Path, rows: Sequence[Tensor], identity: str) -> None:
+    metadata = {"identity": identity, "padded_to": str(len(rows[0]))}
+    write_tensors(path, {"rows": torch.stack(_trim(rows))}, metadata)
 
 
-def _check_row(text: str, rows: _Rows) -> None:
-    row = rows[-1]
-    if row.ndim != 2 or row.shape != rows[0].shape or not row.isfinite().all():
-        rows.pop()
+def _trim(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return rows [S, T] without the padding that all of them end with."""
+    longest = max(map(_count_tokens, rows))
+    return [row[:longest].clone() for row in rows]
+
+
+def _check_row(text: str, row: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Return a prompt's embeddings; ValueError for others than finite ones as long as `rows`."""
+    if row.ndim != 2 or (rows and row.shape != rows[0].shape) or not row.isfinite().all():
         raise ValueError(
             f"the prompt {text[:60]!r} became embeddings of shape {list(row.shape)}; finite ones "
             f"of {list(rows[0].shape) if rows else '[S, T]'} are needed: shorten the prompt, or "
             "use another text encoder"
         )
+    return row
 
 
 def _count_tokens(row: Tensor) -> int:

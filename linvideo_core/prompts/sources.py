@@ -10,7 +10,15 @@ from ..run.memory import Need, check_memory
 from . import NEGATIVE_PROMPT, default_prompts, read_prompts
 from .config import PromptConfig
 from .embeddings import PromptEmbeds, encode_once, find_identity, identity_of, read_embeds
-from .text_encoder import MAX_TOKENS, TextEncoder, computed_in, open_encoder
+from .text_encoder import (
+    MAX_TOKENS,
+    TextEncoder,
+    clean,
+    computed_in,
+    cut,
+    open_encoder,
+    open_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +27,12 @@ EMBEDS_NAME = "prompts.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredPrompts:
-    """Embeddings that were encoded elsewhere."""
+    """Embeddings that were encoded elsewhere; `width` is T."""
 
     path: Path
     embeds: PromptEmbeds
     verb = "holds"
-
-    @property
-    def width(self) -> int:
-        """The width T of the embeddings."""
-        return self.embeds.prompt_embeds.shape[2]
+    width = property(lambda self: self.embeds.prompt_embeds.shape[2])
 
     def need(self, device: str) -> Need:
         """Return what the embeddings take on a device."""
@@ -43,22 +47,14 @@ class StoredPrompts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WrittenPrompts:
-    """Prompts in words, with the encoder that they are for."""
+    """Prompts in words, with the encoder that they are for; `path` is the encoder's."""
 
     encoder: TextEncoder
     prompts: list[str]
     negative: str
     verb = "gives"
-
-    @property
-    def path(self) -> Path:
-        """Where the encoder lies."""
-        return self.encoder.path
-
-    @property
-    def width(self) -> int:
-        """The width T of the embeddings."""
-        return self.encoder.width
+    path = property(lambda self: self.encoder.path)
+    width = property(lambda self: self.encoder.settings["d_model"])
 
     def need(self, device: str) -> Need:
         """Return what the embeddings take on a device."""
@@ -76,18 +72,16 @@ class WrittenPrompts:
             weights = Need("the text encoder", size * self.encoder.num_parameters)
             check_memory([weights], device, "encode on another {device}, or export the embeddings")
             logger.info("encoding %d prompts into %s", len(self.prompts), path)
-            encode = self.encoder.load(device)
-            try:
+            tokenize = open_tokenizer(self.encoder.tokenizer)
+            with self.encoder.load(device) as embed:
                 encode_once(
                     path,
                     self.prompts,
                     self.negative,
-                    encode,
+                    lambda text: embed(cut(tokenize(clean(text)))),
                     identity=identity,
                     callbacks=callbacks,
                 )
-            finally:
-                encode.free()
         return read_embeds(path)
 
 

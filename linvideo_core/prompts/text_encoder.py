@@ -7,14 +7,14 @@ the tokenizer lies too; headers alone decide whether they fit. `transformers`, `
 `ftfy` are an optional extra.
 """
 
+import contextlib
 import dataclasses
-import gc
 import hashlib
 import html
 import importlib.util
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -37,8 +37,6 @@ _FORMS = (
 )
 _DTYPES = ("F16", "BF16", "F32")
 
-Tokenize = Callable[[str], list[int]]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEncoder:
@@ -53,11 +51,6 @@ class TextEncoder:
     tensors: Mapping[str, StoredTensor]
     tokenizer: Path
     settings: Mapping[str, int]
-
-    @property
-    def width(self) -> int:
-        """The width T of the embeddings."""
-        return self.settings["d_model"]
 
     @property
     def num_parameters(self) -> int:
@@ -75,12 +68,30 @@ class TextEncoder:
         digest.update(_read_tokenizer(self.tokenizer))
         return digest.hexdigest()
 
-    def load(self, device: torch.device | str) -> "Encode":
-        """Return the encoder at work, see `computed_in`."""
-        from transformers import UMT5Config, UMT5EncoderModel
+    @contextlib.contextmanager
+    def load(self, device: torch.device | str) -> Iterator[Callable[[list[int]], Tensor]]:
+        """Yield what makes embeddings [512, T] of at most 512 tokens, zeros after the last.
 
-        with torch.device("meta"):
-            model = UMT5EncoderModel(UMT5Config(**self.settings))
+        Computed as `computed_in` says; the memory of the weights is given back afterwards.
+        """
+        model = self._load_model(device)
+
+        @torch.no_grad()
+        def embed(tokens: list[int]) -> Tensor:
+            ids = torch.tensor([tokens], device=device)
+            embeds = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            return nn.functional.pad(embeds[0], (0, 0, 0, MAX_TOKENS - len(tokens)))
+
+        try:
+            yield embed
+        finally:
+            # Whoever still holds `embed` holds no weights.
+            model.to("meta")
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _load_model(self, device: torch.device | str) -> nn.Module:
+        model = _make_model(self.settings)
         dtype = computed_in(device)
         state = {}
         stored = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[0]))
@@ -90,35 +101,15 @@ class TextEncoder:
         state[_EMBEDDED] = state[_SHARED]
         names = model.state_dict().keys()
         model.load_state_dict({name: state[name] for name in names}, assign=True)
-        model.eval().requires_grad_(False)
-        return Encode(model, open_tokenizer(self.tokenizer), device)
+        return model.eval().requires_grad_(False)
 
 
-class Encode:
-    """A text -> its embeddings [512, T], zeros after its last token."""
+def _make_model(settings: Mapping[str, int]) -> nn.Module:
+    """Return the encoder on the meta device."""
+    from transformers import UMT5Config, UMT5EncoderModel
 
-    def __init__(self, model: nn.Module, tokenize: Tokenize, device: torch.device | str) -> None:
-        self.model: nn.Module | None = model
-        self.tokenize = tokenize
-        self.device = device
-
-    def __call__(self, text: str) -> Tensor:
-        """Encode one prompt."""
-        return self.embed(cut(self.tokenize(clean(text))))
-
-    @torch.no_grad()
-    def embed(self, tokens: list[int]) -> Tensor:
-        """Return the embeddings [512, T] of at most 512 tokens."""
-        ids = torch.tensor([tokens], device=self.device)
-        embeds = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return nn.functional.pad(embeds[0], (0, 0, 0, MAX_TOKENS - len(tokens)))
-
-    def free(self) -> None:
-        """Give the memory of the weights back."""
-        self.model = None
-        gc.collect()
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+    with torch.device("meta"):
+        return UMT5EncoderModel(UMT5Config(**settings))
 
 
 def computed_in(device: torch.device | str) -> torch.dtype:
@@ -141,11 +132,13 @@ def cut(tokens: list[int]) -> list[int]:
 
 
 def open_encoder(path: Path, tokenizer: Path | None = None) -> TextEncoder:
-    """Read an encoder's headers, see `read_encoder`, where the optional extra is there to run it.
-
-    Raises ValueError, in one sentence, where it is missing.
-    """
-    check_extra()
+    """Return `read_encoder`'s; raises SettingError where an optional package is missing."""
+    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+        raise SettingError(
+            f"encoding prompts needs {', '.join(missing)}, not installed here; pip install "
+            f"{' '.join(EXTRA)}, or give {{prompts}} a safetensors file of embeddings",
+            "prompts",
+        )
     return read_encoder(path, tokenizer)
 
 
@@ -179,18 +172,7 @@ def read_encoder(path: Path, tokenizer: Path | None = None) -> TextEncoder:
     return TextEncoder(path=path, tensors=tensors, tokenizer=found, settings=settings)
 
 
-def check_extra() -> None:
-    """Raise ValueError where one of the optional packages is missing."""
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise SettingError(
-            f"encoding prompts needs {', '.join(missing)}, not installed here; pip install "
-            f"{' '.join(EXTRA)}, or give {{prompts}} a safetensors file of embeddings",
-            "prompts",
-        )
-
-
-def open_tokenizer(path: Path) -> Tokenize:
+def open_tokenizer(path: Path) -> Callable[[str], list[int]]:
     """Return what makes tokens of a text, from a file that `TextEncoder` names."""
     data = _read_tokenizer(path)
     if path.suffix == ".json":
@@ -267,11 +249,8 @@ def _check(tensors: Mapping[str, StoredTensor], settings: Mapping[str, int]) -> 
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name} is stored as {tensor.dtype}, a quantised encoder")
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**settings))
-    needed = {n: tuple(t.shape) for n, t in model.state_dict().items() if n != _EMBEDDED}
+    state = _make_model(settings).state_dict()
+    needed = {name: tuple(t.shape) for name, t in state.items() if name != _EMBEDDED}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     if needed != given:
         names = [n for n in {**needed, **given} if given.get(n) != needed.get(n)]

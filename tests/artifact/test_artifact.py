@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +95,7 @@ def make_small(parameters: str = "full") -> Artifact:
             lora_rank=2 if parameters == "lora" else 0,
             objective="velocity",
             steps=5,
+            sigmas=(1.0, 0.75, 0.3, 0.0),
             provenance=PROVENANCE,
         ),
         linear={
@@ -150,8 +150,8 @@ def assert_same(left: Artifact, right: Artifact, dtype: torch.dtype) -> None:
         assert torch.equal(ours[name].to(dtype), theirs[name]), name
 
 
-def assert_refused(made: Artifact, model: nn.Module, sentence: str) -> None:
-    with pytest.raises(ArtifactError, match=sentence), artifact.apply(made, model):
+def assert_refused(made: Artifact, model: nn.Module, sentence: str, **how: object) -> None:
+    with pytest.raises(ArtifactError, match=sentence), artifact.apply(made, model, **how):
         pass
 
 
@@ -167,13 +167,15 @@ def rewrite(path: Path, change: Callable[[Tensors, Entries], object]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_round_trip_keeps_everything(tmp_path: Path, parameters: str, dtype: torch.dtype) -> None:
-    made = make_artifact(parameters)[2]
+    made = make_small(parameters)
     artifact.save(made, tmp_path / "a.safetensors", dtype=dtype)
     assert_same(made, artifact.load(tmp_path / "a.safetensors"), dtype)
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_tensors_carry_the_names_that_lora_loaders_read(tmp_path: Path) -> None:
+def test_tensors_have_names_that_lora_loaders_read_and_the_header_is_json(
+    tmp_path: Path,
+) -> None:
     names = set()
     for parameters in ("full", "lora"):
         artifact.save(make_small(parameters), tmp_path / "a.safetensors")
@@ -189,10 +191,6 @@ def test_tensors_carry_the_names_that_lora_loaders_read(tmp_path: Path) -> None:
         "diffusion_model.blocks.0.self_attn.q.lora_down.weight",
         "diffusion_model.blocks.0.self_attn.q.lora_up.weight",
     }
-
-
-def test_header_entries_are_readable_json(tmp_path: Path) -> None:
-    artifact.save(make_small(), tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         entries = file.metadata()
     assert entries["linvideo.layers"] == "[0, 2]"
@@ -209,8 +207,15 @@ def test_applied_model_is_the_student(tmp_path: Path, parameters: str) -> None:
     assert (before - expected).abs().max() > 10 * FP16_TOLERANCE["atol"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("parameters", PARAMETERS)
+@pytest.mark.parametrize(
+    ("parameters", "dtype"),
+    [
+        ("full", torch.float32),
+        ("full", torch.float16),
+        ("lora", torch.bfloat16),
+        ("feature_maps", torch.float32),
+    ],
+)
 def test_afterwards_the_model_is_bit_for_bit_what_it_was(
     parameters: str, dtype: torch.dtype
 ) -> None:
@@ -252,14 +257,10 @@ def test_apply_leaves_random_numbers_alone() -> None:
         assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), float("inf"), "1", None])
-def test_impossible_strength_is_refused(strength: object) -> None:
+def test_impossible_strength_is_refused() -> None:
     teacher, _, made = make_artifact("feature_maps")
-    with (
-        pytest.raises(ArtifactError, match="strength"),
-        artifact.apply(made, teacher, strength=strength),
-    ):
-        pass
+    for strength in (-0.1, 2.1, float("nan"), float("inf"), "1", None):
+        assert_refused(made, teacher, "strength", strength=strength)
 
 
 def test_applying_twice_is_refused() -> None:
@@ -360,24 +361,18 @@ def test_extract_describes_the_student() -> None:
     assert header.provenance == PROVENANCE
 
 
-def test_extract_leaves_out_unchanged_weights() -> None:
-    teacher = make_teacher()
-    student = make_student(teacher, "feature_maps")
-    student.blocks[1].modulation.data.add_(1)
-    settings = {"objective": "adm", "steps": 1, "provenance": {}}
-    made = artifact.extract(student, teacher, parameters="full", **settings)
-    assert list(made.deltas) == ["blocks.1.modulation"]
+SETTINGS = {"objective": "adm", "steps": 1, "provenance": {}}
 
 
-def test_extract_warns_of_changes_that_the_file_does_not_keep(
+def test_extract_leaves_out_unchanged_weights_and_warns_of_changes_that_no_file_keeps(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     teacher = make_teacher()
     student = make_student(teacher, "feature_maps")
+    student.blocks[1].modulation.data.add_(1)
     student.head.head.bias.data.add_(1)
-    settings = {"objective": "adm", "steps": 1, "provenance": {}}
-    with caplog.at_level(logging.WARNING):
-        artifact.extract(student, teacher, parameters="full", **settings)
+    made = artifact.extract(student, teacher, parameters="full", **SETTINGS)
+    assert list(made.deltas) == ["blocks.1.modulation"]
     assert "first: head.head.bias" in caplog.text
 
 
@@ -406,70 +401,50 @@ def test_extract_refuses_a_student_that_is_not_ready(
     teacher = make_teacher()
     student = make_student(teacher, trained)
     spoil(student)
-    settings = {"parameters": parameters, "objective": "adm", "steps": 1, "provenance": {}}
     with pytest.raises(ArtifactError, match=sentence):
-        artifact.extract(student, teacher, **settings)
+        artifact.extract(student, teacher, parameters=parameters, **SETTINGS)
 
 
 def test_extract_refuses_another_teacher() -> None:
     student = make_student(make_teacher(), "feature_maps")
-    settings = {"objective": "adm", "steps": 1, "provenance": {}}
     with pytest.raises(ArtifactError, match=r"3 layers.* 4 layers"):
-        artifact.extract(student, make_teacher(num_layers=4), parameters="full", **settings)
+        artifact.extract(student, make_teacher(num_layers=4), parameters="full", **SETTINGS)
     for teacher, parameters in ((student, "full"), (copy.deepcopy(student), "feature_maps")):
         with pytest.raises(ArtifactError, match="teacher has linear layers"):
-            artifact.extract(student, teacher, parameters=parameters, **settings)
+            artifact.extract(student, teacher, parameters=parameters, **SETTINGS)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("format_version", True),
-        ("format_version", 0),
-        ("family", ""),
-        ("family", "wan\x1b[31m"),
-        ("fingerprint", "x" * 1000),
-        ("weights_digest", "not hexadecimal!"),
-        ("linear_layers", ()),
-        ("linear_layers", (0, 0)),
-        ("linear_layers", (2, 0)),
-        ("linear_layers", (0, 3)),
-        ("linear_layers", (-1, 0)),
-        ("linear_layers", (0, 10**30)),
-        ("linear_layers", (0, 1.0)),
-        ("linear_layers", [0, 2]),
-        ("site_names", ("blocks.0.self_attn",)),
-        ("site_names", ("blocks.0.self_attn",) * 2),
-        ("num_layers", 10**30),
-        ("num_layers", None),
-        ("feature_map", "relu"),
-        ("feature_dim", 7),
-        ("feature_dim", 2**40),
-        ("parameters", ["full"]),
-        ("lora_rank", 4),
-        ("steps", -1),
-        ("steps", 1.5),
-        ("sigmas", (1.0,)),
-        ("sigmas", (1.0, 0.5)),
-        ("sigmas", (0.5, 0.7, 0.0)),
-        ("sigmas", (float("nan"), 0.0)),
-        ("sigmas", (10**400, 0)),
-        ("sigmas", ("1", 0)),
-        ("usage", {"width": 832}),
-        ("weights_sketch", (0.1,) * 63),
-        ("weights_sketch", [0.1] * 64),
-        ("weights_sketch", (0.1,) * 63 + (float("nan"),)),
-        ("weights_sketch", (0.1,) * 63 + (1.5,)),
-        ("weights_sketch", (0.1,) * 63 + (True,)),
-        ("provenance", "made by hand"),
-        ("provenance", {"loss": float("inf")}),
-        ("provenance", {"config": {"nested": 1}}),
-        ("provenance", {3: "x"}),
+ABSURD = {
+    "family": ["", "wan\x1b[31m"],
+    "fingerprint": ["x" * 1000],
+    "weights_digest": ["not hexadecimal!"],
+    "linear_layers": [(), (0, 0), (2, 0), (0, 3), (-1, 0), (0, 10**30), (0, 1.0), [0, 2]],
+    "site_names": [("blocks.0.self_attn",), ("blocks.0.self_attn",) * 2],
+    "num_layers": [10**30, None],
+    "feature_map": ["relu"],
+    "feature_dim": [7, 2**40],
+    "parameters": [["full"]],
+    "lora_rank": [4],
+    "steps": [-1, 1.5],
+    "sigmas": [
+        *((1.0,), (1.0, 0.5), (0.5, 0.7, 0.0), (1.0, 1.0, 0.0)),
+        *((float("nan"), 0.0), (10**400, 0), ("1", 0)),
     ],
-)
-def test_absurd_header_values_are_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(ArtifactError, match=field):
-        dataclasses.replace(make_small().header, **{field: value})
+    "usage": [{"width": 832}],
+    "weights_sketch": [
+        *((0.1,) * 63, [0.1] * 64),
+        *((0.1,) * 63 + (last,) for last in (float("nan"), 1.5, True)),
+    ],
+    "provenance": ["by hand", {"loss": float("inf")}, {"config": {"nested": 1}}, {3: "x"}],
+}
+
+
+@pytest.mark.parametrize("field", ABSURD)
+def test_absurd_header_values_are_refused_by_name(field: str) -> None:
+    header = make_small().header
+    for value in ABSURD[field]:
+        with pytest.raises(ArtifactError, match=field):
+            dataclasses.replace(header, **{field: value})
 
 
 def _rename(old: str, new: str) -> Callable[[Tensors, Entries], None]:
@@ -513,13 +488,11 @@ DEFECTS = {
     ),
     "header stripped": (lambda t, e: e.clear(), "header is gone"),
     "newer version": (_put(format_version="4"), "update LinVideo"),
-    "version of other fields": (_put(format_version="2"), "linvideo.map_sharing' is missing"),
+    "older version": (_put(format_version="2"), "make the file again"),
     "newer version, other fields": (
         lambda t, e: (e.clear(), e.update({"linvideo.format_version": "7"})),
         "update LinVideo",
     ),
-    "version zero": (_put(format_version="0"), "format_version is 0"),
-    "version in words": (_put(format_version='"one"'), "format_version is 'one'"),
     "version true": (_put(format_version="true"), "format_version is True"),
     "entry missing": (_drop("linvideo.layers"), "linvideo.layers' is missing"),
     "entry unknown": (_put(surprise="1"), "linvideo.surprise' is unknown"),
@@ -530,8 +503,6 @@ DEFECTS = {
     "entry long": (_put(objective=json.dumps("x" * 2**21)), "linvideo.objective.* too long"),
     "entry infinite": (_put(steps="1e999"), "steps is inf"),
     "entry of another type": (_put(layers='{"0": 2}'), "linear_layers is"),
-    "layers empty": (_put(layers="[]", site_names="[]"), "linear_layers is"),
-    "layer twice": (_put(layers="[0, 0]"), "each layer once"),
     "layer out of range": (_put(layers="[0, 3]"), "has no layer 3"),
     "mask without maps": (_drop(ALIASES["query"], ALIASES["key"]), "of layer 0 is missing"),
     "one map missing": (_drop(ALIASES["key"]), "'key_map' of layer 0 is missing"),
@@ -595,17 +566,16 @@ def test_a_defect_is_named_in_one_sentence(
         (b"\xff" * 64, "not a safetensors file"),
     ],
 )
-def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_a_file_of_another_kind_or_none_is_named(
+    tmp_path: Path, content: bytes, sentence: str
+) -> None:
     path = tmp_path / "a.safetensors"
+    for missing in (path, tmp_path):
+        with pytest.raises(ArtifactError, match="does not exist"):
+            artifact.load(missing)
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=sentence):
         artifact.load(path)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.safetensors", tmp_path):
-        with pytest.raises(ArtifactError, match="does not exist"):
-            artifact.load(path)
 
 
 def test_a_tensor_larger_than_the_file_is_refused_before_it_is_made(tmp_path: Path) -> None:
@@ -630,7 +600,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     path = tmp_path_factory.mktemp("damaged") / "a.safetensors"
     small = make_small()
     usage = Usage(width=832, height=480, guidance_scale=5.0, sigma_from=1.0, sigma_to=0.9)
-    told = {"format_version": 3, "usage": usage, "weights_sketch": 64 * (0.1,)}
+    told = {"usage": usage, "weights_sketch": 64 * (0.1,)}
     header = dataclasses.replace(small.header, **told)
     artifact.save(dataclasses.replace(small, header=header), path)
     return path, path.read_bytes()
@@ -642,7 +612,6 @@ def assert_valid_or_refused(path: Path) -> None:
     except ArtifactError as error:
         str(error).encode()
         return
-    made.validate()
     assert all(tensor.isfinite().all() for tensor in tensors_of(made).values())
     artifact.save(made, path, dtype=torch.float32)
     assert tensors_of(artifact.load(path)).keys() == tensors_of(made).keys()
@@ -717,51 +686,22 @@ def test_a_loaded_artifact_outlives_its_file(tmp_path: Path) -> None:
     assert_same(made, loaded, torch.float32)
 
 
-def _spoil_nan(made: Artifact) -> Artifact:
-    return dataclasses.replace(made, deltas={"x.weight": torch.tensor([1.0, float("nan")])})
-
-
-def _spoil_overflow(made: Artifact) -> Artifact:
-    return dataclasses.replace(made, deltas={"x.weight": torch.tensor([1e6])})
-
-
-def _spoil_names(made: Artifact) -> Artifact:
-    return dataclasses.replace(made, deltas={"x.weight": torch.ones(2), "x": torch.ones(2)})
-
-
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ("deltas", "sentence"),
     [
-        (_spoil_nan, "x.diff holds NaN"),
-        (_spoil_overflow, "too large for torch.float16"),
-        (_spoil_names, "two weight changes are called"),
+        ({"x.weight": torch.tensor([1.0, float("nan")])}, "x.diff holds NaN"),
+        ({"x.weight": torch.tensor([1e6])}, "too large for torch.float16"),
+        ({"x.weight": torch.ones(2), "x": torch.ones(2)}, "two weight changes are called"),
     ],
 )
 def test_a_refused_save_keeps_the_earlier_file(
-    tmp_path: Path, spoil: Callable[[Artifact], Artifact], sentence: str
+    tmp_path: Path, deltas: Tensors, sentence: str
 ) -> None:
     path = tmp_path / "a.safetensors"
     artifact.save(make_small(), path)
     before = path.read_bytes()
     with pytest.raises(ArtifactError, match=sentence):
-        artifact.save(spoil(make_small()), path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-
-
-def test_a_failed_write_keeps_the_earlier_file(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource", reason="file size limits are POSIX")
-    path = tmp_path / "a.safetensors"
-    artifact.save(make_small(), path)
-    before = path.read_bytes()
-    made = dataclasses.replace(artifact.load(path), deltas={"x.weight": torch.ones(200, 200)})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(ArtifactError, match="the earlier file, if any, is intact"):
-            artifact.save(made, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        artifact.save(dataclasses.replace(make_small(), deltas=deltas), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
@@ -773,10 +713,3 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="could not write"):
         artifact.save(make_small(), tmp_path / "folder")
     assert os.listdir(tmp_path) == ["folder"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="permission bits are POSIX")
-def test_a_saved_file_is_as_public_as_any_other(tmp_path: Path) -> None:
-    artifact.save(make_small(), tmp_path / "a.safetensors")
-    (tmp_path / "other").touch()
-    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

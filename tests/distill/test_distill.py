@@ -17,7 +17,7 @@ from linvideo_core.distill.dmd2 import draw_exits, draw_rollout, simulate_backwa
 from linvideo_core.distill.pipeline import TrainingMonitor
 from linvideo_core.distill.task import DistillationTask, make_student, start_from
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
-from linvideo_core.evaluate.entrants import load_linearized
+from linvideo_core.evaluate.compare import load_linearized
 from linvideo_core.flow import add_noise, bind, make_sigmas, sample_few_step
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.context import Run

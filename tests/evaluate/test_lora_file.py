@@ -12,16 +12,21 @@ from torch import Tensor, nn
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
-from linvideo_core.evaluate.compare import compare_few_step
+from linvideo_core.evaluate.compare import FewStepLora, compare_few_step, find_students
 from linvideo_core.evaluate.config import CompareConfig
-from linvideo_core.evaluate.entrants import FewStepLora, find_entrants
-from linvideo_core.evaluate.lora_file import load_lora, with_lora
+from linvideo_core.evaluate.lora_file import LoraFile, add_changes, find_changes, load_lora
 from linvideo_core.teacher.teacher import Teacher
 
 RANK, ALPHA, STRENGTH = 3, 6.0, 0.7
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.2.ffn.0")
 DIFFUSERS = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.2.ffn.net.0.proj")
 COMFYUI = tuple(f"diffusion_model.{name}" for name in LAYERS)
+
+
+def with_lora(
+    model: nn.Module, lora: LoraFile, *, strength: float = 1.0
+) -> contextlib.AbstractContextManager[nn.Module]:
+    return add_changes(model, find_changes(lora, model, strength=strength))
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -171,11 +176,7 @@ FFN = "blocks.0.ffn.0"
         ({f"{FFN}.lora_up.weight": (4,), f"{FFN}.lora_down.weight": (4,)}, "two matrices of rank"),
         ({f"{FFN}.lora_B.weight": (96, 0), f"{FFN}.lora_A.weight": (0, 128)}, "matrices of rank 1"),
         (
-            {
-                f"{FFN}.lora_B.weight": (96, 2),
-                f"{FFN}.lora_A.weight": (2, 128),
-                f"{FFN}.alpha": (2,),
-            },
+            {f"{FFN}.lora_B.weight": (9, 2), f"{FFN}.lora_A.weight": (2, 1), f"{FFN}.alpha": (2,)},
             r"'alpha': \[2\].*at most a single number alpha",
         ),
         ({f"{FFN}.alpha": (1,)}, "two matrices"),
@@ -209,7 +210,7 @@ def test_a_lora_is_refused_before_anything_is_sampled(
         file, sigmas = load_lora(path), torch.tensor([1.0, 0.0])
         lora = FewStepLora(file=file, strength=strength, sigmas=sigmas)
         with pytest.raises(ValueError, match=reason):
-            find_entrants(teacher.model, linearized, {}, settings, lora=lora)
+            find_students(teacher.model, linearized, {}, settings, lora=lora)
 
 
 def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
@@ -240,7 +241,7 @@ def test_layers_that_the_model_lacks_are_left_out_with_one_warning(
     settings = CompareConfig(num_samples=2, sampler_steps=1, batch_size=2)
     lora = FewStepLora(file=more, strength=1.0, sigmas=torch.tensor([1.0, 0.0]))
     with caplog.at_level(logging.WARNING):
-        students = find_entrants(model, linearized, {}, settings, lora=lora).students
+        students, _ = find_students(model, linearized, {}, settings, lora=lora)
         with students["teacher_lora_1"]:
             found = weights_of(model)
         with students["linearized_lora_1"]:
@@ -257,13 +258,9 @@ def test_a_few_step_lora_is_compared_on_teacher_and_linearized_model(
     sigmas = torch.tensor([1.0, 0.9, 0.6, 0.0])
     lora = FewStepLora(file=load_lora(lora_path), strength=1.0, sigmas=sigmas)
     settings = CompareConfig(num_samples=3, sampler_steps=4, batch_size=3)
-    entrants = find_entrants(teacher.model, linearized, {}, settings, lora=lora)
-    rows = compare_few_step(teacher, entrants, settings, seed=0).rows
-    steps = {row["model"]: (row["steps"], row["linear_layers"]) for row in rows}
-    assert steps == {
-        "teacher": (4, 0),
-        "linearized": (4, 2),
-        "teacher_lora_3": (3, 0),
-        "linearized_lora_3": (3, 2),
-    }
+    rows = compare_few_step(teacher, linearized, {}, settings, lora=lora, seed=0).rows
+    assert [(row["model"], row["steps"], row["linear_layers"]) for row in rows] == [
+        ("teacher", 4, 0), ("linearized", 4, 2), ("teacher_lora_3", 3, 0),
+        ("linearized_lora_3", 3, 2),
+    ]  # fmt: skip
     assert len({row["distance_to_teacher"] for row in rows}) == 4

@@ -18,7 +18,7 @@ from comfy_extras import nodes_custom_sampler
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
-from linvideo_pack.linvideo_core.evaluate.lora_file import load_lora, with_lora
+from linvideo_pack.linvideo_core.evaluate.lora_file import add_changes, find_changes, load_lora
 from linvideo_pack.linvideo_core.flow import bind_guided, sample_few_step
 from linvideo_pack.nodes import model_folder
 from linvideo_pack.nodes.few_step import LinVideoFewStepSampler, LinVideoFewStepSigmas
@@ -112,7 +112,8 @@ def test_a_few_step_lora_from_a_file_acts_as_in_the_headless_core() -> None:
     path = Path(tempfile.mkdtemp()) / "lora.safetensors"
     save_file(lora(), path)
     model = load_headless().to(device())
-    with with_lora(model, load_lora(path), strength=0.7), artifact.apply(_shipped(), model):
+    changes = find_changes(load_lora(path), model, strength=0.7)
+    with add_changes(model, changes), artifact.apply(_shipped(), model):
         expected = _sample_headless(model, flow.make_sigmas(4, 3.0))
     plain = _sample(linearize(_demo()[0], _shipped()), 4)
     for patcher in (
@@ -138,7 +139,9 @@ def test_what_comfyui_leaves_out_of_a_lora_is_told_or_left_out_in_the_headless_c
     expected = load_headless()
     merge_lora(expected)
     model = load_headless()
-    with collect_warnings() as messages, with_lora(model, load_lora(path), strength=0.7):
+    with collect_warnings() as messages:
+        changes = find_changes(load_lora(path), model, strength=0.7)
+    with add_changes(model, changes):
         for weight, other in zip(model.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(weight, other, rtol=0, atol=1e-6)
     assert len(messages) == 1 and "1 of 4 layers" in messages[0]

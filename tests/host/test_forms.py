@@ -46,7 +46,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 def _make_file(form: LinearForm) -> Artifact:
     """Return the shipped file in a form, its gate and window at work, saved and loaded."""
     first = shipped()
-    header = dataclasses.replace(first.header, format_version=3, **dataclasses.asdict(form))
+    header = dataclasses.replace(first.header, **dataclasses.asdict(form))
     linear = {}
     for n, tensors in first.linear.items():
         added = {"gate": 0.3 * _random(1, 128, seed=n), "window_mix": _random(1, seed=50 + n)}

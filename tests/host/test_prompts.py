@@ -18,7 +18,7 @@ import folder_paths
 import torch
 from linvideo_pack.linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
 from linvideo_pack.linvideo_core.prompts.embeddings import read_embeds
-from linvideo_pack.linvideo_core.prompts.text_encoder import cut, read_encoder
+from linvideo_pack.linvideo_core.prompts.text_encoder import cut, open_tokenizer, read_encoder
 from linvideo_pack.nodes.export_prompts import LinVideoExportPrompts
 from safetensors.torch import save_file
 from stage import complaint as _complaint
@@ -147,10 +147,12 @@ def test_the_headless_encoder_agrees_with_the_host() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "umt5.safetensors")
         save_file(tensors, path)
-        encode = read_encoder(path).load("cpu")
-    for text in [*TEXTS, "", " ".join(TEXTS)]:
-        found = encode.embed(cut(encode.tokenize(text)))
-        torch.testing.assert_close(found, _host(text), rtol=1e-4, atol=1e-4)
+        encoder = read_encoder(path)
+        tokenize = open_tokenizer(encoder.tokenizer)
+        with encoder.load("cpu") as embed:
+            for text in [*TEXTS, "", " ".join(TEXTS)]:
+                found = embed(cut(tokenize(text)))
+                torch.testing.assert_close(found, _host(text), rtol=1e-4, atol=1e-4)
 
 
 def test_an_empty_list_stands_for_linvideos_own_prompts() -> None:

@@ -52,7 +52,6 @@ def _file(**changes: Any) -> Artifact:
     base = describe_base(demo()[0])
     header = dataclasses.replace(
         shipped().header,
-        format_version=3,
         weights_digest=base.digest,
         weights_sketch=base.sketch,
         usage=Usage(**{**_MADE_AT, **changes}),
@@ -192,7 +191,7 @@ def _said_with(guider: Any) -> list[str]:
 def test_a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -> None:
     made = artifact.load(model_folder.find_file(model_folder.SHIPPED_FEW_STEP))
     usage = Usage(**{**_MADE_AT, "guidance_scale": 1.0, "steps": 4, "sampler": "lcm"})
-    header = dataclasses.replace(made.header, format_version=3, usage=usage)
+    header = dataclasses.replace(made.header, usage=usage)
     linearized = linearize(demo()[0], dataclasses.replace(made, header=header))
     own = {"steps": 4, "cfg": 1.0, "sampler": "lcm", "sigmas": torch.tensor(header.sigmas)}
     assert _said_of_sampling(linearized, **own) == _AS_MADE

@@ -13,13 +13,11 @@ from linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
 from linvideo_core.prompts.config import PromptConfig
 from linvideo_core.prompts.embeddings import read_embeds
 from linvideo_core.prompts.sources import EMBEDS_NAME, find_source
-from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder
-from linvideo_core.run.config import override
+from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder, open_tokenizer
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import open_teacher
 from linvideo_core.transfer import command as transfer
-from linvideo_core.transfer.config import TransferConfig
-from tests.conftest import Recorder
+from tests.conftest import Recorder, small_transfer
 
 transformers = pytest.importorskip(
     "transformers", reason="encoding prompts needs the extra packages transformers, sentencepiece"
@@ -47,16 +45,19 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "spiece.model"
 
 
-@pytest.fixture(scope="module")
-def umt5() -> nn.Module:
+def make_umt5(**sizes: int) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.UMT5Config(
-        vocab_size=90, d_model=TEXT_DIM, d_kv=4, d_ff=24, num_layers=3, num_heads=2
-    )
+    usual = {"vocab_size": 90, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 2}
+    config = transformers.UMT5Config(**usual, **sizes)
     model = transformers.UMT5EncoderModel(config).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model
+
+
+@pytest.fixture(scope="module")
+def umt5() -> nn.Module:
+    return make_umt5(d_model=TEXT_DIM)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -89,12 +90,6 @@ def single(
     return path
 
 
-def tokens_of(model: Path, text: str) -> list[int]:
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
-
-
 def as_wan_does(umt5: nn.Module, tokens: list[int]) -> Tensor:
     """Return Wan's own way: padded to 512 with a mask, cut to the real length, zeros after."""
     ids = torch.zeros(1, MAX_TOKENS, dtype=torch.long)
@@ -117,8 +112,11 @@ def test_embeddings_are_the_encoders_own_output_with_zeros_after_the_text(
     prompts.write_text("A red kite dives &amp;  climbs\n\na boat\n", encoding="utf-8")
     config = PromptConfig(text_encoder=request.getfixturevalue(form), negative_prompt="")
     found = find_source(prompts, config).read(tmp_path, device="cpu")
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     expected = [
-        as_wan_does(umt5, [*tokens_of(sentencepiece_model, text), 1])
+        as_wan_does(umt5, [*pieces.encode(text), 1])
         for text in ("A red kite dives & climbs", "a boat", "")
     ]
     assert found.prompts == ["A red kite dives &amp;  climbs", "a boat"]
@@ -139,8 +137,8 @@ def test_a_fast_tokenizer_says_what_its_library_says(pipeline: Path, tmp_path: P
     fast.enable_truncation(3)
     fast.enable_padding(length=8)
     fast.save(str(tmp_path / "tokenizer.json"))
-    encoder = open_encoder(pipeline, tmp_path)
-    assert cut(encoder.load("cpu").tokenize("a boat a kite")) == [3, 4, 3, 2, 1]
+    tokenize = open_tokenizer(open_encoder(pipeline, tmp_path).tokenizer)
+    assert cut(tokenize("a boat a kite")) == [3, 4, 3, 2, 1]
 
 
 def test_a_text_is_cleaned_and_cut_as_in_wans_pipeline() -> None:
@@ -184,30 +182,11 @@ def test_a_transfer_encodes_into_its_folder_before_the_model_is_read(
     wan: WanModel, pipeline: Path, tmp_path: Path
 ) -> None:
     save_file(wan.state_dict(), tmp_path / "wan.safetensors")
-    (tmp_path / "words.txt").write_text("a dog runs\na cat jumps\n")
-    values = {
-        "model": tmp_path / "wan.safetensors",
-        "prompts": tmp_path / "words.txt",
-        "text_encoder": pipeline,
-        "out": tmp_path / "run",
-        "num_frames": 5,
-        "height": 32,
-        "width": 32,
-        "num_trajectories": 2,
-        "states_per_trajectory": 2,
-        "sampler_steps": 4,
-        "target": 1,
-        "warm_start_steps": 1,
-        "steps": 2,
-        "batch_size": 1,
-        "lora_rank": 2,
-        "evaluate_samples": 0,
-        "device": "cpu",
-        "precision": "fp32",
-    }
-    config = override(TransferConfig(), values)
+    words = tmp_path / "words.txt"
+    words.write_text("a dog runs\na cat jumps\n")
+    own = {"prompts": words, "text_encoder": pipeline, "evaluate_samples": 0, "steps": 1}
     recorder = Recorder()
-    transfer.run(config, recorder)
+    transfer.run(small_transfer(tmp_path / "wan.safetensors", **own), recorder)
     assert recorder.stages[0] == "encoding_prompts"
     embeds = read_embeds(tmp_path / "run" / EMBEDS_NAME)
     assert embeds.prompts == ["a dog runs", "a cat jumps"]
@@ -250,14 +229,9 @@ def test_an_encoder_that_does_not_fit_is_refused_by_its_headers(
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     rounded = tensors | {name: tensors[name].to(torch.float8_e4m3fn)}
     assert "F8_E4M3, a quantised encoder" in refuse(write("fp8.safetensors", rounded))
-    wide = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=90, d_model=24, d_kv=4, d_ff=24, num_layers=1, num_heads=2
-        )
-    )
     pieces = load_file(single)["spiece_model"]
-    path = write("wide.safetensors", tensors_of(wide) | {"spiece_model": pieces})
-    assert "gives embeddings of width 24" in refuse(path)
+    wide = tensors_of(make_umt5(d_model=24)) | {"spiece_model": pieces}
+    assert "gives embeddings of width 24" in refuse(write("wide.safetensors", wide))
     index = pipeline / "text_encoder" / "model.safetensors.index.json"
     names = json.loads(index.read_text())
     names["weight_map"]["more"] = "model-00009-of-00009.safetensors"
