@@ -25,12 +25,12 @@ from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
 from linvideo_pack.nodes.patching.weights import compare_base, describe_base, sketch_base
 from stage import (
-    STEPS,
     assert_close,
     bind_headless,
     collect_warnings,
     demo,
     device,
+    finetuned,
     finish,
     is_dynamic,
     is_streaming,
@@ -47,6 +47,7 @@ from stage import (
 from torch import Tensor, nn
 
 _FP8 = torch.float8_e4m3fn
+_STEPS = 2
 
 
 @functools.cache
@@ -126,10 +127,10 @@ def test_changes_are_exact_where_merging_rounds_them() -> None:
     for kind, load in LOADERS.items():
         model = load()
         expected = _expected(model, shipped())
-        bypassed = sample(linearize(model, shipped()))
+        bypassed = sample(linearize(model, shipped()), steps=_STEPS)
         assert_close(bypassed, expected, tolerance_of(model))
-        merged = relative_difference(sample_again(_merge(model)), expected)
-        without = sample(linearize(model, shipped(), strength=0.0))
+        merged = relative_difference(sample_again(_merge(model), steps=_STEPS), expected)
+        without = sample(linearize(model, shipped(), strength=0.0), steps=_STEPS)
         effect = relative_difference(without, expected)
         print(f"{kind}: merged {merged:.1e} off, without the changes {effect:.1e}")
         # Weights that are brought to each call are changed there, and not rounded again.
@@ -137,7 +138,7 @@ def test_changes_are_exact_where_merging_rounds_them() -> None:
 
 
 def _expected(model: Any, applied: Artifact) -> Tensor:
-    return sample_headless([bind_headless(load_headless(_plain_weights(model)), applied)] * STEPS)
+    return sample_headless([bind_headless(load_headless(_plain_weights(model)), applied)] * _STEPS)
 
 
 def _two_ways() -> list[Callable[[], Any]]:
@@ -149,11 +150,11 @@ def test_a_quantised_model_comes_back_bit_for_bit() -> None:
     for load in _two_ways():
         model = load()
         sample(model, steps=1)
-        before = sample(model, steps=2)
+        before = sample(model, steps=_STEPS)
         linearized = linearize(model, shipped())
-        first = sample(linearized, steps=2)
-        assert torch.equal(sample(model, steps=2), before)
-        assert torch.equal(sample(linearized.clone(), steps=2), first)
+        first = sample(linearized, steps=_STEPS)
+        assert torch.equal(sample(model, steps=_STEPS), before)
+        assert torch.equal(sample(linearized.clone(), steps=_STEPS), first)
         assert not any("forward" in m.__dict__ for m in model.model.modules())
         assert not any(getattr(m, "weight_function", []) for m in model.model.modules())
 
@@ -163,17 +164,17 @@ def test_a_users_lora_is_merged_beside_bypassed_changes() -> None:
     model = with_lora(_load_fp8())
     expected, tolerance = _expected(model, shipped()), tolerance_of(model)
     for linearized in (linearize(model, shipped()), with_lora(linearize(_load_fp8(), shipped()))):
-        assert_close(sample_again(linearized), expected, tolerance)
+        assert_close(sample_again(linearized, steps=_STEPS), expected, tolerance)
 
 
 def test_streamed_quantised_weights_give_the_same_latents() -> None:
     settings = {"disable_dynamic": True} if is_dynamic(demo()[0]) else {}
     for load in _two_ways():
-        expected = sample(linearize(load(**settings), shipped()), steps=2)
+        expected = sample(linearize(load(**settings), shipped()), steps=_STEPS)
         linearized = linearize(load(**settings), shipped())
         comfy.model_management.unload_all_models()
         stream_weights(linearized)
-        latents = sample(linearized, steps=2)
+        latents = sample(linearized, steps=_STEPS)
         assert linearized.model.model_lowvram
         comfy.model_management.unload_all_models()
         assert_close(latents, expected, tolerance_of(linearized))
@@ -213,7 +214,7 @@ def test_whole_weights_are_merged_and_said_to_be_rounded() -> None:
     assert "rounded once more" in warnings[0] and len(warnings) == 1
     expected = _expected(model, whole)
     effect = relative_difference(_expected(model, nothing), expected)
-    error = relative_difference(sample_again(linearized), expected)
+    error = relative_difference(sample_again(linearized, steps=_STEPS), expected)
     print(f"whole weights merged into fp8: {error:.1e} off, without the changes {effect:.1e}")
     assert error < 0.5 * effect
 
@@ -223,29 +224,22 @@ def test_quantised_weights_are_told_from_other_weights() -> None:
     for form, layout in (("nvfp4", "TensorCoreNVFP4Layout"), ("mxfp8", "TensorCoreMXFP8Layout")):
         if form in QUANT_ALGOS:
             loaders[form] = functools.partial(_load_quantised, form, layout)
+    sketch = sketch_base(finetuned(0.3)).sketch
+    other = dataclasses.replace(shipped().header, weights_sketch=sketch)
     for kind, load in loaders.items():
         with collect_warnings() as warnings:
             model = load()
             match = compare_base(shipped().header, model)
-            said = linearize(model, shipped()).get_attachment(KEY).report.text
+            said = linearize(model, shipped()).get_attachment(KEY).text
         print(f"{kind}: {match.distance:.3f} off")
         # Where memory is dynamic, weights are as in the file until they are used.
         expected = "same" if kind == "fp8" and is_dynamic(model) else "close"
         assert match.kind == expected and str(match)[1:] in said, kind
         assert not warnings, warnings
-        other = dataclasses.replace(shipped().header, weights_sketch=_other_sketch())
+        other = dataclasses.replace(
+            shipped().header, weights_sketch=sketch_base(finetuned(0.3)).sketch
+        )
         assert compare_base(other, model).kind == "other", kind
-
-
-def _other_sketch() -> tuple[float, ...]:
-    """Return the sketch of weights that are off by 0.3 of their norm, such as another expert's."""
-    model = demo_nodes.load_demo_model()
-    generator = torch.Generator().manual_seed(5)
-    for name, weight in model.model.diffusion_model.named_parameters():
-        if name.endswith(("self_attn.q.weight", "self_attn.v.weight")):
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.data += 0.3 * weight.norm() / noise.norm() * noise
-    return sketch_base(model).sketch
 
 
 class _PackedTensor(torch.Tensor):
@@ -288,7 +282,7 @@ def test_weights_of_a_gguf_pack_are_read_through_its_layers_without_their_patche
     assert found.digest != shipped().header.weights_digest and 8 < found.bits < 9
 
 
-class _ForeignLinear(nn.Module):
+class ForeignLinear(nn.Module):
     """A layer of another pack, which keeps its weight in a form of its own."""
 
     def __init__(self, linear: nn.Module) -> None:
@@ -310,9 +304,9 @@ def test_layers_that_another_pack_quantised_take_the_changes_too() -> None:
     for layer in (1, 2):
         attention = model.model.diffusion_model.blocks[layer].self_attn
         for side in ("q", "o"):
-            foreign = _ForeignLinear(getattr(attention, side))
+            foreign = ForeignLinear(getattr(attention, side))
             setattr(attention, side, foreign)
             plain[f"blocks.{layer}.self_attn.{side}.weight"] = foreign.scale * foreign.weight
     comfy.model_management.unload_all_models()
-    expected = sample_headless([bind_headless(load_headless(plain), shipped())] * STEPS)
-    assert_close(sample(linearize(model, shipped())), expected)
+    expected = sample_headless([bind_headless(load_headless(plain), shipped())] * _STEPS)
+    assert_close(sample(linearize(model, shipped()), steps=_STEPS), expected)
