@@ -71,9 +71,10 @@ def linearize(
     bypassed = add_weight_changes(linearized, artifact, strength, must_rest=must_rest)
     devices = (model.load_device, model.offload_device)
     settings = {"disable_dynamic": not _may_be_dynamic(model)}
-    patchers = [make_patcher(FeatureMaps, artifact, *devices, **settings)]
-    if bypassed is not None:
-        patchers.append(make_patcher(LowRankChanges, bypassed, *devices, **settings))
+    patchers = [make_patcher(FeatureMaps, (artifact,), *devices, **settings)]
+    if bypassed:
+        contents = (bypassed, strength)
+        patchers.append(make_patcher(LowRankChanges, contents, *devices, **settings))
     linearized.set_additional_models(KEY, patchers)
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     if must_rest:

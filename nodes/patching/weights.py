@@ -11,7 +11,6 @@ changes are therefore computed. Whole weights have no such place and are merged,
 What is computed beside the layers is a model of its own, which ComfyUI loads, counts and offloads.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -87,13 +86,13 @@ def describe_base(model: Any) -> BaseWeights:
 def sketch_base(model: Any) -> BaseWeights:
     """Return the sketch of a ModelPatcher's weights, without their digest; raises as above."""
     names = sketched_weights(*identify(shapes_of(model.model.diffusion_model)))
-    weights = [_find(model, name) for name in names]
+    weights = [original_weight(model, name) for name in names]
     bits = sum(map(_count_bits, weights)) / sum(math.prod(weight.shape) for weight in weights)
-    rows = (_read(model, name, sketched_rows(_find(model, name).shape)) for name in names)
+    rows = (_read(model, name, sketched_rows(original_weight(model, name).shape)) for name in names)
     return BaseWeights(sketch=sketch(rows), bits=bits)
 
 
-def _find(model: Any, name: str) -> Tensor:
+def original_weight(model: Any, name: str) -> Tensor:
     """Return a weight as it is kept; where changes are merged in, the one that waits for later."""
     key = _PREFIX + name
     if key in model.hook_backup:
@@ -105,7 +104,7 @@ def _find(model: Any, name: str) -> Tensor:
 
 def _read(model: Any, name: str, rows: slice = _ALL) -> Tensor:
     """Return rows of a weight as what they stand for, on the CPU."""
-    weight = _find(model, name)
+    weight = original_weight(model, name)
     if weight.device.type == "meta":
         raise ValueError(f"{name} is not there: load the model with ComfyUI's own loader")
     if isinstance(weight, QuantizedTensor):
@@ -153,21 +152,17 @@ def _count_bits(weight: Any) -> int:
     return 8 * (weight if isinstance(weight, QuantizedTensor) else without_class(weight)).nbytes
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bypassed:
-    """Weight changes that are not merged: name of a layer -> down [R, in] and up [out, R]."""
-
-    low_rank: Mapping[str, tuple[Tensor, Tensor]]
-    strength: float
+LowRank = Mapping[str, tuple[Tensor, Tensor]]
+"""Changes of weights: name of a layer -> down [R, in] and up [out, R]."""
 
 
 def add_weight_changes(
     linearized: Any, artifact: Artifact, strength: float, *, must_rest: bool
-) -> Bypassed | None:
-    """Hand to ComfyUI every change that it can merge, and return the others.
+) -> LowRank:
+    """Hand to ComfyUI every change that it can merge, and return the others, of low rank.
 
     linearized: a clone of the user's ModelPatcher; its weights are not touched.
-    must_rest: merge nothing, so that the changes can be taken out of single steps.
+    must_rest: nothing is merged, so that changes can be taken out of single steps.
 
     Raises ArtifactError when the model lacks a weight, or when whole weights must rest.
     """
@@ -190,7 +185,7 @@ def add_weight_changes(
     applied = set(linearized.add_patches(patches, strength))
     if missing := sorted(patches.keys() - applied):
         raise _missing(missing[0])
-    return Bypassed(low_rank=bypassed, strength=strength) if bypassed else None
+    return bypassed
 
 
 def check_merged(patcher: Any) -> None:
@@ -375,36 +370,36 @@ class LowRankChange(Part):
 class LowRankChanges(nn.Module):
     """Every bypassed change, and the names of the layers that they change."""
 
-    def __init__(self, bypassed: Bypassed, device: torch.device) -> None:
+    def __init__(self, low_rank: LowRank, strength: float, device: torch.device) -> None:
         super().__init__()
-        self.layer_names = tuple(bypassed.low_rank)
+        self.layer_names = tuple(low_rank)
         self.layers = nn.ModuleList(
-            LowRankChange(*pair, bypassed.strength, device) for pair in bypassed.low_rank.values()
+            LowRankChange(*pair, strength, device) for pair in low_rank.values()
         )
 
     @staticmethod
-    def weights_of(bypassed: Bypassed) -> list[dict[str, Tensor]]:
+    def weights_of(low_rank: LowRank, strength: float) -> list[dict[str, Tensor]]:
         """Return the weights of each of `layers`."""
-        return [{"down": down, "up": up} for down, up in bypassed.low_rank.values()]
+        return [{"down": down, "up": up} for down, up in low_rank.values()]
 
 
 def make_patcher(
     kind: type[FeatureMaps] | type[LowRankChanges],
-    contents: Artifact | Bypassed,
+    contents: tuple[Any, ...],
     load_device: torch.device,
     offload_device: torch.device,
     *,
     disable_dynamic: bool = False,
 ) -> Any:
-    """Return `kind(contents)`, its tensors loaded, in a ModelPatcher."""
+    """Return `kind(*contents)`, its tensors loaded, in a ModelPatcher."""
     patcher_class = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
-    module = kind(contents, offload_device).eval()
+    module = kind(*contents, offload_device).eval()
     patcher = patcher_class(module, load_device=load_device, offload_device=offload_device)
     state = {
         f"layers.{index}.{name}.weight": weight
-        for index, weights in enumerate(kind.weights_of(contents))
+        for index, weights in enumerate(kind.weights_of(*contents))
         for name, weight in weights.items()
     }
     module.load_state_dict(state, assign=is_dynamic(patcher))

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.record import SOURCE, describe_device, describe_versions, read_record
 from linvideo_core.run.files import write_json
-from tests.host.flags import VARIABLE
+from tests.host.process import VARIABLE
 
 TOLD = ("comfyui", "device", "workflow", "seconds")
 
