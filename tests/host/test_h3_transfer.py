@@ -6,7 +6,6 @@ Expected velocities are ComfyUI's own of the untouched model, called as its samp
 import contextlib
 import copy
 import functools
-import json
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ from linvideo_pack.nodes.transfer.pipeline import run
 from stage import TOLERANCES, assert_close, complaint, device, own_folders
 from torch import Tensor
 from transfers import lend_teacher, make_inputs
-from variants import FHW, minimax_h3, random_tensor
+from variants import FHW, minimax_h3, quantise, random_tensor
 
 _TOLERANCE = TOLERANCES[torch.float32]
 _SHAPES = ((1, 24, *FHW), (1, 32, 2, 7))
@@ -143,16 +142,10 @@ def test_a_table_in_place_of_the_time_embedding_is_the_models_own() -> None:
 
 def _quantised() -> Any:
     """Return the model with its blocks' attention and feed-forward kept in fp8, scaled."""
-    tensors = {
-        name: x.cpu().clone() for name, x in _h3().model.diffusion_model.state_dict().items()
-    }
-    for name in [n for n in tensors if n.startswith("blocks.") and "adaln" not in n]:
-        if tensors[name].ndim == 2:
-            stem = name.removesuffix("weight")
-            kept = QuantizedTensor.from_float(tensors.pop(name), "TensorCoreFP8E4M3Layout")
-            tensors |= {stem + key: tensor for key, tensor in kept.state_dict("weight").items()}
-            form = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-            tensors[f"{stem}comfy_quant"] = torch.tensor([*json.dumps(form).encode()]).byte()
+    weights = {n: x.cpu().clone() for n, x in _h3().model.diffusion_model.state_dict().items()}
+    blocks = [n for n in weights if n.startswith("blocks.") and "adaln" not in n]
+    matrices = [name for name in blocks if weights[name].ndim == 2]
+    tensors = quantise(weights, matrices, "float8_e4m3fn", "TensorCoreFP8E4M3Layout")
     model = comfy.sd.load_diffusion_model_state_dict(tensors, {"dtype": torch.float32})
     assert any(isinstance(weight, QuantizedTensor) for weight in model.model.parameters())
     return model

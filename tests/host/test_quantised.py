@@ -7,12 +7,10 @@ GPU.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import comfy.sd
 import safetensors.torch
 import torch
@@ -24,6 +22,7 @@ from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
 from linvideo_pack.nodes.patching.weights import compare_base, describe_base, sketch_base
+from linvideo_pack.nodes.transfer.host_model import cast_weights
 from stage import (
     assert_close,
     bind_headless,
@@ -45,14 +44,10 @@ from stage import (
     with_lora,
 )
 from torch import Tensor, nn
+from variants import quantise
 
 _FP8 = torch.float8_e4m3fn
 _STEPS = 2
-
-
-@functools.cache
-def _weights() -> dict[str, Tensor]:
-    return safetensors.torch.load_file(weights_path("model.safetensors"))
 
 
 def _load_fp8(**settings: Any) -> Any:
@@ -63,15 +58,9 @@ def _load_fp8(**settings: Any) -> Any:
 
 def _load_quantised(quantisation: str, layout: str, **settings: Any) -> Any:
     """Load a checkpoint in ComfyUI's own quantised form, every linear layer of the blocks in it."""
-    tensors = dict(_weights())
-    for name in [n for n in tensors if n.startswith("blocks.") and tensors[n].ndim == 2]:
-        stem = name.removesuffix("weight")
-        quantised = QuantizedTensor.from_float(tensors[name].float(), layout)
-        tensors |= {stem + n: t for n, t in quantised.state_dict("weight").items()}
-        conf = {"format": quantisation, "full_precision_matrix_mult": True}
-        tensors[f"{stem}comfy_quant"] = torch.tensor(
-            list(json.dumps(conf).encode()), dtype=torch.uint8
-        )
+    weights = safetensors.torch.load_file(weights_path("model.safetensors"))
+    names = [n for n in weights if n.startswith("blocks.") and weights[n].ndim == 2]
+    tensors = quantise(weights, names, quantisation, layout)
     options = {"dtype": torch.float32}
     patcher = comfy.sd.load_diffusion_model_state_dict(tensors, options, **settings)
     assert any(isinstance(p, QuantizedTensor) for p in patcher.model.parameters())
@@ -97,19 +86,10 @@ def _plain_weights(patcher: Any) -> dict[str, Tensor]:
     plain = dict(model.named_parameters())
     for name, layer in model.named_modules():
         if hasattr(layer, "comfy_cast_weights") and layer.weight is not None:
-            weight, bias = _read_layer(layer)
-            plain |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
+            with cast_weights(layer, torch.float32, device()) as found:
+                named = zip(("weight", "bias"), found, strict=True)
+                plain |= {f"{name}.{leaf}": x.clone() for leaf, x in named if x is not None}
     return {name: weight.detach().float().cpu() for name, weight in plain.items()}
-
-
-def _read_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return a layer's weight and bias, copied from wherever ComfyUI's own forward takes them."""
-    settings = {"dtype": torch.float32, "device": device(), "bias_dtype": torch.float32}
-    weight, bias, frozen_weights = comfy.ops.cast_bias_weight(layer, **settings, offloadable=True)
-    weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-    copies = weight.clone(), None if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(layer, weight, bias, frozen_weights)
-    return copies
 
 
 def _merge(model: Any) -> Any:
@@ -287,11 +267,11 @@ class ForeignLinear(nn.Module):
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        weight, bias = _read_layer(linear)
-        self.scale = float(weight.abs().max() / 127)
-        packed = (weight / self.scale).round().to(torch.int8).cpu()
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = nn.Parameter(bias.cpu(), requires_grad=False)
+        with cast_weights(linear, torch.float32, torch.device("cpu")) as (weight, bias):
+            self.scale = float(weight.abs().max() / 127)
+            packed = (weight / self.scale).round().to(torch.int8)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+            self.bias = nn.Parameter(bias.clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.scale * self.weight.to(x)

@@ -10,6 +10,7 @@ import comfy.model_base
 import comfy.nested_tensor
 import comfy.sd
 import torch
+from comfy.quant_ops import QuantizedTensor
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_pack.linvideo_core.models import attention_sites
 from linvideo_pack.linvideo_core.models.families import identify
@@ -122,3 +123,17 @@ def make_artifact(patcher: Any) -> Artifact:
         for site in chosen
     }
     return Artifact(header=header, linear=maps)
+
+
+def quantise(
+    tensors: dict[str, Tensor], names: list[str], form: str, layout: str
+) -> dict[str, Tensor]:
+    """Return a checkpoint with some of its weights in ComfyUI's own quantised form."""
+    tensors = dict(tensors)
+    settings = json.dumps({"format": form, "full_precision_matrix_mult": True}).encode()
+    for name in names:
+        stem = name.removesuffix("weight")
+        kept = QuantizedTensor.from_float(tensors.pop(name).float(), layout)
+        tensors |= {stem + key: tensor for key, tensor in kept.state_dict("weight").items()}
+        tensors[f"{stem}comfy_quant"] = torch.tensor([*settings], dtype=torch.uint8)
+    return tensors
