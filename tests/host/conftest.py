@@ -40,23 +40,21 @@ class InsideFile(pytest.File):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 for case in cases if node.args.args else [None]:
                     name = node.name if case is None else f"{node.name}[{case}]"
-                    settings = {"line": node.lineno, "function": node.name, "case": case}
+                    settings = {"line": node.lineno, "test": node.name, "case": case}
                     yield InsideTest.from_parent(self, name=name, **settings)
 
 
 class InsideTest(pytest.Item):
     """A test function that runs inside ComfyUI."""
 
-    def __init__(self, *, line: int, function: str, case: str | None, **keywords: Any) -> None:
+    def __init__(self, *, line: int, test: str, case: str | None, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self.line, self.function, self.case = line, function, case
+        self.line, self.test, self.case = line, test, case
         self.add_marker("host")
 
     def runtest(self) -> None:
         """Let ComfyUI's process run it."""
-        answer = self.config.stash[HOST].ask(
-            file=str(self.path), test=self.function, case=self.case
-        )
+        answer = self.config.stash[HOST].ask(file=str(self.path), test=self.test, case=self.case)
         self.add_report_section("call", "stdout", answer["printed"])
         if answer["outcome"] == "failed":
             pytest.fail(answer["words"], pytrace=False)

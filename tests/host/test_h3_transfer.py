@@ -180,7 +180,8 @@ def _keyframes(seed: int = 11) -> dict[str, Any]:
 def test_frames_and_references_belong_to_the_teacher_and_tell_transfers_apart() -> None:
     image = {"kind": "image", "latent_h": 8, "latent_w": 4, "latent": random_tensor(1, 24, 1, 8, 4)}
     sound = {"kind": "audio", "ref_audio_t": 3, "audio_latent": random_tensor(1, 32, 2, 3)}
-    _compare(_h3(), _with_options(**_keyframes(), minimax_refs=[image, sound]))
+    for options in (_keyframes(), {"minimax_refs": [image, sound]}):
+        _compare(_h3(), _with_options(**options))
     given = [_with_options(**_keyframes()), _with_options(**_keyframes(seed=12)), _with_options()]
     digests = [HostTeacher(_h3(), inputs).conditions.digest() for inputs in given]
     assert len(set(digests)) == 3
