@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 from torch import Tensor
 
-from ..linvideo_core.artifact import Artifact, ArtifactHeader
+from ..linvideo_core.artifact import Artifact
 from .patching.injection import KEY
 from .schema import LinVideo, make_schema
 
@@ -32,7 +32,9 @@ def make_sigmas(source: Any, steps: int) -> Tensor:
     Raises ValueError when a distilled model has another number of steps, or when
     there is nothing that says the noise levels.
     """
-    header = _header_of(source)
+    # A file, or the report on a MODEL to which one was applied.
+    applied = source if isinstance(source, Artifact) else source.get_attachment(KEY)
+    header = None if applied is None else applied.header
     if header is not None and header.sigmas:
         trained = len(header.sigmas) - 1
         if steps not in (0, trained):
@@ -53,13 +55,6 @@ def make_sigmas(source: Any, steps: int) -> Tensor:
         )
     sampling = source.get_model_object("model_sampling")
     return comfy.samplers.calculate_sigmas(sampling, "simple", steps).cpu()
-
-
-def _header_of(source: Any) -> ArtifactHeader | None:
-    if isinstance(source, Artifact):
-        return source.header
-    linearized = source.get_attachment(KEY)
-    return None if linearized is None else linearized.header
 
 
 def _steps_input() -> io.Input:

@@ -17,7 +17,33 @@ APPLY = "apply a saved file"
 APPLY_INPUT = "apply a connected LINVIDEO"
 TRANSFER = "run the transfer now"
 
-_SOCKETS = ("positive", "negative", "clip", "latent", "settings")
+_SOCKETS = {
+    "positive": (
+        io.Conditioning,
+        "The prompts to learn with, in place of the list: combine several, the more different the "
+        "better.",
+    ),
+    "negative": (
+        io.Conditioning,
+        "The negative prompt that you will sample with. Leave it open for LinVideo Demo's model.",
+    ),
+    "clip": (
+        io.Clip,
+        "The text encoder for the list of prompts. LinVideo Demo's model needs none.",
+    ),
+    "latent": (
+        io.Latent,
+        "An empty latent of the size and length that you will sample. Left open, the model's usual "
+        "size is taken.",
+    ),
+    "settings": (
+        TransferSettings,
+        "LinVideo Transfer Settings, for experiments. Left open, everything suits the connected "
+        "model.",
+    ),
+}
+"""What may be connected for a transfer: type and tooltip."""
+
 _MOST_NODES = 100
 _MADE: dict[str, Path] = {}
 """The files that were made since ComfyUI started, by the names of their transfers."""
@@ -76,27 +102,21 @@ class LinVideoLinearize(io.ComfyNode):
         elif mode["mode"] == APPLY:
             applied = artifact.load(find_file(mode["file"]))
         else:
+            # On use: what trains and draws takes a second to import.
+            from .transfer.pipeline import run
+
             guidance_scale = cls.hidden and find_guidance(cls.hidden.prompt, node_id)
-            applied = _run_transfer(model, mode, guidance_scale)
+            made = _MADE[mode["name"]] = run(model, read_transfer_inputs(mode), guidance_scale)
+            applied = artifact.load(made)
         strength = mode.get("strength", 1.0)
         settings = {"strength": strength, "keep_first_steps": mode["keep_first_steps"]}
         linearized = linearize(model, applied, **settings, node_id=node_id)
         note = f"applied to {type(model.model).__name__} at strength {strength:g}"
-        report = linearized.get_attachment(KEY).report
+        report = linearized.get_attachment(KEY)
         report.show()
         found = report.text.splitlines()[1:]
         picture = show_summary(applied, note="\n".join([note, *found]))
         return io.NodeOutput(linearized, applied, picture, ui=ui.PreviewText(report.text))
-
-
-def _run_transfer(
-    model: Any, mode: dict[str, Any], guidance_scale: float | None
-) -> artifact.Artifact:
-    # On use: what trains and draws takes a second to import.
-    from .transfer.pipeline import run
-
-    made = _MADE[mode["name"]] = run(model, read_transfer_inputs(mode), guidance_scale)
-    return artifact.load(made)
 
 
 def read_transfer_inputs(mode: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +189,6 @@ def _modes() -> list[io.DynamicCombo.Option]:
 
 
 def _transfer_inputs() -> list[io.Input]:
-    is_optional = {"optional": True}
     return [
         make_input(
             io.String,
@@ -195,38 +214,8 @@ def _transfer_inputs() -> list[io.Input]:
             "start image, goes with each of them. LinVideo Demo's model needs neither: it then "
             "learns with all of its prompts.",
         ),
-        make_input(
-            io.Conditioning,
-            "positive",
-            is_optional,
-            "The prompts to learn with, in place of the list: combine several, the more different "
-            "the better.",
-        ),
-        make_input(
-            io.Conditioning,
-            "negative",
-            is_optional,
-            "The negative prompt that you will sample with. Leave it open for LinVideo Demo's "
-            "model.",
-        ),
-        make_input(
-            io.Clip,
-            "clip",
-            is_optional,
-            "The text encoder for the list of prompts. LinVideo Demo's model needs none.",
-        ),
-        make_input(
-            io.Latent,
-            "latent",
-            is_optional,
-            "An empty latent of the size and length that you will sample. Left open, the model's "
-            "usual size is taken.",
-        ),
-        make_input(
-            TransferSettings,
-            "settings",
-            is_optional,
-            "LinVideo Transfer Settings, for experiments. Left open, everything suits the "
-            "connected model.",
+        *(
+            make_input(kind, name, {"optional": True}, tooltip)
+            for name, (kind, tooltip) in _SOCKETS.items()
         ),
     ]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.record import describe_device, read_record, write_record
+from benchmarks.record import describe_device, read_record
 
 pytest_plugins = ["pytester"]
 
@@ -93,25 +93,6 @@ def test_rows_of_another_comfyui_or_device_stay_and_its_own_are_replaced(
         "2 on cpu": describe_device("cpu"),
         "1 on a card": "a card",
     }
-
-
-def test_rows_from_before_there_was_a_device_are_of_a_cpu(
-    run: Run, pytester: pytest.Pytester
-) -> None:
-    path = pytester.path / "host.json"
-    old = {"comfyui": "1", "workflow": "demo", "seconds": 2.5}
-    write_record(path, title="old", command="old command", rows=[old], device="cpu")
-    run("pass", device="a card")
-    record = read_record(path)
-    assert record["rows"][0] == {
-        "comfyui": "1",
-        "device": "cpu",
-        "workflow": "demo",
-        "seconds": 2.5,
-    }
-    assert record["details"]["runs"]["1 on cpu"]["command"] == "old command"
-    run("pass", comfyui="1")
-    assert "old command" not in (pytester.path / "host.json").read_text()
 
 
 def test_rows_of_another_version_of_linvideo_go(run: Run, pytester: pytest.Pytester) -> None:

@@ -1,43 +1,43 @@
-"""How a ComfyUI MODEL is linearized by an artifact and given back.
+"""How a ComfyUI MODEL is linearized by an artifact and given back, and what the node says of it.
 
 A clone carries everything: weight changes as ComfyUI's own patches, feature maps as a model of
 their own that ComfyUI loads and offloads with it, and the hook that works while it samples. The
 MODEL that came in stays as it was.
 """
 
-import dataclasses
+import functools
 import logging
+import sys
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
+import comfy.samplers
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
+from comfy_execution.utils import get_executing_context
 from torch import nn
 
-from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, check
-from ...linvideo_core.artifact.summary import title
+from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage, check
+from ...linvideo_core.artifact.summary import find_differences, title
 from ...linvideo_core.models import attention_sites
-from .additional_models import FeatureMaps, LowRankChanges, is_dynamic, make_patcher
-from .families import host_family
-from .injection import KEY, eject, inject
-from .model_calls import KeepFirstSteps, check_call
-from .report import CompareSampling, Report
-from .weights import add_weight_changes, are_blocks_compiled, compare_base
+from ...linvideo_core.models.base_weights import WeightsMatch
+from .families import host_family, pixels_of
+from .injection import KEY, KeepFirstSteps, check_call, eject, inject
+from .weights import (
+    FeatureMaps,
+    LowRankChanges,
+    add_weight_changes,
+    are_blocks_compiled,
+    compare_base,
+    is_dynamic,
+    make_patcher,
+)
+
+_AS_MADE = "sampled as the file was made"
+_SAMPLE = "sample_"
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Linearized:
-    """What was done to a MODEL, attached to it for later nodes.
-
-    report: what its node says of it, such as whether it is the model that the file was made from.
-    """
-
-    header: ArtifactHeader
-    strength: float
-    keep_first_steps: int
-    report: Report
 
 
 def linearize(
@@ -61,24 +61,27 @@ def linearize(
     family = host_family(artifact.header.family)
     for site in sites:
         family.check(diffusion_model.get_submodule(site.name))
-    report = Report(_describe(artifact.header, model, strength, keep_first_steps), node_id)
+    match = compare_base(artifact.header, model)
+    if match.kind == "other":
+        logger.warning("LinVideo: %s", match)
+    report = Report(artifact.header, match, strength, keep_first_steps, node_id)
 
     linearized = model.clone()
     must_rest = keep_first_steps > 0
     bypassed = add_weight_changes(linearized, artifact, strength, must_rest=must_rest)
     devices = (model.load_device, model.offload_device)
     settings = {"disable_dynamic": not _may_be_dynamic(model)}
-    patchers = [make_patcher(FeatureMaps, artifact, *devices, **settings)]
-    if bypassed is not None:
-        patchers.append(make_patcher(LowRankChanges, bypassed, *devices, **settings))
+    patchers = [make_patcher(FeatureMaps, (artifact,), *devices, **settings)]
+    if bypassed:
+        contents = (bypassed, strength)
+        patchers.append(make_patcher(LowRankChanges, contents, *devices, **settings))
     linearized.set_additional_models(KEY, patchers)
     linearized.set_injections(KEY, [PatcherInjection(inject, eject)])
     if must_rest:
-        keep = KeepFirstSteps(KEY, keep_first_steps)
+        keep = KeepFirstSteps(keep_first_steps)
         linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, keep)
     linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, check_call)
-    compare = CompareSampling(artifact.header, keep_first_steps, report)
-    linearized.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, compare)
+    linearized.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, report.compare)
     for moment, action in (
         # ComfyUI would leave the model injected until another patcher of it is loaded.
         (CallbacksMP.ON_CLEANUP, _eject_all),
@@ -88,8 +91,7 @@ def linearize(
         (CallbacksMP.ON_EJECT_MODEL, eject),
     ):
         linearized.add_callback_with_key(moment, KEY, action)
-    done = Linearized(artifact.header, strength, keep_first_steps, report)
-    linearized.set_attachments(KEY, done)
+    linearized.set_attachments(KEY, report)
     linearized.patches_uuid = uuid.uuid4()
     return linearized
 
@@ -113,22 +115,6 @@ def untouched(model: Any) -> nn.Module:
     return diffusion_model
 
 
-def _describe(
-    header: ArtifactHeader, model: Any, strength: float, keep_first_steps: int
-) -> list[str]:
-    """Return what the node says before anything is sampled, a line each."""
-    match = compare_base(header, model)
-    if match.kind == "other":
-        logger.warning("LinVideo: %s", match)
-    lines = [f"{title(header)}, strength {strength:g}", str(match)]
-    if keep_first_steps:
-        lines.append(
-            f"the first {keep_first_steps} steps of each sampling run the model as it came in, as "
-            "slow as it was"
-        )
-    return lines
-
-
 def _eject_all(patcher: Any) -> None:
     patcher.eject_model()
 
@@ -146,3 +132,126 @@ def _prepare_clone(_: Any, clone: Any) -> None:
 def _may_be_dynamic(patcher: Any) -> bool:
     """Say whether weights beside this model's may come to video memory when they are used."""
     return not hasattr(patcher, "is_dynamic") or patcher.is_dynamic()
+
+
+class Report:
+    """What stands under the node that linearized a MODEL; attached to it, for later nodes.
+
+    header: of the applied file. What the MODEL is sampled with is found later, while other nodes
+    run; a graph may sample it several times, and all that was found in one run of it is shown.
+    """
+
+    def __init__(
+        self,
+        header: ArtifactHeader,
+        match: WeightsMatch,
+        strength: float,
+        keep_first_steps: int,
+        node_id: str | None,
+    ) -> None:
+        """match: of the weights; the others are `linearize`'s own."""
+        self.header = header
+        self._lines = [f"{title(header)}, strength {strength:g}", str(match)]
+        if keep_first_steps:
+            self._lines.append(
+                f"the first {keep_first_steps} steps of each sampling run the model as it came in, "
+                "as slow as it was"
+            )
+        self._keep_first_steps = keep_first_steps
+        self._node_id = node_id
+        self._prompt_id: str | None = None
+        self._sampled: dict[str, None] = {}
+
+    @property
+    def text(self) -> str:
+        """What the node says now, a line each."""
+        # Sentences, because ComfyUI's newer design shows the lines as one.
+        lines = [*self._lines, *self._sampled]
+        return "\n".join(f"{line[:1].upper()}{line[1:]}." for line in lines)
+
+    def show(self) -> None:
+        """Show what the node says."""
+        show_words(self.text, self._node_id)
+
+    def compare(
+        self,
+        executor: Any,
+        noise: Any,
+        latent_image: Any,
+        sampler: Any,
+        sigmas: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Show how a sampling differs from how the file wants to be used, then sample.
+
+        ComfyUI's wrapper around every sampling of a model.
+        """
+        shape = (kwargs.get("latent_shapes") or [noise.shape])[0]
+        levels = tuple(sigmas.float().tolist())
+        found = _read_sampling(executor.class_obj, tuple(shape), sampler, self.header.family)
+        differences = find_differences(self.header, found, levels)
+        if self._keep_first_steps >= len(levels) - 1:
+            differences.append("every step as the model came in: lower keep_first_steps")
+        self._add_sampling(differences)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    def _add_sampling(self, differences: Sequence[str]) -> None:
+        context = get_executing_context()
+        prompt_id = None if context is None else context.prompt_id
+        if prompt_id != self._prompt_id or prompt_id is None:
+            self._prompt_id, self._sampled = prompt_id, {}
+        found = dict.fromkeys(f"sampled: {each}" for each in differences)
+        for line in found:
+            _log_once(line)
+        self._sampled.pop(_AS_MADE, None)
+        self._sampled |= found
+        if self.header.usage.said and not self._sampled:
+            self._sampled[_AS_MADE] = None
+        self.show()
+
+
+def show_words(text: str, node_id: str | None) -> None:
+    """Show lines under a node, in place of those before; nothing where nothing shows them."""
+    # Looked up, not imported: ComfyUI's models also run, and are measured, without its server.
+    module = sys.modules.get("server")
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logger.info("LinVideo: %s", line)
+
+
+def _read_sampling(guider: Any, shape: tuple[int, ...], sampler: Any, family_name: str) -> Usage:
+    """Return how a guider is about to sample latents; what cannot be found out is left out.
+
+    shape: [B, C, F, H, W], which a family may measure in its own way.
+    """
+    model = guider.model_patcher
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    found = {
+        "guidance_scale": _find_guidance(guider),
+        "shift": getattr(model.get_model_object("model_sampling"), "shift", None),
+        "sampler": name.removeprefix(_SAMPLE) if name.startswith(_SAMPLE) else None,
+    }
+    if len(shape) == 5:
+        size = host_family(family_name).video.measure(shape[1:])
+        size = size or pixels_of(model.model.latent_format, shape[2:])
+        found |= zip(("num_frames", "height", "width"), size, strict=True)
+    try:
+        return Usage(**found)
+    except ArtifactError:
+        # Numbers that no file can have, such as a guidance that is not finite.
+        return Usage()
+
+
+def _find_guidance(guider: Any) -> float | None:
+    """Return the cfg of a guider that computes guidance as ComfyUI's own does."""
+    own, kind = comfy.samplers.CFGGuider, type(guider)
+    if kind.predict_noise is not own.predict_noise or kind.set_cfg is not own.set_cfg:
+        return None
+    has_negative = guider.original_conds.get("negative") is not None
+    return float(guider.cfg) if has_negative else 1.0

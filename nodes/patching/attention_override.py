@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from comfy.ldm.modules.attention import attention_pytorch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -93,3 +94,8 @@ def override_self_attention(attend: Attend) -> Callable[..., Tensor]:
         return answer(attend, query, key, value, heads, mask, *args, **options)
 
     return override
+
+
+def attend_as_pytorch(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Override the backend that the user chose, which may be rough or have no backward pass."""
+    return attention_pytorch(*args, **kwargs)

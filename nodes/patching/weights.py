@@ -1,23 +1,31 @@
-"""A MODEL's own weights: read in whatever form ComfyUI keeps them, compared, and changed by a file.
+"""A file's tensors on a MODEL: compared with its weights, merged into them, or loaded beside them.
 
-Read as they came from the model's file: changes of other nodes, merged or not, are left out.
+The MODEL's weights are read in whatever form ComfyUI keeps them, as they came from the model's
+file: changes of other nodes, merged or not, are left out.
 
 A change is merged into weights of 16 or 32 bits by ComfyUI, together with the user's LoRAs. Merged
 into a quantised weight it would round that weight a second time: on the embedded model in fp8 the
 latents are then 14 % off, the change being 77 %, against 3e-6 beside the layer, where low-rank
 changes are therefore computed. Whole weights have no such place and are merged, with a warning.
+
+What is computed beside the layers is a model of its own, which ComfyUI loads, counts and offloads.
 """
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_patcher
+import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter
+from einops import rearrange
 from torch import Tensor, nn
 
 from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader
+from ...linvideo_core.models.attention import attend_linearly
 from ...linvideo_core.models.attention_sites import shapes_of
 from ...linvideo_core.models.base_weights import (
     BaseWeights,
@@ -29,13 +37,20 @@ from ...linvideo_core.models.base_weights import (
     sketched_rows,
     sketched_weights,
 )
+from ...linvideo_core.models.config import LinearForm
 from ...linvideo_core.models.families import identify
-from .additional_models import Bypassed
 
 _PREFIX = "diffusion_model."
 _ALL = slice(None)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# How a tensor of `LinearAttention` lies in the weight [out, in] of a Linear.
+_AS_WEIGHT = {
+    "query_map": "n d m -> (n m) d",
+    "key_map": "n d m -> (n m) d",
+    "gate": "n d -> n d",
+    "window_mix": "n -> n 1",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +86,13 @@ def describe_base(model: Any) -> BaseWeights:
 def sketch_base(model: Any) -> BaseWeights:
     """Return the sketch of a ModelPatcher's weights, without their digest; raises as above."""
     names = sketched_weights(*identify(shapes_of(model.model.diffusion_model)))
-    weights = [_find(model, name) for name in names]
+    weights = [original_weight(model, name) for name in names]
     bits = sum(map(_count_bits, weights)) / sum(math.prod(weight.shape) for weight in weights)
-    rows = (_read(model, name, sketched_rows(_find(model, name).shape)) for name in names)
+    rows = (_read(model, name, sketched_rows(original_weight(model, name).shape)) for name in names)
     return BaseWeights(sketch=sketch(rows), bits=bits)
 
 
-def _find(model: Any, name: str) -> Tensor:
+def original_weight(model: Any, name: str) -> Tensor:
     """Return a weight as it is kept; where changes are merged in, the one that waits for later."""
     key = _PREFIX + name
     if key in model.hook_backup:
@@ -89,7 +104,7 @@ def _find(model: Any, name: str) -> Tensor:
 
 def _read(model: Any, name: str, rows: slice = _ALL) -> Tensor:
     """Return rows of a weight as what they stand for, on the CPU."""
-    weight = _find(model, name)
+    weight = original_weight(model, name)
     if weight.device.type == "meta":
         raise ValueError(f"{name} is not there: load the model with ComfyUI's own loader")
     if isinstance(weight, QuantizedTensor):
@@ -137,13 +152,17 @@ def _count_bits(weight: Any) -> int:
     return 8 * (weight if isinstance(weight, QuantizedTensor) else without_class(weight)).nbytes
 
 
+LowRank = Mapping[str, tuple[Tensor, Tensor]]
+"""Changes of weights: name of a layer -> down [R, in] and up [out, R]."""
+
+
 def add_weight_changes(
     linearized: Any, artifact: Artifact, strength: float, *, must_rest: bool
-) -> Bypassed | None:
-    """Hand to ComfyUI every change that it can merge, and return the others.
+) -> LowRank:
+    """Hand to ComfyUI every change that it can merge, and return the others, of low rank.
 
     linearized: a clone of the user's ModelPatcher; its weights are not touched.
-    must_rest: merge nothing, so that the changes can be taken out of single steps.
+    must_rest: nothing is merged, so that changes can be taken out of single steps.
 
     Raises ArtifactError when the model lacks a weight, or when whole weights must rest.
     """
@@ -166,7 +185,7 @@ def add_weight_changes(
     applied = set(linearized.add_patches(patches, strength))
     if missing := sorted(patches.keys() - applied):
         raise _missing(missing[0])
-    return Bypassed(low_rank=bypassed, strength=strength) if bypassed else None
+    return bypassed
 
 
 def check_merged(patcher: Any) -> None:
@@ -262,3 +281,138 @@ def _replace_parameter(linearized: Any, name: str, change: Tensor) -> None:
     dtype = kept_dtype(linearized, name) if is_kept_plain else torch.bfloat16
     replacement = nn.Parameter(total.to(dtype), requires_grad=False)
     linearized.add_object_patch(_PREFIX + name, replacement)
+
+
+class Part(nn.Module):
+    """What one layer of the user's model computes with; while it rests, the layer is as it was.
+
+    The tensors are weights of ComfyUI's own Linear and are read through its forward alone, because
+    ComfyUI may keep them elsewhere, in another dtype, until it casts them.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        """weights: [out, in] by name, of which the shapes and dtypes are taken."""
+        super().__init__()
+        self.is_resting = False
+        for name, weight in weights.items():
+            settings = {"bias": False, "dtype": weight.dtype, "device": device}
+            layer = comfy.ops.manual_cast.Linear(*reversed(weight.shape), **settings)
+            self.add_module(name, layer)
+
+
+class LayerMaps(Part):
+    """The tensors of one layer's linear attention, and the attention that they make."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], form: LinearForm, device: torch.device
+    ) -> None:
+        """tensors: as the artifact names them."""
+        super().__init__(_as_weights(tensors), device)
+        self.form = form
+        self.num_maps = tensors["query_map"].shape[0]
+        self.num_runs = 0  # of the layer, in the model's present call
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend in O(L); query, key, value and the result are [B, L, N, D]."""
+        identity = torch.eye(query.shape[-1], device=query.device)
+        query_map, key_map = (
+            rearrange(weights(identity), "d (n m) -> n d m", n=self.num_maps)
+            for weights in (self.query_map, self.key_map)
+        )
+        gate = self.gate(identity).T if self.form.output_gate else None
+        window_mix = self.window_mix(identity[:1, :1])[0] if self.form.window else None
+        maps = (query_map, key_map, gate, window_mix)
+        return attend_linearly(query, key, value, *maps, form=self.form)
+
+
+class FeatureMaps(nn.Module):
+    """The linear attention of every linear layer, and which of the model's layers they are."""
+
+    def __init__(self, artifact: Artifact, device: torch.device) -> None:
+        super().__init__()
+        header = artifact.header
+        self.family_name = header.family
+        self.linear_layers = header.linear_layers
+        self.site_names = header.site_names
+        self.layers = nn.ModuleList(
+            LayerMaps(artifact.linear[layer], header.form, device) for layer in header.linear_layers
+        )
+
+    @staticmethod
+    def weights_of(artifact: Artifact) -> list[dict[str, Tensor]]:
+        """Return the weights of each of `layers`."""
+        return [_as_weights(artifact.linear[layer]) for layer in artifact.header.linear_layers]
+
+
+class LowRankChange(Part):
+    """The change of one layer, `strength up down`.
+
+    Merged into a quantised weight it would be rounded away; beside the layer it is exact, costs
+    little, and can rest while the layer goes on.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, strength: float, device: torch.device) -> None:
+        super().__init__({"down": down, "up": up}, device)
+        self.strength = strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the layer's input x [..., in] to the change [..., out] of its output."""
+        return self.strength * self.up(self.down(x))
+
+    def change_weight(self, weight: Tensor) -> Tensor:
+        """Return a changed copy of a weight [out, in] that ComfyUI has dequantised for one call."""
+        if self.is_resting:
+            return weight
+        identity = torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
+        return weight + self(identity).T
+
+
+class LowRankChanges(nn.Module):
+    """Every bypassed change, and the names of the layers that they change."""
+
+    def __init__(self, low_rank: LowRank, strength: float, device: torch.device) -> None:
+        super().__init__()
+        self.layer_names = tuple(low_rank)
+        self.layers = nn.ModuleList(
+            LowRankChange(*pair, strength, device) for pair in low_rank.values()
+        )
+
+    @staticmethod
+    def weights_of(low_rank: LowRank, strength: float) -> list[dict[str, Tensor]]:
+        """Return the weights of each of `layers`."""
+        return [{"down": down, "up": up} for down, up in low_rank.values()]
+
+
+def make_patcher(
+    kind: type[FeatureMaps] | type[LowRankChanges],
+    contents: tuple[Any, ...],
+    load_device: torch.device,
+    offload_device: torch.device,
+    *,
+    disable_dynamic: bool = False,
+) -> Any:
+    """Return `kind(*contents)`, its tensors loaded, in a ModelPatcher."""
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+    module = kind(*contents, offload_device).eval()
+    patcher = patcher_class(module, load_device=load_device, offload_device=offload_device)
+    state = {
+        f"layers.{index}.{name}.weight": weight
+        for index, weights in enumerate(kind.weights_of(*contents))
+        for name, weight in weights.items()
+    }
+    module.load_state_dict(state, assign=is_dynamic(patcher))
+    module.requires_grad_(False)
+    # ComfyUI makes a patcher anew for another GPU, or to hold ordinary weights.
+    patcher.cached_patcher_init = (make_patcher, (kind, contents, load_device, offload_device))
+    return patcher
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Say whether a ModelPatcher's weights come to video memory when they are used."""
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+
+
+def _as_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: rearrange(x, _AS_WEIGHT[name]).contiguous() for name, x in tensors.items()}

@@ -19,12 +19,11 @@ from typing import Any
 import comfy.ops
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ...linvideo_core.models.attention import SoftmaxAttention
 from ...linvideo_core.models.attention_sites import AttentionSite
-from ..patching.attention_override import run_answered
+from ..patching.attention_override import attend_as_pytorch, run_answered
 from ..patching.families import HostFamily, Video
 from ..patching.weights import without_class
 from .conditioning import Conditions
@@ -244,7 +243,7 @@ class HostModel(nn.Module):
                 x,
                 self._timestep_scale * timesteps.float(),
                 prompt_embeds.to(dtype),
-                {"optimized_attention_override": _attend_with_gradient},
+                {"optimized_attention_override": attend_as_pytorch},
                 inputs,
             )
         return velocity.to(latents.dtype)
@@ -264,11 +263,6 @@ def _forward(
     kwargs["transformer_options"] = dict(transformer_options or {})
     fused = self.run_fused(self, self.attention, x, *args, **kwargs)
     return run_answered(self, self.attention, x, *args, **kwargs) if fused is None else fused
-
-
-def _attend_with_gradient(_: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Attend as PyTorch does: the backend that the user chose may have no backward pass."""
-    return attention_pytorch(*args, **kwargs)
 
 
 def _repeat(tensor: Tensor, batch_size: int) -> Tensor:

@@ -33,7 +33,7 @@ from ...linvideo_core.transfer.config import StudentConfig, TransferConfig
 from ..demo import DemoLatents
 from ..patching.apply import untouched
 from ..patching.families import host_family
-from ..patching.weights import describe_base, is_plain, kept_dtype
+from ..patching.weights import describe_base, is_plain, kept_dtype, original_weight
 from .conditioning import digest_of, find_conditions
 from .host_model import HostModel, freeze
 
@@ -88,11 +88,8 @@ class HostTeacher:
         return digest_of(self._digested())
 
     def _digested(self) -> Iterator[Any]:
-        diffusion_model = self.model.model.diffusion_model
-        for name in digested_weights(diffusion_model, self.sites):
-            # Where patches are merged in, the weight itself waits in the backup.
-            backup = self.model.backup.get(f"diffusion_model.{name}")
-            kept = diffusion_model.get_parameter(name) if backup is None else backup.weight
+        for name in digested_weights(self.model.model.diffusion_model, self.sites):
+            kept = original_weight(self.model, name)
             # A run that goes on must know the weight again, whether or not it was used yet.
             yield kept.to(kept_dtype(self.model, name)) if is_plain(kept) else kept
         for key in sorted(self.model.patches, key=str):

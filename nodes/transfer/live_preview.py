@@ -22,8 +22,8 @@ from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.transfer.config import TransferConfig
 from ...linvideo_core.transfer.preview import draw_preview
 from ...linvideo_core.transfer.student import Student
+from ..patching.apply import show_words
 from ..patching.families import Video
-from ..patching.report import show_words
 
 # Where each stage lies on the bar, by the time that it takes with usual settings; its words.
 _STAGES = {

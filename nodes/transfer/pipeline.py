@@ -91,7 +91,8 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
             transfer=config,
         )
         _check_run(identity)
-        made, target = config.out / ARTIFACT_NAME, _target_of(config.out.name)
+        made, models = config.out / ARTIFACT_NAME, folder_paths.get_folder_paths(FOLDER)
+        target = Path(models[0]) / f"{config.out.name}.safetensors"
         _check_results(made, target)
         if not made.exists():
             _train(host, config, identity)
@@ -165,11 +166,6 @@ def _check_run(identity: HostRun) -> None:
         ) from error
 
 
-def _target_of(name: str) -> Path:
-    """Return where in models/linvideo the result of a transfer goes."""
-    return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
-
-
 def _check_results(made: Path, target: Path) -> None:
     """Mend a damaged result in the run folder, and see that what lies at its target is the same.
 
@@ -211,7 +207,9 @@ def _copy(source: Path, target: Path) -> None:
 
 def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None:
     """Make the result in the run folder."""
-    with _memory_given_back(), host.teacher(config) as teacher:
+    # What a transfer that failed has left: its error still referred to it all.
+    _give_memory_back()
+    with host.teacher(config) as teacher:
         takes = _tell_what_it_takes(host, teacher, config)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
         with Student(teacher, config.student, seed=config.seed) as student:
@@ -220,20 +218,10 @@ def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None
             run = Run(**where, precision=config.precision, callbacks=live)
             with live.watching():
                 linearize(student, teacher, config, run)
+    _give_memory_back()
 
 
-@contextlib.contextmanager
-def _memory_given_back() -> Iterator[None]:
-    """Give memory back: before, what a transfer that failed has left, and after one that did not.
-
-    An error or an interruption still refers to it all, and goes on its way at once.
-    """
-    _collect()
-    yield
-    _collect()
-
-
-def _collect() -> None:
+def _give_memory_back() -> None:
     # A layer's forward refers to the layer: only the collector takes the two apart.
     gc.collect()
     comfy.model_management.cleanup_models()

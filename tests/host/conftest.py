@@ -2,7 +2,8 @@
 
 A test file that imports `linvideo_pack`, the pack as ComfyUI loads it, or `stage` runs inside a
 process of ComfyUI by its own interpreter, which has no pytest: its tests are plain functions that
-raise `unittest.SkipTest` to skip. One process serves all such files.
+raise `unittest.SkipTest` to skip. One with an argument is run once for each key of the file's table
+`CASES`. One process serves all such files.
 """
 
 import ast
@@ -32,22 +33,28 @@ class InsideFile(pytest.File):
 
     def collect(self) -> Iterator["InsideTest"]:
         """Yield its tests; the file is read, not imported."""
+        cases: list[str] = []
         for node in ast.parse(self.path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CASES":
+                cases = [key.value for key in node.value.keys]
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                yield InsideTest.from_parent(self, name=node.name, line=node.lineno)
+                for case in cases if node.args.args else [None]:
+                    name = node.name if case is None else f"{node.name}[{case}]"
+                    settings = {"line": node.lineno, "test": node.name, "case": case}
+                    yield InsideTest.from_parent(self, name=name, **settings)
 
 
 class InsideTest(pytest.Item):
     """A test function that runs inside ComfyUI."""
 
-    def __init__(self, *, line: int, **keywords: Any) -> None:
+    def __init__(self, *, line: int, test: str, case: str | None, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self.line = line
+        self.line, self.test, self.case = line, test, case
         self.add_marker("host")
 
     def runtest(self) -> None:
         """Let ComfyUI's process run it."""
-        answer = self.config.stash[HOST].ask(file=str(self.path), test=self.name)
+        answer = self.config.stash[HOST].ask(file=str(self.path), test=self.test, case=self.case)
         self.add_report_section("call", "stdout", answer["printed"])
         if answer["outcome"] == "failed":
             pytest.fail(answer["words"], pytrace=False)

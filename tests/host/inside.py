@@ -1,13 +1,15 @@
 """The program that ComfyUI's interpreter runs for the tests: it answers requests, line by line.
 
-A request is JSON: {"file", "test"} runs a test function of a file, {"source", "function",
-"arguments"} a function of the given source text. The answer is {"outcome": "passed", "failed" or
-"skipped", "words": why, "printed": text}. The first line that it writes says that it has started.
+A request is JSON: {"file", "test", "case"} runs a test function of a file, with a case if it is not
+null, {"source", "function", "arguments"} a function of the given source text. The answer is
+{"outcome": "passed", "failed" or "skipped", "words": why, "printed": text}. The first line that it
+writes says that it has started.
 
 `PACK` is set by whoever starts it. ComfyUI's flags are its command line.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -51,7 +53,8 @@ def find_function(request: dict[str, Any]) -> Callable[[], Any]:
         names: dict[str, Any] = {}
         exec(request["source"], names)  # noqa: S102
         return lambda: names[request["function"]](*request["arguments"])
-    return getattr(importlib.import_module(Path(request["file"]).stem), request["test"])
+    test = getattr(importlib.import_module(Path(request["file"]).stem), request["test"])
+    return test if request["case"] is None else functools.partial(test, request["case"])
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:

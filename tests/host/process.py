@@ -1,9 +1,14 @@
-"""A real ComfyUI: its checkout, its interpreter, and one process of it that runs tests."""
+"""A real ComfyUI: its checkout, its interpreter, and one process of it that runs tests.
+
+LINVIDEO_HOST_FLAGS="" python -m pytest tests/host           # as ComfyUI starts by itself
+LINVIDEO_HOST_FLAGS="--novram" python -m pytest tests/host
+"""
 
 import inspect
 import json
 import os
 import selectors
+import shlex
 import subprocess
 import tempfile
 import textwrap
@@ -13,12 +18,35 @@ from typing import Any
 
 import pytest
 
-from tests.host.flags import FLAGS, make_environment
-
 PACK = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("inside.py")
 ANSWER_SECONDS = 1200
 """Only what hangs may reach this."""
+
+VARIABLE = "LINVIDEO_HOST_FLAGS"
+ON_A_CPU = ("--cpu", "--use-pytorch-cross-attention")
+FLAGS = ON_A_CPU if VARIABLE not in os.environ else tuple(shlex.split(os.environ[VARIABLE]))
+
+TESTS_OWN = ("PYTHONPATH", "TRITON_INTERPRET")
+"""Environment variables that the host must not inherit from the tests."""
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
+"""Waiting threads sleep: spinning, two processes on two cores hold each other up for minutes."""
+
+
+def make_environment() -> dict[str, str]:
+    """Return the environment variables of ComfyUI's processes."""
+    return {k: v for k, v in os.environ.items() if k not in TESTS_OWN} | PATIENT
+
+
+def name_device(name: str) -> str:
+    """Return a device as tables name it, with the flags if they are not the usual ones.
+
+    name: as ComfyUI's /system_stats has it, such as "cpu" or "cuda:0 NVIDIA H100 : native".
+    """
+    model = name.partition(" : ")[0]
+    if model.startswith("cuda:"):
+        model = model.partition(" ")[2]
+    return model if FLAGS in ((), ON_A_CPU) else f"{model} {' '.join(FLAGS)}"
 
 
 class HostError(Exception):

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.record import SOURCE, describe_device, describe_versions, read_record
 from linvideo_core.run.files import write_json
-from tests.host.flags import VARIABLE
+from tests.host.process import VARIABLE
 
 TOLD = ("comfyui", "device", "workflow", "seconds")
 
@@ -91,13 +91,10 @@ def _read_earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str,
     """Return the recorded rows of this version of LinVideo, and the run that each is of."""
     if not path.is_file():
         return [], {}
-    record = read_record(path)
-    # Before there was a column for it, the device was a CPU.
-    rows = [{"comfyui": row["comfyui"], "device": "cpu"} | row for row in record["rows"]]
-    source = {key: record[key] for key in SOURCE}
-    runs = record.get("details", {}).get("runs") or {_run_of(row): source for row in rows}
-    ours = describe_versions()["linvideo"]
-    return [row for row in rows if runs[_run_of(row)]["versions"]["linvideo"] == ours], runs
+    record, ours = read_record(path), describe_versions()["linvideo"]
+    runs = record["details"]["runs"]
+    rows = [row for row in record["rows"] if runs[_run_of(row)]["versions"]["linvideo"] == ours]
+    return rows, runs
 
 
 def _join(values: Iterable[Any]) -> Any:

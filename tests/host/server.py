@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.flags import FLAGS, make_environment, name_device
-from tests.host.process import PACK, Host, HostError
+from tests.host.process import FLAGS, PACK, Host, HostError, make_environment, name_device
 
 SHIPPED = PACK / "linvideo_core" / "demo" / "weights" / "linearized.safetensors"
 START_SECONDS, WORKFLOW_SECONDS = 600, 300

@@ -12,15 +12,16 @@ import inspect
 import logging
 import re
 import sys
+import tempfile
 import unittest
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.sample
 import comfy.sd
+import folder_paths
 import safetensors.torch
 import torch
 from linvideo_pack.linvideo_core import artifact, flow
@@ -73,6 +74,27 @@ def needs_cuda(why: str) -> None:
 def device() -> torch.device:
     """Return where ComfyUI computes; its nodes give and take tensors on the CPU."""
     return comfy.model_management.get_torch_device()
+
+
+@contextlib.contextmanager
+def own_folders() -> Iterator[Path]:
+    """Yield a folder with an `output` and a `models`, which stand for ComfyUI's and our own."""
+    known, kind = folder_paths.folder_names_and_paths, model_folder.FOLDER
+    kept, kept_output = dict(known), folder_paths.get_output_directory()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("output", "models"):
+            (folder / part).mkdir()
+        folder_paths.set_output_directory(str(folder / "output"))
+        known[kind] = ([str(folder / "models")], {".safetensors"})
+        folder_paths.filename_list_cache.pop(kind, None)
+        try:
+            yield folder
+        finally:
+            folder_paths.set_output_directory(kept_output)
+            folder_paths.filename_list_cache.pop(kind, None)
+            known.clear()
+            known.update(kept)
 
 
 def is_dynamic(model: Any) -> bool:
@@ -209,14 +231,14 @@ def sample(
     return comfy.sample.sample(model, noise, *settings, **keywords)
 
 
-def sample_again(model: Any) -> Tensor:
+def sample_again(model: Any, *, steps: int = STEPS) -> Tensor:
     """Sample a model that has been sampled before.
 
     At its first use, dynamic video memory gives a changed weight as it was computed; ever after as
     it is kept, rounded to the weights' dtype.
     """
     sample(model, steps=1)
-    return sample(model)
+    return sample(model, steps=steps)
 
 
 _APPLIED = contextlib.ExitStack()  # to the end: what it lends to models stays in them
@@ -316,6 +338,17 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def finetuned(amount: float) -> Any:
+    """Return the demo with weights that are off by `amount` of their norm."""
+    model = demo_nodes.load_demo_model()
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in model.model.diffusion_model.named_parameters():
+        if name.endswith(("q.weight", "v.weight")):
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data += amount * weight.norm() / noise.norm() * noise
+    return model
+
+
 def stream_weights(model: Any) -> None:
     """Let ComfyUI load almost nothing of a model: weights come to each call from offload."""
     load = model.partially_load
@@ -349,30 +382,3 @@ def collect_warnings(part: str = "") -> Iterator[list[str]]:
         yield messages
     finally:
         root.removeHandler(handler)
-
-
-@functools.cache
-def vace_weights() -> dict[str, Tensor]:
-    """Return random weights of a small VACE model: four main blocks, two beside them."""
-    vace = comfy.ldm.wan.model.VaceWanModel(
-        **MODEL_OF_SHAPES,
-        dim=128,
-        ffn_dim=256,
-        num_heads=1,
-        num_layers=4,
-        vace_layers=2,
-        vace_in_dim=96,
-    )
-    generator = torch.Generator().manual_seed(4)
-    return {
-        name: 0.05 * torch.randn(weight.shape, generator=generator)
-        for name, weight in vace.state_dict().items()
-    }
-
-
-def load_vace(weights: dict[str, Tensor]) -> Any:
-    """Return a VACE model in a ModelPatcher, as ComfyUI recognises it."""
-    settings = {"dtype": torch.float32}
-    patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), settings)
-    assert type(patcher.model.diffusion_model) is comfy.ldm.wan.model.VaceWanModel
-    return patcher

@@ -67,6 +67,12 @@ CASES = {
     "a word that the demo does not know": (
         make_transfer(name="refused", prompts="a handwritten cat"), "linear", "'cat'",
     ),
+    "a filename that leads out": (
+        {"load": make_load(), "write": make_save("load", "../mine")}, "write", "filename",
+    ),
+    "a filename of several lines": (
+        {"load": make_load(), "write": make_save("load", "a\0b\nc")}, "write", "filename",
+    ),
 }  # fmt: skip
 """What is queued, the node that refuses it, and words of its message."""
 
@@ -91,6 +97,7 @@ def test_bad_input_is_one_sentence_and_the_server_lives_on(
     message = error["exception_message"].strip()
     assert error["node_id"] == node
     assert words in message and "\n" not in message and len(message) < 400, message
+    # The panel shows it above the message: no path of this machine, and not the pack's folder.
     assert error["exception_type"] in ("ValueError", "linvideo_core.artifact.ArtifactError")
     assert_lives_on(server)
 

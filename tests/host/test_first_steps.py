@@ -4,6 +4,7 @@ Expected latents come from the headless core: the teacher's velocity in the kept
 linearized model's in the others.
 """
 
+import contextlib
 import dataclasses
 import inspect
 from typing import Any
@@ -15,8 +16,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from linvideo_pack.linvideo_core.artifact import ArtifactError
-from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
+from linvideo_pack.nodes.model_folder import SHIPPED
 from linvideo_pack.nodes.patching.apply import linearize
 from stage import (
     STEPS,
@@ -26,7 +27,6 @@ from stage import (
     demo,
     load_headless,
     merge_lora,
-    relative_difference,
     sample,
     sample_headless,
     shipped,
@@ -54,19 +54,15 @@ def test_the_kept_steps_are_the_original_models() -> None:
         assert_close(sample(_keep(num_kept)), _expected(num_kept))
 
 
-def test_all_steps_kept_give_the_original_models_bits() -> None:
+def test_all_steps_kept_or_none_give_the_bits_of_either_model() -> None:
     expected = sample(demo()[0])
     for num_kept in (STEPS, 1000):
         assert torch.equal(sample(_keep(num_kept)), expected)
-
-
-def test_no_step_kept_is_the_linearized_model() -> None:
     assert torch.equal(sample(_keep(0)), sample(linearize(demo()[0], shipped())))
 
 
 def test_the_node_takes_the_number_of_steps() -> None:
-    file = "demo (comes with LinVideo)"
-    mode = {"mode": APPLY, "file": file, "strength": 1.0, "keep_first_steps": 2}
+    mode = {"mode": APPLY, "file": SHIPPED, "strength": 1.0, "keep_first_steps": 2}
     assert_close(sample(LinVideoLinearize.execute(demo()[0], mode).result[0]), _expected(2))
 
 
@@ -126,8 +122,8 @@ def test_a_cache_may_reuse_the_kept_steps() -> None:
 
 def test_compiled_it_keeps_the_same_steps_and_compiles_once() -> None:
     """With the guards that ComfyUI's own compile node keeps; a graph for each kind of step."""
-    kept = linearize(short_demo(), short_file(), keep_first_steps=2)
-    expected = sample(kept)
+    kept = linearize(short_demo(), short_file(), keep_first_steps=1)
+    expected = sample(kept, steps=2)
     compiled = without_dynamic_memory(kept)
     settings = {"options": {"guard_filter_fn": skip_torch_compile_dict}, "fullgraph": True}
     linear, softmax = 1, 2
@@ -135,27 +131,9 @@ def test_compiled_it_keeps_the_same_steps_and_compiles_once() -> None:
     keys = [f"diffusion_model.blocks.{layer}" for layer in (linear, softmax)]
     set_torch_compile_wrapper(compiled, "aot_eager", keys=keys, **settings)
     for _ in range(2):
-        assert_close(sample(compiled), expected)
+        assert_close(sample(compiled, steps=2), expected)
         assert counters["stats"]["unique_graphs"] == 4
-    assert torch.equal(sample(kept), expected)
-
-
-def test_changed_weights_with_softmax_layers_are_worse_than_either() -> None:
-    """Why the changes rest together with the linear layers."""
-    teacher = bind_headless(load_headless())
-    student = bind_headless(load_headless(), shipped())
-    model = load_headless()
-    for name, (down, up) in shipped().low_rank.items():
-        model.get_parameter(f"{name}.weight").data += up.float() @ down.float()
-    changed = bind_headless(model)
-    noise = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
-    expected = sample_headless([teacher] * STEPS, noise=noise)
-    errors = [
-        relative_difference(sample_headless([first, *3 * [teacher]], noise=noise), expected)
-        for first in (student, changed)
-    ]
-    print(f"first step linear {errors[0]:.2f}, softmax with changed weights {errors[1]:.2f}")
-    assert errors[1] > 1.5 * errors[0]
+    assert torch.equal(sample(kept, steps=2), expected)
 
 
 def test_a_file_of_whole_weights_cannot_rest() -> None:
@@ -175,10 +153,8 @@ def test_an_error_or_interruption_in_a_kept_step_leaves_the_next_run_right() -> 
 
     failing = kept.clone()
     failing.add_wrapper_with_key("diffusion_model", "fail", fail)
-    try:
+    with contextlib.suppress(comfy.model_management.InterruptProcessingException):
         sample(failing)
         raise AssertionError("nothing was interrupted")
-    except comfy.model_management.InterruptProcessingException:
-        pass
     assert torch.equal(sample(kept), expected)
     assert_close(sample(linearize(demo()[0], shipped())), _expected(0))

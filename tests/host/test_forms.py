@@ -10,10 +10,9 @@ from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.models.attention import LinearAttention
 from linvideo_pack.linvideo_core.models.config import LinearForm
-from linvideo_pack.nodes.patching.additional_models import LayerMaps
 from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.weights import LayerMaps
 from stage import (
-    STEPS,
     assert_close,
     bind_headless,
     demo,
@@ -29,6 +28,7 @@ from stage import (
 )
 from torch import Tensor
 
+_STEPS = 2
 _FORMS = [
     LinearForm(feature_map="hedgehog_joint"),
     LinearForm(map_sharing="shared"),
@@ -65,14 +65,15 @@ def _tolerance() -> float:
 
 
 def _sample_core(made: Artifact) -> Tensor:
-    return sample_headless([bind_headless(load_headless(), made)] * STEPS)
+    return sample_headless([bind_headless(load_headless(), made)] * _STEPS)
 
 
 def test_a_form_gives_the_latents_of_the_headless_core() -> None:
     plain = _sample_core(shipped())
-    for form in _FORMS:
+    # Each of the others is a layer's business, which the last test sees to.
+    for form in (LinearForm(map_sharing="shared"), _FORMS[-1]):
         made = _make_file(form)
-        latents = sample(linearize(demo()[0], made))
+        latents = sample(linearize(demo()[0], made), steps=_STEPS)
         assert_close(latents, _sample_core(made), _tolerance())
         # The demo has one head: sharing a map among its heads changes nothing.
         is_plain = form == LinearForm(map_sharing="shared")
@@ -87,7 +88,7 @@ def test_a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
     parts = linearized.get_additional_models()
     for patcher in (linearized, *parts):
         stream_weights(patcher)
-    latents = sample(linearized)
+    latents = sample(linearized, steps=_STEPS)
     assert all(part.model.model_lowvram for part in parts)
     comfy.model_management.unload_all_models()
     assert_close(latents, _sample_core(made), _tolerance())

@@ -16,14 +16,10 @@ from linvideo_pack.nodes.transfer.pipeline import make_config
 from stage import complaint, demo, device, needs_cpu, relative_difference, with_lora
 from test_quantised import LOADERS
 from torch import Tensor, nn
+from transfers import make_inputs
 
 _TOLERANCE = 1e-5
 _COPIED, _FROZEN = True, False
-
-
-def _inputs() -> dict[str, Any]:
-    sockets = dict.fromkeys(("positive", "negative", "clip", "latent", "settings"))
-    return {"name": "fast", "quality": "draft", "prompts": "", "keep_first_steps": 0, **sockets}
 
 
 @contextlib.contextmanager
@@ -35,7 +31,7 @@ def _learning() -> Iterator[None]:
 def _velocity_and_gradients(model: Any, is_copied: bool) -> tuple[Tensor, list[Tensor]]:
     """Return what a student computes in fp32 and the gradients of its low-rank changes."""
     with _learning():
-        inputs = _inputs()
+        inputs = make_inputs(settings=None, quality="draft")
         host = HostTeacher(model, inputs)
         # Of a small model copies are made: beside the host's weights it must come out alike.
         host.is_copied = lambda _: is_copied
@@ -48,7 +44,7 @@ def _velocity_and_gradients(model: Any, is_copied: bool) -> tuple[Tensor, list[T
             for weight in student.weights.values():
                 added = 0.02 * torch.randn(weight.shape, generator=generator)
                 weight.data += added.to(weight.device)
-            latents = torch.randn(2, *LATENT_SHAPE, generator=generator).to(device())
+            latents = torch.randn(2, LATENT_SHAPE[0], 2, 8, 8, generator=generator).to(device())
             timesteps = torch.tensor([900.0, 200.0], device=device())
             prompts = host.conditions.prompt_embeds[:2].to(device())
             velocity = student.model(latents, timesteps, prompts)

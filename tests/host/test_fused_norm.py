@@ -6,7 +6,7 @@ of a layer's runs took it. On a GPU it is `_as_comfyui` that takes ComfyUI's.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.ldm.wan.model
@@ -16,7 +16,6 @@ import test_linearize
 import test_quantised
 import test_stacking
 import test_variants
-import test_watch
 import torch
 from comfy.ldm.flux.layers import EmbedND
 from linvideo_pack.nodes.patching.apply import linearize
@@ -45,18 +44,6 @@ def _fused() -> Iterator[list[int]]:
     finally:
         wan_family.BACKEND = "auto"
         handle.remove()
-
-
-def _hold_fused(*tests: Callable[[], None]) -> None:
-    wan_family.BACKEND = "reference"
-    try:
-        for test in tests:
-            torch._dynamo.reset()
-            counters.clear()
-            test()
-            print(f"also fused: {test.__name__}")
-    finally:
-        wan_family.BACKEND = "auto"
 
 
 def _make_attention(**settings: Any) -> tuple[nn.Module, Tensor, Tensor]:
@@ -203,35 +190,23 @@ def test_what_is_not_known_is_left_to_comfyui() -> None:
         wan_family.BACKEND = "auto"
 
 
-def test_models_that_are_compiled_or_streamed_stay_the_same() -> None:
-    _hold_fused(
-        test_linearize.test_the_linearized_model_gives_the_latents_of_the_headless_core,
-        test_linearize.test_weights_that_are_streamed_give_the_same_latents,
-        test_linearize.test_compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once,
-        test_linearize.test_a_forward_patched_by_another_pack_comes_back,
-        test_watch.test_compiled_block_by_block_it_compiles_once,
+def test_loras_quantised_streamed_and_compiled_weights_and_variants_stay_the_same() -> None:
+    variants = (
+        functools.partial(test_variants.test_a_variant_of_wan, case)
+        for case in ("VACE", "2.2 speech with a reference")
     )
-
-
-def test_other_packs_nodes_before_or_after_stay_the_same() -> None:
-    _hold_fused(
-        test_stacking.test_a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights,
-        test_stacking.test_context_windows_are_linear_each_by_itself,
-        test_stacking.test_vace_with_a_lora_is_vace_of_merged_weights,
-    )
-
-
-def test_quantised_models_stay_the_same() -> None:
-    _hold_fused(
-        test_quantised.test_a_users_lora_is_merged_beside_bypassed_changes,
-        test_quantised.test_streamed_quantised_weights_give_the_same_latents,
-    )
-
-
-def test_variants_stay_the_same() -> None:
-    _hold_fused(
-        test_variants.test_wan_21_and_22_a14b_text_to_video,
-        test_variants.test_wan_22_5b,
-        test_variants.test_wan_vace,
-        test_variants.test_wan_22_speech_with_a_reference_warns,
-    )
+    wan_family.BACKEND = "reference"
+    try:
+        for test in (
+            test_linearize.test_weights_that_are_streamed_give_the_same_latents,
+            test_linearize.test_compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once,
+            test_stacking.test_a_lora_merged_or_bypassed_by_comfyui_is_the_lora_of_merged_weights,
+            test_quantised.test_a_users_lora_is_merged_beside_bypassed_changes,
+            *variants,
+        ):
+            torch._dynamo.reset()
+            counters.clear()
+            test()
+            print(f"also fused: {test}")
+    finally:
+        wan_family.BACKEND = "auto"

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.host.conftest import Host
-from tests.host.flags import FLAGS, make_environment
-from tests.host.process import PACK
+from tests.host.process import FLAGS, PACK, make_environment
 from tests.host.test_server import NODES
 
 OPTIONAL = {"triton"}

@@ -3,18 +3,15 @@
 The CLIP is a tiny random UMT5 in ComfyUI's own classes, with a tokenizer made here.
 """
 
-import contextlib
 import functools
 import tempfile
 import unittest
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import comfy.text_encoders.wan
-import folder_paths
 import torch
 from linvideo_pack.linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
 from linvideo_pack.linvideo_core.prompts.embeddings import read_embeds
@@ -22,7 +19,7 @@ from linvideo_pack.linvideo_core.prompts.text_encoder import cut, open_tokenizer
 from linvideo_pack.nodes.export_prompts import LinVideoExportPrompts
 from safetensors.torch import save_file
 from stage import complaint as _complaint
-from stage import made_with_weights
+from stage import made_with_weights, own_folders
 from torch import Tensor
 
 TEXTS = ["A red kite dives and climbs.", "a boat", "Two hands fold a crane, slowly."]
@@ -68,18 +65,6 @@ def _clip() -> Any:
     return clip
 
 
-@contextlib.contextmanager
-def _output() -> Iterator[Path]:
-    """An empty folder in place of ComfyUI's output."""
-    kept = folder_paths.get_output_directory()
-    with tempfile.TemporaryDirectory() as folder:
-        folder_paths.set_output_directory(folder)
-        try:
-            yield Path(folder)
-        finally:
-            folder_paths.set_output_directory(kept)
-
-
 class _Counted:
     """A CLIP that counts what it encodes, and may have the user interrupt it."""
 
@@ -122,9 +107,9 @@ def _host(text: str) -> Tensor:
 
 
 def test_what_is_stored_is_what_the_hosts_wan_receives() -> None:
-    with _output() as folder:
+    with own_folders() as folder:
         path = _export(_clip(), TEXTS)
-        assert path == folder / "linvideo" / "mine.safetensors"
+        assert path == folder / "output" / "linvideo" / "mine.safetensors"
         found = read_embeds(path)
     assert found.prompts == TEXTS
     assert torch.equal(found.prompt_embeds, torch.stack([_host(text) for text in TEXTS]))
@@ -156,7 +141,7 @@ def test_the_headless_encoder_agrees_with_the_host() -> None:
 
 
 def test_an_empty_list_stands_for_linvideos_own_prompts() -> None:
-    with _output():
+    with own_folders():
         found = read_embeds(_export(_OneEncoding(), []))
     assert found.prompts == default_prompts()
     schema = LinVideoExportPrompts.define_schema()
@@ -166,7 +151,7 @@ def test_an_empty_list_stands_for_linvideos_own_prompts() -> None:
 
 
 def test_the_same_inputs_are_not_encoded_again() -> None:
-    with _output():
+    with own_folders():
         path = _export(_Counted(), TEXTS)
         before = path.stat().st_mtime_ns
         _export(again := _Counted(), TEXTS)
@@ -174,21 +159,21 @@ def test_the_same_inputs_are_not_encoded_again() -> None:
 
 
 def test_an_interrupted_export_goes_on_where_it_stopped() -> None:
-    with _output() as folder:
+    with own_folders() as folder:
         try:
             _export(_Counted(interrupt_at=3), TEXTS)
         except comfy.model_management.InterruptProcessingException:
             pass
         else:
             raise AssertionError("nothing was interrupted")
-        assert not list((folder / "linvideo").glob("mine.safetensors"))
+        assert not list((folder / "output" / "linvideo").glob("mine.safetensors"))
         path = _export(rest := _Counted(), TEXTS)
         assert rest.count < 1 + len(TEXTS)
         assert torch.equal(read_embeds(path).prompt_embeds[2], _host(TEXTS[2]))
 
 
 def test_a_file_with_other_prompts_is_replaced_only_when_asked() -> None:
-    with _output():
+    with own_folders():
         path = _export(_clip(), TEXTS)
         message = _complaint(ValueError, _export, _clip(), TEXTS[:2])
         assert "switch overwrite on" in message
@@ -202,9 +187,9 @@ def test_what_cannot_be_exported_is_one_sentence() -> None:
         def encode_from_tokens_scheduled(self, tokens: Any) -> Any:
             return [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]
 
-    with _output() as folder:
+    with own_folders() as folder:
         assert "type wan" in _complaint(ValueError, _export, _Other(), TEXTS)
         long = " ".join(300 * ["kite"])
         assert "shorten the prompt" in _complaint(ValueError, _export, _clip(), [long])
         assert "filename" in _complaint(ValueError, _export, _clip(), TEXTS, "../out")
-        assert not (folder / "linvideo" / "mine.safetensors").exists()
+        assert not (folder / "output" / "linvideo" / "mine.safetensors").exists()

@@ -7,12 +7,10 @@ GPU.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import comfy.sd
 import safetensors.torch
 import torch
@@ -24,13 +22,14 @@ from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
 from linvideo_pack.nodes.patching.weights import compare_base, describe_base, sketch_base
+from linvideo_pack.nodes.transfer.host_model import cast_weights
 from stage import (
-    STEPS,
     assert_close,
     bind_headless,
     collect_warnings,
     demo,
     device,
+    finetuned,
     finish,
     is_dynamic,
     is_streaming,
@@ -45,13 +44,10 @@ from stage import (
     with_lora,
 )
 from torch import Tensor, nn
+from variants import quantise
 
 _FP8 = torch.float8_e4m3fn
-
-
-@functools.cache
-def _weights() -> dict[str, Tensor]:
-    return safetensors.torch.load_file(weights_path("model.safetensors"))
+_STEPS = 2
 
 
 def _load_fp8(**settings: Any) -> Any:
@@ -62,15 +58,9 @@ def _load_fp8(**settings: Any) -> Any:
 
 def _load_quantised(quantisation: str, layout: str, **settings: Any) -> Any:
     """Load a checkpoint in ComfyUI's own quantised form, every linear layer of the blocks in it."""
-    tensors = dict(_weights())
-    for name in [n for n in tensors if n.startswith("blocks.") and tensors[n].ndim == 2]:
-        stem = name.removesuffix("weight")
-        quantised = QuantizedTensor.from_float(tensors[name].float(), layout)
-        tensors |= {stem + n: t for n, t in quantised.state_dict("weight").items()}
-        conf = {"format": quantisation, "full_precision_matrix_mult": True}
-        tensors[f"{stem}comfy_quant"] = torch.tensor(
-            list(json.dumps(conf).encode()), dtype=torch.uint8
-        )
+    weights = safetensors.torch.load_file(weights_path("model.safetensors"))
+    names = [n for n in weights if n.startswith("blocks.") and weights[n].ndim == 2]
+    tensors = quantise(weights, names, quantisation, layout)
     options = {"dtype": torch.float32}
     patcher = comfy.sd.load_diffusion_model_state_dict(tensors, options, **settings)
     assert any(isinstance(p, QuantizedTensor) for p in patcher.model.parameters())
@@ -96,19 +86,10 @@ def _plain_weights(patcher: Any) -> dict[str, Tensor]:
     plain = dict(model.named_parameters())
     for name, layer in model.named_modules():
         if hasattr(layer, "comfy_cast_weights") and layer.weight is not None:
-            weight, bias = _read_layer(layer)
-            plain |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
+            with cast_weights(layer, torch.float32, device()) as found:
+                named = zip(("weight", "bias"), found, strict=True)
+                plain |= {f"{name}.{leaf}": x.clone() for leaf, x in named if x is not None}
     return {name: weight.detach().float().cpu() for name, weight in plain.items()}
-
-
-def _read_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return a layer's weight and bias, copied from wherever ComfyUI's own forward takes them."""
-    settings = {"dtype": torch.float32, "device": device(), "bias_dtype": torch.float32}
-    weight, bias, frozen_weights = comfy.ops.cast_bias_weight(layer, **settings, offloadable=True)
-    weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-    copies = weight.clone(), None if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(layer, weight, bias, frozen_weights)
-    return copies
 
 
 def _merge(model: Any) -> Any:
@@ -126,10 +107,10 @@ def test_changes_are_exact_where_merging_rounds_them() -> None:
     for kind, load in LOADERS.items():
         model = load()
         expected = _expected(model, shipped())
-        bypassed = sample(linearize(model, shipped()))
+        bypassed = sample(linearize(model, shipped()), steps=_STEPS)
         assert_close(bypassed, expected, tolerance_of(model))
-        merged = relative_difference(sample_again(_merge(model)), expected)
-        without = sample(linearize(model, shipped(), strength=0.0))
+        merged = relative_difference(sample_again(_merge(model), steps=_STEPS), expected)
+        without = sample(linearize(model, shipped(), strength=0.0), steps=_STEPS)
         effect = relative_difference(without, expected)
         print(f"{kind}: merged {merged:.1e} off, without the changes {effect:.1e}")
         # Weights that are brought to each call are changed there, and not rounded again.
@@ -137,7 +118,7 @@ def test_changes_are_exact_where_merging_rounds_them() -> None:
 
 
 def _expected(model: Any, applied: Artifact) -> Tensor:
-    return sample_headless([bind_headless(load_headless(_plain_weights(model)), applied)] * STEPS)
+    return sample_headless([bind_headless(load_headless(_plain_weights(model)), applied)] * _STEPS)
 
 
 def _two_ways() -> list[Callable[[], Any]]:
@@ -149,11 +130,11 @@ def test_a_quantised_model_comes_back_bit_for_bit() -> None:
     for load in _two_ways():
         model = load()
         sample(model, steps=1)
-        before = sample(model, steps=2)
+        before = sample(model, steps=_STEPS)
         linearized = linearize(model, shipped())
-        first = sample(linearized, steps=2)
-        assert torch.equal(sample(model, steps=2), before)
-        assert torch.equal(sample(linearized.clone(), steps=2), first)
+        first = sample(linearized, steps=_STEPS)
+        assert torch.equal(sample(model, steps=_STEPS), before)
+        assert torch.equal(sample(linearized.clone(), steps=_STEPS), first)
         assert not any("forward" in m.__dict__ for m in model.model.modules())
         assert not any(getattr(m, "weight_function", []) for m in model.model.modules())
 
@@ -163,17 +144,17 @@ def test_a_users_lora_is_merged_beside_bypassed_changes() -> None:
     model = with_lora(_load_fp8())
     expected, tolerance = _expected(model, shipped()), tolerance_of(model)
     for linearized in (linearize(model, shipped()), with_lora(linearize(_load_fp8(), shipped()))):
-        assert_close(sample_again(linearized), expected, tolerance)
+        assert_close(sample_again(linearized, steps=_STEPS), expected, tolerance)
 
 
 def test_streamed_quantised_weights_give_the_same_latents() -> None:
     settings = {"disable_dynamic": True} if is_dynamic(demo()[0]) else {}
     for load in _two_ways():
-        expected = sample(linearize(load(**settings), shipped()), steps=2)
+        expected = sample(linearize(load(**settings), shipped()), steps=_STEPS)
         linearized = linearize(load(**settings), shipped())
         comfy.model_management.unload_all_models()
         stream_weights(linearized)
-        latents = sample(linearized, steps=2)
+        latents = sample(linearized, steps=_STEPS)
         assert linearized.model.model_lowvram
         comfy.model_management.unload_all_models()
         assert_close(latents, expected, tolerance_of(linearized))
@@ -213,7 +194,7 @@ def test_whole_weights_are_merged_and_said_to_be_rounded() -> None:
     assert "rounded once more" in warnings[0] and len(warnings) == 1
     expected = _expected(model, whole)
     effect = relative_difference(_expected(model, nothing), expected)
-    error = relative_difference(sample_again(linearized), expected)
+    error = relative_difference(sample_again(linearized, steps=_STEPS), expected)
     print(f"whole weights merged into fp8: {error:.1e} off, without the changes {effect:.1e}")
     assert error < 0.5 * effect
 
@@ -223,29 +204,22 @@ def test_quantised_weights_are_told_from_other_weights() -> None:
     for form, layout in (("nvfp4", "TensorCoreNVFP4Layout"), ("mxfp8", "TensorCoreMXFP8Layout")):
         if form in QUANT_ALGOS:
             loaders[form] = functools.partial(_load_quantised, form, layout)
+    sketch = sketch_base(finetuned(0.3)).sketch
+    other = dataclasses.replace(shipped().header, weights_sketch=sketch)
     for kind, load in loaders.items():
         with collect_warnings() as warnings:
             model = load()
             match = compare_base(shipped().header, model)
-            said = linearize(model, shipped()).get_attachment(KEY).report.text
+            said = linearize(model, shipped()).get_attachment(KEY).text
         print(f"{kind}: {match.distance:.3f} off")
         # Where memory is dynamic, weights are as in the file until they are used.
         expected = "same" if kind == "fp8" and is_dynamic(model) else "close"
         assert match.kind == expected and str(match)[1:] in said, kind
         assert not warnings, warnings
-        other = dataclasses.replace(shipped().header, weights_sketch=_other_sketch())
+        other = dataclasses.replace(
+            shipped().header, weights_sketch=sketch_base(finetuned(0.3)).sketch
+        )
         assert compare_base(other, model).kind == "other", kind
-
-
-def _other_sketch() -> tuple[float, ...]:
-    """Return the sketch of weights that are off by 0.3 of their norm, such as another expert's."""
-    model = demo_nodes.load_demo_model()
-    generator = torch.Generator().manual_seed(5)
-    for name, weight in model.model.diffusion_model.named_parameters():
-        if name.endswith(("self_attn.q.weight", "self_attn.v.weight")):
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.data += 0.3 * weight.norm() / noise.norm() * noise
-    return sketch_base(model).sketch
 
 
 class _PackedTensor(torch.Tensor):
@@ -288,16 +262,16 @@ def test_weights_of_a_gguf_pack_are_read_through_its_layers_without_their_patche
     assert found.digest != shipped().header.weights_digest and 8 < found.bits < 9
 
 
-class _ForeignLinear(nn.Module):
+class ForeignLinear(nn.Module):
     """A layer of another pack, which keeps its weight in a form of its own."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        weight, bias = _read_layer(linear)
-        self.scale = float(weight.abs().max() / 127)
-        packed = (weight / self.scale).round().to(torch.int8).cpu()
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = nn.Parameter(bias.cpu(), requires_grad=False)
+        with cast_weights(linear, torch.float32, torch.device("cpu")) as (weight, bias):
+            self.scale = float(weight.abs().max() / 127)
+            packed = (weight / self.scale).round().to(torch.int8)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+            self.bias = nn.Parameter(bias.clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.scale * self.weight.to(x)
@@ -310,9 +284,9 @@ def test_layers_that_another_pack_quantised_take_the_changes_too() -> None:
     for layer in (1, 2):
         attention = model.model.diffusion_model.blocks[layer].self_attn
         for side in ("q", "o"):
-            foreign = _ForeignLinear(getattr(attention, side))
+            foreign = ForeignLinear(getattr(attention, side))
             setattr(attention, side, foreign)
             plain[f"blocks.{layer}.self_attn.{side}.weight"] = foreign.scale * foreign.weight
     comfy.model_management.unload_all_models()
-    expected = sample_headless([bind_headless(load_headless(plain), shipped())] * STEPS)
-    assert_close(sample(linearize(model, shipped())), expected)
+    expected = sample_headless([bind_headless(load_headless(plain), shipped())] * _STEPS)
+    assert_close(sample(linearize(model, shipped()), steps=_STEPS), expected)

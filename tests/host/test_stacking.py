@@ -33,7 +33,6 @@ from stage import (
     device,
     is_streaming,
     load_headless,
-    load_vace,
     make_noise,
     merge_lora,
     sample,
@@ -42,12 +41,12 @@ from stage import (
     short_demo,
     short_file,
     tolerance_of,
-    vace_weights,
     with_lora,
     without_dynamic_memory,
 )
 from torch import Tensor
 from torch._dynamo.utils import counters
+from variants import build, make_artifact, random_tensor
 
 _LAYERS = range(10)
 
@@ -233,31 +232,21 @@ def test_two_experts_have_a_file_each() -> None:
 
 
 def test_vace_with_a_lora_is_vace_of_merged_weights() -> None:
-    maps = shipped().linear[1]
-    header = dataclasses.replace(
-        _maps_in(0, 7).header,
-        fingerprint="wan, 4 layers, 1 heads of 128",
-        num_layers=4,
-        linear_layers=(0, 2),
-        site_names=("blocks.0.self_attn", "blocks.2.self_attn"),
-    )
-    file = Artifact(header=header, linear={0: maps, 2: maps})
-    generator = torch.Generator().manual_seed(5)
-    lora, merged = {}, dict(vace_weights())
+    sizes = {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 4}
+    config = {**sizes, "vace_layers": 2, "vace_in_dim": 96}
+    vace, merged = (build("comfy.ldm.wan.model", "VaceWanModel", config) for _ in range(2))
+    file, lora = make_artifact(vace), {}
     for name in ("blocks.0.self_attn.q", "vace_blocks.1.self_attn.v", "blocks.3.ffn.0"):
-        up, down = (
-            torch.randn(s, generator=generator)
-            for s in ((len(merged[f"{name}.weight"]), 4), (4, 128))
-        )
-        lora |= {f"diffusion_model.{name}.lora_up.weight": 0.1 * up}
-        lora |= {f"diffusion_model.{name}.lora_down.weight": 0.1 * down}
-        merged[f"{name}.weight"] = merged[f"{name}.weight"] + 0.7 * 0.01 * up @ down
+        weight = merged.model.diffusion_model.get_parameter(f"{name}.weight")
+        up, down = 0.1 * random_tensor(len(weight), 4), 0.1 * random_tensor(4, 128, seed=2)
+        lora |= {f"diffusion_model.{name}.lora_up.weight": up}
+        lora |= {f"diffusion_model.{name}.lora_down.weight": down}
+        weight.data += (0.7 * up @ down).to(weight)
 
     def with_its_lora(model: Any) -> Any:
         return comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)[0]
 
-    expected = sample(linearize(load_vace(merged), file))
-    vace = load_vace(vace_weights())
+    expected = sample(linearize(merged, file))
     assert not torch.allclose(sample(linearize(vace, file)), expected, atol=1e-3)
     for patcher in (with_its_lora(linearize(vace, file)), linearize(with_its_lora(vace), file)):
         assert_close(sample(patcher), expected)

@@ -27,12 +27,14 @@ from stage import (
     collect_warnings,
     complaint,
     demo,
+    finetuned,
     make_noise,
     sample,
     shipped,
     with_lora,
 )
-from torch import Tensor, nn
+from test_quantised import ForeignLinear
+from torch import nn
 
 _MADE_AT = {
     "width": 32,
@@ -60,7 +62,7 @@ def _file(**changes: Any) -> Artifact:
 
 
 def _said(model: Any) -> list[str]:
-    return model.get_attachment(KEY).report.text.splitlines()
+    return model.get_attachment(KEY).text.splitlines()
 
 
 def _said_of_sampling(model: Any, **settings: Any) -> list[str]:
@@ -88,19 +90,8 @@ def test_without_a_sketch_the_digest_is_compared() -> None:
     assert compare_base(header, demo()[0]).kind == "other"
 
 
-def _finetuned(amount: float) -> Any:
-    """Return the demo with weights that are off by `amount` of their norm."""
-    model = demo_nodes.load_demo_model()
-    generator = torch.Generator().manual_seed(5)
-    for name, weight in model.model.diffusion_model.named_parameters():
-        if name.endswith(("q.weight", "v.weight")):
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.data += amount * weight.norm() / noise.norm() * noise
-    return model
-
-
 def test_another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> None:
-    other, slight = _finetuned(0.3), _finetuned(0.03)
+    other, slight = finetuned(0.3), finetuned(0.03)
     with collect_warnings() as warnings:
         linearized = linearize(other, _file())
         assert re.search("about (2[6-9]|3[0-4]) % off", _said(linearized)[1]), _said(linearized)
@@ -112,40 +103,17 @@ def test_another_finetune_or_expert_is_said_on_the_node_and_still_applied() -> N
     assert sample(linearized).isfinite().all()
 
 
-class _Packed(nn.Module):
-    """A layer of another pack: nothing tells what its whole numbers stand for."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.scale = linear.weight.abs().max() / 127
-        packed = (linear.weight / self.scale).round().to(torch.int8)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.scale * self.weight, self.bias)
-
-
 def test_weights_that_cannot_be_read_are_said_to_be_unknown_and_the_file_is_applied() -> None:
     model = demo_nodes.load_demo_model()
     attention = model.model.diffusion_model.blocks[0].self_attn
-    attention.q = _Packed(attention.q)
+    attention.q = ForeignLinear(attention.q)
     assert "not known" in complaint(ValueError, describe_base, model)
     with collect_warnings() as warnings:
         linearized = linearize(model, _file())
     assert "cannot be compared" in _said(linearized)[1] and not warnings
     assert sample(linearized).isfinite().all()
-
-
-def test_weights_that_are_not_there_are_said_to_be_unknown() -> None:
-    model = demo_nodes.load_demo_model()
-    attention = model.model.diffusion_model.blocks[0].self_attn
     attention.q.weight = nn.Parameter(torch.empty(128, 128, device="meta"), requires_grad=False)
     assert compare_base(_file().header, model).kind == "unknown"
-
-
-def test_sampled_as_it_was_made_nothing_differs() -> None:
-    assert _said_of_sampling(linearize(demo()[0], _file())) == _AS_MADE
 
 
 def test_a_file_that_does_not_say_is_not_compared() -> None:
@@ -156,17 +124,22 @@ def test_a_file_that_does_not_say_is_not_compared() -> None:
 
 def test_another_size_guidance_or_shift_is_said_when_it_is_sampled() -> None:
     linearized = linearize(demo()[0], _file())
-    (said,) = _said_of_sampling(linearized, noise=make_noise(frames=4))
-    assert said == "Sampled: 32 x 32, 16 frames, but the file was made at 32 x 32, 12 frames."
-    (said,) = _said_of_sampling(linearized, cfg=5.0)
-    assert said == "Sampled: cfg 5, but the file was made at 3."
-    (said,) = _said_of_sampling(linearized, cfg=1.0)
-    assert said == "Sampled: no guidance (cfg 1), but the file was made at cfg 3."
     # A node after ours decides the shift.
     shifted = ModelSamplingSD3().patch(linearized, 8.0)[0]
-    (said,) = _said_of_sampling(shifted)
-    assert said == "Sampled: shift 8, but the file was made at 3."
-    assert _said_of_sampling(linearized) == _AS_MADE
+    for model, settings, said in (
+        (linearized, {}, "as the file was made"),
+        (
+            linearized,
+            {"noise": make_noise(frames=4)},
+            "32 x 32, 16 frames, but the file was made at 32 x 32, 12 frames",
+        ),
+        (linearized, {"cfg": 5.0}, "cfg 5, but the file was made at 3"),
+        (linearized, {"cfg": 1.0}, "no guidance (cfg 1), but the file was made at cfg 3"),
+        (shifted, {}, "shift 8, but the file was made at 3"),
+        (linearized, {}, "as the file was made"),
+    ):
+        (found,) = _said_of_sampling(model, **settings)
+        assert found.replace(":", "") == f"Sampled {said}.", found
 
 
 def test_a_guider_without_negative_prompt_guides_nothing() -> None:
@@ -201,18 +174,15 @@ def test_a_distilled_file_is_sampled_at_its_levels_with_its_sampler_unguided() -
     assert "sampler euler" in said and "set cfg to 1" in said
 
 
-def test_steps_outside_of_an_experts_noise_levels_are_counted() -> None:
+def test_steps_that_the_file_was_not_made_for_are_said() -> None:
     high = linearize(demo()[0], _file(sigma_from=1.0, sigma_to=0.875, steps=12))
     assert _said_of_sampling(high, steps=12, last_step=3) == _AS_MADE
     (said,) = _said_of_sampling(high, steps=12)
     assert said.startswith("Sampled: 7 of 12 steps at noise levels that the file was not made")
-
-
-def test_few_steps_with_a_file_that_was_not_distilled_are_said() -> None:
-    linearized = linearize(demo()[0], _file(steps=50))
-    (said,) = _said_of_sampling(linearized, steps=4)
+    many = linearize(demo()[0], _file(steps=50))
+    (said,) = _said_of_sampling(many, steps=4)
     assert said.startswith("Sampled: 4 steps, but the file was made in 50")
-    assert _said_of_sampling(linearized, steps=20) == _AS_MADE
+    assert _said_of_sampling(many, steps=20) == _AS_MADE
 
 
 def test_kept_steps_are_said_to_be_slow() -> None:

@@ -24,20 +24,18 @@ import comfy.ops
 import comfy.sample
 import comfy.sd
 import torch
-from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader
+from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_pack.linvideo_core.kernels import linear_attention
-from linvideo_pack.linvideo_core.models import attention_sites
-from linvideo_pack.linvideo_core.models.families import FAMILIES, identify
+from linvideo_pack.linvideo_core.models.families import FAMILIES
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.attention_override import answer
 from linvideo_pack.nodes.patching.families import host_family
-from linvideo_pack.nodes.patching.model_calls import _warn_of_joining_inputs
+from linvideo_pack.nodes.patching.injection import _warn_of_joining_inputs
 from stage import TOLERANCES, collect_warnings, complaint
 from torch import Tensor, nn
-from variants import FHW, build, minimax_h3, random_tensor
+from variants import FHW, build, make_artifact, minimax_h3, random_tensor
 
 _TOLERANCE = TOLERANCES[torch.float32]
-_LINEAR = (0, 2)
 _WAN = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 3, "cross_attn_norm": True}
 _MODEL = "comfy.ldm.wan.model"
 _F, _H, _W = FHW
@@ -51,48 +49,9 @@ def _clip_vision(tokens: int = 257) -> SimpleNamespace:
     return SimpleNamespace(penultimate_hidden_states=random_tensor(1, tokens, 1280))
 
 
-def _make_artifact(patcher: Any) -> Artifact:
-    family, sites = identify(attention_sites.shapes_of(patcher.model.diffusion_model))
-    chosen = [sites[layer] for layer in _LINEAR]
-    header = ArtifactHeader(
-        family=family.name,
-        fingerprint=attention_sites.fingerprint(family, sites),
-        weights_digest="0" * 16,
-        num_layers=len(sites),
-        linear_layers=tuple(site.layer for site in chosen),
-        site_names=tuple(site.name for site in chosen),
-        feature_dim=2 * chosen[0].head_dim,
-        parameters="feature_maps",
-        objective="none",
-        steps=0,
-    )
-    maps = {
-        site.layer: {
-            name: 0.3
-            * random_tensor(
-                site.num_heads, site.head_dim, site.head_dim, seed=10 * site.layer + side
-            )
-            for side, name in enumerate(("query_map", "key_map"))
-        }
-        for site in chosen
-    }
-    return Artifact(header=header, linear=maps)
-
-
 def _sample(patcher: Any, noise: Any, conditioning: list) -> Tensor:
-    keywords = {"disable_pbar": True, "seed": 1}
-    return comfy.sample.sample(
-        patcher,
-        noise,
-        1,
-        1.0,
-        "euler",
-        "simple",
-        conditioning,
-        conditioning,
-        noise * 0.5,
-        **keywords,
-    )
+    settings = (1, 1.0, "euler", "simple", conditioning, conditioning, noise * 0.5)
+    return comfy.sample.sample(patcher, noise, *settings, disable_pbar=True, seed=1)
 
 
 def _attend(maps: tuple[Tensor, Tensor], heads: int, *inputs: Tensor) -> Tensor:
@@ -149,12 +108,12 @@ def _try(
     """Linearize a variant, sample with its conditions, compare, and take it away again."""
     conditioning = [[random_tensor(1, 5, context_dim, seed=4), conditions]]
     sample = functools.partial(_sample, noise=noise, conditioning=conditioning)
-    artifact = _make_artifact(patcher)
+    artifact = make_artifact(patcher)
     before = sample(patcher)
     with _expected(patcher, artifact):
         expected = sample(patcher)
     _warn_of_joining_inputs.cache_clear()
-    with collect_warnings(".nodes.patching.model_calls") as messages:
+    with collect_warnings(".nodes.patching.injection") as messages:
         linearized = linearize(patcher, artifact)
         latents = sample(linearized)
         assert _difference(sample(linearized), latents) == 0
@@ -180,101 +139,89 @@ def _try_wan(
     _try(patcher, noise, 4096, joining, **conditions)
 
 
-def test_wan_21_and_22_a14b_text_to_video() -> None:
-    _try_wan()
+_IMAGE = {"concat_latent_image": _latents()}
+_VISION = {"clip_vision_output": _clip_vision()}
+_REFERENCE = {"reference_latents": [_latents(frames=1)]}
+_CAMERA = {"camera_conditions": random_tensor(1, 24, _F, 8 * _H, 8 * _W)}
+_HUMO = {"audio_embed": random_tensor(1, _F, 8, 5, 1280), **_REFERENCE}
+CASES = {
+    "2.1 and 2.2 14B text to video": {},
+    "2.1 image to video and Fun inpaint": {
+        "config": {"model_type": "i2v", "in_dim": 36}, **_IMAGE, **_VISION,
+    },
+    "2.1 first and last frame": {
+        "config": {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": 514},
+        **_IMAGE, "clip_vision_output": _clip_vision(514),
+    },
+    "2.1 Fun control with a reference": {
+        "config": {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16},
+        "joining": ("reference_latent",),
+        "concat_latent_image": _latents(32), **_VISION, **_REFERENCE,
+    },
+    "2.2 14B image to video": {"config": {"in_dim": 36}, **_IMAGE},
+    "2.2 Fun control": {
+        "config": {"in_dim": 52, "in_dim_ref_conv": 16}, "concat_latent_image": _latents(32),
+    },
+    "2.2 5B": {"config": {"in_dim": 48, "out_dim": 48}, "kind": "WAN22", "noise": _latents(48)},
+    "2.1 camera": {
+        "class_name": "CameraWanModel", "config": {"in_dim": 32}, **_CAMERA, **_VISION,
+    },
+    "2.2 camera": {
+        "class_name": "CameraWanModel", "config": {"model_type": "camera_2.2", "in_dim": 36},
+        **_CAMERA,
+    },
+    "VACE": {
+        "class_name": "VaceWanModel", "config": {"vace_layers": 3, "vace_in_dim": 96},
+        "vace_frames": [_latents(32)],
+    },
+    "Phantom": {"joining": ("time_dim_concat",), "time_dim_concat": _latents(frames=2)},
+    "latents as context": {
+        "joining": ("context_latents",), "context_latents": [_latents(frames=1)],
+    },
+    "2.2 speech with a reference": {
+        "class_name": "WanModel_S2V", "joining": ("reference_latent", "reference_motion"),
+        "audio_embed": random_tensor(1, 25, 1024, 4 * _F), **_REFERENCE,
+        "reference_motion": _latents(frames=19), "control_video": _latents(),
+    },
+    "HuMo 1.7B with a reference": {
+        "class_name": "HumoWanModel", "joining": ("reference_latent",), **_HUMO,
+    },
+    "HuMo 17B with a reference": {
+        "class_name": "HumoWanModel", "config": {"in_dim": 36}, "joining": ("reference_latent",),
+        **_HUMO,
+    },
+    "SCAIL": {
+        "class_name": "SCAILWanModel", "config": {"in_dim": 20},
+        "joining": ("reference_latent", "pose_latents"),
+        **_VISION, **_REFERENCE, "pose_video_latent": _latents(),
+    },
+    "SCAIL 2": {
+        "class_name": "SCAIL2WanModel", "config": {"in_dim": 20},
+        "joining": ("reference_latent", "pose_latents"),
+        **_VISION, **_REFERENCE, "pose_video_latent": _latents(),
+        "driving_mask_28ch": _latents(28).movedim(1, 2),
+        "ref_mask_28ch": _latents(28, frames=_F + 1).movedim(1, 2),
+    },
+    "WanDancer": {
+        "module": f"{_MODEL}_wandancer", "class_name": "WanDancerModel", "config": {"in_dim": 36},
+        **_IMAGE, **_VISION, "clip_vision_output_ref": _clip_vision(),
+        "audio_embed": random_tensor(1, 20, 35), "fps": 25,
+    },
+    "2.1 FlowRVS": {
+        "metadata": {"transformer": {"model_type": "flow_rvs"}}, "kind": "WAN21_FlowRVS",
+    },
+}  # fmt: skip
+"""Wan's variants: arguments of `_try_wan`, and what ComfyUI's nodes add to the conditioning.
+
+joining: inputs that are warned of, whose tokens join the video's.
+"""
 
 
-def test_wan_21_image_to_video_and_fun_inpaint() -> None:
-    config = {"model_type": "i2v", "in_dim": 36}
-    _try_wan(config=config, concat_latent_image=_latents(), clip_vision_output=_clip_vision())
-
-
-def test_wan_21_first_and_last_frame() -> None:
-    config = {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": 514}
-    _try_wan(config=config, concat_latent_image=_latents(), clip_vision_output=_clip_vision(514))
-
-
-def test_wan_21_fun_control_with_a_reference_warns() -> None:
-    config = {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}
-    conditions = {
-        "concat_latent_image": _latents(32),
-        "clip_vision_output": _clip_vision(),
-        "reference_latents": [_latents(frames=1)],
-    }
-    _try_wan(config=config, joining=("reference_latent",), **conditions)
-
-
-def test_wan_22_a14b_image_to_video() -> None:
-    _try_wan(config={"in_dim": 36}, concat_latent_image=_latents())
-
-
-def test_wan_22_fun_control() -> None:
-    config = {"in_dim": 52, "in_dim_ref_conv": 16}
-    _try_wan(config=config, concat_latent_image=_latents(32))
-
-
-def test_wan_22_5b() -> None:
-    _try_wan(config={"in_dim": 48, "out_dim": 48}, kind="WAN22", noise=_latents(48))
-
-
-def test_wan_21_camera() -> None:
-    camera = random_tensor(1, 24, _F, 8 * _H, 8 * _W)
-    conditions = {"camera_conditions": camera, "clip_vision_output": _clip_vision()}
-    _try_wan(class_name="CameraWanModel", config={"in_dim": 32}, **conditions)
-
-
-def test_wan_22_camera() -> None:
-    config = {"model_type": "camera_2.2", "in_dim": 36}
-    camera = random_tensor(1, 24, _F, 8 * _H, 8 * _W)
-    _try_wan(class_name="CameraWanModel", config=config, camera_conditions=camera)
-
-
-def test_wan_vace() -> None:
-    config = {"vace_layers": 3, "vace_in_dim": 96}
-    _try_wan(class_name="VaceWanModel", config=config, vace_frames=[_latents(32)])
-
-
-def test_wan_phantom_warns() -> None:
-    _try_wan(joining=("time_dim_concat",), time_dim_concat=_latents(frames=2))
-
-
-def test_wan_with_latents_as_context_warns() -> None:
-    if "context_latents" not in inspect.getsource(comfy.model_base.WAN21):
+def test_a_variant_of_wan(case: str) -> None:
+    source = inspect.getsource(comfy.model_base.WAN21)
+    if case == "latents as context" and "context_latents" not in source:
         raise unittest.SkipTest("needs ComfyUI >= 0.25.0: latents as context")
-    _try_wan(joining=("context_latents",), context_latents=[_latents(frames=1)])
-
-
-def test_wan_22_speech_with_a_reference_warns() -> None:
-    conditions = {
-        "audio_embed": random_tensor(1, 25, 1024, 4 * _F),
-        "reference_latents": [_latents(frames=1)],
-        "reference_motion": _latents(frames=19),
-        "control_video": _latents(),
-    }
-    _try_wan(
-        class_name="WanModel_S2V", joining=("reference_latent", "reference_motion"), **conditions
-    )
-
-
-def test_wan_humo_1_7b_with_a_reference_warns() -> None:
-    conditions = {
-        "audio_embed": random_tensor(1, _F, 8, 5, 1280),
-        "reference_latents": [_latents(frames=1)],
-    }
-    _try_wan(class_name="HumoWanModel", joining=("reference_latent",), **conditions)
-
-
-def test_wan_humo_17b_with_a_reference_warns() -> None:
-    conditions = {
-        "audio_embed": random_tensor(1, _F, 8, 5, 1280),
-        "reference_latents": [_latents(frames=1)],
-    }
-    _try_wan(
-        class_name="HumoWanModel",
-        config={"in_dim": 36},
-        joining=("reference_latent",),
-        **conditions,
-    )
+    _try_wan(**CASES[case])
 
 
 def test_wan_22_animate() -> None:
@@ -283,57 +230,13 @@ def test_wan_22_animate() -> None:
     # Its convolutions over faces of 512 x 512 take a minute here: vectors stand in for theirs.
     encoder = patcher.model.diffusion_model.motion_encoder
     encoder.get_motion = lambda faces: random_tensor(len(faces), 512).to(faces)
-    conditions = {
-        "concat_latent_image": _latents(),
-        "clip_vision_output": _clip_vision(),
-        "face_video_pixels": random_tensor(1, 3, 5, 8, 8),
-        "pose_video_latent": _latents(frames=2),
-    }
-    _try(patcher, _latents(), 4096, **conditions)
+    faces = {"face_video_pixels": random_tensor(1, 3, 5, 8, 8)}
+    pose = {"pose_video_latent": _latents(frames=2)}
+    _try(patcher, _latents(), 4096, **_IMAGE, **_VISION, **faces, **pose)
 
 
-def test_wan_scail_warns() -> None:
-    conditions = {
-        "clip_vision_output": _clip_vision(),
-        "reference_latents": [_latents(frames=1)],
-        "pose_video_latent": _latents(),
-    }
-    joining = ("reference_latent", "pose_latents")
-    _try_wan(class_name="SCAILWanModel", config={"in_dim": 20}, joining=joining, **conditions)
-
-
-def test_wan_scail_2_warns() -> None:
-    conditions = {
-        "clip_vision_output": _clip_vision(),
-        "reference_latents": [_latents(frames=1)],
-        "pose_video_latent": _latents(),
-        "driving_mask_28ch": _latents(28).movedim(1, 2),
-        "ref_mask_28ch": _latents(28, frames=_F + 1).movedim(1, 2),
-    }
-    joining = ("reference_latent", "pose_latents")
-    _try_wan(class_name="SCAIL2WanModel", config={"in_dim": 20}, joining=joining, **conditions)
-
-
-def test_wan_dancer() -> None:
-    conditions = {
-        "concat_latent_image": _latents(),
-        "clip_vision_output": _clip_vision(),
-        "clip_vision_output_ref": _clip_vision(),
-        "audio_embed": random_tensor(1, 20, 35),
-        "fps": 25,
-    }
-    _try_wan(f"{_MODEL}_wandancer", "WanDancerModel", config={"in_dim": 36}, **conditions)
-
-
-def test_wan_21_flow_rvs() -> None:
-    _try_wan(metadata={"transformer": {"model_type": "flow_rvs"}}, kind="WAN21_FlowRVS")
-
-
-def test_minimax_h3_over_text_audio_and_video() -> None:
+def test_minimax_h3_over_text_audio_and_video_with_or_without_a_reference() -> None:
     _try(*minimax_h3(), 40)
-
-
-def test_minimax_h3_with_a_reference() -> None:
     reference = {"kind": "image", "latent_h": _H, "latent_w": _W, "latent": _latents(24, frames=1)}
     _try(*minimax_h3(), 40, minimax_refs=[reference])
 
@@ -352,7 +255,7 @@ def test_a_backend_that_takes_tensors_over_serves_every_layer_of_minimax_h3_but_
 
     override.container_function = take_over
     conditioning = [[random_tensor(1, 5, 40, seed=4), {}]]
-    linearized = linearize(patcher, _make_artifact(patcher))
+    linearized = linearize(patcher, make_artifact(patcher))
     expected = _sample(linearized, noise, conditioning)
     linearized.model_options["transformer_options"]["optimized_attention_override"] = override
     assert _difference(_sample(linearized, noise, conditioning), expected) <= _TOLERANCE
@@ -379,7 +282,7 @@ def test_every_family_of_the_core_is_known_to_the_nodes() -> None:
 
 def _refusal(module: str, class_name: str, config: dict, metadata: dict) -> str:
     patcher = build(module, class_name, {**_WAN, **config}, {"transformer": metadata})
-    return complaint(ArtifactError, linearize, patcher, _make_artifact(patcher))
+    return complaint(ArtifactError, linearize, patcher, make_artifact(patcher))
 
 
 def test_wan_that_keeps_a_cache_is_refused() -> None:
@@ -395,7 +298,7 @@ def test_wan_animate_2_is_refused() -> None:
 
 def test_a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:
     patcher = build(_MODEL, "WanModel", _WAN)
-    artifact = _make_artifact(patcher)
+    artifact = make_artifact(patcher)
     stranger = patcher.clone()
     stranger.model = nn.Module()
     stranger.model.diffusion_model = nn.Linear(2, 2)

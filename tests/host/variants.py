@@ -10,6 +10,10 @@ import comfy.model_base
 import comfy.nested_tensor
 import comfy.sd
 import torch
+from comfy.quant_ops import QuantizedTensor
+from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactHeader
+from linvideo_pack.linvideo_core.models import attention_sites
+from linvideo_pack.linvideo_core.models.families import identify
 from stage import MODEL_OF_SHAPES
 from torch import Tensor
 
@@ -92,3 +96,44 @@ def minimax_h3(**changes: Any) -> tuple[Any, Any]:
     patcher = build("comfy.ldm.minimax.model", "MiniMaxH3Model", config)
     streams = [random_tensor(1, 24, *FHW), random_tensor(1, 32, 2, 7)]
     return patcher, comfy.nested_tensor.NestedTensor(streams)
+
+
+def make_artifact(patcher: Any) -> Artifact:
+    """Return random feature maps for layers 0 and 2 of a model."""
+    family, sites = identify(attention_sites.shapes_of(patcher.model.diffusion_model))
+    chosen = [sites[layer] for layer in (0, 2)]
+    header = ArtifactHeader(
+        family=family.name,
+        fingerprint=attention_sites.fingerprint(family, sites),
+        weights_digest="0" * 16,
+        num_layers=len(sites),
+        linear_layers=tuple(site.layer for site in chosen),
+        site_names=tuple(site.name for site in chosen),
+        feature_dim=2 * chosen[0].head_dim,
+        parameters="feature_maps",
+        objective="none",
+        steps=0,
+    )
+    shape = (chosen[0].num_heads, chosen[0].head_dim, chosen[0].head_dim)
+    maps = {
+        site.layer: {
+            name: 0.3 * random_tensor(*shape, seed=10 * site.layer + side)
+            for side, name in enumerate(("query_map", "key_map"))
+        }
+        for site in chosen
+    }
+    return Artifact(header=header, linear=maps)
+
+
+def quantise(
+    tensors: dict[str, Tensor], names: list[str], form: str, layout: str
+) -> dict[str, Tensor]:
+    """Return a checkpoint with some of its weights in ComfyUI's own quantised form."""
+    tensors = dict(tensors)
+    settings = json.dumps({"format": form, "full_precision_matrix_mult": True}).encode()
+    for name in names:
+        stem = name.removesuffix("weight")
+        kept = QuantizedTensor.from_float(tensors.pop(name).float(), layout)
+        tensors |= {stem + key: tensor for key, tensor in kept.state_dict("weight").items()}
+        tensors[f"{stem}comfy_quant"] = torch.tensor([*settings], dtype=torch.uint8)
+    return tensors

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ....linvideo_core.models.attention import SoftmaxAttention
+from ..attention_override import attend_as_pytorch
 from . import PROMPT, HostFamily, Video, given_size, refuse_mask
 
 USUAL_SIZE = {"width": 1344, "height": 768, "frames": 124}
@@ -269,8 +269,7 @@ def _check_agreement(block: nn.Module) -> None:
     """Compare a block's own forward with ours, on a few random tokens."""
     x, t_emb, rotations = _draw_call(block)
     segments = [(0, 2, 0), (2, 6, 2)]
-    # The backend that the user chose may be a rough one.
-    options = {"optimized_attention_override": _attend_exactly}
+    options = {"optimized_attention_override": attend_as_pytorch}
     own = type(block).forward(block, x.clone(), t_emb, segments, rotations, options)
     attended = run_attention(block.attn, SoftmaxAttention(), x, rotations, in_training=True)
     own_attended = block.attn(x.clone(), rope_freqs=rotations, transformer_options=options)
@@ -294,10 +293,6 @@ def _draw_call(block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     cos, sin = draw(6, num_pairs).cos(), draw(6, num_pairs).sin()
     rotations = torch.stack([cos, -sin, sin, cos], dim=-1).view(1, 6, 1, num_pairs, 2, 2)
     return draw(6, *like.shape), draw(1, block.adaln_proj.linear.in_features), rotations
-
-
-def _attend_exactly(_: Any, *args: Any, **kwargs: Any) -> Tensor:
-    return attention_pytorch(*args, **kwargs)
 
 
 FAMILY = HostFamily(

@@ -1,0 +1,58 @@
+"""What tests of transfers share: a node's inputs for a tiny one, and the teacher that it lends."""
+
+import contextlib
+import unittest
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management
+import torch
+from linvideo_pack.linvideo_core.teacher.teacher import Teacher
+from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
+from linvideo_pack.nodes.transfer.pipeline import make_config
+
+_SETTINGS = {
+    "target": 2,
+    "steps": 6,
+    "batch_size": 2,
+    "cfg": 3.0,
+    "seed": 1,
+    "parameters": "lora",
+    "lora_rank": 4,
+    "objective": "adm",
+    "learning_rate": 2e-3,
+    "warm_start_steps": 2,
+    "num_videos": 2,
+    "sampler_steps": 8,
+    "width": 64,
+    "height": 64,
+    "frames": 9,
+}
+
+
+def can_train() -> bool:
+    """Say whether ComfyUI's clones can be trained, as since 0.25."""
+    return hasattr(comfy.model_management, "in_training")
+
+
+def need_training() -> None:
+    """Skip a test where they cannot."""
+    if not can_train():
+        raise unittest.SkipTest("this ComfyUI's clones cannot be trained: 0.25 is needed")
+
+
+def make_inputs(**changes: Any) -> dict[str, Any]:
+    """Return what the node is given; an expert's settings are told from the others by name."""
+    sockets = dict.fromkeys(("positive", "negative", "clip", "latent"))
+    usual = {"name": "fast", "quality": "standard", "prompts": "", "keep_first_steps": 0, **sockets}
+    settings = {name: changes.pop(name, value) for name, value in _SETTINGS.items()}
+    return {**usual, "settings": settings, **changes}
+
+
+@contextlib.contextmanager
+def lend_teacher(model: Any, inputs: dict[str, Any]) -> Iterator[Teacher]:
+    """Lend the teacher of a transfer, outside of the inference mode that nodes run in."""
+    with torch.inference_mode(False), torch.no_grad():
+        host = HostTeacher(model, inputs)
+        with host.teacher(make_config(inputs, host)) as teacher:
+            yield teacher
