@@ -1,6 +1,7 @@
 """What a run can be refused for by headers and arithmetic alone, before anything long begins."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -24,8 +25,13 @@ from ..run.memory import (
 from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import TeacherCheckpoint
 from ..training.config import TrainingConfig
-from .config import EvaluationConfig, TransferConfig
+from .config import EvaluationConfig, StudentConfig, TransferConfig
 from .layer_selection import check_layers
+
+# Activations take so many times the least that arithmetic counts (docs/home.md), and a card is not
+# all a run's.
+_ACTIVATIONS, _USABLE = 1.5, 0.9
+_BLOCKS_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +58,7 @@ def check_transfer(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    family, sites = identify(teacher.shapes)
-    check_layers(config.selection, [site.layer for site in sites])
-    student = config.student
-    num_trained = sum(count_maps(site, student.feature_ratio) for site in sites)
-    num_trained += count_weights(teacher, family, student.parameters, student.lora_rank)
+    check_layers(config.selection, [site.layer for site in identify(teacher.shapes)[1]])
     return check_footprint(
         teacher,
         device,
@@ -64,12 +66,55 @@ def check_transfer(
         trajectories=config.trajectories,
         training=config.training,
         evaluation=config.evaluation,
-        num_trained=num_trained,
+        num_trained=_count_trained(teacher, config.student),
         num_graphs=1,
-        all_trained=student.parameters == "full",
+        all_trained=config.student.parameters == "full",
         num_processes=num_processes,
         may_offload=num_processes == 1 and config.experts.low_noise_model is None,
     )
+
+
+def find_batch(
+    teacher: TeacherCheckpoint,
+    config: TransferConfig,
+    sizes: Sequence[int],
+    card_gb: int,
+    num_processes: int = 1,
+) -> tuple[int, int]:
+    """Return the batch size, one of `sizes`, and the offloaded blocks with which a card is enough.
+
+    Blocks are offloaded only where no size fits without; where none fits at all, the last size and
+    all blocks are returned. What is expected of activations is more than `check_transfer` counts.
+
+    sizes: over all processes, the preferred first. card_gb: of 2^30 bytes.
+    """
+    may_offload = num_processes == 1 and config.experts.low_noise_model is None
+    most = teacher.checkpoint.config.num_layers if may_offload else 0
+    num_trained = _count_trained(teacher, config.student)
+    offloads = sorted({*range(0, most, _BLOCKS_AT_ONCE), most})
+    for offload_blocks, size in itertools.product(offloads, sizes):
+        plan = _make_plan(
+            teacher,
+            config.trajectories,
+            config.evaluation,
+            num_trained,
+            num_graphs=1,
+            batch_size=size // num_processes,
+            precision="bf16",
+        )
+        frozen = config.teacher.frozen_weights.frozen
+        held = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
+        weights, *others = plan.needs(held, is_checkpointed=True)
+        expected = weights.num_bytes + _ACTIVATIONS * sum(need.num_bytes for need in others)
+        if expected <= _USABLE * card_gb * 2**30:
+            break
+    return size, offload_blocks
+
+
+def _count_trained(teacher: TeacherCheckpoint, student: StudentConfig) -> int:
+    family, sites = identify(teacher.shapes)
+    num_maps = sum(count_maps(site, student.feature_ratio) for site in sites)
+    return num_maps + count_weights(teacher, family, student.parameters, student.lora_rank)
 
 
 def count_weights(
@@ -203,21 +248,8 @@ def check_footprint(
         advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
     on_host = _on_host(teacher.shapes, frozen_weights, device)
     check_memory([on_host], "cpu", advice)
-    model = teacher.checkpoint.config
-    patches = zip(teacher.latent_shape[1:], model.patch_size, strict=True)
-    plan = Plan(
-        config=model,
-        shapes=teacher.shapes,
-        num_tokens=math.prod(-(-size // patch) for size, patch in patches),
-        num_trained=num_trained,
-        num_graphs=num_graphs,
-        batch_size=training.batch_size // num_processes,
-        sampled_together=max(
-            min(trajectories.shard_size, trajectories.num_trajectories),
-            min(evaluation.evaluate_batch_size, evaluation.evaluate_samples),
-        ),
-        precision=precision,
-    )
+    size = training.batch_size // num_processes
+    plan = _make_plan(teacher, trajectories, evaluation, num_trained, num_graphs, size, precision)
     prompts = teacher.source.need(device)
     needs = [*plan.needs(frozen_weights, training.activation_checkpointing), prompts]
     flags = ""
@@ -230,4 +262,31 @@ def check_footprint(
         return Footprint(num_trained=num_trained, memory_bytes=least, device_bytes=None)
     return Footprint(
         num_trained=num_trained, memory_bytes=on_host.num_bytes, device_bytes=on_device
+    )
+
+
+def _make_plan(
+    teacher: TeacherCheckpoint,
+    trajectories: TrajectoryConfig,
+    evaluation: EvaluationConfig,
+    num_trained: int,
+    num_graphs: int,
+    batch_size: int,
+    precision: str,
+) -> Plan:
+    """Return the plan of one process's training; batch_size: its own videos of a step."""
+    model = teacher.checkpoint.config
+    patches = zip(teacher.latent_shape[1:], model.patch_size, strict=True)
+    return Plan(
+        config=model,
+        shapes=teacher.shapes,
+        num_tokens=math.prod(-(-size // patch) for size, patch in patches),
+        num_trained=num_trained,
+        num_graphs=num_graphs,
+        batch_size=batch_size,
+        sampled_together=max(
+            min(trajectories.shard_size, trajectories.num_trajectories),
+            min(evaluation.evaluate_batch_size, evaluation.evaluate_samples),
+        ),
+        precision=precision,
     )
