@@ -91,7 +91,7 @@ def settings_by_steps(steps: int) -> dict[str, Any]:
     """Return what follows from a training's length, by the names of `TransferConfig`'s fields."""
     return {
         # The embedded model's 0.03 moves r far enough in its 200 steps; in more of them less does.
-        "layer_score_learning_rate": min(0.03, max(0.01, 6 / steps)),
+        "layer_score_learning_rate": min(0.03, max(0.01, 6 / max(1, steps))),
         "warmup_steps": min(100, max(1, steps // 10)),
     }
 
