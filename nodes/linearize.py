@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..linvideo_core import artifact
-from ..linvideo_core.transfer.quality import QUALITIES
+from ..linvideo_core.transfer.config import QUALITIES
 from .model_folder import find_file, fingerprint, list_files, show_summary
 from .patching.apply import linearize
 from .patching.injection import KEY

@@ -17,7 +17,7 @@ from linvideo_core.run.files import write_json, write_tensors
 from linvideo_core.teacher.teacher import load_teacher
 from linvideo_core.transfer.config import TransferConfig
 from linvideo_core.transfer.pipeline import linearize
-from linvideo_core.transfer.quality import settings_by_steps, settings_for
+from linvideo_core.transfer.recipe import settings_by_steps, settings_for
 from linvideo_core.transfer.student import Student
 
 from ..models.sizes import GUIDANCE_SCALE, Size

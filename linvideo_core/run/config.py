@@ -89,6 +89,7 @@ def parse(
     *,
     description: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None,
     shown: Sequence[str] | None = None,
 ) -> ConfigT:
     """Read flags into a config: defaults, then `--preset`, then the flags that were given.
@@ -97,6 +98,8 @@ def parse(
     stderr and exit code 2. Of the processes that torchrun starts the first one alone speaks.
 
     description: its first line goes above the help.
+    settings: (preset, flags that were given) -> the preset's settings, where other flags decide
+        them too; none: those in `presets`.
     shown: names of the fields that `--help` shows, all by default; `--help-all` shows all.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -118,21 +121,23 @@ def parse(
             help=f"named settings, which the other flags refine (default: {usual})",
         )
     defaults = config_type()
+    decided = settings(next(iter(presets)), {}) if settings else {}
     groups: dict[type, Any] = {}
     for owner, field, kind, value in _leaves(defaults):
         if owner not in groups:
             groups[owner] = parser.add_argument_group(owner.__doc__.splitlines()[0].rstrip("."))
         is_shown = shows_all or field.name in shown
-        _add_flag(groups[owner], field, kind, value, is_shown=is_shown)
+        _add_flag(groups[owner], field, kind, decided.get(field.name, value), is_shown=is_shown)
     known, strangers = parser.parse_known_args(argv)
     if strangers:
         parser.error(_explain_stranger(strangers[0], [leaf[1].name for leaf in _leaves(defaults)]))
     given = vars(known)
     is_dry_run = given.pop("dry_run")
-    preset = presets[given.pop("preset")] if presets else {}
+    preset = given.pop("preset", "")
     try:
-        config = override(defaults, {**preset, **given})
-    except ValueError as error:
+        usual = settings(preset, given) if settings else (presets or {"": {}})[preset]
+        config = override(defaults, {**usual, **given})
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if is_dry_run:
         parser.exit(message=to_json(config))

@@ -20,6 +20,7 @@ CHOICES = ("learned", "alternate", "sensitivity")
 MEASURES = ("replace-one", "restore-one")
 OBJECTIVES = ("adm", "velocity")
 LEVELS = ("even", "flow")
+QUALITIES = ("draft", "standard", "best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,12 @@ class TransferConfig:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    quality: str = option(
+        "standard", "how long it learns, and from how many videos", choices=QUALITIES
+    )
+    card: int = option(
+        0, "with --model: GB of the GPU that it must fit; 0: as much as this machine's has"
+    )
     out: Path = option(Path("runs/transfer"), "run folder")
     seed: int = option(0, "seed of everything random")
     device: str = device_option()

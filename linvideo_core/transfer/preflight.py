@@ -1,6 +1,7 @@
 """What a run can be refused for by headers and arithmetic alone, before anything long begins."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -21,8 +22,13 @@ from ..run.memory import (
     training_needs,
 )
 from ..teacher.teacher import TeacherCheckpoint
-from .config import RunConfig, TransferConfig, check_offload_alone
+from .config import RunConfig, StudentConfig, TransferConfig, check_offload_alone
 from .layer_selection import check_layers
+
+# Activations take so many times the least that arithmetic counts (docs/home.md), and a card is not
+# all a run's.
+_ACTIVATIONS, _USABLE = 1.5, 0.9
+_BLOCKS_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,22 +55,53 @@ def check_transfer(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    family, sites = identify(teacher.shapes)
-    check_layers(config.selection, [site.layer for site in sites])
-    student = config.student
-    num_trained = sum(count_maps(site, student.feature_ratio) for site in sites)
-    num_trained += count_weights(teacher, family, student.parameters, student.lora_rank)
+    check_layers(config.selection, [site.layer for site in identify(teacher.shapes)[1]])
     return check_footprint(
         teacher,
         config,
         device,
         precision,
-        num_trained=num_trained,
+        num_trained=_count_trained(teacher, config.student),
         num_graphs=1,
-        all_trained=student.parameters == "full",
+        all_trained=config.student.parameters == "full",
         num_processes=num_processes,
         may_offload=num_processes == 1 and config.experts.low_noise_model is None,
     )
+
+
+def find_batch(
+    teacher: TeacherCheckpoint,
+    config: TransferConfig,
+    sizes: Sequence[int],
+    card_gb: int,
+    num_processes: int = 1,
+) -> tuple[int, int]:
+    """Return the batch size, one of `sizes`, and the offloaded blocks with which a card is enough.
+
+    Blocks are offloaded only where no size fits without; where none fits at all, the last size and
+    all blocks are returned. What is expected of activations is more than `check_transfer` counts.
+
+    sizes: over all processes, the preferred first. card_gb: of 2^30 bytes.
+    """
+    may_offload = num_processes == 1 and config.experts.low_noise_model is None
+    most = teacher.checkpoint.config.num_layers if may_offload else 0
+    num_trained = _count_trained(teacher, config.student)
+    offloads = sorted({*range(0, most, _BLOCKS_AT_ONCE), most})
+    for offload_blocks, size in itertools.product(offloads, sizes):
+        plan = _make_plan(teacher, config, num_trained, 1, size // num_processes, "bf16")
+        frozen = config.teacher.frozen_weights.frozen
+        held = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
+        weights, *others = plan.needs(held, is_checkpointed=True)
+        expected = weights.num_bytes + _ACTIVATIONS * sum(need.num_bytes for need in others)
+        if expected <= _USABLE * card_gb * 2**30:
+            break
+    return size, offload_blocks
+
+
+def _count_trained(teacher: TeacherCheckpoint, student: StudentConfig) -> int:
+    family, sites = identify(teacher.shapes)
+    num_maps = sum(count_maps(site, student.feature_ratio) for site in sites)
+    return num_maps + count_weights(teacher, family, student.parameters, student.lora_rank)
 
 
 def count_weights(
@@ -179,8 +216,7 @@ def check_footprint(
 
     Raises ValueError, in one sentence, when it does not fit.
     """
-    frozen_weights, training = teacher.frozen_weights, config.training
-    trajectories, evaluation = config.trajectories, config.evaluation
+    frozen_weights = teacher.frozen_weights
     check_offload_alone(frozen_weights, num_processes)
     advice = "choose a smaller model or a machine with more memory"
     may_round = not all_trained and not teacher.is_demo
@@ -188,23 +224,11 @@ def check_footprint(
         advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
     on_host = _on_host(teacher.shapes, frozen_weights, device)
     check_memory([on_host], "cpu", advice)
-    model = teacher.checkpoint.config
-    patches = zip(teacher.latent_shape[1:], model.patch_size, strict=True)
-    plan = Plan(
-        config=model,
-        shapes=teacher.shapes,
-        num_tokens=math.prod(-(-size // patch) for size, patch in patches),
-        num_trained=num_trained,
-        num_graphs=num_graphs,
-        batch_size=training.batch_size // num_processes,
-        sampled_together=max(
-            min(trajectories.shard_size, trajectories.num_trajectories),
-            min(evaluation.evaluate_batch_size, evaluation.evaluate_samples),
-        ),
-        precision=precision,
-    )
+    size = config.training.batch_size // num_processes
+    plan = _make_plan(teacher, config, num_trained, num_graphs, size, precision)
     prompts = teacher.source.need(device)
-    needs = [*plan.needs(frozen_weights, training.activation_checkpointing), prompts]
+    is_checkpointed = config.training.activation_checkpointing
+    needs = [*plan.needs(frozen_weights, is_checkpointed), prompts]
     flags = ""
     if may_round and not fits(needs, device):
         flags = plan.find_flags(frozen_weights, [prompts], device, may_offload=may_offload)
@@ -215,4 +239,34 @@ def check_footprint(
         return Footprint(num_trained=num_trained, memory_bytes=least, device_bytes=None)
     return Footprint(
         num_trained=num_trained, memory_bytes=on_host.num_bytes, device_bytes=on_device
+    )
+
+
+def _make_plan(
+    teacher: TeacherCheckpoint,
+    config: RunConfig,
+    num_trained: int,
+    num_graphs: int,
+    batch_size: int,
+    precision: str,
+) -> Plan:
+    """Return the plan of one process's training; batch_size: its own videos of a step."""
+    model, trajectories, evaluation = (
+        teacher.checkpoint.config,
+        config.trajectories,
+        config.evaluation,
+    )
+    patches = zip(teacher.latent_shape[1:], model.patch_size, strict=True)
+    return Plan(
+        config=model,
+        shapes=teacher.shapes,
+        num_tokens=math.prod(-(-size // patch) for size, patch in patches),
+        num_trained=num_trained,
+        num_graphs=num_graphs,
+        batch_size=batch_size,
+        sampled_together=max(
+            min(trajectories.shard_size, trajectories.num_trajectories),
+            min(evaluation.evaluate_batch_size, evaluation.evaluate_samples),
+        ),
+        precision=precision,
     )

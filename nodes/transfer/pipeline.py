@@ -34,7 +34,7 @@ from ...linvideo_core.transfer.config import ARTIFACT_NAME, TransferConfig
 from ...linvideo_core.transfer.estimate import forecast
 from ...linvideo_core.transfer.layer_selection import check_target
 from ...linvideo_core.transfer.pipeline import linearize
-from ...linvideo_core.transfer.quality import settings_by_steps, settings_for
+from ...linvideo_core.transfer.recipe import settings_by_steps, settings_for
 from ...linvideo_core.transfer.student import Student
 from ..model_folder import FOLDER
 from .host_teacher import HostTeacher

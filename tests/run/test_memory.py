@@ -29,7 +29,6 @@ from linvideo_core.run.memory import (
     training_needs,
 )
 from linvideo_core.teacher.teacher import Teacher, open_teacher
-from linvideo_core.transfer import cli as transfer_cli
 from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import StudentConfig, TransferConfig
 from linvideo_core.transfer.preflight import Plan, check_transfer
@@ -224,29 +223,6 @@ def plan_of(name: str, batch_size: int) -> Plan:
         sampled_together=1,
         precision="bf16",
     )
-
-
-# What the peak of a step's activations was of the least, on the CPU's allocator (docs/home.md).
-@pytest.mark.parametrize(
-    ("preset", "name", "card_gb", "activations"),
-    [("home-24gb", "1.3b-480p", 24, 1.5), ("home-48gb", "14b-480p", 48, 1.3)],
-)
-def test_the_presets_for_homes_leave_their_card_a_tenth(
-    preset: str, name: str, card_gb: int, activations: float
-) -> None:
-    config = override(
-        TransferConfig(), {"model": Path("wan"), "device": "cpu", **transfer_cli.PRESETS[preset]}
-    )
-    plan = plan_of(name, config.training.batch_size)
-    needs = plan.needs(config.teacher.frozen_weights, config.training.activation_checkpointing)
-    total = sum(
-        need.num_bytes * (activations if "activations" in need.what else 1) for need in needs
-    )
-    assert total < 0.9 * card_gb * 2**30
-    assert config.selection.target == len(SIZES[name].layers)
-
-
-CHECKPOINTED = "{activation_checkpointing}"
 
 
 @pytest.mark.parametrize(

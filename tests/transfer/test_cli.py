@@ -20,13 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linvideo_core.models.wan import WanModel
-from linvideo_core.run.config import parse, run_command, to_json
+from linvideo_core.run.config import run_command, to_json
 from linvideo_core.run.memory import free_bytes
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.transfer import cli
 from linvideo_core.transfer import command as transfer
-from linvideo_core.transfer.config import TransferConfig
 from tests.conftest import (
     TEXT_DIM,
     Recorder,
@@ -265,8 +264,8 @@ def test_a_bad_argument_ends_in_one_sentence_and_leaves_no_run_folder(
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    argv = arguments(Path("."), steps=7)
-    config = parse(TransferConfig, argv, description=cli.__doc__, presets=cli.PRESETS)
+    monkeypatch.chdir(files)
+    config = cli.read(arguments(Path("."), steps=7))
     (files / "taken").mkdir(exist_ok=True)
     (files / "taken" / "config.json").write_text(to_json(config))
     before = {*files.rglob("*")}
@@ -280,25 +279,25 @@ def test_a_bad_argument_ends_in_one_sentence_and_leaves_no_run_folder(
 
 
 @pytest.mark.parametrize(
-    ("argv", "preset", "changes"),
+    ("argv", "expected"),
     [
-        ([], "demo", {}),
-        (["--preset", "gpu"], "gpu", {}),
-        (["--preset", "gpu", "--steps", "12", "--out", "elsewhere"], "gpu", {"steps": 12}),
+        ([], {"steps": 200, "batch_size": 6, "warmup_steps": 20}),
+        (["--quality", "draft"], {"steps": 80, "batch_size": 6, "warmup_steps": 8}),
+        (["--preset", "gpu"], {"steps": 2500, "batch_size": 256, "warmup_steps": 100}),
+        (["--preset", "gpu", "--steps", "12"], {"steps": 12, "batch_size": 256, "warmup_steps": 1}),
     ],
 )
 def test_a_dry_run_prints_the_config_and_touches_nothing(
     argv: list[str],
-    preset: str,
-    changes: dict[str, int],
+    expected: dict[str, int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     code, out, err = run_in(tmp_path, ["--dry-run", *argv], monkeypatch, capsys)
     assert (code, err) == (0, "")
-    expected, found = {**cli.PRESETS[preset], **changes}, json.loads(out)["training"]
-    assert all(found[name] == expected[name] for name in ("steps", "batch_size"))
+    found = json.loads(out)["training"]
+    assert {name: found[name] for name in expected} == expected
     assert list(tmp_path.iterdir()) == []
 
 

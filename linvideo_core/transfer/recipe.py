@@ -1,0 +1,155 @@
+"""What a transfer is set to where nothing says otherwise: by model, quality and graphics card.
+
+A person says how good it should be, and the model says the rest. The embedded model's values are
+measured (docs/evidence.md). Those of real models are the published share of layers and what their
+memory allows; steps, videos and learning rates are a guess that nobody has tried on real weights.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..run.config import override
+from ..run.devices import resolve_device
+from ..run.errors import SettingError
+from ..teacher.config import TeacherConfig
+from .config import QUALITIES, TransferConfig
+
+# Published: 16 of 30 layers of Wan 1.3B, 22 of 40 of Wan 14B (arXiv 2510.08318).
+_LINEAR_SHARE = 0.54
+
+_EMBEDDED = {
+    "learning_rate": 2e-3,
+    "map_learning_rate": 2e-3,
+    "batch_size": 6,
+    "lora_rank": 32,
+    "warm_start_steps": 40,
+    "checkpoint_every": 25,
+    "guidance_scale": 3.0,
+}
+_EMBEDDED_LENGTHS = {
+    "draft": {"steps": 80, "num_trajectories": 12, "sampler_steps": 25},
+    "standard": {"steps": 200, "num_trajectories": 24, "sampler_steps": 50},
+    "best": {"steps": 1000, "num_trajectories": 96, "sampler_steps": 50},
+}
+_REAL = {
+    "learning_rate": 1e-4,
+    "map_learning_rate": 1e-3,
+    "batch_size": 1,
+    "lora_rank": 32,
+    "warm_start_steps": 120,
+    "checkpoint_every": 50,
+    "guidance_scale": 5.0,
+}
+_REAL_LENGTHS = {
+    "draft": {"steps": 400, "num_trajectories": 12, "sampler_steps": 30, "accumulation": 1},
+    "standard": {"steps": 3000, "num_trajectories": 48, "sampler_steps": 50, "accumulation": 2},
+    "best": {"steps": 10_000, "num_trajectories": 192, "sampler_steps": 50, "accumulation": 4},
+}
+_EMBEDDED_LAYERS = 10
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    # A small model keeps a GPU waiting for its kernels: a batch of 256 takes no longer than of 64.
+    "gpu": {
+        "out": Path("runs/transfer-gpu"),
+        "num_trajectories": 2048,
+        "shard_size": 256,
+        "warm_start_steps": 300,
+        "steps": 2500,
+        "batch_size": 256,
+        "ema_decay": 0.998,
+        "compile": True,
+        "checkpoint_every": 500,
+        "log_every": 25,
+        "evaluate_samples": 1000,
+        "evaluate_batch_size": 250,
+    },
+}
+"""Named settings of a command for the embedded model, which flags refine."""
+
+
+def settings_for(quality: str, *, is_embedded: bool, num_layers: int) -> dict[str, Any]:
+    """Return the settings of a transfer by the names of `TransferConfig`'s fields.
+
+    is_embedded: of the model that comes with LinVideo, which is small and learns fast.
+
+    Raises ValueError for a quality that is none of `QUALITIES`.
+    """
+    if quality not in QUALITIES:
+        raise ValueError(f"quality {quality!r} given; one of {', '.join(QUALITIES)} is needed")
+    usual, lengths = (_EMBEDDED, _EMBEDDED_LENGTHS) if is_embedded else (_REAL, _REAL_LENGTHS)
+    return {**usual, **lengths[quality], "target": max(1, round(_LINEAR_SHARE * num_layers))}
+
+
+def settings_by_steps(steps: int) -> dict[str, Any]:
+    """Return what follows from a training's length, by the names of `TransferConfig`'s fields."""
+    return {
+        # The embedded model's 0.03 moves r far enough in its 200 steps; in more of them less does.
+        "layer_score_learning_rate": min(0.03, max(0.01, 6 / max(1, steps))),
+        "warmup_steps": min(100, max(1, steps // 10)),
+    }
+
+
+def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a transfer that follow from its preset and the flags that were given.
+
+    preset: one of `PRESETS`, for the embedded model. given: the flags by the names of
+        `TransferConfig`'s fields. Of a model of one's own the headers are read, and PyTorch is
+        asked how much memory the card has.
+
+    Raises FileNotFoundError or ValueError, in one sentence, for a model that cannot be used.
+    """
+    quality = given.get("quality", TransferConfig().quality)
+    is_embedded = given.get("model") is None
+    if not is_embedded:
+        if preset != next(iter(PRESETS)):
+            raise SettingError(
+                f"{{preset}} {preset} given, which is for the embedded model; with {{model}} give "
+                "{quality} instead",
+                "preset",
+                "model",
+                "quality",
+            )
+        return _settings_of_own(quality, given)
+    values = settings_for(quality, is_embedded=True, num_layers=_EMBEDDED_LAYERS)
+    values |= PRESETS[preset]
+    return values | settings_by_steps(given.get("steps", values["steps"]))
+
+
+def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    # PyTorch is imported here, when it is needed.
+    from ..teacher.teacher import open_teacher
+    from .preflight import find_batch
+
+    teacher = open_teacher(override(TeacherConfig(), given))
+    num_layers = teacher.checkpoint.config.num_layers
+    values = settings_for(quality, is_embedded=False, num_layers=num_layers)
+    values |= settings_by_steps(given.get("steps", values["steps"]))
+    values |= {"shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
+    if card := given.get("card") or _card_gb(given.get("device", "auto")):
+        values |= {"frozen": "bf16", "activation_checkpointing": True}
+        config = override(TransferConfig(), {**values, **given})
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        most = max(1, values["batch_size"] * values["accumulation"] // num_processes)
+        sizes = [num_processes * size for size in range(most, 0, -1)]
+        if "batch_size" in given:
+            sizes = [given["batch_size"]]
+        size, offload_blocks = find_batch(teacher, config, sizes, card, num_processes)
+        accumulation = max(1, values["batch_size"] * values["accumulation"] // size)
+        values |= {
+            "batch_size": size,
+            "accumulation": accumulation,
+            "offload_blocks": offload_blocks,
+        }
+    return values
+
+
+def _card_gb(device: str) -> int:
+    """Return the memory of the GPU that a run would use, in GB of 2^30 bytes; 0 without one."""
+    import torch
+
+    resolved = resolve_device(device)
+    if not resolved.startswith("cuda"):
+        return 0
+    return torch.cuda.get_device_properties(resolved).total_memory // 2**30

@@ -1,0 +1,93 @@
+"""What a transfer is set to by the model, the quality and the card."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.models.sizes import SIZES
+from linvideo_core.models.attention_sites import shapes_of
+from linvideo_core.models.checkpoint import Checkpoint
+from linvideo_core.models.wan import WanModel
+from linvideo_core.run.errors import SettingError
+from linvideo_core.teacher import teacher as teachers
+from linvideo_core.teacher.teacher import TeacherCheckpoint
+from linvideo_core.transfer import recipe
+from linvideo_core.transfer.config import QUALITIES
+from linvideo_core.transfer.recipe import find_settings
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dict[str, Any]:
+    """Return the settings of a Wan of a published size, of which there are headers alone."""
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(SIZES[name].config))
+    tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
+    checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
+
+    def open_teacher(config: Any) -> TeacherCheckpoint:
+        latent_shape = (16, (config.num_frames - 1) // 4 + 1, config.height // 8, config.width // 8)
+        return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
+
+    monkeypatch.setattr(teachers, "open_teacher", open_teacher)
+    return find_settings("demo", {"model": Path("wan"), **given})
+
+
+# Measured: 1.3B trains in 17.5 GB with two videos a step, 14B with 32 blocks offloaded in 30.9 GB
+# (docs/home.md).
+@pytest.mark.parametrize(
+    ("name", "given", "batch_size", "accumulation", "offload_blocks"),
+    [
+        ("1.3b-480p", {"card": 16}, 1, 2, 0),
+        ("1.3b-480p", {"card": 24}, 2, 1, 0),
+        ("1.3b-480p", {"card": 24, "quality": "best"}, 2, 2, 0),
+        ("1.3b-480p", {"card": 24, "batch_size": 1, "quality": "best"}, 1, 4, 0),
+        ("14b-480p", {"card": 24, "num_frames": 33}, 1, 2, 36),
+        ("14b-480p", {"card": 48}, 1, 2, 28),
+        ("14b-480p", {"card": 80}, 1, 2, 0),
+        ("14b-480p", {"card": 24}, 1, 2, 40),
+        # One whole expert waits in CPU memory as it is.
+        ("14b-480p", {"card": 48, "low_noise_model": Path("low")}, 1, 2, 0),
+    ],
+)
+def test_a_card_decides_batch_and_offloading(
+    name: str,
+    given: dict[str, Any],
+    batch_size: int,
+    accumulation: int,
+    offload_blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = settings_of(monkeypatch, name, device="cuda", **given)
+    fitted = tuple(found[key] for key in ("batch_size", "accumulation", "offload_blocks"))
+    assert fitted == (batch_size, accumulation, offload_blocks)
+    assert found["frozen"] == "bf16" and found["activation_checkpointing"]
+    assert found["target"] == len(SIZES[name].layers)
+
+
+def test_processes_share_the_samples_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    found = settings_of(monkeypatch, "14b-480p", device="cuda", card=80)
+    assert (found["batch_size"], found["accumulation"], found["offload_blocks"]) == (8, 1, 0)
+
+
+def test_a_cpu_keeps_the_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = settings_of(monkeypatch, "1.3b-480p", device="cpu")
+    assert not {"frozen", "activation_checkpointing", "offload_blocks"} & set(found)
+    assert found["steps"] == 3000 and found["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_a_better_quality_learns_longer_from_more_videos(is_embedded: bool) -> None:
+    found = [
+        recipe.settings_for(quality, is_embedded=is_embedded, num_layers=30)
+        for quality in QUALITIES
+    ]
+    for key in ("steps", "num_trajectories"):
+        assert sorted({each[key] for each in found}) == [each[key] for each in found]
+
+
+def test_a_preset_of_the_embedded_model_is_refused_for_another() -> None:
+    with pytest.raises(SettingError, match=r"--preset gpu given.*give --quality"):
+        find_settings("gpu", {"model": Path("wan")})
