@@ -225,6 +225,9 @@ def plan_of(name: str, batch_size: int) -> Plan:
     )
 
 
+CHECKPOINTED = "{activation_checkpointing}"
+
+
 @pytest.mark.parametrize(
     ("gpu_gb", "cpu_gb", "may_offload", "flags"),
     [

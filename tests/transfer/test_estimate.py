@@ -57,7 +57,7 @@ def test_each_stage_takes_its_calls() -> None:
     assert found.warm_start == found.comparing == 0
     assert told(config_of(), num_missing=0).sampling == 0
     assert told(config_of(accumulation=3)).training == 3 * found.training
-    assert told(config_of(choice="first")).training == 100 * 20
+    assert told(config_of(choice="alternate")).training == 100 * 20
     assert told(config_of(), num_students=2).training == 2 * found.training
     assert told(config_of(evaluate_samples=2)).comparing == 3 * 2 * 50 * 2
     begun = told(config_of(warm_start_steps=9), num_done=10)
