@@ -245,7 +245,7 @@ def test_the_teacher_is_the_model_of_the_headless_core_with_its_loras() -> None:
         with lend_teacher(model, _inputs()) as teacher:
             inputs = latents.to(device()), 1000 * sigma.to(device()), teacher.prompt_embeds[:2]
             found = teacher.model(*(x.clone() for x in inputs))
-            assert relative_difference(found, headless.to(device())(*inputs)) <= _TOLERANCE
+        assert relative_difference(found, headless.to(device())(*inputs)) <= _TOLERANCE
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
