@@ -27,7 +27,7 @@ there to the end. By Cauchy and Schwarz the square of that is at most
     (sum_i a_i) (sum_i a_i |e_i|^2),    a_i = (s_i - s_i+1) |J_i|,
 
 so a squared error that weighs each level by a_i bounds the error of the video. |J_i|^2, the gain,
-is measured by `research.error_growth`: an error hardly grows below s = 0.8, and its square a
+was measured (docs/evidence.md): an error hardly grows below s = 0.8, and its square a
 thousandfold near s = 1, where what is drawn is decided.
 """
 
