@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..linvideo_core.artifact import Artifact, ArtifactError
 from ..linvideo_core.artifact.file import SUFFIX, place_file
-from ..linvideo_core.artifact.picture import draw_summary
+from ..linvideo_core.artifact.summary import draw_summary
 from ..linvideo_core.demo import weights_path
 
 FOLDER = "linvideo"

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..artifact.picture import BLUE, INK, PAPER, QUIET, VERMILION
+from ..artifact.summary import BLUE, INK, PAPER, QUIET, VERMILION
 from ..run.files import replacing
 
 Row = Mapping[str, Any]

@@ -13,8 +13,13 @@ from safetensors import safe_open
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage
-from linvideo_core.artifact.picture import draw_summary
-from linvideo_core.artifact.summary import count_bytes, describe, find_differences, title
+from linvideo_core.artifact.summary import (
+    count_bytes,
+    describe,
+    draw_summary,
+    find_differences,
+    title,
+)
 from linvideo_core.demo import weights_path
 from linvideo_core.flow import make_sigmas
 from linvideo_core.teacher.config import TeacherConfig, TrajectoryConfig
