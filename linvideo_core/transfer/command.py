@@ -50,6 +50,7 @@ ConfigT = TypeVar("ConfigT")
 
 # What a repeated command may change: none of it decides the artifact.
 FREE_FIELDS = (
+    "card",
     "out",
     "teacher_folder",
     "shard_size",
