@@ -182,6 +182,11 @@ class TransferConfig:
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
+        if self.card < 0:
+            raise SettingError(
+                f"{{card}} {self.card} given; its memory in GB, or 0 for this machine's, is needed",
+                "card",
+            )
         if self.experts.low_noise_model is not None and self.teacher.model is None:
             raise SettingError(
                 "{low_noise_model} was given without {model}; give {model} the high-noise expert",

@@ -127,22 +127,25 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = settings_for(quality, is_embedded=False, num_layers=num_layers)
     values |= settings_by_steps(given.get("steps", values["steps"]))
     values |= {"shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
-    if card := given.get("card") or _card_gb(given.get("device", "auto")):
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_samples = values["batch_size"] * values["accumulation"]
+    most = max(1, num_samples // num_processes)
+    sizes = [num_processes * size for size in range(most, 0, -1) if not most % size]
+    if "batch_size" in given:
+        sizes = [given["batch_size"]]
+    elif "accumulation" in given:
+        sizes = sizes[-1:]
+    size, offload_blocks = sizes[-1], 0
+    card = given.get("card") or _card_gb(given.get("device", "auto"))
+    # What trains whole weights holds them in fp32.
+    if card and given.get("parameters") != "full":
         values |= {"frozen": "bf16", "activation_checkpointing": True}
         config = override(TransferConfig(), {**values, **given})
-        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-        most = max(1, values["batch_size"] * values["accumulation"] // num_processes)
-        sizes = [num_processes * size for size in range(most, 0, -1)]
-        if "batch_size" in given:
-            sizes = [given["batch_size"]]
         size, offload_blocks = find_batch(teacher, config, sizes, card, num_processes)
-        accumulation = max(1, values["batch_size"] * values["accumulation"] // size)
-        values |= {
-            "batch_size": size,
-            "accumulation": accumulation,
-            "offload_blocks": offload_blocks,
-        }
-    return values
+    if given.get("compile") or not given.get("activation_checkpointing", True):
+        offload_blocks = 0
+    values |= {"batch_size": size, "accumulation": max(1, -(-num_samples // max(1, size)))}
+    return values | ({"offload_blocks": offload_blocks} if offload_blocks else {})
 
 
 def _card_gb(device: str) -> int:

@@ -45,6 +45,9 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dic
         ("1.3b-480p", {"card": 24, "batch_size": 1, "quality": "best"}, 1, 4, 0),
         ("14b-480p", {"card": 24, "num_frames": 33}, 1, 2, 36),
         ("14b-480p", {"card": 48}, 1, 2, 28),
+        ("14b-480p", {"card": 48, "compile": True}, 1, 2, 0),
+        ("14b-480p", {"card": 80, "num_frames": 33, "quality": "best"}, 2, 2, 0),
+        ("1.3b-480p", {"card": 24, "accumulation": 4}, 1, 2, 0),
         ("14b-480p", {"card": 80}, 1, 2, 0),
         ("14b-480p", {"card": 24}, 1, 2, 40),
         # One whole expert waits in CPU memory as it is.
@@ -60,7 +63,7 @@ def test_a_card_decides_batch_and_offloading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = settings_of(monkeypatch, name, device="cuda", **given)
-    fitted = tuple(found[key] for key in ("batch_size", "accumulation", "offload_blocks"))
+    fitted = (found["batch_size"], found["accumulation"], found.get("offload_blocks", 0))
     assert fitted == (batch_size, accumulation, offload_blocks)
     assert found["frozen"] == "bf16" and found["activation_checkpointing"]
     assert found["target"] == len(SIZES[name].layers)
@@ -69,7 +72,13 @@ def test_a_card_decides_batch_and_offloading(
 def test_processes_share_the_samples_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     found = settings_of(monkeypatch, "14b-480p", device="cuda", card=80)
-    assert (found["batch_size"], found["accumulation"], found["offload_blocks"]) == (8, 1, 0)
+    assert (found["batch_size"], found["accumulation"]) == (8, 1)
+    assert "offload_blocks" not in found
+
+
+def test_whole_weights_are_trained_in_fp32_on_any_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"device": "cuda", "card": 80, "parameters": "full"}
+    assert not {"frozen", "offload_blocks"} & set(settings_of(monkeypatch, "1.3b-480p", **given))
 
 
 def test_a_cpu_keeps_the_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
