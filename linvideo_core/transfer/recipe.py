@@ -77,7 +77,8 @@ def settings_for(quality: str, *, is_embedded: bool, num_layers: int) -> dict[st
     Raises ValueError for a quality that is none of `QUALITIES`.
     """
     if quality not in QUALITIES:
-        raise ValueError(f"quality {quality!r} given; one of {', '.join(QUALITIES)} is needed")
+        known = ", ".join(QUALITIES)
+        raise SettingError(f"{{quality}} {quality} given; one of {known} is needed", "quality")
     usual, lengths = (_EMBEDDED, _EMBEDDED_LENGTHS) if is_embedded else (_REAL, _REAL_LENGTHS)
     return {**usual, **lengths[quality], "target": max(1, round(_LINEAR_SHARE * num_layers))}
 
