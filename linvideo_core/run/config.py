@@ -111,17 +111,17 @@ def parse(
     if shown is not None:
         parser.add_argument("--help-all", action="help", help="show every setting and stop")
     if presets:
-        usual = next(iter(presets))
+        first = next(iter(presets))
         find = {name: name for name in presets}.__getitem__
         parser.add_argument(
             "--preset",
             type=_reader("preset", find, f"one of {', '.join(presets)}"),
-            default=usual,
+            default=first,
             metavar="|".join(presets),
-            help=f"named settings, which the other flags refine (default: {usual})",
+            help=f"named settings, which the other flags refine (default: {first})",
         )
     defaults = config_type()
-    decided = settings(next(iter(presets)), {}) if settings else {}
+    decided = settings(first, {}) if settings else {}
     groups: dict[type, Any] = {}
     for owner, field, kind, value in _leaves(defaults):
         if owner not in groups:

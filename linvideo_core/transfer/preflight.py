@@ -86,12 +86,12 @@ def find_batch(
     may_offload = num_processes == 1 and config.experts.low_noise_model is None
     most = teacher.checkpoint.config.num_layers if may_offload else 0
     num_trained = _count_trained(teacher, config.student)
+    frozen = config.teacher.frozen_weights.frozen
     offloads = sorted({*range(0, most, _BLOCKS_AT_ONCE), most})
     for offload_blocks, size in itertools.product(offloads, sizes):
         plan = _make_plan(teacher, config, num_trained, 1, size // num_processes, "bf16")
-        frozen = config.teacher.frozen_weights.frozen
-        held = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
-        weights, *others = plan.needs(held, is_checkpointed=True)
+        frozen_weights = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
+        weights, *others = plan.needs(frozen_weights, is_checkpointed=True)
         expected = weights.num_bytes + _ACTIVATIONS * sum(need.num_bytes for need in others)
         if expected <= _USABLE * card_gb * 2**30:
             break

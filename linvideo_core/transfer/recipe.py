@@ -102,20 +102,19 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError, in one sentence, for a model that cannot be used.
     """
     quality = given.get("quality", TransferConfig().quality)
-    is_embedded = given.get("model") is None
-    if not is_embedded:
-        if preset != next(iter(PRESETS)):
-            raise SettingError(
-                f"{{preset}} {preset} given, which is for the embedded model; with {{model}} give "
-                "{quality} instead",
-                "preset",
-                "model",
-                "quality",
-            )
-        return _settings_of_own(quality, given)
-    values = settings_for(quality, is_embedded=True, num_layers=_EMBEDDED_LAYERS)
-    values |= PRESETS[preset]
-    return values | settings_by_steps(given.get("steps", values["steps"]))
+    if given.get("model") is None:
+        values = settings_for(quality, is_embedded=True, num_layers=_EMBEDDED_LAYERS)
+        values |= PRESETS[preset]
+        return values | settings_by_steps(given.get("steps", values["steps"]))
+    if preset != next(iter(PRESETS)):
+        raise SettingError(
+            f"{{preset}} {preset} given, which is for the embedded model; with {{model}} give "
+            "{quality} instead",
+            "preset",
+            "model",
+            "quality",
+        )
+    return _settings_of_own(quality, given)
 
 
 def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
