@@ -12,7 +12,8 @@ student's own sampling leads, from noise to video: there the objective is on-pol
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class TrajectoryPool:
     def fill(self) -> None:
         """Spread the videos over their trajectories, so that a batch has all noise levels."""
         length = self._config.states_per_trajectory
-        moves = {slot: (slot // self._batch_size) * length // self._depth for slot in self._videos}
+        moves = {slot: slot // self._batch_size * length // self._depth for slot in self._videos}
         rows = self._batch_size // self._run.processes.size
         total, done = sum(moves.values()), 0
         self._run.begin_stage("filling_pool", total * self._run.processes.size)
@@ -184,6 +185,22 @@ class TrajectoryPool:
             else:
                 moved = euler_step(video.latents, row, here, there)
                 self._videos[slot] = dataclasses.replace(video, place=place, latents=moved)
+
+
+def count_filling_calls(config: TrajectoryConfig, batch_size: int) -> int:
+    """Return how many guided calls of the teacher, of one video each, `TrajectoryPool.fill` makes.
+
+    All processes together make them.
+    """
+    depth = max(1, config.pool_videos // batch_size)
+    moves = (place * config.states_per_trajectory // depth for place in range(depth))
+    return batch_size * sum(moves)
+
+
+def count_pool_bytes(config: TrajectoryConfig, latent_shape: Sequence[int], batch_size: int) -> int:
+    """Return what a pool takes of CPU memory, of a latent shape (C, F, H, W), all processes."""
+    num_videos = max(1, config.pool_videos // batch_size) * batch_size
+    return num_videos * math.prod(latent_shape) * torch.float32.itemsize
 
 
 def _is_in_share(slot: int, share: float) -> bool:

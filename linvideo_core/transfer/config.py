@@ -176,6 +176,9 @@ class TransferConfig:
     card: int = option(
         0, "with --model: GB of the GPU that it must fit; 0: as much as this machine's has"
     )
+    estimate: bool = option(
+        False, "measure a few calls, say what each quality takes on this machine, and stop"
+    )
     out: Path = option(Path("runs/transfer"), "run folder")
     seed: int = option(0, "seed of everything random")
     device: str = device_option()
@@ -193,6 +196,8 @@ class TransferConfig:
                 "low_noise_model",
                 "model",
             )
+        if self.trajectories.states == "pool":
+            self._check_pool()
         frozen_weights = self.teacher.frozen_weights
         if frozen_weights.offload_blocks and self.experts.low_noise_model is not None:
             raise SettingError(
@@ -204,6 +209,26 @@ class TransferConfig:
             )
         trained_by = "parameters" if self.student.parameters == "full" else ""
         check_frozen_weights(frozen_weights, self.training, trained_by)
+
+    def _check_pool(self) -> None:
+        """Raise SettingError for what only stored videos can serve."""
+        others = {
+            "low_noise_model": self.experts.low_noise_model is not None,
+            "choice": self.selection.rule == "sensitivity",
+            "levels": self.objective.levels != "even",
+        }
+        for name in (name for name, is_given in others.items() if is_given):
+            what = {
+                "choice": "{choice} sensitivity, which ranks layers on stored videos",
+                "levels": f"{{levels}} {self.objective.levels}, while a pool's videos pass all "
+                "noise levels alike",
+            }.get(name, f"{{{name}}}, whose two experts share stored videos")
+            raise SettingError(
+                f"{{states}} pool was given with {what}: give {{states}} stored, or another "
+                f"{{{name}}}",
+                "states",
+                name,
+            )
 
 
 class RunConfig(Protocol):

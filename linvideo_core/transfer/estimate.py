@@ -6,7 +6,6 @@ A few calls of the run's own kind are measured, and multiplied by how many there
 import dataclasses
 import gc
 import itertools
-import logging
 import time
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from ..run.context import Run
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb
 from ..teacher.config import TrajectoryConfig
+from ..teacher.pool import TrajectoryPool, count_filling_calls, count_pool_bytes
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
 from ..training.checkpoint import finished_steps
@@ -25,8 +25,6 @@ from .config import TRAINING_NAME, SelectionConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .preflight import Footprint
 from .student import Student, TransferTask
-
-logger = logging.getLogger(__name__)
 
 # In calls of the guided teacher, all of one video. A training step's pass, while layers are chosen
 # and after: `adm` with recomputed activations on an H100 (results/scale.json): 8.8 and 6.3 for Wan
@@ -82,6 +80,22 @@ class Estimate:
     device_bytes: int | None = None
     memory_bytes: int | None = None
 
+    def row(self) -> dict[str, float | None]:
+        """Return it as a row of a table, in hours and GB of 10^9 bytes."""
+        stages = {
+            "sampling_hours": self.sampling,
+            "training_hours": self.warm_start + self.training,
+            "comparing_hours": self.comparing,
+        }
+        hours = {name: seconds / 3600 for name, seconds in stages.items()}
+        sizes = {
+            "gpu_gb": self.device_bytes,
+            "memory_gb": self.memory_bytes,
+            "disk_gb": self.disk_bytes,
+        }
+        gb = {name: size and size / 1e9 for name, size in sizes.items()}
+        return {"hours": sum(hours.values()), **hours, **gb}
+
     def sentence(self, device_total: int | None = None) -> str:
         """Say it in one sentence; device_total: bytes of the GPU."""
         seconds = self.sampling + self.warm_start + self.training + self.comparing
@@ -104,29 +118,30 @@ class Estimate:
 def forecast(
     teacher: Teacher,
     config: TransferConfig,
-    precision: str,
+    pace: Pace,
     *,
+    precision: str,
     footprint: Footprint | None = None,
-    tries_training: bool = True,
     num_processes: int = 1,
     num_students: int = 1,
 ) -> Estimate:
-    """Measure a transfer's pace, log what it takes, and return it.
+    """Return what a transfer takes that goes at a measured pace.
 
-    footprint: what it takes at least, for what is not measured; needed where training is not tried.
-    num_students: one an expert; the others see `time_run`.
+    footprint: what it takes at least, for what was not measured; needed where training was not
+        tried.
+    num_students: one an expert.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
     root = config.trajectories.folder_beside(config.out)
     run = Run(folder=config.out, precision=precision, seed=config.seed)
-    num_missing = count_missing(teacher, config.trajectories, run)
-    pace = time_run(
-        teacher, config, precision, tries_training=tries_training, num_processes=num_processes
-    )
-    samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
-    num_trained = pace.num_trained if tries_training else footprint.num_trained
-    checkpoints = num_students * count_checkpoint_bytes(num_trained)
+    is_pool, shape = config.trajectories.states == "pool", teacher.latent_shape
+    num_missing = 0 if is_pool else count_missing(teacher, config.trajectories, run)
+    samples = count_bytes(config.trajectories, shape, num_missing)
+    num_trained = pace.num_trained or footprint.num_trained
+    size = config.training.batch_size
+    pool = count_pool_bytes(config.trajectories, shape, size) if is_pool else 0
+    checkpoints = num_students * count_checkpoint_bytes(num_trained) + 2 * pool
     check_space(
         [(root, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
     )
@@ -139,17 +154,13 @@ def forecast(
         num_students=num_students,
         disk_bytes=samples + checkpoints,
     )
-    if footprint is not None:
-        found = dataclasses.replace(
-            found,
-            device_bytes=found.device_bytes or footprint.device_bytes,
-            memory_bytes=footprint.memory_bytes,
-        )
-    device = teacher.prompt_embeds.device
-    is_gpu = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if is_gpu else None
-    logger.info("this run takes %s", found.sentence(total))
-    return found
+    if footprint is None:
+        return found
+    return dataclasses.replace(
+        found,
+        device_bytes=found.device_bytes or footprint.device_bytes,
+        memory_bytes=footprint.memory_bytes + pool,
+    )
 
 
 def estimate(
@@ -164,7 +175,8 @@ def estimate(
 ) -> Estimate:
     """Return what a transfer takes, from its own pace and arithmetic.
 
-    num_missing: videos that the teacher has still to sample, see `count_missing`.
+    num_missing: videos that the teacher has still to sample, see `count_missing`; of a pool, whose
+        videos are brought to their places instead, none.
     num_done: training steps that a checkpoint holds; the warm start is over then.
     disk_bytes: of samples and checkpoints.
     """
@@ -177,9 +189,17 @@ def estimate(
     num_hardened = training.steps - max(selecting, num_done)
     passes = num_selecting * pace.selecting + num_hardened * pace.hardened
     warm_steps = 0 if num_done else config.warm_start.warm_start_steps
-    warm_start = warm_steps * training.batch_size / num_processes * _WARM_START * pace.call
+    num_calls = -(-num_missing // num_processes) * config.trajectories.sampler_steps
+    # Of a pool, each state of the warm start is also asked for both branches.
+    of_warm_start = _WARM_START
+    if config.trajectories.states == "pool":
+        of_warm_start += 1
+        if not num_done:
+            filling = count_filling_calls(config.trajectories, training.batch_size)
+            num_calls += filling // num_processes
+    warm_start = warm_steps * training.batch_size / num_processes * of_warm_start * pace.call
     return Estimate(
-        sampling=-(-num_missing // num_processes) * of_video,
+        sampling=num_calls * pace.call,
         warm_start=num_students * warm_start,
         training=num_students * training.accumulation * passes,
         # The teacher, the layers merely swapped, and the student; the first process alone.
@@ -197,8 +217,8 @@ def count_checkpoint_bytes(num_trained: int) -> int:
 def time_run(
     teacher: Teacher,
     config: TransferConfig,
-    precision: str,
     *,
+    precision: str,
     tries_training: bool = True,
     num_processes: int = 1,
 ) -> Pace:
@@ -260,14 +280,20 @@ class _RandomStates(Trajectories):
 def _time_training(teacher: Teacher, config: TransferConfig, precision: str, call: float) -> Pace:
     """Measure passes, forward and backward, while layers are chosen and after."""
     with Student(teacher, config.student, seed=config.seed) as student:
+        run = Run(precision=precision)
+        if config.trajectories.states == "pool":
+            size = config.training.batch_size
+            states = TrajectoryPool(teacher, config.trajectories, size, run, student.disabled)
+        else:
+            states = _RandomStates(teacher, config.trajectories)
         task = TransferTask(
             student,
             teacher,
-            _RandomStates(teacher, config.trajectories),
+            states,
             selection=SelectionConfig(target=config.selection.target),
             objective=config.objective,
             training=config.training,
-            run=Run(precision=precision),
+            run=run,
         )
         parameters = [p for group in task.parameter_groups() for p in group.parameters.values()]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.config import override
-from ..run.devices import resolve_device
+from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
 from ..teacher.config import TeacherConfig
 from .config import QUALITIES, TransferConfig
@@ -41,6 +41,8 @@ _REAL = {
     "warm_start_steps": 120,
     "checkpoint_every": 50,
     "guidance_scale": 5.0,
+    # How errors grow along the flow was measured on the embedded model alone.
+    "levels": "even",
 }
 _REAL_LENGTHS = {
     "draft": {"steps": 400, "num_trajectories": 12, "sampler_steps": 30, "accumulation": 1},
@@ -105,6 +107,8 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("model") is None:
         values = settings_for(quality, is_embedded=True, num_layers=_EMBEDDED_LAYERS)
         values |= PRESETS[preset]
+        if given.get("states") == "pool":
+            values["levels"] = "even"
         return values | settings_by_steps(given.get("steps", values["steps"]))
     if preset != next(iter(PRESETS)):
         raise SettingError(
@@ -127,6 +131,8 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = settings_for(quality, is_embedded=False, num_layers=num_layers)
     values |= settings_by_steps(given.get("steps", values["steps"]))
     values |= {"shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
+    needs_stored = given.get("low_noise_model") or given.get("choice") == "sensitivity"
+    values["states"] = "stored" if needs_stored else "pool"
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_samples = values["batch_size"] * values["accumulation"]
     most = max(1, num_samples // num_processes)
@@ -150,9 +156,4 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _card_gb(device: str) -> int:
     """Return the memory of the GPU that a run would use, in GB of 2^30 bytes; 0 without one."""
-    import torch
-
-    resolved = resolve_device(device)
-    if not resolved.startswith("cuda"):
-        return 0
-    return torch.cuda.get_device_properties(resolved).total_memory // 2**30
+    return (count_device_bytes(resolve_device(device)) or 0) // 2**30
