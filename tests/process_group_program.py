@@ -102,9 +102,7 @@ def retrained(config: TransferConfig = TRANSFER, **training: Any) -> TransferCon
 
 def transfer_pool(folder: Path, processes: ProcessGroup, device: str = "cpu", **how: Any) -> None:
     """Learn from videos in flight, half of which the student moves."""
-    videos = dataclasses.replace(TRANSFER.trajectories, states="pool", pool_videos=8)
-    levels = dataclasses.replace(TRANSFER.objective, levels="even")
-    config = dataclasses.replace(TRANSFER, trajectories=videos, objective=levels)
+    config = override(TRANSFER, {"states": "pool", "pool_videos": 8, "levels": "even"})
     transfer(folder, processes, device, config=config, **how)
 
 

@@ -57,16 +57,20 @@ class TrajectoryPool:
         self,
         teacher: Teacher,
         config: TrajectoryConfig,
+        num_videos: int,
         batch_size: int,
         run: Run,
         as_teacher: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        """batch_size: of all processes; as_teacher: in whose context the model is the teacher."""
+        """num_videos: in flight, of which every row has as many.
+
+        batch_size: of all processes. as_teacher: in whose context the model is the teacher.
+        """
         self.sigmas = make_sigmas(config.sampler_steps, config.shift)
         self.guidance_scale = config.guidance_scale
         self._teacher, self._config, self._as_teacher = teacher, config, as_teacher
         self._batch_size, self._run = batch_size, run
-        self._depth = max(1, config.pool_videos // batch_size)
+        self._depth = _depth(num_videos, batch_size)
         self._num_slots = self._depth * batch_size
         own = [slot for slot in range(self._num_slots) if self._is_own(slot)]
         self._videos = {slot: self._start(slot) for slot in own}
@@ -187,20 +191,24 @@ class TrajectoryPool:
                 self._videos[slot] = dataclasses.replace(video, place=place, latents=moved)
 
 
-def count_filling_calls(config: TrajectoryConfig, batch_size: int) -> int:
+def count_filling_calls(config: TrajectoryConfig, num_videos: int, batch_size: int) -> int:
     """Return how many guided calls of the teacher, of one video each, `TrajectoryPool.fill` makes.
 
     All processes together make them.
     """
-    depth = max(1, config.pool_videos // batch_size)
-    moves = (place * config.states_per_trajectory // depth for place in range(depth))
-    return batch_size * sum(moves)
+    depth = _depth(num_videos, batch_size)
+    return batch_size * sum(i * config.states_per_trajectory // depth for i in range(depth))
 
 
-def count_pool_bytes(config: TrajectoryConfig, latent_shape: Sequence[int], batch_size: int) -> int:
-    """Return what a pool takes of CPU memory, of a latent shape (C, F, H, W), all processes."""
-    num_videos = max(1, config.pool_videos // batch_size) * batch_size
-    return num_videos * math.prod(latent_shape) * torch.float32.itemsize
+def count_pool_bytes(latent_shape: Sequence[int], num_videos: int, batch_size: int) -> int:
+    """Return what a pool takes of CPU memory, of a latent shape (C, F, H, W), in all processes."""
+    num_slots = batch_size * _depth(num_videos, batch_size)
+    return num_slots * math.prod(latent_shape) * torch.float32.itemsize
+
+
+def _depth(num_videos: int, batch_size: int) -> int:
+    """Return the videos of a row, at least one."""
+    return max(1, num_videos // batch_size)
 
 
 def _is_in_share(slot: int, share: float) -> bool:

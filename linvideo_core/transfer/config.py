@@ -8,7 +8,7 @@ from ..models.config import ExpertsConfig, FrozenConfig, LinearForm
 from ..run.config import fraction, option, positive
 from ..run.devices import device_option, precision_option
 from ..run.errors import SettingError
-from ..teacher.config import TeacherConfig, TrajectoryConfig
+from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig
 from ..training.config import TrainingConfig
 
 ARTIFACT_NAME = "linearized.safetensors"
@@ -163,6 +163,7 @@ class TransferConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
+    pool: PoolConfig = dataclasses.field(default_factory=PoolConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
@@ -196,7 +197,7 @@ class TransferConfig:
                 "low_noise_model",
                 "model",
             )
-        if self.trajectories.states == "pool":
+        if self.pool.states == "pool":
             self._check_pool()
         frozen_weights = self.teacher.frozen_weights
         if frozen_weights.offload_blocks and self.experts.low_noise_model is not None:

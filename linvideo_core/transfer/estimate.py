@@ -135,12 +135,12 @@ def forecast(
     """
     root = config.trajectories.folder_beside(config.out)
     run = Run(folder=config.out, precision=precision, seed=config.seed)
-    is_pool, shape = config.trajectories.states == "pool", teacher.latent_shape
+    is_pool, shape = config.pool.states == "pool", teacher.latent_shape
     num_missing = 0 if is_pool else count_missing(teacher, config.trajectories, run)
     samples = count_bytes(config.trajectories, shape, num_missing)
     num_trained = pace.num_trained or footprint.num_trained
-    size = config.training.batch_size
-    pool = count_pool_bytes(config.trajectories, shape, size) if is_pool else 0
+    in_flight = (config.pool.pool_videos, config.training.batch_size)
+    pool = count_pool_bytes(shape, *in_flight) if is_pool else 0
     checkpoints = num_students * count_checkpoint_bytes(num_trained) + 2 * pool
     check_space(
         [(root, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
@@ -192,10 +192,12 @@ def estimate(
     num_calls = -(-num_missing // num_processes) * config.trajectories.sampler_steps
     # Of a pool, each state of the warm start is also asked for both branches.
     of_warm_start = _WARM_START
-    if config.trajectories.states == "pool":
+    if config.pool.states == "pool":
         of_warm_start += 1
         if not num_done:
-            filling = count_filling_calls(config.trajectories, training.batch_size)
+            filling = count_filling_calls(
+                config.trajectories, config.pool.pool_videos, training.batch_size
+            )
             num_calls += filling // num_processes
     warm_start = warm_steps * training.batch_size / num_processes * of_warm_start * pace.call
     return Estimate(
@@ -281,9 +283,9 @@ def _time_training(teacher: Teacher, config: TransferConfig, precision: str, cal
     """Measure passes, forward and backward, while layers are chosen and after."""
     with Student(teacher, config.student, seed=config.seed) as student:
         run = Run(precision=precision)
-        if config.trajectories.states == "pool":
-            size = config.training.batch_size
-            states = TrajectoryPool(teacher, config.trajectories, size, run, student.disabled)
+        if config.pool.states == "pool":
+            in_flight = (config.pool.pool_videos, config.training.batch_size)
+            states = TrajectoryPool(teacher, config.trajectories, *in_flight, run, student.disabled)
         else:
             states = _RandomStates(teacher, config.trajectories)
         task = TransferTask(
