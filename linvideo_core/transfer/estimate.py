@@ -21,7 +21,7 @@ from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
 from ..training.checkpoint import finished_steps
 from ..training.trainer import seed_step
-from .config import TRAINING_NAME, SelectionConfig, TransferConfig
+from .config import TRAINING_NAME, RunConfig, SelectionConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .preflight import Footprint
 from .student import Student, TransferTask
@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 # and after: `adm` with recomputed activations on an H100 (results/scale.json): 8.8 and 6.3 for Wan
 # 1.3B, 7.8 while choosing for 14B. A step of the warm start: one branch, and linear attention there
 # and back.
-_SELECTING, _HARDENED, _WARM_START = 8.3, 6.0, 0.7
+_SELECTING, _HARDENED, WARM_START = 8.3, 6.0, 0.7
+# What is left of it without the moves of `adm`, three halves of a call: a pass there and back.
+LEARNING = 4.5
 # What Adam and the average add to the gradient and the number itself.
 _OPTIMISER = 3 * FP32
 # Of a trained number a checkpoint holds four: itself, its average, both averages of Adam. The next
@@ -118,18 +120,12 @@ def forecast(
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
-    root = config.trajectories.folder_beside(config.out)
     run = Run(folder=config.out, precision=precision, seed=config.seed)
     num_missing = count_missing(teacher, config.trajectories, run)
     pace = time_run(
         teacher, config, precision, tries_training=tries_training, num_processes=num_processes
     )
-    samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
     num_trained = pace.num_trained if tries_training else footprint.num_trained
-    checkpoints = num_students * count_checkpoint_bytes(num_trained)
-    check_space(
-        [(root, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
-    )
     found = estimate(
         config,
         pace,
@@ -137,7 +133,7 @@ def forecast(
         num_done=finished_steps(config.out / TRAINING_NAME) if num_students == 1 else 0,
         num_processes=num_processes,
         num_students=num_students,
-        disk_bytes=samples + checkpoints,
+        disk_bytes=check_disk(teacher, config, num_missing, num_students * num_trained),
     )
     if footprint is not None:
         found = dataclasses.replace(
@@ -145,11 +141,31 @@ def forecast(
             device_bytes=found.device_bytes or footprint.device_bytes,
             memory_bytes=footprint.memory_bytes,
         )
-    device = teacher.prompt_embeds.device
+    announce(found, teacher.prompt_embeds.device)
+    return found
+
+
+def check_disk(teacher: Teacher, config: RunConfig, num_missing: int, num_trained: int) -> int:
+    """Return the bytes that a run's new samples and its checkpoints take on disk.
+
+    num_trained: numbers, over all trainings.
+
+    Raises ValueError, in one sentence, where there is too little room.
+    """
+    samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
+    checkpoints = count_checkpoint_bytes(num_trained)
+    folder = config.trajectories.folder_beside(config.out)
+    check_space(
+        [(folder, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
+    )
+    return samples + checkpoints
+
+
+def announce(found: Estimate, device: torch.device) -> None:
+    """Log what a run on a device takes."""
     is_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if is_gpu else None
     logger.info("this run takes %s", found.sentence(total))
-    return found
 
 
 def estimate(
@@ -177,7 +193,7 @@ def estimate(
     num_hardened = training.steps - max(selecting, num_done)
     passes = num_selecting * pace.selecting + num_hardened * pace.hardened
     warm_steps = 0 if num_done else config.warm_start.warm_start_steps
-    warm_start = warm_steps * training.batch_size / num_processes * _WARM_START * pace.call
+    warm_start = warm_steps * training.batch_size / num_processes * WARM_START * pace.call
     return Estimate(
         sampling=-(-num_missing // num_processes) * of_video,
         warm_start=num_students * warm_start,

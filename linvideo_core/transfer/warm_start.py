@@ -20,7 +20,7 @@ from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
-from ..training.trainer import ParameterGroup, fit
+from ..training.trainer import ParameterGroup, Task, fit
 from .config import ObjectiveConfig, WarmStartConfig
 from .objective import Batches
 
@@ -28,7 +28,7 @@ from .objective import Batches
 _WARMUP_SHARE = 0.1
 
 
-class WarmStart:
+class WarmStart(Task):
     """The task: relative squared error of linear to softmax output, averaged over layers."""
 
     def __init__(
@@ -96,16 +96,6 @@ class WarmStart:
         del linear
         with autocast(output.device, "fp32"):
             return error.detach(), torch.autograd.grad(share, list(module.linear.parameters()))
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows a step."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing but the parameters must survive a restart."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
 
 
 def fit_feature_maps(

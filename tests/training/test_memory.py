@@ -113,7 +113,6 @@ def test_the_peak_of_a_step_is_what_it_was_told_to_twice_that_and_mixing_keeps_t
         Transformer(**sizes, num_tokens=NUM_TOKENS, stream_bytes=stream_bytes),
         weight_bytes=0,
         num_trained=0,
-        num_graphs=1,
         batch_size=1,
         sampled_together=0,
         is_checkpointed=is_checkpointed,
