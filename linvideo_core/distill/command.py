@@ -26,6 +26,7 @@ from ..transfer.command import (
     run_with_bars,
     show_results,
 )
+from ..transfer.config import TRAINING_NAME
 from .config import ARTIFACT_NAME, DistillConfig
 from .pipeline import distill
 from .preflight import check_distillation, forecast
@@ -66,13 +67,14 @@ def run(
     with processes.in_turn():
         teacher = found.load(run).to(run.device)
     if not is_made(config.out, [path]):
-        forecast(teacher, config, run, footprint)
+        if not (config.out / TRAINING_NAME).exists():
+            forecast(teacher, config, run, footprint)
         with make_student(teacher, first, config.distillation, seed=config.seed) as student:
             with processes.in_turn():
                 open_run(config.out, config, ignore=FREE_FIELDS)
             artifact_files.warn_of_other_weights(first, teacher.model)
             distill(student, teacher, first, config, run)
-    metrics_path = config.out / "training" / "metrics.jsonl"
+    metrics_path = config.out / TRAINING_NAME / "metrics.jsonl"
     if processes.is_first and metrics_path.exists():
         plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
     if processes.destroy() and not is_evaluated(config.evaluation, config.out):

@@ -6,8 +6,6 @@ from ..models.families import identify
 from ..run.context import Run
 from ..teacher.teacher import Teacher, TeacherCheckpoint
 from ..teacher.trajectories import count_missing
-from ..training.checkpoint import finished_steps
-from ..transfer.config import TRAINING_NAME
 from ..transfer.estimate import (
     LEARNING,
     WARM_START,
@@ -67,14 +65,13 @@ def forecast(teacher: Teacher, config: DistillConfig, run: Run, footprint: Footp
     call = time_teacher(teacher, config.trajectories, run.precision)
     of_video = config.trajectories.sampler_steps * call
     training, num_processes = config.training, run.processes.size
-    num_done = finished_steps(config.out / TRAINING_NAME)
     num_samples = training.batch_size * training.accumulation / num_processes
     num_calls = count_calls(config.distillation)
-    warm_steps = 0 if num_done or not config.single_stage else config.warm_start.warm_start_steps
+    warm_steps = config.warm_start.warm_start_steps if config.single_stage else 0
     found = Estimate(
         sampling=-(-num_missing // num_processes) * of_video,
         warm_start=warm_steps * training.batch_size / num_processes * WARM_START * call,
-        training=(training.steps - num_done) * num_samples * num_calls * call,
+        training=training.steps * num_samples * num_calls * call,
         # The teacher and the linearized model, at all steps.
         comparing=2 * config.evaluation.evaluate_samples * of_video,
         disk_bytes=disk_bytes,
