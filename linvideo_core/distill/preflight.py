@@ -30,7 +30,6 @@ def check_distillation(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
-    artifact_files.check(first, checkpoint.shapes)
     return check_footprint(
         checkpoint,
         config,
@@ -46,9 +45,12 @@ def check_distillation(
 def count_trained(
     checkpoint: TeacherCheckpoint, config: DistillationConfig, first: Artifact
 ) -> int:
-    """Return how many numbers are trained: the linear layers' maps, student and critic."""
-    family, sites = identify(checkpoint.shapes)
-    linear = [site for site in sites if site.layer in first.header.linear_layers]
+    """Return how many numbers are trained: the linear layers' maps, student and critic.
+
+    Raises ArtifactError for a file that was made for another model.
+    """
+    linear = artifact_files.check(first, checkpoint.shapes)
+    family, _ = identify(checkpoint.shapes)
     ratio = first.header.feature_dim // linear[0].head_dim
     rank = max(config.lora_rank, first.header.lora_rank)
     changes = count_weights(checkpoint, family, config.parameters, rank)

@@ -295,7 +295,7 @@ class DistillationTask(Task):
     def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
         """Return what of the teacher's variety all x0 have, and of its motion the last step's."""
         spread = self.processes.std(x0.float()).mean()
-        is_last = (exits == self.config.num_steps - 1).to(x0.device)
+        is_last = exits == self.config.num_steps - 1
         return {
             "spread_ratio": spread / self.statistics.spread,
             "motion_ratio": self._motion_ratio(x0[is_last]),

@@ -9,14 +9,16 @@ import torch
 
 from benchmarks.models.sizes import SIZES
 from linvideo_core.artifact import Artifact, save
+from linvideo_core.artifact.header import ArtifactHeader
 from linvideo_core.distill import cli, recipe
 from linvideo_core.distill.config import DistillationConfig, DistillConfig
 from linvideo_core.distill.preflight import check_distillation, count_calls, forecast
 from linvideo_core.distill.task import DistillationTask, make_student
 from linvideo_core.distill.teacher_statistics import TeacherStatistics
 from linvideo_core.evaluate import compare
-from linvideo_core.models.attention_sites import shapes_of
+from linvideo_core.models.attention_sites import fingerprint, shapes_of
 from linvideo_core.models.checkpoint import Checkpoint
+from linvideo_core.models.families import identify
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
 from linvideo_core.run.context import Run
@@ -37,13 +39,31 @@ def headers_of(name: str, **video: int) -> TeacherCheckpoint:
     return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
 
 
+def file_for(name: str) -> Artifact:
+    """Return a file that makes the published share of layers linear, by feature maps alone."""
+    family, sites = identify(headers_of(name).shapes)
+    linear = {site.layer: site for site in sites if site.layer in SIZES[name].layers}
+    header = ArtifactHeader(
+        family=family.name,
+        fingerprint=fingerprint(family, sites),
+        weights_digest=16 * "0",
+        linear_layers=tuple(linear),
+        site_names=tuple(site.name for site in linear.values()),
+        num_layers=len(sites),
+        feature_dim=sites[0].head_dim,
+        parameters="feature_maps",
+        objective="adm",
+        steps=1,
+    )
+    shapes = header.tensor_shapes(sites[0].num_heads, sites[0].head_dim)
+    maps = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
+    return Artifact(header=header, linear=dict.fromkeys(linear, maps))
+
+
 def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dict[str, Any]:
     frames = {"num_frames": given["num_frames"]} if "num_frames" in given else {}
     monkeypatch.setattr(teachers, "open_teacher", lambda config: headers_of(name, **frames))
-    layers = SIZES[name].layers
-    header = SimpleNamespace(linear_layers=layers, feature_dim=128, lora_rank=32)
-    first = SimpleNamespace(header=header)
-    monkeypatch.setattr(compare, "load_linearized", lambda path: first)
+    monkeypatch.setattr(compare, "load_linearized", lambda path: file_for(name))
     files = {"model": Path("wan"), "artifact": Path("linearized")}
     return recipe.find_settings("demo", {**files, **given})
 
