@@ -79,6 +79,12 @@ class DistillConfig:
                 "accumulation",
                 "num_steps",
             )
+        if self.trajectories.states != "stored":
+            raise SettingError(
+                f"{{states}} {self.trajectories.states} given; a distillation learns from stored "
+                "videos: leave it out",
+                "states",
+            )
         check_artifact(self.teacher.model, self.artifact)
         by = "parameters" if self.distillation.parameters == "full" else ""
         check_frozen_weights(self.teacher.frozen_weights, self.training, by)
