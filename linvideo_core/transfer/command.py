@@ -19,7 +19,7 @@ from ..evaluate.config import CompareConfig
 from ..models.experts import HIGH, LOW
 from ..run.callbacks import Callbacks
 from ..run.context import Run
-from ..run.devices import count_device_bytes, resolve_device, resolve_precision
+from ..run.devices import resolve_device, resolve_precision
 from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
 from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
@@ -37,7 +37,7 @@ from .config import (
     SelectionConfig,
     TransferConfig,
 )
-from .estimate import Pace, forecast, time_run
+from .estimate import Pace, announce, forecast, time_run
 from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
 from .layer_selection import RANKING_NAME, count_selection_steps
 from .pipeline import linearize
@@ -214,7 +214,7 @@ def _log_forecast(
     how = {"precision": run.precision, "num_processes": run.processes.size}
     pace = time_run(teacher, config, tries_training=tries_training, **how)
     found = forecast(teacher, config, pace, footprint=footprint, num_students=num_students, **how)
-    logger.info("this run takes %s", found.sentence(count_device_bytes(run.device)))
+    announce(found, run.device)
 
 
 def estimate_qualities(configs: Mapping[str, TransferConfig]) -> str:

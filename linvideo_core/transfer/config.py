@@ -157,6 +157,25 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What decides settings that no flag gives."""
+
+    quality: str = option(
+        "standard", "how long it learns, and from how many videos", choices=QUALITIES
+    )
+    card: int = option(
+        0, "with --model: GB of the GPU that it must fit; 0: as much as this machine's has"
+    )
+
+    def __post_init__(self) -> None:
+        if self.card < 0:
+            raise SettingError(
+                f"{{card}} {self.card} given; its memory in GB, or 0 for this machine's, is needed",
+                "card",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferConfig:
     """The run."""
 
@@ -171,12 +190,7 @@ class TransferConfig:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    quality: str = option(
-        "standard", "how long it learns, and from how many videos", choices=QUALITIES
-    )
-    card: int = option(
-        0, "with --model: GB of the GPU that it must fit; 0: as much as this machine's has"
-    )
+    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     estimate: bool = option(
         False, "measure a few calls, say what each quality takes on this machine, and stop"
     )
@@ -186,11 +200,6 @@ class TransferConfig:
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
-        if self.card < 0:
-            raise SettingError(
-                f"{{card}} {self.card} given; its memory in GB, or 0 for this machine's, is needed",
-                "card",
-            )
         if self.experts.low_noise_model is not None and self.teacher.model is None:
             raise SettingError(
                 "{low_noise_model} was given without {model}; give {model} the high-noise expert",

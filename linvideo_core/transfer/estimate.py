@@ -6,6 +6,7 @@ A few calls of the run's own kind are measured, and multiplied by how many there
 import dataclasses
 import gc
 import itertools
+import logging
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ import torch
 
 from ..flow import bind_guided
 from ..run.context import Run
+from ..run.devices import count_device_bytes
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb
 from ..teacher.config import TrajectoryConfig
@@ -21,16 +23,20 @@ from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
 from ..training.checkpoint import finished_steps
 from ..training.trainer import seed_step
-from .config import TRAINING_NAME, SelectionConfig, TransferConfig
+from .config import TRAINING_NAME, RunConfig, SelectionConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .preflight import Footprint
 from .student import Student, TransferTask
+
+logger = logging.getLogger(__name__)
 
 # In calls of the guided teacher, all of one video. A training step's pass, while layers are chosen
 # and after: `adm` with recomputed activations on an H100 (results/scale.json): 8.8 and 6.3 for Wan
 # 1.3B, 7.8 while choosing for 14B. A step of the warm start: one branch, and linear attention there
 # and back.
-_SELECTING, _HARDENED, _WARM_START = 8.3, 6.0, 0.7
+_SELECTING, _HARDENED, WARM_START = 8.3, 6.0, 0.7
+# What is left of it without the moves of `adm`, three halves of a call: a pass there and back.
+LEARNING = 4.5
 # What Adam and the average add to the gradient and the number itself.
 _OPTIMISER = 3 * FP32
 # Of a trained number a checkpoint holds four: itself, its average, both averages of Adam. The next
@@ -133,18 +139,12 @@ def forecast(
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
-    root = config.trajectories.folder_beside(config.out)
     run = Run(folder=config.out, precision=precision, seed=config.seed)
     is_pool, shape = config.pool.states == "pool", teacher.latent_shape
     num_missing = 0 if is_pool else count_missing(teacher, config.trajectories, run)
-    samples = count_bytes(config.trajectories, shape, num_missing)
     num_trained = pace.num_trained or footprint.num_trained
     in_flight = (config.pool.pool_videos, config.training.batch_size)
     pool = count_pool_bytes(shape, *in_flight) if is_pool else 0
-    checkpoints = num_students * count_checkpoint_bytes(num_trained) + 2 * pool
-    check_space(
-        [(root, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
-    )
     found = estimate(
         config,
         pace,
@@ -152,7 +152,7 @@ def forecast(
         num_done=finished_steps(config.out / TRAINING_NAME) if num_students == 1 else 0,
         num_processes=num_processes,
         num_students=num_students,
-        disk_bytes=samples + checkpoints,
+        disk_bytes=check_disk(teacher, config, num_missing, num_students * num_trained, pool),
     )
     if footprint is None:
         return found
@@ -161,6 +161,30 @@ def forecast(
         device_bytes=found.device_bytes or footprint.device_bytes,
         memory_bytes=footprint.memory_bytes + pool,
     )
+
+
+def check_disk(
+    teacher: Teacher, config: RunConfig, num_missing: int, num_trained: int, in_flight: int = 0
+) -> int:
+    """Return the bytes that a run's new samples and its checkpoints take on disk.
+
+    num_trained: numbers, over all trainings. in_flight: bytes of a pool, see `count_pool_bytes`.
+
+    Raises ValueError, in one sentence, where there is too little room.
+    """
+    samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
+    # The next checkpoint is written before the last one goes.
+    checkpoints = count_checkpoint_bytes(num_trained) + 2 * in_flight
+    folder = config.trajectories.folder_beside(config.out)
+    check_space(
+        [(folder, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
+    )
+    return samples + checkpoints
+
+
+def announce(found: Estimate, device: torch.device | str) -> None:
+    """Log what a run on a device takes."""
+    logger.info("this run takes %s", found.sentence(count_device_bytes(str(device))))
 
 
 def estimate(
@@ -191,7 +215,7 @@ def estimate(
     warm_steps = 0 if num_done else config.warm_start.warm_start_steps
     num_calls = -(-num_missing // num_processes) * config.trajectories.sampler_steps
     # Of a pool, each state of the warm start is also asked for both branches.
-    of_warm_start = _WARM_START
+    of_warm_start = WARM_START
     if config.pool.states == "pool":
         of_warm_start += 1
         if not num_done:
