@@ -46,15 +46,7 @@ def check_run(
         )
     if not path.exists():
         return
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict):
-            raise ValueError("it holds no settings")
-    except ValueError as error:
-        raise SettingError(
-            f"{path} is damaged ({error}); delete {folder} or choose another {{out}}", "out"
-        ) from error
-    found = {**dict(_defaults(config)), **dict(_leaves(tree))}
+    found = {**dict(_defaults(config)), **read_settings(folder)}
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
             raise OtherRunError(
@@ -63,6 +55,25 @@ def check_run(
                 name,
                 "out",
             )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a folder's run by the names of their fields; none without a run.
+
+    Raises SettingError for a file that holds none.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise SettingError(
+            f"{path} is damaged ({error}); delete {folder} or choose another {{out}}", "out"
+        ) from error
+    return dict(_leaves(tree))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

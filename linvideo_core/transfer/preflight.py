@@ -77,25 +77,27 @@ def find_batch(
     num_trained: int,
     may_offload: bool,
     num_processes: int = 1,
-) -> tuple[int, int]:
+) -> tuple[int, int, float]:
     """Return the batch size, one of `sizes`, and the offloaded blocks with which a card is enough.
 
-    Blocks are offloaded only where no size fits without; where none fits at all, the last size and
-    all blocks are returned. What is expected of activations is more than `check_footprint` counts.
+    The third is what is expected to be needed then, in GB of 2^30 bytes: of activations more than
+    `check_footprint` counts. Blocks are offloaded only where no size fits without; where none fits
+    at all, the last size and all blocks are returned.
 
     sizes: over all processes, the preferred first. card_gb: of 2^30 bytes.
     """
     most = teacher.checkpoint.config.num_layers if may_offload else 0
     frozen = config.teacher.frozen_weights.frozen
+    precision = "bf16" if config.precision == "auto" else config.precision
     offloads = sorted({*range(0, most, _BLOCKS_AT_ONCE), most})
     for offload_blocks, size in itertools.product(offloads, sizes):
-        plan = _make_plan(teacher, config, num_trained, size // num_processes, "bf16")
+        plan = _make_plan(teacher, config, num_trained, size // num_processes, precision)
         frozen_weights = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
-        weights, *others = plan.needs(frozen_weights, is_checkpointed=True)
+        weights, *others = plan.needs(frozen_weights, config.training.activation_checkpointing)
         expected = weights.num_bytes + _ACTIVATIONS * sum(need.num_bytes for need in others)
         if expected <= _USABLE * card_gb * 2**30:
             break
-    return size, offload_blocks
+    return size, offload_blocks, expected / 2**30
 
 
 def count_trained(teacher: TeacherCheckpoint, student: StudentConfig) -> int:

@@ -5,6 +5,7 @@ measured (docs/evidence.md). Those of real models are the published share of lay
 memory allows; steps, videos and learning rates are a guess that nobody has tried on real weights.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from .config import QUALITIES, RecipeConfig, RunConfig, TransferConfig
 
 if TYPE_CHECKING:
     from ..teacher.teacher import TeacherCheckpoint
+
+logger = logging.getLogger(__name__)
 
 # Published: 16 of 30 layers of Wan 1.3B, 22 of 40 of Wan 14B (arXiv 2510.08318).
 _LINEAR_SHARE = 0.54
@@ -167,7 +170,9 @@ def fit_card(
     """Return settings of a model of one's own, with what the graphics card decides.
 
     That is how many of a step's samples go through the model at once, how frozen weights are held,
-    and whether activations are recomputed. Without a card samples go one at a time.
+    and whether activations are recomputed. Without a card samples go one at a time. A run that is
+    continued keeps its batch, whatever card it is on now. A warning says where the card is
+    expected to be too small.
 
     defaults: the command's config as it is declared.
     values: settings by the names of its fields; `batch_size` times `accumulation` is the samples
@@ -175,6 +180,7 @@ def fit_card(
     count_trained: config -> the numbers that are trained.
     is_alone: whether no other model waits in CPU memory, so that blocks may.
     """
+    from ..run.folder import read_settings
     from .preflight import find_batch
 
     found = {**values, "shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
@@ -182,17 +188,20 @@ def fit_card(
     num_samples = values["batch_size"] * values["accumulation"]
     most = max(1, num_samples // num_processes)
     sizes = [num_processes * size for size in range(most, 0, -1) if not most % size]
+    earlier = read_settings(given.get("out", defaults.out))
     if "batch_size" in given:
         sizes = [given["batch_size"]]
     elif "accumulation" in given:
         sizes = sizes[-1:]
+    elif earlier.get("batch_size", 0) * earlier.get("accumulation", 0) == num_samples:
+        sizes = [earlier["batch_size"]]
     size, offload_blocks = sizes[-1], 0
     card = given.get("card") or _card_gb(given.get("device", "auto"))
     # What trains whole weights holds them in fp32.
     if card and given.get("parameters") != "full":
         found |= {"frozen": "bf16", "activation_checkpointing": True}
         config = override(defaults, {**found, **given})
-        size, offload_blocks = find_batch(
+        size, offload_blocks, expected_gb = find_batch(
             teacher,
             config,
             sizes,
@@ -201,6 +210,13 @@ def fit_card(
             may_offload=is_alone and num_processes == 1,
             num_processes=num_processes,
         )
+        if expected_gb > card:
+            logger.warning(
+                "about %.0f GB are expected, more than a card of %d GB has: give fewer "
+                "--num-frames, or --frozen fp8",
+                expected_gb,
+                card,
+            )
     if given.get("compile") or not given.get("activation_checkpointing", True):
         offload_blocks = 0
     found |= {"batch_size": size, "accumulation": max(1, -(-num_samples // max(1, size)))}

@@ -1,5 +1,6 @@
 """What a transfer is set to by the model, the quality and the card."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,28 @@ def test_processes_share_the_samples_of_a_step(monkeypatch: pytest.MonkeyPatch) 
     found = settings_of(monkeypatch, "14b-480p", device="cuda", card=80)
     assert (found["batch_size"], found["accumulation"]) == (8, 1)
     assert "offload_blocks" not in found
+
+
+def test_a_run_keeps_its_batch_on_another_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = {"device": "cuda", "out": tmp_path}
+    assert settings_of(monkeypatch, "1.3b-480p", card=24, **given)["batch_size"] == 2
+    recorded = {"training": {"batch_size": 1, "accumulation": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    found = settings_of(monkeypatch, "1.3b-480p", card=24, **given)
+    assert (found["batch_size"], found["accumulation"]) == (1, 2)
+    # Of another quality, which another error names.
+    best = settings_of(monkeypatch, "1.3b-480p", card=24, quality="best", **given)
+    assert (best["batch_size"], best["accumulation"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("card", "is_warned"), [(24, True), (48, False)])
+def test_a_card_that_is_expected_to_be_too_small_is_said(
+    card: int, is_warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings_of(monkeypatch, "14b-480p", device="cuda", card=card)
+    assert ("more than a card of 24 GB has" in caplog.text) == is_warned
 
 
 def test_whole_weights_are_trained_in_fp32_on_any_card(monkeypatch: pytest.MonkeyPatch) -> None:
