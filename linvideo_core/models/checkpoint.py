@@ -6,30 +6,31 @@ whether a checkpoint fits, so one that does not is refused before a weight is re
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from .quantized import place
-from .shards import StoredTensor, find_tensors
+from .shards import PLAIN_OR_FP8, StoredTensor, find_quantised, find_tensors
 from .wan import WanConfig, WanModel
 
-_NOT_TEXT_TO_VIDEO = {
+_OTHER_VARIANTS = {
     "img_emb.": "image-to-video",
-    "vace_blocks.": "VACE",
+    "vace_": "VACE",
     "control_adapter.": "camera control",
-    "casual_audio_encoder.": "speech-to-video",
-    "face_adapter.": "animate",
+    "casual_audio_encoder.": "speech-to-video (S2V)",
+    "audio_proj.": "HuMo",
+    "face_adapter.": "Animate",
+    "face_encoder.": "Animate",
+    "patch_embedding_mask.": "SCAIL 2",
+    "patch_embedding_pose.": "SCAIL",
+    "patch_embedding_global.": "WanDancer",
+    "ref_conv.": "Fun control with a reference image",
 }
-_INSTEAD = (
-    "a text-to-video one is needed here; inside ComfyUI, LinVideo Linearize trains other variants "
-    "('run the transfer now')"
-)
-_DTYPES = ("F16", "BF16", "F32", "F64")
+_IN_COMFYUI = "inside ComfyUI, LinVideo Linearize trains it as it is ('run the transfer now')"
+_INSTEAD = f"a text-to-video one is needed here; {_IN_COMFYUI}"
 _KNOWN = (
     "known are Wan 2.1 and 2.2 text-to-video diffusion models as safetensors in official, "
     "ComfyUI or diffusers naming"
@@ -102,11 +103,8 @@ class Checkpoint:
         with torch.device("meta"):
             model = WanModel(self.config)
         wanted = [item for item in self.tensors.items() if item[0].startswith(tuple(under))]
-        stored = sorted(wanted, key=lambda item: (item[1].path, item[0]))
-        for path, group in itertools.groupby(stored, key=lambda item: item[1].path):
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name, tensor in group:
-                    place(model, name, file.get_tensor(tensor.name), frozen)
+        for name, tensor in sorted(wanted, key=lambda item: (item[1].path, item[1].offset)):
+            place(model, name, tensor.read(device), frozen, tensor.read_scale(device))
         return model
 
 
@@ -115,7 +113,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 
     Raises ValueError when the tensors are not those of a Wan text-to-video model.
     """
-    for marker, variant in _NOT_TEXT_TO_VIDEO.items():
+    for marker, variant in _OTHER_VARIANTS.items():
         if any(name.startswith(marker) for name in shapes):
             raise ValueError(f"a Wan {variant} checkpoint was given; {_INSTEAD}")
     try:
@@ -156,8 +154,9 @@ def open_wan(path: str | Path) -> Checkpoint:
     try:
         names = official_names(stored)
         tensors = {name: stored[there] for there, name in names.items()}
+        if quantised := find_quantised(tensors):
+            raise ValueError(f"{quantised}; {PLAIN_OR_FP8}, or {_IN_COMFYUI}")
         config = infer_config({name: tensor.shape for name, tensor in tensors.items()})
-        _check_dtypes(tensors)
         _check_shapes(tensors, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -169,16 +168,6 @@ def load_wan(
 ) -> WanModel:
     """Load a Wan text-to-video checkpoint; see `open_wan` and `Checkpoint.load`."""
     return open_wan(path).load(device=device, frozen=frozen)
-
-
-def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            # What is learned from a rounded teacher is its rounding, too.
-            raise ValueError(
-                f"{name} is stored as {tensor.dtype}, a quantised model; give the fp16, bf16 or "
-                "fp32 file of the same model"
-            )
 
 
 def _check_shapes(tensors: Mapping[str, StoredTensor], config: WanConfig) -> None:
