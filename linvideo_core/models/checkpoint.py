@@ -17,7 +17,7 @@ from .shards import PLAIN_OR_FP8, StoredTensor, find_quantised, find_tensors
 from .wan import WanConfig, WanModel
 
 _OTHER_VARIANTS = {
-    "img_emb.": "image-to-video",
+    "img_emb.emb_pos": "first-and-last-frame",
     "vace_": "VACE",
     "control_adapter.": "camera control",
     "casual_audio_encoder.": "speech-to-video (S2V)",
@@ -30,10 +30,10 @@ _OTHER_VARIANTS = {
     "ref_conv.": "Fun control with a reference image",
 }
 _IN_COMFYUI = "inside ComfyUI, LinVideo Linearize trains it as it is ('run the transfer now')"
-_INSTEAD = f"a text-to-video one is needed here; {_IN_COMFYUI}"
+_INSTEAD = f"a text- or image-to-video one is needed here; {_IN_COMFYUI}"
 _KNOWN = (
-    "known are Wan 2.1 and 2.2 text-to-video diffusion models as safetensors in official, "
-    "ComfyUI or diffusers naming"
+    "known are Wan 2.1 and 2.2 text- and image-to-video diffusion models as safetensors in "
+    "official, ComfyUI or diffusers naming"
 )
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
@@ -44,11 +44,18 @@ _OUTSIDE_BLOCKS = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.image_embedder": "img_emb",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
 }
 _IN_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+_IN_ATTENTION |= {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
+# Published image-to-video models have it, and no code uses it.
+_UNUSED = ".norm_added_q.weight"
 _IN_BLOCK = {
     "norm2": "norm3",
     "ffn.net.0.proj": "ffn.0",
@@ -111,7 +118,7 @@ class Checkpoint:
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     """Read the architecture off parameter shapes (official names).
 
-    Raises ValueError when the tensors are not those of a Wan text-to-video model.
+    Raises ValueError when the tensors are not those of a text- or image-to-video Wan.
     """
     for marker, variant in _OTHER_VARIANTS.items():
         if any(name.startswith(marker) for name in shapes):
@@ -131,21 +138,23 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             in_channels=in_channels,
             out_channels=head_rows // (pt * ph * pw),
             patch_size=(pt, ph, pw),
+            image_dim=shapes.get("img_emb.proj.0.weight", (0,))[0],
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             f"not a Wan diffusion transformer: {describe_stranger(shapes)}; {_KNOWN}"
         ) from error
-    if config.in_channels != config.out_channels:
+    # A mask of 4 channels, and an image's latents.
+    if config.condition_channels not in (0, 4 + config.out_channels):
         raise ValueError(
-            f"a Wan image-to-video or control checkpoint was given ({config.in_channels} channels "
-            f"in, {config.out_channels} out); {_INSTEAD}"
+            f"a Wan control checkpoint was given ({config.in_channels} channels in, "
+            f"{config.out_channels} out); {_INSTEAD}"
         )
     return config
 
 
 def open_wan(path: str | Path) -> Checkpoint:
-    """Read the headers of a Wan text-to-video checkpoint: a file, an index, a shard or a folder.
+    """Read the headers of a Wan checkpoint: a file, an index, a shard of several or a folder.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything else.
     """
@@ -166,7 +175,7 @@ def open_wan(path: str | Path) -> Checkpoint:
 def load_wan(
     path: str | Path, *, device: torch.device | str = "cpu", frozen: str = "fp32"
 ) -> WanModel:
-    """Load a Wan text-to-video checkpoint; see `open_wan` and `Checkpoint.load`."""
+    """Load a Wan checkpoint; see `open_wan` and `Checkpoint.load`."""
     return open_wan(path).load(device=device, frozen=frozen)
 
 
@@ -197,7 +206,8 @@ def official_names(names: Collection[str]) -> dict[str, str]:
     else:
         raise ValueError(f"it holds no Wan model: {describe_stranger(names)}; {_KNOWN}")
     if any(name.startswith(_DIFFUSERS) for name in own.values()):
-        return {stored: from_diffusers(name) for stored, name in own.items()}
+        kept = {stored: name for stored, name in own.items() if not name.endswith(_UNUSED)}
+        return {stored: from_diffusers(name) for stored, name in kept.items()}
     return own
 
 

@@ -1,5 +1,6 @@
 """Every published form of a Wan checkpoint is the same model; anything else is one sentence."""
 
+import dataclasses
 import json
 import math
 import os
@@ -353,14 +354,65 @@ def test_pickles_and_gguf_are_refused_unread(suffix: str, tmp_path: Path) -> Non
         open_wan(path)
 
 
-def test_image_to_video_says_where_it_can_be_trained(wan: WanModel, tmp_path: Path) -> None:
-    tensors = as_official(wan)
-    tensors["patch_embedding.weight"] = torch.zeros(128, 36, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"36 channels in, 4 out.*run the transfer now"):
-        open_wan(find_single(tmp_path, tensors))
-    theirs = as_diffusers(wan) | {"condition_embedder.image_embedder.norm1.bias": torch.zeros(3)}
-    with pytest.raises(ValueError, match="Wan image-to-video checkpoint"):
-        open_wan(find_single(tmp_path, theirs))
+def diffusers_image_names(num_layers: int) -> dict[str, str]:
+    """Return what diffusers' image-to-video models have beside `diffusers_names`, and our names."""
+    embedder = {"norm1": 0, "ff.net.0.proj": 1, "ff.net.2": 3, "norm2": 4}
+    layers = {
+        f"condition_embedder.image_embedder.{n}": f"img_emb.proj.{i}" for n, i in embedder.items()
+    }
+    names = {}
+    for block in (f"blocks.{i}" for i in range(num_layers)):
+        layers |= {f"{block}.attn2.add_{x}_proj": f"{block}.cross_attn.{x}_img" for x in "kv"}
+        norm = "cross_attn.norm_k_img.weight"
+        names[f"{block}.attn2.norm_added_k.weight"] = f"{block}.{norm}"
+    return names | {f"{n}.{x}": f"{o}.{x}" for n, o in layers.items() for x in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("image_dim", [1280, 0])
+def test_image_to_video_checkpoints_are_read_in_official_and_diffusers_naming(
+    image_dim: int, wan: WanModel, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(wan.config, in_channels=12, image_dim=image_dim)
+    model = WanModel(config)
+    official = as_official(model)
+    theirs = {n: official[from_diffusers(n)] for n in diffusers_names(config.num_layers)}
+    if image_dim:
+        names = diffusers_image_names(config.num_layers)
+        assert {n: from_diffusers(n) for n in names} == names
+        theirs |= {name: official[ours] for name, ours in names.items()}
+        theirs["blocks.0.attn2.norm_added_q.weight"] = torch.ones(128)
+    for tensors in (official, theirs):
+        loaded = load_wan(find_single(tmp_path, tensors))
+        assert loaded.config == config
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, official[name]), name
+
+
+VARIANTS = {
+    "vace_patch_embedding.weight": "VACE",
+    "control_adapter.conv.weight": "camera control",
+    "casual_audio_encoder.encoder.final_linear.weight": "speech-to-video",
+    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+    "face_adapter.fuser_blocks.0.k_norm.weight": "Animate",
+    "patch_embedding_mask.weight": "SCAIL 2",
+    "patch_embedding_pose.weight": "SCAIL",
+    "patch_embedding_global.weight": "WanDancer",
+    "ref_conv.weight": "Fun control with a reference image",
+    "img_emb.emb_pos": "first-and-last-frame",
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_other_variant_is_named_and_says_where_it_can_be_trained(
+    name: str, prefix: str, wan: WanModel, tmp_path: Path
+) -> None:
+    tensors = as_official(wan) | {name: torch.zeros(1)}
+    path = find_single(tmp_path, {prefix + n: tensor for n, tensor in tensors.items()})
+    words = f"a Wan {re.escape(VARIANTS[name])}.* checkpoint was given; .*run the transfer now"
+    with pytest.raises(ValueError, match=words) as caught:
+        open_wan(path)
+    assert "\n" not in str(caught.value)
 
 
 STRANGERS = {
@@ -389,9 +441,11 @@ def update(name: str, *shape: int) -> Callable[[Tensors], object]:
 
 
 CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "2.1 image-to-video": (update("img_emb.proj.0.bias", 3), "image-to-video"),
-    "2.2 image-to-video": (update("patch_embedding.weight", 128, 9, 1, 2, 2), "image-to-video"),
-    "VACE": (update("vace_blocks.0.bias", 3), "VACE"),
+    "control": (
+        update("patch_embedding.weight", 128, 9, 1, 2, 2),
+        "control .*9 channels in, 4 out",
+    ),
+    "half an image embedder": (update("img_emb.proj.0.bias", 3), "img_emb.proj.0.bias"),
     "a missing tensor": (lambda t: t.pop("blocks.1.ffn.0.bias"), "blocks.1.ffn.0.bias"),
     "a missing layer": (
         lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.1.")],
