@@ -15,16 +15,18 @@ from ..demo.prompts import all_prompts, encode_prompts
 from ..models.attention_sites import blocks, shapes_of
 from ..models.base_weights import base_weights_of, keep_base_weights, weights_digest
 from ..models.checkpoint import Checkpoint, open_wan
-from ..models.config import FrozenConfig
+from ..models.config import FROZEN, FrozenConfig
 from ..models.experts import parts_of
 from ..models.families import identify
 from ..models.image_condition import CLIP_TOKENS, with_numbers
+from ..models.quantized import count_frozen_bytes
 from ..prompts import read_prompts
 from ..prompts.config import PromptConfig
 from ..prompts.embeddings import PromptEmbeds
 from ..prompts.sources import PromptSource, StoredPrompts, find_source
 from ..run.context import Run
 from ..run.errors import SettingError
+from ..run.memory import Need, check_memory
 from ..training.offload import offload
 from .config import TIME_COMPRESSION, TeacherConfig
 
@@ -155,9 +157,18 @@ class TeacherCheckpoint:
         )
 
     def load_model(self) -> nn.Module:
-        """Return the model alone, on the CPU, frozen, with the unrounded weights' digest."""
-        model = self.checkpoint.load(frozen=self.frozen_weights.frozen).eval().requires_grad_(False)
-        if self.frozen_weights.frozen != "fp32":
+        """Return the model alone, on the CPU, frozen, with the unrounded weights' digest.
+
+        Raises SettingError where the computer's memory is too small for it.
+        """
+        frozen = self.frozen_weights.frozen
+        advice = "choose a smaller model or a machine with more memory"
+        if frozen != FROZEN[-1]:
+            advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
+        held = Need("the model while it is read", count_frozen_bytes(self.shapes, frozen))
+        check_memory([held], "cpu", advice)
+        model = self.checkpoint.load(frozen=frozen).eval().requires_grad_(False)
+        if frozen != "fp32":
             family, sites = identify(self.shapes)
             whole = self.checkpoint.load(under=[f"{site.name}." for site in (sites[0], sites[-1])])
             keep_base_weights(model, base_weights_of(whole, family, sites))

@@ -19,6 +19,8 @@ from linvideo_core.models.checkpoint import from_diffusers, load_wan, official_n
 from linvideo_core.models.families import identify
 from linvideo_core.models.quantized import Float8Linear
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import load_teacher
 
 Tensors = dict[str, Tensor]
 STEM = "diffusion_pytorch_model"
@@ -325,7 +327,7 @@ def test_other_quantised_files_are_named_and_refused_before_they_are_read(
 def test_a_file_larger_than_the_computers_memory_is_opened_and_read_tensor_by_tensor(
     tmp_path: Path,
 ) -> None:
-    config = WanConfig(dim=25600, num_heads=200, num_layers=4, ffn_dim=96)
+    config = WanConfig(dim=25600, num_heads=200, num_layers=16, ffn_dim=96)
     with torch.device("meta"):
         shapes = shapes_of(WanModel(config))
     header, end = {}, 0
@@ -339,11 +341,17 @@ def test_a_file_larger_than_the_computers_memory_is_opened_and_read_tensor_by_te
         file.truncate(8 + len(text) + end)
         file.seek(8 + len(text) + header["blocks.3.norm3.bias"]["data_offsets"][0])
         file.write(torch.arange(25600, dtype=torch.float64).numpy().tobytes())
-    assert end > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert end > 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     checkpoint = open_wan(path)
     assert checkpoint.config == config
     model = checkpoint.load(under=["blocks.3.norm3."])
     assert torch.equal(model.blocks[3].norm3.bias, torch.arange(25600.0))
+    prompts = {"prompt_embeds": torch.ones(1, 1, 4096), "negative_embeds": torch.ones(1, 4096)}
+    save_file(prompts, tmp_path / "prompts.safetensors")
+    teacher = TeacherConfig(model=path, prompts=tmp_path / "prompts.safetensors")
+    with pytest.raises(ValueError, match=r"free memory .*the model while it is read") as caught:
+        load_teacher(teacher)
+    assert "--frozen fp8" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".bin", ".gguf"])
