@@ -19,7 +19,6 @@ from ..linvideo_core.run.callbacks import Callbacks
 from .model_folder import FOLDER, choose_prompts_path
 from .patching.families import Video
 from .schema import make_schema
-from .transfer.conditioning import read_conditions
 
 
 class LinVideoExportPrompts(io.ComfyNode):
@@ -149,6 +148,8 @@ def read_images(model: Any, images: list[Any], num_prompts: int) -> ImageConditi
 
     Raises ValueError for conditioning without images, too many of them, or more than images.
     """
+    from .transfer.conditioning import read_conditions
+
     if model is None:
         raise ValueError("images is connected without model: connect the image-to-video model")
     if len(images) not in (1, num_prompts):

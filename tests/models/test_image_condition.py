@@ -13,12 +13,14 @@ from linvideo_core import artifact
 from linvideo_core.flow import bind_guided
 from linvideo_core.models.attention_sites import shapes_of
 from linvideo_core.models.checkpoint import load_wan
+from linvideo_core.models.experts import SIDES
 from linvideo_core.models.image_condition import CLIP_TOKENS, ImageCondition, with_numbers
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
 from linvideo_core.teacher.teacher import load_teacher, open_teacher
 from linvideo_core.transfer import command as transfer
 from linvideo_core.transfer.config import TransferConfig
+from linvideo_core.transfer.experts import EXPERT_NAMES
 from tests.conftest import make_wan, small_transfer
 
 IMAGE_DIM = 24
@@ -118,6 +120,15 @@ def test_a_transfer_makes_a_file_of_an_image_model(kind: str, count: int, tmp_pa
     model = load_wan(config.teacher.model)
     assert artifact.check(made, shapes_of(model))
     assert made.header.usage.num_frames == 5
+
+
+def test_both_experts_are_given_the_images(tmp_path: Path) -> None:
+    sizes = {"sampler_steps": 8, "states_per_trajectory": 4, "boundary": 0.8, "evaluate_samples": 0}
+    config = image_transfer(tmp_path, make_image_model(0), make_images(3, 0), **sizes)
+    save_file(load_file(config.teacher.model), tmp_path / "low.safetensors")
+    transfer.run(override(config, {"low_noise_model": tmp_path / "low.safetensors"}))
+    made = [artifact.load(config.out / name).header for name in EXPERT_NAMES.values()]
+    assert [header.provenance["expert"] for header in made] == [*SIDES]
 
 
 @pytest.mark.parametrize("kind", KINDS)
