@@ -16,6 +16,8 @@ CLIP_TOKENS = 257
 
 # A number is written in binary, which is exact in any dtype.
 _NUM_BITS = 16
+NO_IMAGE = 2**_NUM_BITS - 1
+"""The number of no image, at which `pick` fails."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ImageCondition:
 def with_numbers(prompt_embeds: Tensor, numbers: Tensor) -> Tensor:
     """Return prompts [P, S, T] with a row more, [P, S + 1, T], for the numbers [P] of images.
 
-    Numbers are int64 and at most 65,535; T is 16 at least.
+    Numbers are int64, below NO_IMAGE; T is 16 at least.
     """
     bits = (numbers.unsqueeze(1) >> torch.arange(_NUM_BITS)) & 1
     row = torch.zeros_like(prompt_embeds[:, :1])

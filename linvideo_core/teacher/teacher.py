@@ -18,7 +18,7 @@ from ..models.checkpoint import Checkpoint, open_wan
 from ..models.config import FROZEN, FrozenConfig
 from ..models.experts import parts_of
 from ..models.families import identify
-from ..models.image_condition import CLIP_TOKENS, with_numbers
+from ..models.image_condition import CLIP_TOKENS, NO_IMAGE, with_numbers
 from ..models.quantized import count_frozen_bytes
 from ..prompts import read_prompts
 from ..prompts.config import PromptConfig
@@ -139,8 +139,8 @@ class TeacherCheckpoint:
         has_images = condition is not None and condition.is_numbered
         if has_images:
             prompt_embeds = with_numbers(prompt_embeds, torch.arange(len(prompt_embeds)))
-            # Of no image: alone it must not be used.
-            negative_embeds = with_numbers(negative_embeds[None], torch.tensor([2**16 - 1]))[0]
+            # `negatives_for` puts an image in its place.
+            negative_embeds = with_numbers(negative_embeds[None], torch.tensor([NO_IMAGE]))[0]
         sampled_as = "" if self.is_demo else self.frozen_weights.frozen
         return Teacher(
             name="demo" if self.is_demo else self.checkpoint.path.stem,
