@@ -41,7 +41,7 @@ _KEPT = ("latents", "conditional", "unconditional")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class States:
-    """A batch of stored states.
+    """A batch of states of trajectories.
 
     latents, conditional, unconditional: [B, C, F, H, W], the state and the teacher's velocity in
         both guidance branches.
@@ -53,6 +53,11 @@ class States:
     unconditional: Tensor
     step: Tensor
     prompt: Tensor
+
+    def take(self, rows: Sequence[int]) -> "States":
+        """Return some of the states."""
+        fields = dataclasses.fields(self)
+        return States(**{field.name: getattr(self, field.name)[rows] for field in fields})
 
 
 class Trajectories:
@@ -166,7 +171,7 @@ def sample_videos(
     step [kept] that each is of, and the index [] of the prompt.
     """
     device = teacher.prompt_embeds.device
-    drawn = [_draw_video(teacher, config, run.seed, video) for video in videos]
+    drawn = [draw_video(teacher, config, run.seed, video) for video in videos]
     prompt, noise, kept_steps = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     kept: dict[str, list[Tensor]] = {name: [] for name in _KEPT}
     order: list[Tensor] = []
@@ -207,7 +212,7 @@ def spread_edges(config: TrajectoryConfig) -> Tensor:
     return torch.linspace(0, config.sampler_steps, num_kept + 1).round().long()
 
 
-def _draw_video(
+def draw_video(
     teacher: Teacher, config: TrajectoryConfig, seed: int, video: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a video's prompt [], noise [C, F, H, W] and the steps [kept] that are kept of it."""

@@ -54,13 +54,20 @@ class Task(Protocol):
         """React to a finished optimiser step."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides parameters, as JSON."""
+        """Return what a checkpoint must hold besides parameters, by name: JSON, and tensors.
+
+        Of several processes each returns its own tensors, under names that no other has; the rest
+        is the same in all.
+        """
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Take back what `state` returned, with the tensors of all processes."""
 
 
 logger = logging.getLogger(__name__)
+
+# Before the names of a task's own tensors in a checkpoint.
+_OWN = "task/"
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -241,7 +248,10 @@ class _Fitting:
             tensors[f"parameter/{name}"] = parameter
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"adam/{key}/{name}": value for key, value in state.items()}
-        self.files.write(Checkpoint(step=step, tensors=tensors, state=self.task.state()))
+        state = self.task.state()
+        own = {name: state.pop(name) for name in [*state] if isinstance(state[name], Tensor)}
+        tensors |= {f"{_OWN}{name}": tensor for name, tensor in own.items()}
+        self.files.write(Checkpoint(step=step, tensors=tensors, state=state))
         self.num_saved = step
 
     def _diverged(self, what: str) -> _Diverged:
@@ -258,7 +268,8 @@ class _Fitting:
         try:
             checkpoint = self.files.read(self.parameters)
             self._restore(checkpoint.tensors)
-            self.task.load_state(checkpoint.state)
+            own = {n.removeprefix(_OWN): t for n, t in checkpoint.tensors.items() if n[:5] == _OWN}
+            self.task.load_state({**checkpoint.state, **own})
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} cannot be continued from ({error}); delete it to start this stage again"

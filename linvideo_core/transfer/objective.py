@@ -32,13 +32,15 @@ thousandfold near s = 1, where what is drawn is decided.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..flow import euler_step
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..teacher.pool import GuidedFn, TrajectoryPool
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from .config import ObjectiveConfig
@@ -94,7 +96,7 @@ class Batches:
     def __init__(
         self,
         teacher: Teacher,
-        trajectories: Trajectories,
+        trajectories: Trajectories | TrajectoryPool,
         config: ObjectiveConfig,
         batch_size: int,
         processes: ProcessGroup = SINGLE_PROCESS,
@@ -106,18 +108,28 @@ class Batches:
         self.batch_size = batch_size
         self.processes = processes
         density = level_density(trajectories.sigmas, config.levels)
-        self.state_weights = None if config.levels == "even" else trajectories.weigh(density)
+        self.is_pool = isinstance(trajectories, TrajectoryPool)
+        is_even = self.is_pool or config.levels == "even"
+        self.state_weights = None if is_even else trajectories.weigh(density)
         self.level_weights = level_weights(config.max_jump, density)
 
-    def draw(self, generator: torch.Generator) -> Batch:
-        """Draw a batch; return this process's rows, on the teacher's device."""
+    def draw(self, generator: torch.Generator, student: GuidedFn | None = None) -> Batch:
+        """Draw a batch; return this process's rows, on the teacher's device.
+
+        student: moves the share of a pool's videos that adm does not leave to the teacher.
+        """
         B, own = self.batch_size, slice(self.processes.rank, None, self.processes.size)
-        picks = self.trajectories.pick(B, generator, self.state_weights)[own]
-        is_dropped = (torch.rand(B, generator=generator) < self.config.prompt_dropout)[own]
         device = self.teacher.prompt_embeds.device
-        states = self.trajectories.take(picks, device)
+        if self.is_pool:
+            share = 0.0 if self.config.objective == "velocity" else 1 - self.config.anchor_share
+            states = self.trajectories.draw(generator, student, share)
+        else:
+            picks = self.trajectories.pick(B, generator, self.state_weights)[own]
+        is_dropped = (torch.rand(B, generator=generator) < self.config.prompt_dropout)[own]
+        if not self.is_pool:
+            states = self.trajectories.take(picks, device)
         is_stored, step_to, weight = torch.ones(B, dtype=torch.bool), states.step, torch.ones(())
-        if self.config.objective == "adm":
+        if self.config.objective == "adm" and not self.is_pool:
             is_stored = torch.arange(B) < count_stored(B, self.config.anchor_share, generator)
             moves = torch.rand(B, generator=generator)[own]
             num_steps = len(self.trajectories.sigmas) - 1
@@ -142,6 +154,20 @@ class Batches:
             negative_embeds=negative_embeds,
             any_moves=not bool(is_stored.all()),
         )
+
+    def after_step(self) -> None:
+        """Make what is in flight that of the next step."""
+        if self.is_pool:
+            self.trajectories.keep()
+
+    def state(self) -> dict[str, Any]:
+        """Return what must survive a restart: a pool's videos."""
+        return self.trajectories.state() if self.is_pool else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+        if self.is_pool:
+            self.trajectories.load_state(state)
 
 
 def count_stored(num_samples: int, share: float, generator: torch.Generator) -> int:
