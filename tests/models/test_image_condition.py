@@ -111,10 +111,15 @@ def image_transfer(
     return config
 
 
-@pytest.mark.parametrize(("kind", "count"), [("Wan 2.1", 3), ("Wan 2.2", 1), ("Wan 2.2", 3)])
-def test_a_transfer_makes_a_file_of_an_image_model(kind: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "count", "states"),
+    [("Wan 2.1", 3, "stored"), ("Wan 2.2", 1, "stored"), ("Wan 2.2", 3, "pool")],
+)
+def test_a_transfer_makes_a_file_of_an_image_model(
+    kind: str, count: int, states: str, tmp_path: Path
+) -> None:
     images = make_images(count, KINDS[kind])
-    config = image_transfer(tmp_path, make_image_model(KINDS[kind]), images)
+    config = image_transfer(tmp_path, make_image_model(KINDS[kind]), images, states=states)
     made = artifact.load(transfer.run(config))
     assert (config.out / "evaluation.json").exists()
     model = load_wan(config.teacher.model)
