@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .quantized import place
-from .shards import PLAIN_OR_FP8, StoredTensor, find_quantised, find_tensors
+from .shards import KNOWN_FORMS, StoredTensor, find_quantised, find_tensors
 from .wan import WanConfig, WanModel
 
 _OTHER_VARIANTS = {
@@ -29,8 +29,10 @@ _OTHER_VARIANTS = {
     "patch_embedding_global.": "WanDancer",
     "ref_conv.": "Fun control with a reference image",
 }
-_IN_COMFYUI = "inside ComfyUI, LinVideo Linearize trains it as it is ('run the transfer now')"
-_INSTEAD = f"a text- or image-to-video one is needed here; {_IN_COMFYUI}"
+_INSTEAD = (
+    "a text- or image-to-video one is needed here; inside ComfyUI, LinVideo Linearize trains other "
+    "variants ('run the transfer now')"
+)
 _KNOWN = (
     "known are Wan 2.1 and 2.2 text- and image-to-video diffusion models as safetensors in "
     "official, ComfyUI or diffusers naming"
@@ -164,7 +166,7 @@ def open_wan(path: str | Path) -> Checkpoint:
         names = official_names(stored)
         tensors = {name: stored[there] for there, name in names.items()}
         if quantised := find_quantised(tensors):
-            raise ValueError(f"{quantised}; {PLAIN_OR_FP8}, or {_IN_COMFYUI}")
+            raise ValueError(f"{quantised}; {KNOWN_FORMS}")
         config = infer_config({name: tensor.shape for name, tensor in tensors.items()})
         _check_shapes(tensors, config)
     except ValueError as error:

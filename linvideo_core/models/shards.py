@@ -29,7 +29,10 @@ _FLOATS = {
 }
 _DTYPES = {**_FLOATS, "U8": torch.uint8}
 _QUANTISED = {"I8": "int8", "U8": "a 4-bit form such as nvfp4", "F8_E4M3": "mxfp8"}
-PLAIN_OR_FP8 = "give the fp16, bf16, fp32, fp8 or fp8_scaled safetensors of the same model"
+KNOWN_FORMS = (
+    "give the fp16, bf16, fp32, fp8 or fp8_scaled safetensors of the same model, or train it as it "
+    "is inside ComfyUI, with LinVideo Linearize ('run the transfer now')"
+)
 _SCALES = (".scale_weight", ".weight_scale")
 # What else ComfyUI writes beside scaled weights; scales of a layer's input concern fp8 products.
 _BESIDE_SCALES = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)")
@@ -146,7 +149,7 @@ def find_shards(path: Path) -> list[Path]:
     if path.suffix in _PICKLED:
         raise ValueError(f"{path} is a pickle, which can run code: give a safetensors checkpoint")
     if path.suffix == ".gguf":
-        raise ValueError(f"{path} is quantised (GGUF): {PLAIN_OR_FP8}")
+        raise ValueError(f"{path} is quantised (GGUF): {KNOWN_FORMS}")
     if path.name.endswith(_INDEX):
         shards = [path.parent / name for name in _read_index(path)]
     elif match := _SHARD.fullmatch(path.name):

@@ -318,7 +318,7 @@ def test_other_quantised_files_are_named_and_refused_before_they_are_read(
     name = "model.diffusion_model.blocks.0.self_attn.q.weight"
     tensors[name] = tensors[name].to(dtype)
     tensors[f"{name}_scale"] = torch.zeros(scale_shape).to(scale_dtype)
-    words = f"q.weight is stored in.*{form}.*give the fp16.*LinVideo Linearize trains it as it is"
+    words = f"q.weight is stored in.*{form}.*give the fp16.*inside ComfyUI, with LinVideo Linearize"
     with pytest.raises(ValueError, match=words) as caught:
         open_wan(find_single(tmp_path, tensors))
     assert "\n" not in str(caught.value)
