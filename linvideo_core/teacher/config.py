@@ -56,13 +56,6 @@ class TeacherConfig:
 class TrajectoryConfig:
     """The videos that the teacher samples, to learn from."""
 
-    states: str = option(
-        "stored",
-        "learn from videos that are sampled first and kept, or from a pool of videos that move on "
-        "as they are used",
-        choices=STATES,
-    )
-    pool_videos: int = option(32, "videos of the pool")
     num_trajectories: int = option(24, "videos that the teacher samples")
     states_per_trajectory: int = option(8, "noise levels used of each, spread over the trajectory")
     sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
@@ -78,7 +71,6 @@ class TrajectoryConfig:
     def __post_init__(self) -> None:
         positive(
             self,
-            "pool_videos",
             "num_trajectories",
             "states_per_trajectory",
             "sampler_steps",
@@ -96,3 +88,19 @@ class TrajectoryConfig:
     def folder_beside(self, out: Path) -> Path:
         """Return where the samples of a run with this run folder are kept."""
         return self.teacher_folder or out.parent / "teacher"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Whether the states that a student learns from are stored, or those of a pool."""
+
+    states: str = option(
+        "stored",
+        "learn from videos that are sampled first and kept, or from a pool of videos that move on "
+        "as they are used",
+        choices=STATES,
+    )
+    pool_videos: int = option(32, "videos of the pool")
+
+    def __post_init__(self) -> None:
+        positive(self, "pool_videos")

@@ -12,7 +12,8 @@ student's own sampling leads, from noise to video: there the objective is on-pol
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,16 +57,20 @@ class TrajectoryPool:
         self,
         teacher: Teacher,
         config: TrajectoryConfig,
+        num_videos: int,
         batch_size: int,
         run: Run,
         as_teacher: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        """batch_size: of all processes; as_teacher: in whose context the model is the teacher."""
+        """num_videos: in flight, of which every row has as many.
+
+        batch_size: of all processes. as_teacher: in whose context the model is the teacher.
+        """
         self.sigmas = make_sigmas(config.sampler_steps, config.shift)
         self.guidance_scale = config.guidance_scale
         self._teacher, self._config, self._as_teacher = teacher, config, as_teacher
         self._batch_size, self._run = batch_size, run
-        self._depth = max(1, config.pool_videos // batch_size)
+        self._depth = _depth(num_videos, batch_size)
         self._num_slots = self._depth * batch_size
         own = [slot for slot in range(self._num_slots) if self._is_own(slot)]
         self._videos = {slot: self._start(slot) for slot in own}
@@ -75,7 +80,7 @@ class TrajectoryPool:
     def fill(self) -> None:
         """Spread the videos over their trajectories, so that a batch has all noise levels."""
         length = self._config.states_per_trajectory
-        moves = {slot: (slot // self._batch_size) * length // self._depth for slot in self._videos}
+        moves = {slot: slot // self._batch_size * length // self._depth for slot in self._videos}
         rows = self._batch_size // self._run.processes.size
         total, done = sum(moves.values()), 0
         self._run.begin_stage("filling_pool", total * self._run.processes.size)
@@ -185,6 +190,26 @@ class TrajectoryPool:
             else:
                 moved = euler_step(video.latents, row, here, there)
                 self._videos[slot] = dataclasses.replace(video, place=place, latents=moved)
+
+
+def count_filling_calls(config: TrajectoryConfig, num_videos: int, batch_size: int) -> int:
+    """Return how many guided calls of the teacher, of one video each, `TrajectoryPool.fill` makes.
+
+    All processes together make them.
+    """
+    depth = _depth(num_videos, batch_size)
+    return batch_size * sum(i * config.states_per_trajectory // depth for i in range(depth))
+
+
+def count_pool_bytes(latent_shape: Sequence[int], num_videos: int, batch_size: int) -> int:
+    """Return what a pool takes of CPU memory, of a latent shape (C, F, H, W), in all processes."""
+    num_slots = batch_size * _depth(num_videos, batch_size)
+    return num_slots * math.prod(latent_shape) * torch.float32.itemsize
+
+
+def _depth(num_videos: int, batch_size: int) -> int:
+    """Return the videos of a row, at least one."""
+    return max(1, num_videos // batch_size)
 
 
 def _is_in_share(slot: int, share: float) -> bool:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,14 +41,29 @@ class ParameterGroup:
     network: str = ""
 
 
-class Task(Protocol):
+class Task:
     """What is trained: parameters, a loss, and what else must survive a restart."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the trainable parameters; names are unique over all groups."""
+        raise NotImplementedError
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the loss of one forward pass and figures to log."""
+        raise NotImplementedError
+
+    def losses(
+        self, step: int, generator: torch.Generator, accumulation: int
+    ) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+        """Yield the terms whose sum is the loss of a step, each with figures to log.
+
+        A term's backward pass is run before the next term is computed: one graph is in memory at a
+        time. Here a term is `loss` over `accumulation`; of figures with one name the last is
+        logged.
+        """
+        for _ in range(accumulation):
+            loss, figures = self.loss(step, generator)
+            yield loss / accumulation, figures
 
     def after_step(self, step: int) -> None:
         """React to a finished optimiser step."""
@@ -59,6 +74,7 @@ class Task(Protocol):
         Of several processes each returns its own tensors, under names that no other has; the rest
         is the same in all.
         """
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned, with the tensors of all processes."""
@@ -188,10 +204,10 @@ class _Fitting:
             settings["lr"] = group.learning_rate * share
         total = torch.zeros(())
         metrics: dict[str, Any] = {}
-        for _ in range(self.config.accumulation):
-            loss, metrics = self.task.loss(step, generator)
-            (loss / self.config.accumulation).backward()
-            total = total.to(loss.device) + loss.detach() / self.config.accumulation
+        for loss, figures in self.task.losses(step, generator, self.config.accumulation):
+            loss.backward()
+            total = total.to(loss.device) + loss.detach()
+            metrics |= figures
         self.processes.average_gradients(self.parameters.values())
         norms = self._clip()
         self.num_finished = None

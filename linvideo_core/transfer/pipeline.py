@@ -78,11 +78,11 @@ def linearize(
 def _sample_teacher(
     student: Student, teacher: Teacher, config: TransferConfig, run: Run
 ) -> Trajectories | TrajectoryPool:
-    if config.trajectories.states == "stored":
+    if config.pool.states == "stored":
         with student.disabled():
             return collect(teacher, config.trajectories, run)
-    size = config.training.batch_size
-    pool = TrajectoryPool(teacher, config.trajectories, size, run, student.disabled)
+    in_flight = (config.pool.pool_videos, config.training.batch_size)
+    pool = TrajectoryPool(teacher, config.trajectories, *in_flight, run, student.disabled)
     if not any(finished_steps(run.folder / name) for name in (WARM_START_NAME, TRAINING_NAME)):
         pool.fill()
     return pool

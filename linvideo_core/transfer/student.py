@@ -45,7 +45,7 @@ from ..teacher.pool import TrajectoryPool
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
-from ..training.trainer import ParameterGroup
+from ..training.trainer import ParameterGroup, Task
 from .config import ObjectiveConfig, SelectionConfig, StudentConfig
 from .layer_selection import count_selection_steps
 from .objective import Batch, Batches, adm_loss
@@ -289,7 +289,7 @@ def accelerated(
         yield
 
 
-class TransferTask:
+class TransferTask(Task):
     """Train a student with an objective while its layers are being selected (LinVideo eq. 9).
 
     models: all that a step calls, each once.

@@ -21,7 +21,7 @@ from ..teacher.pool import TrajectoryPool
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
-from ..training.trainer import ParameterGroup, fit
+from ..training.trainer import ParameterGroup, Task, fit
 from .config import ObjectiveConfig, WarmStartConfig
 from .objective import Batches
 
@@ -29,7 +29,7 @@ from .objective import Batches
 _WARMUP_SHARE = 0.1
 
 
-class WarmStart:
+class WarmStart(Task):
     """The task: relative squared error of linear to softmax output, averaged over layers."""
 
     def __init__(

@@ -15,10 +15,8 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import States, draw_video
 
 STEPS = 6
-EVERY = TrajectoryConfig(
-    states_per_trajectory=STEPS, sampler_steps=STEPS, guidance_scale=2.0, pool_videos=1
-)
-SPREAD = dataclasses.replace(EVERY, states_per_trajectory=3, pool_videos=8)
+EVERY = TrajectoryConfig(states_per_trajectory=STEPS, sampler_steps=STEPS, guidance_scale=2.0)
+SPREAD = dataclasses.replace(EVERY, states_per_trajectory=3)
 
 
 class Part(ProcessGroup):
@@ -45,7 +43,7 @@ def zero(latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
 def test_a_video_passes_through_every_state_of_the_samplers_own_trajectory(
     teacher: Teacher,
 ) -> None:
-    pool = TrajectoryPool(teacher, EVERY, 1, Run(seed=3))
+    pool = TrajectoryPool(teacher, EVERY, 1, 1, Run(seed=3))
     states = draw(pool, 2 * STEPS)
     for video in range(2):
         mine = states[video * STEPS : (video + 1) * STEPS]
@@ -69,7 +67,7 @@ def test_a_video_passes_through_every_state_of_the_samplers_own_trajectory(
 
 
 def test_a_state_comes_with_the_teachers_velocities_there(teacher: Teacher) -> None:
-    pool = TrajectoryPool(teacher, SPREAD, 2, Run())
+    pool = TrajectoryPool(teacher, SPREAD, 8, 2, Run())
     pool.fill()
     (states,) = draw(pool, 1)
     with torch.no_grad():
@@ -79,7 +77,7 @@ def test_a_state_comes_with_the_teachers_velocities_there(teacher: Teacher) -> N
 
 
 def test_a_full_pool_has_all_noise_levels_at_once(teacher: Teacher) -> None:
-    empty, full = (TrajectoryPool(teacher, SPREAD, 2, Run()) for _ in range(2))
+    empty, full = (TrajectoryPool(teacher, SPREAD, 8, 2, Run()) for _ in range(2))
     full.fill()
     first, spread = ({int(step) for s in draw(p, 12) for step in s.step} for p in (empty, full))
     assert {step // 2 for step in spread} == {0, 1, 2}
@@ -87,7 +85,7 @@ def test_a_full_pool_has_all_noise_levels_at_once(teacher: Teacher) -> None:
 
 
 def test_no_state_comes_twice(teacher: Teacher) -> None:
-    pool = TrajectoryPool(teacher, SPREAD, 2, Run())
+    pool = TrajectoryPool(teacher, SPREAD, 8, 2, Run())
     pool.fill()
     latents = torch.cat([states.latents for states in draw(pool, 20)]).flatten(1)
     assert len(latents.unique(dim=0)) == len(latents)
@@ -97,7 +95,7 @@ def test_no_state_comes_twice(teacher: Teacher) -> None:
 def test_the_students_share_of_the_videos_goes_where_the_student_goes(
     teacher: Teacher, share: float
 ) -> None:
-    pool = TrajectoryPool(teacher, SPREAD, 4, Run())
+    pool = TrajectoryPool(teacher, SPREAD, 8, 4, Run())
     noises = {v: draw_video(teacher, SPREAD, 0, v)[1].flatten()[0].item() for v in range(400)}
     states = draw(pool, 40, student=zero, share=share)
     later = torch.cat([s.latents[s.step > 0] for s in states])
@@ -110,9 +108,10 @@ def test_the_students_share_of_the_videos_goes_where_the_student_goes(
 def test_processes_draw_the_rows_of_one_alone_and_take_each_others_state_back(
     teacher: Teacher, size: int
 ) -> None:
-    alone = TrajectoryPool(teacher, SPREAD, 4, Run())
+    alone = TrajectoryPool(teacher, SPREAD, 8, 4, Run())
     parts = [
-        TrajectoryPool(teacher, SPREAD, 4, Run(processes=Part(rank, size))) for rank in range(size)
+        TrajectoryPool(teacher, SPREAD, 8, 4, Run(processes=Part(rank, size)))
+        for rank in range(size)
     ]
     for pool in (alone, *parts):
         pool.fill()
@@ -122,16 +121,16 @@ def test_processes_draw_the_rows_of_one_alone_and_take_each_others_state_back(
         for rank, share in enumerate(shares):
             torch.testing.assert_close(share[step].latents, states.latents[rank::size])
     state = {name: value for part in parts for name, value in part.state().items()}
-    again = TrajectoryPool(teacher, SPREAD, 4, Run())
+    again = TrajectoryPool(teacher, SPREAD, 8, 4, Run())
     again.load_state(state)
     torch.testing.assert_close(draw(again, 2)[-1].latents, draw(alone, 2)[-1].latents)
 
 
 def test_a_step_that_was_not_finished_is_drawn_again(teacher: Teacher) -> None:
-    pool = TrajectoryPool(teacher, SPREAD, 2, Run())
+    pool = TrajectoryPool(teacher, SPREAD, 8, 2, Run())
     draw(pool, 3)
     lost = pool.draw(torch.Generator().manual_seed(3))
-    again = TrajectoryPool(teacher, SPREAD, 2, Run())
+    again = TrajectoryPool(teacher, SPREAD, 8, 2, Run())
     again.load_state(pool.state())
     found = again.draw(torch.Generator().manual_seed(3))
     torch.testing.assert_close(found.latents, lost.latents, rtol=0, atol=0)
