@@ -119,7 +119,8 @@ def test_a_transfer_makes_a_file_of_an_image_model(
     kind: str, count: int, states: str, tmp_path: Path
 ) -> None:
     images = make_images(count, KINDS[kind])
-    config = image_transfer(tmp_path, make_image_model(KINDS[kind]), images, states=states)
+    sources = {"states": states, "levels": "even"}
+    config = image_transfer(tmp_path, make_image_model(KINDS[kind]), images, **sources)
     made = artifact.load(transfer.run(config))
     assert (config.out / "evaluation.json").exists()
     model = load_wan(config.teacher.model)
