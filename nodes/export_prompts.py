@@ -1,22 +1,28 @@
-"""LinVideo Export Prompts: from a graph's CLIP to embeddings that the headless commands take."""
+"""LinVideo Export Prompts: from a graph's CLIP to embeddings that the headless commands take.
+
+For an image-to-video model the images go into the same file, as that model is given them.
+"""
 
 import hashlib
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..linvideo_core.models.image_condition import ImageCondition
 from ..linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts, split_prompts
 from ..linvideo_core.prompts.embeddings import encode_once, find_identity, identity_of
 from ..linvideo_core.run.callbacks import Callbacks
 from .model_folder import FOLDER, choose_prompts_path
+from .patching.families import Video
 from .schema import make_schema
 
 
 class LinVideoExportPrompts(io.ComfyNode):
-    """CLIP and prompts -> a file of embeddings in the output folder."""
+    """CLIP and prompts, with images where the model wants them -> a file in the output folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -54,6 +60,18 @@ class LinVideoExportPrompts(io.ComfyNode):
                     tooltip="Off: a file of that name with other prompts is left alone, and the "
                     "node says so. On: it is replaced.",
                 ),
+                io.Conditioning.Input(
+                    "images",
+                    optional=True,
+                    tooltip="For image-to-video: the positive of WanImageToVideo, of the size and "
+                    "length to learn at. One image for all prompts; or one for each, in their "
+                    "order, joined by Conditioning (Combine).",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The image-to-video model, to which the images are given its way.",
+                ),
             ],
             outputs=[io.String.Output("file", tooltip="Where the file is: what --prompts takes.")],
         )
@@ -66,18 +84,27 @@ class LinVideoExportPrompts(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip: Any, prompts: str, negative: str, filename: str, overwrite: bool
+        cls,
+        clip: Any,
+        prompts: str,
+        negative: str,
+        filename: str,
+        overwrite: bool,
+        images: list[Any] | None = None,
+        model: Any = None,
     ) -> io.NodeOutput:
         """Encode what the file does not hold yet, then say where it is."""
         path = choose_prompts_path(filename)
         texts = split_prompts(prompts) or default_prompts()
+        condition = read_images(model, images, len(texts)) if images is not None else None
         # The negative prompt is the first to be encoded, and what it becomes tells this CLIP, with
         # all that was applied to it, from any other.
         first = encode_as_host(clip, negative)
-        identity = identity_of(texts, negative, _digest(first))
+        encoder = _digest(first) + (condition.digest() if condition else "")
+        identity = identity_of(texts, negative, encoder)
         if path.exists() and not overwrite and find_identity(path) != identity:
             raise ValueError(
-                f"{path} exists and holds other prompts or another encoder's: "
+                f"{path} exists and holds other prompts, another encoder's or other images: "
                 "choose another filename, or switch overwrite on"
             )
         bar = comfy.utils.ProgressBar(len(texts) + 1)
@@ -90,7 +117,8 @@ class LinVideoExportPrompts(io.ComfyNode):
         def encode(text: str) -> Tensor:
             return first if text == negative else encode_as_host(clip, text)
 
-        is_new = encode_once(path, texts, negative, encode, identity=identity, callbacks=Bar())
+        settings = {"identity": identity, "condition": condition, "callbacks": Bar()}
+        is_new = encode_once(path, texts, negative, encode, **settings)
         done = "encoded into" if is_new else "were there already, in"
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{len(texts)} prompts {done} {path}"))
 
@@ -113,6 +141,42 @@ def encode_as_host(clip: Any, text: str) -> Tensor:
             "Wan's: connect Load CLIP with umt5_xxl and type wan"
         )
     return embeds[0]
+
+
+def read_images(model: Any, images: list[Any], num_prompts: int) -> ImageCondition:
+    """Return what an image-to-video model is given of conditioning, an entry an image.
+
+    Raises ValueError for conditioning without images, too many of them, or more than images.
+    """
+    from .transfer.conditioning import read_conditions
+
+    if model is None:
+        raise ValueError("images is connected without model: connect the image-to-video model")
+    if len(images) not in (1, num_prompts):
+        raise ValueError(
+            f"images holds {len(images)} images for {num_prompts} prompts: connect one for all, "
+            "or as many as prompts"
+        )
+    found = []
+    for entry in images:
+        latents = entry[1].get("concat_latent_image")
+        if latents is None:
+            raise ValueError(
+                "images holds no start image: connect the positive of WanImageToVideo, with its "
+                "start_image connected"
+            )
+        given = read_conditions(model.model, [entry], [entry], Video(tuple(latents.shape[1:])))
+        others = given.inputs.keys() - {"clip_fea"}
+        if given.concat is None or others:
+            reason = f"gives it {sorted(others)[0]!r}, too" if others else "has no effect on it"
+            raise ValueError(
+                f"images {reason}, which a file cannot hold for this model: connect an "
+                "image-to-video model, and its WanImageToVideo"
+            )
+        found.append((given.concat, given.inputs.get("clip_fea")))
+    latents, clip_embeds = zip(*found, strict=True)
+    has_clip = clip_embeds[0] is not None
+    return ImageCondition(torch.cat(latents), torch.cat(clip_embeds) if has_clip else None)
 
 
 def _digest(embeds: Tensor) -> str:

@@ -234,7 +234,7 @@ class DistillationTask(Task):
             guided = bind_guided(
                 self.teacher.model,
                 prompt_embeds,
-                self.teacher.negative_embeds.expand_as(prompt_embeds),
+                self.teacher.negatives_for(prompt_embeds),
                 self.config.real_guidance_scale,
                 precision=self.precision,
             )

@@ -121,7 +121,7 @@ class Evaluator:
     def bind(self, model: nn.Module, part: slice, guidance_scale: float) -> VelocityFn:
         """Return the guided velocity function of a model for some of the samples."""
         embeds = self.teacher.prompt_embeds[self.prompt_index[part]]
-        negative = self.teacher.negative_embeds.expand_as(embeds)
+        negative = self.teacher.negatives_for(embeds)
         return bind_guided(model, embeds, negative, guidance_scale, precision=self.precision)
 
     def sample(
@@ -172,7 +172,8 @@ class Evaluator:
         """
         count, size = len(samples.latents), self.settings.batch_size
         noise = draw_noise(self.teacher.latent_shape, count, _FEATURE_SEED + self.seed)
-        model, embeds = self.teacher.model, self.teacher.negative_embeds
+        model = self.teacher.model
+        embeds = self.teacher.negatives_for(self.teacher.prompt_embeds[:1])[0]
         found = []
         for part in zip(samples.latents.split(size), noise.split(size), strict=True):
             latents, noised = (x.to(self.device) for x in part)

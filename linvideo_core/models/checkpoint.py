@@ -6,33 +6,36 @@ whether a checkpoint fits, so one that does not is refused before a weight is re
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from .quantized import place
-from .shards import StoredTensor, find_tensors
+from .shards import KNOWN_FORMS, StoredTensor, find_quantised, find_tensors
 from .wan import WanConfig, WanModel
 
-_NOT_TEXT_TO_VIDEO = {
-    "img_emb.": "image-to-video",
-    "vace_blocks.": "VACE",
+_OTHER_VARIANTS = {
+    "img_emb.emb_pos": "first-and-last-frame",
+    "vace_": "VACE",
     "control_adapter.": "camera control",
-    "casual_audio_encoder.": "speech-to-video",
-    "face_adapter.": "animate",
+    "casual_audio_encoder.": "speech-to-video (S2V)",
+    "audio_proj.": "HuMo",
+    "face_adapter.": "Animate",
+    "face_encoder.": "Animate",
+    "patch_embedding_mask.": "SCAIL 2",
+    "patch_embedding_pose.": "SCAIL",
+    "patch_embedding_global.": "WanDancer",
+    "ref_conv.": "Fun control with a reference image",
 }
 _INSTEAD = (
-    "a text-to-video one is needed here; inside ComfyUI, LinVideo Linearize trains other variants "
-    "('run the transfer now')"
+    "a text- or image-to-video one is needed here; inside ComfyUI, LinVideo Linearize trains other "
+    "variants ('run the transfer now')"
 )
-_DTYPES = ("F16", "BF16", "F32", "F64")
 _KNOWN = (
-    "known are Wan 2.1 and 2.2 text-to-video diffusion models as safetensors in official, "
-    "ComfyUI or diffusers naming"
+    "known are Wan 2.1 and 2.2 text- and image-to-video diffusion models as safetensors in "
+    "official, ComfyUI or diffusers naming"
 )
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
@@ -43,11 +46,18 @@ _OUTSIDE_BLOCKS = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.image_embedder": "img_emb",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
 }
 _IN_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+_IN_ATTENTION |= {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
+# Published image-to-video models have it, and no code uses it.
+_UNUSED = ".norm_added_q.weight"
 _IN_BLOCK = {
     "norm2": "norm3",
     "ffn.net.0.proj": "ffn.0",
@@ -102,20 +112,17 @@ class Checkpoint:
         with torch.device("meta"):
             model = WanModel(self.config)
         wanted = [item for item in self.tensors.items() if item[0].startswith(tuple(under))]
-        stored = sorted(wanted, key=lambda item: (item[1].path, item[0]))
-        for path, group in itertools.groupby(stored, key=lambda item: item[1].path):
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name, tensor in group:
-                    place(model, name, file.get_tensor(tensor.name), frozen)
+        for name, tensor in sorted(wanted, key=lambda item: (item[1].path, item[1].offset)):
+            place(model, name, tensor.read(device), frozen, tensor.read_scale(device))
         return model
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     """Read the architecture off parameter shapes (official names).
 
-    Raises ValueError when the tensors are not those of a Wan text-to-video model.
+    Raises ValueError when the tensors are not those of a text- or image-to-video Wan.
     """
-    for marker, variant in _NOT_TEXT_TO_VIDEO.items():
+    for marker, variant in _OTHER_VARIANTS.items():
         if any(name.startswith(marker) for name in shapes):
             raise ValueError(f"a Wan {variant} checkpoint was given; {_INSTEAD}")
     try:
@@ -133,21 +140,23 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             in_channels=in_channels,
             out_channels=head_rows // (pt * ph * pw),
             patch_size=(pt, ph, pw),
+            image_dim=shapes.get("img_emb.proj.0.weight", (0,))[0],
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             f"not a Wan diffusion transformer: {describe_stranger(shapes)}; {_KNOWN}"
         ) from error
-    if config.in_channels != config.out_channels:
+    # A mask of 4 channels, and an image's latents.
+    if config.condition_channels not in (0, 4 + config.out_channels):
         raise ValueError(
-            f"a Wan image-to-video or control checkpoint was given ({config.in_channels} channels "
-            f"in, {config.out_channels} out); {_INSTEAD}"
+            f"a Wan control checkpoint was given ({config.in_channels} channels in, "
+            f"{config.out_channels} out); {_INSTEAD}"
         )
     return config
 
 
 def open_wan(path: str | Path) -> Checkpoint:
-    """Read the headers of a Wan text-to-video checkpoint: a file, an index, a shard or a folder.
+    """Read the headers of a Wan checkpoint: a file, an index, a shard of several or a folder.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything else.
     """
@@ -156,8 +165,9 @@ def open_wan(path: str | Path) -> Checkpoint:
     try:
         names = official_names(stored)
         tensors = {name: stored[there] for there, name in names.items()}
+        if quantised := find_quantised(tensors):
+            raise ValueError(f"{quantised}; {KNOWN_FORMS}")
         config = infer_config({name: tensor.shape for name, tensor in tensors.items()})
-        _check_dtypes(tensors)
         _check_shapes(tensors, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -167,18 +177,8 @@ def open_wan(path: str | Path) -> Checkpoint:
 def load_wan(
     path: str | Path, *, device: torch.device | str = "cpu", frozen: str = "fp32"
 ) -> WanModel:
-    """Load a Wan text-to-video checkpoint; see `open_wan` and `Checkpoint.load`."""
+    """Load a Wan checkpoint; see `open_wan` and `Checkpoint.load`."""
     return open_wan(path).load(device=device, frozen=frozen)
-
-
-def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            # What is learned from a rounded teacher is its rounding, too.
-            raise ValueError(
-                f"{name} is stored as {tensor.dtype}, a quantised model; give the fp16, bf16 or "
-                "fp32 file of the same model"
-            )
 
 
 def _check_shapes(tensors: Mapping[str, StoredTensor], config: WanConfig) -> None:
@@ -208,7 +208,8 @@ def official_names(names: Collection[str]) -> dict[str, str]:
     else:
         raise ValueError(f"it holds no Wan model: {describe_stranger(names)}; {_KNOWN}")
     if any(name.startswith(_DIFFUSERS) for name in own.values()):
-        return {stored: from_diffusers(name) for stored, name in own.items()}
+        kept = {stored: name for stored, name in own.items() if not name.endswith(_UNUSED)}
+        return {stored: from_diffusers(name) for stored, name in kept.items()}
     return own
 
 

@@ -71,7 +71,9 @@ class ExpertsConfig:
         None, "Wan 2.2: the low-noise expert; --model is the high-noise one then"
     )
     boundary: float = option(
-        0.875, "noise level that the high-noise expert works down to (Wan 2.2 text-to-video: 0.875)"
+        0.875,
+        "noise level that the high-noise expert works down to (Wan 2.2 text-to-video: 0.875, "
+        "image-to-video: 0.9)",
     )
 
     def __post_init__(self) -> None:

@@ -19,23 +19,30 @@ _SCALE_BYTES = 4
 class Float8Linear(nn.Linear):
     """A frozen linear layer whose weight is fp8 (e4m3), made wide again whenever it is used.
 
-    weight: [out, in]; times `scale` [out, 1] fp32, a power of two, it is the layer's weight, and
-    exact in bf16. Its largest value a row is brought near fp8's own.
+    weight: [out, in]; times `scale` [out, 1] fp32 it is the layer's weight. Our own scale is a
+    power of two, so that the product is exact in bf16, and brings the largest value a row near
+    fp8's own.
     """
 
     scale: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in] and bias [out] in any wider dtype; the bias is kept in bf16."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
+        """weight [out, in] and bias [out] in any dtype; the bias is kept in bf16.
+
+        scale: [out, 1] or [1, 1] fp32 of a weight that is fp8 already, which is kept as it is.
+        """
         rows, columns = weight.shape
         super().__init__(columns, rows, bias=False, device="meta")
-        largest = weight.detach().float().abs().amax(dim=1, keepdim=True)
-        exponent = torch.frexp(largest / torch.finfo(_FP8).max).exponent
-        scale = torch.ldexp(torch.ones_like(largest), exponent)
-        self.weight = nn.Parameter((weight.detach().float() / scale).to(_FP8), requires_grad=False)
+        weight = weight.detach()
+        if scale is None:
+            largest = weight.float().abs().amax(dim=1, keepdim=True)
+            exponent = torch.frexp(largest / torch.finfo(_FP8).max).exponent
+            scale = torch.ldexp(torch.ones_like(largest), exponent)
+            weight = (weight.float() / scale).to(_FP8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.bfloat16(), requires_grad=False)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale.expand(rows, 1).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]; the gradient reaches x alone."""
@@ -58,17 +65,24 @@ class _FrozenProduct(torch.autograd.Function):
         return upstream @ _widen(*ctx.saved_tensors, upstream.dtype), None, None, None
 
 
-def place(model: nn.Module, name: str, value: Tensor, frozen: str) -> None:
+def place(
+    model: nn.Module, name: str, value: Tensor, frozen: str, scale: Tensor | None = None
+) -> None:
     """Put a tensor into a model as the parameter `name`, as `frozen` holds it.
+
+    scale: [1, 1] or [out, 1] fp32, of fp8 values; where fp8 is held, both stay as they are.
 
     A linear layer of a block is replaced as soon as its weight is placed; its bias may come before
     or after.
     """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    if frozen == "fp8" and _is_narrow(name, tuple(value.shape)):
+    is_narrow = frozen == "fp8" and _is_narrow(name, tuple(value.shape))
+    if scale is not None and not (is_narrow and value.dtype == _FP8):
+        value, scale = value.float() * scale, None
+    if is_narrow:
         bias = owner.bias
-        owner = Float8Linear(value, None)
+        owner = Float8Linear(value, None, scale)
         owner.register_parameter("bias", bias)
         model.set_submodule(owner_name, owner)
     else:
@@ -93,4 +107,5 @@ def _is_narrow(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) * scale.to(dtype)
+    # Rounded once: a scale of bf16's 8 bits would be off for all weights of its row alike.
+    return torch.mul(weight.to(dtype), scale, out=torch.empty_like(weight, dtype=dtype))

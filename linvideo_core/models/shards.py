@@ -1,30 +1,85 @@
 """Where a checkpoint's tensors lie: one safetensors file, or shards with or without their index.
 
-Only headers are read here, and nothing that is pickled.
+Headers are read first, then one tensor at a time; nothing that is pickled. Tensors may be fp8 with
+a scale beside them, as ComfyUI's fp8_scaled files have it: `W.scale_weight` or `W.weight_scale`.
 """
 
 import dataclasses
 import json
+import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = ".safetensors.index.json"
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 _MOST_SHARDS = 1000
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_DTYPES = {**_FLOATS, "U8": torch.uint8}
+_QUANTISED = {"I8": "int8", "U8": "a 4-bit form such as nvfp4", "F8_E4M3": "mxfp8"}
+KNOWN_FORMS = (
+    "give the fp16, bf16, fp32, fp8 or fp8_scaled safetensors of the same model, or train it as it "
+    "is inside ComfyUI, with LinVideo Linearize ('run the transfer now')"
+)
+_SCALES = (".scale_weight", ".weight_scale")
+# What else ComfyUI writes beside scaled weights; scales of a layer's input concern fp8 products.
+_BESIDE_SCALES = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: its file, its name there, its dtype in safetensors' word, its shape."""
+    """A tensor on disk.
+
+    path, name: its file and its name there. dtype: in safetensors' word.
+    offset: of its first byte in the file.
+    scale: by which fp8_scaled weights are to be multiplied: one number, or one a row.
+    """
 
     path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+    scale: "StoredTensor | None" = None
+
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the tensor as it is stored, without its scale.
+
+        On the CPU it is mapped from its file, in pages of its own that may be written to. A whole
+        file could not be mapped so where it is larger than the computer's memory.
+        """
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device=device)
+        count, dtype = torch.Size(self.shape).numel(), _DTYPES[self.dtype]
+        before = self.offset % mmap.ALLOCATIONGRANULARITY
+        size, start = before + count * dtype.itemsize, self.offset - before
+        with self.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=before)
+        return flat.view(self.shape).to(device)
+
+    def read_scale(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """Return the scale fp32 as it is multiplied, [1, 1] or [out, 1] of a matrix; or None."""
+        if self.scale is None:
+            return None
+        return self.scale.read(device).float().view(-1, *[1] * (len(self.shape) - 1))
+
+    def dequantise(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the tensor as it is stored, or fp32 and multiplied where it has a scale."""
+        value, scale = self.read(device), self.read_scale(device)
+        return value if scale is None else value.float() * scale
 
 
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -32,22 +87,57 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
 
     path: a safetensors file, one shard of several, an index, or a folder with one checkpoint.
 
+    Scales of fp8 weights are found with their weights, not by names of their own.
+
     Raises FileNotFoundError naming what is missing, or ValueError for what is no checkpoint.
     """
     found: dict[str, StoredTensor] = {}
     for shard in find_shards(path):
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():
-                    claim = file.get_slice(name)
-                    tensor = StoredTensor(shard, name, claim.get_dtype(), tuple(claim.get_shape()))
-                    if found.setdefault(name, tensor) is not tensor:
-                        raise ValueError(
-                            f"{shard} and {found[name].path} both hold {name}: give one checkpoint"
-                        )
-        except SafetensorError as error:
-            raise ValueError(f"{shard} is not a readable safetensors file: {error}") from error
-    return found
+        for tensor in _read_header(shard):
+            if (other := found.setdefault(tensor.name, tensor)) is not tensor:
+                raise ValueError(
+                    f"{shard} and {other.path} both hold {tensor.name}: give one checkpoint"
+                )
+    return _with_scales(found)
+
+
+def find_quantised(tensors: Mapping[str, StoredTensor]) -> str:
+    """Name the first tensor that is neither float nor fp8 with known scales; "" for none."""
+    for name, tensor in tensors.items():
+        is_known = tensor.dtype in _FLOATS
+        if (scale := tensor.scale) is not None:
+            count = torch.Size(scale.shape).numel()
+            is_known &= scale.dtype in _FLOATS and count in (1, *tensor.shape[:1])
+        if not is_known:
+            return f"{name} is stored in {_QUANTISED.get(tensor.dtype, tensor.dtype)}"
+    return ""
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    try:
+        # Checks the header against the file's size. As "pt" it would claim memory for all of it.
+        with safe_open(path, framework="np"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(path, name, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+        for name, t in header.items()
+    ]
+
+
+def _with_scales(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors, scaled ones with their scale, without what belongs to scales."""
+    scaled = {f"{n.rpartition('.')[0]}.weight": n for n in found if n.endswith(_SCALES)}
+    scaled = {weight: name for weight, name in scaled.items() if weight in found}
+    beside = {*scaled.values(), *filter(_BESIDE_SCALES.fullmatch, found)}
+    return {
+        name: dataclasses.replace(tensor, scale=found[scaled[name]]) if name in scaled else tensor
+        for name, tensor in found.items()
+        if name not in beside
+    }
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -59,7 +149,7 @@ def find_shards(path: Path) -> list[Path]:
     if path.suffix in _PICKLED:
         raise ValueError(f"{path} is a pickle, which can run code: give a safetensors checkpoint")
     if path.suffix == ".gguf":
-        raise ValueError(f"{path} is quantised (GGUF): give the fp16, bf16 or fp32 safetensors")
+        raise ValueError(f"{path} is quantised (GGUF): {KNOWN_FORMS}")
     if path.name.endswith(_INDEX):
         shards = [path.parent / name for name in _read_index(path)]
     elif match := _SHARD.fullmatch(path.name):

@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video diffusion transformer, for headless use.
+"""Wan 2.1 and 2.2, text- and image-to-video diffusion transformers, for headless use.
 
 Parameter names and shapes are those of the published checkpoints, so official and
 ComfyUI-repackaged safetensors load by key name at any width and depth. Written for one device.
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from ..kernels import norm_rotary
 from .attention import SoftmaxAttention
+from .image_condition import CLIP_TOKENS, ImageCondition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Architecture of a Wan checkpoint; every field can be read off its tensors' shapes."""
+    """Architecture of a Wan checkpoint; every field can be read off its tensors' shapes.
+
+    image_dim: width of the CLIP embeddings that Wan 2.1's image-to-video takes; 0: it takes none.
+    """
 
     dim: int = 1536
     num_heads: int = 12
@@ -30,7 +34,13 @@ class WanConfig:
     in_channels: int = 16
     out_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    image_dim: int = 0
     eps: float = 1e-6
+
+    @property
+    def condition_channels(self) -> int:
+        """How many channels of an image condition are joined to the latents; 0: text-to-video."""
+        return self.in_channels - self.out_channels
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -116,13 +126,28 @@ class WanSelfAttention(_Projections):
 
 
 class WanCrossAttention(_Projections):
-    """Attention from video tokens to prompt tokens."""
+    """Attention from video tokens to prompt tokens, and beside it to those of an image."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__(config)
+        self.takes_image = config.image_dim > 0
+        if self.takes_image:
+            self.k_img = nn.Linear(config.dim, config.dim)
+            self.v_img = nn.Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Map x [B, L, N*D] with context [B, S, N*D] to [B, L, N*D]."""
+        """Map x [B, L, N*D] with context [B, S, N*D] to [B, L, N*D].
+
+        context: the prompt's tokens; those of an image, where the model takes one, come first.
+        """
         query = self._heads(self.norm_q(self.q(x)))
+        image, context = context.tensor_split([CLIP_TOKENS * self.takes_image], dim=1)
         key = self._heads(self.norm_k(self.k(context)))
         out = self.attention(query, key, self._heads(self.v(context)))
+        if self.takes_image:
+            key = self._heads(self.norm_k_img(self.k_img(image)))
+            out = out + self.attention(query, key, self._heads(self.v_img(image)))
         return self.o(out.flatten(2))
 
 
@@ -172,7 +197,12 @@ class WanHead(nn.Module):
 
 
 class WanModel(nn.Module):
-    """Wan 2.1 text-to-video: predicts the velocity of noisy latents."""
+    """Wan: predicts the velocity of noisy latents.
+
+    condition: the images of an image-to-video model.
+    """
+
+    condition: ImageCondition | None = None
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -188,6 +218,10 @@ class WanModel(nn.Module):
             nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.image_dim:
+            width = config.image_dim
+            parts = (nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim), nn.LayerNorm(dim))
+            self.img_emb = nn.ModuleDict({"proj": nn.Sequential(nn.LayerNorm(width), *parts)})
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = WanHead(config)
 
@@ -208,7 +242,8 @@ class WanModel(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Predict the velocity `noise - x0`.
 
-        latents: [B, C, F, H, W]; H and W that the patch does not divide are padded and cropped.
+        latents: [B, C, F, H, W] without the condition's channels; H and W that the patch does not
+            divide are padded and cropped.
         timesteps: [B] in [0, 1000], 1000 times sigma.
         prompt_embeds: [B, S, text_dim].
 
@@ -219,13 +254,18 @@ class WanModel(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         size = latents.shape[2:]
         padding = [(-length) % p for length, p in zip(size, self.config.patch_size, strict=True)]
+        latents, prompt_embeds, image = self._join_condition(latents, prompt_embeds)
         padded = F.pad(latents, (0, padding[2], 0, padding[1], 0, padding[0]), mode="circular")
         # Under autocast the residual stream stays in the weights' own precision, as in Wan itself.
         x = self.patch_embedding(padded.to(dtype)).to(dtype)
         grid = tuple(x.shape[2:])
         # A view would keep its channels-first order through all blocks: each norm would reorder it.
         x = rearrange(x, "b d f h w -> b (f h w) d").contiguous()
-        context = cast_once(self.text_embedding(prompt_embeds.to(dtype)))
+        context = self.text_embedding(prompt_embeds.to(dtype))
+        if image is not None:
+            image = self.img_emb["proj"](image.to(x.device, dtype)).to(context.dtype)
+            context = torch.cat([image.expand(len(context), -1, -1), context], dim=1)
+        context = cast_once(context)
         with torch.autocast(x.device.type, enabled=False):
             time = self.time_embedding(
                 timestep_embedding(timesteps, self.config.freq_dim).to(dtype)
@@ -243,12 +283,24 @@ class WanModel(nn.Module):
         )  # fmt: skip
         return out[:, :, : size[0], : size[1], : size[2]].to(latents.dtype)
 
+    def _join_condition(
+        self, latents: Tensor, prompt_embeds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return latents [B, in_channels, F, H, W], prompts, and images as CLIP sees them."""
+        if not self.config.condition_channels:
+            return latents, prompt_embeds, None
+        prompt_embeds, given, clip_embeds = self.condition.pick(prompt_embeds)
+        given = given.to(latents).expand(len(latents), -1, -1, -1, -1)
+        return torch.cat([latents, given], dim=1), prompt_embeds, clip_embeds
+
     def _check(self, latents: Tensor, prompt_embeds: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
+        if latents.ndim != 5 or latents.shape[1] != self.config.out_channels:
             raise ValueError(
                 f"latents of shape {list(latents.shape)} given; this model takes "
-                f"[B, {self.config.in_channels}, F, H, W]"
+                f"[B, {self.config.out_channels}, F, H, W]"
             )
+        if self.config.condition_channels and self.condition is None:
+            raise ValueError("an image-to-video model was given no condition; it needs an image")
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != self.config.text_dim:
             raise ValueError(
                 f"prompt embeddings of shape {list(prompt_embeds.shape)} given; this model takes "

@@ -1,7 +1,8 @@
 """Prompt embeddings in a safetensors file: encoded once, in whatever process, and read back.
 
 Wan pads every prompt to one length with zeros. A file holds the rows up to its longest prompt, and
-`padded_to` in its header says how long the model wants them.
+`padded_to` in its header says how long the model wants them. For an image-to-video model it holds
+the images, too, that the videos start from.
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..models.image_condition import ImageCondition
 from ..run.callbacks import Callbacks
 from ..run.files import write_tensors
 
 _KEPT_EVERY = 32
+_CONDITION = ("condition_latents", "clip_embeds")
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -26,11 +29,13 @@ class PromptEmbeds:
     """Prompts as a model takes them.
 
     prompt_embeds: [P, S, T]; negative_embeds: [S, T]; both fp16, bf16 or fp32.
+    condition: the images of an image-to-video model, for both guidance branches.
     """
 
     prompts: list[str]
     prompt_embeds: Tensor
     negative_embeds: Tensor
+    condition: ImageCondition | None = None
 
 
 def identity_of(prompts: Sequence[str], negative: str, encoder: str) -> str:
@@ -58,12 +63,14 @@ def encode_once(
     encode: Callable[[str], Tensor],
     *,
     identity: str,
+    condition: ImageCondition | None = None,
     callbacks: Callbacks | None = None,
 ) -> bool:
     """Encode prompts into `path`, unless it holds just these already; say if anything was encoded.
 
     encode: a prompt -> [S, T], of one length for all; zeros at its end are padding.
     identity: from `identity_of`.
+    condition: is written beside the prompts.
 
     Whatever stops it between keeps what was encoded until then, for the next call, in a file beside
     `path`.
@@ -83,6 +90,7 @@ def encode_once(
                 _write_rows(unfinished, rows, identity)
         negative_embeds, *prompt_embeds = _trim(rows)
         tensors = {"negative_embeds": negative_embeds, "prompt_embeds": torch.stack(prompt_embeds)}
+        tensors |= _as_tensors(condition)
         metadata = {"identity": identity, "padded_to": str(len(rows[0]))}
         texts = {"prompts": json.dumps(list(prompts)), "negative_prompt": negative}
         write_tensors(path, tensors, metadata | texts)
@@ -98,6 +106,7 @@ def encode_once(
 def read_embeds(path: Path) -> PromptEmbeds:
     """Read a file of embeddings: one of `encode_once`, or any with the two tensors.
 
+    The tensors of an `ImageCondition` are called `condition_latents` and `clip_embeds`.
     fp16 and bf16 stay what they are, which halves what a device holds; all else becomes fp32.
 
     Raises FileNotFoundError or ValueError, in one sentence.
@@ -108,6 +117,7 @@ def read_embeds(path: Path) -> PromptEmbeds:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             found = [file.get_tensor(name) for name in ("prompt_embeds", "negative_embeds")]
+            given = [file.get_tensor(name) if name in file.keys() else None for name in _CONDITION]
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a safetensors file with prompt_embeds and negative_embeds: {error}"
@@ -123,7 +133,35 @@ def read_embeds(path: Path) -> PromptEmbeds:
     length = _read_length(path, metadata, shapes[0][1])
     is_half = found[0].dtype == found[1].dtype and found[0].dtype in _HALVES
     embeds = [_pad(tensor if is_half else tensor.float(), length) for tensor in found]
-    return PromptEmbeds(_read_texts(metadata, shapes[0][0]), *embeds)
+    texts = _read_texts(metadata, shapes[0][0])
+    return PromptEmbeds(texts, *embeds, _read_condition(path, *given, len(texts)))
+
+
+def _as_tensors(condition: ImageCondition | None) -> dict[str, Tensor]:
+    tensors = (condition.latents, condition.clip_embeds) if condition else ()
+    return {n: t.contiguous() for n, t in zip(_CONDITION, tensors, strict=False) if t is not None}
+
+
+def _read_condition(
+    path: Path, latents: Tensor | None, clip_embeds: Tensor | None, num_prompts: int
+) -> ImageCondition | None:
+    if latents is None and clip_embeds is None:
+        return None
+    given = [t for t in (latents, clip_embeds) if t is not None]
+    is_shaped = latents is not None and latents.ndim == 5
+    is_shaped &= clip_embeds is None or clip_embeds.ndim == 3
+    is_shaped &= {len(t) for t in given} in ({1}, {num_prompts})
+    if not is_shaped or not all(t.is_floating_point() and t.isfinite().all() for t in given):
+        raise ValueError(
+            f"{path} holds {_CONDITION[0]} {_show(latents)} and {_CONDITION[1]} "
+            f"{_show(clip_embeds)}; finite numbers [N, K, F, H, W] and, for Wan 2.1, [N, 257, D] "
+            f"are needed, with N 1 or {num_prompts}, the number of prompts"
+        )
+    return ImageCondition(latents, clip_embeds)
+
+
+def _show(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def _read_rows(path: Path) -> list[Tensor]:

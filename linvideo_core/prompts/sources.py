@@ -33,6 +33,7 @@ class StoredPrompts:
     embeds: PromptEmbeds
     verb = "holds"
     width = property(lambda self: self.embeds.prompt_embeds.shape[2])
+    condition = property(lambda self: self.embeds.condition)
 
     def need(self, device: str) -> Need:
         """Return what the embeddings take on a device."""
@@ -53,6 +54,7 @@ class WrittenPrompts:
     prompts: list[str]
     negative: str
     verb = "gives"
+    condition = None
     path = property(lambda self: self.encoder.path)
     width = property(lambda self: self.encoder.settings["d_model"])
 

@@ -2,9 +2,9 @@
 
 A prompt becomes what Wan's own pipeline hands to its transformer: the text cleaned, at most 512
 tokens with the end of the text among them, the encoder's output of the real tokens, zeros after.
-Weights come as diffusers' `text_encoder` and `tokenizer` folders or ComfyUI's one file, in which
-the tokenizer lies too; headers alone decide whether they fit. `transformers`, `sentencepiece` and
-`ftfy` are an optional extra.
+Weights come as diffusers' `text_encoder` and `tokenizer` folders or ComfyUI's one file, fp16 or
+fp8_scaled, in which the tokenizer lies too; headers alone decide whether they fit. `transformers`,
+`sentencepiece` and `ftfy` are an optional extra.
 """
 
 import contextlib
@@ -12,16 +12,14 @@ import dataclasses
 import hashlib
 import html
 import importlib.util
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..models.shards import StoredTensor, find_tensors
+from ..models.shards import StoredTensor, find_quantised, find_tensors
 from ..run.errors import SettingError
 
 MAX_TOKENS = 512
@@ -33,9 +31,8 @@ _SENTENCEPIECE = "spiece_model"
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _FORMS = (
     "give diffusers' text_encoder folder of Wan (with tokenizer beside it) or ComfyUI's "
-    "umt5_xxl_fp16.safetensors"
+    "umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 )
-_DTYPES = ("F16", "BF16", "F32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +60,7 @@ class TextEncoder:
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
             if "norm" in name or "relative_attention_bias" in name:
-                with safe_open(tensor.path, framework="pt") as file:
-                    digest.update(file.get_tensor(tensor.name).float().numpy().tobytes())
+                digest.update(tensor.read().float().numpy().tobytes())
         digest.update(_read_tokenizer(self.tokenizer))
         return digest.hexdigest()
 
@@ -93,11 +89,8 @@ class TextEncoder:
     def _load_model(self, device: torch.device | str) -> nn.Module:
         model = _make_model(self.settings)
         dtype = computed_in(device)
-        state = {}
-        stored = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[0]))
-        for path, group in itertools.groupby(stored, key=lambda item: item[1].path):
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                state |= {name: file.get_tensor(t.name).to(dtype) for name, t in group}
+        stored = sorted(self.tensors.items(), key=lambda item: (item[1].path, item[1].offset))
+        state = {name: tensor.dequantise(device).to(dtype) for name, tensor in stored}
         state[_EMBEDDED] = state[_SHARED]
         names = model.state_dict().keys()
         model.load_state_dict({name: state[name] for name in names}, assign=True)
@@ -191,8 +184,7 @@ def open_tokenizer(path: Path) -> Callable[[str], list[int]]:
 def _read_tokenizer(path: Path) -> bytes:
     if path.suffix != ".safetensors":
         return path.read_bytes()
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(_SENTENCEPIECE).numpy().tobytes()
+    return find_tensors(path)[_SENTENCEPIECE].read().numpy().tobytes()
 
 
 def _find_tokenizer(path: Path, root: Path, stored: Mapping[str, StoredTensor]) -> Path:
@@ -246,9 +238,8 @@ def _read_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _check(tensors: Mapping[str, StoredTensor], settings: Mapping[str, int]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name} is stored as {tensor.dtype}, a quantised encoder")
+    if quantised := find_quantised(tensors):
+        raise ValueError(quantised)
     state = _make_model(settings).state_dict()
     needed = {name: tuple(t.shape) for name, t in state.items() if name != _EMBEDDED}
     given = {name: tensor.shape for name, tensor in tensors.items()}

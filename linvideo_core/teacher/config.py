@@ -18,7 +18,9 @@ TIME_COMPRESSION = 4
 class TeacherConfig:
     """Model, prompts and video size."""
 
-    model: Path | None = option(None, "Wan text-to-video safetensors; none: the embedded model")
+    model: Path | None = option(
+        None, "Wan safetensors, text- or image-to-video; none: the embedded model"
+    )
     prompts: Path | None = option(
         None, "prompts, one a line, or a safetensors file of embeddings; none: those of LinVideo"
     )

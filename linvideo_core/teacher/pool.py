@@ -156,10 +156,11 @@ class TrajectoryPool:
         step = torch.tensor([video.steps[video.place] for video in videos])
         prompt = torch.stack([video.prompt for video in videos]).to(device)
         branches: list[Tensor] = []
+        prompt_embeds = self._teacher.prompt_embeds[prompt]
         velocity_fn = bind_guided(
             self._teacher.model,
-            self._teacher.prompt_embeds[prompt],
-            self._teacher.negative_embeds.expand(len(videos), -1, -1),
+            prompt_embeds,
+            self._teacher.negatives_for(prompt_embeds),
             self.guidance_scale,
             precision=self._run.precision,
             on_branches=lambda *found: branches.extend(branch.float() for branch in found),

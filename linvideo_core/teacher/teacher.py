@@ -15,15 +15,18 @@ from ..demo.prompts import all_prompts, encode_prompts
 from ..models.attention_sites import blocks, shapes_of
 from ..models.base_weights import base_weights_of, keep_base_weights, weights_digest
 from ..models.checkpoint import Checkpoint, open_wan
-from ..models.config import FrozenConfig
+from ..models.config import FROZEN, FrozenConfig
 from ..models.experts import parts_of
 from ..models.families import identify
+from ..models.image_condition import CLIP_TOKENS, NO_IMAGE, with_numbers
+from ..models.quantized import count_frozen_bytes
 from ..prompts import read_prompts
 from ..prompts.config import PromptConfig
 from ..prompts.embeddings import PromptEmbeds
 from ..prompts.sources import PromptSource, StoredPrompts, find_source
 from ..run.context import Run
 from ..run.errors import SettingError
+from ..run.memory import Need, check_memory
 from ..training.offload import offload
 from .config import TIME_COMPRESSION, TeacherConfig
 
@@ -35,13 +38,15 @@ _SPACE_COMPRESSION = {16: 8, 48: 16}
 class Teacher:
     """A teacher ready to be sampled.
 
-    prompt_embeds: [P, S, T]; negative_embeds: [S, T], the unconditional branch's prompt.
+    prompt_embeds: [P, S, T]; negative_embeds: [S, T], the unconditional branch's prompt, of which
+        `negatives_for` makes what the model takes.
     latent_shape: (C, F, H, W).
     decode: latents [B, C, F, H, W] -> grey frames [B, F, h, w] in [0, 1].
     offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
     sampled_as: what decides its samples beside all this and a digest of its weights, such as how
         the weights are held or an image that its videos start from.
     size: frames, height and width of the video in pixels, where latents do not tell it Wan's way.
+    has_images: whether each prompt has an image of its own, see `models.image_condition`.
     """
 
     name: str
@@ -55,6 +60,14 @@ class Teacher:
     offload_blocks: int = 0
     sampled_as: str = ""
     size: tuple[int, int, int] | None = None
+    has_images: bool = False
+
+    def negatives_for(self, prompt_embeds: Tensor) -> Tensor:
+        """Return the negative prompt [B, S, T] beside each of some prompts [B, S, T]."""
+        negatives = self.negative_embeds.expand_as(prompt_embeds)
+        if not self.has_images:
+            return negatives
+        return torch.cat([negatives[:, :-1], prompt_embeds[:, -1:]], dim=1)
 
     def describe(self) -> dict[str, Any]:
         """Return what tells the teacher, its prompts and its size from others, as JSON holds it."""
@@ -121,26 +134,45 @@ class TeacherCheckpoint:
         read.
         """
         embeds = self.source.read(run.folder, device=run.device, callbacks=run.callbacks)
+        prompt_embeds, negative_embeds = embeds.prompt_embeds, embeds.negative_embeds
+        condition = self.source.condition
+        has_images = condition is not None and condition.is_numbered
+        if has_images:
+            prompt_embeds = with_numbers(prompt_embeds, torch.arange(len(prompt_embeds)))
+            # `negatives_for` puts an image in its place.
+            negative_embeds = with_numbers(negative_embeds[None], torch.tensor([NO_IMAGE]))[0]
+        sampled_as = "" if self.is_demo else self.frozen_weights.frozen
         return Teacher(
             name="demo" if self.is_demo else self.checkpoint.path.stem,
             model=self.load_model(),
             prompts=embeds.prompts,
-            prompt_embeds=embeds.prompt_embeds,
-            negative_embeds=embeds.negative_embeds,
+            prompt_embeds=prompt_embeds,
+            negative_embeds=negative_embeds,
             latent_shape=self.latent_shape,
             decode=decode_latents if self.is_demo else _preview,
             is_demo=self.is_demo,
             offload_blocks=self.frozen_weights.offload_blocks,
-            sampled_as="" if self.is_demo else self.frozen_weights.frozen,
+            sampled_as=f"{sampled_as} {condition.digest()}" if condition else sampled_as,
+            has_images=has_images,
         )
 
     def load_model(self) -> nn.Module:
-        """Return the model alone, on the CPU, frozen, with the unrounded weights' digest."""
-        model = self.checkpoint.load(frozen=self.frozen_weights.frozen).eval().requires_grad_(False)
-        if self.frozen_weights.frozen != "fp32":
+        """Return the model alone, on the CPU, frozen, with the unrounded weights' digest.
+
+        Raises SettingError where the computer's memory is too small for it.
+        """
+        frozen = self.frozen_weights.frozen
+        advice = "choose a smaller model or a machine with more memory"
+        if frozen != FROZEN[-1]:
+            advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
+        held = Need("the model while it is read", count_frozen_bytes(self.shapes, frozen))
+        check_memory([held], "cpu", advice)
+        model = self.checkpoint.load(frozen=frozen).eval().requires_grad_(False)
+        if frozen != "fp32":
             family, sites = identify(self.shapes)
             whole = self.checkpoint.load(under=[f"{site.name}." for site in (sites[0], sites[-1])])
             keep_base_weights(model, base_weights_of(whole, family, sites))
+        model.condition = self.source.condition
         return model
 
 
@@ -173,7 +205,7 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint:
             f"{checkpoint.config.num_layers} blocks",
             "offload_blocks",
         )
-    ratio = _SPACE_COMPRESSION.get(checkpoint.config.in_channels, 8)
+    ratio = _SPACE_COMPRESSION.get(checkpoint.config.out_channels, 8)
     for name in ("height", "width"):
         if getattr(config, name) % (2 * ratio):
             raise SettingError(
@@ -181,17 +213,49 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint:
                 f"{2 * ratio}",
                 name,
             )
+    latent_shape = (
+        checkpoint.config.out_channels,
+        (config.num_frames - 1) // TIME_COMPRESSION + 1,
+        config.height // ratio,
+        config.width // ratio,
+    )
+    _check_condition(source, checkpoint, latent_shape)
     return TeacherCheckpoint(
         checkpoint=checkpoint,
         source=source,
-        latent_shape=(
-            checkpoint.config.in_channels,
-            (config.num_frames - 1) // TIME_COMPRESSION + 1,
-            config.height // ratio,
-            config.width // ratio,
-        ),
+        latent_shape=latent_shape,
         frozen_weights=config.frozen_weights,
     )
+
+
+def _check_condition(
+    source: PromptSource, checkpoint: Checkpoint, latent_shape: tuple[int, int, int, int]
+) -> None:
+    """Raise SettingError where there are no images that the model takes, or others."""
+    wan, found = checkpoint.config, source.condition
+    needed = {}
+    if wan.condition_channels:
+        needed["condition_latents"] = [wan.condition_channels, *latent_shape[1:]]
+    if wan.image_dim:
+        needed["clip_embeds"] = [CLIP_TOKENS, wan.image_dim]
+    given = {}
+    if found is not None:
+        given["condition_latents"] = list(found.latents.shape[1:])
+        if found.clip_embeds is not None:
+            given["clip_embeds"] = list(found.clip_embeds.shape[1:])
+    if given != needed:
+        kind = "image-to-video" if wan.condition_channels else "text-to-video"
+        raise SettingError(
+            f"{checkpoint.path} is {kind} and takes {_list_shapes(needed)} at this size, and "
+            f"{source.path} {source.verb} {_list_shapes(given)}: give {{prompts}} a file that "
+            "LinVideo Export Prompts wrote for this model and size",
+            "prompts",
+            "model",
+        )
+
+
+def _list_shapes(shapes: dict[str, list[int]]) -> str:
+    return " and ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no image"
 
 
 def load_teacher(config: TeacherConfig, run: Run | None = None) -> Teacher:

@@ -193,10 +193,11 @@ def sample_videos(
             kept[name].append(tensor[rows.to(device)].half().cpu())
         order.append(rows)
 
+    prompt_embeds = teacher.prompt_embeds[prompt.to(device)]
     velocity_fn = bind_guided(
         teacher.model,
-        teacher.prompt_embeds[prompt.to(device)],
-        teacher.negative_embeds.expand(len(videos), -1, -1),
+        prompt_embeds,
+        teacher.negatives_for(prompt_embeds),
         config.guidance_scale,
         precision=run.precision,
         on_branches=on_branches,

@@ -277,10 +277,11 @@ def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> 
     """Measure the seconds of a guided call of the teacher, of one video of as many as together."""
     size = min(config.shard_size, config.num_trajectories)
     device = teacher.prompt_embeds.device
+    prompt_embeds = teacher.prompt_embeds[:1].expand(size, -1, -1)
     velocity_fn = bind_guided(
         teacher.model,
-        teacher.prompt_embeds[:1].expand(size, -1, -1),
-        teacher.negative_embeds.expand(size, -1, -1),
+        prompt_embeds,
+        teacher.negatives_for(prompt_embeds),
         config.guidance_scale,
         precision=precision,
         on_branches=lambda conditional, unconditional: None,

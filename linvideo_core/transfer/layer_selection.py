@@ -158,7 +158,7 @@ def mean_velocity_error(
         states = trajectories.take(picks, device)
         sigma = trajectories.sigmas.to(device)[states.step]
         prompt_embeds = teacher.prompt_embeds[states.prompt]
-        negative_embeds = teacher.negative_embeds.expand_as(prompt_embeds)
+        negative_embeds = teacher.negatives_for(prompt_embeds)
         for embeds, reference in (
             (prompt_embeds, states.conditional),
             (negative_embeds, states.unconditional),

@@ -357,7 +357,7 @@ class TransferTask(Task):
         velocity = bind_guided(
             self.student.model,
             prompt_embeds,
-            self.teacher.negative_embeds.expand_as(prompt_embeds),
+            self.teacher.negatives_for(prompt_embeds),
             self.trajectories.guidance_scale,
             precision=self.precision,
         )

@@ -7,20 +7,27 @@ import functools
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
+import comfy.sample
 import comfy.sd
 import comfy.text_encoders.wan
 import torch
+from comfy_extras.nodes_wan import WanImageToVideo
+from linvideo_pack.linvideo_core.flow import bind_guided
 from linvideo_pack.linvideo_core.prompts import NEGATIVE_PROMPT, default_prompts
 from linvideo_pack.linvideo_core.prompts.embeddings import read_embeds
 from linvideo_pack.linvideo_core.prompts.text_encoder import cut, open_tokenizer, read_encoder
-from linvideo_pack.nodes.export_prompts import LinVideoExportPrompts
+from linvideo_pack.linvideo_core.teacher.config import TeacherConfig
+from linvideo_pack.linvideo_core.teacher.teacher import load_teacher
+from linvideo_pack.nodes.export_prompts import LinVideoExportPrompts, read_images
 from safetensors.torch import save_file
+from stage import TOLERANCES, assert_close, device, made_with_weights, own_folders
 from stage import complaint as _complaint
-from stage import made_with_weights, own_folders
 from torch import Tensor
+from variants import build, random_tensor
 
 TEXTS = ["A red kite dives and climbs.", "a boat", "Two hands fold a crane, slowly."]
 _WIDTH, _VOCABULARY = 16, 90
@@ -138,6 +145,99 @@ def test_the_headless_encoder_agrees_with_the_host() -> None:
             for text in [*TEXTS, "", " ".join(TEXTS)]:
                 found = embed(cut(tokenize(text)))
                 torch.testing.assert_close(found, _host(text), rtol=1e-4, atol=1e-4)
+
+
+class _Wide:
+    """A CLIP of the width that Wan takes, whose embeddings are random."""
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, text: str) -> Any:
+        embeds = torch.nn.functional.pad(random_tensor(1, 5, 4096, seed=len(text)), (0, 0, 0, 3))
+        return [[embeds, {"pooled_output": None}]]
+
+
+class _Vae:
+    """An autoencoder that says of each image which it was."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        seed = int(1000 * pixels[0].mean())
+        return random_tensor(1, 16, (len(pixels) - 1) // 4 + 1, 8, 8, seed=seed)
+
+
+_IMAGES = {
+    "Wan 2.1": {"model_type": "i2v", "in_dim": 36},
+    "Wan 2.2": {"in_dim": 36},
+}
+
+
+def _image_model(kind: str) -> Any:
+    sizes = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 2, "cross_attn_norm": True}
+    return build("comfy.ldm.wan.model", "WanModel", {**sizes, **_IMAGES[kind]})
+
+
+def _start(text: str, seed: int, kind: str) -> tuple[list[Any], list[Any]]:
+    """Return the conditioning, positive and negative, of videos that start from an image."""
+    clip_embeds = SimpleNamespace(penultimate_hidden_states=random_tensor(1, 257, 1280, seed=seed))
+    settings = {"vae": _Vae(), "width": 64, "height": 64, "length": 9, "batch_size": 1}
+    settings["start_image"] = torch.full((1, 64, 64, 3), seed / 10)
+    settings |= {"clip_vision_output": clip_embeds} if kind == "Wan 2.1" else {}
+    encoded = [_Wide().encode_from_tokens_scheduled(words) for words in (text, "no")]
+    return WanImageToVideo.execute(*encoded, **settings).result[:2]
+
+
+def test_a_headless_model_is_given_the_images_that_the_host_gives_its_own() -> None:
+    for kind, count in (("Wan 2.1", 1), ("Wan 2.2", len(TEXTS)), ("Wan 2.1", len(TEXTS))):
+        model = _image_model(kind)
+        images = [_start(TEXTS[n], n + 1, kind) for n in range(count)]
+        positives = [entry for positive, _ in images for entry in positive]
+        with own_folders() as folder:
+            words = "\n".join(TEXTS)
+            inputs = {"images": positives, "model": model}
+            found = LinVideoExportPrompts.execute(_Wide(), words, "no", "mine", False, **inputs)
+            path, weights = Path(found.result[0]), folder / "wan.safetensors"
+            other = {"images": _start(TEXTS[0], 7, kind)[0], "model": model}
+            arguments = (_Wide(), words, "no", "mine", False)
+            message = _complaint(ValueError, LinVideoExportPrompts.execute, *arguments, **other)
+            assert "other images" in message
+            state = model.model.diffusion_model.state_dict()
+            save_file({name: x.cpu().contiguous() for name, x in state.items()}, weights)
+            size = {"num_frames": 9, "height": 64, "width": 64}
+            config = TeacherConfig(model=weights, prompts=path, **size)
+            teacher = load_teacher(config).to(device())
+        for number, text in enumerate(TEXTS):
+            positive, negative = _start(text, min(number, count - 1) + 1, kind)
+            noise = random_tensor(1, 16, 3, 8, 8, seed=9)
+            settings = (1, 3.0, "euler", "simple", positive, negative, torch.zeros_like(noise))
+            theirs = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=1)
+            prompts = teacher.prompt_embeds[number : number + 1].float()
+            negatives = teacher.negatives_for(prompts)
+            velocity = bind_guided(teacher.model, prompts, negatives, 3.0)
+            with torch.no_grad():
+                x0 = noise.to(device()) - velocity(
+                    noise.to(device()), torch.ones(1, device=device())
+                )
+            assert_close(
+                model.model.process_latent_out(x0).cpu(), theirs, TOLERANCES[torch.float32]
+            )
+
+
+def test_images_that_cannot_be_exported_are_one_sentence() -> None:
+    def refuse(images: list[Any], model: Any) -> str:
+        return _complaint(ValueError, read_images, model, images, len(TEXTS))
+
+    model, positive = _image_model("Wan 2.2"), _start("a", 1, "Wan 2.2")[0]
+    assert "connect the image-to-video model" in refuse(positive, None)
+    assert "2 images for 3 prompts" in refuse(2 * positive, model)
+    assert "no start image" in refuse(_Wide().encode_from_tokens_scheduled("a"), model)
+    sizes = {"dim": 256, "ffn_dim": 96, "num_heads": 2, "num_layers": 2, "cross_attn_norm": True}
+    text_to_video = build("comfy.ldm.wan.model", "WanModel", sizes)
+    assert "has no effect on it" in refuse(positive, text_to_video)
+    reference = [
+        [positive[0][0], {**positive[0][1], "time_dim_concat": torch.zeros(1, 16, 1, 8, 8)}]
+    ]
+    assert "time_dim_concat" in refuse(reference, model)
 
 
 def test_an_empty_list_stands_for_linvideos_own_prompts() -> None:

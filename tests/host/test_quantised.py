@@ -7,7 +7,9 @@ GPU.
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +20,10 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
+from linvideo_pack.linvideo_core.models.attention_sites import shapes_of
+from linvideo_pack.linvideo_core.models.base_weights import base_weights_of
+from linvideo_pack.linvideo_core.models.checkpoint import load_wan
+from linvideo_pack.linvideo_core.models.families import identify
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
@@ -220,6 +226,35 @@ def test_quantised_weights_are_told_from_other_weights() -> None:
             shipped().header, weights_sketch=sketch_base(finetuned(0.3)).sketch
         )
         assert compare_base(other, model).kind == "other", kind
+
+
+def test_a_file_made_headless_from_fp8_knows_the_same_checkpoint_again() -> None:
+    weights = safetensors.torch.load_file(weights_path("model.safetensors"))
+    names = [n for n in weights if n.startswith("blocks.") and weights[n].ndim == 2]
+    forms = {"fp8": {**weights, **{name: weights[name].to(_FP8) for name in names}}}
+    forms["scale_weight"] = scaled = dict(weights, scaled_fp8=torch.zeros(2, dtype=_FP8))
+    for name in names:
+        scale = weights[name].abs().max() / torch.finfo(_FP8).max
+        scaled[name] = (weights[name] / scale).to(_FP8)
+        scaled[name.replace("weight", "scale_weight")] = scale
+    if "float8_e4m3fn" in QUANT_ALGOS:
+        layout = "TensorCoreFP8E4M3Layout"
+        forms["comfy_quant"] = quantise(weights, names, "float8_e4m3fn", layout)
+    for form, tensors in forms.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "fp8.safetensors")
+            safetensors.torch.save_file(tensors, path)
+            model = load_wan(path)
+            base = base_weights_of(model, *identify(shapes_of(model)))
+            theirs = finish(comfy.sd.load_diffusion_model(str(path)))
+            made = {"weights_digest": base.digest, "weights_sketch": base.sketch}
+            header = dataclasses.replace(shipped().header, **made)
+            match = compare_base(header, theirs)
+            with collect_warnings() as warnings:
+                linearize(theirs, dataclasses.replace(shipped(), header=header))
+        print(f"{form}: {match.distance:.4f} off")
+        assert match.kind == "same" and not warnings, (form, match, warnings)
+        assert compare_base(header, finetuned(0.3)).kind == "other", form
 
 
 class _PackedTensor(torch.Tensor):

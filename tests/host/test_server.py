@@ -33,7 +33,10 @@ SAMPLED = (
     "model:MODEL positive:CONDITIONING latent_image:LATENT seed:INT steps:INT cfg:FLOAT "
     "negative:CONDITIONING"
 )
-EXPORTED = "clip:CLIP prompts:STRING negative:STRING filename:STRING overwrite:BOOLEAN"
+EXPORTED = (
+    "clip:CLIP prompts:STRING negative:STRING filename:STRING overwrite:BOOLEAN "
+    "images:CONDITIONING model:MODEL"
+)
 NODES = {
     "LinVideo": (
         read_table("model:MODEL mode:COMFY_DYNAMICCOMBO_V3"),

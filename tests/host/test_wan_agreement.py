@@ -1,5 +1,6 @@
 """The headless Wan agrees with ComfyUI's own Wan: same file, same inputs, same velocity."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import comfy.sd
 import torch
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.linvideo_core.models.checkpoint import load_wan
+from linvideo_pack.linvideo_core.models.image_condition import ImageCondition
 from linvideo_pack.linvideo_core.models.wan import WanConfig, WanModel
 from safetensors.torch import load_file, save_file
 from stage import TOLERANCES, assert_close, device
@@ -16,7 +18,13 @@ from variants import random_tensor
 
 _TWO_HEADS = WanConfig(dim=256, num_heads=2, num_layers=4, ffn_dim=704)
 _DEMO_SHAPED = WanConfig(dim=128, num_heads=1, num_layers=10, ffn_dim=512)
+_FIVE = dataclasses.replace(_TWO_HEADS, in_channels=48, out_channels=48)
+_IMAGE_2_1 = dataclasses.replace(_TWO_HEADS, in_channels=36, image_dim=1280)
+_IMAGE_2_2 = dataclasses.replace(_TWO_HEADS, in_channels=36)
 _CASES = {
+    "Wan 2.2 5B": (_FIVE, (2, 48, 3, 6, 8), 13),
+    "image-to-video, Wan 2.1": (_IMAGE_2_1, (2, 16, 3, 6, 8), 13),
+    "image-to-video, Wan 2.2": (_IMAGE_2_2, (2, 16, 3, 6, 8), 13),
     "two heads": (_TWO_HEADS, (2, 16, 5, 10, 14), 13),
     "two heads, sides that the patch does not divide": (_TWO_HEADS, (1, 16, 3, 7, 9), 63),
     "one head, ten layers": (_DEMO_SHAPED, (2, 16, 7, 6, 10), 8),
@@ -51,13 +59,24 @@ def _compare(path: Path, shape: tuple[int, ...], num_tokens: int) -> None:
     latents = random_tensor(*shape, seed=1).to(device())
     sigmas = torch.linspace(0.7317, 0.0413, len(latents), device=device())
     prompts = random_tensor(len(latents), num_tokens, ours.config.text_dim, seed=2).to(device())
+    given, inputs = latents, {}
+    if ours.config.condition_channels:
+        images = random_tensor(1, ours.config.condition_channels, *shape[2:], seed=3)
+        clip_embeds = random_tensor(1, 257, 1280, seed=4) if ours.config.image_dim else None
+        ours.condition = ImageCondition(images, clip_embeds)
+        inputs = {"c_concat": images.expand(len(latents), -1, -1, -1, -1).to(device())}
+        given = torch.cat([latents, inputs["c_concat"]], dim=1)
+        if clip_embeds is not None:
+            inputs["clip_fea"] = clip_embeds.expand(len(latents), -1, -1).to(device())
     velocity = ours(latents, 1000 * sigmas, prompts)
-    expected = theirs(latents, 1000 * sigmas, context=prompts)[..., : shape[-2], : shape[-1]]
+    others = {"clip_fea": inputs["clip_fea"]} if "clip_fea" in inputs else {}
+    expected = theirs(given, 1000 * sigmas, context=prompts, **others)
+    expected = expected[..., : shape[-2], : shape[-1]]
     # Agreement on a vanishing or exploding output would say nothing.
     assert 0.05 < float(expected.std()) < 20
     assert_close(velocity, expected, TOLERANCES[torch.float32])
     if shape[-1] % 2 == 0:
-        x0 = patcher.model.apply_model(latents, sigmas, c_crossattn=prompts)
+        x0 = patcher.model.apply_model(latents, sigmas, c_crossattn=prompts, **inputs)
         found = latents - sigmas.view(-1, 1, 1, 1, 1) * velocity
         assert_close(found, x0, TOLERANCES[torch.float32])
 

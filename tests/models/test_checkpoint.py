@@ -1,6 +1,9 @@
 """Every published form of a Wan checkpoint is the same model; anything else is one sentence."""
 
+import dataclasses
 import json
+import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from linvideo_core.models.attention_sites import shapes_of
+from linvideo_core.models.base_weights import weights_digest
 from linvideo_core.models.checkpoint import from_diffusers, load_wan, official_names, open_wan
+from linvideo_core.models.families import identify
+from linvideo_core.models.quantized import Float8Linear
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import load_teacher
 
 Tensors = dict[str, Tensor]
 STEM = "diffusion_pytorch_model"
@@ -147,10 +156,11 @@ def test_loading_keeps_no_second_copy_of_a_file_that_needs_no_cast(
     wan: WanModel, tmp_path: Path
 ) -> None:
     path = find_single(tmp_path, as_official(wan))
-    mapped = {t.data_ptr() for t in load_wan(path).parameters()}
-    size = path.stat().st_size
-    # All lie within one mapping of the file, not in memory of their own.
-    assert max(mapped) - min(mapped) < size
+    model = load_wan(path)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [[int(x, 16) for x in m[0].split("-")] for m in maps if m[-1] == str(path)]
+    for name, parameter in model.named_parameters():
+        assert any(low <= parameter.data_ptr() < high for low, high in spans), name
 
 
 def _remove(*numbers: int) -> Callable[[Path], None]:
@@ -212,16 +222,136 @@ def test_a_folder_of_two_experts_asks_for_one(wan: WanModel, tmp_path: Path) -> 
             open_wan(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
-def test_a_quantised_file_is_refused_before_it_is_read(
-    dtype: torch.dtype, wan: WanModel, tmp_path: Path
+FP8 = torch.float8_e4m3fn
+MATRIX = re.compile(r"(.*\.)?blocks\..*\.weight")
+
+
+def as_fp8(
+    tensors: Tensors, scale: str, dtype: torch.dtype = FP8, rows: int = 1
+) -> tuple[Tensors, Tensors]:
+    """Return a checkpoint whose blocks' matrices are fp8, and what it stands for.
+
+    scale: the name of a scale beside its weight; "": none. rows: 1 for one scale a tensor.
+    """
+    stored, meant = dict(tensors), dict(tensors)
+    for name in (n for n, t in tensors.items() if MATRIX.fullmatch(n) and t.ndim == 2):
+        stem, count = name.removesuffix("weight"), rows and len(tensors[name])
+        factor = torch.linspace(0.003, 0.017, count).view(-1, 1) if count else torch.tensor(0.0123)
+        factor = factor if scale else torch.ones(())
+        stored[name] = (tensors[name] / factor).to(dtype)
+        meant[name] = stored[name].float() * factor
+        if scale:
+            stored[stem + scale] = factor
+            stored[stem + scale.replace("weight", "input")] = torch.ones(())
+    return stored, meant
+
+
+FP8_FORMS: dict[str, Callable[[Tensors], tuple[Tensors, Tensors]]] = {
+    "e4m3": lambda tensors: as_fp8(tensors, ""),
+    "e5m2": lambda tensors: as_fp8(tensors, "", torch.float8_e5m2),
+    "scaled, first naming": lambda tensors: as_fp8(tensors, "scale_weight", rows=0),
+    "scaled, second naming": lambda tensors: as_fp8(tensors, "weight_scale", rows=0),
+    "scaled by row": lambda tensors: as_fp8(tensors, "weight_scale"),
+    "scaled e5m2": lambda tensors: as_fp8(tensors, "scale_weight", torch.float8_e5m2, rows=0),
+}
+MARKERS = {
+    "model.diffusion_model.scaled_fp8": torch.zeros(2, dtype=FP8),
+    "model.diffusion_model.blocks.0.self_attn.q.comfy_quant": torch.zeros(9, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("form", FP8_FORMS)
+def test_fp8_checkpoints_are_the_model_that_they_stand_for(
+    form: str, wan: WanModel, inputs: tuple[Tensor, ...], tmp_path: Path
 ) -> None:
+    stored, meant = FP8_FORMS[form](as_comfyui(wan))
+    path = find_single(tmp_path, stored | MARKERS)
+    assert any(t.itemsize == 1 for t in stored.values())
+    wan.load_state_dict({name: meant[f"model.diffusion_model.{name}"] for name in wan.state_dict()})
+    loaded = load_wan(path)
+    torch.testing.assert_close(loaded(*inputs), wan(*inputs), rtol=0, atol=0)
+    _, sites = identify(shapes_of(wan))
+    assert weights_digest(loaded, sites) == weights_digest(wan, sites)
+    for name, parameter in load_wan(path, frozen="bf16").named_parameters():
+        assert torch.equal(parameter, wan.get_parameter(name).bfloat16()), name
+
+
+@pytest.mark.parametrize("form", [form for form in FP8_FORMS if "e5m2" not in form])
+def test_fp8_that_is_held_as_fp8_is_rounded_no_second_time(
+    form: str, wan: WanModel, inputs: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    stored, meant = FP8_FORMS[form](as_official(wan))
+    held = load_wan(find_single(tmp_path, stored), frozen="fp8").requires_grad_(False)
+    layers = {n: m for n, m in held.named_modules() if isinstance(m, Float8Linear)}
+    assert len(layers) == 10 * wan.config.num_layers
+    for name, layer in layers.items():
+        wide = layer.weight.float() * layer.scale
+        assert torch.equal(wide, meant[f"{name}.weight"]), name
+        x = torch.randn(3, layer.in_features, requires_grad=True)
+        expected = (x.bfloat16() @ wide.bfloat16().T).float() + layer.bias.float()
+        found = layer(x.bfloat16())
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+        found.sum().backward()
+        torch.testing.assert_close(x.grad, wide.sum(0).expand(3, -1), rtol=0.02, atol=0.05)
+        if "scaled" in form:
+            assert torch.equal(
+                layer.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8)
+            )
+    wan.load_state_dict(meant)
+    expected = wan.requires_grad_(False)(*inputs)
+    assert (held(*inputs) - expected).norm() <= 0.02 * expected.norm()
+
+
+QUANTISED = {
+    "int8": (torch.int8, (), torch.float32),
+    "4-bit form such as nvfp4": (torch.uint8, (128, 8), FP8),
+    "mxfp8": (FP8, (128, 4), torch.uint8),
+}
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_other_quantised_files_are_named_and_refused_before_they_are_read(
+    form: str, wan: WanModel, tmp_path: Path
+) -> None:
+    dtype, scale_shape, scale_dtype = QUANTISED[form]
     tensors = as_comfyui(wan)
     name = "model.diffusion_model.blocks.0.self_attn.q.weight"
     tensors[name] = tensors[name].to(dtype)
-    tensors[name.replace("weight", "scale_weight")] = torch.ones(())
-    with pytest.raises(ValueError, match="a quantised model; give the fp16, bf16 or fp32"):
+    tensors[f"{name}_scale"] = torch.zeros(scale_shape).to(scale_dtype)
+    words = f"q.weight is stored in.*{form}.*give the fp16.*inside ComfyUI, with LinVideo Linearize"
+    with pytest.raises(ValueError, match=words) as caught:
         open_wan(find_single(tmp_path, tensors))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_larger_than_the_computers_memory_is_opened_and_read_tensor_by_tensor(
+    tmp_path: Path,
+) -> None:
+    config = WanConfig(dim=25600, num_heads=200, num_layers=16, ffn_dim=96)
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(config))
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 8 * math.prod(shape)
+        header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        file.seek(8 + len(text) + header["blocks.3.norm3.bias"]["data_offsets"][0])
+        file.write(torch.arange(25600, dtype=torch.float64).numpy().tobytes())
+    assert end > 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    checkpoint = open_wan(path)
+    assert checkpoint.config == config
+    model = checkpoint.load(under=["blocks.3.norm3."])
+    assert torch.equal(model.blocks[3].norm3.bias, torch.arange(25600.0))
+    prompts = {"prompt_embeds": torch.ones(1, 1, 4096), "negative_embeds": torch.ones(1, 4096)}
+    save_file(prompts, tmp_path / "prompts.safetensors")
+    teacher = TeacherConfig(model=path, prompts=tmp_path / "prompts.safetensors")
+    with pytest.raises(ValueError, match=r"free memory .*the model while it is read") as caught:
+        load_teacher(teacher)
+    assert "--frozen fp8" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".bin", ".gguf"])
@@ -232,14 +362,65 @@ def test_pickles_and_gguf_are_refused_unread(suffix: str, tmp_path: Path) -> Non
         open_wan(path)
 
 
-def test_image_to_video_says_where_it_can_be_trained(wan: WanModel, tmp_path: Path) -> None:
-    tensors = as_official(wan)
-    tensors["patch_embedding.weight"] = torch.zeros(128, 36, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"36 channels in, 4 out.*run the transfer now"):
-        open_wan(find_single(tmp_path, tensors))
-    theirs = as_diffusers(wan) | {"condition_embedder.image_embedder.norm1.bias": torch.zeros(3)}
-    with pytest.raises(ValueError, match="Wan image-to-video checkpoint"):
-        open_wan(find_single(tmp_path, theirs))
+def diffusers_image_names(num_layers: int) -> dict[str, str]:
+    """Return what diffusers' image-to-video models have beside `diffusers_names`, and our names."""
+    embedder = {"norm1": 0, "ff.net.0.proj": 1, "ff.net.2": 3, "norm2": 4}
+    layers = {
+        f"condition_embedder.image_embedder.{n}": f"img_emb.proj.{i}" for n, i in embedder.items()
+    }
+    names = {}
+    for block in (f"blocks.{i}" for i in range(num_layers)):
+        layers |= {f"{block}.attn2.add_{x}_proj": f"{block}.cross_attn.{x}_img" for x in "kv"}
+        norm = "cross_attn.norm_k_img.weight"
+        names[f"{block}.attn2.norm_added_k.weight"] = f"{block}.{norm}"
+    return names | {f"{n}.{x}": f"{o}.{x}" for n, o in layers.items() for x in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("image_dim", [1280, 0])
+def test_image_to_video_checkpoints_are_read_in_official_and_diffusers_naming(
+    image_dim: int, wan: WanModel, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(wan.config, in_channels=12, image_dim=image_dim)
+    model = WanModel(config)
+    official = as_official(model)
+    theirs = {n: official[from_diffusers(n)] for n in diffusers_names(config.num_layers)}
+    if image_dim:
+        names = diffusers_image_names(config.num_layers)
+        assert {n: from_diffusers(n) for n in names} == names
+        theirs |= {name: official[ours] for name, ours in names.items()}
+        theirs["blocks.0.attn2.norm_added_q.weight"] = torch.ones(128)
+    for tensors in (official, theirs):
+        loaded = load_wan(find_single(tmp_path, tensors))
+        assert loaded.config == config
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, official[name]), name
+
+
+VARIANTS = {
+    "vace_patch_embedding.weight": "VACE",
+    "control_adapter.conv.weight": "camera control",
+    "casual_audio_encoder.encoder.final_linear.weight": "speech-to-video",
+    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+    "face_adapter.fuser_blocks.0.k_norm.weight": "Animate",
+    "patch_embedding_mask.weight": "SCAIL 2",
+    "patch_embedding_pose.weight": "SCAIL",
+    "patch_embedding_global.weight": "WanDancer",
+    "ref_conv.weight": "Fun control with a reference image",
+    "img_emb.emb_pos": "first-and-last-frame",
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_other_variant_is_named_and_says_where_it_can_be_trained(
+    name: str, prefix: str, wan: WanModel, tmp_path: Path
+) -> None:
+    tensors = as_official(wan) | {name: torch.zeros(1)}
+    path = find_single(tmp_path, {prefix + n: tensor for n, tensor in tensors.items()})
+    words = f"a Wan {re.escape(VARIANTS[name])}.* checkpoint was given; .*run the transfer now"
+    with pytest.raises(ValueError, match=words) as caught:
+        open_wan(path)
+    assert "\n" not in str(caught.value)
 
 
 STRANGERS = {
@@ -268,9 +449,11 @@ def update(name: str, *shape: int) -> Callable[[Tensors], object]:
 
 
 CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "2.1 image-to-video": (update("img_emb.proj.0.bias", 3), "image-to-video"),
-    "2.2 image-to-video": (update("patch_embedding.weight", 128, 9, 1, 2, 2), "image-to-video"),
-    "VACE": (update("vace_blocks.0.bias", 3), "VACE"),
+    "control": (
+        update("patch_embedding.weight", 128, 9, 1, 2, 2),
+        "control .*9 channels in, 4 out",
+    ),
+    "half an image embedder": (update("img_emb.proj.0.bias", 3), "img_emb.proj.0.bias"),
     "a missing tensor": (lambda t: t.pop("blocks.1.ffn.0.bias"), "blocks.1.ffn.0.bias"),
     "a missing layer": (
         lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.1.")],

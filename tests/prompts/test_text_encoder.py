@@ -90,6 +90,34 @@ def single(
     return path
 
 
+def round_to_fp8(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights as ComfyUI's fp8_scaled file holds them, and what they stand for."""
+    stored = tensors | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    meant = dict(tensors)
+    for name in (n for n in tensors if "SelfAttention" in n or "DenseReluDense" in n):
+        if "relative_attention_bias" in name:
+            continue
+        scale = tensors[name].abs().max() / 448
+        stored[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        stored[name.replace("weight", "scale_weight")] = scale
+        meant[name] = stored[name].float() * scale
+    return stored, meant
+
+
+def test_comfyuis_fp8_scaled_file_is_the_encoder_that_it_stands_for(
+    sentencepiece_model: Path, single: Path, tmp_path: Path
+) -> None:
+    umt5 = make_umt5(d_model=TEXT_DIM)
+    stored, meant = round_to_fp8(tensors_of(umt5))
+    umt5.load_state_dict(meant | {"encoder.embed_tokens.weight": meant["shared.weight"]})
+    path = tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    save_file(stored | {"spiece_model": load_file(single)["spiece_model"]}, path)
+    encoder = open_encoder(path)
+    tokens = cut(open_tokenizer(encoder.tokenizer)("a boat"))
+    with encoder.load("cpu") as embed:
+        torch.testing.assert_close(embed(tokens), as_wan_does(umt5, tokens), **TOLERANCE)
+
+
 def as_wan_does(umt5: nn.Module, tokens: list[int]) -> Tensor:
     """Return Wan's own way: padded to 512 with a mask, cut to the real length, zeros after."""
     ids = torch.zeros(1, MAX_TOKENS, dtype=torch.long)
@@ -227,8 +255,10 @@ def test_an_encoder_that_does_not_fit_is_refused_by_its_headers(
     assert "T5 is another encoder" in refuse(write("t5.safetensors", t5))
     assert "not a UMT5 encoder" in refuse(tmp_path / "wan.safetensors")
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    rounded = tensors | {name: tensors[name].to(torch.float8_e4m3fn)}
-    assert "F8_E4M3, a quantised encoder" in refuse(write("fp8.safetensors", rounded))
+    rounded = tensors | {name: tensors[name].to(torch.int8)}
+    assert "q.weight is stored in int8; give diffusers'" in refuse(
+        write("int8.safetensors", rounded)
+    )
     pieces = load_file(single)["spiece_model"]
     wide = tensors_of(make_umt5(d_model=24)) | {"spiece_model": pieces}
     assert "gives embeddings of width 24" in refuse(write("wide.safetensors", wide))

@@ -53,7 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, tensors in {
         "wan_5b": wide.state_dict(),
         "wan-00001-of-00003": weights,
-        "fp8": {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()},
+        "int8": {name: tensor.to(torch.int8) for name, tensor in weights.items()},
         "wide": {"prompt_embeds": embeds, "negative_embeds": embeds[0].clone()},
         "half": {"prompt_embeds": torch.zeros(3, 5, TEXT_DIM)},
     }.items():
@@ -216,7 +216,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
         "--text-encoder, --tokenizer or --negative-prompt was given without --model",
     ),
     "a shard without the others": ({"model": "wan-00001-of-00003.safetensors"}, "are missing"),
-    "a quantised model": ({"model": "fp8.safetensors"}, "F8_E4M3, a quantised model"),
+    "a quantised model": ({"model": "int8.safetensors"}, "is stored in int8; give the fp16, bf16"),
     "a boundary beyond all noise": ({"boundary": 2}, "--boundary 2.0 given"),
     "too little memory": ({"batch_size": 10**9}, "lower --batch-size"),
     "too little memory for the embedded model": (
