@@ -174,7 +174,7 @@ def test_what_draws_nothing_loads_neither_matplotlib_nor_the_text_encoder() -> N
             if tops & heavy or set(map(own, names)) & slow:
                 slow.add(module)
     plots = "linvideo_core.evaluate.plots"
-    drawing = {plots, *importers(plots)}
+    drawing = {plots, *importers(plots), *importers("linvideo_core.evaluate.videos")}
     assert plots in slow
     assert {m for m in slow - drawing if not m.endswith((".cli", ".command", ".__main__"))} == set()
 
