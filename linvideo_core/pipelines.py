@@ -84,7 +84,7 @@ def apply(
     strength: 0 to 2, scales the weight changes; the feature maps are as trained at any strength.
 
     After `close` the pipeline is bit for bit what it was, unless others changed the same weights in
-    between. LoRAs are loaded after the file; the pipeline may be moved, also by
+    between. LoRAs may be loaded before and after; the pipeline may be moved, also by
     `enable_model_cpu_offload`.
     Raises ArtifactError, leaving the pipeline as it was, where a file does not fit it.
     """
@@ -140,7 +140,8 @@ def _as_official(transformer: nn.Module) -> nn.Module:
     """Return modules that hold a transformer's own parameters under their official names."""
     model = nn.Module()
     for name, parameter in transformer.named_parameters():
-        *path, leaf = from_diffusers(name).split(".")
+        # A layer with a LoRA of peft's beside it keeps its own weight as its `base_layer`.
+        *path, leaf = from_diffusers(name.replace(".base_layer", "")).split(".")
         owner = model
         for part in path:
             if part not in owner._modules:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from linvideo_core import artifact
@@ -97,6 +98,27 @@ def test_each_expert_gets_its_own_file(
     with pytest.raises(ArtifactError, match="does not exist"):
         apply(pipeline, path, low_noise_path=tmp_path / "none.safetensors")
     assert all(torch.equal(run(model, inputs), plain) for model in both)
+
+
+@pytest.mark.parametrize("is_lora_first", [True, False])
+def test_it_stacks_with_a_lora_of_diffusers(
+    pipeline: SimpleNamespace, path: Path, inputs: Inputs, is_lora_first: bool
+) -> None:
+    transformer, twin = pipeline.transformer, pipeline.transformer_2
+    lora = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    with apply(SimpleNamespace(transformer=twin), path):
+        linear = run(twin, inputs)
+    if is_lora_first:
+        transformer.add_adapter(lora)
+    applied = apply(pipeline, path)
+    if not is_lora_first:
+        transformer.add_adapter(lora)
+    both = run(transformer, inputs)
+    transformer.disable_adapters()
+    assert torch.equal(run(transformer, inputs), linear)
+    assert (both - linear).norm() > 0.01 * linear.norm()
+    applied.close()
+    assert torch.equal(run(transformer, inputs), run(twin, inputs))
 
 
 def test_an_applied_file_moves_with_the_pipeline(
