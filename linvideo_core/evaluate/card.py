@@ -12,7 +12,7 @@ from ..run.tables import show_table
 
 CARD_NAME = "README.md"
 SAMPLES_NAMES = ("samples.gif", "samples.mp4")
-"""Of a comparison's videos: not decoded, and decoded."""
+"""Of a comparison's videos: in grey, and in colour."""
 PROJECT = "https://github.com/linvideo/linvideo"
 REPO = "YOU/REPO"
 """Stands for the repository that the files go into."""
@@ -85,7 +85,7 @@ def upload_commands(folder: Path, paths: list[Path]) -> str:
 
 def _describe_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> Iterator[str]:
     settings, rows = evaluation["settings"], evaluation["rows"]
-    frames = "decoded videos" if evaluation.get("is_decoded") else "videos that are not decoded"
+    frames = "decoded videos" if evaluation.get("is_decoded") else "the mean latent channel"
     yield (
         f"\n## Measured\n\n{settings['num_samples']} videos a model, {settings['steps']} steps of "
         f"Euler, guidance {settings['guidance_scale']:g}, shift {settings['shift']:g}; motion and "

@@ -47,6 +47,7 @@ class Comparison:
     frames: model -> uint8 [K, F, h, w], decoded by Wan's autoencoder [K, F, h, w, 3], of the first
         few samples, on the CPU; prompts: theirs.
     fps: frames a second at which videos play.
+    is_decoded: whether the frames are pixels, not the mean channel of latents.
     """
 
     settings: CompareConfig
@@ -55,6 +56,7 @@ class Comparison:
     frames: dict[str, Tensor]
     prompts: list[str]
     fps: int
+    is_decoded: bool
 
 
 def compare(
@@ -86,6 +88,7 @@ def compare(
         frames={"teacher": reference.frames},
         prompts=evaluator.prompts[:NUM_SHOWN],
         fps=find_fps(teacher),
+        is_decoded=teacher.is_demo or reference.frames.ndim == 5,
     )
     for name, context in students.items():
         with context as model:
@@ -302,15 +305,15 @@ def _with_both(
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     """Write the pictures, then evaluation.json; return what that holds.
 
-    samples.png; samples.gif, or samples.mp4 of decoded videos; velocity_error.png where velocities
-    were compared, steps.png where models took several numbers of steps. evaluation.json has
-    `settings`, `rows` and `velocity_rows`, as in `Comparison`, and whether videos were decoded.
+    samples.png; samples.gif, or samples.mp4 of videos in colour; velocity_error.png where
+    velocities were compared, steps.png where models took several numbers of steps. evaluation.json
+    has `settings`, `rows`, `velocity_rows` and `is_decoded`, as in `Comparison`.
     """
     frames = {_caption(name): clips for name, clips in comparison.frames.items()}
-    is_decoded = comparison.frames["teacher"].ndim == 5
+    is_colour = comparison.frames["teacher"].ndim == 5
     videos.save_strip(frames, comparison.prompts, folder / "samples.png")
-    speed = {"fps": comparison.fps} if is_decoded else {}
-    path = folder / SAMPLES_NAMES[is_decoded]
+    speed = {"fps": comparison.fps} if is_colour else {}
+    path = folder / SAMPLES_NAMES[is_colour]
     videos.save_animation(frames, comparison.prompts, path, **speed)
     if comparison.velocity_rows:
         rows = [row | {"model": _caption(row["model"])} for row in comparison.velocity_rows]
@@ -324,7 +327,7 @@ def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
         "settings": settings,
         "rows": comparison.rows,
         "velocity_rows": comparison.velocity_rows,
-        "is_decoded": is_decoded,
+        "is_decoded": comparison.is_decoded,
     }
     write_json(folder / EVALUATION_NAME, result)
     return result
