@@ -100,6 +100,12 @@ def retrained(config: TransferConfig = TRANSFER, **training: Any) -> TransferCon
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
 
 
+def transfer_pool(folder: Path, processes: ProcessGroup, device: str = "cpu", **how: Any) -> None:
+    """Learn from videos in flight, half of which the student moves."""
+    config = override(TRANSFER, {"states": "pool", "pool_videos": 8, "levels": "even"})
+    transfer(folder, processes, device, config=config, **how)
+
+
 def transfer_long(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     """Transfer in many steps, with many checkpoints."""
     rates = {"learning_rate": 1e-4, "map_learning_rate": 1e-4}
@@ -196,10 +202,11 @@ class StopOne(Callbacks):
 
 
 def stop_transfer(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
-    """Begin a transfer that its last process is asked to stop."""
+    """Begin a transfer from a pool that its last process is asked to stop."""
     is_last = processes.rank == processes.size - 1
+    callbacks = StopOne(processes.rank) if is_last else None
     try:
-        transfer(folder, processes, device, callbacks=StopOne(processes.rank) if is_last else None)
+        transfer_pool(folder, processes, device, callbacks=callbacks)
     except KeyboardInterrupt:
         return
     raise AssertionError("the transfer was not stopped")
@@ -211,7 +218,14 @@ def refuse(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:
     command.run(override(TransferConfig(), values), processes=processes)
 
 
-TRANSFERS = (transfer, transfer_long, transfer_rounded, transfer_all_weights, transfer_by_ranking)
+TRANSFERS = (
+    transfer,
+    transfer_pool,
+    transfer_long,
+    transfer_rounded,
+    transfer_all_weights,
+    transfer_by_ranking,
+)
 OTHERS = (distil, distil_one_video_each, share_one_copy, stop_transfer, refuse)
 SCENARIOS: dict[str, Callable[..., None]] = {run.__name__: run for run in (*TRANSFERS, *OTHERS)}
 

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 from .. import artifact as artifact_files
-from ..artifact import Artifact
 from ..evaluate import plots
 from ..evaluate.autoencoder import find_autoencoder, with_decoder
 from ..evaluate.card import CARD_NAME, SAMPLES_NAMES, write_card
@@ -16,11 +15,10 @@ from ..evaluate.compare import (
     name_of,
     save_comparison,
 )
-from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..run.folder import open_run, read_metrics
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
-from ..teacher.teacher import TeacherCheckpoint, open_teacher
+from ..teacher.teacher import open_teacher
 from ..transfer.command import (
     FREE_FIELDS,
     begin_run,
@@ -30,9 +28,10 @@ from ..transfer.command import (
     run_with_bars,
     show_results,
 )
-from ..transfer.preflight import check_footprint, count_maps, count_weights
+from ..transfer.config import TRAINING_NAME
 from .config import ARTIFACT_NAME, DistillConfig
 from .pipeline import distill
+from .preflight import check_distillation, forecast
 from .task import make_student
 
 logger = logging.getLogger(__name__)
@@ -70,16 +69,18 @@ def run(
     first = load_linearized(config.artifact)
     autoencoder = find_autoencoder(config.evaluation.vae, config.teacher.model)
     found = open_teacher(config.teacher)
-    check_distillation(found, config, first, run.device, run.precision, processes.size)
+    footprint = check_distillation(found, config, first, run.device, run.precision, processes.size)
     with processes.in_turn():
         teacher = found.load(run).to(run.device)
     if not is_made(config.out, [path]):
+        if not (config.out / TRAINING_NAME).exists():
+            forecast(teacher, config, run, footprint)
         with make_student(teacher, first, config.distillation, seed=config.seed) as student:
             with processes.in_turn():
                 open_run(config.out, config, ignore=FREE_FIELDS)
             artifact_files.warn_of_other_weights(first, teacher.model)
             distill(student, teacher, first, config, run)
-    metrics_path = config.out / "training" / "metrics.jsonl"
+    metrics_path = config.out / TRAINING_NAME / "metrics.jsonl"
     if processes.is_first and metrics_path.exists():
         plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
     if processes.destroy() and not is_evaluated(config.evaluation, config.out):
@@ -91,38 +92,6 @@ def run(
         comparison = compare_few_step(teacher, first, {name_of(made): made}, settings, **how)
         write_card(config.out, {path: made}, save_comparison(comparison, config.out))
     return path
-
-
-def check_distillation(
-    checkpoint: TeacherCheckpoint,
-    config: DistillConfig,
-    first: Artifact,
-    device: str,
-    precision: str,
-    num_processes: int = 1,
-) -> None:
-    """Raise ValueError, in one sentence, where a file of this teacher cannot be distilled.
-
-    By headers and arithmetic alone, before anything long begins.
-    """
-    distillation = config.distillation
-    linear = artifact_files.check(first, checkpoint.shapes)
-    family, _ = identify(checkpoint.shapes)
-    rank = max(distillation.lora_rank, first.header.lora_rank)
-    changes = count_weights(checkpoint, family, distillation.parameters, rank)
-    ratio = first.header.feature_dim // linear[0].head_dim
-    check_footprint(
-        checkpoint,
-        config,
-        device,
-        precision,
-        num_trained=sum(count_maps(site, ratio) for site in linear) + 2 * changes,
-        # The student's loss and the critic's go backward together.
-        num_graphs=2,
-        all_trained=distillation.parameters == "full",
-        num_processes=num_processes,
-        may_offload=num_processes == 1,
-    )
 
 
 def summarize(config: DistillConfig) -> str:

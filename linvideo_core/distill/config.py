@@ -9,7 +9,12 @@ from ..run.devices import device_option, precision_option
 from ..run.errors import SettingError
 from ..teacher.config import TeacherConfig, TrajectoryConfig
 from ..training.config import TrainingConfig
-from ..transfer.config import EvaluationConfig, WarmStartConfig, check_frozen_weights
+from ..transfer.config import (
+    EvaluationConfig,
+    RecipeConfig,
+    WarmStartConfig,
+    check_frozen_weights,
+)
 
 ARTIFACT_NAME = "distilled.safetensors"
 
@@ -26,11 +31,11 @@ class DistillationConfig:
     critic_steps: int = option(5, "critic updates for each update of the student")
     critic_learning_rate: float = option(2e-4, "peak learning rate of the critic")
     real_guidance_scale: float = option(
-        DEMO_GUIDANCE_SCALE, "guidance baked in: of the real score, u + scale (c - u)"
+        DEMO_GUIDANCE_SCALE / 2, "guidance baked in: of the real score, u + scale (c - u)"
     )
     motion_weight: float = option(0.0, "weight of a loss that holds motion at the teacher's")
     regression_weight: float = option(
-        0.0, "weight of a loss that leads stored states to the teacher's own videos"
+        1.0, "weight of a loss that leads stored states to the teacher's own videos"
     )
 
     def __post_init__(self) -> None:
@@ -53,6 +58,7 @@ class DistillConfig:
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
     single_stage: bool = option(
         False, "take only the choice of layers from the file: linearize and distil at once"
@@ -63,18 +69,24 @@ class DistillConfig:
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
-        if self.training.batch_size < self.distillation.num_steps:
+        num_samples = self.training.batch_size * self.training.accumulation
+        if num_samples < self.distillation.num_steps:
             raise SettingError(
-                f"{{batch_size}} {self.training.batch_size} given; {{num_steps}} "
-                f"{self.distillation.num_steps} or more is needed, a video for each step",
+                f"{{batch_size}} {self.training.batch_size} and {{accumulation}} "
+                f"{self.training.accumulation} given; together {{num_steps}} "
+                f"{self.distillation.num_steps} or more are needed, a video for each step",
                 "batch_size",
+                "accumulation",
                 "num_steps",
             )
-        if self.teacher.model is not None and self.artifact is None:
-            raise SettingError(
-                "{model} was given without {artifact}; give the file made for it",
-                "artifact",
-                "model",
-            )
+        check_artifact(self.teacher.model, self.artifact)
         by = "parameters" if self.distillation.parameters == "full" else ""
         check_frozen_weights(self.teacher.frozen_weights, self.training, by)
+
+
+def check_artifact(model: Path | None, artifact: Path | None) -> None:
+    """Raise SettingError for a model of one's own without a file that was made for it."""
+    if model is not None and artifact is None:
+        raise SettingError(
+            "{model} was given without {artifact}; give the file made for it", "artifact", "model"
+        )

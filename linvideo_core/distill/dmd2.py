@@ -31,11 +31,11 @@ _TINY = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One process's rows of what is random in sampling a batch up to each row's exit.
+    """One process's rows of what is random in sampling a part of a batch up to each row's exit.
 
     prompt: [B] int64. exits: [B] int64 on the CPU, falling, the step at which each row leaves.
-    noise: [B, C, F, H, W]. fresh: for each step that some row of the whole batch goes beyond, the
-        noise [n, C, F, H, W] of this process's first n rows, which do.
+    noise: [B, C, F, H, W]. fresh: for each step that some row of the part, in any process, goes
+        beyond, the noise [n, C, F, H, W] of this process's first n rows, which do.
     """
 
     prompt: Tensor
@@ -54,27 +54,44 @@ def draw_exits(num_samples: int, num_steps: int, generator: torch.Generator) -> 
     return exits.sort(descending=True).values
 
 
-def draw_rollout(
+def draw_rollouts(
     prompt: Tensor,
     exits: Tensor,
     shape: tuple[int, ...],
     on_device: torch.Generator,
+    num_parts: int = 1,
     processes: ProcessGroup = SINGLE_PROCESS,
-) -> Rollout:
-    """Draw the noise of a whole batch; return this process's rows.
+) -> list[Rollout]:
+    """Draw the noise of a whole batch; return this process's rows of each part of `split`.
 
     prompt, exits: [B] of the whole batch; shape: of one row's latents.
     on_device: a generator on the device; noise is drawn as `sample_few_step` draws it.
     """
 
-    def draw(rows: int) -> Tensor:
+    def draw(rows: int) -> list[Tensor]:
         device = on_device.device
-        return processes.share(torch.randn(rows, *shape, generator=on_device, device=device))
+        noise = torch.randn(rows, *shape, generator=on_device, device=device)
+        return split(noise, num_parts, processes)
 
     noise = draw(len(exits))
     fresh = [draw(int((exits > step).sum())) for step in range(int(exits[0]))]
-    share = processes.share
-    return Rollout(prompt=share(prompt), exits=share(exits), noise=noise, fresh=fresh)
+    own_prompt, own_exits = (split(rows, num_parts, processes) for rows in (prompt, exits))
+    return [
+        Rollout(
+            prompt=own_prompt[part],
+            exits=own_exits[part],
+            noise=noise[part],
+            # The first row of a part, in the first process, leaves last.
+            fresh=[each[part] for each in fresh[: int(exits[part * processes.size])]],
+        )
+        for part in range(num_parts)
+    ]
+
+
+def split(whole: Tensor, num_parts: int, processes: ProcessGroup) -> list[Tensor]:
+    """Return this process's rows of a batch [B, ...] in parts: every `num_parts`-th of them."""
+    own = processes.share(whole)
+    return [own[part::num_parts] for part in range(num_parts)]
 
 
 @torch.no_grad()
@@ -145,6 +162,16 @@ def regression_loss(x0: Tensor, ending: Tensor) -> Tensor:
     the distance in latents).
     """
     return (x0.float() - ending.float()).abs().mean()
+
+
+def motion_loss(own: Tensor, whole: Tensor) -> Tensor:
+    """Return `log(whole)^2`, which is 0 where videos move as much as the teacher's.
+
+    own: motion of a part of a batch over the teacher's, a scalar. whole: that of all of the batch,
+        the mean over its parts, without a gradient. The mean over the parts of this loss has the
+        gradient of `log(mean of own)^2`, although no part knows the others'.
+    """
+    return whole.log().square() + 2 * whole.log() / whole * (own - own.detach())
 
 
 def critic_loss(fake_velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..run.context import Run
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, collect, find_usage
 from ..training.trainer import fit
+from ..transfer.config import TRAINING_NAME, WARM_START_NAME
 from ..transfer.pipeline import provenance
 from ..transfer.student import Student, accelerated
 from ..transfer.warm_start import fit_feature_maps
@@ -54,7 +55,7 @@ def distill(
             trajectories,
             config.warm_start,
             config.training,
-            run.below("warm_start"),
+            run.below(WARM_START_NAME),
             prompt_dropout=0.0,
         )
     else:
@@ -99,7 +100,7 @@ def _train(
     )
     try:
         with accelerated(task.models, student, config.training, run):
-            where = run.below("training")
+            where = run.below(TRAINING_NAME)
             fit(task, config.training, where, stage="distillation", monitor=TrainingMonitor())
     finally:
         task.remove_critic()

@@ -8,6 +8,8 @@ With LoRA all three are one model: the student's changes are on, none are, or th
 
 import contextlib
 import copy
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from ..run.context import Run
 from ..run.errors import SettingError
 from ..teacher.teacher import Teacher
 from ..training.config import TrainingConfig
-from ..training.trainer import ParameterGroup
+from ..training.trainer import ParameterGroup, Task
 from ..transfer.config import StudentConfig
 from ..transfer.student import Student
 from ..transfer.warm_start import feature_maps
@@ -81,8 +83,34 @@ def start_from(student: Student, artifact: Artifact) -> None:
             layer.lora.up[:, : len(down)] = up
 
 
-class DistillationTask:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One process's rows of a part of a step's batch.
+
+    prompt: [B] int64. exits: [B] int64 on the CPU, the step at which each row left the sampler.
+    latents, exit_sigma: [B, C, F, H, W] and [B], where the student makes its videos from.
+    x0: [B, C, F, H, W], these videos; without a gradient.
+    noise, sigma: [B, C, F, H, W] and [B], where scores are compared.
+    picks: [B] int64, the states that are regressed to their endings; None: none are.
+    """
+
+    prompt: Tensor
+    exits: Tensor
+    latents: Tensor
+    exit_sigma: Tensor
+    x0: Tensor
+    noise: Tensor
+    sigma: Tensor
+    picks: Tensor | None
+
+
+class DistillationTask(Task):
     """The task: a critic update at each step, and in its turn one of the student.
+
+    A step's batch, `batch_size` times `accumulation` videos, is drawn whole and computed in as many
+    parts as `accumulation` says. What depends on all of it (the steps at which videos leave the
+    sampler, how varied they are, how much they move) is of the whole batch: losses and gradients
+    are those of a single pass.
 
     models: all that a step calls, each once.
     """
@@ -152,33 +180,57 @@ class DistillationTask:
             ParameterGroup(self.critic_weights, critic_rate, betas=_BETAS, network="critic"),
         ]
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        """Return the critic's loss, plus the student's at every `critic_steps`-th step."""
-        is_generator_turn = step % self.config.critic_steps == 0
-        rollout, on_device = self._draw_rollout(generator)
-        prompt_embeds = self.teacher.prompt_embeds[rollout.prompt.to(rollout.noise.device)]
-        latents = dmd2.simulate_backward(
-            lambda count: self._bind(self.student.model, prompt_embeds[:count]),
-            rollout,
-            self.sigmas,
-        )
-        sigma = self.sigmas[rollout.exits].to(latents.device)
-        if is_generator_turn:
-            x0, losses = self._learn(latents, sigma, prompt_embeds, generator)
-        else:
-            with torch.no_grad():
-                x0 = self._predict(latents, sigma, prompt_embeds)
-        B, share = self.training.batch_size, self.processes.share
-        sigma = share(dmd2.draw_score_sigma(B, self.shift, on_device))
-        noise = share(torch.randn(B, *x0.shape[1:], generator=on_device, device=x0.device))
-        noisy = add_noise(x0.detach(), noise, sigma)
+    def losses(
+        self, step: int, generator: torch.Generator, accumulation: int
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield the losses of a step, each of one network's pass over a part of the batch.
+
+        The critic learns from every part, the student at every `critic_steps`-th step.
+        """
+        is_students_turn = step % self.config.critic_steps == 0
+        parts = self._draw(generator, accumulation, is_students_turn)
+        x0 = torch.cat([part.x0 for part in parts])
+        metrics = self._compare(x0, torch.cat([part.exits for part in parts]))
+        motion = self._motion_ratio(x0)
+        weights = {"motion": self.config.motion_weight, "regression": self.config.regression_weight}
+        for part in parts:
+            for terms in self._passes(part, motion, is_students_turn):
+                for name, loss in terms.items():
+                    key = f"{name}_loss"
+                    metrics[key] = metrics.get(key, 0) + loss.detach() / accumulation
+                total = sum(weights.get(name, 1.0) * loss for name, loss in terms.items())
+                yield total / accumulation, metrics
+
+    def _passes(
+        self, part: Part, motion: Tensor, is_students_turn: bool
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the losses of each pass over a part, by name; motion: see `dmd2.motion_loss`."""
+        prompt_embeds = self.teacher.prompt_embeds[part.prompt]
+        noisy = add_noise(part.x0, part.noise, part.sigma)
         with self._as_critic():
-            fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, sigma)
-        critic_loss = dmd2.critic_loss(fake_velocity, x0, noise)
-        metrics = {"critic_loss": critic_loss.detach(), **self._compare(x0.detach(), rollout.exits)}
-        if not is_generator_turn:
-            return critic_loss, metrics
-        with torch.no_grad(), self.student.disabled():
+            fake_velocity = self._bind(self.critic, prompt_embeds)(noisy, part.sigma)
+        yield {"critic": dmd2.critic_loss(fake_velocity, part.x0, part.noise)}
+        if not is_students_turn:
+            return
+        real_velocity = self._ask_teacher(noisy, part.sigma, prompt_embeds)
+        push = dmd2.distribution_push(part.x0, noisy, part.sigma, real_velocity, fake_velocity)
+        del fake_velocity, real_velocity
+        # The same x0 once more, now with a gradient, when the critic's activations are gone.
+        x0 = self._predict(part.latents, part.exit_sigma, prompt_embeds)
+        losses = {"generator": dmd2.generator_loss(x0, push)}
+        if self.config.motion_weight and self.statistics.motion:
+            own = motion_of(x0) / self.statistics.motion
+            losses["motion"] = dmd2.motion_loss(own, motion)
+        yield losses
+        if part.picks is not None:
+            states, sigma, ending = self.endpoints.take(part.picks, x0.device)
+            found = self._predict(states.latents, sigma, self.teacher.prompt_embeds[states.prompt])
+            yield {"regression": dmd2.regression_loss(found, ending)}
+
+    @torch.no_grad()
+    def _ask_teacher(self, noisy: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return the real score's velocity, guided."""
+        with self.student.disabled():
             guided = bind_guided(
                 self.teacher.model,
                 prompt_embeds,
@@ -186,13 +238,7 @@ class DistillationTask:
                 self.config.real_guidance_scale,
                 precision=self.precision,
             )
-            real_velocity = guided(noisy, sigma)
-        push = dmd2.distribution_push(x0, noisy, sigma, real_velocity, fake_velocity)
-        losses["generator"] = dmd2.generator_loss(x0, push)
-        metrics |= {f"{name}_loss": loss.detach() for name, loss in losses.items()}
-        weights = {"generator": 1.0, "motion": self.config.motion_weight}
-        weights["regression"] = self.config.regression_weight
-        return critic_loss + sum(weights[name] * loss for name, loss in losses.items()), metrics
+            return guided(noisy, sigma)
 
     @contextlib.contextmanager
     def _as_critic(self) -> Iterator[None]:
@@ -201,50 +247,58 @@ class DistillationTask:
         with self.student.disabled(), lora.switched(enabled):
             yield
 
-    def _draw_rollout(self, generator: torch.Generator) -> tuple[dmd2.Rollout, torch.Generator]:
-        """Draw random prompts, exits and noise; return a generator on the device, too."""
-        device = self.teacher.prompt_embeds.device
-        B = self.training.batch_size
+    def _draw(
+        self, generator: torch.Generator, num_parts: int, is_students_turn: bool
+    ) -> list[Part]:
+        """Draw a step's whole batch; return this process's rows of its parts, sampled."""
+        device, shape = self.teacher.prompt_embeds.device, self.teacher.latent_shape
+        B = self.training.batch_size * num_parts
         prompt = torch.randint(len(self.teacher.prompts), (B,), generator=generator)
         exits = dmd2.draw_exits(B, self.config.num_steps, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         # A GPU draws a batch's noise in no time; a CPU would take longer than the model.
         on_device = torch.Generator(device).manual_seed(seed)
-        shape = self.teacher.latent_shape
-        return dmd2.draw_rollout(prompt, exits, shape, on_device, self.processes), on_device
+        own = functools.partial(dmd2.split, num_parts=num_parts, processes=self.processes)
+        rollouts = dmd2.draw_rollouts(prompt, exits, shape, on_device, num_parts, self.processes)
+        sigmas = own(dmd2.draw_score_sigma(B, self.shift, on_device))
+        noises = own(torch.randn(B, *shape, generator=on_device, device=device))
+        picks: list[Tensor | None] = [None] * num_parts
+        if is_students_turn and self.endpoints is not None:
+            picks = own(self.endpoints.pick(B, generator))
+        rows = zip(rollouts, sigmas, noises, picks, strict=True)
+        return [self._sample(r, sigma=s, noise=n, picks=p) for r, s, n, p in rows]
+
+    @torch.no_grad()
+    def _sample(self, rollout: dmd2.Rollout, **scored_at: Tensor | None) -> Part:
+        """Sample a part's rows up to their exits, and their videos from there."""
+        prompt = rollout.prompt.to(rollout.noise.device)
+        prompt_embeds = self.teacher.prompt_embeds[prompt]
+        latents = dmd2.simulate_backward(
+            lambda count: self._bind(self.student.model, prompt_embeds[:count]),
+            rollout,
+            self.sigmas,
+        )
+        sigma = self.sigmas[rollout.exits].to(latents.device)
+        return Part(
+            prompt=prompt,
+            exits=rollout.exits,
+            latents=latents,
+            exit_sigma=sigma,
+            x0=self._predict(latents, sigma, prompt_embeds),
+            **scored_at,
+        )
 
     def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
         return velocity_to_x0(latents, velocity, sigma)
 
-    def _learn(
-        self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return x0 with a gradient, and the losses that need no score.
-
-        States that are regressed to their endpoints join the same call of the student.
-        """
-        B, losses = len(latents), {}
-        if self.endpoints is not None:
-            picks = self.processes.share(self.endpoints.pick(self.training.batch_size, generator))
-            states, levels, wanted = self.endpoints.take(picks, latents.device)
-            latents, sigma = torch.cat([latents, states.latents]), torch.cat([sigma, levels])
-            prompt_embeds = torch.cat([prompt_embeds, self.teacher.prompt_embeds[states.prompt]])
-        predicted = self._predict(latents, sigma, prompt_embeds)
-        x0 = predicted[:B]
-        if self.endpoints is not None:
-            losses["regression"] = dmd2.regression_loss(predicted[B:], wanted)
-        if self.config.motion_weight:
-            losses["motion"] = self._motion_ratio(x0).log().square()
-        return x0, losses
-
     def _compare(self, x0: Tensor, exits: Tensor) -> dict[str, Tensor]:
         """Return what of the teacher's variety all x0 have, and of its motion the last step's."""
-        count = int((exits == self.config.num_steps - 1).sum())
         spread = self.processes.std(x0.float()).mean()
+        is_last = exits == self.config.num_steps - 1
         return {
             "spread_ratio": spread / self.statistics.spread,
-            "motion_ratio": self._motion_ratio(x0[:count]),
+            "motion_ratio": self._motion_ratio(x0[is_last]),
         }
 
     def _motion_ratio(self, x0: Tensor) -> Tensor:
@@ -258,13 +312,3 @@ class DistillationTask:
 
     def _bind(self, model: nn.Module, prompt_embeds: Tensor) -> VelocityFn:
         return bind(model, prompt_embeds, precision=self.precision)
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows a step."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing but the parameters must survive a restart."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""

@@ -5,7 +5,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..flow import guide, velocity_to_x0
 from ..run.errors import SettingError
 from ..teacher.trajectories import States, Trajectories
 
@@ -53,29 +52,16 @@ class Endpoints:
         """Return states, their noise levels [B], and the videos x0 [B, C, F, H, W]."""
         states = self.trajectories.take(picks, device)
         sigma = self.trajectories.sigmas.to(device)[states.step]
-        return states, sigma, end_of(self.trajectories, picks, device)
+        return states, sigma, self.trajectories.take_ends(picks, device)
 
 
 def measure_statistics(trajectories: Trajectories) -> TeacherStatistics:
     """Measure the videos at the ends of all stored trajectories."""
     picks = torch.arange(0, len(trajectories), trajectories.states_per_trajectory)
-    videos = end_of(trajectories, picks, "cpu")
+    videos = trajectories.take_ends(picks, "cpu")
     return TeacherStatistics(
         spread=videos.std(dim=0).mean().item(), motion=motion_of(videos).item()
     )
-
-
-def end_of(trajectories: Trajectories, picks: Tensor, device: torch.device | str) -> Tensor:
-    """Return the video x0 [B, C, F, H, W] where the trajectories of the states `picks` [B] end.
-
-    It is the guided clean estimate at the last stored state, which lies near the end.
-    """
-    per_video = trajectories.states_per_trajectory
-    last = picks // per_video * per_video + per_video - 1
-    states = trajectories.take(last, device)
-    velocity = guide(states.conditional, states.unconditional, trajectories.guidance_scale)
-    sigma = trajectories.sigmas.to(states.latents.device)[states.step]
-    return velocity_to_x0(states.latents, velocity, sigma)
 
 
 def motion_of(x: Tensor) -> Tensor:

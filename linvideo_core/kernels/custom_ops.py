@@ -1,7 +1,8 @@
 """The kernels as PyTorch custom operators, with closed-form gradients.
 
 Opaque to the compiler, they run under torch.compile without a graph break, in CUDA graphs, under
-autocast and activation checkpointing, whichever backend computes them.
+autocast and activation checkpointing, whichever backend computes them. Triton launches on the
+current GPU, so each operator makes that of its tensors the current one.
 """
 
 import importlib
@@ -52,7 +53,8 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D] and what backward needs: means and normaliser."""
     rows = (_with_rows(x) for x in (query, key, value))
-    return _module(BACKENDS[backend]).forward(*rows, query_map, key_map, **_name_map(is_joint))
+    with torch.cuda.device_of(query):
+        return _module(BACKENDS[backend]).forward(*rows, query_map, key_map, **_name_map(is_joint))
 
 
 @linear_attention.register_fake
@@ -84,10 +86,11 @@ def linear_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, and of both maps (0 if unwanted)."""
     upstream, query, key, value = (_with_rows(x) for x in (upstream, query, key, value))
-    *gradients, dquery_map, dkey_map = _module(BACKENDS[backend]).backward(
-        upstream, query, key, value, query_map, key_map, means, normaliser,
-        needs_map_gradients=needs_map_gradients, **_name_map(is_joint),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        *gradients, dquery_map, dkey_map = _module(BACKENDS[backend]).backward(
+            upstream, query, key, value, query_map, key_map, means, normaliser,
+            needs_map_gradients=needs_map_gradients, **_name_map(is_joint),
+        )  # fmt: skip
     return *gradients, dquery_map.to(query_map.dtype), dkey_map.to(key_map.dtype)
 
 
@@ -121,8 +124,9 @@ linear_attention.register_autograd(_differentiate_attention, setup_context=_save
 @torch.library.custom_op(f"{_NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: float) -> Tensor:
     """Return what `reference.norm_rotary` does, by the fused kernel."""
-    kernels = _module("qk_norm_rope_triton")
-    return kernels.forward(_with_rows(x), weight, rotary, num_heads, eps)
+    with torch.cuda.device_of(x):
+        kernels = _module("qk_norm_rope_triton")
+        return kernels.forward(_with_rows(x), weight, rotary, num_heads, eps)
 
 
 @norm_rotary.register_fake
@@ -136,8 +140,9 @@ def norm_rotary_backward(
     upstream: Tensor, x: Tensor, weight: Tensor, rotary: Tensor, eps: float
 ) -> Tensor:
     """Return the gradient of x."""
-    kernels = _module("qk_norm_rope_triton")
-    return kernels.backward(_with_rows(upstream), _with_rows(x), weight, rotary, eps)
+    with torch.cuda.device_of(x):
+        kernels = _module("qk_norm_rope_triton")
+        return kernels.backward(_with_rows(upstream), _with_rows(x), weight, rotary, eps)
 
 
 @norm_rotary_backward.register_fake

@@ -5,6 +5,7 @@ from typing import Literal
 Stage = Literal[
     "encoding_prompts",
     "sampling_teacher",
+    "filling_pool",
     "warm_start",
     "ranking_layers",
     "training",

@@ -33,6 +33,15 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def count_device_bytes(device: str) -> int | None:
+    """Return the memory of a GPU in bytes; None for what is no GPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def resolve_precision(name: str, device: str) -> str:
     """Return the precision that "auto" stands for on a device."""
     if name != "auto":

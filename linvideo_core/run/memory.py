@@ -159,7 +159,6 @@ def training_needs(
     *,
     weight_bytes: int,
     num_trained: int,
-    num_graphs: int,
     batch_size: int,
     sampled_together: int,
     is_checkpointed: bool,
@@ -172,7 +171,6 @@ def training_needs(
 
     weight_bytes: of the frozen weights that are on the device.
     num_trained: numbers that are trained, over all models.
-    num_graphs: forward passes that wait for their backward pass at the same time.
     batch_size: videos of a pass, of this process alone.
     sampled_together: videos, each in both guidance branches.
     """
@@ -186,7 +184,7 @@ def training_needs(
     if is_checkpointed:
         # Recomputed blocks keep their input alone, all but the one at work.
         kept = model.num_layers * model.dim * stream + block
-    activations = num_graphs * batch_size * model.num_tokens * kept
+    activations = batch_size * model.num_tokens * kept
     training = [
         Need("what is trained, with its optimiser", _TRAINED * num_trained, _LOWER_TRAINED),
         Need("a training step's activations", activations, _LOWER_STEP),

@@ -9,6 +9,7 @@ from .callbacks import Callbacks, Stage
 _WORDS: dict[str, str] = {
     "encoding_prompts": "encoding the prompts",
     "sampling_teacher": "sampling the teacher",
+    "filling_pool": "spreading the videos of the pool",
     "warm_start": "warm start",
     "ranking_layers": "ranking the layers",
     "training": "training",

@@ -9,6 +9,7 @@ from ..prompts.config import PromptConfig
 from ..run.config import option, positive
 from ..run.errors import SettingError
 
+STATES = ("stored", "pool")
 TIME_COMPRESSION = 4
 """Frames that one frame of latents stands for."""
 
@@ -54,7 +55,7 @@ class TrajectoryConfig:
     """The videos that the teacher samples, to learn from."""
 
     num_trajectories: int = option(24, "videos that the teacher samples")
-    states_per_trajectory: int = option(8, "noise levels kept of each, spread over the trajectory")
+    states_per_trajectory: int = option(8, "noise levels used of each, spread over the trajectory")
     sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
     shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
@@ -85,3 +86,19 @@ class TrajectoryConfig:
     def folder_beside(self, out: Path) -> Path:
         """Return where the samples of a run with this run folder are kept."""
         return self.teacher_folder or out.parent / "teacher"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Whether the states that a student learns from are stored, or those of a pool."""
+
+    states: str = option(
+        "stored",
+        "learn from videos that are sampled first and kept, or from a pool of videos that move on "
+        "as they are used",
+        choices=STATES,
+    )
+    pool_videos: int = option(32, "videos of the pool")
+
+    def __post_init__(self) -> None:
+        positive(self, "pool_videos")

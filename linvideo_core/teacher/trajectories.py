@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 USED_AGAIN = " beside it, which uses the teacher's samples again if they fit"
 """What a run in another folder would have of one that is there, see `run.folder.check_run`."""
 # Changes whenever the same settings give other samples or other files.
-_FORM = 3
+_FORM = 4
 _DECISIVE = ("states_per_trajectory", "sampler_steps", "guidance_scale", "shift")
 _KEPT = ("latents", "conditional", "unconditional")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class States:
-    """A batch of stored states.
+    """A batch of states of trajectories.
 
     latents, conditional, unconditional: [B, C, F, H, W], the state and the teacher's velocity in
         both guidance branches.
@@ -53,6 +53,11 @@ class States:
     unconditional: Tensor
     step: Tensor
     prompt: Tensor
+
+    def take(self, rows: Sequence[int]) -> "States":
+        """Return some of the states."""
+        fields = dataclasses.fields(self)
+        return States(**{field.name: getattr(self, field.name)[rows] for field in fields})
 
 
 class Trajectories:
@@ -105,6 +110,11 @@ class Trajectories:
         prompt = torch.stack([self._videos[video]["prompt"] for video, _ in places]).to(device)
         kept = {name: read(name).float() for name in _KEPT}
         return States(**kept, step=read("step"), prompt=prompt)
+
+    def take_ends(self, picks: Tensor, device: torch.device | str) -> Tensor:
+        """Return the videos [B, C, F, H, W] fp32 that the states `picks` [B] int64 end in."""
+        videos = (picks // self.states_per_trajectory).tolist()
+        return torch.stack([self._videos[video]["end"] for video in videos]).to(device).float()
 
 
 def collect(teacher: Teacher, config: TrajectoryConfig, run: Run) -> Trajectories:
@@ -163,10 +173,11 @@ def sample_videos(
     """Sample videos together; `on_step` is called before each of the sampler's steps.
 
     Returns of each video the kept states and both branches' velocities [kept, C, F, H, W] fp16, the
-    step [kept] that each is of, and the index [] of the prompt.
+    step [kept] that each is of, the index [] of the prompt, and the video's end [C, F, H, W] fp16,
+    at noise level 0.
     """
     device = teacher.prompt_embeds.device
-    drawn = [_draw_video(teacher, config, run.seed, video) for video in videos]
+    drawn = [draw_video(teacher, config, run.seed, video) for video in videos]
     prompt, noise, kept_steps = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     kept: dict[str, list[Tensor]] = {name: [] for name in _KEPT}
     order: list[Tensor] = []
@@ -191,12 +202,12 @@ def sample_videos(
         on_branches=on_branches,
     )
     sigmas = make_sigmas(config.sampler_steps, config.shift)
-    sample_euler(velocity_fn, noise.to(device), sigmas, on_step=keep)
+    end = sample_euler(velocity_fn, noise.to(device), sigmas, on_step=keep)
     # States arrive step by step; a stable sort by video brings each video's together, in order.
     by_video = torch.cat(order).argsort(stable=True)
     shape = kept_steps.shape
     stored = {name: torch.cat(parts)[by_video].unflatten(0, shape) for name, parts in kept.items()}
-    stored |= {"step": kept_steps, "prompt": prompt}
+    stored |= {"step": kept_steps, "prompt": prompt, "end": end.half().cpu()}
     return {video: {n: t[row] for n, t in stored.items()} for row, video in enumerate(videos)}
 
 
@@ -206,7 +217,7 @@ def spread_edges(config: TrajectoryConfig) -> Tensor:
     return torch.linspace(0, config.sampler_steps, num_kept + 1).round().long()
 
 
-def _draw_video(
+def draw_video(
     teacher: Teacher, config: TrajectoryConfig, seed: int, video: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a video's prompt [], noise [C, F, H, W] and the steps [kept] that are kept of it."""
@@ -229,8 +240,8 @@ def count_bytes(
 ) -> int:
     """Return what videos take on disk, of a latent shape (C, F, H, W); none given: all of them."""
     count = config.num_trajectories if num_videos is None else num_videos
-    tensors = len(_KEPT) * config.states_per_trajectory * math.prod(latent_shape)
-    return count * tensors * torch.float16.itemsize
+    tensors = len(_KEPT) * config.states_per_trajectory + 1
+    return count * tensors * math.prod(latent_shape) * torch.float16.itemsize
 
 
 def _find_files(teacher: Teacher, config: TrajectoryConfig, run: Run) -> tuple[str, list[Path]]:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,26 +41,49 @@ class ParameterGroup:
     network: str = ""
 
 
-class Task(Protocol):
+class Task:
     """What is trained: parameters, a loss, and what else must survive a restart."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the trainable parameters; names are unique over all groups."""
+        raise NotImplementedError
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the loss of one forward pass and figures to log."""
+        raise NotImplementedError
+
+    def losses(
+        self, step: int, generator: torch.Generator, accumulation: int
+    ) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+        """Yield the terms whose sum is the loss of a step, each with figures to log.
+
+        A term's backward pass is run before the next term is computed: one graph is in memory at a
+        time. Here a term is `loss` over `accumulation`; of figures with one name the last is
+        logged.
+        """
+        for _ in range(accumulation):
+            loss, figures = self.loss(step, generator)
+            yield loss / accumulation, figures
 
     def after_step(self, step: int) -> None:
         """React to a finished optimiser step."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides parameters, as JSON."""
+        """Return what a checkpoint must hold besides parameters, by name: JSON, and tensors.
+
+        Of several processes each returns its own tensors, under names that no other has; the rest
+        is the same in all.
+        """
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Take back what `state` returned, with the tensors of all processes."""
 
 
 logger = logging.getLogger(__name__)
+
+# Before the names of a task's own tensors in a checkpoint.
+_OWN = "task/"
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -181,10 +204,10 @@ class _Fitting:
             settings["lr"] = group.learning_rate * share
         total = torch.zeros(())
         metrics: dict[str, Any] = {}
-        for _ in range(self.config.accumulation):
-            loss, metrics = self.task.loss(step, generator)
-            (loss / self.config.accumulation).backward()
-            total = total.to(loss.device) + loss.detach() / self.config.accumulation
+        for loss, figures in self.task.losses(step, generator, self.config.accumulation):
+            loss.backward()
+            total = total.to(loss.device) + loss.detach()
+            metrics |= figures
         self.processes.average_gradients(self.parameters.values())
         norms = self._clip()
         self.num_finished = None
@@ -241,7 +264,10 @@ class _Fitting:
             tensors[f"parameter/{name}"] = parameter
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"adam/{key}/{name}": value for key, value in state.items()}
-        self.files.write(Checkpoint(step=step, tensors=tensors, state=self.task.state()))
+        state = self.task.state()
+        own = {name: state.pop(name) for name in [*state] if isinstance(state[name], Tensor)}
+        tensors |= {f"{_OWN}{name}": tensor for name, tensor in own.items()}
+        self.files.write(Checkpoint(step=step, tensors=tensors, state=state))
         self.num_saved = step
 
     def _diverged(self, what: str) -> _Diverged:
@@ -258,7 +284,8 @@ class _Fitting:
         try:
             checkpoint = self.files.read(self.parameters)
             self._restore(checkpoint.tensors)
-            self.task.load_state(checkpoint.state)
+            own = {n.removeprefix(_OWN): t for n, t in checkpoint.tensors.items() if n[:5] == _OWN}
+            self.task.load_state({**checkpoint.state, **own})
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} cannot be continued from ({error}); delete it to start this stage again"

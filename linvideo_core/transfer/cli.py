@@ -4,7 +4,8 @@ Without arguments the embedded model is linearized on whatever machine this is, 
     python -m linvideo_core.transfer --preset gpu
     python -m linvideo_core.transfer --model wan.safetensors --text-encoder umt5_xxl.safetensors
 A model of one's own decides the settings by its size, the graphics card how it fits, and
-`--quality` how long it learns; what other flags say goes before.
+`--quality` how long it learns; what other flags say goes before. `--estimate` tells beforehand
+what each quality takes on this machine.
 Wan 2.2's two experts are linearized together, the second being --low-noise-model. Repeating a
 command continues where it stopped. The run folder holds config.json, metrics, checkpoints, the
 result, linearized.safetensors, and the evidence: pictures and evaluation.json, which compare what
@@ -12,10 +13,11 @@ was saved with its teacher. What the teacher sampled lies beside it, in the fold
 serves every run with the same model, prompts, size and sampler.
 """
 
+import sys
 from collections.abc import Sequence
 
 from ..run.config import parse
-from .config import TransferConfig
+from .config import QUALITIES, TransferConfig
 from .recipe import PRESETS, find_settings
 
 SHOWN = (
@@ -25,6 +27,7 @@ SHOWN = (
     "text_encoder",
     "quality",
     "card",
+    "estimate",
     "num_frames",
     "height",
     "width",
@@ -60,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, run the transfer, say what was made."""
     config = read(argv)
     # PyTorch is imported here, when it is needed.
-    from .command import main as transfer
+    from . import command
 
-    transfer(config)
+    if not config.estimate:
+        command.main(config)
+        return
+    given = sys.argv[1:] if argv is None else argv
+    command.main_estimate({name: read([*given, "--quality", name]) for name in QUALITIES})

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .. import artifact
 from ..evaluate import plots
@@ -39,7 +39,7 @@ from .config import (
     SelectionConfig,
     TransferConfig,
 )
-from .estimate import forecast
+from .estimate import Pace, announce, forecast, time_run
 from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
 from .layer_selection import RANKING_NAME, count_selection_steps
 from .pipeline import linearize
@@ -53,6 +53,7 @@ ConfigT = TypeVar("ConfigT")
 # What a repeated command may change: none of it decides the artifact.
 FREE_FIELDS = (
     "card",
+    "estimate",
     "out",
     "teacher_folder",
     "shard_size",
@@ -183,7 +184,7 @@ def _make_one(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     if not is_made:
         # Several processes share a training that none of them could hold alone.
         tries_training = processes.size == 1 and not teacher.is_demo
-        _forecast(teacher, config, run, footprint, tries_training=tries_training)
+        _log_forecast(teacher, config, run, footprint, tries_training=tries_training)
         with Student(teacher, config.student, seed=config.seed) as student:
             with processes.in_turn():
                 open_run(config.out, config, ignore=FREE_FIELDS)
@@ -197,7 +198,7 @@ def _make_experts(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     with run.processes.in_turn():
         teacher = load_experts(checkpoints, config, run)
     if not is_made:
-        _forecast(teacher, config, run, footprint, tries_training=False, num_students=2)
+        _log_forecast(teacher, config, run, footprint, tries_training=False, num_students=2)
         with run.processes.in_turn():
             open_run(config.out, config, ignore=FREE_FIELDS)
         names = {side: found.checkpoint.path.stem for side, found in checkpoints.items()}
@@ -205,19 +206,63 @@ def _make_experts(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     return teacher
 
 
-def _forecast(
-    teacher: Teacher, config: TransferConfig, run: Run, footprint: Footprint, **how: Any
+def _log_forecast(
+    teacher: Teacher,
+    config: TransferConfig,
+    run: Run,
+    footprint: Footprint,
+    *,
+    tries_training: bool,
+    num_students: int = 1,
 ) -> None:
-    """Log what a run that has not trained yet takes; see `forecast`."""
-    if not any(config.out.glob("**/training")):
-        forecast(
+    """Log what a run takes that has not trained yet; see `forecast`."""
+    if any(config.out.glob("**/training")):
+        return
+    how = {"precision": run.precision, "num_processes": run.processes.size}
+    pace = time_run(teacher, config, tries_training=tries_training, **how)
+    found = forecast(teacher, config, pace, footprint=footprint, num_students=num_students, **how)
+    announce(found, run.device)
+
+
+def estimate_qualities(configs: Mapping[str, TransferConfig]) -> str:
+    """Measure a few calls; return a table of what each quality takes on this machine.
+
+    configs: by quality; they differ in what follows from it alone.
+
+    Raises ValueError or FileNotFoundError, in one sentence, for bad input.
+    """
+    config = next(iter(configs.values()))
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    run = Run(folder=config.out, device=device, precision=precision, seed=config.seed)
+    is_one = config.experts.low_noise_model is None
+    if is_one:
+        found = open_teacher(config.teacher)
+        footprints = {
+            quality: check_transfer(found, each, device, precision)
+            for quality, each in configs.items()
+        }
+        teacher = found.load(run).to(device)
+    else:
+        checkpoints, footprint = check_experts(config, device, precision)
+        footprints = dict.fromkeys(configs, footprint)
+        teacher = load_experts(checkpoints, config, run)
+    paces: dict[int, Pace] = {}
+    rows = []
+    for quality, each in configs.items():
+        size = each.training.batch_size
+        if size not in paces:
+            paces[size] = time_run(teacher, each, precision=precision, tries_training=is_one)
+        takes = forecast(
             teacher,
-            config,
-            run.precision,
-            footprint=footprint,
-            num_processes=run.processes.size,
-            **how,
+            each,
+            paces[size],
+            precision=precision,
+            footprint=footprints[quality],
+            num_students=1 if is_one else 2,
         )
+        rows.append({"model": quality, "steps": each.training.steps, **takes.row()})
+    return show_table(rows)
 
 
 def compare_config(config: EvaluationConfig, trajectories: TrajectoryConfig) -> CompareConfig:
@@ -298,6 +343,13 @@ def show_results(
 def main(config: TransferConfig) -> None:
     """Run the transfer with progress bars, on however many processes there are."""
     run_with_bars(config, run, summarize)
+
+
+def main_estimate(configs: Mapping[str, TransferConfig]) -> None:
+    """Show what each quality takes; see `estimate_qualities`."""
+    with explained(LOWER_RUN):
+        table = estimate_qualities(configs)
+    sys.stdout.write(f"\n{table}")
 
 
 def run_with_bars(

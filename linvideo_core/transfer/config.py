@@ -9,7 +9,7 @@ from ..models.config import ExpertsConfig, FrozenConfig, LinearForm
 from ..run.config import fraction, option, positive
 from ..run.devices import device_option, precision_option
 from ..run.errors import SettingError
-from ..teacher.config import TeacherConfig, TrajectoryConfig
+from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig
 from ..training.config import TrainingConfig
 
 ARTIFACT_NAME = "linearized.safetensors"
@@ -159,29 +159,15 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransferConfig:
-    """The run."""
+class RecipeConfig:
+    """What decides settings that no flag gives."""
 
-    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
-    experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
-    trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
-    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
-    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
-    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
-    sensitivity: SensitivityConfig = dataclasses.field(default_factory=SensitivityConfig)
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     quality: str = option(
         "standard", "how long it learns, and from how many videos", choices=QUALITIES
     )
     card: int = option(
         0, "with --model: GB of the GPU that it must fit; 0: as much as this machine's has"
     )
-    out: Path = option(Path("runs/transfer"), "run folder")
-    seed: int = option(0, "seed of everything random")
-    device: str = device_option()
-    precision: str = precision_option()
 
     def __post_init__(self) -> None:
         if self.card < 0:
@@ -189,12 +175,41 @@ class TransferConfig:
                 f"{{card}} {self.card} given; its memory in GB, or 0 for this machine's, is needed",
                 "card",
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """The run."""
+
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
+    trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
+    pool: PoolConfig = dataclasses.field(default_factory=PoolConfig)
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    sensitivity: SensitivityConfig = dataclasses.field(default_factory=SensitivityConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
+    estimate: bool = option(
+        False, "measure a few calls, say what each quality takes on this machine, and stop"
+    )
+    out: Path = option(Path("runs/transfer"), "run folder")
+    seed: int = option(0, "seed of everything random")
+    device: str = device_option()
+    precision: str = precision_option()
+
+    def __post_init__(self) -> None:
         if self.experts.low_noise_model is not None and self.teacher.model is None:
             raise SettingError(
                 "{low_noise_model} was given without {model}; give {model} the high-noise expert",
                 "low_noise_model",
                 "model",
             )
+        if self.pool.states == "pool":
+            self._check_pool()
         frozen_weights = self.teacher.frozen_weights
         if frozen_weights.offload_blocks and self.experts.low_noise_model is not None:
             raise SettingError(
@@ -206,6 +221,26 @@ class TransferConfig:
             )
         trained_by = "parameters" if self.student.parameters == "full" else ""
         check_frozen_weights(frozen_weights, self.training, trained_by)
+
+    def _check_pool(self) -> None:
+        """Raise SettingError for what only stored videos can serve."""
+        others = {
+            "low_noise_model": self.experts.low_noise_model is not None,
+            "choice": self.selection.rule == "sensitivity",
+            "levels": self.objective.levels != "even",
+        }
+        for name in (name for name, is_given in others.items() if is_given):
+            what = {
+                "choice": "{choice} sensitivity, which ranks layers on stored videos",
+                "levels": f"{{levels}} {self.objective.levels}, while a pool's videos pass all "
+                "noise levels alike",
+            }.get(name, f"{{{name}}}, whose two experts share stored videos")
+            raise SettingError(
+                f"{{states}} pool was given with {what}: give {{states}} stored, or another "
+                f"{{{name}}}",
+                "states",
+                name,
+            )
 
 
 class RunConfig(Protocol):

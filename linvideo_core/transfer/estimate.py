@@ -14,14 +14,16 @@ import torch
 
 from ..flow import bind_guided
 from ..run.context import Run
+from ..run.devices import count_device_bytes
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb
 from ..teacher.config import TrajectoryConfig
+from ..teacher.pool import TrajectoryPool, count_filling_calls, count_pool_bytes
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
 from ..training.checkpoint import finished_steps
 from ..training.trainer import seed_step
-from .config import TRAINING_NAME, SelectionConfig, TransferConfig
+from .config import TRAINING_NAME, RunConfig, SelectionConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .preflight import Footprint
 from .student import Student, TransferTask
@@ -32,7 +34,9 @@ logger = logging.getLogger(__name__)
 # and after: `adm` with recomputed activations on an H100 (results/scale.json): 8.8 and 6.3 for Wan
 # 1.3B, 7.8 while choosing for 14B. A step of the warm start: one branch, and linear attention there
 # and back.
-_SELECTING, _HARDENED, _WARM_START = 8.3, 6.0, 0.7
+_SELECTING, _HARDENED, WARM_START = 8.3, 6.0, 0.7
+# What is left of it without the moves of `adm`, three halves of a call: a pass there and back.
+LEARNING = 4.5
 # What Adam and the average add to the gradient and the number itself.
 _OPTIMISER = 3 * FP32
 # Of a trained number a checkpoint holds four: itself, its average, both averages of Adam. The next
@@ -82,6 +86,22 @@ class Estimate:
     device_bytes: int | None = None
     memory_bytes: int | None = None
 
+    def row(self) -> dict[str, float | None]:
+        """Return it as a row of a table, in hours and GB of 10^9 bytes."""
+        stages = {
+            "sampling_hours": self.sampling,
+            "training_hours": self.warm_start + self.training,
+            "comparing_hours": self.comparing,
+        }
+        hours = {name: seconds / 3600 for name, seconds in stages.items()}
+        sizes = {
+            "gpu_gb": self.device_bytes,
+            "memory_gb": self.memory_bytes,
+            "disk_gb": self.disk_bytes,
+        }
+        gb = {name: size and size / 1e9 for name, size in sizes.items()}
+        return {"hours": sum(hours.values()), **hours, **gb}
+
     def sentence(self, device_total: int | None = None) -> str:
         """Say it in one sentence; device_total: bytes of the GPU."""
         seconds = self.sampling + self.warm_start + self.training + self.comparing
@@ -104,32 +124,27 @@ class Estimate:
 def forecast(
     teacher: Teacher,
     config: TransferConfig,
-    precision: str,
+    pace: Pace,
     *,
+    precision: str,
     footprint: Footprint | None = None,
-    tries_training: bool = True,
     num_processes: int = 1,
     num_students: int = 1,
 ) -> Estimate:
-    """Measure a transfer's pace, log what it takes, and return it.
+    """Return what a transfer takes that goes at a measured pace.
 
-    footprint: what it takes at least, for what is not measured; needed where training is not tried.
-    num_students: one an expert; the others see `time_run`.
+    footprint: what it takes at least, for what was not measured; needed where training was not
+        tried.
+    num_students: one an expert.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
-    root = config.trajectories.folder_beside(config.out)
     run = Run(folder=config.out, precision=precision, seed=config.seed)
-    num_missing = count_missing(teacher, config.trajectories, run)
-    pace = time_run(
-        teacher, config, precision, tries_training=tries_training, num_processes=num_processes
-    )
-    samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
-    num_trained = pace.num_trained if tries_training else footprint.num_trained
-    checkpoints = num_students * count_checkpoint_bytes(num_trained)
-    check_space(
-        [(root, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
-    )
+    is_pool, shape = config.pool.states == "pool", teacher.latent_shape
+    num_missing = 0 if is_pool else count_missing(teacher, config.trajectories, run)
+    num_trained = pace.num_trained or footprint.num_trained
+    in_flight = (config.pool.pool_videos, config.training.batch_size)
+    pool = count_pool_bytes(shape, *in_flight) if is_pool else 0
     found = estimate(
         config,
         pace,
@@ -137,19 +152,39 @@ def forecast(
         num_done=finished_steps(config.out / TRAINING_NAME) if num_students == 1 else 0,
         num_processes=num_processes,
         num_students=num_students,
-        disk_bytes=samples + checkpoints,
+        disk_bytes=check_disk(teacher, config, num_missing, num_students * num_trained, pool),
     )
-    if footprint is not None:
-        found = dataclasses.replace(
-            found,
-            device_bytes=found.device_bytes or footprint.device_bytes,
-            memory_bytes=footprint.memory_bytes,
-        )
-    device = teacher.prompt_embeds.device
-    is_gpu = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if is_gpu else None
-    logger.info("this run takes %s", found.sentence(total))
-    return found
+    if footprint is None:
+        return found
+    return dataclasses.replace(
+        found,
+        device_bytes=found.device_bytes or footprint.device_bytes,
+        memory_bytes=footprint.memory_bytes + pool,
+    )
+
+
+def check_disk(
+    teacher: Teacher, config: RunConfig, num_missing: int, num_trained: int, in_flight: int = 0
+) -> int:
+    """Return the bytes that a run's new samples and its checkpoints take on disk.
+
+    num_trained: numbers, over all trainings. in_flight: bytes of a pool, see `count_pool_bytes`.
+
+    Raises ValueError, in one sentence, where there is too little room.
+    """
+    samples = count_bytes(config.trajectories, teacher.latent_shape, num_missing)
+    # The next checkpoint is written before the last one goes.
+    checkpoints = count_checkpoint_bytes(num_trained) + 2 * in_flight
+    folder = config.trajectories.folder_beside(config.out)
+    check_space(
+        [(folder, samples, "the teacher's samples"), (config.out, checkpoints, "the checkpoints")]
+    )
+    return samples + checkpoints
+
+
+def announce(found: Estimate, device: torch.device | str) -> None:
+    """Log what a run on a device takes."""
+    logger.info("this run takes %s", found.sentence(count_device_bytes(str(device))))
 
 
 def estimate(
@@ -164,7 +199,8 @@ def estimate(
 ) -> Estimate:
     """Return what a transfer takes, from its own pace and arithmetic.
 
-    num_missing: videos that the teacher has still to sample, see `count_missing`.
+    num_missing: videos that the teacher has still to sample, see `count_missing`; of a pool, whose
+        videos are brought to their places instead, none.
     num_done: training steps that a checkpoint holds; the warm start is over then.
     disk_bytes: of samples and checkpoints.
     """
@@ -177,9 +213,19 @@ def estimate(
     num_hardened = training.steps - max(selecting, num_done)
     passes = num_selecting * pace.selecting + num_hardened * pace.hardened
     warm_steps = 0 if num_done else config.warm_start.warm_start_steps
-    warm_start = warm_steps * training.batch_size / num_processes * _WARM_START * pace.call
+    num_calls = -(-num_missing // num_processes) * config.trajectories.sampler_steps
+    # Of a pool, each state of the warm start is also asked for both branches.
+    of_warm_start = WARM_START
+    if config.pool.states == "pool":
+        of_warm_start += 1
+        if not num_done:
+            filling = count_filling_calls(
+                config.trajectories, config.pool.pool_videos, training.batch_size
+            )
+            num_calls += filling // num_processes
+    warm_start = warm_steps * training.batch_size / num_processes * of_warm_start * pace.call
     return Estimate(
-        sampling=-(-num_missing // num_processes) * of_video,
+        sampling=num_calls * pace.call,
         warm_start=num_students * warm_start,
         training=num_students * training.accumulation * passes,
         # The teacher, the layers merely swapped, and the student; the first process alone.
@@ -197,8 +243,8 @@ def count_checkpoint_bytes(num_trained: int) -> int:
 def time_run(
     teacher: Teacher,
     config: TransferConfig,
-    precision: str,
     *,
+    precision: str,
     tries_training: bool = True,
     num_processes: int = 1,
 ) -> Pace:
@@ -260,14 +306,20 @@ class _RandomStates(Trajectories):
 def _time_training(teacher: Teacher, config: TransferConfig, precision: str, call: float) -> Pace:
     """Measure passes, forward and backward, while layers are chosen and after."""
     with Student(teacher, config.student, seed=config.seed) as student:
+        run = Run(precision=precision)
+        if config.pool.states == "pool":
+            in_flight = (config.pool.pool_videos, config.training.batch_size)
+            states = TrajectoryPool(teacher, config.trajectories, *in_flight, run, student.disabled)
+        else:
+            states = _RandomStates(teacher, config.trajectories)
         task = TransferTask(
             student,
             teacher,
-            _RandomStates(teacher, config.trajectories),
+            states,
             selection=SelectionConfig(target=config.selection.target),
             objective=config.objective,
             training=config.training,
-            run=Run(precision=precision),
+            run=run,
         )
         parameters = [p for group in task.parameter_groups() for p in group.parameters.values()]
 

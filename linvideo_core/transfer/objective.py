@@ -16,6 +16,10 @@ A share of each batch stays at its stored state, where the teacher's velocity is
 velocity matching, which keeps the student near the states that the teacher's sampler visits, and
 costs nothing more. With all rows stored it is velocity matching and nothing else.
 
+Of a trajectory pool (`teacher.pool`) every row stays where it is: the same share of its videos is
+moved by the teacher, and the others, which the student moves from noise to video, are where the
+student's own sampling leads.
+
 Noise levels. A student's velocity is wrong by e_i at the grid point i. To first order its video
 ends
 
@@ -32,15 +36,17 @@ thousandfold near s = 1, where what is drawn is decided.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..flow import euler_step
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
+from ..teacher.pool import GuidedFn, TrajectoryPool
 from ..teacher.teacher import Teacher
-from ..teacher.trajectories import Trajectories
+from ..teacher.trajectories import States, Trajectories
 from .config import ObjectiveConfig
 
 # Of the order of what is measured at s = 1 itself, where the formula of the gain has no limit.
@@ -49,10 +55,10 @@ _MOST_GAIN = 1600.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One process's rows of a batch: states of the teacher's trajectories.
+    """One process's rows of a batch: states of trajectories.
 
-    latents, velocity: [B, C, F, H, W], a stored state and the teacher's velocity there, in the
-        row's guidance branch.
+    latents, velocity: [B, C, F, H, W], a state as it was drawn and the teacher's velocity there,
+        in the row's guidance branch.
     step: [B] int64, the state's index into the sampling grid.
     is_stored: [B] bool on the CPU, whether the student is trained at the stored state itself; if
         not, it first moves by one step of its own. Stored rows come first.
@@ -94,7 +100,7 @@ class Batches:
     def __init__(
         self,
         teacher: Teacher,
-        trajectories: Trajectories,
+        trajectories: Trajectories | TrajectoryPool,
         config: ObjectiveConfig,
         batch_size: int,
         processes: ProcessGroup = SINGLE_PROCESS,
@@ -105,19 +111,24 @@ class Batches:
         self.config = config
         self.batch_size = batch_size
         self.processes = processes
+        self.pool = trajectories if isinstance(trajectories, TrajectoryPool) else None
         density = level_density(trajectories.sigmas, config.levels)
-        self.state_weights = None if config.levels == "even" else trajectories.weigh(density)
         self.level_weights = level_weights(config.max_jump, density)
+        self.state_weights = None
+        if self.pool is None and config.levels != "even":
+            self.state_weights = trajectories.weigh(density)
 
-    def draw(self, generator: torch.Generator) -> Batch:
-        """Draw a batch; return this process's rows, on the teacher's device."""
+    def draw(self, generator: torch.Generator, student: GuidedFn | None = None) -> Batch:
+        """Draw a batch; return this process's rows, on the teacher's device.
+
+        student: moves those of a pool's videos that adm does not leave to the teacher.
+        """
         B, own = self.batch_size, slice(self.processes.rank, None, self.processes.size)
-        picks = self.trajectories.pick(B, generator, self.state_weights)[own]
+        states = self._draw_states(generator, student)
+        device = states.latents.device
         is_dropped = (torch.rand(B, generator=generator) < self.config.prompt_dropout)[own]
-        device = self.teacher.prompt_embeds.device
-        states = self.trajectories.take(picks, device)
         is_stored, step_to, weight = torch.ones(B, dtype=torch.bool), states.step, torch.ones(())
-        if self.config.objective == "adm":
+        if self.config.objective == "adm" and self.pool is None:
             is_stored = torch.arange(B) < count_stored(B, self.config.anchor_share, generator)
             moves = torch.rand(B, generator=generator)[own]
             num_steps = len(self.trajectories.sigmas) - 1
@@ -142,6 +153,29 @@ class Batches:
             negative_embeds=negative_embeds,
             any_moves=not bool(is_stored.all()),
         )
+
+    def _draw_states(self, generator: torch.Generator, student: GuidedFn | None) -> States:
+        if self.pool is not None:
+            is_adm = self.config.objective == "adm"
+            share = 1 - self.config.anchor_share if is_adm else 0.0
+            return self.pool.draw(generator, student, share)
+        picks = self.trajectories.pick(self.batch_size, generator, self.state_weights)
+        device = self.teacher.prompt_embeds.device
+        return self.trajectories.take(self.processes.share(picks), device)
+
+    def after_step(self) -> None:
+        """Make a pool's videos, as they are now, those that the next step finds."""
+        if self.pool is not None:
+            self.pool.keep()
+
+    def state(self) -> dict[str, Any]:
+        """Return what must survive a restart: a pool's videos."""
+        return {} if self.pool is None else self.pool.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+        if self.pool is not None:
+            self.pool.load_state(state)
 
 
 def count_stored(num_samples: int, share: float, generator: torch.Generator) -> int:

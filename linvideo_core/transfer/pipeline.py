@@ -9,8 +9,10 @@ import torch
 from .. import __version__, artifact
 from ..artifact import Artifact
 from ..run.context import Run
+from ..teacher.pool import TrajectoryPool
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, collect, find_usage
+from ..training.checkpoint import finished_steps
 from ..training.trainer import fit
 from .config import ARTIFACT_NAME, TRAINING_NAME, WARM_START_NAME, RunConfig, TransferConfig
 from .layer_selection import choose_layers, rank_layers
@@ -36,8 +38,7 @@ def linearize(
 
     # 1. Sample the teacher: states of its trajectories, with its velocities there.
     if trajectories is None:
-        with student.disabled():
-            trajectories = collect(teacher, config.trajectories, run)
+        trajectories = _sample_teacher(student, teacher, config, run)
 
     # 2. Warm start: fit every layer's linear attention to its own softmax attention.
     stored = (student.model, student.mixed, teacher, trajectories)
@@ -72,6 +73,19 @@ def linearize(
     # 5. Save what the student has that its teacher has not.
     if run.processes.is_first:
         artifact.save(_make_artifact(student, teacher, config), run.folder / ARTIFACT_NAME)
+
+
+def _sample_teacher(
+    student: Student, teacher: Teacher, config: TransferConfig, run: Run
+) -> Trajectories | TrajectoryPool:
+    if config.pool.states == "stored":
+        with student.disabled():
+            return collect(teacher, config.trajectories, run)
+    in_flight = (config.pool.pool_videos, config.training.batch_size)
+    pool = TrajectoryPool(teacher, config.trajectories, *in_flight, run, student.disabled)
+    if not any(finished_steps(run.folder / name) for name in (WARM_START_NAME, TRAINING_NAME)):
+        pool.fill()
+    return pool
 
 
 def _make_artifact(student: Student, teacher: Teacher, config: TransferConfig) -> Artifact:

@@ -61,8 +61,7 @@ def check_transfer(
         config,
         device,
         precision,
-        num_trained=_count_trained(teacher, config.student),
-        num_graphs=1,
+        num_trained=count_trained(teacher, config.student),
         all_trained=config.student.parameters == "full",
         num_processes=num_processes,
         may_offload=num_processes == 1 and config.experts.low_noise_model is None,
@@ -71,25 +70,26 @@ def check_transfer(
 
 def find_batch(
     teacher: TeacherCheckpoint,
-    config: TransferConfig,
+    config: RunConfig,
     sizes: Sequence[int],
     card_gb: int,
+    *,
+    num_trained: int,
+    may_offload: bool,
     num_processes: int = 1,
 ) -> tuple[int, int]:
     """Return the batch size, one of `sizes`, and the offloaded blocks with which a card is enough.
 
     Blocks are offloaded only where no size fits without; where none fits at all, the last size and
-    all blocks are returned. What is expected of activations is more than `check_transfer` counts.
+    all blocks are returned. What is expected of activations is more than `check_footprint` counts.
 
     sizes: over all processes, the preferred first. card_gb: of 2^30 bytes.
     """
-    may_offload = num_processes == 1 and config.experts.low_noise_model is None
     most = teacher.checkpoint.config.num_layers if may_offload else 0
-    num_trained = _count_trained(teacher, config.student)
     frozen = config.teacher.frozen_weights.frozen
     offloads = sorted({*range(0, most, _BLOCKS_AT_ONCE), most})
     for offload_blocks, size in itertools.product(offloads, sizes):
-        plan = _make_plan(teacher, config, num_trained, 1, size // num_processes, "bf16")
+        plan = _make_plan(teacher, config, num_trained, size // num_processes, "bf16")
         frozen_weights = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
         weights, *others = plan.needs(frozen_weights, is_checkpointed=True)
         expected = weights.num_bytes + _ACTIVATIONS * sum(need.num_bytes for need in others)
@@ -98,7 +98,8 @@ def find_batch(
     return size, offload_blocks
 
 
-def _count_trained(teacher: TeacherCheckpoint, student: StudentConfig) -> int:
+def count_trained(teacher: TeacherCheckpoint, student: StudentConfig) -> int:
+    """Return how many numbers a transfer trains, but for the layer scores."""
     family, sites = identify(teacher.shapes)
     num_maps = sum(count_maps(site, student.feature_ratio) for site in sites)
     return num_maps + count_weights(teacher, family, student.parameters, student.lora_rank)
@@ -126,14 +127,13 @@ class Plan:
     """A training whose memory can be told beforehand, from shapes alone.
 
     shapes: of the model's parameters. num_tokens: L of one video.
-    num_trained, num_graphs, batch_size, sampled_together: see `memory.training_needs`.
+    num_trained, batch_size, sampled_together: see `memory.training_needs`.
     """
 
     config: WanConfig
     shapes: Shapes
     num_tokens: int
     num_trained: int
-    num_graphs: int
     batch_size: int
     sampled_together: int
     precision: str
@@ -155,7 +155,6 @@ class Plan:
             ),
             weight_bytes=weight_bytes,
             num_trained=self.num_trained,
-            num_graphs=self.num_graphs,
             batch_size=self.batch_size,
             sampled_together=self.sampled_together,
             is_checkpointed=is_checkpointed,
@@ -207,7 +206,6 @@ def check_footprint(
     precision: str,
     *,
     num_trained: int,
-    num_graphs: int,
     all_trained: bool,
     num_processes: int,
     may_offload: bool,
@@ -225,7 +223,7 @@ def check_footprint(
     on_host = _on_host(teacher.shapes, frozen_weights, device)
     check_memory([on_host], "cpu", advice)
     size = config.training.batch_size // num_processes
-    plan = _make_plan(teacher, config, num_trained, num_graphs, size, precision)
+    plan = _make_plan(teacher, config, num_trained, size, precision)
     prompts = teacher.source.need(device)
     is_checkpointed = config.training.activation_checkpointing
     needs = [*plan.needs(frozen_weights, is_checkpointed), prompts]
@@ -246,7 +244,6 @@ def _make_plan(
     teacher: TeacherCheckpoint,
     config: RunConfig,
     num_trained: int,
-    num_graphs: int,
     batch_size: int,
     precision: str,
 ) -> Plan:
@@ -262,7 +259,6 @@ def _make_plan(
         shapes=teacher.shapes,
         num_tokens=math.prod(-(-size // patch) for size, patch in patches),
         num_trained=num_trained,
-        num_graphs=num_graphs,
         batch_size=batch_size,
         sampled_together=max(
             min(trajectories.shard_size, trajectories.num_trajectories),

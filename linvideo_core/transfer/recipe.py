@@ -6,15 +6,18 @@ memory allows; steps, videos and learning rates are a guess that nobody has trie
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..run.config import override
-from ..run.devices import resolve_device
+from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
 from ..teacher.config import TeacherConfig
-from .config import QUALITIES, TransferConfig
+from .config import QUALITIES, RecipeConfig, RunConfig, TransferConfig
+
+if TYPE_CHECKING:
+    from ..teacher.teacher import TeacherCheckpoint
 
 # Published: 16 of 30 layers of Wan 1.3B, 22 of 40 of Wan 14B (arXiv 2510.08318).
 _LINEAR_SHARE = 0.54
@@ -41,6 +44,8 @@ _REAL = {
     "warm_start_steps": 120,
     "checkpoint_every": 50,
     "guidance_scale": 5.0,
+    # How errors grow along the flow was measured on the embedded model alone.
+    "levels": "even",
 }
 _REAL_LENGTHS = {
     "draft": {"steps": 400, "num_trajectories": 12, "sampler_steps": 30, "accumulation": 1},
@@ -101,12 +106,24 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises FileNotFoundError or ValueError, in one sentence, for a model that cannot be used.
     """
-    quality = given.get("quality", TransferConfig().quality)
-    if given.get("model") is None:
+    quality = given.get("quality", RecipeConfig().quality)
+    if is_embedded(preset, PRESETS, given):
         values = settings_for(quality, is_embedded=True, num_layers=_EMBEDDED_LAYERS)
         values |= PRESETS[preset]
+        if given.get("states") == "pool":
+            values["levels"] = "even"
         return values | settings_by_steps(given.get("steps", values["steps"]))
-    if preset != next(iter(PRESETS)):
+    return _settings_of_own(quality, given)
+
+
+def is_embedded(preset: str, presets: Mapping[str, object], given: Mapping[str, Any]) -> bool:
+    """Say whether flags mean the embedded model; SettingError for another with one of its presets.
+
+    presets: those of the command, the first one being what no `--preset` means.
+    """
+    if given.get("model") is None:
+        return True
+    if preset != next(iter(presets)):
         raise SettingError(
             f"{{preset}} {preset} given, which is for the embedded model; with {{model}} give "
             "{quality} instead",
@@ -114,19 +131,53 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
             "model",
             "quality",
         )
-    return _settings_of_own(quality, given)
+    return False
 
 
 def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     # PyTorch is imported here, when it is needed.
     from ..teacher.teacher import open_teacher
-    from .preflight import find_batch
+    from .preflight import count_trained
 
     teacher = open_teacher(override(TeacherConfig(), given))
     num_layers = teacher.checkpoint.config.num_layers
     values = settings_for(quality, is_embedded=False, num_layers=num_layers)
     values |= settings_by_steps(given.get("steps", values["steps"]))
-    values |= {"shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
+    needs_stored = given.get("low_noise_model") or given.get("choice") == "sensitivity"
+    values["states"] = "stored" if needs_stored else "pool"
+    return fit_card(
+        teacher,
+        TransferConfig(),
+        values,
+        given,
+        count_trained=lambda config: count_trained(teacher, config.student),
+        is_alone=given.get("low_noise_model") is None,
+    )
+
+
+def fit_card(
+    teacher: "TeacherCheckpoint",
+    defaults: RunConfig,
+    values: Mapping[str, Any],
+    given: Mapping[str, Any],
+    *,
+    count_trained: Callable[[Any], int],
+    is_alone: bool = True,
+) -> dict[str, Any]:
+    """Return settings of a model of one's own, with what the graphics card decides.
+
+    That is how many of a step's samples go through the model at once, how frozen weights are held,
+    and whether activations are recomputed. Without a card samples go one at a time.
+
+    defaults: the command's config as it is declared.
+    values: settings by the names of its fields; `batch_size` times `accumulation` is the samples
+        of a step. given: flags that were given, likewise; what they say is not decided here.
+    count_trained: config -> the numbers that are trained.
+    is_alone: whether no other model waits in CPU memory, so that blocks may.
+    """
+    from .preflight import find_batch
+
+    found = {**values, "shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_samples = values["batch_size"] * values["accumulation"]
     most = max(1, num_samples // num_processes)
@@ -139,20 +190,23 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     card = given.get("card") or _card_gb(given.get("device", "auto"))
     # What trains whole weights holds them in fp32.
     if card and given.get("parameters") != "full":
-        values |= {"frozen": "bf16", "activation_checkpointing": True}
-        config = override(TransferConfig(), {**values, **given})
-        size, offload_blocks = find_batch(teacher, config, sizes, card, num_processes)
+        found |= {"frozen": "bf16", "activation_checkpointing": True}
+        config = override(defaults, {**found, **given})
+        size, offload_blocks = find_batch(
+            teacher,
+            config,
+            sizes,
+            card,
+            num_trained=count_trained(config),
+            may_offload=is_alone and num_processes == 1,
+            num_processes=num_processes,
+        )
     if given.get("compile") or not given.get("activation_checkpointing", True):
         offload_blocks = 0
-    values |= {"batch_size": size, "accumulation": max(1, -(-num_samples // max(1, size)))}
-    return values | ({"offload_blocks": offload_blocks} if offload_blocks else {})
+    found |= {"batch_size": size, "accumulation": max(1, -(-num_samples // max(1, size)))}
+    return found | ({"offload_blocks": offload_blocks} if offload_blocks else {})
 
 
 def _card_gb(device: str) -> int:
     """Return the memory of the GPU that a run would use, in GB of 2^30 bytes; 0 without one."""
-    import torch
-
-    resolved = resolve_device(device)
-    if not resolved.startswith("cuda"):
-        return 0
-    return torch.cuda.get_device_properties(resolved).total_memory // 2**30
+    return (count_device_bytes(resolve_device(device)) or 0) // 2**30

@@ -41,10 +41,11 @@ from ..models.attention_sites import (
 )
 from ..models.families import identify
 from ..run.context import Run
+from ..teacher.pool import TrajectoryPool
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
-from ..training.trainer import ParameterGroup
+from ..training.trainer import ParameterGroup, Task
 from .config import ObjectiveConfig, SelectionConfig, StudentConfig
 from .layer_selection import count_selection_steps
 from .objective import Batch, Batches, adm_loss
@@ -288,7 +289,7 @@ def accelerated(
         yield
 
 
-class TransferTask:
+class TransferTask(Task):
     """Train a student with an objective while its layers are being selected (LinVideo eq. 9).
 
     models: all that a step calls, each once.
@@ -298,7 +299,7 @@ class TransferTask:
         self,
         student: Student,
         teacher: Teacher,
-        trajectories: Trajectories,
+        trajectories: Trajectories | TrajectoryPool,
         *,
         selection: SelectionConfig,
         objective: ObjectiveConfig,
@@ -332,7 +333,7 @@ class TransferTask:
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the objective on a fresh batch plus the selection losses."""
-        batch = self.batches.draw(generator)
+        batch = self.batches.draw(generator, self._guided)
         objective_loss = adm_loss(
             batch,
             self.trajectories.sigmas,
@@ -350,10 +351,13 @@ class TransferTask:
         return velocity(latents, sigma)
 
     def _student_guided(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        return self._guided(latents, sigma, batch.prompt_embeds)
+
+    def _guided(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         velocity = bind_guided(
             self.student.model,
-            batch.prompt_embeds,
-            batch.negative_embeds,
+            prompt_embeds,
+            self.teacher.negative_embeds.expand_as(prompt_embeds),
             self.trajectories.guidance_scale,
             precision=self.precision,
         )
@@ -368,12 +372,14 @@ class TransferTask:
     def after_step(self, step: int) -> None:
         """Advance the selection."""
         self.selection.after_step(step)
+        self.batches.after_step()
 
     def state(self) -> dict[str, Any]:
-        """Return the hardened choice."""
-        return {"linear_layers": self.selection.linear_layers}
+        """Return the hardened choice, and what is in flight."""
+        return {"linear_layers": self.selection.linear_layers, **self.batches.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take the hardened choice back."""
+        """Take the hardened choice back, and what was in flight."""
+        self.batches.load_state(state)
         if state["linear_layers"] is not None:
             self.selection.harden(state["linear_layers"])

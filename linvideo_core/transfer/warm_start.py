@@ -17,10 +17,11 @@ from ..flow import autocast, bind
 from ..models.attention import MixedAttention
 from ..models.lora import switched
 from ..run.context import Run
+from ..teacher.pool import TrajectoryPool
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
-from ..training.trainer import ParameterGroup, fit
+from ..training.trainer import ParameterGroup, Task, fit
 from .config import ObjectiveConfig, WarmStartConfig
 from .objective import Batches
 
@@ -28,7 +29,7 @@ from .objective import Batches
 _WARMUP_SHARE = 0.1
 
 
-class WarmStart:
+class WarmStart(Task):
     """The task: relative squared error of linear to softmax output, averaged over layers."""
 
     def __init__(
@@ -98,21 +99,23 @@ class WarmStart:
             return error.detach(), torch.autograd.grad(share, list(module.linear.parameters()))
 
     def after_step(self, step: int) -> None:
-        """Nothing follows a step."""
+        """Make what is in flight that of the next step."""
+        self.batches.after_step()
 
     def state(self) -> dict[str, Any]:
-        """Nothing but the parameters must survive a restart."""
-        return {}
+        """Return what is in flight."""
+        return self.batches.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
+        """Take back what was in flight."""
+        self.batches.load_state(state)
 
 
 def fit_feature_maps(
     model: nn.Module,
     mixed: Mapping[int, MixedAttention],
     teacher: Teacher,
-    trajectories: Trajectories,
+    trajectories: Trajectories | TrajectoryPool,
     config: WarmStartConfig,
     training: TrainingConfig,
     run: Run,

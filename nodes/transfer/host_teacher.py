@@ -166,7 +166,6 @@ class HostTeacher:
             self._sizes(is_copied, len(self.conditions.negative_embeds)),
             weight_bytes=FP32 * count(self.shapes) if is_copied else 2 * module_size(block),
             num_trained=num_maps + self._count_trained(student),
-            num_graphs=1,
             batch_size=config.training.batch_size,
             sampled_together=config.trajectories.shard_size,
             is_checkpointed=config.training.activation_checkpointing,
@@ -196,7 +195,7 @@ class HostTeacher:
         Before prompts are encoded, which for some models takes memory for a whole video.
         """
         sizes = self._sizes(False, 0)
-        least = {"weight_bytes": 0, "num_trained": 0, "num_graphs": 1, "batch_size": 1}
+        least = {"weight_bytes": 0, "num_trained": 0, "batch_size": 1}
         settings = {"sampled_together": 1, "is_checkpointed": True, "precision": "bf16"}
         needed = sum(need.num_bytes for need in training_needs(sizes, **least, **settings))
         usable = self._usable_bytes()

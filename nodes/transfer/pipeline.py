@@ -31,7 +31,7 @@ from ...linvideo_core.run.memory import is_out_of_memory
 from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
 from ...linvideo_core.transfer.config import ARTIFACT_NAME, TransferConfig
-from ...linvideo_core.transfer.estimate import forecast
+from ...linvideo_core.transfer.estimate import forecast, time_run
 from ...linvideo_core.transfer.layer_selection import check_target
 from ...linvideo_core.transfer.pipeline import linearize
 from ...linvideo_core.transfer.recipe import settings_by_steps, settings_for
@@ -235,7 +235,8 @@ def _tell_what_it_takes(host: HostTeacher, teacher: Teacher, config: TransferCon
     """
     show_on_node("a few calls are measured, to tell what this takes")
     try:
-        found = forecast(teacher, config, config.precision)
+        pace = time_run(teacher, config, precision=config.precision)
+        found = forecast(teacher, config, pace, precision=config.precision)
     except comfy.model_management.InterruptProcessingException:
         show_on_node("stopped before it had begun; queue again to begin, or to go on where it was")
         raise

@@ -13,7 +13,7 @@ from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
 from linvideo_core.distill import dmd2, pipeline
 from linvideo_core.distill.config import DistillationConfig
-from linvideo_core.distill.dmd2 import draw_exits, draw_rollout, simulate_backward
+from linvideo_core.distill.dmd2 import draw_exits, draw_rollouts, simulate_backward
 from linvideo_core.distill.pipeline import TrainingMonitor
 from linvideo_core.distill.task import DistillationTask, make_student, start_from
 from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
@@ -21,6 +21,7 @@ from linvideo_core.evaluate.compare import load_linearized
 from linvideo_core.flow import add_noise, bind, make_sigmas, sample_few_step
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.context import Run
+from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect
@@ -86,13 +87,56 @@ def test_the_generator_is_trained_on_what_it_meets_in_sampling(exit_step: int) -
 
     sample_few_step(recording, noise, sigmas, generator=torch.Generator().manual_seed(7))
     generator, exits = torch.Generator().manual_seed(7), torch.full((3,), exit_step)
-    rollout = draw_rollout(torch.zeros(3), exits, noise.shape[1:], generator)
+    (rollout,) = draw_rollouts(torch.zeros(3), exits, noise.shape[1:], generator)
     # The sampler is given its first noise; its generator draws what is added later.
     later = torch.Generator().manual_seed(7)
     fresh = [torch.randn(noise.shape, generator=later) for _ in rollout.fresh]
     rollout = dataclasses.replace(rollout, noise=noise, fresh=fresh)
     found = simulate_backward(lambda count: velocity, rollout, sigmas)
     torch.testing.assert_close(found, met[exit_step], rtol=0, atol=0)
+
+
+@dataclasses.dataclass
+class Rank(ProcessGroup):
+    """One process of several, as far as it shares batches."""
+
+    rank: int
+    size: int
+
+
+@pytest.mark.parametrize(("num_parts", "size"), [(1, 1), (3, 1), (6, 1), (3, 2)])
+def test_a_batch_in_parts_is_the_whole_batch(num_parts: int, size: int) -> None:
+    """Whoever computes it: all parts together hold every row once, and no step that none takes."""
+
+    def rollouts(num_parts: int, processes: ProcessGroup) -> list[dmd2.Rollout]:
+        exits = torch.tensor([3, 3, 2, 1, 0, 0])
+        generator = torch.Generator().manual_seed(0)
+        return draw_rollouts(torch.arange(6), exits, (1, 1, 2, 2), generator, num_parts, processes)
+
+    (whole,) = rollouts(1, SINGLE_PROCESS)
+    found = [rollouts(num_parts, Rank(rank, size)) for rank in range(size)]
+    assert sorted(int(n) for own in found for part in own for n in part.prompt) == [*range(6)]
+    for same_part in zip(*found, strict=True):
+        longest = max(int(part.exits.max()) for part in same_part)
+        for part in same_part:
+            assert len(part.fresh) == longest
+            for i, row in enumerate(part.prompt.tolist()):
+                assert part.exits[i] == whole.exits[row]
+                assert torch.equal(part.noise[i], whole.noise[row])
+                for step in range(int(part.exits[i])):
+                    assert torch.equal(part.fresh[step][i], whole.fresh[step][row])
+            assert [len(fresh) for fresh in part.fresh] == [
+                int((part.exits > step).sum()) for step in range(longest)
+            ]
+
+
+def test_motion_in_parts_has_the_gradient_of_the_whole() -> None:
+    shares = torch.tensor([0.5, 0.8, 1.4], requires_grad=True)
+    expected = shares.mean().log().square()
+    (wanted,) = torch.autograd.grad(expected, shares)
+    losses = torch.stack([dmd2.motion_loss(own, shares.detach().mean()) for own in shares])
+    torch.testing.assert_close(losses.detach(), expected.detach().expand(3))
+    torch.testing.assert_close(torch.autograd.grad(losses.mean(), shares)[0], wanted)
 
 
 def feed(rows: list[dict[str, float]]) -> str | None:
@@ -127,6 +171,22 @@ def make_task(
     )  # fmt: skip
 
 
+def take_step(
+    task: DistillationTask, step: int, accumulation: int = 1
+) -> tuple[Tensor, dict[str, Any]]:
+    """Run the passes of a step and their ways back; return the loss and the figures to log."""
+    total, metrics = torch.zeros(()), {}
+    for loss, figures in task.losses(step, torch.Generator().manual_seed(step), accumulation):
+        loss.backward()
+        total, metrics = total + loss.detach(), {**metrics, **figures}
+    return total, metrics
+
+
+def gradients_of(task: DistillationTask) -> dict[str, Tensor | None]:
+    groups = task.parameter_groups()
+    return {name: p.grad for group in groups for name, p in group.parameters.items()}
+
+
 def test_a_student_starts_as_the_file_that_it_was_given(
     teacher: Teacher, linearized: Artifact
 ) -> None:
@@ -152,8 +212,7 @@ def test_teacher_student_and_critic_are_one_model_and_the_teacher_comes_out_clea
         start_from(student, linearized)
         task = make_task(student, teacher)
         assert task.models == [teacher.model]
-        loss, metrics = task.loss(0, torch.Generator().manual_seed(0))
-        loss.backward()
+        _, metrics = take_step(task, 0)
         assert {"critic_loss", "generator_loss", "motion_ratio", "spread_ratio"} <= metrics.keys()
         for weights in (student.weights, task.critic_weights):
             assert any(p.grad is not None and p.grad.any() for p in weights.values())
@@ -179,36 +238,61 @@ def test_recomputed_activations_give_the_gradients_of_both_networks(
         with make_student(teacher, linearized, settings, seed=0) as student:
             training = TrainingConfig(batch_size=4, activation_checkpointing=is_recomputed)
             task = make_task(student, teacher, training=training, parameters=train)
-            task.loss(0, torch.Generator().manual_seed(0))[0].backward()
-            parameters = [p for g in task.parameter_groups() for p in g.parameters.items()]
-            found.append({name: p.grad for name, p in parameters})
+            take_step(task, 0)
+            found.append(gradients_of(task))
             task.remove_critic()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=0, msg=name)
 
 
-def test_regression_joins_the_students_turn_and_no_other(
-    teacher: Teacher, linearized: Artifact, tmp_path: Path
-) -> None:
+@pytest.fixture
+def endpoints(teacher: Teacher, tmp_path: Path) -> Endpoints:
     settings = TrajectoryConfig(num_trajectories=3, states_per_trajectory=2, sampler_steps=4)
-    endpoints = Endpoints(collect(teacher, settings, Run(folder=tmp_path / "run")), 0.4)
-    student = make_student(teacher, linearized, DistillationConfig(lora_rank=4), seed=0)
-    options = {"critic_steps": 2, "regression_weight": 0.5}
-    losses = {}
-    for kind in (None, endpoints):
-        task = make_task(student, teacher, endpoints=kind, **options)
-        for step in (0, 1):
-            losses[kind, step] = task.loss(step, torch.Generator().manual_seed(step))
-        if kind is None:
+    return Endpoints(collect(teacher, settings, Run(folder=tmp_path / "run")), 0.4)
+
+
+def test_regression_joins_the_students_turn_and_no_other(
+    teacher: Teacher, linearized: Artifact, endpoints: Endpoints
+) -> None:
+    found = {}
+    for ends in (None, endpoints):
+        with make_student(teacher, linearized, DistillationConfig(lora_rank=4), seed=0) as student:
+            task = make_task(
+                student, teacher, endpoints=ends, critic_steps=2, regression_weight=0.5
+            )
+            found[ends] = [(*take_step(task, step), gradients_of(task)) for step in (0, 1)]
             task.remove_critic()
-    (loss, metrics), (plain, _) = losses[endpoints, 0], losses[None, 0]
+    (loss, metrics, gradients), (plain, _, others) = found[endpoints][0], found[None][0]
     torch.testing.assert_close(loss, plain + 0.5 * metrics["regression_loss"])
-    assert "regression_loss" not in losses[endpoints, 1][1]
-    torch.testing.assert_close(losses[endpoints, 1][0], losses[None, 1][0], rtol=0, atol=0)
-    gradients = torch.autograd.grad(
-        loss, list(student.weights.values()), allow_unused=True, retain_graph=True
-    )
-    assert any(g is not None and bool(g.any()) for g in gradients)
+    assert any(not torch.equal(g, others[name]) for name, g in gradients.items() if g is not None)
+    assert "regression_loss" not in found[endpoints][1][1]
+    torch.testing.assert_close(found[endpoints][1][0], found[None][1][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_a_batch_in_parts_has_the_losses_gradients_and_statistics_of_one_pass(
+    num_parts: int, step: int, teacher: Teacher, linearized: Artifact, endpoints: Endpoints
+) -> None:
+    """At a student's turn and at one of the critic alone, with all losses there are."""
+    found = []
+    weights = {"critic_steps": 2, "regression_weight": 0.7, "motion_weight": 0.3}
+    for accumulation in (1, num_parts):
+        with make_student(teacher, linearized, DistillationConfig(lora_rank=4), seed=0) as student:
+            start_from(student, linearized)
+            training = TrainingConfig(batch_size=4 // accumulation, accumulation=accumulation)
+            task = make_task(student, teacher, training=training, endpoints=endpoints, **weights)
+            loss, metrics = take_step(task, step, accumulation)
+            found.append({"loss": loss, **metrics, **gradients_of(task)})
+            task.remove_critic()
+    whole, parts = found
+    assert {"critic_loss", "spread_ratio", "motion_ratio"} <= whole.keys() == parts.keys()
+    assert ("generator_loss" in whole) == ("motion_loss" in whole) == (step == 0)
+    for name, expected in whole.items():
+        if expected is None:
+            assert parts[name] is None, name
+        else:
+            torch.testing.assert_close(parts[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def run(

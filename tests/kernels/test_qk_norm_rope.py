@@ -16,6 +16,14 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),
+    # Not the current one.
+    pytest.param(
+        "cuda:1",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+        ],
+    ),
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

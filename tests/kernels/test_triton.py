@@ -120,6 +120,13 @@ def test_fused_is_the_definition_at_any_length(
     assert_is_the_definition(inputs, "triton")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one_computes_too() -> None:
+    assert torch.cuda.current_device() == 0
+    assert_is_the_definition(make_inputs(63, 130, device="cuda:1"), "triton")
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_any_strides_give_the_same(backend: str, device: str) -> None:
     query, key, value, *maps = make_inputs(20, 20, device=device)

@@ -89,7 +89,7 @@ def test_what_the_allocator_holds_unused_counts_as_free() -> None:
 
 def needs_of(wan: WanConfig, tokens: int, stream_bytes: int = 4, **changes: Any) -> dict[str, int]:
     numbers = ("weight_bytes", "num_trained", "sampled_together")
-    settings = {**dict.fromkeys(numbers, 0), "num_graphs": 1, "batch_size": 1}
+    settings = {**dict.fromkeys(numbers, 0), "batch_size": 1}
     settings |= {"is_checkpointed": False, "precision": "fp32", **changes}
     sizes = {name: getattr(wan, name) for name in ("dim", "ffn_dim", "num_layers")}
     model = Transformer(**sizes, num_tokens=tokens, stream_bytes=stream_bytes)
@@ -218,7 +218,6 @@ def plan_of(name: str, batch_size: int) -> Plan:
         shapes=shapes,
         num_tokens=size.tokens,
         num_trained=count_low_rank(shapes, "blocks.", 32) + maps,
-        num_graphs=1,
         batch_size=batch_size,
         sampled_together=1,
         precision="bf16",

@@ -78,6 +78,7 @@ def test_stored_states_lie_on_the_teachers_own_euler_trajectory(
         for name, tensor in zip(KEPT, (latents, conditional, unconditional), strict=True):
             torch.testing.assert_close(videos[name][:, step].float(), tensor, **HALF)
         latents = euler_step(latents, guide(conditional, unconditional, 2.5), sigma, sigma_next)
+    torch.testing.assert_close(videos["end"].float(), latents, **HALF)
 
 
 def test_a_trajectory_starts_at_standard_noise(teacher: Teacher, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ WEIGHT_TOLERANCE = 2e-3
 
 SCENARIOS = (
     "transfer",
+    "transfer_pool",
     "transfer_all_weights",
     "transfer_by_ranking",
     "transfer_rounded",
@@ -114,7 +115,7 @@ def folder(
         *SCENARIOS,
         "share_one_copy",
         f"stop_transfer={one / 'two_to_one'}",
-        "transfer=one_to_two",
+        "transfer_pool=one_to_two",
         *([f"transfer_long={killed.folder}"] if device == "cpu" else []),
         "refuse",
     ]
@@ -132,7 +133,7 @@ def folder(
     for name in SCENARIOS:
         program.SCENARIOS[name](one / name, SINGLE_PROCESS, device)
     (one / "two_to_one" / "before").write_text(find_checkpoint(one / "two_to_one/training").name)
-    program.transfer(one / "two_to_one", SINGLE_PROCESS, device)
+    program.transfer_pool(one / "two_to_one", SINGLE_PROCESS, device)
     return folder
 
 
@@ -244,7 +245,7 @@ def test_the_teacher_comes_out_of_the_shards_as_it_went_in(folder: Path) -> None
 def test_a_training_continues_on_another_number_of_processes(
     way: str, checkpoint: str, folder: Path
 ) -> None:
-    assert distance(folder / way, folder / "one" / "transfer") < WEIGHT_TOLERANCE
+    assert distance(folder / way, folder / "one" / "transfer_pool") < WEIGHT_TOLERANCE
     rows = (folder / way / "training" / "metrics.jsonl").read_text().splitlines()
     steps = program.TRANSFER.training.steps
     assert [json.loads(row)["step"] for row in rows] == list(range(steps))

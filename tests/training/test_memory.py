@@ -1,11 +1,15 @@
 """What a training step has in memory at its peak, as PyTorch's CPU allocator gives it out."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from linvideo_core.distill.config import DistillationConfig
+from linvideo_core.distill.task import DistillationTask
+from linvideo_core.distill.teacher_statistics import Endpoints, TeacherStatistics
 from linvideo_core.flow import bind
 from linvideo_core.models.attention_sites import checkpoint_activations
 from linvideo_core.models.quantized import place
@@ -81,6 +85,40 @@ def test_the_passes_before_the_one_that_learns_leave_nothing_behind(
     assert peaks["adm"] <= 1.01 * peaks["velocity"]
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_distillation_keeps_one_pass_of_one_network_however_many_videos_a_step_has(
+    is_checkpointed: bool, tmp_path: Path
+) -> None:
+    large, peaks = make_large(), {}
+    endpoints = Endpoints(sample(large, tmp_path), 0.5)
+    with Student(large, StudentConfig(lora_rank=2), seed=0) as student:
+        student.harden([0])
+        training = TrainingConfig(batch_size=1, activation_checkpointing=is_checkpointed)
+        task = DistillationTask(
+            student,
+            large,
+            TeacherStatistics(spread=1.0, motion=1.0),
+            DistillationConfig(num_steps=2, motion_weight=0.1),
+            training=training,
+            shift=3.0,
+            run=Run(precision="bf16"),
+            endpoints=endpoints,
+        )
+
+        def take_step(num_videos: int) -> None:
+            for loss, _ in task.losses(0, seed_step(0, 0), num_videos):
+                loss.backward()
+
+        take_step(2)
+        peaks = {n: peak_bytes(lambda n=n: take_step(n)) for n in (2, 4)}
+        task.remove_critic()
+    # What a video keeps beside its passes: noises and latents of all steps.
+    of_video = 8 * math.prod(SHAPE) * 4
+    assert peaks[4] <= peaks[2] + 2 * of_video
+    pass_bytes = peak_of_call(large, "softmax", is_checkpointed=is_checkpointed)
+    assert peaks[2] <= 1.05 * pass_bytes + 2 * of_video
+
+
 @pytest.mark.parametrize("frozen", ["fp32", "fp8"])
 def test_the_warm_start_keeps_one_layer_and_needs_no_more_than_a_recomputed_step(
     frozen: str, tmp_path: Path
@@ -113,7 +151,6 @@ def test_the_peak_of_a_step_is_what_it_was_told_to_twice_that_and_mixing_keeps_t
         Transformer(**sizes, num_tokens=NUM_TOKENS, stream_bytes=stream_bytes),
         weight_bytes=0,
         num_trained=0,
-        num_graphs=1,
         batch_size=1,
         sampled_together=0,
         is_checkpointed=is_checkpointed,

@@ -21,7 +21,7 @@ from linvideo_core.run.config import parse
 from linvideo_core.run.context import Run
 from linvideo_core.training.checkpoint import CHECKPOINT_NAME, finished_steps
 from linvideo_core.training.config import TrainingConfig
-from linvideo_core.training.trainer import ParameterGroup, fit, learning_rate_share, seed_step
+from linvideo_core.training.trainer import ParameterGroup, Task, fit, learning_rate_share, seed_step
 from tests.conftest import Recorder
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ class Stopped(Exception):
     """Stands for the end of the process."""
 
 
-class LeastSquares:
+class LeastSquares(Task):
     """Find the weights behind noisy observations; counts its steps as state."""
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -403,7 +403,7 @@ def test_the_steps_that_are_kept_can_be_told_of_any_folder(tmp_path: Path) -> No
     assert finished_steps(tmp_path) == 0
 
 
-class InTurns:
+class InTurns(Task):
     """Two numbers that both want to be 1; the second has its turn at every third step."""
 
     def __init__(self) -> None:
@@ -422,11 +422,6 @@ class InTurns:
 
     def after_step(self, step: int) -> None:
         self.weights.append(torch.cat([self.first, self.second]).detach())
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 def settings(steps: int) -> TrainingConfig:

@@ -135,8 +135,9 @@ def num_rows(path: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("states", ["stored", "pool"])
 def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
-    files: Path, one_thread: None, tmp_path: Path
+    states: str, files: Path, one_thread: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
     shards, training = tmp_path / "teacher", out / "training"
@@ -146,14 +147,17 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
         "training": lambda: num_rows(training / "metrics.jsonl") >= 14,
     }
-    argv = arguments(files, out=out, evaluate_samples=0)
+    if states == "pool":
+        del moments["sampling"]
+    how = {"states": states, "levels": "even", "pool_videos": 8, "evaluate_samples": 0}
+    argv = arguments(files, out=out, **how)
     for is_time in moments.values():
         kill_when(argv, is_time)
         assert not (out / "linearized.safetensors").exists()
     cli.main(argv)
 
     unbroken = tmp_path / "apart" / "unbroken"
-    cli.main(arguments(files, out=unbroken, evaluate_samples=0))
+    cli.main(arguments(files, out=unbroken, **how))
     expected = load_file(unbroken / "linearized.safetensors")
     found = load_file(out / "linearized.safetensors")
     assert found.keys() == expected.keys()
@@ -167,7 +171,7 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     # Repeated where it is done, moved elsewhere or not, the command writes the same again.
     moved = tmp_path / "moved"
     shutil.move(out, moved)
-    cli.main(arguments(files, out=moved, evaluate_samples=0))
+    cli.main(arguments(files, out=moved, **how))
     for name, tensor in load_file(moved / "linearized.safetensors").items():
         assert torch.equal(expected[name], tensor), name
 

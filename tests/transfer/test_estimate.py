@@ -107,7 +107,7 @@ def test_calls_and_passes_are_measured_and_leave_the_teacher_as_it_was(
     assert time_teacher(teacher, config.trajectories, "fp32") > 0
     hook.remove()
     assert set(sizes) == {2 * 3}
-    pace = time_run(teacher, config, "fp32")
+    pace = time_run(teacher, config, precision="fp32")
     assert min(pace.call, pace.selecting, pace.hardened) > 0
     assert pace.num_trained == count_trained(teacher, config)
     after = teacher.model.state_dict()
@@ -123,14 +123,14 @@ def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
     config = config_of(target=1, out=tmp_path / "runs" / "a")
     samples = count_bytes(config.trajectories, teacher.latent_shape)
     footprint = Footprint(num_trained=10**6, memory_bytes=0, device_bytes=None)
-    settings = {"tries_training": False, "footprint": footprint}
+    settings = {"precision": "fp32", "footprint": footprint}
     needed = samples + count_checkpoint_bytes(10**6)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    assert forecast(teacher, config, "fp32", **settings).disk_bytes == needed
+    assert forecast(teacher, config, PACE, **settings).disk_bytes == needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     with pytest.raises(ValueError, match=r"samples and the checkpoints take .*: free") as caught:
-        forecast(teacher, config, "fp32", **settings)
+        forecast(teacher, config, PACE, **settings)
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
@@ -165,5 +165,5 @@ def test_memory_that_is_too_small_for_a_step_is_found_before_the_teacher_is_samp
     teacher.model.blocks[0].register_forward_pre_hook(fail)
     time_teacher(teacher, config.trajectories, "fp32")
     with pytest.raises(torch.OutOfMemoryError):
-        forecast(teacher, config, "fp32")
+        time_run(teacher, config, precision="fp32")
     assert not (tmp_path / "run").exists() and not (tmp_path / "teacher").exists()

@@ -97,6 +97,18 @@ def test_a_better_quality_learns_longer_from_more_videos(is_embedded: bool) -> N
         assert sorted({each[key] for each in found}) == [each[key] for each in found]
 
 
+def test_a_model_of_ones_own_learns_from_a_pool_unless_stored_videos_are_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def states_of(**given: Any) -> str:
+        return settings_of(monkeypatch, "1.3b-480p", device="cpu", **given)["states"]
+
+    assert states_of() == "pool"
+    assert states_of(choice="sensitivity") == states_of(low_noise_model=Path("low")) == "stored"
+    # Of the embedded model, where it is asked for.
+    assert find_settings("demo", {"states": "pool"})["levels"] == "even"
+
+
 def test_a_preset_of_the_embedded_model_is_refused_for_another() -> None:
     with pytest.raises(SettingError, match=r"--preset gpu given.*give --quality"):
         find_settings("gpu", {"model": Path("wan")})

@@ -1,0 +1,249 @@
+"""Compare what a transfer learns from: `python -m research.states`.
+
+Every row of `TABLES` is a transfer of the embedded model, run with several seeds, whose layers are
+given and whose prompts are three quarters of all. It draws `--steps` batches of 8 states: of stored
+videos, each drawn many times, or of a pool, each once. The squared error of its velocity is then
+measured at states of the teacher with the other prompts, in both guidance branches.
+    python -m research.states --tables states --seeds 1 --steps 20
+    python -m research.states --jobs 14 --record
+`video_error` is the mean squared difference of whole videos from the teacher's, of the same noise.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.record import RESULTS_FOLDER, show_rows, write_part
+from linvideo_core.flow import bind, bind_guided, make_sigmas, sample_euler
+from linvideo_core.run.config import (
+    option,
+    override,
+    parse,
+    positive,
+    run_command,
+    to_flags,
+)
+from linvideo_core.run.context import Run
+from linvideo_core.run.devices import resolve_device
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.files import write_json
+from linvideo_core.teacher.config import TrajectoryConfig
+from linvideo_core.teacher.teacher import Teacher, load_teacher
+from linvideo_core.teacher.trajectories import Trajectories, collect
+from linvideo_core.transfer.config import TransferConfig
+from linvideo_core.transfer.pipeline import linearize
+from linvideo_core.transfer.student import Student
+
+Row = dict[str, Any]
+
+_HALF = "0,1,3,4,9"
+_ALL = "0,1,2,3,4,5,6,7,8,9"
+_STORED = {"states": "stored", "objective": "velocity", "levels": "even"}
+_POOL = {"states": "pool", "objective": "adm", "levels": "even"}
+
+TABLES: dict[str, dict[str, Row]] = {
+    "states": {
+        "stored_6": {**_STORED, "num_trajectories": 6},
+        "stored_96": {**_STORED, "num_trajectories": 96},
+        "stored_384": {**_STORED, "num_trajectories": 384},
+        "pool_8": {**_POOL, "anchor_share": 1.0},
+        "pool_16": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 16},
+        "pool_50": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 50},
+        "pool_8_of_256": {**_POOL, "anchor_share": 1.0, "pool_videos": 256},
+    },
+    "on_policy": {
+        f"{name}{suffix}": {**settings, **layers}
+        for suffix, layers in (("", {}), ("_all_layers", {"layers": _ALL, "target": 10}))
+        for name, settings in {
+            **{f"stored_{n}": {**_STORED, "num_trajectories": n} for n in (8, 96, 384)},
+            **{f"share_{p:g}": {**_POOL, "anchor_share": 1 - p} for p in (0, 0.5, 1)},
+        }.items()
+    },
+}
+"""Table -> row -> the settings of a transfer, by the names of `TransferConfig`'s fields."""
+
+_COMMON = {
+    "layers": _HALF,
+    "target": 5,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
+    "map_learning_rate": 2e-3,
+    "warmup_steps": 20,
+    "pool_videos": 64,
+    "checkpoint_every": 1000,
+    "precision": "fp32",
+}
+_HELD_OUT = TrajectoryConfig(num_trajectories=32)
+_HELD_OUT_SEED, _NUM_VIDEOS = 777, 64
+_HIGH_NOISE = 0.9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatesConfig:
+    """Which rows are run, and how often."""
+
+    tables: str = option("states,on_policy", "tables to make")
+    seeds: int = option(4, "seeds of each row, counted up from 0")
+    steps: int = option(375, "training steps of a row")
+    jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
+    device: str = option("auto", "cpu or cuda", choices=("auto", "cpu", "cuda"))
+    out: Path = option(Path("runs/states"), "folder of the runs and the rows")
+    record: bool = option(False, "write results/recipe.json, not the one in --out")
+
+    def __post_init__(self) -> None:
+        positive(self, "seeds", "steps", "jobs")
+        if strangers := [name for name in self.tables.split(",") if name not in TABLES]:
+            raise SettingError(
+                f"{{tables}} {self.tables} given, and {strangers[0]!r} is unknown; names of "
+                f"{','.join(TABLES)} with commas between are needed",
+                "tables",
+            )
+
+
+def do_run(name: str, settings: Row, seed: int, out: Path, device: str) -> Row:
+    """Train one student, unless it was, and return its row."""
+    folder = out / name / f"seed-{seed}"
+    if (path := folder / "row.json").exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    whole = load_teacher(TransferConfig().teacher).to(device)
+    cut = len(whole.prompts) * 3 // 4
+    teacher, held_out = _with_prompts(whole, slice(cut)), _with_prompts(whole, slice(cut, None))
+    run = Run(folder=folder, device=device, precision=settings["precision"], seed=seed)
+    begin = time.monotonic()
+    own = {"out": folder, "seed": seed, "device": device, "teacher_folder": out / "teacher"}
+    config = override(TransferConfig(), settings | own)
+    with Student(teacher, config.student, seed=seed) as student:
+        linearize(student, teacher, config, run)
+        seconds = time.monotonic() - begin
+        run = dataclasses.replace(run, seed=_HELD_OUT_SEED)
+        row = _measure(student, dataclasses.replace(held_out, model=teacher.model), run, out)
+    write_json(path, row := {"seed": seed, "seconds": seconds, **row})
+    return row
+
+
+def _with_prompts(teacher: Teacher, part: slice) -> Teacher:
+    return dataclasses.replace(
+        teacher, prompts=teacher.prompts[part], prompt_embeds=teacher.prompt_embeds[part]
+    )
+
+
+@torch.no_grad()
+def _measure(student: Student, teacher: Teacher, run: Run, out: Path) -> Row:
+    """Return the errors of a student; teacher: with prompts that it has not seen."""
+    videos = dataclasses.replace(_HELD_OUT, teacher_folder=out / "teacher")
+    with student.disabled():
+        stored = collect(teacher, videos, run)
+    errors, sigma = _velocity_errors(student, teacher, stored, run)
+    is_high = sigma > _HIGH_NOISE
+    generator = torch.Generator().manual_seed(run.seed)
+    prompt = torch.randint(len(teacher.prompts), (_NUM_VIDEOS,), generator=generator)
+    noise = torch.randn(_NUM_VIDEOS, *teacher.latent_shape, generator=generator).to(run.device)
+    velocity_fn = bind_guided(
+        student.model,
+        teacher.prompt_embeds[prompt.to(run.device)],
+        teacher.negative_embeds.expand(_NUM_VIDEOS, -1, -1),
+        _HELD_OUT.guidance_scale,
+        precision=run.precision,
+    )
+    sigmas = make_sigmas(_HELD_OUT.sampler_steps, _HELD_OUT.shift)
+    with student.disabled():
+        wanted = sample_euler(velocity_fn, noise, sigmas)
+    video_error = (sample_euler(velocity_fn, noise, sigmas) - wanted).square().mean()
+    return {
+        "error_high_noise": errors[is_high].mean().item(),
+        "error": errors.mean().item(),
+        "video_error": video_error.item(),
+    }
+
+
+def _velocity_errors(
+    student: Student, teacher: Teacher, stored: Trajectories, run: Run
+) -> tuple[Tensor, Tensor]:
+    """Return the squared error of both branches at every stored state, and its noise level."""
+    errors, sigmas = [], []
+    for picks in torch.arange(len(stored)).split(32):
+        states = stored.take(picks, run.device)
+        sigma = stored.sigmas.to(run.device)[states.step]
+        prompts = teacher.prompt_embeds[states.prompt]
+        negatives = teacher.negative_embeds.expand_as(prompts)
+        for prompt, target in ((prompts, states.conditional), (negatives, states.unconditional)):
+            velocity = bind(student.model, prompt, precision=run.precision)(states.latents, sigma)
+            errors.append((velocity - target).square().flatten(1).mean(dim=1))
+            sigmas.append(sigma)
+    return torch.cat(errors), torch.cat(sigmas)
+
+
+def summarize(table: str, name: str, runs: Sequence[Mapping[str, float]]) -> Row:
+    """Return a row of a table: the mean over seeds of every number, and their spread."""
+    row: Row = {"what": table, "name": name, "seeds": len(runs)}
+    for column in runs[0]:
+        if column != "seed":
+            values = [run[column] for run in runs]
+            row[column] = statistics.fmean(values)
+            if len(values) > 1:
+                row[f"{column}_spread"] = statistics.stdev(values)
+    return row
+
+
+def run(config: StatesConfig) -> dict[str, list[Row]]:
+    """Do all runs; return the rows by table."""
+    device = resolve_device(config.device)
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
+    jobs = [
+        (table, name, seed)
+        for seed in range(config.seeds)
+        for table in config.tables.split(",")
+        for name in TABLES[table]
+    ]
+    context = multiprocessing.get_context("spawn")
+    found: dict[tuple[str, str], list[Row]] = {}
+    with (
+        concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool,
+        tqdm(total=len(jobs)) as bar,
+    ):
+        waiting = {}
+        for (table, name, seed), card in zip(jobs, itertools.cycle(cards), strict=False):
+            settings = {**_COMMON, "steps": config.steps, **TABLES[table][name]}
+            out = config.out.absolute() / table
+            waiting[pool.submit(do_run, name, settings, seed, out, card)] = (table, name)
+        for future in concurrent.futures.as_completed(waiting):
+            found.setdefault(waiting[future], []).append(future.result())
+            bar.update()
+    rows = {table: [] for table in config.tables.split(",")}
+    for table, names in rows.items():
+        for name in TABLES[table]:
+            names.append(summarize(table, name, found[table, name]))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, do the runs with a bar, keep and show the tables."""
+    config = parse(StatesConfig, argv, description=__doc__)
+    path = (RESULTS_FOLDER if config.record else config.out) / "recipe.json"
+    for table, rows in run(config).items():
+        write_part(
+            path,
+            table,
+            title="What a transfer of a model of one's own takes and learns from",
+            command=f"python -m research.states {to_flags(config, without=('out', 'device'))}",
+            rows=rows,
+            device=resolve_device(config.device),
+        )
+        sys.stdout.write(f"\n{show_rows(rows)}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

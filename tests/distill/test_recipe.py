@@ -1,0 +1,216 @@
+"""What a distillation is set to by the model, the quality and the card."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.models.sizes import SIZES
+from linvideo_core.artifact import Artifact, save
+from linvideo_core.artifact.header import ArtifactHeader
+from linvideo_core.distill import cli, recipe
+from linvideo_core.distill.config import DistillationConfig, DistillConfig
+from linvideo_core.distill.preflight import check_distillation, count_calls, forecast
+from linvideo_core.distill.task import DistillationTask, make_student
+from linvideo_core.distill.teacher_statistics import TeacherStatistics
+from linvideo_core.evaluate import compare
+from linvideo_core.models.attention_sites import fingerprint, shapes_of
+from linvideo_core.models.checkpoint import Checkpoint
+from linvideo_core.models.families import identify
+from linvideo_core.models.wan import WanModel
+from linvideo_core.run.config import override
+from linvideo_core.run.context import Run
+from linvideo_core.teacher import teacher as teachers
+from linvideo_core.teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
+from linvideo_core.training.config import TrainingConfig
+from linvideo_core.transfer.config import QUALITIES
+from tests.conftest import save_inputs
+
+
+def headers_of(name: str, **video: int) -> TeacherCheckpoint:
+    """Return a Wan of a published size, of which there are headers alone."""
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(SIZES[name].config))
+    tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
+    checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
+    latent_shape = (16, (video.get("num_frames", 81) - 1) // 4 + 1, 60, 104)
+    return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
+
+
+def file_for(name: str) -> Artifact:
+    """Return a file that makes the published share of layers linear, by feature maps alone."""
+    family, sites = identify(headers_of(name).shapes)
+    linear = {site.layer: site for site in sites if site.layer in SIZES[name].layers}
+    header = ArtifactHeader(
+        family=family.name,
+        fingerprint=fingerprint(family, sites),
+        weights_digest=16 * "0",
+        linear_layers=tuple(linear),
+        site_names=tuple(site.name for site in linear.values()),
+        num_layers=len(sites),
+        feature_dim=sites[0].head_dim,
+        parameters="feature_maps",
+        objective="adm",
+        steps=1,
+    )
+    shapes = header.tensor_shapes(sites[0].num_heads, sites[0].head_dim)
+    maps = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
+    return Artifact(header=header, linear=dict.fromkeys(linear, maps))
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dict[str, Any]:
+    frames = {"num_frames": given["num_frames"]} if "num_frames" in given else {}
+    monkeypatch.setattr(teachers, "open_teacher", lambda config: headers_of(name, **frames))
+    monkeypatch.setattr(compare, "load_linearized", lambda path: file_for(name))
+    files = {"model": Path("wan"), "artifact": Path("linearized")}
+    return recipe.find_settings("demo", {**files, **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "batch_size", "accumulation", "offload_blocks"),
+    [
+        ("1.3b-480p", {"card": 24}, 2, 4, 0),
+        ("1.3b-480p", {"card": 24, "quality": "draft"}, 2, 2, 0),
+        ("1.3b-480p", {"card": 24, "batch_size": 1, "quality": "best"}, 1, 16, 0),
+        ("14b-480p", {"card": 48}, 1, 8, 32),
+        ("14b-480p", {"card": 48, "compile": True}, 1, 8, 0),
+        ("14b-480p", {"card": 80}, 1, 8, 0),
+    ],
+)
+def test_a_card_decides_how_many_videos_of_a_step_go_through_the_model_at_once(
+    name: str,
+    given: dict[str, Any],
+    batch_size: int,
+    accumulation: int,
+    offload_blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = settings_of(monkeypatch, name, device="cuda", **given)
+    fitted = (found["batch_size"], found["accumulation"], found.get("offload_blocks", 0))
+    assert fitted == (batch_size, accumulation, offload_blocks)
+    assert found["frozen"] == "bf16" and found["activation_checkpointing"]
+    override(DistillConfig(), {**found, "model": Path("wan"), "artifact": Path("made"), **given})
+
+
+def test_processes_share_the_videos_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = settings_of(monkeypatch, "14b-480p", device="cuda", card=80)
+    assert (found["batch_size"], found["accumulation"]) == (4, 2)
+    assert "offload_blocks" not in found
+
+
+@pytest.mark.parametrize("model", [None, "1.3b-480p"])
+def test_every_quality_holds_diversity_and_a_better_one_learns_longer(
+    model: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured on the embedded model: half of the teacher's guidance, and a regression."""
+    found = []
+    for quality in QUALITIES:
+        how = {"quality": quality, "device": "cpu"}
+        if model is None:
+            found.append(recipe.find_settings("demo", how))
+        else:
+            found.append(settings_of(monkeypatch, model, **how))
+    for each in found:
+        assert each["real_guidance_scale"] == each["guidance_scale"] / 2
+        assert each["regression_weight"] == 1
+    for key in ("steps", "num_trajectories"):
+        assert sorted({each[key] for each in found}) == [each[key] for each in found]
+
+
+def test_the_guidance_baked_in_follows_the_teachers_unless_it_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scales = {}
+    for guidance in (7.0, 1.0):
+        found = settings_of(monkeypatch, "1.3b-480p", device="cpu", guidance_scale=guidance)
+        scales[guidance] = found["real_guidance_scale"]
+    assert scales == {7.0: 3.5, 1.0: 1.0}
+    assert cli.read(["--real-guidance-scale", "2"]).distillation.real_guidance_scale == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--preset", "gpu", "--model", "wan.safetensors"], "--preset gpu given"),
+        (["--quality", "fine"], "--quality fine given; one of draft, standard, best is needed"),
+        (["--card", "-1"], "--card -1 given"),
+        (
+            ["--batch-size", "1"],
+            "--batch-size 1 and --accumulation 1 given; together --num-steps 4",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_sentence(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.read(argv)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_a_model_without_a_file_that_was_made_for_it_is_refused(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = save_inputs(teacher, tmp_path)
+    given = [str(word) for pair in paths.items() for word in pair]
+    for more, sentence in (
+        ([], "--model was given without --artifact"),
+        (["--artifact", "none.safetensors"], "none.safetensors"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.read([*given, *more])
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture
+def config(teacher: Teacher, linearized: Artifact, tmp_path: Path) -> DistillConfig:
+    """A small distillation of a file on disk."""
+    save(linearized, tmp_path / "linearized.safetensors")
+    paths = save_inputs(teacher, tmp_path)
+    values = {"artifact": tmp_path / "linearized.safetensors", "out": tmp_path / "run"}
+    values |= {name.removeprefix("--"): path for name, path in paths.items()}
+    values |= {"num_frames": 5, "height": 32, "width": 32, "num_trajectories": 3, "shard_size": 1}
+    values |= {"sampler_steps": 4, "states_per_trajectory": 2, "steps": 10, "lora_rank": 4}
+    return override(DistillConfig(), {**values, "evaluate_samples": 2, "evaluate_batch_size": 1})
+
+
+def test_as_many_numbers_are_trained_as_memory_was_counted_for(
+    teacher: Teacher, linearized: Artifact, config: DistillConfig
+) -> None:
+    checkpoint = open_teacher(config.teacher)
+    footprint = check_distillation(checkpoint, config, linearized, "cpu", "fp32")
+    with make_student(teacher, linearized, config.distillation, seed=0) as student:
+        task = DistillationTask(
+            student, teacher, TeacherStatistics(spread=1, motion=1), config.distillation,
+            training=TrainingConfig(), shift=3.0, run=Run(),
+        )  # fmt: skip
+        parts = [p for group in task.parameter_groups() for p in group.parameters.values()]
+        task.remove_critic()
+    assert footprint.num_trained == sum(p.numel() for p in parts)
+
+
+def test_a_run_is_told_beforehand_in_calls_of_the_teacher(
+    teacher: Teacher, linearized: Artifact, config: DistillConfig
+) -> None:
+    checkpoint = open_teacher(config.teacher)
+    footprint = check_distillation(checkpoint, config, linearized, "cpu", "fp32")
+    found = forecast(teacher, config, Run(folder=config.out), footprint)
+    call = found.sampling / (3 * 4)
+    assert call > 0 and found.comparing == pytest.approx(2 * 2 * 4 * call)
+    assert found.warm_start == 0
+    step = config.training.batch_size * count_calls(config.distillation) * call
+    assert found.training == pytest.approx(10 * step)
+    assert found.memory_bytes == footprint.memory_bytes and found.disk_bytes > 0
+    assert not config.out.exists()
+
+
+def test_a_step_costs_more_the_more_often_the_student_learns_and_from_endings_too() -> None:
+    costs = [
+        count_calls(DistillationConfig(critic_steps=every, regression_weight=weight))
+        for every, weight in [(10**6, 1), (5, 0), (5, 1), (1, 1)]
+    ]
+    assert costs == sorted(costs) and len({*costs}) == 4
