@@ -12,8 +12,14 @@ at all steps and at few, the distilled ones at their own.
 A few-step LoRA of others is compared the same way, on the teacher and on the linearized model.
     python -m linvideo_core.evaluate --model wan.safetensors --prompts prompts.safetensors \
         --artifact linearized.safetensors --lora few_step_lora.safetensors --shift 5
-The folder `--out` then holds evaluation.json, samples.png, samples.gif and velocity_error.png, with
-`--distilled` also steps.png.
+With `--vae`, Wan's autoencoder, videos are measured and shown decoded, in colour; without it a
+Wan's are the mean of its latents' channels.
+The folder `--out` then holds evaluation.json, samples.png, samples.gif (samples.mp4 of decoded
+videos), velocity_error.png and a model card, with `--distilled` also steps.png.
+With `--export-videos` videos of every prompt are written instead, named as VBench wants them.
+    python -m linvideo_core.evaluate --model wan.safetensors --vae wan_2.1_vae.safetensors \
+        --prompts all_dimension.txt --text-encoder umt5.safetensors --batch-size 1 \
+        --artifact linearized.safetensors --seeds-per-prompt 5 --export-videos runs/vbench
 """
 
 from collections.abc import Sequence
@@ -29,10 +35,13 @@ SHOWN = (
     "artifact",
     "distilled",
     "lora",
+    "vae",
+    "export_videos",
     "num_frames",
     "height",
     "width",
     "num_samples",
+    "seeds_per_prompt",
     "sampler_steps",
     "guidance_scale",
     "shift",

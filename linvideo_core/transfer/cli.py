@@ -45,6 +45,7 @@ SHOWN = (
     "offload_blocks",
     "activation_checkpointing",
     "evaluate_samples",
+    "vae",
     "out",
     "seed",
     "device",

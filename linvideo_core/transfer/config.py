@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Protocol
 
+from ..evaluate.config import vae_option
 from ..models.config import ExpertsConfig, FrozenConfig, LinearForm
 from ..run.config import fraction, option, positive
 from ..run.devices import device_option, precision_option
@@ -146,6 +147,7 @@ class EvaluationConfig:
 
     evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
     evaluate_batch_size: int = option(8, "videos sampled together in the end")
+    vae: Path | None = vae_option()
 
     def __post_init__(self) -> None:
         positive(self, "evaluate_batch_size")

@@ -328,6 +328,7 @@ EVIDENCE = {
     "samples.gif",
     "velocity_error.png",
     "evaluation.json",
+    "README.md",
 }
 
 
@@ -380,8 +381,8 @@ def test_the_comparison_can_be_left_out(
 ) -> None:
     out = tmp_path / "out"
     cli.main(arguments(files, **SHORT, evaluate_samples=0, out=out))
-    pictures = {"layer_scores.png", "losses.png"}
-    assert times(out).keys() == {"linearized.safetensors", "config.json", *pictures}
+    evidence = {"layer_scores.png", "losses.png", "README.md"}
+    assert times(out).keys() == {"linearized.safetensors", "config.json", *evidence}
     assert "samples.png" not in capsys.readouterr().out
 
 
