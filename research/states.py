@@ -3,7 +3,8 @@
 Every row of `TABLES` is a transfer of the embedded model, run with several seeds, whose layers are
 given and whose prompts are three quarters of all. It draws `--steps` batches of 8 states: of stored
 videos, each drawn many times, or of a pool, each once. The squared error of its velocity is then
-measured at states of the teacher with the other prompts, in both guidance branches.
+measured at states of the teacher with the other prompts, in both guidance branches. Of the warm
+start that goes before, `layer_error` is the mean over layers and its last steps.
     python -m research.states --tables states --seeds 1 --steps 20
     python -m research.states --jobs 14 --record
 `video_error` is the mean squared difference of whole videos from the teacher's, of the same noise.
@@ -39,10 +40,11 @@ from linvideo_core.run.context import Run
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
+from linvideo_core.run.folder import read_metrics
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
-from linvideo_core.transfer.config import TransferConfig
+from linvideo_core.transfer.config import WARM_START_NAME, TransferConfig
 from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.student import Student
 
@@ -54,6 +56,9 @@ _STORED = {"states": "stored", "objective": "velocity", "levels": "even"}
 _POOL = {"states": "pool", "objective": "adm", "levels": "even"}
 
 TABLES: dict[str, dict[str, Row]] = {
+    "warm_start": {
+        f"{steps}_steps": {**_STORED, "warm_start_steps": steps, "steps": 1} for steps in (40, 120)
+    },
     "states": {
         "stored_6": {**_STORED, "num_trajectories": 6},
         "stored_96": {**_STORED, "num_trajectories": 96},
@@ -83,18 +88,20 @@ _COMMON = {
     "warmup_steps": 20,
     "pool_videos": 64,
     "checkpoint_every": 1000,
+    "log_every": 1,
     "precision": "fp32",
 }
 _HELD_OUT = TrajectoryConfig(num_trajectories=32)
 _HELD_OUT_SEED, _NUM_VIDEOS = 777, 64
 _HIGH_NOISE = 0.9
+_LAST_STEPS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StatesConfig:
     """Which rows are run, and how often."""
 
-    tables: str = option("states,on_policy", "tables to make")
+    tables: str = option(",".join(TABLES), "tables to make")
     seeds: int = option(4, "seeds of each row, counted up from 0")
     steps: int = option(375, "training steps of a row")
     jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
@@ -130,6 +137,8 @@ def do_run(name: str, settings: Row, seed: int, out: Path, device: str) -> Row:
         seconds = time.monotonic() - begin
         run = dataclasses.replace(run, seed=_HELD_OUT_SEED)
         row = _measure(student, dataclasses.replace(held_out, model=teacher.model), run, out)
+    steps = read_metrics(folder / WARM_START_NAME / "metrics.jsonl")
+    row["layer_error"] = statistics.fmean(each["loss"] for each in steps[-_LAST_STEPS:])
     write_json(path, row := {"seed": seed, "seconds": seconds, **row})
     return row
 
