@@ -117,6 +117,8 @@ def make_config(
         values["guidance_scale"] = guidance_scale
     expert = inputs["settings"] or {}
     given = {name: value for name, value in expert.items() if name not in _SIZES and value != 0}
+    if not host.is_demo and "num_videos" not in given:
+        values["states"] = "pool"
     values |= {_FIELDS.get(name, name): value for name, value in given.items()}
     values |= {
         **settings_by_steps(values["steps"]),
