@@ -51,6 +51,9 @@ class TrajectoryPool:
     Videos belong to slots, and those to rows: row i of a batch of B draws among the slots i, i + B,
     i + 2 B, and so on. So a process keeps the videos of its own rows alone, and any number of
     processes draw the same states.
+
+    Of several sizes of video each has as many slots, one size's after the other's. A draw is of one
+    size, each as often.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class TrajectoryPool:
         run: Run,
         as_teacher: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        """num_videos: in flight, of which every row has as many.
+        """num_videos: in flight, of which every row has as many of each of the teacher's sizes.
 
         batch_size: of all processes. as_teacher: in whose context the model is the teacher.
         """
@@ -70,8 +73,8 @@ class TrajectoryPool:
         self.guidance_scale = config.guidance_scale
         self._teacher, self._config, self._as_teacher = teacher, config, as_teacher
         self._batch_size, self._run = batch_size, run
-        self._depth = _depth(num_videos, batch_size)
-        self._num_slots = self._depth * batch_size
+        self._depth = _depth(num_videos, batch_size, len(teacher.latent_shapes))
+        self._num_slots = self._depth * batch_size * len(teacher.latent_shapes)
         own = [slot for slot in range(self._num_slots) if self._is_own(slot)]
         self._videos = {slot: self._start(slot) for slot in own}
         # As they were before the step that is being computed, which may never be finished.
@@ -80,12 +83,14 @@ class TrajectoryPool:
     def fill(self) -> None:
         """Spread the videos over their trajectories, so that a batch has all noise levels."""
         length = self._config.states_per_trajectory
-        moves = {slot: slot // self._batch_size * length // self._depth for slot in self._videos}
+        places = {slot: slot // self._batch_size % self._depth for slot in self._videos}
+        moves = {slot: place * length // self._depth for slot, place in places.items()}
         rows = self._batch_size // self._run.processes.size
         total, done = sum(moves.values()), 0
         self._run.begin_stage("filling_pool", total * self._run.processes.size)
         for turn in range(max(moves.values())):
             late = [slot for slot, count in moves.items() if count > turn]
+            # So many slots follow one another with the same size and the same number of moves.
             for first in range(0, len(late), rows):
                 slots = late[first : first + rows]
                 self._move(slots, self._guide(self._ask(slots)))
@@ -102,7 +107,10 @@ class TrajectoryPool:
         student: moves `share` of all videos.
         """
         rows = torch.arange(self._batch_size)
-        picks = torch.randint(self._depth, rows.shape, generator=generator)
+        num_sizes, size = len(self._teacher.latent_shapes), 0
+        if num_sizes > 1:
+            size = torch.randint(num_sizes, (), generator=generator)
+        picks = size * self._depth + torch.randint(self._depth, rows.shape, generator=generator)
         slots = (picks * self._batch_size + rows).tolist()
         own = [slot for slot in slots if self._is_own(slot)]
         states = self._ask(own)
@@ -143,7 +151,9 @@ class TrajectoryPool:
         return slot % self._batch_size % processes.size == processes.rank
 
     def _start(self, number: int) -> _Video:
-        prompt, noise, kept = draw_video(self._teacher, self._config, self._run.seed, number)
+        size = number % self._num_slots // (self._depth * self._batch_size)
+        shape = self._teacher.latent_shapes[size]
+        prompt, noise, kept = draw_video(self._teacher, self._config, self._run.seed, number, shape)
         # The noise is a state as well: the teacher is asked there to leave it.
         steps = tuple(dict.fromkeys([0, *kept.tolist(), len(self.sigmas) - 1]))
         return _Video(number, prompt, steps, 0, noise)
@@ -192,24 +202,32 @@ class TrajectoryPool:
                 self._videos[slot] = dataclasses.replace(video, place=place, latents=moved)
 
 
-def count_filling_calls(config: TrajectoryConfig, num_videos: int, batch_size: int) -> int:
+def count_filling_calls(
+    config: TrajectoryConfig, num_videos: int, batch_size: int, num_sizes: int = 1
+) -> int:
     """Return how many guided calls of the teacher, of one video each, `TrajectoryPool.fill` makes.
 
-    All processes together make them.
+    All processes together make them; of each size as many.
     """
-    depth = _depth(num_videos, batch_size)
-    return batch_size * sum(i * config.states_per_trajectory // depth for i in range(depth))
+    depth = _depth(num_videos, batch_size, num_sizes)
+    moves = sum(i * config.states_per_trajectory // depth for i in range(depth))
+    return num_sizes * batch_size * moves
 
 
-def count_pool_bytes(latent_shape: Sequence[int], num_videos: int, batch_size: int) -> int:
-    """Return what a pool takes of CPU memory, of a latent shape (C, F, H, W), in all processes."""
-    num_slots = batch_size * _depth(num_videos, batch_size)
-    return num_slots * math.prod(latent_shape) * torch.float32.itemsize
+def count_pool_bytes(
+    latent_shapes: Sequence[Sequence[int]], num_videos: int, batch_size: int
+) -> int:
+    """Return what a pool takes of CPU memory, in all processes.
+
+    latent_shapes: (C, F, H, W) of each size.
+    """
+    num_slots = batch_size * _depth(num_videos, batch_size, len(latent_shapes))
+    return num_slots * sum(map(math.prod, latent_shapes)) * torch.float32.itemsize
 
 
-def _depth(num_videos: int, batch_size: int) -> int:
-    """Return the videos of a row, at least one."""
-    return max(1, num_videos // batch_size)
+def _depth(num_videos: int, batch_size: int, num_sizes: int) -> int:
+    """Return the videos of a row of each size, at least one."""
+    return max(1, num_videos // (batch_size * num_sizes))
 
 
 def _is_in_share(slot: int, share: float) -> bool:

@@ -219,12 +219,19 @@ def spread_edges(config: TrajectoryConfig) -> Tensor:
 
 
 def draw_video(
-    teacher: Teacher, config: TrajectoryConfig, seed: int, video: int
+    teacher: Teacher,
+    config: TrajectoryConfig,
+    seed: int,
+    video: int,
+    latent_shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a video's prompt [], noise [C, F, H, W] and the steps [kept] that are kept of it."""
+    """Return a video's prompt [], noise [C, F, H, W] and the steps [kept] that are kept of it.
+
+    latent_shape: (C, F, H, W); none: the teacher's.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + video)
     prompt = torch.randint(len(teacher.prompts), (), generator=generator)
-    noise = torch.randn(teacher.latent_shape, generator=generator)
+    noise = torch.randn(latent_shape or teacher.latent_shape, generator=generator)
     edges = spread_edges(config)
     shares = torch.rand(config.states_per_trajectory, generator=generator)
     return prompt, noise, edges[:-1] + (shares * edges.diff()).long()
@@ -312,4 +319,9 @@ def find_usage(teacher: Teacher, config: TrajectoryConfig) -> Usage:
         shift=config.shift,
         steps=config.sampler_steps,
         sampler="euler",
+        more_sizes=tuple(
+            (width, height, num_frames)
+            for num_frames, height, width in map(teacher.measure, teacher.more_shapes)
+        )
+        or None,
     )

@@ -191,6 +191,12 @@ def test_images_that_do_not_fit_are_refused_by_headers(case: str, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+def test_images_of_one_size_are_no_use_at_others(tmp_path: Path) -> None:
+    config = image_transfer(tmp_path, make_image_model(0), make_images(1, 0))
+    with pytest.raises(ValueError, match=r"--more-sizes was given with .* images of one size"):
+        open_teacher(config.teacher, [{"width": 64, "height": 32, "num_frames": 5}])
+
+
 def test_a_text_to_video_model_takes_no_image(wan: WanModel, tmp_path: Path) -> None:
     config = image_transfer(tmp_path, wan, make_images(1, 0))
     with pytest.raises(ValueError, match="is text-to-video and takes no image at this size"):
