@@ -25,21 +25,25 @@ from .config import TrajectoryConfig
 from .teacher import Teacher
 from .trajectories import States, draw_video
 
-GuidedFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(latents [B, C, F, H, W], sigma [B], prompt_embeds [B, S, T]) -> velocity`, with guidance."""
+GuidedFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`(latents [B, C, F, H, W], sigma [B], prompt_embeds, negative_embeds) -> velocity`, guided.
+
+Both embeddings are [B, S, T].
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Video:
     """A video in flight.
 
-    number: decides its prompt, noise and states. place: index of the present one of its states.
+    number: decides its prompts, noise and states. place: index of the present one of its states.
     steps: index into the sampling grid of all its states, then of the end. latents: [C, F, H, W],
     fp32 on the CPU.
     """
 
     number: int
     prompt: Tensor
+    negative: Tensor
     steps: tuple[int, ...]
     place: int
     latents: Tensor
@@ -120,7 +124,9 @@ class TrajectoryPool:
             places = [row for row, slot in enumerate(own) if _is_in_share(slot, share)]
             mine = states.take(places or [0])
             sigma = self.sigmas.to(mine.step.device)[mine.step]
-            found = student(mine.latents, sigma, self._teacher.prompt_embeds[mine.prompt])
+            prompt_embeds = self._teacher.prompt_embeds[mine.prompt]
+            negative_embeds = self._teacher.negatives_for(prompt_embeds, mine.negative)
+            found = student(mine.latents, sigma, prompt_embeds, negative_embeds)
             velocity[places] = found[: len(places)].float()
         self._move(own, velocity)
         return states
@@ -153,10 +159,12 @@ class TrajectoryPool:
     def _start(self, number: int) -> _Video:
         size = number % self._num_slots // (self._depth * self._batch_size)
         shape = self._teacher.latent_shapes[size]
-        prompt, noise, kept = draw_video(self._teacher, self._config, self._run.seed, number, shape)
+        prompt, noise, kept, negative = draw_video(
+            self._teacher, self._config, self._run.seed, number, shape
+        )
         # The noise is a state as well: the teacher is asked there to leave it.
         steps = tuple(dict.fromkeys([0, *kept.tolist(), len(self.sigmas) - 1]))
-        return _Video(number, prompt, steps, 0, noise)
+        return _Video(number, prompt, negative, steps, 0, noise)
 
     def _ask(self, slots: list[int]) -> States:
         """Return the states of slots with the teacher's velocities, on the teacher's device."""
@@ -165,12 +173,13 @@ class TrajectoryPool:
         latents = torch.stack([video.latents for video in videos]).to(device)
         step = torch.tensor([video.steps[video.place] for video in videos])
         prompt = torch.stack([video.prompt for video in videos]).to(device)
+        negative = torch.stack([video.negative for video in videos]).to(device)
         branches: list[Tensor] = []
         prompt_embeds = self._teacher.prompt_embeds[prompt]
         velocity_fn = bind_guided(
             self._teacher.model,
             prompt_embeds,
-            self._teacher.negatives_for(prompt_embeds),
+            self._teacher.negatives_for(prompt_embeds, negative),
             self.guidance_scale,
             precision=self._run.precision,
             on_branches=lambda *found: branches.extend(branch.float() for branch in found),
@@ -184,6 +193,7 @@ class TrajectoryPool:
             unconditional=unconditional,
             step=step.to(device),
             prompt=prompt,
+            negative=negative,
         )
 
     def _guide(self, states: States) -> Tensor:

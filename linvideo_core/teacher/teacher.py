@@ -40,6 +40,7 @@ class Teacher:
 
     prompt_embeds: [P, S, T]; negative_embeds: [S, T], the unconditional branch's prompt, of which
         `negatives_for` makes what the model takes.
+    all_negatives: [K, S, T], where a pool's videos have several; `negative_embeds` is the first.
     latent_shape: (C, F, H, W); more_shapes: those of other sizes that a pool's videos have.
     decode: latents [B, C, F, H, W] -> grey frames [B, F, h, w] in [0, 1].
     offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
@@ -62,10 +63,16 @@ class Teacher:
     size: tuple[int, int, int] | None = None
     has_images: bool = False
     more_shapes: tuple[tuple[int, int, int, int], ...] = ()
+    all_negatives: Tensor | None = None
 
-    def negatives_for(self, prompt_embeds: Tensor) -> Tensor:
-        """Return the negative prompt [B, S, T] beside each of some prompts [B, S, T]."""
+    def negatives_for(self, prompt_embeds: Tensor, picks: Tensor | None = None) -> Tensor:
+        """Return the negative prompt [B, S, T] beside each of some prompts [B, S, T].
+
+        picks: [B] int64, which of all negatives each has; none: the first.
+        """
         negatives = self.negative_embeds.expand_as(prompt_embeds)
+        if picks is not None and self.all_negatives is not None:
+            negatives = self.all_negatives[picks]
         if not self.has_images:
             return negatives
         return torch.cat([negatives[:, :-1], prompt_embeds[:, -1:]], dim=1)
@@ -110,11 +117,14 @@ class Teacher:
             offload(self.model, blocks(self.model, sites)[: self.offload_blocks], device)
         else:
             self.model.to(device)
-        return dataclasses.replace(
-            self,
-            prompt_embeds=self.prompt_embeds.to(device),
-            negative_embeds=self.negative_embeds.to(device),
-        )
+        return self.with_prompts_on(device)
+
+    def with_prompts_on(self, device: torch.device | str) -> "Teacher":
+        """Return the teacher with its prompts on a device, and the model where it was."""
+        names = ("prompt_embeds", "negative_embeds", "all_negatives")
+        found = {name: getattr(self, name) for name in names}
+        moved = {name: tensor.to(device) for name, tensor in found.items() if tensor is not None}
+        return dataclasses.replace(self, **moved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,20 +153,21 @@ class TeacherCheckpoint:
         read.
         """
         embeds = self.source.read(run.folder, device=run.device, callbacks=run.callbacks)
-        prompt_embeds, negative_embeds = embeds.prompt_embeds, embeds.negative_embeds
+        prompt_embeds, negatives = embeds.prompt_embeds, embeds.negative_embeds
+        negatives = negatives.reshape(-1, *negatives.shape[-2:])
         condition = self.source.condition
         has_images = condition is not None and condition.is_numbered
         if has_images:
             prompt_embeds = with_numbers(prompt_embeds, torch.arange(len(prompt_embeds)))
             # `negatives_for` puts an image in its place.
-            negative_embeds = with_numbers(negative_embeds[None], torch.tensor([NO_IMAGE]))[0]
+            negatives = with_numbers(negatives, torch.full((len(negatives),), NO_IMAGE))
         sampled_as = "" if self.is_demo else self.frozen_weights.frozen
         return Teacher(
             name="demo" if self.is_demo else self.checkpoint.path.stem,
             model=self.load_model(),
             prompts=embeds.prompts,
             prompt_embeds=prompt_embeds,
-            negative_embeds=negative_embeds,
+            negative_embeds=negatives[0],
             latent_shape=self.latent_shape,
             decode=decode_latents if self.is_demo else _preview,
             is_demo=self.is_demo,
@@ -164,6 +175,7 @@ class TeacherCheckpoint:
             sampled_as=f"{sampled_as} {condition.digest()}" if condition else sampled_as,
             has_images=has_images,
             more_shapes=self.more_shapes,
+            all_negatives=negatives if len(negatives) > 1 else None,
         )
 
     def load_model(self) -> nn.Module:

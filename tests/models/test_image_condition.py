@@ -147,6 +147,9 @@ def test_both_guidance_branches_of_a_prompt_have_its_image(
     latents, timesteps, _ = inputs
     prompts = teacher.prompt_embeds[torch.tensor([1, 2])]
     negatives = teacher.negatives_for(prompts)
+    several = torch.stack([torch.zeros_like(negatives[0]), teacher.negative_embeds])
+    second = dataclasses.replace(teacher, all_negatives=several)
+    assert torch.equal(second.negatives_for(prompts, torch.tensor([1, 1])), negatives)
     found = bind_guided(teacher.model, prompts, negatives, 0.0)(latents, timesteps / 1000)
     for row, prompt in enumerate((1, 2)):
         clip_embeds = images.clip_embeds

@@ -36,7 +36,7 @@ def draw(pool: TrajectoryPool, count: int, **how: object) -> list[States]:
     return found
 
 
-def zero(latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+def zero(latents: Tensor, sigma: Tensor, *prompts: Tensor) -> Tensor:
     """A student that moves nothing."""
     return torch.zeros_like(latents)
 
@@ -58,7 +58,7 @@ def test_a_video_passes_through_every_state_of_the_samplers_own_trajectory(
         turn, size = divmod(video, num_sizes)
         shape = teacher.latent_shapes[size]
         mine = [s for s in states if s.latents.shape[1:] == shape][turn * STEPS :][:STEPS]
-        prompt, noise, _ = draw_video(teacher, EVERY, 3, video, shape)
+        prompt, noise, *_ = draw_video(teacher, EVERY, 3, video, shape)
         velocity_fn = bind_guided(
             teacher.model,
             teacher.prompt_embeds[prompt][None],
@@ -120,6 +120,36 @@ def test_filling_takes_the_calls_and_a_pool_the_bytes_that_were_told(teacher: Te
         assert sum(calls) == count_filling_calls(SPREAD, *in_flight, len(each.latent_shapes)) > 0
         held = sum(x.nbytes for name, x in pool.state().items() if name.endswith("latents"))
         assert held == count_pool_bytes(each.latent_shapes, *in_flight)
+
+
+def test_videos_have_one_of_several_negative_prompts_and_else_are_what_they_were(
+    teacher: Teacher,
+) -> None:
+    others = torch.randn(2, *teacher.negative_embeds.shape)
+    negatives = torch.cat([teacher.negative_embeds[None], others])
+    several = dataclasses.replace(teacher, all_negatives=negatives)
+    asked: list[Tensor] = []
+
+    def still(latents: Tensor, sigma: Tensor, prompts: Tensor, negative_embeds: Tensor) -> Tensor:
+        asked.extend(negative_embeds)
+        return torch.zeros_like(latents)
+
+    one, many = (TrajectoryPool(each, EVERY, 8, 2, Run()) for each in (teacher, several))
+    expected = draw(one, 20, student=zero, share=1.0)
+    found = draw(many, 20, student=still, share=1.0)
+    assert {int(number) for states in found for number in states.negative} == {0, 1, 2}
+    rows = iter(asked)
+    for mine, its in zip(found, expected, strict=True):
+        for name in ("latents", "conditional", "step", "prompt"):
+            assert torch.equal(getattr(mine, name), getattr(its, name))
+        with torch.no_grad():
+            sigma = 1000 * many.sigmas[mine.step]
+            wanted = teacher.model(mine.latents, sigma, negatives[mine.negative])
+        torch.testing.assert_close(mine.unconditional, wanted)
+        assert all(torch.equal(next(rows), negatives[number]) for number in mine.negative)
+    again = TrajectoryPool(several, EVERY, 8, 2, Run())
+    again.load_state(many.state())
+    assert torch.equal(draw(again, 1)[0].negative, draw(many, 1)[0].negative)
 
 
 def test_no_state_comes_twice(teacher: Teacher) -> None:
