@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from linvideo_core import artifact
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command, to_json
 from linvideo_core.run.memory import free_bytes
@@ -165,6 +166,8 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     assert expected
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+    sizes = artifact.load(out / "linearized.safetensors").header.usage.more_sizes
+    assert sizes == (((48, 32, 1), (32, 64, 5)) if states == "pool" else None)
     for stage in ("warm_start", "training"):
         left, right = (folder / stage / "metrics.jsonl" for folder in (out, unbroken))
         assert left.read_bytes() == right.read_bytes()
