@@ -155,7 +155,7 @@ def find_differences(
 
 
 def _compare_size(usage: Usage, sampled: Usage) -> Iterator[str]:
-    (found,) = sampled.sizes
+    found = sampled.sizes[0]
     if not any(all(map(_is_same, made, found)) for made in usage.sizes):
         yield f"{describe_size(sampled)}, but the file was made at {describe_size(usage)}"
 

@@ -101,7 +101,7 @@ class PoolConfig:
         "as they are used",
         choices=STATES,
     )
-    pool_videos: int = option(32, "videos of the pool")
+    pool_videos: int = option(32, "videos of the pool, of all sizes together")
     more_sizes: str | None = option(
         None,
         "other sizes that a pool's videos have, with --model: width x height x frames, such as "

@@ -94,7 +94,7 @@ class TrajectoryPool:
         self._run.begin_stage("filling_pool", total * self._run.processes.size)
         for turn in range(max(moves.values())):
             late = [slot for slot, count in moves.items() if count > turn]
-            # So many slots follow one another with the same size and the same number of moves.
+            # `rows` slots that follow one another have one size and one number of moves.
             for first in range(0, len(late), rows):
                 slots = late[first : first + rows]
                 self._move(slots, self._guide(self._ask(slots)))
