@@ -31,6 +31,7 @@ SHOWN = (
     "num_frames",
     "height",
     "width",
+    "more_sizes",
     "guidance_scale",
     "shift",
     "num_trajectories",

@@ -177,7 +177,7 @@ def list_artifacts(config: TransferConfig) -> list[Path]:
 def _make_one(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     """Make the file unless it is made; return the teacher."""
     processes = run.processes
-    found = open_teacher(config.teacher)
+    found = open_teacher(config.teacher, config.pool.sizes)
     footprint = check_transfer(found, config, run.device, run.precision, processes.size)
     with processes.in_turn():
         teacher = found.load(run).to(run.device)
@@ -237,7 +237,7 @@ def estimate_qualities(configs: Mapping[str, TransferConfig]) -> str:
     run = Run(folder=config.out, device=device, precision=precision, seed=config.seed)
     is_one = config.experts.low_noise_model is None
     if is_one:
-        found = open_teacher(config.teacher)
+        found = open_teacher(config.teacher, config.pool.sizes)
         footprints = {
             quality: check_transfer(found, each, device, precision)
             for quality, each in configs.items()

@@ -210,6 +210,14 @@ class TransferConfig:
             )
         if self.pool.states == "pool":
             self._check_pool()
+        if self.pool.more_sizes and (self.teacher.model is None or self.pool.states != "pool"):
+            raise SettingError(
+                f"{{more_sizes}} {self.pool.more_sizes} given; it is for the pool of a {{model}} "
+                "of your own: give {model} and {states} pool, or leave {more_sizes} out",
+                "more_sizes",
+                "model",
+                "states",
+            )
         frozen_weights = self.teacher.frozen_weights
         if frozen_weights.offload_blocks and self.experts.low_noise_model is not None:
             raise SettingError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..run.config import override
 from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
-from ..teacher.config import TeacherConfig
+from ..teacher.config import PoolConfig, TeacherConfig
 from .config import QUALITIES, RecipeConfig, RunConfig, TransferConfig
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     from ..teacher.teacher import open_teacher
     from .preflight import count_trained
 
-    teacher = open_teacher(override(TeacherConfig(), given))
+    more_sizes = override(PoolConfig(), given).sizes
+    teacher = open_teacher(override(TeacherConfig(), given), more_sizes)
     num_layers = teacher.checkpoint.config.num_layers
     values = settings_for(quality, is_embedded=False, num_layers=num_layers)
     values |= settings_by_steps(given.get("steps", values["steps"]))

@@ -27,7 +27,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dic
     tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
     checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
 
-    def open_teacher(config: Any) -> TeacherCheckpoint:
+    def open_teacher(config: Any, more_sizes: Any) -> TeacherCheckpoint:
         latent_shape = (16, (config.num_frames - 1) // 4 + 1, config.height // 8, config.width // 8)
         return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
 
