@@ -22,7 +22,7 @@ With `--export-videos` videos of every prompt are written instead, named as VBen
         --artifact linearized.safetensors --seeds-per-prompt 5 --export-videos runs/vbench
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,39 @@ SHOWN = (
 )
 """The settings that `--help` shows."""
 
+_AS_MADE = ("width", "height", "num_frames", "guidance_scale", "shift")
+
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
     "full": {"num_samples": 1000, "batch_size": 250, "out": Path("runs/evaluate-full")},
 }
 
 
+def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that follow from the preset and, with a model, from the file made for it.
+
+    Both are sampled at the size, guidance, shift and steps that the file says it was made at.
+    given: the flags by the names of `EvaluateConfig`'s fields.
+
+    Raises ValueError, in one sentence, for a file that cannot be read.
+    """
+    values = dict(PRESETS[preset])
+    if given.get("model") is None or given.get("artifact") is None:
+        return values
+    # PyTorch is imported here, when it is needed.
+    from .compare import load_linearized
+
+    usage = load_linearized(given["artifact"]).header.usage
+    said = {name: x for name, x in usage.said.items() if name in _AS_MADE}
+    if usage.steps and usage.sampler == "euler":
+        said["sampler_steps"] = usage.steps
+    return values | said
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, compare, show the table."""
-    config = parse(EvaluateConfig, argv, description=__doc__, presets=PRESETS, shown=SHOWN)
+    how = {"presets": PRESETS, "settings": find_settings, "shown": SHOWN}
+    config = parse(EvaluateConfig, argv, description=__doc__, **how)
     # PyTorch is imported here, when it is needed.
     from .command import main as compare
 

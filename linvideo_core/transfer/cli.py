@@ -13,10 +13,12 @@ was saved with its teacher. What the teacher sampled lies beside it, in the fold
 serves every run with the same model, prompts, size and sampler.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from ..run.config import parse
+from ..run.errors import SettingError
 from .config import QUALITIES, TransferConfig
 from .recipe import PRESETS, find_settings
 
@@ -69,5 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not config.estimate:
         command.main(config)
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingError(
+            "{estimate} was given to several processes; it measures one: start it without torchrun",
+            "estimate",
+        )
     given = sys.argv[1:] if argv is None else argv
     command.main_estimate({name: read([*given, "--quality", name]) for name in QUALITIES})

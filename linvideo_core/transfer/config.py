@@ -181,6 +181,7 @@ class RecipeConfig:
 class TransferConfig:
     """The run."""
 
+    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
@@ -192,7 +193,6 @@ class TransferConfig:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     estimate: bool = option(
         False, "measure a few calls, say what each quality takes on this machine, and stop"
     )
@@ -244,8 +244,7 @@ class TransferConfig:
                 "noise levels alike",
             }.get(name, f"{{{name}}}, whose two experts share stored videos")
             raise SettingError(
-                f"{{states}} pool was given with {what}: give {{states}} stored, or another "
-                f"{{{name}}}",
+                f"{{states}} pool was given with {what}: give {{states}} stored, or leave it out",
                 "states",
                 name,
             )

@@ -21,9 +21,8 @@ from ..teacher.config import TrajectoryConfig
 from ..teacher.pool import TrajectoryPool, count_filling_calls, count_pool_bytes
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
-from ..training.checkpoint import finished_steps
 from ..training.trainer import seed_step
-from .config import TRAINING_NAME, RunConfig, SelectionConfig, TransferConfig
+from .config import RunConfig, SelectionConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .preflight import Footprint
 from .student import Student, TransferTask
@@ -130,6 +129,7 @@ def forecast(
     *,
     precision: str,
     footprint: Footprint | None = None,
+    num_done: int = 0,
     num_processes: int = 1,
     num_students: int = 1,
 ) -> Estimate:
@@ -137,7 +137,7 @@ def forecast(
 
     footprint: what it takes at least, for what was not measured; needed where training was not
         tried.
-    num_students: one an expert.
+    num_done: training steps that were finished earlier. num_students: one an expert.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
@@ -151,7 +151,7 @@ def forecast(
         config,
         pace,
         num_missing=num_missing,
-        num_done=finished_steps(config.out / TRAINING_NAME) if num_students == 1 else 0,
+        num_done=num_done,
         num_processes=num_processes,
         num_students=num_students,
         disk_bytes=check_disk(teacher, config, num_missing, num_students * num_trained, pool),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..run.config import override
 from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
-from ..teacher.config import PoolConfig, TeacherConfig
+from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig
 from .config import QUALITIES, RecipeConfig, RunConfig, TransferConfig
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ _REAL_LENGTHS = {
     "best": {"steps": 10_000, "num_trajectories": 192, "sampler_steps": 50, "accumulation": 4},
 }
 _EMBEDDED_LAYERS = 10
+# What a card decides of a run that may be continued on another one.
+_KEPT = ("frozen", "activation_checkpointing")
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     # A small model keeps a GPU waiting for its kernels: a batch of 256 takes no longer than of 64.
@@ -147,6 +149,10 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     num_layers = teacher.checkpoint.config.num_layers
     values = settings_for(quality, is_embedded=False, num_layers=num_layers)
     values |= settings_by_steps(given.get("steps", values["steps"]))
+    if "sampler_steps" in given:
+        # A state a step at most.
+        most = TrajectoryConfig().states_per_trajectory
+        values["states_per_trajectory"] = max(1, min(most, given["sampler_steps"]))
     needs_stored = given.get("low_noise_model") or given.get("choice") == "sensitivity"
     values["states"] = "stored" if needs_stored else "pool"
     return fit_card(
@@ -172,7 +178,7 @@ def fit_card(
 
     That is how many of a step's samples go through the model at once, how frozen weights are held,
     and whether activations are recomputed. Without a card samples go one at a time. A run that is
-    continued keeps its batch, whatever card it is on now. A warning says where the card is
+    continued keeps all that, whatever card it is on now. A warning says where the card is
     expected to be too small.
 
     defaults: the command's config as it is declared.
@@ -199,8 +205,11 @@ def fit_card(
     size, offload_blocks = sizes[-1], 0
     card = given.get("card") or _card_gb(given.get("device", "auto"))
     # What trains whole weights holds them in fp32.
-    if card and given.get("parameters") != "full":
+    is_fitted = card and given.get("parameters") != "full"
+    if is_fitted:
         found |= {"frozen": "bf16", "activation_checkpointing": True}
+    found |= {name: earlier[name] for name in _KEPT if name in earlier}
+    if is_fitted:
         config = override(defaults, {**found, **given})
         size, offload_blocks, expected_gb = find_batch(
             teacher,
@@ -218,7 +227,8 @@ def fit_card(
                 expected_gb,
                 card,
             )
-    if given.get("compile") or not given.get("activation_checkpointing", True):
+    settings = {**found, **given}
+    if settings.get("compile") or not settings.get("activation_checkpointing"):
         offload_blocks = 0
     found |= {"batch_size": size, "accumulation": max(1, -(-num_samples // max(1, size)))}
     return found | ({"offload_blocks": offload_blocks} if offload_blocks else {})

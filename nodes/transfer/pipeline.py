@@ -30,7 +30,8 @@ from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, o
 from ...linvideo_core.run.memory import is_out_of_memory
 from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
-from ...linvideo_core.transfer.config import ARTIFACT_NAME, TransferConfig
+from ...linvideo_core.training.checkpoint import finished_steps
+from ...linvideo_core.transfer.config import ARTIFACT_NAME, TRAINING_NAME, TransferConfig
 from ...linvideo_core.transfer.estimate import forecast, time_run
 from ...linvideo_core.transfer.layer_selection import check_target
 from ...linvideo_core.transfer.pipeline import linearize
@@ -238,7 +239,8 @@ def _tell_what_it_takes(host: HostTeacher, teacher: Teacher, config: TransferCon
     show_on_node("a few calls are measured, to tell what this takes")
     try:
         pace = time_run(teacher, config, precision=config.precision)
-        found = forecast(teacher, config, pace, precision=config.precision)
+        done = finished_steps(config.out / TRAINING_NAME)
+        found = forecast(teacher, config, pace, precision=config.precision, num_done=done)
     except comfy.model_management.InterruptProcessingException:
         show_on_node("stopped before it had begun; queue again to begin, or to go on where it was")
         raise
