@@ -193,15 +193,8 @@ def fit_card(
     found = {**values, "shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_samples = values["batch_size"] * values["accumulation"]
-    most = max(1, num_samples // num_processes)
-    sizes = [num_processes * size for size in range(most, 0, -1) if not most % size]
     earlier = read_settings(given.get("out", defaults.out))
-    if "batch_size" in given:
-        sizes = [given["batch_size"]]
-    elif "accumulation" in given:
-        sizes = sizes[-1:]
-    elif earlier.get("batch_size", 0) * earlier.get("accumulation", 0) == num_samples:
-        sizes = [earlier["batch_size"]]
+    sizes = _list_sizes(num_samples, num_processes, given, earlier)
     size, offload_blocks = sizes[-1], 0
     card = given.get("card") or _card_gb(given.get("device", "auto"))
     # What trains whole weights holds them in fp32.
@@ -232,6 +225,24 @@ def fit_card(
         offload_blocks = 0
     found |= {"batch_size": size, "accumulation": max(1, -(-num_samples // max(1, size)))}
     return found | ({"offload_blocks": offload_blocks} if offload_blocks else {})
+
+
+def _list_sizes(
+    num_samples: int, num_processes: int, given: Mapping[str, Any], earlier: Mapping[str, Any]
+) -> list[int]:
+    """Return the batch sizes in which a step's samples may be taken, the preferred first.
+
+    given, earlier: flags, and the settings of a run that is continued.
+    """
+    if "batch_size" in given:
+        return [given["batch_size"]]
+    most = max(1, num_samples // num_processes)
+    sizes = [num_processes * size for size in range(most, 0, -1) if not most % size]
+    if "accumulation" in given:
+        return sizes[-1:]
+    if earlier.get("batch_size", 0) * earlier.get("accumulation", 0) == num_samples:
+        return [earlier["batch_size"]]
+    return sizes
 
 
 def _card_gb(device: str) -> int:
