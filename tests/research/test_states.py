@@ -9,7 +9,7 @@ import pytest
 from linvideo_core.run.config import override
 from linvideo_core.run.errors import SettingError
 from linvideo_core.transfer.config import TransferConfig
-from research.states import _COMMON, TABLES, StatesConfig, summarize
+from research.states import TABLES, StatesConfig, settings_of, summarize
 
 
 def fields_of(config: Any) -> Iterator[str]:
@@ -20,10 +20,15 @@ def fields_of(config: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_is_a_transfer(table: str) -> None:
-    for settings in TABLES[table].values():
-        values = {**_COMMON, **settings}
+    for name in TABLES[table]:
+        values = settings_of(table, name, 375)
         assert not set(values) - set(fields_of(TransferConfig()))
         override(TransferConfig(), values)
+
+
+def test_rows_of_equal_time_train_for_their_share_of_the_steps() -> None:
+    steps = {name: settings_of("guidance", name, 40)["steps"] for name in TABLES["guidance"]}
+    assert [*steps.values()] == [40, 40, 24, 24, 24]
 
 
 def test_a_row_is_the_mean_over_seeds_with_its_spread() -> None:
