@@ -10,6 +10,7 @@ start that goes before, `layer_error` is the mean over layers and its last steps
 `guided_error` is the squared error of the velocity that guidance makes of both branches, divided
 by what it would make of independent errors of size 1.
 `video_error` is the mean squared difference of whole videos from the teacher's, of the same noise.
+`_more` and `_t` compare a row with its table's `pool`, seed by seed.
 """
 
 import concurrent.futures
@@ -55,6 +56,7 @@ Row = dict[str, Any]
 
 _HALF = "0,1,3,4,9"
 _ALL = "0,1,2,3,4,5,6,7,8,9"
+_ALL_LAYERS = "_all_layers"
 _STORED = {"states": "stored", "objective": "velocity", "levels": "even"}
 _POOL = {"states": "pool", "objective": "adm", "levels": "even"}
 # The teacher's two branches cost a state 2 forward passes, and each that the student trains about
@@ -70,13 +72,13 @@ TABLES: dict[str, dict[str, Row]] = {
         "stored_6": {**_STORED, "num_trajectories": 6},
         "stored_96": {**_STORED, "num_trajectories": 96},
         "stored_384": {**_STORED, "num_trajectories": 384},
-        "pool_8": {**_POOL, "anchor_share": 1.0},
-        "pool_16": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 16},
-        "pool_50": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 50},
-        "pool_8_of_256": {**_POOL, "anchor_share": 1.0, "pool_videos": 256},
+        "pool": {**_POOL, "anchor_share": 1.0},
+        "pool_16_states": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 16},
+        "pool_50_states": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 50},
+        "pool_256_videos": {**_POOL, "anchor_share": 1.0, "pool_videos": 256},
     },
     "guidance": {
-        "one": {**_POOL, "anchor_share": 1.0},
+        "pool": {**_POOL, "anchor_share": 1.0},
         "both_equal_draws": _BOTH,
         "both_equal_time": _BOTH_IN_TIME,
         "guided_.3": {**_BOTH_IN_TIME, "guided_weight": 0.3},
@@ -84,17 +86,21 @@ TABLES: dict[str, dict[str, Row]] = {
     },
     "on_policy": {
         f"{name}{suffix}": {**settings, **layers}
-        for suffix, layers in (("", {}), ("_all_layers", {"layers": _ALL, "target": 10}))
+        for suffix, layers in (("", {}), (_ALL_LAYERS, {"layers": _ALL, "target": 10}))
         for name, settings in {
             **{f"stored_{n}": {**_STORED, "num_trajectories": n} for n in (8, 96, 384)},
-            **{f"share_{p:g}": {**_POOL, "anchor_share": 1 - p} for p in (0, 0.5, 1)},
+            "pool": {**_POOL, "anchor_share": 1.0},
+            **{f"pool_share_{p:g}": {**_POOL, "anchor_share": 1 - p} for p in (0.5, 1)},
         }.items()
     },
 }
 """Table -> row -> the settings of a transfer, by the names of `TransferConfig`'s fields.
 
-`steps_share` is the share of `--steps` that a row trains for.
+`steps_share` is the share of `--steps` that a row trains for. A name stands for the same settings
+in every table: such rows are of the same runs.
 """
+
+_BASELINES = {False: "pool", True: f"pool{_ALL_LAYERS}"}
 
 _COMMON = {
     "layers": _HALF,
@@ -136,10 +142,10 @@ class StatesConfig:
             )
 
 
-def settings_of(table: str, name: str, steps: int) -> Row:
-    """Return all settings of a row; steps: of a row that says nothing of its own."""
-    row = dict(TABLES[table][name])
-    return {**_COMMON, "steps": round(steps * row.pop("steps_share", 1)), **row}
+def settings_of(row: Row, steps: int) -> Row:
+    """Return all settings of a row of `TABLES`; steps: of one that says nothing of its own."""
+    own = {name: value for name, value in row.items() if name != "steps_share"}
+    return {**_COMMON, "steps": round(steps * row.get("steps_share", 1)), **own}
 
 
 def do_run(name: str, settings: Row, seed: int, out: Path, device: str) -> Row:
@@ -241,35 +247,53 @@ def summarize(table: str, name: str, runs: Sequence[Mapping[str, float]]) -> Row
     return row
 
 
+def compare(
+    runs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Return how much larger a row's errors are than a baseline's, paired by seed, and t of that.
+
+    t: the mean difference over its standard error, of `seeds - 1` degrees of freedom.
+    """
+    found = {}
+    other = {run["seed"]: run for run in baseline}
+    for column in ("error_high_noise", "guided_error_high_noise", "video_error"):
+        differences = [run[column] - other[run["seed"]][column] for run in runs]
+        found[f"{column}_more"] = statistics.fmean(differences)
+        if len(runs) > 1 and (spread := statistics.stdev(differences)):
+            found[f"{column}_t"] = found[f"{column}_more"] / spread * len(runs) ** 0.5
+    return found
+
+
 def run(config: StatesConfig) -> dict[str, list[Row]]:
     """Do all runs; return the rows by table."""
     device = resolve_device(config.device)
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
-    jobs = [
-        (table, name, seed)
-        for seed in range(config.seeds)
-        for table in config.tables.split(",")
-        for name in TABLES[table]
-    ]
+    tables = {table: TABLES[table] for table in config.tables.split(",")}
+    every = {name: row for rows in tables.values() for name, row in rows.items()}
+    jobs = [(seed, name) for seed in range(config.seeds) for name in every]
     context = multiprocessing.get_context("spawn")
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[str, list[Row]] = {}
     with (
         concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool,
         tqdm(total=len(jobs)) as bar,
     ):
         waiting = {}
-        for (table, name, seed), card in zip(jobs, itertools.cycle(cards), strict=False):
-            settings = settings_of(table, name, config.steps)
-            out = config.out.absolute() / table
-            waiting[pool.submit(do_run, name, settings, seed, out, card)] = (table, name)
+        for (seed, name), card in zip(jobs, itertools.cycle(cards), strict=False):
+            settings = settings_of(every[name], config.steps)
+            out = config.out.absolute()
+            waiting[pool.submit(do_run, name, settings, seed, out, card)] = name
         for future in concurrent.futures.as_completed(waiting):
             found.setdefault(waiting[future], []).append(future.result())
             bar.update()
-    rows = {table: [] for table in config.tables.split(",")}
-    for table, names in rows.items():
-        for name in TABLES[table]:
-            names.append(summarize(table, name, found[table, name]))
-    return rows
+    return {
+        table: [
+            summarize(table, name, found[name]) | compare(found[name], found[base])
+            if (base := _BASELINES[name.endswith(_ALL_LAYERS)]) in rows
+            else summarize(table, name, found[name])
+            for name in rows
+        ]
+        for table, rows in tables.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from linvideo_core.run.config import override
 from linvideo_core.run.errors import SettingError
 from linvideo_core.transfer.config import TransferConfig
-from research.states import TABLES, StatesConfig, settings_of, summarize
+from research.states import TABLES, StatesConfig, compare, settings_of, summarize
 
 
 def fields_of(config: Any) -> Iterator[str]:
@@ -20,15 +20,15 @@ def fields_of(config: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_is_a_transfer(table: str) -> None:
-    for name in TABLES[table]:
-        values = settings_of(table, name, 375)
+    for row in TABLES[table].values():
+        values = settings_of(row, 375)
         assert not set(values) - set(fields_of(TransferConfig()))
         override(TransferConfig(), values)
 
 
 def test_rows_of_equal_time_train_for_their_share_of_the_steps() -> None:
-    steps = {name: settings_of("guidance", name, 40)["steps"] for name in TABLES["guidance"]}
-    assert [*steps.values()] == [40, 40, 24, 24, 24]
+    steps = [settings_of(row, 40)["steps"] for row in TABLES["guidance"].values()]
+    assert steps == [40, 40, 24, 24, 24]
 
 
 def test_a_row_is_the_mean_over_seeds_with_its_spread() -> None:
@@ -37,6 +37,29 @@ def test_a_row_is_the_mean_over_seeds_with_its_spread() -> None:
     assert (row["what"], row["seeds"], row["error"]) == ("states", 2, 2.0)
     assert row["error_spread"] == pytest.approx(2**0.5)
     assert "error_spread" not in summarize("states", "pool", runs[:1])
+
+
+def test_a_name_is_of_the_same_settings_in_every_table() -> None:
+    rows = [row for table in TABLES.values() for row in table.items()]
+    assert all(TABLES[table].get(name, row) == row for table in TABLES for name, row in rows)
+
+
+def test_rows_are_compared_seed_by_seed() -> None:
+    runs, baseline = (
+        [
+            {
+                "seed": seed,
+                "error_high_noise": error,
+                "guided_error_high_noise": error,
+                "video_error": 2 * error,
+            }
+            for seed, error in each
+        ]
+        for each in (((0, 1.0), (1, 5.0)), ((1, 2.0), (0, 0.0)))
+    )
+    found = compare(runs, baseline)
+    assert found["error_high_noise_more"] == 2.0
+    assert found["video_error_t"] == pytest.approx(4 / (2 * 2**0.5) * 2**0.5)
 
 
 def test_an_unknown_table_is_refused() -> None:
