@@ -7,8 +7,6 @@ measured at states of the teacher with the other prompts, in both guidance branc
 start that goes before, `layer_error` is the mean over layers and its last steps.
     python -m research.states --tables states --seeds 1 --steps 20
     python -m research.states --jobs 14 --record
-`guided_error` is the squared error of the velocity that guidance makes of both branches, divided
-by what it would make of independent errors of size 1.
 `video_error` is the mean squared difference of whole videos from the teacher's, of the same noise.
 `_more` and `_t` compare a row with its table's `pool`, seed by seed.
 """
@@ -48,7 +46,6 @@ from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.transfer.config import WARM_START_NAME, TransferConfig
-from linvideo_core.transfer.objective import guided_error
 from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.student import Student
 
@@ -59,10 +56,6 @@ _ALL = "0,1,2,3,4,5,6,7,8,9"
 _ALL_LAYERS = "_all_layers"
 _STORED = {"states": "stored", "objective": "velocity", "levels": "even"}
 _POOL = {"states": "pool", "objective": "adm", "levels": "even"}
-# The teacher's two branches cost a state 2 forward passes, and each that the student trains about
-# 4: two branches cost 10 where one costs 6.
-_BOTH = {**_POOL, "anchor_share": 1.0, "branches": "both"}
-_BOTH_IN_TIME = {**_BOTH, "steps_share": 0.6}
 
 TABLES: dict[str, dict[str, Row]] = {
     "warm_start": {
@@ -77,13 +70,6 @@ TABLES: dict[str, dict[str, Row]] = {
         "pool_50_states": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 50},
         "pool_256_videos": {**_POOL, "anchor_share": 1.0, "pool_videos": 256},
     },
-    "guidance": {
-        "pool": {**_POOL, "anchor_share": 1.0},
-        "both_equal_draws": _BOTH,
-        "both_equal_time": _BOTH_IN_TIME,
-        "guided_.3": {**_BOTH_IN_TIME, "guided_weight": 0.3},
-        "guided_1": {**_BOTH_IN_TIME, "guided_weight": 1.0},
-    },
     "on_policy": {
         f"{name}{suffix}": {**settings, **layers}
         for suffix, layers in (("", {}), (_ALL_LAYERS, {"layers": _ALL, "target": 10}))
@@ -96,8 +82,7 @@ TABLES: dict[str, dict[str, Row]] = {
 }
 """Table -> row -> the settings of a transfer, by the names of `TransferConfig`'s fields.
 
-`steps_share` is the share of `--steps` that a row trains for. A name stands for the same settings
-in every table: such rows are of the same runs.
+A name stands for the same settings in every table: such rows are of the same runs.
 """
 
 _BASELINES = {False: "pool", True: f"pool{_ALL_LAYERS}"}
@@ -142,12 +127,6 @@ class StatesConfig:
             )
 
 
-def settings_of(row: Row, steps: int) -> Row:
-    """Return all settings of a row of `TABLES`; steps: of one that says nothing of its own."""
-    own = {name: value for name, value in row.items() if name != "steps_share"}
-    return {**_COMMON, "steps": round(steps * row.get("steps_share", 1)), **own}
-
-
 def do_run(name: str, settings: Row, seed: int, out: Path, device: str) -> Row:
     """Train one student, unless it was, and return its row."""
     folder = out / name / f"seed-{seed}"
@@ -184,7 +163,7 @@ def _measure(student: Student, teacher: Teacher, run: Run, out: Path) -> Row:
     videos = dataclasses.replace(_HELD_OUT, teacher_folder=out / "teacher")
     with student.disabled():
         stored = collect(teacher, videos, run)
-    errors, guided, sigma = _velocity_errors(student, teacher, stored, run)
+    errors, sigma = _velocity_errors(student, teacher, stored, run)
     is_high = sigma > _HIGH_NOISE
     generator = torch.Generator().manual_seed(run.seed)
     prompt = torch.randint(len(teacher.prompts), (_NUM_VIDEOS,), generator=generator)
@@ -203,36 +182,25 @@ def _measure(student: Student, teacher: Teacher, run: Run, out: Path) -> Row:
     return {
         "error_high_noise": errors[is_high].mean().item(),
         "error": errors.mean().item(),
-        "guided_error_high_noise": guided[is_high].mean().item(),
-        "guided_error": guided.mean().item(),
         "video_error": video_error.item(),
     }
 
 
 def _velocity_errors(
     student: Student, teacher: Teacher, stored: Trajectories, run: Run
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return squared errors at every stored state, and its noise level.
-
-    Those of both branches [N, 2], and of the guided velocity [N].
-    """
-    errors, guided, sigmas = [], [], []
+) -> tuple[Tensor, Tensor]:
+    """Return the squared error of both branches at every stored state, and its noise level."""
+    errors, sigmas = [], []
     for picks in torch.arange(len(stored)).split(32):
         states = stored.take(picks, run.device)
         sigma = stored.sigmas.to(run.device)[states.step]
         prompts = teacher.prompt_embeds[states.prompt]
         negatives = teacher.negative_embeds.expand_as(prompts)
-        targets = ((prompts, states.conditional), (negatives, states.unconditional))
-        found = torch.cat(
-            [
-                bind(student.model, prompt, precision=run.precision)(states.latents, sigma) - target
-                for prompt, target in targets
-            ]
-        )
-        errors.append(found.square().flatten(1).mean(dim=1).view(2, -1).T)
-        guided.append(guided_error(found, stored.guidance_scale))
-        sigmas.append(sigma)
-    return torch.cat(errors), torch.cat(guided), torch.cat(sigmas)
+        for prompt, target in ((prompts, states.conditional), (negatives, states.unconditional)):
+            velocity = bind(student.model, prompt, precision=run.precision)(states.latents, sigma)
+            errors.append((velocity - target).square().flatten(1).mean(dim=1))
+            sigmas.append(sigma)
+    return torch.cat(errors), torch.cat(sigmas)
 
 
 def summarize(table: str, name: str, runs: Sequence[Mapping[str, float]]) -> Row:
@@ -256,7 +224,7 @@ def compare(
     """
     found = {}
     other = {run["seed"]: run for run in baseline}
-    for column in ("error_high_noise", "guided_error_high_noise", "video_error"):
+    for column in ("error_high_noise", "video_error"):
         differences = [run[column] - other[run["seed"]][column] for run in runs]
         found[f"{column}_more"] = statistics.fmean(differences)
         if len(runs) > 1 and (spread := statistics.stdev(differences)):
@@ -279,7 +247,7 @@ def run(config: StatesConfig) -> dict[str, list[Row]]:
     ):
         waiting = {}
         for (seed, name), card in zip(jobs, itertools.cycle(cards), strict=False):
-            settings = settings_of(every[name], config.steps)
+            settings = {**_COMMON, "steps": config.steps, **every[name]}
             out = config.out.absolute()
             waiting[pool.submit(do_run, name, settings, seed, out, card)] = name
         for future in concurrent.futures.as_completed(waiting):

@@ -21,7 +21,6 @@ CHOICES = ("learned", "alternate", "sensitivity")
 MEASURES = ("replace-one", "restore-one")
 OBJECTIVES = ("adm", "velocity")
 LEVELS = ("even", "flow")
-BRANCHES = ("one", "both")
 QUALITIES = ("draft", "standard", "best")
 
 
@@ -135,26 +134,11 @@ class ObjectiveConfig:
     levels: str = option(
         "flow", "noise levels drawn as the flow carries errors, or evenly", choices=LEVELS
     )
-    prompt_dropout: float = option(
-        0.3, "share of a batch, or with --branches both of the loss, of the unconditional branch"
-    )
-    branches: str = option(
-        "one", "guidance branches that a state trains, at twice the rows if both", choices=BRANCHES
-    )
-    guided_weight: float = option(
-        0.0, "weight in the loss of the guided velocity's error, with --branches both"
-    )
+    prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
 
     def __post_init__(self) -> None:
         positive(self, "max_jump")
         fraction(self, "anchor_share", "prompt_dropout")
-        if self.guided_weight < 0 or (self.guided_weight and self.branches == "one"):
-            raise SettingError(
-                f"{{guided_weight}} {self.guided_weight} and {{branches}} {self.branches} given; "
-                "0, or with {branches} both a number greater than 0, is needed",
-                "guided_weight",
-                "branches",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,15 +210,6 @@ class TransferConfig:
             )
         if self.pool.states == "pool":
             self._check_pool()
-        elif self.objective.branches == "both" and self.objective.objective == "adm":
-            raise SettingError(
-                "{branches} both was given with {objective} adm and {states} stored, whose states "
-                "the student moves on in one branch each: give {objective} velocity or {states} "
-                "pool, or leave {branches} out",
-                "branches",
-                "objective",
-                "states",
-            )
         if self.pool.more_sizes and (self.teacher.model is None or self.pool.states != "pool"):
             raise SettingError(
                 f"{{more_sizes}} {self.pool.more_sizes} given; it is for the pool of a {{model}} "

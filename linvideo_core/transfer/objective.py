@@ -20,15 +20,6 @@ Of a trajectory pool (`teacher.pool`) every row stays where it is: the same shar
 moved by the teacher, and the others, which the student moves from noise to video, are where the
 student's own sampling leads.
 
-Guidance branches. A state trains one branch, the unconditional one with the probability p
-(`prompt_dropout`), or both. With errors e_c and e_u of the two branches, the guidance scale s and a
-weight w of its own, both make
-
-    (1 - p) |e_c|^2 + p |e_u|^2 + w |s e_c + (1 - s) e_u|^2 / (s^2 + (s - 1)^2).
-
-The last term is the error of the guided velocity, which the sampler moves by. Its divisor is what
-guidance makes of independent errors of size 1.
-
 Noise levels. A student's velocity is wrong by e_i at the grid point i. To first order its video
 ends
 
@@ -51,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flow import euler_step, guide
+from ..flow import euler_step
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..teacher.pool import GuidedFn, TrajectoryPool
 from ..teacher.teacher import Teacher
@@ -65,9 +56,6 @@ _MOST_GAIN = 1600.0
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """One process's rows of a batch: states of trajectories.
-
-    Where states train both guidance branches, all of them come in the conditional one, then all
-    again, in the same order, in the unconditional one; B counts the rows.
 
     latents, velocity: [B, C, F, H, W], a state as it was drawn and the teacher's velocity there,
         in the row's guidance branch.
@@ -138,8 +126,6 @@ class Batches:
         B, own = self.batch_size, slice(self.processes.rank, None, self.processes.size)
         states = self._draw_states(generator, student)
         device = states.latents.device
-        if self.config.branches == "both":
-            return self._in_both_branches(states)
         is_dropped = (torch.rand(B, generator=generator) < self.config.prompt_dropout)[own]
         is_stored, step_to, weight = torch.ones(B, dtype=torch.bool), states.step, torch.ones(())
         if self.config.objective == "adm" and self.pool is None:
@@ -166,27 +152,6 @@ class Batches:
             prompt_embeds=prompt_embeds,
             negative_embeds=negative_embeds,
             any_moves=not bool(is_stored.all()),
-        )
-
-    def _in_both_branches(self, states: States) -> Batch:
-        """Return the states in both branches; a branch's weight is its part of the loss."""
-        B, share = len(states.step), self.config.prompt_dropout
-        prompt_embeds = self.teacher.prompt_embeds[states.prompt]
-        negative_embeds = self.teacher.negatives_for(prompt_embeds, states.negative)
-        step = states.step.repeat(2)
-        weight = torch.tensor([1 - share, share], device=step.device)
-        return Batch(
-            latents=torch.cat([states.latents, states.latents]),
-            velocity=torch.cat([states.conditional, states.unconditional]),
-            step=step,
-            is_stored=torch.ones(2 * B, dtype=torch.bool),
-            step_to=step,
-            # The loss is a mean over 2 B rows.
-            weight=2 * weight.repeat_interleave(B),
-            branch_embeds=torch.cat([prompt_embeds, negative_embeds]),
-            prompt_embeds=torch.cat([prompt_embeds, prompt_embeds]),
-            negative_embeds=torch.cat([negative_embeds, negative_embeds]),
-            any_moves=False,
         )
 
     def _draw_states(self, generator: torch.Generator, student: GuidedFn | None) -> States:
@@ -286,15 +251,12 @@ def adm_loss(
     student: BatchVelocityFn,
     student_guided: BatchVelocityFn,
     teacher: BatchVelocityFn,
-    guided_weight: float = 0.0,
-    guidance_scale: float = 1.0,
 ) -> Tensor:
     """Return the weighted mean squared error of the student's velocity, a scalar.
 
     sigmas: the sampling grid [steps + 1].
     student, teacher: in each row's own guidance branch; student_guided: both branches combined, as
         the sampler calls the student.
-    guided_weight: of the guided velocity's error; above 0 for a batch of both branches alone.
 
     Rows that are not stored move first, by one guided step of the student, as in sampling; no
     gradient flows through the move or the teacher.
@@ -303,21 +265,8 @@ def adm_loss(
     latents, target = batch.latents, batch.velocity
     if batch.any_moves:
         latents, target = _move(batch, sigmas, student_guided, teacher)
-    error = (student(latents, sigmas[batch.step_to], batch) - target).float()
-    loss = (batch.weight * error.square().flatten(1).mean(dim=1)).mean()
-    if guided_weight:
-        loss = loss + guided_weight * guided_error(error, guidance_scale).mean()
-    return loss
-
-
-def guided_error(error: Tensor, guidance_scale: float) -> Tensor:
-    """Return `|s e_c + (1 - s) e_u|^2 / (s^2 + (s - 1)^2)` of each state [B], mean over its values.
-
-    error: [2 B, C, F, H, W], of the velocities in the conditional branch, then in the other.
-    """
-    guided = guide(*error.chunk(2), guidance_scale)
-    divisor = guidance_scale**2 + (guidance_scale - 1) ** 2
-    return guided.square().flatten(1).mean(dim=1) / divisor
+    error = student(latents, sigmas[batch.step_to], batch) - target
+    return (batch.weight * error.float().square().flatten(1).mean(dim=1)).mean()
 
 
 @torch.no_grad()

@@ -340,8 +340,6 @@ class TransferTask(Task):
             student=self._student,
             student_guided=self._student_guided,
             teacher=self._teacher,
-            guided_weight=self.batches.config.guided_weight,
-            guidance_scale=self.trajectories.guidance_scale,
         )
         metrics = {"objective_loss": objective_loss.detach()}
         if self.selection.is_learned:

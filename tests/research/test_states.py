@@ -9,7 +9,7 @@ import pytest
 from linvideo_core.run.config import override
 from linvideo_core.run.errors import SettingError
 from linvideo_core.transfer.config import TransferConfig
-from research.states import TABLES, StatesConfig, compare, settings_of, summarize
+from research.states import _COMMON, TABLES, StatesConfig, compare, summarize
 
 
 def fields_of(config: Any) -> Iterator[str]:
@@ -20,15 +20,10 @@ def fields_of(config: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_is_a_transfer(table: str) -> None:
-    for row in TABLES[table].values():
-        values = settings_of(row, 375)
+    for settings in TABLES[table].values():
+        values = {**_COMMON, **settings}
         assert not set(values) - set(fields_of(TransferConfig()))
         override(TransferConfig(), values)
-
-
-def test_rows_of_equal_time_train_for_their_share_of_the_steps() -> None:
-    steps = [settings_of(row, 40)["steps"] for row in TABLES["guidance"].values()]
-    assert steps == [40, 40, 24, 24, 24]
 
 
 def test_a_row_is_the_mean_over_seeds_with_its_spread() -> None:
@@ -47,12 +42,7 @@ def test_a_name_is_of_the_same_settings_in_every_table() -> None:
 def test_rows_are_compared_seed_by_seed() -> None:
     runs, baseline = (
         [
-            {
-                "seed": seed,
-                "error_high_noise": error,
-                "guided_error_high_noise": error,
-                "video_error": 2 * error,
-            }
+            {"seed": seed, "error_high_noise": error, "video_error": 2 * error}
             for seed, error in each
         ]
         for each in (((0, 1.0), (1, 5.0)), ((1, 2.0), (0, 0.0)))

@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 
-from linvideo_core.teacher.config import PoolConfig, TrajectoryConfig
+from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.transfer.config import (
     EvaluationConfig,
     ObjectiveConfig,
     SelectionConfig,
     SensitivityConfig,
-    TransferConfig,
     WarmStartConfig,
 )
 from linvideo_core.transfer.layer_selection import check_layers
@@ -33,7 +32,6 @@ from linvideo_core.transfer.layer_selection import check_layers
         (ObjectiveConfig, "max_jump", 0),
         (ObjectiveConfig, "prompt_dropout", 1.1),
         (ObjectiveConfig, "anchor_share", -0.1),
-        (ObjectiveConfig, "guided_weight", 0.3),
         (EvaluationConfig, "evaluate_samples", 1),
         (EvaluationConfig, "evaluate_samples", -2),
     ],
@@ -64,11 +62,3 @@ def test_a_choice_that_contradicts_itself_or_the_model_is_refused(
     with pytest.raises(ValueError) as caught:
         check_layers(SelectionConfig(**options), [3, 8, 11])
     assert str(caught.value).startswith(sentence)
-
-
-def test_both_branches_are_refused_where_the_student_moves_stored_states() -> None:
-    both = ObjectiveConfig(branches="both", levels="even")
-    with pytest.raises(ValueError, match="--branches both was given with --objective adm"):
-        TransferConfig(objective=both)
-    TransferConfig(objective=both, pool=PoolConfig(states="pool"))
-    TransferConfig(objective=dataclasses.replace(both, objective="velocity"))

@@ -2,18 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from linvideo_core.flow import bind
 from linvideo_core.models.attention_sites import compiled_blocks
 from linvideo_core.run.context import Run
 from linvideo_core.run.process_group import ProcessGroup
-from linvideo_core.teacher.config import TrajectoryConfig
-from linvideo_core.teacher.pool import TrajectoryPool
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories
 from linvideo_core.training.config import TrainingConfig
@@ -25,7 +21,7 @@ from linvideo_core.transfer.config import (
     SelectionConfig,
     StudentConfig,
 )
-from linvideo_core.transfer.objective import Batch, Batches, adm_loss, level_density
+from linvideo_core.transfer.objective import Batch, Batches, level_density
 from linvideo_core.transfer.student import Student, TransferTask
 from tests.conftest import Recorder
 
@@ -39,7 +35,6 @@ def make_task(
     parameters: str = "full",
     objective: str = "adm",
     levels: str = "even",
-    guided_weight: float = 0.0,
     **training: float | bool,
 ) -> TransferTask:
     settings = TrainingConfig(**{"steps": 10, "batch_size": 3, "warmup_steps": 2, **training})
@@ -48,12 +43,7 @@ def make_task(
         teacher,
         trajectories,
         selection=SelectionConfig(target=2),
-        objective=ObjectiveConfig(
-            objective=objective,
-            levels=levels,
-            branches="both" if guided_weight else "one",
-            guided_weight=guided_weight,
-        ),
+        objective=ObjectiveConfig(objective=objective, levels=levels),
         training=settings,
         run=Run(),
     )
@@ -295,61 +285,6 @@ def test_a_batch_trains_each_row_in_one_guidance_branch(
     assert torch.equal(batch.latents, states.latents)
     assert torch.equal(batch.step, states.step)
     assert batch.is_stored.all() and not batch.any_moves and batch.weight.eq(1).all()
-
-
-@pytest.mark.parametrize("source", ["stored", "pool"])
-def test_both_branches_of_a_state_make_the_loss_and_its_gradient_as_written(
-    source: str, teacher: Teacher, trajectories: Trajectories
-) -> None:
-    p, s, w = 0.3, 3.5, 0.7
-    theta = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
-
-    def draw(**settings: Any) -> tuple[Batch, Tensor]:
-        states = trajectories
-        if source == "pool":
-            states = TrajectoryPool(teacher, TrajectoryConfig(), 5, 5, Run(seed=1))
-        config = ObjectiveConfig(objective="velocity", levels="even", **settings)
-        return Batches(teacher, states, config, 5).draw(seed_step(0, 0)), states.sigmas
-
-    def student(latents: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
-        offset = theta[1] * sigma.double() + embeds.double().mean(dim=(1, 2))
-        return theta[0] * latents.double() + offset.view(-1, 1, 1, 1, 1)
-
-    both, sigmas = draw(prompt_dropout=p, branches="both")
-    (conditional, _), (unconditional, _) = (draw(prompt_dropout=share) for share in (0.0, 1.0))
-    e_c, e_u = (
-        student(batch.latents, sigmas[batch.step], batch.branch_embeds) - batch.velocity
-        for batch in (conditional, unconditional)
-    )
-    guided = (s * e_c + (1 - s) * e_u).square().mean() / (s**2 + (s - 1) ** 2)
-    expected = (1 - p) * e_c.square().mean() + p * e_u.square().mean() + w * guided
-    found = adm_loss(
-        both,
-        sigmas,
-        student=lambda latents, sigma, batch: student(latents, sigma, batch.branch_embeds),
-        student_guided=student,
-        teacher=student,
-        guided_weight=w,
-        guidance_scale=s,
-    )
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    gradients = [torch.autograd.grad(loss, theta)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
-
-
-def test_a_training_matches_the_guided_velocity_at_the_teachers_scale(
-    teacher: Teacher, trajectories: Trajectories
-) -> None:
-    task = make_task(teacher, trajectories, objective="velocity", guided_weight=0.7)
-    found = task.loss(0, seed_step(0, 0))[1]["objective_loss"]
-    batch = task.batches.draw(seed_step(0, 0))
-    velocity = bind(task.student.model, batch.branch_embeds)
-    error = velocity(batch.latents, trajectories.sigmas[batch.step]) - batch.velocity
-    e_c, e_u = error.chunk(2)
-    s = trajectories.guidance_scale
-    guided = (s * e_c + (1 - s) * e_u).square().mean() / (s**2 + (s - 1) ** 2)
-    expected = 0.7 * e_c.square().mean() + 0.3 * e_u.square().mean() + 0.7 * guided
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("share", "num_stored"), [(0.0, 0), (0.5, 6), (1.0, 12)])
