@@ -3,7 +3,8 @@
 It is `python -m linvideo_core.transfer --model`, with the settings that follow from the model, the
 quality and the card, except that every stage has few steps: what a stage takes of the GPU does not
 depend on how long it lasts. PyTorch may use no more memory than `--cap-gb` says, so a row proves
-that the command passes on such a card.
+that the command passes on such a card. `--flags` may ask for longer stages; a row "estimate" then
+says how near the seconds come that the command had told beforehand.
     python -m benchmarks.models.whole_transfer --size 1.3b-480p --cap-gb 23
     python -m benchmarks.models.whole_transfer --size 14b-480p --cap-gb 23 --flags "--num-frames 33"
     python -m benchmarks.models.whole_transfer --size tiny --device cpu
@@ -35,7 +36,7 @@ from ..record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_pa
 from .sizes import SIZES, Size
 from .training_steps import GB, capped
 
-_PART = "memory"
+_PARTS = ("memory", "estimate")
 _KEY = ("model", "resolution", "frames", "cap_gb")
 
 # Of each stage enough that its largest allocation is made, and no more.
@@ -69,8 +70,15 @@ class StagePeaks(Callbacks):
 
     def __init__(self, device: str) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.estimate: dict[str, float] = {}
+        self._announced = 0.0
         self._device = torch.device(device)
         self._begin("reading and estimating")
+
+    def on_estimate(self, seconds: float) -> None:
+        """Keep what was said, and when."""
+        self.estimate = {"estimated_seconds": seconds}
+        self._announced = time.perf_counter()
 
     def on_stage(self, stage: Stage, total: int, done: int = 0, detail: str = "") -> None:
         """End the stage before and begin another."""
@@ -90,6 +98,12 @@ class StagePeaks(Callbacks):
         seconds = time.perf_counter() - self._start
         row = {"stage": self._stage, "units": self._units, "seconds": seconds, "peak_gb": peak}
         self.rows.append(row)
+        if self.estimate:
+            seconds = time.perf_counter() - self._announced
+            self.estimate |= {
+                "seconds": seconds,
+                "real_over_estimated": seconds / self.estimate["estimated_seconds"],
+            }
 
     def _begin(self, stage: str) -> None:
         self._stage, self._units, self._start = stage, 0, time.perf_counter()
@@ -108,23 +122,23 @@ def make_settings(config: WholeConfig, size: Size, device: str) -> TransferConfi
     write_prompts(prompts, size)
     own = [f"--model={model}", f"--prompts={prompts}", f"--out={config.out / 'run'}"]
     own += [f"--num-frames={size.num_frames}", f"--height={size.height}", f"--width={size.width}"]
+    # A run that is there would decide settings of this one.
+    shutil.rmtree(config.out / "run", ignore_errors=True)
     own += [f"--shift={size.shift}", f"--quality={config.quality}", f"--device={device}"]
     if config.cap_gb is not None:
         own.append(f"--card={int(config.cap_gb)}")
     return cli.read([*own, *_SHORT.split(), *shlex.split(config.flags)])
 
 
-def run(config: WholeConfig) -> list[dict[str, Any]]:
-    """Run the transfer; return a row of every stage."""
+def run(config: WholeConfig) -> dict[str, list[dict[str, Any]]]:
+    """Run the transfer; return rows by part, one of every stage and one of its estimate."""
     size, device = SIZES[config.size], resolve_device(config.device)
     with capped(device, config.cap_gb), explained(LOWER_RUN):
         settings = make_settings(config, size, device)
-        shutil.rmtree(settings.out, ignore_errors=True)
         peaks = StagePeaks(device)
         command.run(settings, peaks)
         peaks.end()
     common = {
-        "what": _PART,
         "model": size.model,
         "resolution": size.resolution,
         "frames": settings.teacher.num_frames,
@@ -133,7 +147,8 @@ def run(config: WholeConfig) -> list[dict[str, Any]]:
         "frozen": settings.teacher.frozen_weights.frozen,
         "offloaded": settings.teacher.frozen_weights.offload_blocks,
     }
-    return [common | row for row in peaks.rows]
+    found = {"memory": peaks.rows, "estimate": [peaks.estimate]}
+    return {what: [{"what": what} | common | row for row in found[what]] for what in _PARTS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,20 +157,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = (RESULTS_FOLDER if config.record else config.out) / "recipe.json"
     check_parts(path, resolve_device(config.device))
-    rows = run(config)
-    keys = {tuple(row[name] for name in _KEY) for row in rows}
-    earlier, _ = read_part(path, _PART)
-    write_part(
-        path,
-        _PART,
-        title="What a transfer of a model of one's own takes and learns from",
-        command="python -m benchmarks.models.whole_transfer "
-        f"{to_flags(config, without=('out', 'device'))}",
-        rows=[*(r for r in earlier if tuple(r[n] for n in _KEY) not in keys), *rows],
-        device=resolve_device(config.device),
-        is_added_to=True,
-    )
-    sys.stdout.write(f"\n{show_rows(rows)}\nrecord: {path}\n")
+    for part, rows in run(config).items():
+        keys = {tuple(row[name] for name in _KEY) for row in rows}
+        earlier, _ = read_part(path, part)
+        write_part(
+            path,
+            part,
+            title="What a transfer of a model of one's own takes and learns from",
+            command="python -m benchmarks.models.whole_transfer "
+            f"{to_flags(config, without=('out', 'device'))}",
+            rows=[*(r for r in earlier if tuple(r[n] for n in _KEY) not in keys), *rows],
+            device=resolve_device(config.device),
+            is_added_to=True,
+        )
+        sys.stdout.write(f"\n{show_rows(rows)}\n")
+    sys.stdout.write(f"record: {path}\n")
 
 
 if __name__ == "__main__":

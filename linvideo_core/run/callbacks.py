@@ -20,6 +20,9 @@ class Callbacks:
     A hook may raise, which stops the computation at a step: what was finished is kept.
     """
 
+    def on_estimate(self, seconds: float) -> None:
+        """Take note of how long all that follows is expected to last."""
+
     def on_stage(self, stage: Stage, total: int, done: int = 0, detail: str = "") -> None:
         """Begin a stage of `total` units, of which an earlier run finished `done`.
 

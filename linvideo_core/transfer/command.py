@@ -222,6 +222,7 @@ def _log_forecast(
     pace = time_run(teacher, config, tries_training=tries_training, **how)
     found = forecast(teacher, config, pace, footprint=footprint, num_students=num_students, **how)
     announce(found, run.device)
+    run.callbacks.on_estimate(found.seconds)
 
 
 def estimate_qualities(configs: Mapping[str, TransferConfig]) -> str:

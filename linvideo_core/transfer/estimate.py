@@ -87,6 +87,11 @@ class Estimate:
     device_bytes: int | None = None
     memory_bytes: int | None = None
 
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return self.sampling + self.warm_start + self.training + self.comparing
+
     def row(self) -> dict[str, float | None]:
         """Return it as a row of a table, in hours and GB of 10^9 bytes."""
         stages = {
@@ -101,11 +106,11 @@ class Estimate:
             "disk_gb": self.disk_bytes,
         }
         gb = {name: size and size / 1e9 for name, size in sizes.items()}
-        return {"hours": sum(hours.values()), **hours, **gb}
+        return {"hours": self.seconds / 3600, **hours, **gb}
 
     def sentence(self, device_total: int | None = None) -> str:
         """Say it in one sentence; device_total: bytes of the GPU."""
-        seconds = self.sampling + self.warm_start + self.training + self.comparing
+        seconds = self.seconds
         unit, name = (3600, "hours") if seconds >= 3600 else (60, "minutes")
         parts = {
             "sampling the teacher": self.sampling,

@@ -15,9 +15,13 @@ def test_a_whole_transfer_is_run_and_each_of_its_stages_is_a_row(
 ) -> None:
     whole_transfer.main(["--size", "tiny", "--device", "cpu", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "recipe.json").read_text())
-    stages = [row["stage"] for row in record["rows"]]
+    *rows, estimate = record["rows"]
+    stages = [row["stage"] for row in rows]
     assert stages[:4] == ["reading and estimating", "filling_pool", "warm_start", "training"]
     assert stages[4:] == 3 * ["evaluation"]
+    assert estimate["what"] == "estimate"
+    assert 0 < estimate["estimated_seconds"]
+    assert estimate["seconds"] > sum(row["seconds"] for row in rows[2:])
     assert {row["model"] for row in record["rows"]} == {"tiny Wan"}
     assert (tmp_path / "run" / "linearized.safetensors").exists()
     with pytest.raises(SettingError, match="a GPU's memory alone can be capped"):
