@@ -10,7 +10,7 @@ import torch
 from benchmarks.models.sizes import SIZES
 from linvideo_core.artifact import Artifact, save
 from linvideo_core.artifact.header import ArtifactHeader
-from linvideo_core.distill import cli, recipe
+from linvideo_core.distill import cli, command, recipe
 from linvideo_core.distill.config import DistillationConfig, DistillConfig
 from linvideo_core.distill.preflight import check_distillation, count_calls, forecast
 from linvideo_core.distill.task import DistillationTask, make_student
@@ -176,6 +176,18 @@ def config(teacher: Teacher, linearized: Artifact, tmp_path: Path) -> DistillCon
     values |= {"num_frames": 5, "height": 32, "width": 32, "num_trajectories": 3, "shard_size": 1}
     values |= {"sampler_steps": 4, "states_per_trajectory": 2, "steps": 10, "lora_rank": 4}
     return override(DistillConfig(), {**values, "evaluate_samples": 2, "evaluate_batch_size": 1})
+
+
+@pytest.mark.parametrize("num_samples", [0, 2])
+def test_a_file_gets_its_card_whether_it_is_compared_or_not(
+    num_samples: int, config: DistillConfig
+) -> None:
+    short = {"steps": 1, "evaluate_samples": num_samples, "device": "cpu", "precision": "fp32"}
+    command.run(override(config, short))
+    card = (config.out / "README.md").read_text(encoding="utf-8")
+    assert ("## Measured" in card) == (num_samples > 0)
+    assert "FlowMatchLCMScheduler" in card and "model (digest" in card
+    assert "width=32, height=32, num_frames=5, guidance_scale=1.0, num_inference_steps=4" in card
 
 
 def test_as_many_numbers_are_trained_as_memory_was_counted_for(

@@ -11,7 +11,8 @@ from linvideo_core.artifact.summary import describe
 from linvideo_core.evaluate.card import CARD_NAME, upload_commands, write_card
 
 EVALUATION = {
-    "settings": {"num_samples": 8, "steps": 50, "guidance_scale": 5.0, "shift": 3.0},
+    "settings": {"num_samples": 8, "steps": 50, "guidance_scale": 5.0, "shift": 3.0}
+    | {"width": 832, "height": 480, "num_frames": 81},
     "rows": [
         {"model": "teacher", "motion_energy": 1.0},
         {"model": "student", "motion_energy": 0.9},
@@ -34,7 +35,8 @@ def test_a_card_says_what_the_file_and_its_evaluation_say(
     for name in names:
         assert f"## {name}: 2 of 3 layers are linear" in card.text
     assert all(f"- **{name}**: {text}" in card.text for name, text in describe(linearized).items())
-    is_measured = "motion energy / teacher's" in card.text and "decoded videos" in card.text
+    measured = ("motion energy / teacher's", "decoded videos", "832 x 480, 81 frames, 50 steps")
+    is_measured = all(text in card.text for text in measured)
     has_videos = "(samples.mp4)" in card.text
     assert is_measured == has_videos == (evaluation is not None)
     assert "samples.gif" not in card.text
