@@ -405,6 +405,21 @@ def test_more_samples_repeat_the_comparison_alone(finished: Path, files: Path) -
     assert after["evaluation.json"] != before["evaluation.json"]
 
 
+@pytest.mark.parametrize("size", [0, 4, 1000])
+def test_a_damaged_result_says_what_brings_it_back(size: int, finished: Path, files: Path) -> None:
+    path = finished / "linearized.safetensors"
+    before, content = artifact.load(path), path.read_bytes()
+    command = arguments(files, **SHORT, evaluate_samples=4, out=finished)
+    path.write_bytes(content[:size])
+    with pytest.raises(artifact.ArtifactError, match="delete it and repeat the run's command"):
+        cli.main(command)
+    path.unlink()
+    cli.main(command)
+    after = artifact.load(path)
+    assert after.header == before.header
+    torch.testing.assert_close(after.linear, before.linear, rtol=0, atol=0)
+
+
 def test_the_comparison_can_be_left_out(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
