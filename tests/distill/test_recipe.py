@@ -1,7 +1,6 @@
 """What a distillation is set to by the model, the quality and the card."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,27 +15,14 @@ from linvideo_core.distill.preflight import check_distillation, count_calls, for
 from linvideo_core.distill.task import DistillationTask, make_student
 from linvideo_core.distill.teacher_statistics import TeacherStatistics
 from linvideo_core.evaluate import compare
-from linvideo_core.models.attention_sites import fingerprint, shapes_of
-from linvideo_core.models.checkpoint import Checkpoint
+from linvideo_core.models.attention_sites import fingerprint
 from linvideo_core.models.families import identify
-from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
 from linvideo_core.run.context import Run
-from linvideo_core.teacher import teacher as teachers
-from linvideo_core.teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
+from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.transfer.config import QUALITIES
-from tests.conftest import save_inputs
-
-
-def headers_of(name: str, **video: int) -> TeacherCheckpoint:
-    """Return a Wan of a published size, of which there are headers alone."""
-    with torch.device("meta"):
-        shapes = shapes_of(WanModel(SIZES[name].config))
-    tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
-    checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
-    latent_shape = (16, (video.get("num_frames", 81) - 1) // 4 + 1, 60, 104)
-    return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
+from tests.conftest import assert_fitted, headers_of, open_headers, save_inputs
 
 
 def file_for(name: str) -> Artifact:
@@ -61,8 +47,7 @@ def file_for(name: str) -> Artifact:
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dict[str, Any]:
-    frames = {"num_frames": given["num_frames"]} if "num_frames" in given else {}
-    monkeypatch.setattr(teachers, "open_teacher", lambda config: headers_of(name, **frames))
+    open_headers(monkeypatch, name)
     monkeypatch.setattr(compare, "load_linearized", lambda path: file_for(name))
     files = {"model": Path("wan"), "artifact": Path("linearized")}
     return recipe.find_settings("demo", {**files, **given})
@@ -88,9 +73,7 @@ def test_a_card_decides_how_many_videos_of_a_step_go_through_the_model_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = settings_of(monkeypatch, name, device="cuda", **given)
-    fitted = (found["batch_size"], found["accumulation"], found.get("offload_blocks", 0))
-    assert fitted == (batch_size, accumulation, offload_blocks)
-    assert found["frozen"] == "bf16" and found["activation_checkpointing"]
+    assert_fitted(found, batch_size, accumulation, offload_blocks)
     override(DistillConfig(), {**found, "model": Path("wan"), "artifact": Path("made"), **given})
 
 

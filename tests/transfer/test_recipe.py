@@ -2,36 +2,21 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.models.sizes import SIZES
-from linvideo_core.models.attention_sites import shapes_of
-from linvideo_core.models.checkpoint import Checkpoint
-from linvideo_core.models.wan import WanModel
 from linvideo_core.run.errors import SettingError
-from linvideo_core.teacher import teacher as teachers
-from linvideo_core.teacher.teacher import TeacherCheckpoint
 from linvideo_core.transfer import recipe
 from linvideo_core.transfer.config import QUALITIES
 from linvideo_core.transfer.recipe import find_settings
+from tests.conftest import assert_fitted, open_headers
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dict[str, Any]:
     """Return the settings of a Wan of a published size, of which there are headers alone."""
-    with torch.device("meta"):
-        shapes = shapes_of(WanModel(SIZES[name].config))
-    tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
-    checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
-
-    def open_teacher(config: Any, more_sizes: Any) -> TeacherCheckpoint:
-        latent_shape = (16, (config.num_frames - 1) // 4 + 1, config.height // 8, config.width // 8)
-        return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
-
-    monkeypatch.setattr(teachers, "open_teacher", open_teacher)
+    open_headers(monkeypatch, name)
     return find_settings("demo", {"model": Path("wan"), **given})
 
 
@@ -64,9 +49,7 @@ def test_a_card_decides_batch_and_offloading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = settings_of(monkeypatch, name, device="cuda", **given)
-    fitted = (found["batch_size"], found["accumulation"], found.get("offload_blocks", 0))
-    assert fitted == (batch_size, accumulation, offload_blocks)
-    assert found["frozen"] == "bf16" and found["activation_checkpointing"]
+    assert_fitted(found, batch_size, accumulation, offload_blocks)
     assert found["target"] == len(SIZES[name].layers)
 
 
