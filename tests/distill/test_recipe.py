@@ -1,5 +1,6 @@
 """What a distillation is set to by the model, the quality and the card."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks.models.sizes import SIZES
 from linvideo_core.artifact import Artifact, save
-from linvideo_core.artifact.header import ArtifactHeader
+from linvideo_core.artifact.header import ArtifactHeader, Usage
 from linvideo_core.distill import cli, command, recipe
 from linvideo_core.distill.config import DistillationConfig, DistillConfig
 from linvideo_core.distill.preflight import check_distillation, count_calls, forecast
@@ -19,6 +20,7 @@ from linvideo_core.models.attention_sites import fingerprint
 from linvideo_core.models.families import identify
 from linvideo_core.run.config import override
 from linvideo_core.run.context import Run
+from linvideo_core.run.errors import SettingError
 from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.transfer.config import QUALITIES
@@ -186,6 +188,18 @@ def test_as_many_numbers_are_trained_as_memory_was_counted_for(
         parts = [p for group in task.parameter_groups() for p in group.parameters.values()]
         task.remove_critic()
     assert footprint.num_trained == sum(p.numel() for p in parts)
+
+
+@pytest.mark.parametrize(("sigma_from", "sigma_to"), [(1.0, 0.875), (0.875, 0.0)])
+def test_the_file_of_one_of_two_experts_is_refused(
+    sigma_from: float, sigma_to: float, linearized: Artifact, config: DistillConfig
+) -> None:
+    usage = Usage(sigma_from=sigma_from, sigma_to=sigma_to)
+    header = dataclasses.replace(linearized.header, usage=usage)
+    save(dataclasses.replace(linearized, header=header), config.artifact)
+    with pytest.raises(SettingError, match=f"noise levels from {sigma_from:g} to {sigma_to:g} al"):
+        command.run(config)
+    assert not config.out.exists()
 
 
 def test_a_run_is_told_beforehand_in_calls_of_the_teacher(
