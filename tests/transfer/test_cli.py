@@ -77,7 +77,6 @@ def arguments(files: Path, **changes: object) -> list[str]:
         "num_frames": 5,
         "height": 64,
         "width": 48,
-        "num_trajectories": 12,
         "states_per_trajectory": 4,
         "sampler_steps": 8,
         "shard_size": 4,
@@ -148,7 +147,8 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
         "training": lambda: num_rows(training / "metrics.jsonl") >= 14,
     }
-    how = {"states": states, "levels": "even", "pool_videos": 8, "evaluate_samples": 0}
+    num_videos = {"pool": {"pool_videos": 8}, "stored": {"num_trajectories": 12}}[states]
+    how = {"states": states, "levels": "even", "evaluate_samples": 0, **num_videos}
     if states == "pool":
         del moments["sampling"]
         how["more_sizes"] = "48x32x1,32x64x5"
@@ -342,7 +342,6 @@ def test_a_latent_of_a_5b_spans_twice_as_many_pixels(files: Path) -> None:
 
 
 SHORT = {
-    "num_trajectories": 4,
     "states_per_trajectory": 2,
     "sampler_steps": 4,
     "shard_size": 2,

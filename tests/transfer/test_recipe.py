@@ -117,6 +117,48 @@ def test_a_model_of_ones_own_learns_from_a_pool_unless_stored_videos_are_needed(
     assert find_settings("demo", {"states": "pool"})["levels"] == "even"
 
 
+@pytest.mark.parametrize(
+    ("model", "given", "refused"),
+    [
+        (
+            "1.3b-480p",
+            {"num_trajectories": 8},
+            "--num-trajectories 8 given, which is for --states s",
+        ),
+        ("1.3b-480p", {"num_trajectories": 8, "states": "stored"}, ""),
+        ("1.3b-480p", {"num_trajectories": 8, "choice": "sensitivity"}, ""),
+        (
+            "1.3b-480p",
+            {"pool_videos": 8, "states": "stored"},
+            "--pool-videos 8 given, which is for",
+        ),
+        ("1.3b-480p", {"pool_videos": 8, "low_noise_model": Path("low")}, "--pool-videos 8 given"),
+        ("1.3b-480p", {"pool_videos": 8}, ""),
+        (
+            None,
+            {"pool_videos": 8},
+            "--pool-videos 8 given.* --states is stored here: give --states p",
+        ),
+        (None, {"pool_videos": 8, "states": "pool"}, ""),
+        (None, {"num_trajectories": 8, "states": "pool"}, "--num-trajectories 8 given"),
+        (None, {"num_trajectories": 8}, ""),
+    ],
+)
+def test_how_many_videos_there_are_of_other_states_is_refused(
+    model: str | None, given: dict[str, Any], refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find() -> dict[str, Any]:
+        if model is None:
+            return find_settings("demo", given)
+        return settings_of(monkeypatch, model, device="cpu", **given)
+
+    if not refused:
+        assert find()
+        return
+    with pytest.raises(SettingError, match=refused):
+        find()
+
+
 def test_a_preset_of_the_embedded_model_is_refused_for_another() -> None:
     with pytest.raises(SettingError, match=r"--preset gpu given.*give --quality"):
         find_settings("gpu", {"model": Path("wan")})
