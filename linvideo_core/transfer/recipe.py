@@ -77,6 +77,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named settings of a command for the embedded model, which flags refine."""
+HELP_NOTE = (
+    "The defaults below are those of the embedded model; with --model they follow from the model, "
+    "--card and --quality, and --dry-run prints them."
+)
 
 
 def settings_for(quality: str, *, is_embedded: bool, num_layers: int) -> dict[str, Any]:

@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from linvideo_core import artifact
+from linvideo_core.distill import cli as distill
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command, to_json
 from linvideo_core.run.memory import free_bytes
@@ -427,6 +429,17 @@ def test_the_comparison_can_be_left_out(
     evidence = {"layer_scores.png", "losses.png", "README.md"}
     assert times(out).keys() == {"linearized.safetensors", "config.json", *evidence}
     assert "samples.png" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [cli, distill])
+def test_help_says_whose_defaults_it_shows(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.read(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "those of the embedded model; with --model they follow from the model" in shown
+    assert "--vae PATH" in shown
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
