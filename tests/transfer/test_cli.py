@@ -196,7 +196,7 @@ def test_another_run_with_other_training_settings_uses_the_samples_that_are_ther
     assert ("sampling_teacher", 0) not in recorder.seen
     assert {path.name for path in out.parent.iterdir()} == {"first", "second", "teacher"}
 
-    with pytest.raises(ValueError, match="beside it, which uses the teacher's samples again"):
+    with pytest.raises(ValueError, match="beside it, which uses the teacher's stored videos again"):
         transfer.run(small_transfer(model_path, out=out, batch_size=1))
     # How many are sampled together decides nothing.
     transfer.run(small_transfer(model_path, out=out, shard_size=1))
