@@ -272,7 +272,10 @@ def along_budget(layer_scores: Tensor) -> Tensor:
 
 
 def rounding_loss(layer_scores: Tensor, alpha: float) -> Tensor:
-    """Return `sum (1 - |2 r - 1|^alpha)`, zero only where every r is 0 or 1 (LinVideo eq. 7)."""
+    """Return `sum (1 - |2 r - 1|^alpha)` of layer scores [layers] (LinVideo eq. 7).
+
+    It is zero only where every r is 0 or 1.
+    """
     return (1 - (2 * layer_scores - 1).abs().pow(alpha)).sum()
 
 
