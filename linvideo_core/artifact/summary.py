@@ -42,7 +42,7 @@ def title(header: ArtifactHeader) -> str:
 def describe(artifact: Artifact) -> dict[str, str]:
     """Return what an artifact says of itself: name -> printable text, in order."""
     header = artifact.header
-    weights = header.provenance.get("model", "not named")
+    weights = _printable(str(header.provenance.get("model", "not named")), _MAX_ORIGIN)
     origin = (f"{name} {value}" for name, value in header.provenance.items() if name != "model")
     facts = {
         "model": header.fingerprint,
