@@ -50,7 +50,7 @@ A ComfyUI workflow offers the download if its LinVideo Linearize node has this i
 
 _IN_DIFFUSERS = """from linvideo_core.pipelines import apply
 
-applied = apply(pipe, "{name}")
+applied = apply(pipe, {files})
 """
 _FEW_STEPS = """
 from functools import partial
@@ -78,9 +78,8 @@ def write_card(
         parts.append(f"\n## {path.name}: {title(artifact.header)}\n\n{facts}\n")
     if evaluation is not None:
         parts += _describe_evaluation(folder, evaluation)
-    path, first = next(iter(made.items()))
-    properties = json.dumps(download_of(path.name), indent=1)
-    code = _show_in_diffusers(path.name, first.header)
+    properties = json.dumps(download_of(next(iter(made)).name), indent=1)
+    code = _show_in_diffusers({path.name: artifact.header for path, artifact in made.items()})
     parts.append(_USE.format(in_diffusers=code, properties=properties))
     write_text(folder / CARD_NAME, "".join(parts))
 
@@ -99,13 +98,19 @@ def upload_commands(folder: Path, paths: list[Path]) -> str:
     return "\n".join([f"hf upload {REPO} {folder} . {included}", *lines]) + "\n"
 
 
-def _show_in_diffusers(name: str, header: ArtifactHeader) -> str:
-    """Return the lines that sample with a file as it was made; without guidance if distilled."""
+def _show_in_diffusers(made: Mapping[str, ArtifactHeader]) -> str:
+    """Return the lines that sample with the first file, or with those of two experts.
+
+    They sample as it was made, a distilled one without guidance.
+    """
+    name, header = next(iter(made.items()))
+    experts = [name for name, each in made.items() if each.usage.sigma_from is not None]
+    files = ", low_noise_path=".join(f'"{each}"' for each in experts or [name])
     sigmas, said = list(header.sigmas[:-1]), header.usage.said
     if sigmas:
         said |= {"guidance_scale": 1.0, "steps": len(sigmas)}
     given = [f"{theirs}={said[ours]}" for ours, theirs in _ARGUMENTS.items() if ours in said]
-    lines = _IN_DIFFUSERS.format(name=name)
+    lines = _IN_DIFFUSERS.format(files=files)
     if sigmas:
         lines += _FEW_STEPS.format(sigmas=sigmas)
     elif "shift" in said:
