@@ -144,7 +144,9 @@ def errors_in(text: str) -> list[str]:
 def test_what_all_processes_refuse_is_said_once(folder: Path) -> None:
     text = (folder / "two" / "errors").read_text()
     said = errors_in(text)
-    assert len(said) == 1 and "--batch-size 3 given to 2 processes" in said[0], text
+    assert len(said) == 1 and "--batch-size 3 cannot be shared evenly by 2 processes" in said[0], (
+        text
+    )
     assert not (folder / "two" / "refuse").exists()
 
 
