@@ -23,7 +23,7 @@ def expand(sigma: Tensor, like: Tensor) -> Tensor:
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Warp noise levels towards high noise: `shift s / (1 + (shift - 1) s)` (Wan, SD3)."""
+    """Warp noise levels of any shape, in [0, 1]: `shift s / (1 + (shift - 1) s)` (Wan, SD3)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -39,12 +39,15 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_to_x0(latents: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """Return the clean estimate `x0 = x_t - t u`."""
+    """Return the clean estimate `x0 = x_t - t u` of latents, velocity [B, ...] at sigma [B]."""
     return latents - expand(sigma, latents) * velocity
 
 
 def velocity_to_score(latents: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """Return `grad log p_t(x_t) = -(x_t + (1 - t) u) / t`; infinite at sigma 0."""
+    """Return `grad log p_t(x_t) = -(x_t + (1 - t) u) / t`; infinite at sigma 0.
+
+    latents, velocity: [B, ...]; sigma: [B].
+    """
     t = expand(sigma, latents)
     return -(latents + (1 - t) * velocity) / t
 
@@ -55,7 +58,7 @@ def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Ten
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Combine both branches of classifier-free guidance; scale 1 is the conditional branch."""
+    """Combine the velocities [B, ...] of both guidance branches; scale 1 is the conditional one."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,16 @@ if not torch.cuda.is_available():
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.models.sizes import SIZES
 from linvideo_core.artifact import Artifact, extract
+from linvideo_core.models.attention_sites import shapes_of
+from linvideo_core.models.checkpoint import Checkpoint
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
-from linvideo_core.teacher.teacher import Teacher
+from linvideo_core.teacher import teacher as teachers
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import Teacher, TeacherCheckpoint
 from linvideo_core.transfer.config import StudentConfig, TransferConfig
 from linvideo_core.transfer.student import Student
 
@@ -108,6 +114,33 @@ def make_teacher(wan: WanModel) -> Teacher:
         decode=lambda latents: latents.mean(dim=1),
         is_demo=False,
     )
+
+
+def headers_of(name: str, config: TeacherConfig | None = None) -> TeacherCheckpoint:
+    """Return a Wan of a published size, of which there are headers alone."""
+    config = config or TeacherConfig()
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(SIZES[name].config))
+    tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
+    checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
+    latent_shape = (16, (config.num_frames - 1) // 4 + 1, config.height // 8, config.width // 8)
+    return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
+
+
+def open_headers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let every model of one's own be a Wan of a published size; see `headers_of`."""
+    monkeypatch.setattr(
+        teachers, "open_teacher", lambda config, more_sizes=(): headers_of(name, config)
+    )
+
+
+def assert_fitted(
+    found: dict[str, Any], batch_size: int, accumulation: int, offload_blocks: int
+) -> None:
+    """Hold settings of a model of one's own to what a card should decide of them."""
+    fitted = (found["batch_size"], found["accumulation"], found.get("offload_blocks", 0))
+    assert fitted == (batch_size, accumulation, offload_blocks)
+    assert found["frozen"] == "bf16" and found["activation_checkpointing"]
 
 
 def save_inputs(teacher: Teacher, folder: Path) -> dict[str, Path]:

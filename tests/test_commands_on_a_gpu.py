@@ -14,11 +14,12 @@ pytestmark = pytest.mark.gpu
 
 VIDEOS = "--num-frames 13 --height 32 --width 48"
 TRAINING = (
-    "--num-trajectories 2 --states-per-trajectory 2 --sampler-steps 4 --shard-size 2 --steps 2 "
-    "--batch-size 2 --checkpoint-every 1 --evaluate-samples 2"
+    "--states-per-trajectory 2 --sampler-steps 4 --shard-size 2 --steps 2 --batch-size 2 "
+    "--checkpoint-every 1 --evaluate-samples 2"
 )
+STORED = "--num-trajectories 2"
 LINEARIZED = "--warm-start-steps 2 --target 1 --lora-rank 2"
-DISTILLED = "--lora-rank 2 --num-steps 2"
+DISTILLED = f"{STORED} --lora-rank 2 --num-steps 2"
 EVALUATED = "--num-samples 2 --sampler-steps 4 --batch-size 2"
 # What a home recipe sets beside the sizes.
 HOME_OPTIONS = {
@@ -53,7 +54,13 @@ def test_a_checkpoint_is_linearized_distilled_and_evaluated(
 
 def test_both_experts_are_linearized(flags: list[str], tmp_path: Path) -> None:
     save_file(make_wan(seed=1).state_dict(), tmp_path / "low.safetensors")
-    second = ["--low-noise-model", str(tmp_path / "low.safetensors"), "--frozen", "bf16"]
+    second = [
+        *STORED.split(),
+        "--low-noise-model",
+        str(tmp_path / "low.safetensors"),
+        "--frozen",
+        "bf16",
+    ]
     out = tmp_path / "experts"
     transfer.main([*flags, *TRAINING.split(), *LINEARIZED.split(), *second, "--out", str(out)])
     names = {path.name for path in out.glob("linearized_*.safetensors")}

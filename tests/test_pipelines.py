@@ -1,6 +1,7 @@
 """A LINVIDEO file in a diffusers pipeline computes what it computes in our own model."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError
+from linvideo_core.artifact.header import Usage
+from linvideo_core.evaluate.card import CARD_NAME, write_card
+from linvideo_core.flow import bind, sample_few_step
 from linvideo_core.models.checkpoint import from_diffusers
 from linvideo_core.models.wan import WanModel
 from linvideo_core.pipelines import apply
@@ -83,6 +87,32 @@ def test_a_pipeline_computes_what_our_model_does_and_is_given_back_bit_for_bit(
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(run(transformer, inputs), plain)
+
+
+def test_the_lines_in_a_distilled_files_card_sample_it_as_linvideo_does(
+    wan: WanModel, linearized: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sigmas = (1.0, 0.9, 0.6, 0.0)
+    usage = Usage(width=32, height=32, num_frames=9)
+    header = dataclasses.replace(linearized.header, sigmas=sigmas, usage=usage)
+    made = dataclasses.replace(linearized, header=header)
+    artifact.save(made, tmp_path / "distilled.safetensors", dtype=torch.float32)
+    write_card(tmp_path, {tmp_path / "distilled.safetensors": made}, None)
+    card = (tmp_path / CARD_NAME).read_text(encoding="utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    pipe = WanPipeline(None, None, None, None, transformer=as_diffusers(wan))
+    noise, embeds = torch.randn(1, LATENT_SHAPE[0], 3, 4, 4), torch.randn(1, 5, TEXT_DIM)
+    how = {"prompt_embeds": embeds, "latents": noise, "output_type": "latent"}
+    names = {"pipe": pipe, "how": how}
+    torch.manual_seed(1)
+    exec(code.replace("pipe(prompt,", "pipe(**how,"), names)  # noqa: S102
+    torch.manual_seed(1)
+    with artifact.apply(made, wan):
+        expected = sample_few_step(
+            bind(wan, embeds), noise, torch.tensor(sigmas), generator=torch.default_generator
+        )
+    torch.testing.assert_close(names["video"].frames, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_expert_gets_its_own_file(

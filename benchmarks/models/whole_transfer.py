@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from linvideo_core.run.callbacks import Callbacks, Stage
-from linvideo_core.run.config import option, parse, positive, run_command, to_flags
+from linvideo_core.run.config import option, override, parse, positive, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device
 from linvideo_core.run.memory import LOWER_RUN, explained
 from linvideo_core.transfer import cli, command
@@ -41,9 +41,11 @@ _KEY = ("model", "resolution", "frames", "cap_gb")
 
 # Of each stage enough that its largest allocation is made, and no more.
 _SHORT = (
-    "--num-trajectories 1 --pool-videos 2 --sampler-steps 4 --states-per-trajectory 4 "
-    "--warm-start-steps 2 --steps 4 --evaluate-samples 2"
+    "--sampler-steps 4 --states-per-trajectory 4 --warm-start-steps 2 --steps 4 "
+    "--evaluate-samples 2"
 )
+# Of whichever states it learns from.
+_FEW_VIDEOS = {"num_trajectories": 1, "pool_videos": 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,8 @@ def make_settings(config: WholeConfig, size: Size, device: str) -> TransferConfi
     own += [f"--shift={size.shift}", f"--quality={config.quality}", f"--device={device}"]
     if config.cap_gb is not None:
         own.append(f"--card={int(config.cap_gb)}")
-    return cli.read([*own, *_SHORT.split(), *shlex.split(config.flags)])
+    settings = cli.read([*own, *_SHORT.split(), *shlex.split(config.flags)])
+    return override(settings, _FEW_VIDEOS)
 
 
 def run(config: WholeConfig) -> dict[str, list[dict[str, Any]]]:

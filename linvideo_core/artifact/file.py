@@ -26,6 +26,10 @@ _DIFF, _DIFF_BIAS = ".diff", ".diff_b"
 _DOWN, _UP = ".lora_down.weight", ".lora_up.weight"
 _STORED_DTYPES = ("F16", "BF16", "F32", "F64")
 _MAX_ENTRY = 2**20
+_AGAIN = (
+    "get it again from where it came or from a backup; if a run of yours made it, delete it and "
+    "repeat the run's command"
+)
 
 _VERSION = _OURS + "format_version"
 _ENTRIES = {
@@ -131,7 +135,7 @@ def _decode_header(
     if differing := expected ^ {name for name in metadata if name.startswith(_OURS)}:
         name = min(differing)
         fault = "missing" if name in expected else "unknown"
-        raise ArtifactError(f"the header entry {name!a} is {fault}: get the original file again")
+        raise ArtifactError(f"the header entry {name!a} is {fault}: {_AGAIN}")
     values = {name: _parse(entry, metadata[entry]) for name, entry in _ENTRIES.items()}
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     header = ArtifactHeader(**values | {"usage": Usage.parse(values["usage"])})
@@ -148,9 +152,7 @@ def _parse(name: str, text: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"the header entry {name} is not valid JSON: get the original file again"
-        ) from error
+        raise ArtifactError(f"the header entry {name} is not valid JSON: {_AGAIN}") from error
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -166,8 +168,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_stranger(names: list[str]) -> NoReturn:
     if any(name.startswith(_OURS) for name in names):
         raise ArtifactError(
-            "the LinVideo header is gone, probably lost when another program rewrote the file: use "
-            "the original"
+            "the LinVideo header is gone, probably lost when another program rewrote the file: "
+            f"{_AGAIN}"
         )
     if any(".lora_" in name or name.endswith((_DIFF, _DIFF_BIAS)) for name in names):
         raise ArtifactError("this is a plain LoRA, not a LinVideo file: load it with a LoRA loader")
@@ -187,7 +189,7 @@ def _read_tensor(file: safe_open, name: str) -> Tensor:
         raise ArtifactError(f"{name!a} is empty, of shape {claim.get_shape()}")
     tensor = file.get_tensor(name).clone()
     if not tensor.isfinite().all():
-        raise ArtifactError(f"{name!a} holds NaN or infinity: get the original file again")
+        raise ArtifactError(f"{name!a} holds NaN or infinity: {_AGAIN}")
     return tensor
 
 
@@ -203,13 +205,11 @@ def _assemble(header: ArtifactHeader, bare: list[str], tensors: Mapping[str, Ten
         elif name.startswith(_WEIGHTS) and suffix:
             changes[suffix][name.removeprefix(_WEIGHTS).removesuffix(suffix)] = tensor
         else:
-            raise ArtifactError(
-                f"the tensor {name[:100]!a} is unknown: get the original file again"
-            )
+            raise ArtifactError(f"the tensor {name[:100]!a} is unknown: {_AGAIN}")
     for here, there in ((bare, _DIFF), (changes[_DOWN], _UP), (changes[_UP], _DOWN)):
         if missing := sorted(set(here) - changes[there].keys()):
             name = _WEIGHTS + missing[0] + there
-            raise ArtifactError(f"{name!a} is missing: get the original file again")
+            raise ArtifactError(f"{name!a} is missing: {_AGAIN}")
     deltas = {name + ".bias": delta for name, delta in changes[_DIFF_BIAS].items()}
     for name, delta in changes[_DIFF].items():
         deltas[name if name in bare else name + ".weight"] = delta
@@ -224,9 +224,9 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
     except OSError:
         return f"{path} cannot be read ({error}): check the disk and the file's permissions"
     if not start:
-        return f"{path} is empty: get the original file again"
+        return f"{path} is empty: {_AGAIN}"
     if start[8:] in (b"", b"{"):
-        return f"{path} is cut short or damaged ({error}): get the original file again"
+        return f"{path} is cut short or damaged ({error}): {_AGAIN}"
     return f"{path} is not a safetensors file ({error}): choose one that LinVideo saved"
 
 

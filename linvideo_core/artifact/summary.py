@@ -42,10 +42,11 @@ def title(header: ArtifactHeader) -> str:
 def describe(artifact: Artifact) -> dict[str, str]:
     """Return what an artifact says of itself: name -> printable text, in order."""
     header = artifact.header
-    origin = (f"{name} {value}" for name, value in header.provenance.items())
+    weights = _printable(str(header.provenance.get("model", "not named")), _MAX_ORIGIN)
+    origin = (f"{name} {value}" for name, value in header.provenance.items() if name != "model")
     facts = {
         "model": header.fingerprint,
-        "weights": header.weights_digest,
+        "weights": f"{weights} (digest {header.weights_digest})",
         "linear layers": ", ".join(map(str, header.linear_layers)),
         "trained": f"{header.objective}, {_count(header.steps, 'step')}",
         "feature maps": _describe_maps(header),

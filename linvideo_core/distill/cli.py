@@ -8,12 +8,14 @@ A model of one's own decides the settings by its size, the graphics card how it 
 `--quality` how long it learns; what other flags say goes before.
 Repeating a command continues where it stopped. The run folder holds config.json, metrics,
 checkpoints, the result, distilled.safetensors, and the evidence: pictures and evaluation.json,
-which compare steps against quality. What the teacher sampled lies beside it, see `transfer`.
+which compare steps against quality. The teacher's videos lie beside it, as those that `transfer`
+stores.
 """
 
 from collections.abc import Sequence
 
 from ..run.config import parse
+from ..transfer.recipe import HELP_NOTE
 from .config import DistillConfig
 from .recipe import PRESETS, find_settings
 
@@ -42,6 +44,7 @@ SHOWN = (
     "offload_blocks",
     "activation_checkpointing",
     "evaluate_samples",
+    "vae",
     "out",
     "seed",
     "device",
@@ -52,7 +55,8 @@ SHOWN = (
 def read(argv: Sequence[str] | None = None) -> DistillConfig:
     """Return the settings that a command line stands for."""
     how = {"presets": PRESETS, "settings": find_settings, "shown": SHOWN}
-    return parse(DistillConfig, argv, description=__doc__, **how)
+    description = f"{__doc__.splitlines()[0]} {HELP_NOTE}"
+    return parse(DistillConfig, argv, description=description, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

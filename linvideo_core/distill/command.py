@@ -13,6 +13,7 @@ from ..evaluate.compare import (
     compare_few_step,
     load_linearized,
     name_of,
+    read_evaluation,
     save_comparison,
 )
 from ..run.callbacks import Callbacks
@@ -83,14 +84,17 @@ def run(
     metrics_path = config.out / TRAINING_NAME / "metrics.jsonl"
     if processes.is_first and metrics_path.exists():
         plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
-    if processes.destroy() and not is_evaluated(config.evaluation, config.out):
+    if not processes.destroy():
+        return path
+    made = artifact_files.load(path)
+    if not is_evaluated(config.evaluation, config.out):
         logger.info("comparing %s with its teacher on %s in %s", path, run.device, run.precision)
-        made = artifact_files.load(path)
         settings = compare_config(config.evaluation, config.trajectories)
         how = {"seed": run.seed, "precision": run.precision, "callbacks": run.callbacks}
         teacher = with_decoder(teacher, autoencoder)
         comparison = compare_few_step(teacher, first, {name_of(made): made}, settings, **how)
-        write_card(config.out, {path: made}, save_comparison(comparison, config.out))
+        save_comparison(comparison, config.out)
+    write_card(config.out, {path: made}, read_evaluation(config.out))
     return path
 
 

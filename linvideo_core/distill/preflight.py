@@ -4,6 +4,7 @@ from .. import artifact as artifact_files
 from ..artifact import Artifact
 from ..models.families import identify
 from ..run.context import Run
+from ..run.errors import SettingError
 from ..teacher.teacher import Teacher, TeacherCheckpoint
 from ..teacher.trajectories import count_missing
 from ..transfer.estimate import (
@@ -30,6 +31,14 @@ def check_distillation(
 
     Raises ValueError, in one sentence, when it cannot work.
     """
+    usage = first.header.usage
+    if usage.sigma_from is not None and (usage.sigma_from < 1 or usage.sigma_to > 0):
+        raise SettingError(
+            f"{{artifact}} {config.artifact} is for noise levels from {usage.sigma_from:g} to "
+            f"{usage.sigma_to:g} alone, of one of Wan 2.2's two experts; only what covers all "
+            "levels can be distilled: use it as it is, or give a file of a model with one expert",
+            "artifact",
+        )
     return check_footprint(
         checkpoint,
         config,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..models.checkpoint import open_wan
@@ -62,6 +61,8 @@ def load_autoencoder(path: Path, channels: int) -> nn.Module:
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
+    if not path.exists():
+        raise SettingError(f"{{vae}} {path} given, and no such file exists; {_FORMS}", "vae")
     root = path / "vae" if (path / "vae").is_dir() else path
     stored = find_tensors(root)
     try:
@@ -74,7 +75,7 @@ def load_autoencoder(path: Path, channels: int) -> nn.Module:
                 f"it is for latents of {', '.join(map(str, sizes))} channels, and the model's have "
                 f"{channels}"
             )
-        state = {name: _read(tensor) for name, tensor in stored.items()}
+        state = {name: tensor.read().float() for name, tensor in stored.items()}
         if "conv2.weight" in state:
             state = convert_wan_vae_to_diffusers(state)
         model.load_state_dict(state, assign=True)
@@ -150,8 +151,3 @@ def _read_config(root: Path, stored: Mapping[str, StoredTensor]) -> dict[str, An
                 raise ValueError(f"a file of {channels} channels needs its folder of diffusers")
             return {"base_dim": stored[last].shape[1]}
     raise ValueError(f"its tensors are called {', '.join(map(ascii, sorted(stored)[:2]))}")
-
-
-def _read(tensor: StoredTensor) -> Tensor:
-    with safe_open(tensor.path, framework="pt") as file:
-        return file.get_tensor(tensor.name).float()

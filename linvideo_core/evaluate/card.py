@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact
-from ..artifact.summary import describe, title
+from ..artifact.header import ArtifactHeader, Usage
+from ..artifact.summary import describe, describe_size, title
 from ..run.files import write_text
 from ..run.tables import show_table
 
@@ -38,10 +39,7 @@ In ComfyUI with the LinVideo nodes: put the file into `models/linvideo` and choo
 Linearize*. With diffusers, `pipe` being the base model's `WanPipeline`:
 
 ```python
-from linvideo_core.pipelines import apply
-
-applied = apply(pipe, "{name}")
-```
+{in_diffusers}```
 
 A ComfyUI workflow offers the download if its LinVideo Linearize node has this in `properties`:
 
@@ -49,6 +47,22 @@ A ComfyUI workflow offers the download if its LinVideo Linearize node has this i
 {properties}
 ```
 """
+
+_IN_DIFFUSERS = """from linvideo_core.pipelines import apply
+
+applied = apply(pipe, {files})
+"""
+_FEW_STEPS = """
+from functools import partial
+from diffusers import FlowMatchLCMScheduler
+
+pipe.scheduler = FlowMatchLCMScheduler()
+sigmas = {sigmas}
+pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
+"""
+# Of `Usage` -> of a pipeline's call.
+_ARGUMENTS = {name: name for name in ("width", "height", "num_frames", "guidance_scale")}
+_ARGUMENTS["steps"] = "num_inference_steps"
 
 
 def write_card(
@@ -64,8 +78,9 @@ def write_card(
         parts.append(f"\n## {path.name}: {title(artifact.header)}\n\n{facts}\n")
     if evaluation is not None:
         parts += _describe_evaluation(folder, evaluation)
-    name = next(iter(made)).name
-    parts.append(_USE.format(name=name, properties=json.dumps(download_of(name), indent=1)))
+    properties = json.dumps(download_of(next(iter(made)).name), indent=1)
+    code = _show_in_diffusers({path.name: artifact.header for path, artifact in made.items()})
+    parts.append(_USE.format(in_diffusers=code, properties=properties))
     write_text(folder / CARD_NAME, "".join(parts))
 
 
@@ -83,13 +98,37 @@ def upload_commands(folder: Path, paths: list[Path]) -> str:
     return "\n".join([f"hf upload {REPO} {folder} . {included}", *lines]) + "\n"
 
 
+def _show_in_diffusers(made: Mapping[str, ArtifactHeader]) -> str:
+    """Return the lines that sample with the first file, or with those of two experts.
+
+    They sample as it was made, a distilled one without guidance.
+    """
+    name, header = next(iter(made.items()))
+    experts = [name for name, each in made.items() if each.usage.sigma_from is not None]
+    files = ", low_noise_path=".join(f'"{each}"' for each in experts or [name])
+    sigmas, said = list(header.sigmas[:-1]), header.usage.said
+    if sigmas:
+        said |= {"guidance_scale": 1.0, "steps": len(sigmas)}
+    given = [f"{theirs}={said[ours]}" for ours, theirs in _ARGUMENTS.items() if ours in said]
+    lines = _IN_DIFFUSERS.format(files=files)
+    if sigmas:
+        lines += _FEW_STEPS.format(sigmas=sigmas)
+    elif "shift" in said:
+        lines += f"# The scheduler's flow_shift is to be {said['shift']:g}.\n"
+    return f"{lines}video = pipe({', '.join(['prompt', *given])})\n"
+
+
 def _describe_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> Iterator[str]:
     settings, rows = evaluation["settings"], evaluation["rows"]
+    named = {name: settings.get(name) for name in ("width", "height", "num_frames")}
+    has_few = len({row.get("steps") for row in rows}) > 1
+    few = "; distilled models in their own steps, without guidance" if has_few else ""
     frames = "decoded videos" if evaluation.get("is_decoded") else "the mean latent channel"
     yield (
-        f"\n## Measured\n\n{settings['num_samples']} videos a model, {settings['steps']} steps of "
-        f"Euler, guidance {settings['guidance_scale']:g}, shift {settings['shift']:g}; motion and "
-        f"spectra of {frames}. What each measure says: [training.md]({PROJECT}/blob/main/docs/"
+        f"\n## Measured\n\n{settings['num_samples']} videos a model, "
+        f"{describe_size(Usage(**named))}, {settings['steps']} steps of Euler, guidance "
+        f"{settings['guidance_scale']:g}, shift {settings['shift']:g}{few}; motion and spectra of "
+        f"{frames}. What each measure says: [training.md]({PROJECT}/blob/main/docs/"
         f"training.md#compare).\n\n```\n{show_table(rows)}```\n\n"
     )
     for name in (*SAMPLES_NAMES, "samples.png", "velocity_error.png", "layer_scores.png"):

@@ -17,7 +17,7 @@ from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
 from ..run.errors import SettingError
 from ..run.files import write_text
-from ..run.folder import check_run, open_run
+from ..run.folder import check_place, check_run, open_run
 from ..run.memory import explained
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
@@ -65,6 +65,7 @@ def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str,
     Returns what evaluation.json holds: `settings`, `rows`, `velocity_rows` (see `Comparison`).
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
     """
+    check_place(config.out)
     lora = None
     if config.lora is not None:
         levels = config.levels_of_lora()

@@ -48,6 +48,7 @@ class Comparison:
         few samples, on the CPU; prompts: theirs.
     fps: frames a second at which videos play.
     is_decoded: whether the frames are pixels, not the mean channel of latents.
+    video_size: frames, height and width in pixels.
     """
 
     settings: CompareConfig
@@ -57,6 +58,7 @@ class Comparison:
     prompts: list[str]
     fps: int
     is_decoded: bool
+    video_size: tuple[int, int, int]
 
 
 def compare(
@@ -89,6 +91,7 @@ def compare(
         prompts=evaluator.prompts[:NUM_SHOWN],
         fps=find_fps(teacher),
         is_decoded=teacher.is_demo or reference.frames.ndim == 5,
+        video_size=teacher.video_size,
     )
     for name, context in students.items():
         with context as model:
@@ -307,7 +310,8 @@ def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
 
     samples.png; samples.gif, or samples.mp4 of videos in colour; velocity_error.png where
     velocities were compared, steps.png where models took several numbers of steps. evaluation.json
-    has `settings`, `rows`, `velocity_rows` and `is_decoded`, as in `Comparison`.
+    has `settings`, with the videos' size, `rows`, `velocity_rows` and `is_decoded`, as in
+    `Comparison`.
     """
     frames = {_caption(name): clips for name, clips in comparison.frames.items()}
     is_colour = comparison.frames["teacher"].ndim == 5
@@ -323,8 +327,9 @@ def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     settings = dataclasses.asdict(comparison.settings)
     # The file's key is older than the setting's name.
     settings["steps"] = settings.pop("sampler_steps")
+    sizes = zip(("num_frames", "height", "width"), comparison.video_size, strict=True)
     result = {
-        "settings": settings,
+        "settings": settings | dict(sizes),
         "rows": comparison.rows,
         "velocity_rows": comparison.velocity_rows,
         "is_decoded": comparison.is_decoded,

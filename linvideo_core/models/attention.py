@@ -17,14 +17,16 @@ class SoftmaxAttention(nn.Module):
     """Quadratic attention through PyTorch's fused kernels."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend over all keys, scaled by 1/sqrt(D)."""
+        """Attend over all keys, scaled by 1/sqrt(D): [B, L, N, D] to the same."""
         return softmax_attention(query, key, value)
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Softmax attention within consecutive blocks of `window` tokens, O(L window).
 
-    Tokens lie frame by frame, row by row; the last block may be shorter.
+    query, key, value: [B, L, N, D], tokens frame by frame, row by row; the last block may be
+        shorter.
+
     Raises ValueError where queries and keys are not the same tokens.
     """
     B, L, N, D = query.shape
@@ -117,7 +119,7 @@ class LinearAttention(nn.Module):
                 nn.init.zeros_(added)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend in O(L)."""
+        """Attend in O(L): query [B, L, N, D], key and value [B, S, N, D] to [B, L, N, D]."""
         maps, added = (self.query_map, self.key_map), (self.gate, self.window_mix)
         return attend_linearly(query, key, value, *maps, *added, form=self.form)
 
@@ -141,7 +143,7 @@ class MixedAttention(nn.Module):
         self.mode: Literal["mixed", "linear", "softmax"] = "mixed"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Mix both branches, or compute the chosen one."""
+        """Mix both branches, or compute the chosen one: [B, L, N, D] to the same."""
         if not self.enabled or self.mode == "softmax":
             return self.softmax(query, key, value)
         if self.mode == "linear":

@@ -59,6 +59,8 @@ class StoredTensor:
 
         On the CPU it is mapped from its file, in pages of its own that may be written to. A whole
         file could not be mapped so where it is larger than the computer's memory.
+
+        Raises ValueError where a number is not finite.
         """
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device=device)
@@ -68,7 +70,13 @@ class StoredTensor:
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=before)
-        return flat.view(self.shape).to(device)
+        tensor = flat.view(self.shape).to(device)
+        if dtype.is_floating_point and not _is_finite(tensor):
+            raise ValueError(
+                f"{self.name} in {self.path} holds NaN or infinity: get the file again from where "
+                "it came, or give another"
+            )
+        return tensor
 
     def read_scale(self, device: torch.device | str = "cpu") -> Tensor | None:
         """Return the scale fp32 as it is multiplied, [1, 1] or [out, 1] of a matrix; or None."""
@@ -80,6 +88,15 @@ class StoredTensor:
         """Return the tensor as it is stored, or fp32 and multiplied where it has a scale."""
         value, scale = self.read(device), self.read_scale(device)
         return value if scale is None else value.float() * scale
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Say whether all numbers are finite, much faster than `isfinite` does on a CPU."""
+    if tensor.dtype.itemsize == 1:
+        # Without its sign, what is not finite in fp8 is larger as a byte than the largest number.
+        largest = torch.tensor(torch.finfo(tensor.dtype).max, dtype=tensor.dtype)
+        return bool((tensor.view(torch.uint8) & 127).max() <= int(largest.view(torch.uint8)))
+    return all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def find_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,11 @@ def check_run(
 
     A run that does not name a setting is older than it, and was made as its default says.
 
-    Raises OtherRunError naming the first setting that differs, and SettingError for a file where
-    the folder should be.
+    Raises OtherRunError naming the first setting that differs, and SettingError as `check_place`.
     """
     path = folder / CONFIG_NAME
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise SettingError(
-            f"{place} is a file and a folder is needed; choose another {{out}}", "out"
-        )
     if not path.exists():
+        check_place(folder)
         return
     found = {**dict(_defaults(config)), **read_settings(folder)}
     for name, value in _leaves(json.loads(to_json(config))):
@@ -55,6 +51,23 @@ def check_run(
                 name,
                 "out",
             )
+
+
+def check_place(folder: Path) -> None:
+    """Raise SettingError where a folder can neither be made nor written to."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise SettingError(
+            f"{place} is a file and a folder is needed; choose another {{out}}", "out"
+        )
+    try:
+        tempfile.TemporaryDirectory(prefix=".linvideo-", dir=place).cleanup()
+    except OSError as error:
+        raise SettingError(
+            f"{{out}} {folder} given, and nothing can be written to {place} ({error.strerror}); "
+            "choose another {out}",
+            "out",
+        ) from error
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

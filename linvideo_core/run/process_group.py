@@ -35,9 +35,11 @@ class ProcessGroup:
     def check_batch(self, batch_size: int) -> None:
         """Raise SettingError for a batch that the processes cannot share evenly."""
         if batch_size % self.size:
+            able = [str(n) for n in range(1, batch_size + 1) if not batch_size % n]
             raise SettingError(
-                f"{{batch_size}} {batch_size} given to {self.size} processes, which share it; a "
-                f"multiple of {self.size} is needed",
+                f"{{batch_size}} {batch_size} cannot be shared evenly by {self.size} processes: a "
+                f"new run takes a multiple of {self.size}; one that was begun with {{batch_size}} "
+                f"{batch_size} keeps it, and is continued by {' or '.join(able)} of them",
                 "batch_size",
             )
 

@@ -57,7 +57,7 @@ class TeacherConfig:
 class TrajectoryConfig:
     """The videos that the teacher samples, to learn from."""
 
-    num_trajectories: int = option(24, "videos that the teacher samples")
+    num_trajectories: int = option(24, "videos that the teacher samples first and keeps")
     states_per_trajectory: int = option(8, "noise levels used of each, spread over the trajectory")
     sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
     guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
@@ -101,7 +101,7 @@ class PoolConfig:
         "as they are used",
         choices=STATES,
     )
-    pool_videos: int = option(32, "videos of the pool, of all sizes together")
+    pool_videos: int = option(32, "videos in flight of a pool, of all sizes together")
     more_sizes: str | None = option(
         None,
         "other sizes that a pool's videos have, with --model: width x height x frames, such as "

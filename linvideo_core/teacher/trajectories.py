@@ -31,7 +31,7 @@ from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-USED_AGAIN = " beside it, which uses the teacher's samples again if they fit"
+USED_AGAIN = " beside it, which uses the teacher's stored videos again if they fit"
 """What a run in another folder would have of one that is there, see `run.folder.check_run`."""
 # Changes whenever the same settings give other samples or other files.
 _FORM = 4

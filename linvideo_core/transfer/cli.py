@@ -9,8 +9,8 @@ what each quality takes on this machine.
 Wan 2.2's two experts are linearized together, the second being --low-noise-model. Repeating a
 command continues where it stopped. The run folder holds config.json, metrics, checkpoints, the
 result, linearized.safetensors, and the evidence: pictures and evaluation.json, which compare what
-was saved with its teacher. What the teacher sampled lies beside it, in the folder `teacher`, and
-serves every run with the same model, prompts, size and sampler.
+was saved with its teacher. Videos that are stored (`--states stored`) lie beside it, in the folder
+`teacher`, and serve every run with the same model, prompts, size and sampler.
 """
 
 import os
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from ..run.config import parse
 from ..run.errors import SettingError
 from .config import QUALITIES, TransferConfig
-from .recipe import PRESETS, find_settings
+from .recipe import HELP_NOTE, PRESETS, find_settings
 
 SHOWN = (
     "model",
@@ -59,7 +59,8 @@ SHOWN = (
 def read(argv: Sequence[str] | None = None) -> TransferConfig:
     """Return the settings that a command line stands for."""
     how = {"presets": PRESETS, "settings": find_settings, "shown": SHOWN}
-    return parse(TransferConfig, argv, description=__doc__, **how)
+    description = f"{__doc__.splitlines()[0]} {HELP_NOTE}"
+    return parse(TransferConfig, argv, description=description, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -163,7 +163,7 @@ class RecipeConfig:
     """What decides settings that no flag gives."""
 
     quality: str = option(
-        "standard", "how long it learns, and from how many videos", choices=QUALITIES
+        "standard", "how long it learns, and from how many videos if stored", choices=QUALITIES
     )
     card: int = option(
         0, "with --model: GB of the GPU that it must fit; 0: as much as this machine's has"

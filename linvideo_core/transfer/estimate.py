@@ -18,14 +18,14 @@ from ..run.devices import count_device_bytes
 from ..run.files import check_space
 from ..run.memory import FP32, show_gb
 from ..teacher.config import TrajectoryConfig
-from ..teacher.pool import TrajectoryPool, count_filling_calls, count_pool_bytes
+from ..teacher.pool import count_filling_calls, count_pool_bytes
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
 from ..training.trainer import seed_step
 from .config import RunConfig, SelectionConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .preflight import Footprint
-from .student import Student, TransferTask
+from .student import Student, TransferTask, make_pool
 
 logger = logging.getLogger(__name__)
 
@@ -342,8 +342,7 @@ def _time_training(teacher: Teacher, config: TransferConfig, precision: str, cal
     with Student(teacher, config.student, seed=config.seed) as student:
         run = Run(precision=precision)
         if config.pool.states == "pool":
-            in_flight = (config.pool.pool_videos, config.training.batch_size)
-            states = TrajectoryPool(teacher, config.trajectories, *in_flight, run, student.disabled)
+            states = make_pool(student, teacher, config, run)
         else:
             states = _RandomStates(teacher, config.trajectories)
         task = TransferTask(

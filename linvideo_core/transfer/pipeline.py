@@ -16,7 +16,7 @@ from ..training.checkpoint import finished_steps
 from ..training.trainer import fit
 from .config import ARTIFACT_NAME, TRAINING_NAME, WARM_START_NAME, RunConfig, TransferConfig
 from .layer_selection import choose_layers, rank_layers
-from .student import Student, TransferTask, accelerated
+from .student import Student, TransferTask, accelerated, make_pool
 from .warm_start import fit_feature_maps
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ def _sample_teacher(
     if config.pool.states == "stored":
         with student.disabled():
             return collect(teacher, config.trajectories, run)
-    in_flight = (config.pool.pool_videos, config.training.batch_size)
-    pool = TrajectoryPool(teacher, config.trajectories, *in_flight, run, student.disabled)
+    pool = make_pool(student, teacher, config, run)
     if not any(finished_steps(run.folder / name) for name in (WARM_START_NAME, TRAINING_NAME)):
         pool.fill()
     return pool

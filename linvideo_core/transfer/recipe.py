@@ -77,6 +77,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named settings of a command for the embedded model, which flags refine."""
+HELP_NOTE = (
+    "The defaults below are those of the embedded model; with --model they follow from the model, "
+    "--card and --quality, and --dry-run prints them."
+)
 
 
 def settings_for(quality: str, *, is_embedded: bool, num_layers: int) -> dict[str, Any]:
@@ -117,6 +121,7 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         values |= PRESETS[preset]
         if given.get("states") == "pool":
             values["levels"] = "even"
+        _check_states(given.get("states", PoolConfig().states), given)
         return values | settings_by_steps(given.get("steps", values["steps"]))
     return _settings_of_own(quality, given)
 
@@ -155,6 +160,7 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
         values["states_per_trajectory"] = max(1, min(most, given["sampler_steps"]))
     needs_stored = given.get("low_noise_model") or given.get("choice") == "sensitivity"
     values["states"] = "stored" if needs_stored else "pool"
+    _check_states(given.get("states", values["states"]), given)
     return fit_card(
         teacher,
         TransferConfig(),
@@ -163,6 +169,18 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
         count_trained=lambda config: count_trained(teacher, config.student),
         is_alone=given.get("low_noise_model") is None,
     )
+
+
+def _check_states(states: str, given: Mapping[str, Any]) -> None:
+    """Raise SettingError for a flag that was given of the states that are not learned from."""
+    for other, name in (("stored", "num_trajectories"), ("pool", "pool_videos")):
+        if other != states and name in given:
+            raise SettingError(
+                f"{{{name}}} {given[name]} given, which is for {{states}} {other}, and {{states}} "
+                f"is {states} here: give {{states}} {other}, or leave {{{name}}} out",
+                name,
+                "states",
+            )
 
 
 def fit_card(

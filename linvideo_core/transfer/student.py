@@ -46,7 +46,7 @@ from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from ..training.config import TrainingConfig
 from ..training.trainer import ParameterGroup, Task
-from .config import ObjectiveConfig, SelectionConfig, StudentConfig
+from .config import ObjectiveConfig, SelectionConfig, StudentConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .objective import Batch, Batches, adm_loss
 from .warm_start import feature_maps
@@ -272,8 +272,19 @@ def along_budget(layer_scores: Tensor) -> Tensor:
 
 
 def rounding_loss(layer_scores: Tensor, alpha: float) -> Tensor:
-    """Return `sum (1 - |2 r - 1|^alpha)`, zero only where every r is 0 or 1 (LinVideo eq. 7)."""
+    """Return `sum (1 - |2 r - 1|^alpha)` of layer scores [layers] (LinVideo eq. 7).
+
+    It is zero only where every r is 0 or 1.
+    """
     return (1 - (2 * layer_scores - 1).abs().pow(alpha)).sum()
+
+
+def make_pool(
+    student: Student, teacher: Teacher, config: TransferConfig, run: Run
+) -> TrajectoryPool:
+    """Return the pool that a transfer's config asks for, its videos at their first states."""
+    in_flight = (config.pool.pool_videos, config.training.batch_size)
+    return TrajectoryPool(teacher, config.trajectories, *in_flight, run, student.disabled)
 
 
 @contextlib.contextmanager

@@ -276,8 +276,8 @@ def _with_input_names() -> Iterator[None]:
             raise
         problem = RuntimeError(
             "there is not enough memory for this transfer: lower batch_size, frames, width and "
-            "height, or lora_rank, and give it another name; the videos that were made to learn "
-            "from are used again where they fit"
+            "height, or lora_rank, and give it another name; videos that were made first and "
+            "kept are used again where they fit"
         )
     if problem is not None:
         raise problem

@@ -1,7 +1,7 @@
 """What a distillation is set to by the model, the quality and the card."""
 
+import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,34 +9,22 @@ import torch
 
 from benchmarks.models.sizes import SIZES
 from linvideo_core.artifact import Artifact, save
-from linvideo_core.artifact.header import ArtifactHeader
-from linvideo_core.distill import cli, recipe
+from linvideo_core.artifact.header import ArtifactHeader, Usage
+from linvideo_core.distill import cli, command, recipe
 from linvideo_core.distill.config import DistillationConfig, DistillConfig
 from linvideo_core.distill.preflight import check_distillation, count_calls, forecast
 from linvideo_core.distill.task import DistillationTask, make_student
 from linvideo_core.distill.teacher_statistics import TeacherStatistics
 from linvideo_core.evaluate import compare
-from linvideo_core.models.attention_sites import fingerprint, shapes_of
-from linvideo_core.models.checkpoint import Checkpoint
+from linvideo_core.models.attention_sites import fingerprint
 from linvideo_core.models.families import identify
-from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
 from linvideo_core.run.context import Run
-from linvideo_core.teacher import teacher as teachers
-from linvideo_core.teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
+from linvideo_core.run.errors import SettingError
+from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.transfer.config import QUALITIES
-from tests.conftest import save_inputs
-
-
-def headers_of(name: str, **video: int) -> TeacherCheckpoint:
-    """Return a Wan of a published size, of which there are headers alone."""
-    with torch.device("meta"):
-        shapes = shapes_of(WanModel(SIZES[name].config))
-    tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
-    checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
-    latent_shape = (16, (video.get("num_frames", 81) - 1) // 4 + 1, 60, 104)
-    return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
+from tests.conftest import assert_fitted, headers_of, open_headers, save_inputs
 
 
 def file_for(name: str) -> Artifact:
@@ -61,8 +49,7 @@ def file_for(name: str) -> Artifact:
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dict[str, Any]:
-    frames = {"num_frames": given["num_frames"]} if "num_frames" in given else {}
-    monkeypatch.setattr(teachers, "open_teacher", lambda config: headers_of(name, **frames))
+    open_headers(monkeypatch, name)
     monkeypatch.setattr(compare, "load_linearized", lambda path: file_for(name))
     files = {"model": Path("wan"), "artifact": Path("linearized")}
     return recipe.find_settings("demo", {**files, **given})
@@ -88,9 +75,7 @@ def test_a_card_decides_how_many_videos_of_a_step_go_through_the_model_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = settings_of(monkeypatch, name, device="cuda", **given)
-    fitted = (found["batch_size"], found["accumulation"], found.get("offload_blocks", 0))
-    assert fitted == (batch_size, accumulation, offload_blocks)
-    assert found["frozen"] == "bf16" and found["activation_checkpointing"]
+    assert_fitted(found, batch_size, accumulation, offload_blocks)
     override(DistillConfig(), {**found, "model": Path("wan"), "artifact": Path("made"), **given})
 
 
@@ -178,6 +163,18 @@ def config(teacher: Teacher, linearized: Artifact, tmp_path: Path) -> DistillCon
     return override(DistillConfig(), {**values, "evaluate_samples": 2, "evaluate_batch_size": 1})
 
 
+@pytest.mark.parametrize("num_samples", [0, 2])
+def test_a_file_gets_its_card_whether_it_is_compared_or_not(
+    num_samples: int, config: DistillConfig
+) -> None:
+    short = {"steps": 1, "evaluate_samples": num_samples, "device": "cpu", "precision": "fp32"}
+    command.run(override(config, short))
+    card = (config.out / "README.md").read_text(encoding="utf-8")
+    assert ("## Measured" in card) == (num_samples > 0)
+    assert "FlowMatchLCMScheduler" in card and "model (digest" in card
+    assert "width=32, height=32, num_frames=5, guidance_scale=1.0, num_inference_steps=4" in card
+
+
 def test_as_many_numbers_are_trained_as_memory_was_counted_for(
     teacher: Teacher, linearized: Artifact, config: DistillConfig
 ) -> None:
@@ -191,6 +188,18 @@ def test_as_many_numbers_are_trained_as_memory_was_counted_for(
         parts = [p for group in task.parameter_groups() for p in group.parameters.values()]
         task.remove_critic()
     assert footprint.num_trained == sum(p.numel() for p in parts)
+
+
+@pytest.mark.parametrize(("sigma_from", "sigma_to"), [(1.0, 0.875), (0.875, 0.0)])
+def test_the_file_of_one_of_two_experts_is_refused(
+    sigma_from: float, sigma_to: float, linearized: Artifact, config: DistillConfig
+) -> None:
+    usage = Usage(sigma_from=sigma_from, sigma_to=sigma_to)
+    header = dataclasses.replace(linearized.header, usage=usage)
+    save(dataclasses.replace(linearized, header=header), config.artifact)
+    with pytest.raises(SettingError, match=f"noise levels from {sigma_from:g} to {sigma_to:g} al"):
+        command.run(config)
+    assert not config.out.exists()
 
 
 def test_a_run_is_told_beforehand_in_calls_of_the_teacher(

@@ -106,7 +106,7 @@ def stranger(folder: Path, shape: tuple[int, ...], *names: str) -> Path:
 @pytest.mark.parametrize(
     ("give", "reason"),
     [
-        (lambda folder: folder / "none.safetensors", "does not exist"),
+        (lambda folder: folder / "none.safetensors", "--vae .*none.safetensors given, and no"),
         (lambda folder: spoil(folder, _class_name="AutoencoderKL"), "is of 'AutoencoderKL'"),
         (lambda folder: spoil(folder, latents_mean=[0.0]), "latents of .* channels"),
         (lambda folder: spoil(folder, base_dim=16), "size mismatch"),

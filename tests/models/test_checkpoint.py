@@ -7,12 +7,16 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from linvideo_core.artifact import Artifact, save
+from linvideo_core.distill import cli as distill
+from linvideo_core.evaluate import cli as evaluate
 from linvideo_core.models.attention_sites import shapes_of
 from linvideo_core.models.base_weights import weights_digest
 from linvideo_core.models.checkpoint import from_diffusers, load_wan, official_names, open_wan
@@ -20,9 +24,12 @@ from linvideo_core.models.families import identify
 from linvideo_core.models.quantized import Float8Linear
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.teacher.config import TeacherConfig
-from linvideo_core.teacher.teacher import load_teacher
+from linvideo_core.teacher.teacher import Teacher, load_teacher
+from linvideo_core.transfer import cli as transfer
+from tests.conftest import save_inputs
 
 Tensors = dict[str, Tensor]
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STEM = "diffusion_pytorch_model"
 
 
@@ -535,3 +542,37 @@ def test_half_precision_files_load_in_the_dtype_that_is_asked_for(
     save_file({n: t.half() for n, t in wan.state_dict().items()}, path)
     assert {p.dtype for p in load_wan(path).parameters()} == {torch.float32}
     assert {p.dtype for p in load_wan(path, frozen="bf16").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused_with_its_tensor(
+    dtype: torch.dtype, number: float, wan: WanModel, tmp_path: Path
+) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in as_official(wan).items()}
+    weight = tensors["blocks.1.ffn.0.weight"]
+    weight[3, 5] = torch.finfo(dtype).max
+    path = tmp_path / "wan.safetensors"
+    save_file(tensors, path)
+    load_wan(path)
+    # E4M3 has no infinity.
+    weight[3, 5] = math.nan if dtype == torch.float8_e4m3fn else number
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.0\.weight in .* holds NaN or inf"):
+        load_wan(path)
+
+
+@pytest.mark.parametrize("command", [transfer, distill, evaluate])
+def test_every_command_refuses_such_weights_before_it_begins(
+    command: ModuleType, teacher: Teacher, linearized: Artifact, tmp_path: Path
+) -> None:
+    teacher.model.get_parameter("blocks.1.ffn.0.weight")[3, 5] = math.nan
+    files = save_inputs(teacher, tmp_path)
+    if command is not transfer:
+        save(linearized, tmp_path / "linearized.safetensors")
+        files["--artifact"] = tmp_path / "linearized.safetensors"
+    size = ["--num-frames", "5", "--height", "48", "--width", "32", "--device", "cpu"]
+    words = [str(word) for pair in files.items() for word in pair]
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        command.main([*words, *size, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

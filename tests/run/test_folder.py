@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from linvideo_core.run.config import option, to_json
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import OtherRunError, check_run, open_run, read_metrics
 
 
@@ -74,6 +75,13 @@ def test_a_file_in_the_folders_place_is_named(name: str, tmp_path: Path) -> None
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="taken is a file and a folder is needed"):
         check_run(tmp_path / name, Run())
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="nobody can write into Linux' /proc")
+@pytest.mark.parametrize("name", ["/proc", "/proc/run"])
+def test_a_place_that_cannot_be_written_to_is_refused_by_its_flag(name: str) -> None:
+    with pytest.raises(SettingError, match=f"--out {name} given, and nothing can be written to"):
+        check_run(Path(name), Run())
 
 
 def test_a_setting_that_an_older_run_does_not_name_has_its_default(tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def errors_in(text: str) -> list[str]:
 def test_what_all_processes_refuse_is_said_once(folder: Path) -> None:
     text = (folder / "two" / "errors").read_text()
     said = errors_in(text)
-    assert len(said) == 1 and "--batch-size 3 given to 2 processes" in said[0], text
+    assert len(said) == 1 and "--batch-size 3 cannot be shared evenly by 2 processes" in said[0], (
+        text
+    )
     assert not (folder / "two" / "refuse").exists()
 
 
@@ -302,5 +304,14 @@ def test_shares_are_disjoint_and_make_up_the_whole_batch(size: int, rows: int) -
     assert sorted(torch.cat(parts).tolist()) == list(range(rows))
     Member(0).check_batch(2 * size)
     if size > 1:
-        with pytest.raises(SettingError, match=f"given to {size} processes"):
+        with pytest.raises(SettingError, match=f"evenly by {size} processes: a new run takes a"):
             Member(0).check_batch(size + 1)
+
+
+def test_a_batch_that_cannot_be_shared_says_how_many_processes_continue_it() -> None:
+    class Trio(ProcessGroup):
+        size = 3
+
+    for batch_size, able in ((1, "1"), (2, "1 or 2"), (8, "1 or 2 or 4 or 8")):
+        with pytest.raises(SettingError, match=f"is continued by {able} of them"):
+            Trio().check_batch(batch_size)

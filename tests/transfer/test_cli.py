@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from linvideo_core import artifact
+from linvideo_core.distill import cli as distill
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command, to_json
 from linvideo_core.run.memory import free_bytes
@@ -77,7 +79,6 @@ def arguments(files: Path, **changes: object) -> list[str]:
         "num_frames": 5,
         "height": 64,
         "width": 48,
-        "num_trajectories": 12,
         "states_per_trajectory": 4,
         "sampler_steps": 8,
         "shard_size": 4,
@@ -148,7 +149,8 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
         "training": lambda: num_rows(training / "metrics.jsonl") >= 14,
     }
-    how = {"states": states, "levels": "even", "pool_videos": 8, "evaluate_samples": 0}
+    num_videos = {"pool": {"pool_videos": 8}, "stored": {"num_trajectories": 12}}[states]
+    how = {"states": states, "levels": "even", "evaluate_samples": 0, **num_videos}
     if states == "pool":
         del moments["sampling"]
         how["more_sizes"] = "48x32x1,32x64x5"
@@ -194,7 +196,7 @@ def test_another_run_with_other_training_settings_uses_the_samples_that_are_ther
     assert ("sampling_teacher", 0) not in recorder.seen
     assert {path.name for path in out.parent.iterdir()} == {"first", "second", "teacher"}
 
-    with pytest.raises(ValueError, match="beside it, which uses the teacher's samples again"):
+    with pytest.raises(ValueError, match="beside it, which uses the teacher's stored videos again"):
         transfer.run(small_transfer(model_path, out=out, batch_size=1))
     # How many are sampled together decides nothing.
     transfer.run(small_transfer(model_path, out=out, shard_size=1))
@@ -342,7 +344,6 @@ def test_a_latent_of_a_5b_spans_twice_as_many_pixels(files: Path) -> None:
 
 
 SHORT = {
-    "num_trajectories": 4,
     "states_per_trajectory": 2,
     "sampler_steps": 4,
     "shard_size": 2,
@@ -405,6 +406,21 @@ def test_more_samples_repeat_the_comparison_alone(finished: Path, files: Path) -
     assert after["evaluation.json"] != before["evaluation.json"]
 
 
+@pytest.mark.parametrize("size", [0, 4, 1000])
+def test_a_damaged_result_says_what_brings_it_back(size: int, finished: Path, files: Path) -> None:
+    path = finished / "linearized.safetensors"
+    before, content = artifact.load(path), path.read_bytes()
+    command = arguments(files, **SHORT, evaluate_samples=4, out=finished)
+    path.write_bytes(content[:size])
+    with pytest.raises(artifact.ArtifactError, match="delete it and repeat the run's command"):
+        cli.main(command)
+    path.unlink()
+    cli.main(command)
+    after = artifact.load(path)
+    assert after.header == before.header
+    torch.testing.assert_close(after.linear, before.linear, rtol=0, atol=0)
+
+
 def test_the_comparison_can_be_left_out(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,6 +429,17 @@ def test_the_comparison_can_be_left_out(
     evidence = {"layer_scores.png", "losses.png", "README.md"}
     assert times(out).keys() == {"linearized.safetensors", "config.json", *evidence}
     assert "samples.png" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [cli, distill])
+def test_help_says_whose_defaults_it_shows(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.read(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "those of the embedded model; with --model they follow from the model" in shown
+    assert "--vae PATH" in shown
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")

@@ -2,36 +2,21 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.models.sizes import SIZES
-from linvideo_core.models.attention_sites import shapes_of
-from linvideo_core.models.checkpoint import Checkpoint
-from linvideo_core.models.wan import WanModel
 from linvideo_core.run.errors import SettingError
-from linvideo_core.teacher import teacher as teachers
-from linvideo_core.teacher.teacher import TeacherCheckpoint
 from linvideo_core.transfer import recipe
 from linvideo_core.transfer.config import QUALITIES
 from linvideo_core.transfer.recipe import find_settings
+from tests.conftest import assert_fitted, open_headers
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dict[str, Any]:
     """Return the settings of a Wan of a published size, of which there are headers alone."""
-    with torch.device("meta"):
-        shapes = shapes_of(WanModel(SIZES[name].config))
-    tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
-    checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
-
-    def open_teacher(config: Any, more_sizes: Any) -> TeacherCheckpoint:
-        latent_shape = (16, (config.num_frames - 1) // 4 + 1, config.height // 8, config.width // 8)
-        return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
-
-    monkeypatch.setattr(teachers, "open_teacher", open_teacher)
+    open_headers(monkeypatch, name)
     return find_settings("demo", {"model": Path("wan"), **given})
 
 
@@ -64,9 +49,7 @@ def test_a_card_decides_batch_and_offloading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = settings_of(monkeypatch, name, device="cuda", **given)
-    fitted = (found["batch_size"], found["accumulation"], found.get("offload_blocks", 0))
-    assert fitted == (batch_size, accumulation, offload_blocks)
-    assert found["frozen"] == "bf16" and found["activation_checkpointing"]
+    assert_fitted(found, batch_size, accumulation, offload_blocks)
     assert found["target"] == len(SIZES[name].layers)
 
 
@@ -132,6 +115,48 @@ def test_a_model_of_ones_own_learns_from_a_pool_unless_stored_videos_are_needed(
     assert states_of(choice="sensitivity") == states_of(low_noise_model=Path("low")) == "stored"
     # Of the embedded model, where it is asked for.
     assert find_settings("demo", {"states": "pool"})["levels"] == "even"
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "refused"),
+    [
+        (
+            "1.3b-480p",
+            {"num_trajectories": 8},
+            "--num-trajectories 8 given, which is for --states s",
+        ),
+        ("1.3b-480p", {"num_trajectories": 8, "states": "stored"}, ""),
+        ("1.3b-480p", {"num_trajectories": 8, "choice": "sensitivity"}, ""),
+        (
+            "1.3b-480p",
+            {"pool_videos": 8, "states": "stored"},
+            "--pool-videos 8 given, which is for",
+        ),
+        ("1.3b-480p", {"pool_videos": 8, "low_noise_model": Path("low")}, "--pool-videos 8 given"),
+        ("1.3b-480p", {"pool_videos": 8}, ""),
+        (
+            None,
+            {"pool_videos": 8},
+            "--pool-videos 8 given.* --states is stored here: give --states p",
+        ),
+        (None, {"pool_videos": 8, "states": "pool"}, ""),
+        (None, {"num_trajectories": 8, "states": "pool"}, "--num-trajectories 8 given"),
+        (None, {"num_trajectories": 8}, ""),
+    ],
+)
+def test_how_many_videos_there_are_of_other_states_is_refused(
+    model: str | None, given: dict[str, Any], refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find() -> dict[str, Any]:
+        if model is None:
+            return find_settings("demo", given)
+        return settings_of(monkeypatch, model, device="cpu", **given)
+
+    if not refused:
+        assert find()
+        return
+    with pytest.raises(SettingError, match=refused):
+        find()
 
 
 def test_a_preset_of_the_embedded_model_is_refused_for_another() -> None:
