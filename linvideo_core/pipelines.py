@@ -100,7 +100,11 @@ def apply(
                     "diffusers, and a low-noise file only where it has two transformers"
                 )
             _apply_to(transformer, artifact.load(file), strength, undo)
-        return undo.pop_all()
+        applied = undo.pop_all()
+        # Whoever drops the result keeps the file applied.
+        pipeline.transformer.__dict__["_linvideo"] = applied
+        applied.callback(pipeline.transformer.__dict__.pop, "_linvideo")
+        return applied
 
 
 def _apply_to(

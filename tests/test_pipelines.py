@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,17 @@ def test_the_lines_in_a_distilled_files_card_sample_it_as_linvideo_does(
             bind(wan, embeds), noise, torch.tensor(sigmas), generator=torch.default_generator
         )
     torch.testing.assert_close(names["video"].frames, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_stays_applied_where_the_result_is_dropped(
+    pipeline: SimpleNamespace, path: Path, inputs: Inputs
+) -> None:
+    applied = apply(pipeline, path)
+    found = run(pipeline.transformer, inputs)
+    applied.close()
+    apply(pipeline, path)
+    gc.collect()
+    assert torch.equal(run(pipeline.transformer, inputs), found)
 
 
 def test_each_expert_gets_its_own_file(
