@@ -20,7 +20,7 @@ def test_a_whole_transfer_is_run_and_each_of_its_stages_is_a_row(
     assert stages[:4] == ["reading and estimating", "filling_pool", "warm_start", "training"]
     assert stages[4:] == 3 * ["evaluation"]
     assert estimate["what"] == "estimate"
-    assert 0 < estimate["estimated_seconds"]
+    assert estimate["estimated_seconds"] > 0
     assert estimate["seconds"] > sum(row["seconds"] for row in rows[2:])
     assert {row["model"] for row in record["rows"]} == {"tiny Wan"}
     assert (tmp_path / "run" / "linearized.safetensors").exists()
