@@ -163,6 +163,7 @@ def training_needs(
     sampled_together: int,
     is_checkpointed: bool,
     precision: str,
+    num_processes: int = 1,
 ) -> list[Need]:
     """Return what must be on the device at once in a run that samples a teacher, then trains.
 
@@ -173,6 +174,8 @@ def training_needs(
     num_trained: numbers that are trained, over all models.
     batch_size: videos of a pass, of this process alone.
     sampled_together: videos, each in both guidance branches.
+    num_processes: each holds the whole weights while it samples, and its part of them in training,
+        where two blocks at a time are whole.
     """
     stream = model.stream_bytes
     size = min(stream, FP32 if precision == "fp32" else 2)
@@ -185,15 +188,24 @@ def training_needs(
         # Recomputed blocks keep their input alone, all but the one at work.
         kept = model.num_layers * model.dim * stream + block
     activations = batch_size * model.num_tokens * kept
+    trained = _TRAINED * num_trained // num_processes
+    part = weight_bytes
+    if num_processes > 1:
+        part = min(
+            weight_bytes, weight_bytes // num_processes + 2 * weight_bytes // model.num_layers
+        )
     training = [
-        Need("what is trained, with its optimiser", _TRAINED * num_trained, _LOWER_TRAINED),
+        Need("the weights", part),
+        Need("what is trained, with its optimiser", trained, _LOWER_TRAINED),
         Need("a training step's activations", activations, _LOWER_STEP),
     ]
     # A video's stream and one feed-forward layer, in both guidance branches.
     passing = model.num_tokens * (model.dim * stream + 2 * size * model.ffn_dim)
-    sampling = Need("the sampling of the teacher", 2 * sampled_together * passing, _LOWER_SAMPLING)
-    is_sampling_larger = sampling.num_bytes > sum(need.num_bytes for need in training)
-    return [Need("the weights", weight_bytes), *([sampling] if is_sampling_larger else training)]
+    sampling = [
+        Need("the weights", weight_bytes),
+        Need("the sampling of the teacher", 2 * sampled_together * passing, _LOWER_SAMPLING),
+    ]
+    return max(training, sampling, key=lambda needs: sum(need.num_bytes for need in needs))
 
 
 def show_gb(num_bytes: int) -> str:

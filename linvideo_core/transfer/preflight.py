@@ -91,7 +91,7 @@ def find_batch(
     precision = "bf16" if config.precision == "auto" else config.precision
     offloads = sorted({*range(0, most, _BLOCKS_AT_ONCE), most})
     for offload_blocks, size in itertools.product(offloads, sizes):
-        plan = _make_plan(teacher, config, num_trained, size // num_processes, precision)
+        plan = _make_plan(teacher, config, num_trained, size, precision, num_processes)
         frozen_weights = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
         weights, *others = plan.needs(frozen_weights, config.training.activation_checkpointing)
         expected = weights.num_bytes + _ACTIVATIONS * sum(need.num_bytes for need in others)
@@ -129,7 +129,7 @@ class Plan:
     """A training whose memory can be told beforehand, from shapes alone.
 
     shapes: of the model's parameters. num_tokens: L of one video, of the largest size.
-    num_trained, batch_size, sampled_together: see `memory.training_needs`.
+    num_trained, batch_size, sampled_together, num_processes: see `memory.training_needs`.
     """
 
     config: WanConfig
@@ -139,6 +139,7 @@ class Plan:
     batch_size: int
     sampled_together: int
     precision: str
+    num_processes: int = 1
 
     def needs(self, frozen_weights: FrozenConfig, is_checkpointed: bool) -> list[Need]:
         """Return what must be on the device at once, the weights held as `frozen_weights` says."""
@@ -161,6 +162,7 @@ class Plan:
             sampled_together=self.sampled_together,
             is_checkpointed=is_checkpointed,
             precision=self.precision,
+            num_processes=self.num_processes,
         )
 
     def find_flags(
@@ -224,8 +226,8 @@ def check_footprint(
         advice = f"give {{frozen}} {FROZEN[-1]}, or {advice}"
     on_host = _on_host(teacher.shapes, frozen_weights, device)
     check_memory([on_host], "cpu", advice)
-    size = config.training.batch_size // num_processes
-    plan = _make_plan(teacher, config, num_trained, size, precision)
+    size = config.training.batch_size
+    plan = _make_plan(teacher, config, num_trained, size, precision, num_processes)
     prompts = teacher.source.need(device)
     is_checkpointed = config.training.activation_checkpointing
     needs = [*plan.needs(frozen_weights, is_checkpointed), prompts]
@@ -248,8 +250,9 @@ def _make_plan(
     num_trained: int,
     batch_size: int,
     precision: str,
+    num_processes: int,
 ) -> Plan:
-    """Return the plan of one process's training; batch_size: its own videos of a step."""
+    """Return the plan of one process's training; batch_size: over all processes."""
     model, trajectories, evaluation = (
         teacher.checkpoint.config,
         config.trajectories,
@@ -265,7 +268,8 @@ def _make_plan(
         shapes=teacher.shapes,
         num_tokens=max(map(count_tokens, [teacher.latent_shape, *teacher.more_shapes])),
         num_trained=num_trained,
-        batch_size=batch_size,
+        batch_size=batch_size // num_processes,
+        num_processes=num_processes,
         sampled_together=max(
             min(trajectories.shard_size, trajectories.num_trajectories),
             min(evaluation.evaluate_batch_size, evaluation.evaluate_samples),

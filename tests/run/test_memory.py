@@ -137,6 +137,18 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps_and_not_a_loose_on
     assert estimate <= found <= 2.5 * estimate, found / estimate
 
 
+def test_several_processes_hold_their_part_of_the_weights_and_whole_ones_while_sampling() -> None:
+    wan = WanConfig(num_layers=40)
+    given = {"weight_bytes": 40_000, "num_trained": 4_000, "num_processes": 4}
+    training = needs_of(wan, 100, **given)
+    assert training["the weights"] == 40_000 // 4 + 2 * 1_000
+    alone = needs_of(wan, 100, num_trained=4_000)["what is trained, with its optimiser"]
+    assert training["what is trained, with its optimiser"] == alone // 4 > 0
+    sampling = needs_of(wan, 100, **given | {"weight_bytes": 10**12})
+    assert list(sampling) == ["the weights", "the sampling of the teacher"]
+    assert sampling["the weights"] == 10**12
+
+
 def test_what_is_trained_counts_as_the_student_frees_it(teacher: Teacher) -> None:
     shapes = {name: tuple(p.shape) for name, p in teacher.model.named_parameters()}
     with Student(teacher, StudentConfig(lora_rank=3), seed=0) as student:
