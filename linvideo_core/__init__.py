@@ -21,4 +21,4 @@ Commands: `python -m linvideo_core.transfer`, `.distill`, `.evaluate`. From a ch
 `python -m research.ablations`, `research.evaluation_record`, `research.demo_model.train`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
