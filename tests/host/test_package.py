@@ -32,7 +32,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs a git checkout: the package is made of what git tracks")
     path = tmp_path_factory.mktemp("package") / "node.zip"
     names = list_tracked() - list_tracked("-ci", "--exclude-from=.comfyignore")
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(names):
             archive.write(PACK / name, name)
     return path
@@ -45,6 +45,7 @@ def test_it_holds_what_the_readme_links_to_and_nothing_of_the_workshop(package: 
     assert len(links) > 5 and links <= held, links - held
     assert not [name for name in held if name.partition("/")[0] in LEFT_OUT]
     assert {name for name in held if name.startswith("results/")} <= links
+    assert package.stat().st_size < 12e6
 
 
 def load_package() -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from linvideo_core import artifact
+from linvideo_core import __version__, artifact
 from linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_core.models import attention_sites
 from linvideo_core.models.families import identify
@@ -206,6 +206,8 @@ def test_a_workflow_says_what_it_is_for_and_holds_nothing_stale(name: str) -> No
     # Of the machine that it was made on.
     assert not any(trace in text for trace in ("/root", "/home", "127.0.0.1", "localhost"))
     for node in read(name)["nodes"]:
+        pack = (node["properties"].get("cnr_id"), node["properties"].get("ver"))
+        assert (pack == ("linvideo", __version__)) == node["type"].startswith("LinVideo"), node
         if "widgets_values_named" in node:
             assert list(node["widgets_values_named"].values()) == node["widgets_values"]
 
