@@ -173,6 +173,13 @@ class Report:
         """Show what the node says."""
         show_words(self.text, self._node_id)
 
+    def add_warning(self, line: str) -> None:
+        """Show and log what was found while a MODEL is sampled."""
+        logger.warning("LinVideo: %s", line)
+        self._sampled.pop(_AS_MADE, None)
+        self._sampled[f"sampled: {line}"] = None
+        self.show()
+
     def compare(
         self,
         executor: Any,
