@@ -204,13 +204,11 @@ def _in_other_words(self: nn.Module, x: Tensor, freqs: Tensor, transformer_optio
     """Compute what the class's own forward does, called as ComfyUI 0.46 calls attention."""
     contain = getattr(comfy.ldm.modules.attention, "AttentionTensorContainer", lambda x: x)
     split = (*x.shape[:2], self.num_heads, self.head_dim)
-    pairs = (self.q, self.norm_q), (self.k, self.norm_k)
-    tensors = [
-        apply_rope1(norm(project(x)).view(split), freqs).flatten(2) for project, norm in pairs
-    ]
+    query = apply_rope1(self.norm_q(self.q(x)).view(split), freqs).flatten(2)
+    key = apply_rope1(self.norm_k(self.k(x)).view(split), freqs).flatten(2)
+    tensors = map(contain, (query, key, self.v(x)))
     options = {"transformer_options": transformer_options, "preferred_attention": None}
-    contained = (contain(tensor) for tensor in (*tensors, self.v(x)))
-    return self.o(comfy.ldm.wan.model.optimized_attention(*contained, self.num_heads, **options))
+    return self.o(comfy.ldm.wan.model.optimized_attention(*tensors, self.num_heads, **options))
 
 
 def _turning_values(self: nn.Module, x: Tensor, freqs: Tensor, **options: Any) -> Tensor:
@@ -265,6 +263,7 @@ def test_loras_quantised_streamed_and_compiled_weights_and_variants_stay_the_sam
             *variants,
         ):
             torch._dynamo.reset()
+            wan_family._agrees_once.cache_clear()
             counters.clear()
             test()
             print(f"also fused: {test}")
