@@ -132,9 +132,7 @@ def find_problems(uses: Iterator[Use]) -> list[str]:
             found.append(f"{use.where} needs {use.name}, which this ComfyUI lacks ({error})")
             continue
         if use.call and (problem := _refuse(value, use.call)):
-            found.append(
-                f"{use.where} calls {use.name}, which does not take it: {problem}"
-            )
+            found.append(f"{use.where} calls {use.name}, which does not take it: {problem}")
     return list(dict.fromkeys(found))
 
 

@@ -96,7 +96,7 @@ def _run_in_one_pass(attention: nn.Module, attend: Attend, x: Tensor, freqs: Ten
 
 def _pays(attention: nn.Module, x: Tensor, in_training: bool) -> bool:
     """Return whether one pass is faster here: as a kernel, and not in another's training."""
-    is_trained = torch.is_grad_enabled() or getattr(comfy.model_management, "in_training", False)
+    is_trained = torch.is_grad_enabled() or comfy.model_management.in_training
     if is_trained and not in_training:
         return False
     return BACKEND != "auto" or is_norm_rotary_fused(x.device, attention.head_dim, x.dtype)
