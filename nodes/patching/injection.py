@@ -53,6 +53,7 @@ def inject(patcher: Any) -> None:
         layer_maps.run_fused = family.run_fused
         _replace_forward(diffusion_model.get_submodule(name), _linear_forward, layer_maps)
         block = diffusion_model.get_submodule(name.rpartition(".")[0])
+        block = getattr(block, "_orig_mod", block)
         if "attention" in inspect.signature(type(block).forward).parameters:
             _replace_forward(block, _block_forward, layer_maps)
     if changes:
