@@ -7,7 +7,7 @@ for whoever mends the pack; `check_host.py` prints them for any checkout.
 import ast
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +35,7 @@ comfy.model_patcher.ModelPatcher.set_additional_models(self, key, models)
 comfy.model_patcher.ModelPatcher.set_attachments(self, key, value)
 comfy.model_patcher.ModelPatcher.set_injections(self, key, injections)
 comfy.model_patcher.CoreModelPatcher(module, load_device=device, offload_device=device)
+comfy.ldm.wan.model.WanSelfAttention.forward(self, x, freqs, transformer_options=options)
 comfy.model_base.BaseModel.extra_conds(self, cross_attn=prompt, noise=noise, device=device)
 comfy.ops.manual_cast.Linear(1, 1, bias=False, dtype=dtype, device=device)
 comfy.samplers.CFGGuider.predict_noise
@@ -44,6 +45,12 @@ comfy.sd.CLIP.tokenize(self, text)
 comfy_extras.nodes_custom_sampler.SamplerCustom.execute
 server.PromptServer.send_progress_text(self, text, node_id, sid)
 """
+
+_METHODS_OF_H3 = """
+comfy.ldm.minimax.model.Attention.forward(self, x, rope_freqs=freqs, transformer_options=options)
+comfy.ldm.minimax.model.DiTBlock.forward(self, x, t_emb, segments, freqs, options)
+"""
+"""Where ComfyUI has MiniMax-H3, since 0.30.0."""
 
 _FIELDS = """
 backup cached_patcher_init hook_backup injections is_injected load_device model_options
@@ -89,7 +96,9 @@ def find_uses() -> Iterator[Use]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         yield from _uses_in(tree, path.relative_to(pack).as_posix())
     imports = "".join(f"import {root}\n" for root in _ROOTS)
-    yield from _uses_in(ast.parse(imports + _METHODS), Path(__file__).name)
+    has_h3 = importlib.util.find_spec("comfy.ldm.minimax") is not None
+    methods = _METHODS + _METHODS_OF_H3 * has_h3
+    yield from _uses_in(ast.parse(imports + methods), Path(__file__).name)
 
 
 def _uses_in(tree: ast.Module, file: str) -> Iterator[Use]:
