@@ -244,8 +244,6 @@ def watch_sampling(patcher: Any, noise: torch.Tensor, conditioning: list[Any]) -
 
 
 def test_every_name_is_there_and_takes_what_it_is_given() -> None:
-    # As ComfyUI itself starts: later, another package may have taken this name.
-    importlib.import_module("utils.extra_config")
     problems = find_problems(find_uses())
     assert not problems, "\n".join(problems)
 
