@@ -1,7 +1,5 @@
-"""Node schemas that load in older ComfyUI versions too: the unknown is left out."""
+"""What the nodes' schemas share: a category, socket types, how an input is written."""
 
-import dataclasses
-import inspect
 from typing import Any
 
 from comfy_api.latest import io
@@ -15,13 +13,9 @@ TransferSettings = io.Custom("LINVIDEO_SETTINGS")
 
 def make_schema(**settings: Any) -> io.Schema:
     """Return the schema of a node in LinVideo's category."""
-    known = {field.name for field in dataclasses.fields(io.Schema)}
-    settings = {"category": "LinVideo", **settings}
-    return io.Schema(**{name: value for name, value in settings.items() if name in known})
+    return io.Schema(category="LinVideo", **settings)
 
 
 def make_input(kind: Any, name: str, settings: dict[str, Any], tooltip: str) -> io.Input:
     """Return an input of a kind, such as `io.Int`; settings: further arguments of its `Input`."""
-    known = inspect.signature(kind.Input.__init__).parameters
-    settings = {key: value for key, value in settings.items() if key in known}
     return kind.Input(name, **settings, tooltip=tooltip)

@@ -30,7 +30,6 @@ from .weights import (
     add_weight_changes,
     are_blocks_compiled,
     compare_base,
-    is_dynamic,
     make_patcher,
 )
 
@@ -70,7 +69,7 @@ def linearize(
     must_rest = keep_first_steps > 0
     bypassed = add_weight_changes(linearized, artifact, strength, must_rest=must_rest)
     devices = (model.load_device, model.offload_device)
-    settings = {"disable_dynamic": not _may_be_dynamic(model)}
+    settings = {"disable_dynamic": not model.is_dynamic()}
     patchers = [make_patcher(FeatureMaps, (artifact,), *devices, **settings)]
     if bypassed:
         contents = (bypassed, strength)
@@ -121,17 +120,12 @@ def _eject_all(patcher: Any) -> None:
 
 def _prepare_clone(_: Any, clone: Any) -> None:
     clone.is_injected = False
-    if _may_be_dynamic(clone):
+    if clone.is_dynamic():
         return
     # ComfyUI's compile node asks for weights that lie where they are; it does not ask our parts.
     parts = clone.get_additional_models_with_key(KEY)
-    static = [part.clone(disable_dynamic=True) if is_dynamic(part) else part for part in parts]
+    static = [part.clone(disable_dynamic=True) if part.is_dynamic() else part for part in parts]
     clone.set_additional_models(KEY, static)
-
-
-def _may_be_dynamic(patcher: Any) -> bool:
-    """Say whether weights beside this model's may come to video memory when they are used."""
-    return not hasattr(patcher, "is_dynamic") or patcher.is_dynamic()
 
 
 class Report:
@@ -172,6 +166,13 @@ class Report:
     def show(self) -> None:
         """Show what the node says."""
         show_words(self.text, self._node_id)
+
+    def add_warning(self, line: str) -> None:
+        """Show and log what was found while a MODEL is sampled."""
+        logger.warning("LinVideo: %s", line)
+        self._sampled.pop(_AS_MADE, None)
+        self._sampled[f"sampled: {line}"] = None
+        self.show()
 
     def compare(
         self,

@@ -14,17 +14,20 @@ linear layers. With softmax layers they are worse than either: on the embedded m
 the velocity differs from the teacher's by 0.25 to 0.60 of its norm, that of linear layers with the
 changed weights by 0.04 to 0.11. So both rest together. And every call is checked: a pack that
 computes whole blocks itself would pass our layers over without a word, and an input may bring
-tokens that no file was trained with.
+tokens that no file was trained with. Where another node replaces a linear layer's block, as
+ComfyUI's own sparse attention does, that layer is computed by us or the sampling ends.
 """
 
 import dataclasses
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .attention_override import run_answered
 from .families import host_family
@@ -45,18 +48,23 @@ def inject(patcher: Any) -> None:
     check_merged(patcher)
     maps, *changes = (part.model for part in patcher.get_additional_models_with_key(KEY))
     family = host_family(maps.family_name)
+    diffusion_model = patcher.model.diffusion_model
     for name, layer_maps in zip(maps.site_names, maps.layers, strict=True):
-        attention = patcher.model.diffusion_model.get_submodule(name)
         layer_maps.run_fused = family.run_fused
-        _replace_forward(attention, _linear_forward, layer_maps)
+        _replace_forward(diffusion_model.get_submodule(name), _linear_forward, layer_maps)
+        block = diffusion_model.get_submodule(name.rpartition(".")[0])
+        block = getattr(block, "_orig_mod", block)
+        if "attention" in inspect.signature(type(block).forward).parameters:
+            _replace_forward(block, _block_forward, layer_maps)
     if changes:
-        _change_layers(patcher.model.diffusion_model, changes[0])
-    patcher.model.__dict__[_CHECK] = _CallCheck(maps)
+        _change_layers(diffusion_model, changes[0])
+    patcher.model.__dict__[_CHECK] = _CallCheck(maps, patcher)
 
 
 def eject(patcher: Any) -> None:
     """Undo what `inject` did, by whichever patcher of this model; what is not ours stays."""
-    patcher.model.__dict__.pop(_CHECK, None)
+    if check := patcher.model.__dict__.pop(_CHECK, None):
+        check.close()
     for module in patcher.model.diffusion_model.modules():
         _restore_forward(module)
         _restore_weight(module)
@@ -104,6 +112,14 @@ def _linear_forward(
         return _call_previous(self, x, *args, **kwargs)
     fused = maps.run_fused(self, maps, x, *args, **kwargs)
     return run_answered(self, maps, x, *args, **kwargs) if fused is None else fused
+
+
+def _block_forward(self: nn.Module, *args: Any, attention: Any = None, **kwargs: Any) -> Tensor:
+    """Run a block with its own attention, which is linear, not with what another node hands in."""
+    maps = self.__dict__.get(_PART)
+    if maps is None or maps.is_resting:
+        kwargs["attention"] = attention
+    return _call_previous(self, *args, **kwargs)
 
 
 def _change_layers(diffusion_model: nn.Module, changes: LowRankChanges) -> None:
@@ -188,22 +204,32 @@ def check_call(
             "Linearize, or the node that loads this model in a way of its own"
         )
     options = transformer_options or {}
-    check.begin(executor.class_obj.diffusion_model, inputs)
+    replaced = {key[1] for key in options.get("patches_replace", {}).get("dit", {})}
+    check.begin(executor.class_obj.diffusion_model, inputs, replaced)
     output = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
-    check.end({key[1] for key in options.get("patches_replace", {}).get("dit", {})})
+    check.end(replaced)
     return output
 
 
 class _CallCheck:
-    """Counts the runs of one model's linear layers while it samples."""
+    """Counts the runs of one model's linear layers while it samples; ends with the sampling."""
 
-    def __init__(self, maps: FeatureMaps) -> None:
+    def __init__(self, maps: FeatureMaps, patcher: Any) -> None:
+        """patcher: of the model; what is found stands on its report, too."""
         self.family = host_family(maps.family_name)
         self.layers = dict(zip(maps.linear_layers, maps.layers, strict=True))
-        self.have_run = False
+        self.names = dict(zip(maps.linear_layers, maps.site_names, strict=True))
+        self.report = patcher.get_attachment(KEY)
+        self.guards: dict[int, list[RemovableHandle]] = {}
+        self.have_run = self.have_been_skipped = False
 
-    def begin(self, diffusion_model: nn.Module, inputs: Collection[str]) -> None:
-        """Start counting; warn of inputs whose tokens join the video's."""
+    def begin(
+        self, diffusion_model: nn.Module, inputs: Collection[str], replaced: Collection[int]
+    ) -> None:
+        """Start counting; warn of inputs whose tokens join the video's.
+
+        replaced: blocks that a patch stands in for.
+        """
         # Under torch.compile's node it is a wrapper that stands here.
         diffusion_model = getattr(diffusion_model, "_orig_mod", diffusion_model)
         if joining := self.family.find_joining_inputs(diffusion_model, inputs):
@@ -211,6 +237,24 @@ class _CallCheck:
         # Always 0 when a compiled layer starts: its guard on the number holds, call after call.
         for layer_maps in self.layers.values():
             layer_maps.num_runs = 0
+        for layer in self.layers.keys() & replaced - self.guards.keys():
+            self._guard(layer, diffusion_model.get_submodule(self.names[layer]))
+
+    def _guard(self, layer: int, attention: nn.Module) -> None:
+        """Let a layer's projections, which hold its changed weights, run in its own call alone."""
+        maps = self.layers[layer]
+
+        def refuse(*_: Any) -> None:
+            if not (maps.num_runs or maps.is_resting):
+                raise _other_way(layer, 0)
+
+        projections = [x for x in attention.modules() if isinstance(x, nn.Linear)]
+        self.guards[layer] = [x.register_forward_pre_hook(refuse) for x in projections]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for handle in (each for handles in self.guards.values() for each in handles):
+            handle.remove()
 
     def end(self, replaced: Collection[int]) -> None:
         """Raise unless each layer ran once; replaced: blocks that a patch stands in for.
@@ -223,16 +267,25 @@ class _CallCheck:
             return
         tail = [n for n in counts if n > ran[-1]] if self.have_run else []
         skipped = [n for n, count in counts.items() if not count and (n in replaced or n in tail)]
-        if skipped:
-            _warn_of_skipped_blocks(", ".join(map(str, skipped)))
+        if skipped and not self.have_been_skipped:
+            self.have_been_skipped = True
+            self.report.add_warning(
+                f"the blocks of layers {', '.join(map(str, skipped))} were not run in a call of "
+                "the model; this is as it should be if another node skips blocks or reuses what "
+                "they gave, otherwise they were not linear"
+            )
         wrong = [n for n, count in counts.items() if count != 1 and n not in skipped]
         if wrong:
-            raise RuntimeError(
-                f"LinVideo's linear layer {wrong[0]} was run {counts[wrong[0]]} times in one call "
-                "of the model instead of once: another node computes this model's blocks in its "
-                "own way; remove that node or LinVideo Linearize"
-            )
+            raise _other_way(wrong[0], counts[wrong[0]])
         self.have_run = True
+
+
+def _other_way(layer: int, num_runs: int) -> RuntimeError:
+    return RuntimeError(
+        f"LinVideo's linear layer {layer} was run {num_runs} times in one call of the model "
+        "instead of once: another node computes this model's blocks in its own way; remove that "
+        "node or LinVideo Linearize"
+    )
 
 
 @functools.cache
@@ -242,14 +295,4 @@ def _warn_of_joining_inputs(model_name: str, joining: str) -> None:
         "them too, but their quality was not tested",
         joining,
         model_name,
-    )
-
-
-@functools.cache
-def _warn_of_skipped_blocks(layers: str) -> None:
-    logger.warning(
-        "LinVideo: the blocks of layers %s were not run in a call of the model; this is as it "
-        "should be if another node skips blocks or reuses what they gave, otherwise they were "
-        "not linear",
-        layers,
     )

@@ -392,9 +392,8 @@ def make_patcher(
     disable_dynamic: bool = False,
 ) -> Any:
     """Return `kind(*contents)`, its tensors loaded, in a ModelPatcher."""
-    patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+    patchers = comfy.model_patcher
+    patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     module = kind(*contents, offload_device).eval()
     patcher = patcher_class(module, load_device=load_device, offload_device=offload_device)
     state = {
@@ -402,16 +401,11 @@ def make_patcher(
         for index, weights in enumerate(kind.weights_of(*contents))
         for name, weight in weights.items()
     }
-    module.load_state_dict(state, assign=is_dynamic(patcher))
+    module.load_state_dict(state, assign=patcher.is_dynamic())
     module.requires_grad_(False)
     # ComfyUI makes a patcher anew for another GPU, or to hold ordinary weights.
     patcher.cached_patcher_init = (make_patcher, (kind, contents, load_device, offload_device))
     return patcher
-
-
-def is_dynamic(patcher: Any) -> bool:
-    """Say whether a ModelPatcher's weights come to video memory when they are used."""
-    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
 
 
 def _as_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,9 +40,6 @@ from .host_model import HostModel, freeze
 COPIED_BYTES = 64e6
 """A model that is no larger in fp32 is trained on copies of its weights, in fp32."""
 
-TRAINABLE_SINCE = "0.25"
-"""The first ComfyUI that was tried; `in_training` makes its operations have a backward pass."""
-
 
 class HostTeacher:
     """Everything a transfer needs to know of a MODEL and of what is connected beside it.
@@ -56,11 +53,6 @@ class HostTeacher:
     def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
         """inputs: by name, see `read_transfer_inputs`: prompts and size are read here."""
         diffusion_model = untouched(model)
-        if not hasattr(comfy.model_management, "in_training"):
-            raise ValueError(
-                f"running the transfer needs ComfyUI {TRAINABLE_SINCE} or newer: update ComfyUI, "
-                "or apply a saved file"
-            )
         self.shapes = attention_sites.shapes_of(diffusion_model)
         self.known, self.sites = identify(self.shapes)
         self.family = host_family(self.known.name)

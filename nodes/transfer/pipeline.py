@@ -294,5 +294,4 @@ def _explain(error: OSError) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    is_host_oom = getattr(comfy.model_management, "is_oom", lambda _: False)
-    return is_out_of_memory(error) or is_host_oom(error)
+    return is_out_of_memory(error) or comfy.model_management.is_oom(error)

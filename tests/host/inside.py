@@ -35,6 +35,7 @@ if not args.cpu:  # the allocator and the dynamic video memory that ComfyUI star
     import main  # noqa: F401
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
+import utils.extra_config  # noqa: E402, F401 - as main.py does, before others take the name
 
 
 def load_pack(folder: str) -> None:

@@ -41,7 +41,10 @@ def read_inputs(
         for name, (kind, *rest) in described.get(group, {}).items():
             key, options = prefix + name, rest[0] if rest else {}
             if isinstance(kind, list) or kind in WIDGETS:
-                value = next(values)
+                # Of widgets that a node has got since, the browser takes the first value.
+                choices = options.get("options", kind if isinstance(kind, list) else ())
+                value = next(values, options.get("default", next(iter(choices), None)))
+                value = value["key"] if isinstance(value, dict) else value
                 yield key, value
                 if options.get("control_after_generate"):
                     assert next(values) in ("fixed", "increment", "decrement", "randomize")

@@ -97,21 +97,15 @@ def own_folders() -> Iterator[Path]:
             known.update(kept)
 
 
-def is_dynamic(model: Any) -> bool:
-    """Say whether weights come to video memory when they are used, as they are in the file."""
-    return hasattr(model, "is_dynamic") and model.is_dynamic()
-
-
 def without_dynamic_memory(model: Any) -> Any:
     """Return a clone as ComfyUI's compile node makes it: its weights are loaded, or offloaded."""
-    parameters = inspect.signature(model.clone).parameters
-    return model.clone(**{"disable_dynamic": True} if "disable_dynamic" in parameters else {})
+    return model.clone(disable_dynamic=True)
 
 
 def tolerance_of(model: Any) -> float:
     """Return how far a ModelPatcher's latents may be off."""
     dtypes = {model.model.get_dtype_inference()}
-    if not is_dynamic(model):
+    if not model.is_dynamic():
         # In it weight changes are merged, and the sum is rounded, however the model computes.
         dtypes.add(comfy.model_management.lora_compute_dtype(model.load_device))
     return max(TOLERANCES[dtype] for dtype in dtypes)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.ops
@@ -18,13 +19,23 @@ import test_stacking
 import test_variants
 import torch
 from comfy.ldm.flux.layers import EmbedND
+from comfy.ldm.flux.math import apply_rope1
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.families import wan as wan_family
-from stage import assert_close, demo, device, made_with_weights, sample, shipped
+from stage import (
+    assert_close,
+    collect_warnings,
+    demo,
+    device,
+    made_with_weights,
+    sample,
+    shipped,
+)
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 _Attention = comfy.ldm.wan.model.WanSelfAttention
+_ORIGINAL = _Attention.forward
 
 
 @contextlib.contextmanager
@@ -157,11 +168,10 @@ def test_what_is_not_known_is_left_to_comfyui() -> None:
 
     changed = _make_attention()[0]
     changed.__class__ = Changed
-    original = _Attention.forward
 
-    @functools.wraps(original)
+    @functools.wraps(_ORIGINAL)
     def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-        return 2 * original(*args, **kwargs)
+        return 2 * _ORIGINAL(*args, **kwargs)
 
     code = comfy.ldm.wan.model
     rotation = code.apply_rope1
@@ -175,7 +185,7 @@ def test_what_is_not_known_is_left_to_comfyui() -> None:
         assert run(layer=_make_attention(qk_norm=False)[0]) is None
         _Attention.forward = wrapped
         assert run() is None
-        _Attention.forward = original
+        _Attention.forward = _ORIGINAL
         code.apply_rope1 = lambda x, freqs: x
         assert run() is None
         code.apply_rope1 = rotation
@@ -185,8 +195,56 @@ def test_what_is_not_known_is_left_to_comfyui() -> None:
         comfy.model_management.in_training = True
         assert run() is None
     finally:
-        _Attention.forward, code.apply_rope1 = original, rotation
+        _Attention.forward, code.apply_rope1 = _ORIGINAL, rotation
         comfy.model_management.in_training = False
+        wan_family.BACKEND = "auto"
+
+
+def _in_other_words(self: nn.Module, x: Tensor, freqs: Tensor, transformer_options: dict) -> Tensor:
+    """Compute what the class's own forward does, called as ComfyUI 0.46 calls attention."""
+    contain = getattr(comfy.ldm.modules.attention, "AttentionTensorContainer", lambda x: x)
+    split = (*x.shape[:2], self.num_heads, self.head_dim)
+    query = apply_rope1(self.norm_q(self.q(x)).view(split), freqs).flatten(2)
+    key = apply_rope1(self.norm_k(self.k(x)).view(split), freqs).flatten(2)
+    tensors = map(contain, (query, key, self.v(x)))
+    options = {"transformer_options": transformer_options, "preferred_attention": None}
+    return self.o(comfy.ldm.wan.model.optimized_attention(*tensors, self.num_heads, **options))
+
+
+def _turning_values(self: nn.Module, x: Tensor, freqs: Tensor, **options: Any) -> Tensor:
+    class Turned(nn.Module):
+        def forward(_, x: Tensor) -> Tensor:
+            return apply_rope1(v(x).view(*x.shape[:2], self.num_heads, -1), freqs).flatten(2)
+
+    v, self.v = self.v, Turned()
+    try:
+        return _ORIGINAL(self, x, freqs, **options)
+    finally:
+        self.v = v
+
+
+def _of_another_signature(self: nn.Module, x: Tensor, rotations: Tensor, mask: Tensor) -> Tensor:
+    raise AssertionError("called")
+
+
+def test_another_forward_is_taken_where_it_gives_the_same_and_said_once() -> None:
+    wan_family.BACKEND = "reference"
+    try:
+        for forward, said in (
+            (_in_other_words, None),
+            (_turning_values, "gives something else for a few tokens (difference"),
+            (_of_another_signature, "cannot be tried on a few tokens (TypeError: "),
+        ):
+            _Attention.forward = forward
+            attention, x, freqs = _make_attention()
+            call = functools.partial(wan_family.run_fused, transformer_options={})
+            with collect_warnings(".nodes.patching.families.wan") as messages:
+                for _ in range(2):
+                    found = call(attention, lambda q, k, v: v, x, freqs)
+                    assert (found is None) == bool(said)
+            assert len(messages) == bool(said) and (not said or said in messages[0]), messages
+    finally:
+        _Attention.forward = _ORIGINAL
         wan_family.BACKEND = "auto"
 
 
@@ -205,6 +263,7 @@ def test_loras_quantised_streamed_and_compiled_weights_and_variants_stay_the_sam
             *variants,
         ):
             torch._dynamo.reset()
+            wan_family._agrees_once.cache_clear()
             counters.clear()
             test()
             print(f"also fused: {test}")

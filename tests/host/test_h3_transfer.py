@@ -187,12 +187,13 @@ def test_frames_and_references_belong_to_the_teacher_and_tell_transfers_apart() 
 
 
 def test_a_sampling_by_the_core_is_comfyuis() -> None:
+    original = _h3()
     from comfy_extras.nodes_minimax_h3 import MiniMaxH3SigmaShift
 
-    shifted = MiniMaxH3SigmaShift.execute(_h3(), 7.0, 2.0).result[0]
+    shifted = MiniMaxH3SigmaShift.execute(original, 7.0, 2.0).result[0]
     noise = random_tensor(1, 1, 1, 1, _NUM_ALL, seed=9)
     streams = comfy.utils.unpack_latents(noise.view(1, 1, -1), _SHAPES)
-    for model, shift in ((_h3(), 12.0), (shifted, 7.0)):
+    for model, shift in ((original, 12.0), (shifted, 7.0)):
         inputs = _inputs()
         sigmas = make_sigmas(4, shift)
         sampler = comfy.samplers.sampler_object("euler")
@@ -346,6 +347,7 @@ def test_a_transfer_gives_a_file_that_applies_and_leaves_the_model_as_it_was() -
 
 
 def test_the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
+    model = _h3()
     from comfy_extras.nodes_minimax_h3 import EmptyMiniMaxH3LatentAV
 
     for given, expected in (
@@ -355,7 +357,7 @@ def test_the_usual_size_is_that_of_comfyuis_empty_latent() -> None:
     ):
         inputs = _inputs(latent=None)
         inputs["settings"] |= given
-        video = HostTeacher(_h3(), inputs).video
+        video = HostTeacher(model, inputs).video
         samples = EmptyMiniMaxH3LatentAV.execute(*expected).result[0]["samples"]
         assert video.shapes == tuple(tuple(x.shape[1:]) for x in samples.unbind())
         num_frames = {124: 124, 40: 56, 4: 5}[expected[2]]

@@ -6,7 +6,6 @@
 import dataclasses
 import functools
 import gc
-import inspect
 import operator
 import shutil
 import unittest
@@ -88,8 +87,12 @@ def _apply_file(name: str) -> Any:
 
 
 def _hooked(model: Any) -> list[str]:
-    modules = model.model.diffusion_model.named_modules()
-    return [name for name, module in modules if "forward" in module.__dict__]
+    # A bypass LoRA of ComfyUI's leaves a layer its class's own forward.
+    return [
+        name
+        for name, module in model.model.diffusion_model.named_modules()
+        if getattr(module.forward, "__func__", None) is not type(module).forward
+    ]
 
 
 def test_the_latents_are_those_of_the_headless_core() -> None:
@@ -141,8 +144,6 @@ def test_a_clone_made_while_the_model_is_loaded_or_sampled_changes_nothing() -> 
 
 def test_a_copy_with_weights_of_its_own_samples_alike() -> None:
     linearized = linearize(_demo()[0], _shipped())
-    if "force_deepcopy" not in inspect.signature(linearized.clone).parameters:
-        raise unittest.SkipTest("needs ComfyUI >= 0.25.0: clones with weights of their own")
     copy = linearized.clone(force_deepcopy=True)
     assert copy.model is not linearized.model
     assert_close(sample(copy), sample(linearized))

@@ -37,7 +37,6 @@ from stage import (
     device,
     finetuned,
     finish,
-    is_dynamic,
     is_streaming,
     load_headless,
     relative_difference,
@@ -154,7 +153,7 @@ def test_a_users_lora_is_merged_beside_bypassed_changes() -> None:
 
 
 def test_streamed_quantised_weights_give_the_same_latents() -> None:
-    settings = {"disable_dynamic": True} if is_dynamic(demo()[0]) else {}
+    settings = {"disable_dynamic": True} if demo()[0].is_dynamic() else {}
     for load in _two_ways():
         expected = sample(linearize(load(**settings), shipped()), steps=_STEPS)
         linearized = linearize(load(**settings), shipped())
@@ -219,7 +218,7 @@ def test_quantised_weights_are_told_from_other_weights() -> None:
             said = linearize(model, shipped()).get_attachment(KEY).text
         print(f"{kind}: {match.distance:.3f} off")
         # Where memory is dynamic, weights are as in the file until they are used.
-        expected = "same" if kind == "fp8" and is_dynamic(model) else "close"
+        expected = "same" if kind == "fp8" and model.is_dynamic() else "close"
         assert match.kind == expected and str(match)[1:] in said, kind
         assert not warnings, warnings
         other = dataclasses.replace(

@@ -12,7 +12,6 @@ from tests.host.server import SHIPPED, Server
 pytestmark = pytest.mark.host
 
 TRANSFER_SECONDS = 900
-TRAINS_SINCE = (0, 25)
 FILE = "demo (comes with LinVideo)"
 FEW_STEP_FILE = "demo in 4 steps (comes with LinVideo)"
 
@@ -240,7 +239,6 @@ def test_what_is_saved_is_shown_and_can_be_loaded_and_connected(server: Server) 
 def test_a_transfer_stops_on_interrupt_and_continues_when_it_is_queued_again(
     server: Server,
 ) -> None:
-    server.need(*TRAINS_SINCE)
     listed = "a handwritten three moving left\na handwritten four moving up"
     transfer = make_transfer(prompts=listed)
     prompt_id = server.ask("/prompt", {"prompt": transfer})["prompt_id"]

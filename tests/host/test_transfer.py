@@ -8,7 +8,6 @@ import contextlib
 import functools
 import gc
 import shutil
-import unittest
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ from stage import (
 )
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from transfers import can_train, lend_teacher, make_inputs, need_training
+from transfers import lend_teacher, make_inputs
 from variants import random_tensor
 
 _TOLERANCE = 1e-5
@@ -66,7 +65,6 @@ def _any_demo() -> tuple[Any, Any, Any, Any]:
 
 
 def _demo() -> tuple[Any, Any, Any, Any]:
-    need_training()
     return _any_demo()
 
 
@@ -125,6 +123,7 @@ def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() ->
     with own_folders() as folder, _seen() as told:
         model, *_ = _demo()
         before, names = sample(model, steps=2), list(model.model.state_dict())
+        trained = [p.requires_grad for p in model.model.parameters()]
         linear, made = LinVideoLinearize.execute(model, _inputs()).result[:2]
         assert len(made.header.linear_layers) == 2 and made.header.steps == 6
         assert made.header.provenance["model"] == "demo"
@@ -133,7 +132,7 @@ def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() ->
         assert not torch.equal(sample(linear, steps=2), before)
         assert torch.equal(sample(model, steps=2), before)
         assert list(model.model.state_dict()) == names
-        assert not any(p.requires_grad for p in model.model.parameters())
+        assert [p.requires_grad for p in model.model.parameters()] == trained
         assert not comfy.model_management.in_training
     values = [value for value, total, _ in told if total == 100]
     assert values == sorted(values) and len(set(values)) > 5
@@ -166,7 +165,6 @@ def test_an_interrupt_within_a_step_is_noticed_before_the_next_layer() -> None:
                 attention_calls.append(1)
                 comfy.model_management.interrupt_current_processing()
 
-        need_training()
         hook = torch.nn.modules.module.register_module_forward_hook(press)
         try:
             assert _is_interrupted(_run)
@@ -279,7 +277,6 @@ def test_the_demos_own_prompts_and_size_are_used_where_nothing_is_connected() ->
 
 def _make_wan(folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
     """Return a random Wan of its own architecture, loaded from a file as ComfyUI's loader does."""
-    need_training()
     wan = comfy.ldm.wan.model.WanModel(
         **{"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 3, "text_dim": 4096},
         **settings,
@@ -339,7 +336,6 @@ def test_a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_ask
 
 
 def test_a_model_of_ones_own_learns_from_a_pool_continues_with_it_and_keeps_no_videos() -> None:
-    need_training()
     with own_folders() as folder:
         model = _make_wan(folder, torch.float32)
         usual = {"num_videos": 0, "steps": 4, "batch_size": 2}
@@ -474,14 +470,6 @@ def test_a_training_that_fails_says_so_in_the_nodes_words() -> None:
     with own_folders():
         message = complaint(_REFUSALS, _run, learning_rate=1e30, steps=10)
     assert "learning_rate" in message and "another name" in message
-
-
-def test_a_comfyui_that_cannot_train_is_named_with_the_one_that_can() -> None:
-    if can_train():
-        raise unittest.SkipTest("this ComfyUI can train")
-    with own_folders() as folder:
-        assert "0.25" in complaint(_REFUSALS, run, _any_demo()[0], _inputs())
-        assert not list((folder / "output").iterdir())
 
 
 def test_the_copy_that_was_trained_is_let_go() -> None:

@@ -11,7 +11,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from linvideo_pack.nodes.patching.apply import linearize
-from linvideo_pack.nodes.patching.injection import _warn_of_skipped_blocks
+from linvideo_pack.nodes.patching.injection import KEY
 from stage import (
     collect_warnings,
     complaint,
@@ -34,14 +34,6 @@ def _linearized() -> Any:
 
 def _sample(model: Any, steps: int = _STEPS) -> Tensor:
     return sample(model, steps=steps)
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect warnings: what was said once before is said again."""
-    _warn_of_skipped_blocks.cache_clear()
-    with collect_warnings(".nodes.patching.injection") as messages:
-        yield messages
 
 
 def _layers() -> tuple[int, ...]:
@@ -100,13 +92,17 @@ def _patched(replacement: Callable[[dict, dict], dict]) -> Any:
     return patched
 
 
-def test_a_block_that_is_wrapped_stays_linear_and_one_that_is_skipped_is_said_once() -> None:
+def test_a_wrapped_block_stays_linear_and_a_skipped_one_is_said_at_every_sampling() -> None:
     expected = _sample(_linearized())
-    with _warnings() as messages:
+    with collect_warnings(".nodes.patching") as messages:
         wrapped = _patched(lambda args, extra: extra["original_block"](args))
         assert torch.equal(_sample(wrapped), expected) and not messages
-        assert not torch.equal(_sample(_patched(lambda args, _: args)), expected)
-    assert len(messages) == 1 and f"layers {_layers()[0]} were" in messages[0], messages
+        skipping = _patched(lambda args, _: args)
+        for num_samplings in (1, 2):
+            assert not torch.equal(_sample(skipping), expected)
+            assert len(messages) == num_samplings, messages
+            assert f"layers {_layers()[0]} were" in messages[-1], messages
+    assert f"layers {_layers()[0]} were" in skipping.get_attachment(KEY).text
 
 
 def test_the_last_blocks_may_be_reused_after_a_whole_call() -> None:
@@ -118,7 +114,7 @@ def test_the_last_blocks_may_be_reused_after_a_whole_call() -> None:
             return x
         return type(_blocks()[layer]).forward(_blocks()[layer], x, *args, **kwargs)
 
-    with _warnings() as messages, _block_forward(layer, reuse):
+    with collect_warnings(".nodes.patching") as messages, _block_forward(layer, reuse):
         _sample(_linearized())
     assert len(calls) == _STEPS
     assert len(messages) == 1 and f"layers {layer} were" in messages[0], messages
@@ -160,10 +156,10 @@ def test_skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
         node = SkipLayerGuidanceDiT.execute(model, 2.0, double_layers=names, **settings)
         return node.result[0]
 
-    with _warnings() as messages:
+    with collect_warnings(".nodes.patching") as messages:
         before = _sample(linearize(guided(_demo()[0], _layers()[:2]), _shipped()))
         assert torch.equal(_sample(guided(_linearized(), _layers()[:2])), before)
-    assert len(messages) == 1, messages
+    assert len(messages) == 2, messages
     assert not torch.equal(before, _sample(_linearized()))
 
 

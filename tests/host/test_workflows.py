@@ -37,7 +37,7 @@ TRAINED_AT = {
     "7 Wan 2.2 with two experts": (3.5, 12),
 }
 """Guidance and shift of the trainings that README and docs/home.md describe."""
-NEEDS = {"demo_transfer": (0, 25), "wan_transfer": (0, 25), "lora_and_backend": (0, 32)}
+NEEDS = {"lora_and_backend": (0, 32)}
 """Workflows that an older ComfyUI cannot run: trainable clones; Model Attention Backend."""
 SIZE = 64, 64, 5
 TINY = WanConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=256)

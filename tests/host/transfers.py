@@ -1,11 +1,9 @@
 """What tests of transfers share: a node's inputs for a tiny one, and the teacher that it lends."""
 
 import contextlib
-import unittest
 from collections.abc import Iterator
 from typing import Any
 
-import comfy.model_management
 import torch
 from linvideo_pack.linvideo_core.teacher.teacher import Teacher
 from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
@@ -28,17 +26,6 @@ _SETTINGS = {
     "height": 64,
     "frames": 9,
 }
-
-
-def can_train() -> bool:
-    """Say whether ComfyUI's clones can be trained, as since 0.25."""
-    return hasattr(comfy.model_management, "in_training")
-
-
-def need_training() -> None:
-    """Skip a test where they cannot."""
-    if not can_train():
-        raise unittest.SkipTest("this ComfyUI's clones cannot be trained: 0.25 is needed")
 
 
 def make_inputs(**changes: Any) -> dict[str, Any]:
