@@ -30,8 +30,16 @@ import os
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Triton < 3.4 has no dependent launch: one kernel after another is as right
+    gdc_launch_dependents = gdc_wait = None
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 1):
+    raise ImportError(f"Triton {triton.__version__} is installed; 3.1 or newer is needed")
+
+KNOWS_DEPENDENTS = gdc_wait is not None
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .triton_kernels import (
+    KNOWS_DEPENDENTS,
     add_map_gradients_kernel,
     add_splits_kernel,
     backward_key_kernel,
@@ -118,7 +119,7 @@ def _add_map_gradients(
     gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in maps)
     add_map_gradients_kernel[D * H // _TILE, N, 2](
         *parts, *gradients, B, parts[0].shape[2], parts[1].shape[2], D * H, _TILE,
-        num_warps=4, **_chain(parts[0].device),
+        num_warps=4, **_options(parts[0].device),
     )  # fmt: skip
     return gradients
 
@@ -149,14 +150,14 @@ def _run_reduce(
         x, y, rows, feature_map, counts, state_parts, sum_parts,
         *x.stride()[:3], *y.stride()[:3], L, split_length, N,
         D, H, launch.tokens, triton_features, _precision(feature_map), is_query,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(x.device, is_query),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(x.device, is_query),
     )  # fmt: skip
     states = torch.empty(B, N, 2 * H, D, dtype=features, device=x.device)
     sums = _fp32(x, B, N, 2 * H)
     add_splits_kernel[2 * H // _ROWS, B * N](
         state_parts, sum_parts, counts, states, sums,
         num_keys if is_query else L, splits, 2 * H, D, _ROWS, is_query,
-        num_warps=4, **_chain(x.device, is_query),
+        num_warps=4, **_options(x.device, is_query),
     )  # fmt: skip
     return states, sums
 
@@ -177,7 +178,7 @@ def _run_map(
         x, feature_map, states, normaliser if is_query else states, out,
         *x.stride()[:3], *out.stride()[:3], L, split_length, N,
         D, feature_map.shape[2], launch.tokens, _precision(feature_map), is_query,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(x.device, not is_query),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(x.device, not is_query),
     )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def _run_backward_query(
         query, upstream, query_map, means, normaliser, dquery, rows, parts,
         *query.stride()[:3], *upstream.stride()[:3], *dquery.stride()[:3], L, split_length, N,
         D, query_map.shape[2], launch.tokens, _precision(query_map), needs_map_gradient,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(query.device),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(query.device),
     )  # fmt: skip
     return dquery, rows, parts
 
@@ -226,7 +227,7 @@ def _run_backward_key(
         key, value, key_map, states, sums, dkey, parts,
         *key.stride()[:3], *value.stride()[:3], *dkey.stride()[:3], L, split_length, N,
         D, key_map.shape[2], launch.tokens, _precision(key_map), needs_map_gradient,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(key.device),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(key.device),
     )  # fmt: skip
     return dkey, parts
 
@@ -254,18 +255,24 @@ def _call(
     raise AssertionError("the last launch either returns or raises")
 
 
-def _chain(device: torch.device, is_backward: bool = True) -> dict[str, bool]:
-    """Return how a kernel is launched: in backward as a dependent of the one before.
+def _options(device: torch.device, is_backward: bool = True) -> dict[str, bool]:
+    """Return how a kernel is compiled and launched: in backward as a dependent of the one before.
 
-    Forward's three are not chained: on an H200 they took 2 % longer with 12 heads.
+    Forward's three are not chained: on an H200 they took 2 % longer with 12 heads. Products and
+    sums are fused into one instruction, which Triton 3.10 no longer does unless it is told.
     """
     is_chained = is_backward and _can_chain(device)
-    return {"IS_CHAINED": is_chained, **({"launch_pdl": True} if is_chained else {})}
+    chain = {"launch_pdl": True} if is_chained else {}
+    return {"IS_CHAINED": is_chained, "enable_fp_fusion": True, **chain}
 
 
 def _precision(feature_map: Tensor) -> str:
-    """Return how products of fp32 are made: on tensor cores, in three parts, exact to 1e-6."""
-    return "tf32x3" if feature_map.dtype == torch.float32 else "tf32"
+    """Return how products of fp32 are made: on tensor cores, in three parts, exact to 1e-6.
+
+    AMD's have no such parts, and those of narrower dtypes are what they are.
+    """
+    is_split = feature_map.dtype == torch.float32 and not torch.version.hip
+    return "tf32x3" if is_split else "ieee"
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:
@@ -306,4 +313,4 @@ def _num_multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _can_chain(device: torch.device) -> bool:
     is_nvidia = device.type == "cuda" and not torch.version.hip
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return KNOWS_DEPENDENTS and is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
