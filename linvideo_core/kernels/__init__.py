@@ -256,7 +256,7 @@ def _compute_few(
     gradients: str,
 ) -> list[Tensor]:
     """Return what a kernel gives for a few tokens, then the gradients asked for, all in fp32."""
-    L, N = 17, 3
+    L, N = 17, 2
     is_rotary = kernel == "norm_rotary"
     shapes = [(1, L, N * D)] if is_rotary else [(1, L, N, D)] * 3
     is_wanted = [gradients != ""] * len(shapes) + [gradients == "maps"] * 2

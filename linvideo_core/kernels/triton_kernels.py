@@ -40,7 +40,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 1):
     raise ImportError(f"Triton {triton.__version__} is installed; 3.1 or newer is needed")
 
 KNOWS_DEPENDENTS = gdc_wait is not None
-_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Weights that add up to less have no mean. Their inverse may be multiplied by any value.
@@ -88,14 +88,14 @@ def _store_matrix(p_x, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _dot(left, right, total, PRECISION: tl.constexpr):
-    if _IS_INTERPRETED:  # numpy has no bf16
+    if IS_INTERPRETED:  # numpy has no bf16
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit
 def _product(left, right, PRECISION: tl.constexpr):
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision=PRECISION)
 

@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from .triton_kernels import (
+    IS_INTERPRETED,
     KNOWS_DEPENDENTS,
     add_map_gradients_kernel,
     add_splits_kernel,
@@ -51,7 +53,8 @@ class Launch(NamedTuple):
 
 
 # Chosen on an H200, fastest first; a card with less shared memory takes a later one, and so do fp32
-# and M = 2D, which need more of it.
+# and M = 2D, which need more of it. No card below `_LARGE_BYTES` was measured: it passes over the
+# first, of which two programs would not fit or whose sums spill most (tests/kernels/test_targets).
 _LAUNCHES = {
     kind: [Launch(*row) for row in rows]
     for kind, rows in {
@@ -62,6 +65,7 @@ _LAUNCHES = {
         "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
+_LARGE_BYTES = 100 * 2**10
 _first_launch: dict[tuple[Any, ...], int] = {}
 
 
@@ -244,7 +248,7 @@ def _call(
     launches = _LAUNCHES[kind]
     key = (run, kind, x.device, feature_map.dtype, *feature_map.shape[1:])
     is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
-    first = _first_launch.get(key, int(is_wide))
+    first = _first_launch.get(key, int(is_wide or _is_small(x.device)))
     for i, launch in enumerate(launches[first:], start=first):
         _first_launch[key] = i
         try:
@@ -312,5 +316,16 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _can_chain(device: torch.device) -> bool:
-    is_nvidia = device.type == "cuda" and not torch.version.hip
-    return KNOWS_DEPENDENTS and is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    if IS_INTERPRETED or not KNOWS_DEPENDENTS:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+@functools.cache
+def _is_small(device: torch.device) -> bool:
+    """Return whether a program has less shared memory than `_LARGE_BYTES`, as on consumer cards."""
+    if IS_INTERPRETED:
+        return False
+    properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
+    return properties["max_shared_mem"] < _LARGE_BYTES
