@@ -36,8 +36,8 @@ try:
 except ImportError:  # Triton < 3.4 has no dependent launch: one kernel after another is as right
     gdc_launch_dependents = gdc_wait = None
 
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 1):
-    raise ImportError(f"Triton {triton.__version__} is installed; 3.1 or newer is needed")
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
+    raise ImportError(f"Triton {triton.__version__} is installed; 3.3 or newer is needed")
 
 KNOWS_DEPENDENTS = gdc_wait is not None
 IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

@@ -70,7 +70,7 @@ def test_a_triton_without_dependent_launches_computes_without_them() -> None:
             "import sys, torch; sys.modules['triton'] = None; torch.version.hip = '6.4'",
             "Triton is not installed, which PyTorch for ROCm comes with",
         ),
-        ("import triton; triton.__version__ = '2.3.1'", "Triton 2.3.1 is installed; 3.1 or newer"),
+        ("import triton; triton.__version__ = '3.2.0'", "Triton 3.2.0 is installed; 3.3 or newer"),
     ],
     ids=["none", "none, Windows", "none, ROCm", "old"],
 )
