@@ -34,6 +34,8 @@ SOFTMAX_KERNELS = {
 }
 """Name -> PyTorch's kernel of softmax attention; by default PyTorch chooses one."""
 
+# Compiled for gfx1100, each thread spills 2 to 7 KB of its registers.
+_AMD_ARCHITECTURE = "gfx942"
 # Of a few tokens by the fused kernels, in any dtype: what is right in bf16 is within 0.04.
 _MAX_ERROR = 0.1
 
@@ -215,9 +217,18 @@ def _why_not_triton(device: torch.device, unknown: str, case: _Case) -> str:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         where = ", which PyTorch for ROCm comes with" if torch.version.hip else ""
         return f"Triton is not installed{where or f' (pip install {package})'}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    return (device.type == "cuda" and _refuse_card(device)) or unknown or _try_kernels(device, case)
+
+
+def _refuse_card(device: torch.device) -> str:
+    if torch.version.hip:
+        # As "gfx942:sramecc+:xnack-".
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if architecture != _AMD_ARCHITECTURE:
+            return f"of AMD's GPUs the fused kernels know {_AMD_ARCHITECTURE}, not {architecture}"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than the fused kernels can use"
-    return unknown or _try_kernels(device, case)
+    return ""
 
 
 @functools.cache

@@ -78,6 +78,31 @@ def test_a_triton_that_is_not_there_or_too_old_is_said(lacking: str, said: str) 
     assert said in run(f"{lacking}\n{TRITON_CALL}", **INTERPRETED)
 
 
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (
+            "torch.version.hip = '6.4'\n"
+            "card = types.SimpleNamespace(gcnArchName='gfx1100:sramecc-')\n"
+            "torch.cuda.get_device_properties = lambda _: card",
+            "of AMD's GPUs the fused kernels know gfx942, not gfx1100",
+        ),
+        (
+            "torch.cuda.get_device_capability = lambda _: (7, 5)\n"
+            "torch.cuda.get_device_name = lambda _: 'RTX 2080'",
+            "RTX 2080 is older than the fused kernels can use",
+        ),
+    ],
+    ids=["AMD", "old"],
+)
+def test_a_card_that_the_kernels_do_not_know_is_named(card: str, said: str) -> None:
+    asked = (
+        "from linvideo_core.kernels import why_not_fused\n"
+        "print(why_not_fused(torch.device('cuda', 0), 128, 128, torch.bfloat16))"
+    )
+    assert run(f"import torch, types\n{card}\n{asked}") == said
+
+
 @pytest.mark.parametrize("compiler", ["/nonexistent", "false"])
 def test_a_compiler_that_is_not_there_or_fails_is_said(compiler: str, tmp_path: Path) -> None:
     """The second is what a compiler does that finds no Python.h."""
