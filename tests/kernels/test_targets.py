@@ -26,8 +26,8 @@ CARDS = {
     "RTX 50": ("cuda", 120, 32, 99 * 1024),
     "MI300X": ("hip", "gfx942", 64, 64 * 1024),
 }
-# Bytes a thread: 64 registers of 255, where each that is spilled costs the cache, not memory.
-MAX_STACK = 256
+# Bytes a thread, 100 registers: the launches that were fastest on an H200 spill up to 352.
+MAX_STACK = 400
 
 
 @pytest.mark.slow
