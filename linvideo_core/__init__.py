@@ -9,6 +9,7 @@ A folder imports only those above it:
     training    train any task on any number of processes
     models      Wan, its attention and where it sits, LoRA, fp8, checkpoints
     artifact    a LINVIDEO file: header, reading, writing, applying it to a model
+    pipelines   applying a LINVIDEO file to a Wan pipeline of diffusers
     prompts     words -> prompt embeddings
     teacher     the frozen model with its prompts; the trajectories sampled from it
     evaluate    models sampled on equal terms, and measured

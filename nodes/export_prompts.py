@@ -118,7 +118,7 @@ class LinVideoExportPrompts(io.ComfyNode):
             return first if text == negative else encode_as_host(clip, text)
 
         settings = {"identity": identity, "condition": condition, "callbacks": Bar()}
-        is_new = encode_once(path, texts, negative, encode, **settings)
+        is_new = encode_once(path, texts, [negative], encode, **settings)
         done = "encoded into" if is_new else "were there already, in"
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{len(texts)} prompts {done} {path}"))
 

@@ -91,7 +91,8 @@ def _videos() -> list[io.Input]:
         _auto(
             "num_videos",
             1_000_000,
-            "Videos that the original model makes first, to learn from.",
+            "Videos that the original model makes first and keeps on disk, to learn from. Auto, "
+            "for a model of your own: none; it makes new ones all the while, and keeps nothing.",
         ),
         _auto(
             "warm_start_steps",

@@ -3,10 +3,12 @@
 Every row of `TABLES` is a transfer of the embedded model, run with several seeds, whose layers are
 given and whose prompts are three quarters of all. It draws `--steps` batches of 8 states: of stored
 videos, each drawn many times, or of a pool, each once. The squared error of its velocity is then
-measured at states of the teacher with the other prompts, in both guidance branches.
+measured at states of the teacher with the other prompts, in both guidance branches. Of the warm
+start that goes before, `layer_error` is the mean over layers and its last steps.
     python -m research.states --tables states --seeds 1 --steps 20
     python -m research.states --jobs 14 --record
 `video_error` is the mean squared difference of whole videos from the teacher's, of the same noise.
+`_more` and `_t` compare a row with its table's `pool`, seed by seed.
 """
 
 import concurrent.futures
@@ -39,10 +41,11 @@ from linvideo_core.run.context import Run
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
+from linvideo_core.run.folder import read_metrics
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
-from linvideo_core.transfer.config import TransferConfig
+from linvideo_core.transfer.config import WARM_START_NAME, TransferConfig
 from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.student import Student
 
@@ -50,29 +53,39 @@ Row = dict[str, Any]
 
 _HALF = "0,1,3,4,9"
 _ALL = "0,1,2,3,4,5,6,7,8,9"
+_ALL_LAYERS = "_all_layers"
 _STORED = {"states": "stored", "objective": "velocity", "levels": "even"}
 _POOL = {"states": "pool", "objective": "adm", "levels": "even"}
 
 TABLES: dict[str, dict[str, Row]] = {
+    "warm_start": {
+        f"{steps}_steps": {**_STORED, "warm_start_steps": steps, "steps": 1} for steps in (40, 120)
+    },
     "states": {
         "stored_6": {**_STORED, "num_trajectories": 6},
         "stored_96": {**_STORED, "num_trajectories": 96},
         "stored_384": {**_STORED, "num_trajectories": 384},
-        "pool_8": {**_POOL, "anchor_share": 1.0},
-        "pool_16": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 16},
-        "pool_50": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 50},
-        "pool_8_of_256": {**_POOL, "anchor_share": 1.0, "pool_videos": 256},
+        "pool": {**_POOL, "anchor_share": 1.0},
+        "pool_16_states": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 16},
+        "pool_50_states": {**_POOL, "anchor_share": 1.0, "states_per_trajectory": 50},
+        "pool_256_videos": {**_POOL, "anchor_share": 1.0, "pool_videos": 256},
     },
     "on_policy": {
         f"{name}{suffix}": {**settings, **layers}
-        for suffix, layers in (("", {}), ("_all_layers", {"layers": _ALL, "target": 10}))
+        for suffix, layers in (("", {}), (_ALL_LAYERS, {"layers": _ALL, "target": 10}))
         for name, settings in {
             **{f"stored_{n}": {**_STORED, "num_trajectories": n} for n in (8, 96, 384)},
-            **{f"share_{p:g}": {**_POOL, "anchor_share": 1 - p} for p in (0, 0.5, 1)},
+            "pool": {**_POOL, "anchor_share": 1.0},
+            **{f"pool_share_{p:g}": {**_POOL, "anchor_share": 1 - p} for p in (0.5, 1)},
         }.items()
     },
 }
-"""Table -> row -> the settings of a transfer, by the names of `TransferConfig`'s fields."""
+"""Table -> row -> the settings of a transfer, by the names of `TransferConfig`'s fields.
+
+A name stands for the same settings in every table: such rows are of the same runs.
+"""
+
+_BASELINES = {False: "pool", True: f"pool{_ALL_LAYERS}"}
 
 _COMMON = {
     "layers": _HALF,
@@ -83,18 +96,20 @@ _COMMON = {
     "warmup_steps": 20,
     "pool_videos": 64,
     "checkpoint_every": 1000,
+    "log_every": 1,
     "precision": "fp32",
 }
 _HELD_OUT = TrajectoryConfig(num_trajectories=32)
 _HELD_OUT_SEED, _NUM_VIDEOS = 777, 64
 _HIGH_NOISE = 0.9
+_LAST_STEPS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StatesConfig:
     """Which rows are run, and how often."""
 
-    tables: str = option("states,on_policy", "tables to make")
+    tables: str = option(",".join(TABLES), "tables to make")
     seeds: int = option(4, "seeds of each row, counted up from 0")
     steps: int = option(375, "training steps of a row")
     jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
@@ -130,6 +145,8 @@ def do_run(name: str, settings: Row, seed: int, out: Path, device: str) -> Row:
         seconds = time.monotonic() - begin
         run = dataclasses.replace(run, seed=_HELD_OUT_SEED)
         row = _measure(student, dataclasses.replace(held_out, model=teacher.model), run, out)
+    steps = read_metrics(folder / WARM_START_NAME / "metrics.jsonl")
+    row["layer_error"] = statistics.fmean(each["loss"] for each in steps[-_LAST_STEPS:])
     write_json(path, row := {"seed": seed, "seconds": seconds, **row})
     return row
 
@@ -198,35 +215,53 @@ def summarize(table: str, name: str, runs: Sequence[Mapping[str, float]]) -> Row
     return row
 
 
+def compare(
+    runs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Return how much larger a row's errors are than a baseline's, paired by seed, and t of that.
+
+    t: the mean difference over its standard error, of `seeds - 1` degrees of freedom.
+    """
+    found = {}
+    other = {run["seed"]: run for run in baseline}
+    for column in ("error_high_noise", "video_error"):
+        differences = [run[column] - other[run["seed"]][column] for run in runs]
+        found[f"{column}_more"] = statistics.fmean(differences)
+        if len(runs) > 1 and (spread := statistics.stdev(differences)):
+            found[f"{column}_t"] = found[f"{column}_more"] / spread * len(runs) ** 0.5
+    return found
+
+
 def run(config: StatesConfig) -> dict[str, list[Row]]:
     """Do all runs; return the rows by table."""
     device = resolve_device(config.device)
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
-    jobs = [
-        (table, name, seed)
-        for seed in range(config.seeds)
-        for table in config.tables.split(",")
-        for name in TABLES[table]
-    ]
+    tables = {table: TABLES[table] for table in config.tables.split(",")}
+    every = {name: row for rows in tables.values() for name, row in rows.items()}
+    jobs = [(seed, name) for seed in range(config.seeds) for name in every]
     context = multiprocessing.get_context("spawn")
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[str, list[Row]] = {}
     with (
         concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool,
         tqdm(total=len(jobs)) as bar,
     ):
         waiting = {}
-        for (table, name, seed), card in zip(jobs, itertools.cycle(cards), strict=False):
-            settings = {**_COMMON, "steps": config.steps, **TABLES[table][name]}
-            out = config.out.absolute() / table
-            waiting[pool.submit(do_run, name, settings, seed, out, card)] = (table, name)
+        for (seed, name), card in zip(jobs, itertools.cycle(cards), strict=False):
+            settings = {**_COMMON, "steps": config.steps, **every[name]}
+            out = config.out.absolute()
+            waiting[pool.submit(do_run, name, settings, seed, out, card)] = name
         for future in concurrent.futures.as_completed(waiting):
             found.setdefault(waiting[future], []).append(future.result())
             bar.update()
-    rows = {table: [] for table in config.tables.split(",")}
-    for table, names in rows.items():
-        for name in TABLES[table]:
-            names.append(summarize(table, name, found[table, name]))
-    return rows
+    return {
+        table: [
+            summarize(table, name, found[name]) | compare(found[name], found[base])
+            if (base := _BASELINES[name.endswith(_ALL_LAYERS)]) in rows
+            else summarize(table, name, found[name])
+            for name in rows
+        ]
+        for table, rows in tables.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

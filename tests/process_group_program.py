@@ -77,10 +77,12 @@ def transfer(
     callbacks: Callbacks | None = None,
     config: TransferConfig = TRANSFER,
     frozen: str = "fp32",
+    more_shapes: tuple[tuple[int, int, int, int], ...] = (),
 ) -> None:
     """Linearize, and leave the student's whole weights beside the artifact."""
     run = make_run(folder, processes, device, callbacks)
     teacher = make_frozen_teacher(run.device, frozen)
+    teacher = dataclasses.replace(teacher, more_shapes=more_shapes)
     with Student(teacher, config.student, seed=0) as student:
         linearize(student, teacher, config, run)
         if processes.is_first:
@@ -101,9 +103,9 @@ def retrained(config: TransferConfig = TRANSFER, **training: Any) -> TransferCon
 
 
 def transfer_pool(folder: Path, processes: ProcessGroup, device: str = "cpu", **how: Any) -> None:
-    """Learn from videos in flight, half of which the student moves."""
+    """Learn from videos in flight, of two sizes, half of which the student moves."""
     config = override(TRANSFER, {"states": "pool", "pool_videos": 8, "levels": "even"})
-    transfer(folder, processes, device, config=config, **how)
+    transfer(folder, processes, device, config=config, more_shapes=((4, 1, 4, 4),), **how)
 
 
 def transfer_long(folder: Path, processes: ProcessGroup, device: str = "cpu") -> None:

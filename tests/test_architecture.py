@@ -16,7 +16,7 @@ LAYERS = (
     {"flow", "run", "kernels", "demo"},
     {"training", "models"},
     {"artifact", "prompts"},
-    {"teacher"},
+    {"teacher", "pipelines"},
     {"evaluate"},
     {"transfer"},
     {"distill"},
@@ -152,6 +152,8 @@ KEEPERS = {
     "sentencepiece": {"linvideo_core.prompts.text_encoder"},
     "ftfy": {"linvideo_core.prompts.text_encoder"},
     "matplotlib": {"linvideo_core.evaluate.plots"},
+    "diffusers": {"linvideo_core.evaluate.autoencoder"},
+    "imageio_ffmpeg": {"linvideo_core.evaluate.videos"},
 }
 
 
@@ -162,7 +164,7 @@ def test_a_package_is_known_to_few_files(package: str) -> None:
 
 def test_what_draws_nothing_loads_neither_matplotlib_nor_the_text_encoder() -> None:
     loaded = {name: imports_of(p, is_loading=True) for name, p in SHIPPED_MODULES.items()}
-    heavy = {"matplotlib", "sklearn", "transformers", "ftfy"}
+    heavy = {"matplotlib", "sklearn", "transformers", "ftfy", "diffusers", "imageio_ffmpeg"}
     slow: set[str] = set()
     size = -1
     while size < len(slow):
@@ -172,7 +174,7 @@ def test_what_draws_nothing_loads_neither_matplotlib_nor_the_text_encoder() -> N
             if tops & heavy or set(map(own, names)) & slow:
                 slow.add(module)
     plots = "linvideo_core.evaluate.plots"
-    drawing = {plots, *importers(plots)}
+    drawing = {plots, *importers(plots), *importers("linvideo_core.evaluate.videos")}
     assert plots in slow
     assert {m for m in slow - drawing if not m.endswith((".cli", ".command", ".__main__"))} == set()
 

@@ -80,6 +80,19 @@ def _is_sketch(sketch: object) -> bool:
     return is_sized and all(_is_number(value) and abs(value) <= 1 for value in sketch)
 
 
+def _are_sizes(sizes: object) -> bool:
+    are_triples = isinstance(sizes, tuple) and all(
+        isinstance(size, tuple) and len(size) == 3 for size in sizes
+    )
+    return are_triples and all(
+        _USAGE_RULES[name][0](value)
+        for size in sizes
+        for name, value in zip(_SIZE_FIELDS, size, strict=True)
+    )
+
+
+_SIZE_FIELDS = ("width", "height", "num_frames")
+"""Of `Usage`: the size of a video, in the order in which people write it."""
 _TEXT: Rule = (_is_text, f"1 to {_MAX_TEXT} printable characters are expected")
 _USAGE_RULES: dict[str, Rule] = {
     "width": _integer(1, 2**16),
@@ -91,6 +104,7 @@ _USAGE_RULES: dict[str, Rule] = {
     "sampler": _TEXT,
     "sigma_from": _number(0, 1),
     "sigma_to": _number(0, 1),
+    "more_sizes": (_are_sizes, "sizes of width, height and frames are expected"),
 }
 
 
@@ -103,6 +117,7 @@ class Usage:
     shift: warp of the noise levels. steps, sampler: "euler", or "lcm" for a distilled file.
     sigma_from, sigma_to: noise levels that its model works at, such as 1 and 0.875 for Wan 2.2's
         high-noise expert.
+    more_sizes: (width, height, num_frames) of other sizes that a file was made at.
 
     Raises ArtifactError naming the field that is wrong.
     """
@@ -116,6 +131,7 @@ class Usage:
     sampler: str | None = None
     sigma_from: float | None = None
     sigma_to: float | None = None
+    more_sizes: tuple[tuple[int, int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.said.items():
@@ -132,11 +148,19 @@ class Usage:
         """Return what is known, by name."""
         return {name: x for name, x in dataclasses.asdict(self).items() if x is not None}
 
+    @property
+    def sizes(self) -> list[tuple[int | None, ...]]:
+        """Width, height and frames of every size, the main one first."""
+        return [tuple(getattr(self, name) for name in _SIZE_FIELDS), *(self.more_sizes or ())]
+
     @classmethod
     def parse(cls, value: object) -> "Usage":
         """Return the usage that a JSON object holds; ArtifactError for anything else."""
         if not isinstance(value, dict) or not value.keys() <= _USAGE_RULES.keys():
             refuse("usage", value, f"an object of {', '.join(_USAGE_RULES)} is expected")
+        if isinstance(sizes := value.get("more_sizes"), list):
+            sizes = tuple(tuple(size) if isinstance(size, list) else size for size in sizes)
+            value = {**value, "more_sizes": sizes}
         return cls(**value)
 
 

@@ -59,10 +59,13 @@ def describe(artifact: Artifact) -> dict[str, str]:
 
 
 def describe_size(usage: Usage) -> str:
-    """Say at which size of video a file was made."""
-    frames = f"{usage.num_frames} frames" if usage.num_frames else ""
-    size = f"{usage.width} x {usage.height}" if usage.width and usage.height else ""
-    return ", ".join(filter(None, (size, frames))) or "not said"
+    """Say at which sizes of video a file was made."""
+    found = []
+    for width, height, num_frames in usage.sizes:
+        frames = f"{num_frames} frames" if num_frames else ""
+        size = f"{width} x {height}" if width and height else ""
+        found.append(", ".join(filter(None, (size, frames))))
+    return " or ".join(filter(None, found)) or "not said"
 
 
 def count_bytes(artifact: Artifact) -> dict[str, int]:
@@ -152,8 +155,8 @@ def find_differences(
 
 
 def _compare_size(usage: Usage, sampled: Usage) -> Iterator[str]:
-    names = usage.said.keys() & sampled.said.keys() & {"width", "height", "num_frames"}
-    if any(getattr(usage, name) != getattr(sampled, name) for name in names):
+    found = sampled.sizes[0]
+    if not any(all(map(_is_same, made, found)) for made in usage.sizes):
         yield f"{describe_size(sampled)}, but the file was made at {describe_size(usage)}"
 
 
@@ -207,6 +210,10 @@ def _compare_range(usage: Usage, sigmas: Sequence[float]) -> Iterator[str]:
             f"{outside} of {len(sigmas) - 1} steps at noise levels that the file was not made "
             f"for: its own go from {usage.sigma_from:g} to {usage.sigma_to:g}"
         )
+
+
+def _is_same(made: int | None, found: int | None) -> bool:
+    return made is None or found is None or made == found
 
 
 def _is_like(made: float | None, found: float | None) -> bool:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from .. import artifact as artifact_files
 from ..evaluate import plots
+from ..evaluate.autoencoder import find_autoencoder, with_decoder
+from ..evaluate.card import CARD_NAME, SAMPLES_NAMES, write_card
 from ..evaluate.compare import (
     EVALUATION_NAME,
     STEPS_NAME,
@@ -37,11 +39,14 @@ logger = logging.getLogger(__name__)
 _SHOWN = ("model", "steps", "digit", "motion", "motion_energy", "frechet", "seconds_per_video")
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
-    "samples.gif": "the same videos by the teacher and the others, at all steps and at few",
+    **dict.fromkeys(
+        SAMPLES_NAMES, "the same videos by the teacher and the others, at all steps and at few"
+    ),
     "samples.png": "their frames side by side",
     STEPS_NAME: "quality by number of steps",
     "losses.png": "how training went",
     EVALUATION_NAME: "every measure",
+    CARD_NAME: "the model card, to publish the file with",
 }
 
 
@@ -62,6 +67,7 @@ def run(
     if run is None:
         return path
     first = load_linearized(config.artifact)
+    autoencoder = find_autoencoder(config.evaluation.vae, config.teacher.model)
     found = open_teacher(config.teacher)
     footprint = check_distillation(found, config, first, run.device, run.precision, processes.size)
     with processes.in_turn():
@@ -82,8 +88,9 @@ def run(
         made = artifact_files.load(path)
         settings = compare_config(config.evaluation, config.trajectories)
         how = {"seed": run.seed, "precision": run.precision, "callbacks": run.callbacks}
+        teacher = with_decoder(teacher, autoencoder)
         comparison = compare_few_step(teacher, first, {name_of(made): made}, settings, **how)
-        save_comparison(comparison, config.out)
+        write_card(config.out, {path: made}, save_comparison(comparison, config.out))
     return path
 
 

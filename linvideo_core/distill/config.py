@@ -52,13 +52,13 @@ class DistillationConfig:
 class DistillConfig:
     """The run."""
 
+    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     artifact: Path | None = option(None, "LINVIDEO file; none: the embedded model's own")
     single_stage: bool = option(
         False, "take only the choice of layers from the file: linearize and distil at once"

@@ -23,9 +23,10 @@ from ..run.errors import SettingError
 from ..run.files import write_json
 from ..teacher.teacher import Teacher
 from . import plots, videos
+from .card import SAMPLES_NAMES
 from .config import CompareConfig
 from .lora_file import LoraFile, WeightChange, add_changes, find_changes
-from .sampler import NUM_SHOWN, Evaluator, Row
+from .sampler import NUM_SHOWN, Evaluator, Row, find_fps
 
 EVALUATION_NAME = "evaluation.json"
 STEPS_NAME = "steps.png"
@@ -43,7 +44,10 @@ class Comparison:
 
     rows: one a model, the teacher first: how many of its layers are linear, its measures by name.
     velocity_rows: `model`, `sigma`, `velocity_error`, `velocity_cosine` of each student.
-    frames: model -> [K, F, h, w] in [0, 1] of the first few samples, on the CPU; prompts: theirs.
+    frames: model -> uint8 [K, F, h, w], decoded by Wan's autoencoder [K, F, h, w, 3], of the first
+        few samples, on the CPU; prompts: theirs.
+    fps: frames a second at which videos play.
+    is_decoded: whether the frames are pixels, not the mean channel of latents.
     """
 
     settings: CompareConfig
@@ -51,6 +55,8 @@ class Comparison:
     velocity_rows: list[Row]
     frames: dict[str, Tensor]
     prompts: list[str]
+    fps: int
+    is_decoded: bool
 
 
 def compare(
@@ -79,8 +85,10 @@ def compare(
         settings=settings,
         rows=[evaluator.measure(reference, reference, None)],
         velocity_rows=[],
-        frames={"teacher": reference.frames[:NUM_SHOWN].clone()},
+        frames={"teacher": reference.frames},
         prompts=evaluator.prompts[:NUM_SHOWN],
+        fps=find_fps(teacher),
+        is_decoded=teacher.is_demo or reference.frames.ndim == 5,
     )
     for name, context in students.items():
         with context as model:
@@ -90,7 +98,7 @@ def compare(
         evaluator.describe(samples)
         result.rows.append(evaluator.measure(samples, reference, velocity_rows))
         result.velocity_rows += velocity_rows
-        result.frames[name] = samples.frames[:NUM_SHOWN].clone()
+        result.frames[name] = samples.frames
     return result
 
 
@@ -297,13 +305,16 @@ def _with_both(
 def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
     """Write the pictures, then evaluation.json; return what that holds.
 
-    samples.png, samples.gif, velocity_error.png where velocities were compared, steps.png where
-    models took several numbers of steps. evaluation.json has `settings`, `rows` and
-    `velocity_rows`, as in `Comparison`.
+    samples.png; samples.gif, or samples.mp4 of videos in colour; velocity_error.png where
+    velocities were compared, steps.png where models took several numbers of steps. evaluation.json
+    has `settings`, `rows`, `velocity_rows` and `is_decoded`, as in `Comparison`.
     """
     frames = {_caption(name): clips for name, clips in comparison.frames.items()}
+    is_colour = comparison.frames["teacher"].ndim == 5
     videos.save_strip(frames, comparison.prompts, folder / "samples.png")
-    videos.save_animation(frames, comparison.prompts, folder / "samples.gif")
+    speed = {"fps": comparison.fps} if is_colour else {}
+    path = folder / SAMPLES_NAMES[is_colour]
+    videos.save_animation(frames, comparison.prompts, path, **speed)
     if comparison.velocity_rows:
         rows = [row | {"model": _caption(row["model"])} for row in comparison.velocity_rows]
         plots.plot_velocity_error(rows, folder / "velocity_error.png")
@@ -316,6 +327,7 @@ def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
         "settings": settings,
         "rows": comparison.rows,
         "velocity_rows": comparison.velocity_rows,
+        "is_decoded": comparison.is_decoded,
     }
     write_json(folder / EVALUATION_NAME, result)
     return result

@@ -3,12 +3,20 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from ..run.config import option, positive
 from ..run.devices import device_option, precision_option
 from ..run.errors import SettingError
 from ..teacher.config import TeacherConfig
+
+
+def vae_option() -> Any:
+    """Declare the config field `vae`."""
+    return option(
+        None, "Wan's autoencoder, to measure and show decoded videos; none: the mean latent channel"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,10 @@ class EvaluateConfig:
     distilled: str = option(
         "", "files that were distilled from it, such as a.safetensors,b.safetensors; none: no few"
     )
+    vae: Path | None = vae_option()
+    export_videos: Path | None = option(
+        None, "folder for videos in VBench's naming, in place of the comparison"
+    )
     lora: Path | None = option(
         None, "few-step LoRA of others, to be added to the linearized model and to its teacher"
     )
@@ -61,6 +73,20 @@ class EvaluateConfig:
                 "{model} was given without {artifact}; give the file made for it",
                 "artifact",
                 "model",
+            )
+        if self.export_videos is not None and self.lora is not None:
+            raise SettingError(
+                "{export_videos} and {lora} given; videos are exported of LINVIDEO files alone: "
+                "leave one out",
+                "export_videos",
+                "lora",
+            )
+        if self.export_videos is not None and self.teacher.model and self.vae is None:
+            raise SettingError(
+                "{export_videos} was given without {vae}, which decodes the videos; give Wan's "
+                "autoencoder",
+                "vae",
+                "export_videos",
             )
         self.numbers_of_plain_steps()
         self.levels_of_lora()

@@ -24,6 +24,7 @@ _TINY = 1e-12
 # Power of rounding to 8 bits, which is white: what is weaker no picture shows.
 _INVISIBLE = (1 / 255) ** 2 / 12
 _BLOCK = 16
+_MOTION_SIDE = 120
 _NUM_FITS = 6
 # Blocks that correlate less once aligned show something else.
 _SAME_CONTENT = 0.5
@@ -31,8 +32,8 @@ _SAME_CONTENT = 0.5
 _FAINT = 1e-3
 
 
-def summarize_videos(frames: Tensor) -> dict[str, Tensor]:
-    """Return the mean of each measure below of videos; none for under 3 frames or 4 x 4 pixels.
+def measure_videos(frames: Tensor) -> dict[str, Tensor]:
+    """Return each measure below, [B] or [B, K]; none for under 3 frames or 4 x 4 pixels.
 
     frames: [B, F, H, W] floating in [0, 1].
     """
@@ -40,11 +41,23 @@ def summarize_videos(frames: Tensor) -> dict[str, Tensor]:
     if F < 3 or min(H, W) < 4:
         return {}
     measures = (motion_energy, frame_difference, flicker, spatial_spectrum, temporal_spectrum)
-    return {measure.__name__: measure(frames).mean(dim=0) for measure in measures}
+    return {measure.__name__: measure(frames) for measure in measures}
+
+
+def brightness(frames: Tensor) -> Tensor:
+    """Return the brightness of frames [..., H, W, 3] in colour (Rec. 709), [..., H, W]."""
+    return frames @ frames.new_tensor([0.2126, 0.7152, 0.0722])
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """Return frames, floating in [0, 1] or in uint8, as uint8; what is not finite is black."""
+    if video.dtype == torch.uint8:
+        return video
+    return video.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().byte()
 
 
 def compare_videos(videos: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the row's columns of two `summarize_videos`; none where there are no measures.
+    """Return the row's columns of two means of `measure_videos`; none where there are no measures.
 
     `motion_energy` and `motion_ratio` are shares of the teacher's, None where it has none at all.
     `flicker` is the videos' own. The spectra's distances are in dB, 0 for the same.
@@ -280,11 +293,12 @@ def motion_energy(frames: Tensor) -> Tensor:
     by half: d is a block's displacement, w its variance, so that empty background counts for
     nothing. Twice the speed is twice the energy. Content that is not found again (correlation below
     one half) counts as standing still: noise, flicker and cuts are no motion. Displacements of more
-    than half a block are not found.
+    than half a block are not found, so frames of 240 pixels or more on their short side are first
+    averaged down by a whole factor, to 120 or a little more.
 
     frames: [B, F, H, W] floating, F >= 2, H and W >= 4.
 
-    Returns [B] fp32 in [0, 11.4]; 0 is a still.
+    Returns [B] fp32 in [0, 11.4 times the factor]; 0 is a still.
     Raises ValueError for fewer frames or pixels.
     """
     _, F, H, W = frames.shape
@@ -292,8 +306,10 @@ def motion_energy(frames: Tensor) -> Tensor:
         raise ValueError(
             f"{F} frames of {H} x {W} given; motion needs 2 or more frames of 4 x 4 or more"
         )
+    factor = max(1, min(H, W) // _MOTION_SIDE)
     # One video at a time bounds the memory.
-    return torch.stack([_motion_energy(clip.float()) for clip in frames])
+    clips = (torch.nn.functional.avg_pool2d(clip.float(), factor) for clip in frames)
+    return torch.stack([factor * _motion_energy(clip) for clip in clips])
 
 
 def find_displacements(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
 # Enough noise for the model to be at home, little enough for it to see what is there.
 FEATURE_SIGMA = 0.25
 
+# Frames a second by channels of the latents, where it is not 16; 48 are those of Wan 2.2's 5B.
+_FPS = {48: 24}
+_DEMO_FPS = 10
+
 Row = dict[str, Any]
 
 
@@ -54,6 +58,11 @@ def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: 
     return torch.stack([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
 
 
+def find_fps(teacher: Teacher) -> int:
+    """Return at how many frames a second a model's videos play: Wan's own, and the demo's."""
+    return _DEMO_FPS if teacher.is_demo else _FPS.get(teacher.latent_shape[0], 16)
+
+
 def read_labels(prompts: list[str]) -> tuple[Tensor, Tensor] | None:
     """Return digits and directions [B] that prompts ask for, or None where one does not say."""
     try:
@@ -69,7 +78,8 @@ class Samples:
     """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
 
     counts: the model's linear layers and all its layers. steps: of the sampler.
-    video_measures: see `metrics.summarize_videos`.
+    frames: of the first NUM_SHOWN videos, uint8, as `Teacher.decode` gives them.
+    video_measures: means of `metrics.measure_videos` over all videos.
     teacher_features: once `Evaluator.describe` was called.
     """
 
@@ -141,7 +151,7 @@ class Evaluator:
         count, size = self.settings.num_samples, self.settings.batch_size
         steps, starts = len(recipe.sigmas) - 1, range(0, count, size)
         self.callbacks.on_stage("evaluation", len(starts) * steps, detail=name)
-        batches, total = [], 0.0
+        batches, measured, shown, total = [], [], [], 0.0
         for start in starts:
             part = slice(start, min(start + size, count))
             on_step = self._watch(len(batches) * steps, keep=is_teacher and start == 0)
@@ -155,14 +165,15 @@ class Evaluator:
             latents = recipe.sample(velocity_fn, noise, seed=self.seed + start, on_step=on_step)
             total += self._clock() - started
             batches.append(self._judge(latents))
-        tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+            measured += [self._measure(latent, shown) for latent in latents.split(1)]
         return Samples(
             model=name,
             counts=count_linear_layers(model),
             steps=steps,
             seconds=total,
-            video_measures=metrics.summarize_videos(tensors["frames"]),
-            **tensors,
+            frames=torch.cat(shown),
+            video_measures={key: x.mean(dim=0) for key, x in _join(measured).items()},
+            **_join(batches),
         )
 
     def describe(self, samples: Samples) -> None:
@@ -245,20 +256,32 @@ class Evaluator:
 
     @torch.no_grad()
     def _judge(self, latents: Tensor) -> dict[str, Tensor]:
-        """Return a batch's part of each tensor of `Samples`."""
-        frames = self.teacher.decode(latents).float()
-        found = {"latents": latents, "frames": frames}
+        """Return a batch's latents, and what the judge or `latent_features` sees in them."""
+        found = {"latents": latents}
         if self.judge is None:
             found["features"] = metrics.latent_features(latents)
         else:
             names = ("digit_logits", "motion_logits", "features")
-            found |= zip(names, self.judge(frames), strict=True)
+            found |= zip(names, self.judge(self.teacher.decode(latents).float()), strict=True)
         return {name: tensor.cpu() for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def _measure(self, latents: Tensor, shown: list[Tensor]) -> dict[str, Tensor]:
+        """Return the measures of one video [1, C, F, H, W]; its frames are added to the first."""
+        frames = self.teacher.decode(latents).float()
+        if len(shown) < NUM_SHOWN:
+            shown.append(metrics.to_bytes(frames).cpu())
+        grey = frames if frames.ndim == 4 else metrics.brightness(frames)
+        return {name: tensor.cpu() for name, tensor in metrics.measure_videos(grey).items()}
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.no_grad()

@@ -100,16 +100,16 @@ class LinearAttention(nn.Module):
         return 2 * self.query_map.shape[-1]
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Start both sides from one orthogonal map, so that phi(q) phi(k) grows with q k.
+        """Start both sides from one scaled orthogonal map, W W^T = (M / 2) / sqrt(D).
 
-        A quarter power of D on each side folds the 1/sqrt(D) of softmax attention into W. Gate and
-        window start at 0, where neither changes anything.
+        Each of the M / 2 pairs of features then moves with q k as exp(q k / sqrt(D)) does in
+        softmax attention. Gate and window start at 0, where neither changes anything.
         """
         num_maps, D, half = self.query_map.shape
         size = max(D, half)
         for index in range(num_maps):
             gaussian = torch.randn(size, size, generator=generator)
-            orthogonal = torch.linalg.qr(gaussian).Q[:D, :half] * D**-0.25
+            orthogonal = torch.linalg.qr(gaussian).Q[:D, :half] * half**0.5 * D**-0.25
             for feature_map in (self.query_map, self.key_map):
                 feature_map.data[index] = orthogonal
         for added in (self.gate, self.window_mix):

@@ -102,9 +102,15 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def find_quantised(tensors: Mapping[str, StoredTensor]) -> str:
-    """Name the first tensor that is neither float nor fp8 with known scales; "" for none."""
+    """Name the first tensor that is neither float nor fp8 with known scales; "" for none.
+
+    Where some fp8 tensors have a scale, all must.
+    """
+    is_scaled = any(tensor.scale is not None for tensor in tensors.values())
     for name, tensor in tensors.items():
         is_known = tensor.dtype in _FLOATS
+        if is_scaled and tensor.dtype.startswith("F8") and tensor.scale is None:
+            return f"{name} is stored in fp8 without its scale"
         if (scale := tensor.scale) is not None:
             count = torch.Size(scale.shape).numel()
             is_known &= scale.dtype in _FLOATS and count in (1, *tensor.shape[:1])

@@ -17,5 +17,7 @@ class PromptConfig:
         None, "its tokenizer.json, spiece.model or their folder; none: beside or in the encoder"
     )
     negative_prompt: str | None = option(
-        None, "what the unconditional branch is asked for; none: LinVideo's own"
+        None,
+        "what the unconditional branch is asked for; of several lines each video of a pool takes "
+        "one, all else the first; none: LinVideo's own",
     )

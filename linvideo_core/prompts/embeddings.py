@@ -28,7 +28,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 class PromptEmbeds:
     """Prompts as a model takes them.
 
-    prompt_embeds: [P, S, T]; negative_embeds: [S, T]; both fp16, bf16 or fp32.
+    prompt_embeds: [P, S, T]; negative_embeds: [S, T], or [K, S, T] of several negative prompts;
+        both fp16, bf16 or fp32.
     condition: the images of an image-to-video model, for both guidance branches.
     """
 
@@ -59,7 +60,7 @@ def find_identity(path: Path) -> str | None:
 def encode_once(
     path: Path,
     prompts: Sequence[str],
-    negative: str,
+    negatives: Sequence[str],
     encode: Callable[[str], Tensor],
     *,
     identity: str,
@@ -81,19 +82,22 @@ def encode_once(
     unfinished = path.with_name(f"{path.stem}.unfinished.safetensors")
     rows = _read_rows(unfinished) if find_identity(unfinished) == identity else []
     callbacks = callbacks or Callbacks()
-    callbacks.on_stage("encoding_prompts", len(prompts) + 1, len(rows))
+    texts = [*negatives, *prompts]
+    callbacks.on_stage("encoding_prompts", len(texts), len(rows))
     try:
-        for text in [negative, *prompts][len(rows) :]:
+        for text in texts[len(rows) :]:
             rows.append(_check_row(text, encode(text).detach().cpu(), rows))
             callbacks.on_step_end(len(rows))
             if len(rows) % _KEPT_EVERY == 0:
                 _write_rows(unfinished, rows, identity)
-        negative_embeds, *prompt_embeds = _trim(rows)
-        tensors = {"negative_embeds": negative_embeds, "prompt_embeds": torch.stack(prompt_embeds)}
+        embeds = torch.stack(_trim(rows))
+        negative_embeds = embeds[: len(negatives)] if len(negatives) > 1 else embeds[0]
+        tensors = {"negative_embeds": negative_embeds, "prompt_embeds": embeds[len(negatives) :]}
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         tensors |= _as_tensors(condition)
         metadata = {"identity": identity, "padded_to": str(len(rows[0]))}
-        texts = {"prompts": json.dumps(list(prompts)), "negative_prompt": negative}
-        write_tensors(path, tensors, metadata | texts)
+        words = {"prompts": json.dumps(list(prompts)), "negative_prompt": "\n".join(negatives)}
+        write_tensors(path, tensors, metadata | words)
     # An interruption, also a host's own, is no Exception.
     except BaseException:
         if rows:
@@ -123,10 +127,11 @@ def read_embeds(path: Path) -> PromptEmbeds:
             f"{path} is not a safetensors file with prompt_embeds and negative_embeds: {error}"
         ) from error
     shapes = [list(tensor.shape) for tensor in found]
-    if len(shapes[0]) != 3 or 0 in shapes[0] or shapes[1] != shapes[0][1:]:
+    are_negatives = shapes[1][-2:] == shapes[0][1:] and found[1].ndim in (2, 3)
+    if len(shapes[0]) != 3 or 0 in shapes[0] + shapes[1] or not are_negatives:
         raise ValueError(
             f"{path}: prompt_embeds {shapes[0]} and negative_embeds {shapes[1]} given; [P, S, T] "
-            "with P >= 1 and [S, T] are needed"
+            "with P >= 1 and [K, S, T] or [S, T] are needed"
         )
     if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in found):
         raise ValueError(f"{path}: the embeddings are no finite fp16, bf16 or fp32 numbers")

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..run.callbacks import Callbacks
 from ..run.errors import SettingError
 from ..run.memory import Need, check_memory
-from . import NEGATIVE_PROMPT, default_prompts, read_prompts
+from . import NEGATIVE_PROMPT, default_prompts, read_prompts, split_prompts
 from .config import PromptConfig
 from .embeddings import PromptEmbeds, encode_once, find_identity, identity_of, read_embeds
 from .text_encoder import (
@@ -48,7 +48,10 @@ class StoredPrompts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WrittenPrompts:
-    """Prompts in words, with the encoder that they are for; `path` is the encoder's."""
+    """Prompts in words, with the encoder that they are for; `path` is the encoder's.
+
+    negative: negative prompts, one a line.
+    """
 
     encoder: TextEncoder
     prompts: list[str]
@@ -79,7 +82,7 @@ class WrittenPrompts:
                 encode_once(
                     path,
                     self.prompts,
-                    self.negative,
+                    split_prompts(self.negative) or [""],
                     lambda text: embed(cut(tokenize(clean(text)))),
                     identity=identity,
                     callbacks=callbacks,

@@ -1,6 +1,7 @@
 """Settings of the teacher: which model, and how its trajectories are sampled."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
@@ -100,7 +101,26 @@ class PoolConfig:
         "as they are used",
         choices=STATES,
     )
-    pool_videos: int = option(32, "videos of the pool")
+    pool_videos: int = option(32, "videos of the pool, of all sizes together")
+    more_sizes: str | None = option(
+        None,
+        "other sizes that a pool's videos have, with --model: width x height x frames, such as "
+        "480x832x81,832x480x33",
+    )
 
     def __post_init__(self) -> None:
         positive(self, "pool_videos")
+        size = "[0-9]{1,5}x[0-9]{1,5}x[0-9]{1,5}"
+        if self.more_sizes is not None and not re.fullmatch(f"{size}(,{size})*", self.more_sizes):
+            raise SettingError(
+                f"{{more_sizes}} {self.more_sizes!r} given; width x height x frames is needed, "
+                "such as 480x832x81, with commas between several sizes",
+                "more_sizes",
+            )
+
+    @property
+    def sizes(self) -> list[dict[str, int]]:
+        """`more_sizes` as fields of `TeacherConfig`."""
+        texts = self.more_sizes.split(",") if self.more_sizes else []
+        names = ("width", "height", "num_frames")
+        return [dict(zip(names, map(int, text.split("x")), strict=True)) for text in texts]

@@ -25,21 +25,25 @@ from .config import TrajectoryConfig
 from .teacher import Teacher
 from .trajectories import States, draw_video
 
-GuidedFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(latents [B, C, F, H, W], sigma [B], prompt_embeds [B, S, T]) -> velocity`, with guidance."""
+GuidedFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`(latents [B, C, F, H, W], sigma [B], prompt_embeds, negative_embeds) -> velocity`, guided.
+
+Both embeddings are [B, S, T].
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Video:
     """A video in flight.
 
-    number: decides its prompt, noise and states. place: index of the present one of its states.
+    number: decides its prompts, noise and states. place: index of the present one of its states.
     steps: index into the sampling grid of all its states, then of the end. latents: [C, F, H, W],
     fp32 on the CPU.
     """
 
     number: int
     prompt: Tensor
+    negative: Tensor
     steps: tuple[int, ...]
     place: int
     latents: Tensor
@@ -51,6 +55,9 @@ class TrajectoryPool:
     Videos belong to slots, and those to rows: row i of a batch of B draws among the slots i, i + B,
     i + 2 B, and so on. So a process keeps the videos of its own rows alone, and any number of
     processes draw the same states.
+
+    Of several sizes of video each has as many slots, one size's after the other's. A draw is of one
+    size, each as often.
     """
 
     def __init__(
@@ -62,7 +69,7 @@ class TrajectoryPool:
         run: Run,
         as_teacher: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        """num_videos: in flight, of which every row has as many.
+        """num_videos: in flight, of which every row has as many of each of the teacher's sizes.
 
         batch_size: of all processes. as_teacher: in whose context the model is the teacher.
         """
@@ -70,8 +77,8 @@ class TrajectoryPool:
         self.guidance_scale = config.guidance_scale
         self._teacher, self._config, self._as_teacher = teacher, config, as_teacher
         self._batch_size, self._run = batch_size, run
-        self._depth = _depth(num_videos, batch_size)
-        self._num_slots = self._depth * batch_size
+        self._depth = _depth(num_videos, batch_size, len(teacher.latent_shapes))
+        self._num_slots = self._depth * batch_size * len(teacher.latent_shapes)
         own = [slot for slot in range(self._num_slots) if self._is_own(slot)]
         self._videos = {slot: self._start(slot) for slot in own}
         # As they were before the step that is being computed, which may never be finished.
@@ -80,12 +87,14 @@ class TrajectoryPool:
     def fill(self) -> None:
         """Spread the videos over their trajectories, so that a batch has all noise levels."""
         length = self._config.states_per_trajectory
-        moves = {slot: slot // self._batch_size * length // self._depth for slot in self._videos}
+        places = {slot: slot // self._batch_size % self._depth for slot in self._videos}
+        moves = {slot: place * length // self._depth for slot, place in places.items()}
         rows = self._batch_size // self._run.processes.size
         total, done = sum(moves.values()), 0
         self._run.begin_stage("filling_pool", total * self._run.processes.size)
         for turn in range(max(moves.values())):
             late = [slot for slot, count in moves.items() if count > turn]
+            # `rows` slots that follow one another have one size and one number of moves.
             for first in range(0, len(late), rows):
                 slots = late[first : first + rows]
                 self._move(slots, self._guide(self._ask(slots)))
@@ -102,7 +111,10 @@ class TrajectoryPool:
         student: moves `share` of all videos.
         """
         rows = torch.arange(self._batch_size)
-        picks = torch.randint(self._depth, rows.shape, generator=generator)
+        num_sizes, size = len(self._teacher.latent_shapes), 0
+        if num_sizes > 1:
+            size = torch.randint(num_sizes, (), generator=generator)
+        picks = size * self._depth + torch.randint(self._depth, rows.shape, generator=generator)
         slots = (picks * self._batch_size + rows).tolist()
         own = [slot for slot in slots if self._is_own(slot)]
         states = self._ask(own)
@@ -112,7 +124,9 @@ class TrajectoryPool:
             places = [row for row, slot in enumerate(own) if _is_in_share(slot, share)]
             mine = states.take(places or [0])
             sigma = self.sigmas.to(mine.step.device)[mine.step]
-            found = student(mine.latents, sigma, self._teacher.prompt_embeds[mine.prompt])
+            prompt_embeds = self._teacher.prompt_embeds[mine.prompt]
+            negative_embeds = self._teacher.negatives_for(prompt_embeds, mine.negative)
+            found = student(mine.latents, sigma, prompt_embeds, negative_embeds)
             velocity[places] = found[: len(places)].float()
         self._move(own, velocity)
         return states
@@ -143,10 +157,14 @@ class TrajectoryPool:
         return slot % self._batch_size % processes.size == processes.rank
 
     def _start(self, number: int) -> _Video:
-        prompt, noise, kept = draw_video(self._teacher, self._config, self._run.seed, number)
+        size = number % self._num_slots // (self._depth * self._batch_size)
+        shape = self._teacher.latent_shapes[size]
+        prompt, noise, kept, negative = draw_video(
+            self._teacher, self._config, self._run.seed, number, shape
+        )
         # The noise is a state as well: the teacher is asked there to leave it.
         steps = tuple(dict.fromkeys([0, *kept.tolist(), len(self.sigmas) - 1]))
-        return _Video(number, prompt, steps, 0, noise)
+        return _Video(number, prompt, negative, steps, 0, noise)
 
     def _ask(self, slots: list[int]) -> States:
         """Return the states of slots with the teacher's velocities, on the teacher's device."""
@@ -155,12 +173,13 @@ class TrajectoryPool:
         latents = torch.stack([video.latents for video in videos]).to(device)
         step = torch.tensor([video.steps[video.place] for video in videos])
         prompt = torch.stack([video.prompt for video in videos]).to(device)
+        negative = torch.stack([video.negative for video in videos]).to(device)
         branches: list[Tensor] = []
         prompt_embeds = self._teacher.prompt_embeds[prompt]
         velocity_fn = bind_guided(
             self._teacher.model,
             prompt_embeds,
-            self._teacher.negatives_for(prompt_embeds),
+            self._teacher.negatives_for(prompt_embeds, negative),
             self.guidance_scale,
             precision=self._run.precision,
             on_branches=lambda *found: branches.extend(branch.float() for branch in found),
@@ -174,6 +193,7 @@ class TrajectoryPool:
             unconditional=unconditional,
             step=step.to(device),
             prompt=prompt,
+            negative=negative,
         )
 
     def _guide(self, states: States) -> Tensor:
@@ -192,24 +212,32 @@ class TrajectoryPool:
                 self._videos[slot] = dataclasses.replace(video, place=place, latents=moved)
 
 
-def count_filling_calls(config: TrajectoryConfig, num_videos: int, batch_size: int) -> int:
+def count_filling_calls(
+    config: TrajectoryConfig, num_videos: int, batch_size: int, num_sizes: int = 1
+) -> int:
     """Return how many guided calls of the teacher, of one video each, `TrajectoryPool.fill` makes.
 
-    All processes together make them.
+    All processes together make them; of each size as many.
     """
-    depth = _depth(num_videos, batch_size)
-    return batch_size * sum(i * config.states_per_trajectory // depth for i in range(depth))
+    depth = _depth(num_videos, batch_size, num_sizes)
+    moves = sum(i * config.states_per_trajectory // depth for i in range(depth))
+    return num_sizes * batch_size * moves
 
 
-def count_pool_bytes(latent_shape: Sequence[int], num_videos: int, batch_size: int) -> int:
-    """Return what a pool takes of CPU memory, of a latent shape (C, F, H, W), in all processes."""
-    num_slots = batch_size * _depth(num_videos, batch_size)
-    return num_slots * math.prod(latent_shape) * torch.float32.itemsize
+def count_pool_bytes(
+    latent_shapes: Sequence[Sequence[int]], num_videos: int, batch_size: int
+) -> int:
+    """Return what a pool takes of CPU memory, in all processes.
+
+    latent_shapes: (C, F, H, W) of each size.
+    """
+    num_slots = batch_size * _depth(num_videos, batch_size, len(latent_shapes))
+    return num_slots * sum(map(math.prod, latent_shapes)) * torch.float32.itemsize
 
 
-def _depth(num_videos: int, batch_size: int) -> int:
-    """Return the videos of a row, at least one."""
-    return max(1, num_videos // batch_size)
+def _depth(num_videos: int, batch_size: int, num_sizes: int) -> int:
+    """Return the videos of a row of each size, at least one."""
+    return max(1, num_videos // (batch_size * num_sizes))
 
 
 def _is_in_share(slot: int, share: float) -> bool:

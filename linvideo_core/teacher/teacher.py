@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class Teacher:
 
     prompt_embeds: [P, S, T]; negative_embeds: [S, T], the unconditional branch's prompt, of which
         `negatives_for` makes what the model takes.
-    latent_shape: (C, F, H, W).
+    all_negatives: [K, S, T], where a pool's videos have several; `negative_embeds` is the first.
+    latent_shape: (C, F, H, W); more_shapes: those of other sizes that a pool's videos have.
     decode: latents [B, C, F, H, W] -> grey frames [B, F, h, w] in [0, 1].
     offload_blocks: first blocks whose weights stay in CPU memory when the teacher moves.
     sampled_as: what decides its samples beside all this and a digest of its weights, such as how
@@ -61,10 +62,17 @@ class Teacher:
     sampled_as: str = ""
     size: tuple[int, int, int] | None = None
     has_images: bool = False
+    more_shapes: tuple[tuple[int, int, int, int], ...] = ()
+    all_negatives: Tensor | None = None
 
-    def negatives_for(self, prompt_embeds: Tensor) -> Tensor:
-        """Return the negative prompt [B, S, T] beside each of some prompts [B, S, T]."""
+    def negatives_for(self, prompt_embeds: Tensor, picks: Tensor | None = None) -> Tensor:
+        """Return the negative prompt [B, S, T] beside each of some prompts [B, S, T].
+
+        picks: [B] int64, which of all negatives each has; none: the first.
+        """
         negatives = self.negative_embeds.expand_as(prompt_embeds)
+        if picks is not None and self.all_negatives is not None:
+            negatives = self.all_negatives[picks]
         if not self.has_images:
             return negatives
         return torch.cat([negatives[:, :-1], prompt_embeds[:, -1:]], dim=1)
@@ -85,11 +93,18 @@ class Teacher:
         }
 
     @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """The latent shapes of all sizes, the main one first."""
+        return self.latent_shape, *self.more_shapes
+
+    @property
     def video_size(self) -> tuple[int, int, int]:
         """Return frames, height and width in pixels of the video that the latents stand for."""
-        if self.size is not None:
-            return self.size
-        C, F, H, W = self.latent_shape
+        return self.size or self.measure(self.latent_shape)
+
+    def measure(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return frames, height and width in pixels of a video whose latents are (C, F, H, W)."""
+        C, F, H, W = latent_shape
         if self.is_demo:
             return TIME_PATCH * F, SPACE_PATCH * H, SPACE_PATCH * W
         ratio = _SPACE_COMPRESSION.get(C, 8)
@@ -102,18 +117,21 @@ class Teacher:
             offload(self.model, blocks(self.model, sites)[: self.offload_blocks], device)
         else:
             self.model.to(device)
-        return dataclasses.replace(
-            self,
-            prompt_embeds=self.prompt_embeds.to(device),
-            negative_embeds=self.negative_embeds.to(device),
-        )
+        return self.with_prompts_on(device)
+
+    def with_prompts_on(self, device: torch.device | str) -> "Teacher":
+        """Return the teacher with its prompts on a device, and the model where it was."""
+        names = ("prompt_embeds", "negative_embeds", "all_negatives")
+        found = {name: getattr(self, name) for name in names}
+        moved = {name: tensor.to(device) for name, tensor in found.items() if tensor is not None}
+        return dataclasses.replace(self, **moved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherCheckpoint:
     """A checkpoint with its prompts, of which only the headers were read and checked so far.
 
-    is_demo: whether it is the embedded model.
+    latent_shape, more_shapes: see `Teacher`. is_demo: whether it is the embedded model.
     """
 
     checkpoint: Checkpoint
@@ -121,6 +139,7 @@ class TeacherCheckpoint:
     latent_shape: tuple[int, int, int, int]
     frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     is_demo: bool = False
+    more_shapes: tuple[tuple[int, int, int, int], ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -134,26 +153,29 @@ class TeacherCheckpoint:
         read.
         """
         embeds = self.source.read(run.folder, device=run.device, callbacks=run.callbacks)
-        prompt_embeds, negative_embeds = embeds.prompt_embeds, embeds.negative_embeds
+        prompt_embeds, negatives = embeds.prompt_embeds, embeds.negative_embeds
+        negatives = negatives.reshape(-1, *negatives.shape[-2:])
         condition = self.source.condition
         has_images = condition is not None and condition.is_numbered
         if has_images:
             prompt_embeds = with_numbers(prompt_embeds, torch.arange(len(prompt_embeds)))
             # `negatives_for` puts an image in its place.
-            negative_embeds = with_numbers(negative_embeds[None], torch.tensor([NO_IMAGE]))[0]
+            negatives = with_numbers(negatives, torch.full((len(negatives),), NO_IMAGE))
         sampled_as = "" if self.is_demo else self.frozen_weights.frozen
         return Teacher(
             name="demo" if self.is_demo else self.checkpoint.path.stem,
             model=self.load_model(),
             prompts=embeds.prompts,
             prompt_embeds=prompt_embeds,
-            negative_embeds=negative_embeds,
+            negative_embeds=negatives[0],
             latent_shape=self.latent_shape,
             decode=decode_latents if self.is_demo else _preview,
             is_demo=self.is_demo,
             offload_blocks=self.frozen_weights.offload_blocks,
             sampled_as=f"{sampled_as} {condition.digest()}" if condition else sampled_as,
             has_images=has_images,
+            more_shapes=self.more_shapes,
+            all_negatives=negatives if len(negatives) > 1 else None,
         )
 
     def load_model(self) -> nn.Module:
@@ -176,8 +198,12 @@ class TeacherCheckpoint:
         return model
 
 
-def open_teacher(config: TeacherConfig) -> TeacherCheckpoint:
+def open_teacher(
+    config: TeacherConfig, more_sizes: Sequence[Mapping[str, int]] = ()
+) -> TeacherCheckpoint:
     """Read the headers of all that a teacher needs; without `model` it is the embedded one.
+
+    more_sizes: other sizes of video, see `PoolConfig.sizes`.
 
     Raises FileNotFoundError or ValueError, in one sentence, for anything that does not fit.
     """
@@ -205,7 +231,26 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint:
             f"{checkpoint.config.num_layers} blocks",
             "offload_blocks",
         )
-    ratio = _SPACE_COMPRESSION.get(checkpoint.config.out_channels, 8)
+    num_channels = checkpoint.config.out_channels
+    latent_shape = _find_latent_shape(config, num_channels)
+    _check_condition(source, checkpoint, latent_shape)
+    if more_sizes and source.condition is not None:
+        raise SettingError(
+            f"{{more_sizes}} was given with {config.model}, whose videos start from images of one "
+            "size: leave it out",
+            "more_sizes",
+        )
+    return TeacherCheckpoint(
+        checkpoint=checkpoint,
+        source=source,
+        latent_shape=latent_shape,
+        frozen_weights=config.frozen_weights,
+        more_shapes=_find_more_shapes(config, num_channels, more_sizes),
+    )
+
+
+def _find_latent_shape(config: TeacherConfig, num_channels: int) -> tuple[int, int, int, int]:
+    ratio = _SPACE_COMPRESSION.get(num_channels, 8)
     for name in ("height", "width"):
         if getattr(config, name) % (2 * ratio):
             raise SettingError(
@@ -213,19 +258,30 @@ def open_teacher(config: TeacherConfig) -> TeacherCheckpoint:
                 f"{2 * ratio}",
                 name,
             )
-    latent_shape = (
-        checkpoint.config.out_channels,
-        (config.num_frames - 1) // TIME_COMPRESSION + 1,
-        config.height // ratio,
-        config.width // ratio,
-    )
-    _check_condition(source, checkpoint, latent_shape)
-    return TeacherCheckpoint(
-        checkpoint=checkpoint,
-        source=source,
-        latent_shape=latent_shape,
-        frozen_weights=config.frozen_weights,
-    )
+    num_frames = (config.num_frames - 1) // TIME_COMPRESSION + 1
+    return num_channels, num_frames, config.height // ratio, config.width // ratio
+
+
+def _find_more_shapes(
+    config: TeacherConfig, num_channels: int, more_sizes: Sequence[Mapping[str, int]]
+) -> tuple[tuple[int, int, int, int], ...]:
+    found = [_find_latent_shape(config, num_channels)]
+    for size in more_sizes:
+        try:
+            shape = _find_latent_shape(dataclasses.replace(config, **size), num_channels)
+        except SettingError as error:
+            raise SettingError(f"{{more_sizes}}: {error.worded(str)}", "more_sizes") from None
+        if shape in found:
+            raise SettingError(
+                f"{{more_sizes}} {'x'.join(map(str, size.values()))} given, which is there "
+                "already, as {width}, {height} and {num_frames} or in {more_sizes}: leave it out",
+                "more_sizes",
+                "width",
+                "height",
+                "num_frames",
+            )
+        found.append(shape)
+    return tuple(found[1:])
 
 
 def _check_condition(

@@ -46,6 +46,7 @@ class States:
     latents, conditional, unconditional: [B, C, F, H, W], the state and the teacher's velocity in
         both guidance branches.
     step: [B] int64, index into the sampling grid; prompt: [B] int64, index into the prompts.
+    negative: [B] int64, index into the negative prompts.
     """
 
     latents: Tensor
@@ -53,6 +54,7 @@ class States:
     unconditional: Tensor
     step: Tensor
     prompt: Tensor
+    negative: Tensor
 
     def take(self, rows: Sequence[int]) -> "States":
         """Return some of the states."""
@@ -109,7 +111,8 @@ class Trajectories:
 
         prompt = torch.stack([self._videos[video]["prompt"] for video, _ in places]).to(device)
         kept = {name: read(name).float() for name in _KEPT}
-        return States(**kept, step=read("step"), prompt=prompt)
+        negative = torch.zeros_like(prompt)
+        return States(**kept, step=read("step"), prompt=prompt, negative=negative)
 
     def take_ends(self, picks: Tensor, device: torch.device | str) -> Tensor:
         """Return the videos [B, C, F, H, W] fp32 that the states `picks` [B] int64 end in."""
@@ -178,7 +181,7 @@ def sample_videos(
     """
     device = teacher.prompt_embeds.device
     drawn = [draw_video(teacher, config, run.seed, video) for video in videos]
-    prompt, noise, kept_steps = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+    prompt, noise, kept_steps, _ = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     kept: dict[str, list[Tensor]] = {name: [] for name in _KEPT}
     order: list[Tensor] = []
     branches: list[Tensor] = []
@@ -219,15 +222,27 @@ def spread_edges(config: TrajectoryConfig) -> Tensor:
 
 
 def draw_video(
-    teacher: Teacher, config: TrajectoryConfig, seed: int, video: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a video's prompt [], noise [C, F, H, W] and the steps [kept] that are kept of it."""
+    teacher: Teacher,
+    config: TrajectoryConfig,
+    seed: int,
+    video: int,
+    latent_shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a video's prompt [], noise [C, F, H, W], the steps [kept] kept of it, its negative [].
+
+    Prompts and negative prompts are numbers; stored videos all have the first negative.
+
+    latent_shape: (C, F, H, W); none: the teacher's.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + video)
     prompt = torch.randint(len(teacher.prompts), (), generator=generator)
-    noise = torch.randn(teacher.latent_shape, generator=generator)
+    noise = torch.randn(latent_shape or teacher.latent_shape, generator=generator)
     edges = spread_edges(config)
     shares = torch.rand(config.states_per_trajectory, generator=generator)
-    return prompt, noise, edges[:-1] + (shares * edges.diff()).long()
+    kept_steps = edges[:-1] + (shares * edges.diff()).long()
+    num_negatives = 1 if teacher.all_negatives is None else len(teacher.all_negatives)
+    negative = torch.randint(num_negatives, (), generator=generator)
+    return prompt, noise, kept_steps, negative
 
 
 def count_missing(teacher: Teacher, config: TrajectoryConfig, run: Run) -> int:
@@ -312,4 +327,9 @@ def find_usage(teacher: Teacher, config: TrajectoryConfig) -> Usage:
         shift=config.shift,
         steps=config.sampler_steps,
         sampler="euler",
+        more_sizes=tuple(
+            (width, height, num_frames)
+            for num_frames, height, width in map(teacher.measure, teacher.more_shapes)
+        )
+        or None,
     )

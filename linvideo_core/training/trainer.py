@@ -284,7 +284,8 @@ class _Fitting:
         try:
             checkpoint = self.files.read(self.parameters)
             self._restore(checkpoint.tensors)
-            own = {n.removeprefix(_OWN): t for n, t in checkpoint.tensors.items() if n[:5] == _OWN}
+            stored = checkpoint.tensors.items()
+            own = {n.removeprefix(_OWN): t for n, t in stored if n.startswith(_OWN)}
             self.task.load_state({**checkpoint.state, **own})
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(

@@ -13,10 +13,12 @@ was saved with its teacher. What the teacher sampled lies beside it, in the fold
 serves every run with the same model, prompts, size and sampler.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from ..run.config import parse
+from ..run.errors import SettingError
 from .config import QUALITIES, TransferConfig
 from .recipe import PRESETS, find_settings
 
@@ -31,6 +33,7 @@ SHOWN = (
     "num_frames",
     "height",
     "width",
+    "more_sizes",
     "guidance_scale",
     "shift",
     "num_trajectories",
@@ -45,6 +48,7 @@ SHOWN = (
     "offload_blocks",
     "activation_checkpointing",
     "evaluate_samples",
+    "vae",
     "out",
     "seed",
     "device",
@@ -67,5 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not config.estimate:
         command.main(config)
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingError(
+            "{estimate} was given to several processes; it measures one: start it without torchrun",
+            "estimate",
+        )
     given = sys.argv[1:] if argv is None else argv
     command.main_estimate({name: read([*given, "--quality", name]) for name in QUALITIES})

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from .. import artifact
 from ..evaluate import plots
+from ..evaluate.autoencoder import find_autoencoder, with_decoder
+from ..evaluate.card import CARD_NAME, SAMPLES_NAMES, write_card
 from ..evaluate.compare import (
     EVALUATION_NAME,
     compare_artifact,
@@ -58,6 +60,7 @@ FREE_FIELDS = (
     "offload_blocks",
     "evaluate_samples",
     "evaluate_batch_size",
+    "vae",
 )
 _SHOWN = (
     "model",
@@ -74,13 +77,14 @@ _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",
     EXPERT_NAMES[HIGH]: "the LINVIDEO file of the high-noise expert",
     EXPERT_NAMES[LOW]: "the LINVIDEO file of the low-noise expert",
-    "samples.gif": "the same videos by the teacher, before and after training",
+    **dict.fromkeys(SAMPLES_NAMES, "the same videos by the teacher, before and after training"),
     "samples.png": "their frames side by side",
     "layer_scores.png": "how training chose the layers",
     RANKING_NAME: "how much each layer alone changes the velocity",
     "losses.png": "how training went",
     "velocity_error.png": "how far the model is from its teacher, by noise level",
     EVALUATION_NAME: "every measure",
+    CARD_NAME: "the model card, to publish the file with",
 }
 
 
@@ -101,6 +105,7 @@ def run(
     run = begin_run(config, paths, callbacks, processes)
     if run is None:
         return paths[0]
+    autoencoder = find_autoencoder(config.evaluation.vae, config.teacher.model)
     make = _make_one if config.experts.low_noise_model is None else _make_experts
     teacher = make(config, run, is_made(config.out, paths))
     if not processes.destroy():
@@ -115,12 +120,14 @@ def run(
                     run.precision)  # fmt: skip
         settings = compare_config(config.evaluation, config.trajectories)
         how = {"seed": run.seed, "precision": run.precision, "callbacks": run.callbacks}
+        teacher = with_decoder(teacher, autoencoder)
         if len(made) == 1:
             comparison = compare_artifact(teacher, made[0], settings, **how)
         else:
             by_side = dict(zip(EXPERT_NAMES, made, strict=True))
             comparison = compare_experts(teacher, by_side, settings, **how)
         save_comparison(comparison, config.out)
+    write_card(config.out, dict(zip(paths, made, strict=True)), read_evaluation(config.out))
     return paths[0]
 
 
@@ -170,7 +177,7 @@ def list_artifacts(config: TransferConfig) -> list[Path]:
 def _make_one(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     """Make the file unless it is made; return the teacher."""
     processes = run.processes
-    found = open_teacher(config.teacher)
+    found = open_teacher(config.teacher, config.pool.sizes)
     footprint = check_transfer(found, config, run.device, run.precision, processes.size)
     with processes.in_turn():
         teacher = found.load(run).to(run.device)
@@ -230,7 +237,7 @@ def estimate_qualities(configs: Mapping[str, TransferConfig]) -> str:
     run = Run(folder=config.out, device=device, precision=precision, seed=config.seed)
     is_one = config.experts.low_noise_model is None
     if is_one:
-        found = open_teacher(config.teacher)
+        found = open_teacher(config.teacher, config.pool.sizes)
         footprints = {
             quality: check_transfer(found, each, device, precision)
             for quality, each in configs.items()

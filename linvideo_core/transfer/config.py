@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Protocol
 
+from ..evaluate.config import vae_option
 from ..models.config import ExpertsConfig, FrozenConfig, LinearForm
 from ..run.config import fraction, option, positive
 from ..run.devices import device_option, precision_option
@@ -146,6 +147,7 @@ class EvaluationConfig:
 
     evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
     evaluate_batch_size: int = option(8, "videos sampled together in the end")
+    vae: Path | None = vae_option()
 
     def __post_init__(self) -> None:
         positive(self, "evaluate_batch_size")
@@ -179,6 +181,7 @@ class RecipeConfig:
 class TransferConfig:
     """The run."""
 
+    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     trajectories: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
@@ -190,7 +193,6 @@ class TransferConfig:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     estimate: bool = option(
         False, "measure a few calls, say what each quality takes on this machine, and stop"
     )
@@ -208,6 +210,14 @@ class TransferConfig:
             )
         if self.pool.states == "pool":
             self._check_pool()
+        if self.pool.more_sizes and (self.teacher.model is None or self.pool.states != "pool"):
+            raise SettingError(
+                f"{{more_sizes}} {self.pool.more_sizes} given; it is for the pool of a {{model}} "
+                "of your own: give {model} and {states} pool, or leave {more_sizes} out",
+                "more_sizes",
+                "model",
+                "states",
+            )
         frozen_weights = self.teacher.frozen_weights
         if frozen_weights.offload_blocks and self.experts.low_noise_model is not None:
             raise SettingError(
@@ -234,8 +244,7 @@ class TransferConfig:
                 "noise levels alike",
             }.get(name, f"{{{name}}}, whose two experts share stored videos")
             raise SettingError(
-                f"{{states}} pool was given with {what}: give {{states}} stored, or another "
-                f"{{{name}}}",
+                f"{{states}} pool was given with {what}: give {{states}} stored, or leave it out",
                 "states",
                 name,
             )

@@ -21,9 +21,8 @@ from ..teacher.config import TrajectoryConfig
 from ..teacher.pool import TrajectoryPool, count_filling_calls, count_pool_bytes
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories, count_bytes, count_missing, spread_edges
-from ..training.checkpoint import finished_steps
 from ..training.trainer import seed_step
-from .config import TRAINING_NAME, RunConfig, SelectionConfig, TransferConfig
+from .config import RunConfig, SelectionConfig, TransferConfig
 from .layer_selection import count_selection_steps
 from .preflight import Footprint
 from .student import Student, TransferTask
@@ -53,6 +52,7 @@ class Pace:
     call: of the teacher with guidance, for one video.
     selecting, hardened: of a training step's forward and backward pass, the whole batch of this
         process, while layers are chosen and after.
+    main_call: as `call`, where that is the mean of several sizes of video: of the main one alone.
     num_trained: numbers that are trained, 0 where no training was tried.
     device_bytes: the peak of all these on a GPU, with the optimiser; None where it is not known.
     """
@@ -62,6 +62,7 @@ class Pace:
     hardened: float
     num_trained: int = 0
     device_bytes: int | None = None
+    main_call: float | None = None
 
     @classmethod
     def from_call(cls, seconds: float, batch_size: int) -> "Pace":
@@ -128,6 +129,7 @@ def forecast(
     *,
     precision: str,
     footprint: Footprint | None = None,
+    num_done: int = 0,
     num_processes: int = 1,
     num_students: int = 1,
 ) -> Estimate:
@@ -135,21 +137,21 @@ def forecast(
 
     footprint: what it takes at least, for what was not measured; needed where training was not
         tried.
-    num_students: one an expert.
+    num_done: training steps that were finished earlier. num_students: one an expert.
 
     Raises ValueError, in one sentence, where a disk has too little room.
     """
     run = Run(folder=config.out, precision=precision, seed=config.seed)
-    is_pool, shape = config.pool.states == "pool", teacher.latent_shape
+    is_pool = config.pool.states == "pool"
     num_missing = 0 if is_pool else count_missing(teacher, config.trajectories, run)
     num_trained = pace.num_trained or footprint.num_trained
     in_flight = (config.pool.pool_videos, config.training.batch_size)
-    pool = count_pool_bytes(shape, *in_flight) if is_pool else 0
+    pool = count_pool_bytes(teacher.latent_shapes, *in_flight) if is_pool else 0
     found = estimate(
         config,
         pace,
         num_missing=num_missing,
-        num_done=finished_steps(config.out / TRAINING_NAME) if num_students == 1 else 0,
+        num_done=num_done,
         num_processes=num_processes,
         num_students=num_students,
         disk_bytes=check_disk(teacher, config, num_missing, num_students * num_trained, pool),
@@ -205,7 +207,7 @@ def estimate(
     disk_bytes: of samples and checkpoints.
     """
     training = config.training
-    of_video = config.trajectories.sampler_steps * pace.call
+    of_video = config.trajectories.sampler_steps * (pace.main_call or pace.call)
     selecting = 0
     if config.selection.rule == "learned":
         selecting = count_selection_steps(config.selection, training.steps)
@@ -220,7 +222,10 @@ def estimate(
         of_warm_start += 1
         if not num_done:
             filling = count_filling_calls(
-                config.trajectories, config.pool.pool_videos, training.batch_size
+                config.trajectories,
+                config.pool.pool_videos,
+                training.batch_size,
+                1 + len(config.pool.sizes),
             )
             num_calls += filling // num_processes
     warm_start = warm_steps * training.batch_size / num_processes * of_warm_start * pace.call
@@ -253,8 +258,31 @@ def time_run(
     tries_training: else a pass is counted in calls; num_processes share a batch.
 
     The teacher is left as it was; memory that is too small is found here. Nothing is compiled for
-    it: a run that is will be faster.
+    it: a run that is will be faster. Of several sizes of video, each is drawn as often: seconds are
+    a mean over them.
     """
+    alone = [
+        dataclasses.replace(teacher, latent_shape=shape, more_shapes=())
+        for shape in teacher.latent_shapes
+    ]
+    how = {"tries_training": tries_training, "num_processes": num_processes}
+    paces = [_time_size(each, config, precision=precision, **how) for each in alone]
+    seconds = {
+        name: sum(getattr(pace, name) for pace in paces) / len(paces)
+        for name in ("call", "selecting", "hardened")
+    }
+    peak = max(pace.device_bytes or 0 for pace in paces) or None
+    return dataclasses.replace(paces[0], **seconds, device_bytes=peak, main_call=paces[0].call)
+
+
+def _time_size(
+    teacher: Teacher,
+    config: TransferConfig,
+    *,
+    precision: str,
+    tries_training: bool,
+    num_processes: int,
+) -> Pace:
     device = teacher.prompt_embeds.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

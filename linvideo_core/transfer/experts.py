@@ -117,11 +117,9 @@ def load_experts(
     low = checkpoints[LOW].load_model()
     boundary = config.experts.boundary
     return dataclasses.replace(
-        high,
+        high.with_prompts_on(run.device),
         name=f"{high.name} down to {boundary:g}, then {checkpoints[LOW].checkpoint.path.stem}",
         model=Experts(high.model, low, boundary),
-        prompt_embeds=high.prompt_embeds.to(run.device),
-        negative_embeds=high.negative_embeds.to(run.device),
     )
 
 

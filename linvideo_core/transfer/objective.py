@@ -140,7 +140,7 @@ class Batches:
             is_dropped.view(-1, 1, 1, 1, 1), states.unconditional, states.conditional
         )
         prompt_embeds = self.teacher.prompt_embeds[states.prompt]
-        negative_embeds = self.teacher.negatives_for(prompt_embeds)
+        negative_embeds = self.teacher.negatives_for(prompt_embeds, states.negative)
         return Batch(
             latents=states.latents,
             velocity=velocity,

@@ -128,7 +128,7 @@ def count_maps(site: AttentionSite, feature_ratio: int) -> int:
 class Plan:
     """A training whose memory can be told beforehand, from shapes alone.
 
-    shapes: of the model's parameters. num_tokens: L of one video.
+    shapes: of the model's parameters. num_tokens: L of one video, of the largest size.
     num_trained, batch_size, sampled_together: see `memory.training_needs`.
     """
 
@@ -255,11 +255,15 @@ def _make_plan(
         config.trajectories,
         config.evaluation,
     )
-    patches = zip(teacher.latent_shape[1:], model.patch_size, strict=True)
+
+    def count_tokens(latent_shape: Sequence[int]) -> int:
+        patches = zip(latent_shape[1:], model.patch_size, strict=True)
+        return math.prod(-(-size // patch) for size, patch in patches)
+
     return Plan(
         config=model,
         shapes=teacher.shapes,
-        num_tokens=math.prod(-(-size // patch) for size, patch in patches),
+        num_tokens=max(map(count_tokens, [teacher.latent_shape, *teacher.more_shapes])),
         num_trained=num_trained,
         batch_size=batch_size,
         sampled_together=max(

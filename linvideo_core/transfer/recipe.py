@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..run.config import override
 from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
-from ..teacher.config import TeacherConfig
+from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig
 from .config import QUALITIES, RecipeConfig, RunConfig, TransferConfig
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ _REAL_LENGTHS = {
     "best": {"steps": 10_000, "num_trajectories": 192, "sampler_steps": 50, "accumulation": 4},
 }
 _EMBEDDED_LAYERS = 10
+# What a card decides of a run that may be continued on another one.
+_KEPT = ("frozen", "activation_checkpointing")
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     # A small model keeps a GPU waiting for its kernels: a batch of 256 takes no longer than of 64.
@@ -142,10 +144,15 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     from ..teacher.teacher import open_teacher
     from .preflight import count_trained
 
-    teacher = open_teacher(override(TeacherConfig(), given))
+    more_sizes = override(PoolConfig(), given).sizes
+    teacher = open_teacher(override(TeacherConfig(), given), more_sizes)
     num_layers = teacher.checkpoint.config.num_layers
     values = settings_for(quality, is_embedded=False, num_layers=num_layers)
     values |= settings_by_steps(given.get("steps", values["steps"]))
+    if "sampler_steps" in given:
+        # A state a step at most.
+        most = TrajectoryConfig().states_per_trajectory
+        values["states_per_trajectory"] = max(1, min(most, given["sampler_steps"]))
     needs_stored = given.get("low_noise_model") or given.get("choice") == "sensitivity"
     values["states"] = "stored" if needs_stored else "pool"
     return fit_card(
@@ -171,7 +178,7 @@ def fit_card(
 
     That is how many of a step's samples go through the model at once, how frozen weights are held,
     and whether activations are recomputed. Without a card samples go one at a time. A run that is
-    continued keeps its batch, whatever card it is on now. A warning says where the card is
+    continued keeps all that, whatever card it is on now. A warning says where the card is
     expected to be too small.
 
     defaults: the command's config as it is declared.
@@ -186,20 +193,16 @@ def fit_card(
     found = {**values, "shard_size": 1, "evaluate_samples": 2, "evaluate_batch_size": 1}
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_samples = values["batch_size"] * values["accumulation"]
-    most = max(1, num_samples // num_processes)
-    sizes = [num_processes * size for size in range(most, 0, -1) if not most % size]
     earlier = read_settings(given.get("out", defaults.out))
-    if "batch_size" in given:
-        sizes = [given["batch_size"]]
-    elif "accumulation" in given:
-        sizes = sizes[-1:]
-    elif earlier.get("batch_size", 0) * earlier.get("accumulation", 0) == num_samples:
-        sizes = [earlier["batch_size"]]
+    sizes = _list_sizes(num_samples, num_processes, given, earlier)
     size, offload_blocks = sizes[-1], 0
     card = given.get("card") or _card_gb(given.get("device", "auto"))
     # What trains whole weights holds them in fp32.
-    if card and given.get("parameters") != "full":
+    is_fitted = card and given.get("parameters") != "full"
+    if is_fitted:
         found |= {"frozen": "bf16", "activation_checkpointing": True}
+    found |= {name: earlier[name] for name in _KEPT if name in earlier}
+    if is_fitted:
         config = override(defaults, {**found, **given})
         size, offload_blocks, expected_gb = find_batch(
             teacher,
@@ -217,10 +220,29 @@ def fit_card(
                 expected_gb,
                 card,
             )
-    if given.get("compile") or not given.get("activation_checkpointing", True):
+    settings = {**found, **given}
+    if settings.get("compile") or not settings.get("activation_checkpointing"):
         offload_blocks = 0
     found |= {"batch_size": size, "accumulation": max(1, -(-num_samples // max(1, size)))}
     return found | ({"offload_blocks": offload_blocks} if offload_blocks else {})
+
+
+def _list_sizes(
+    num_samples: int, num_processes: int, given: Mapping[str, Any], earlier: Mapping[str, Any]
+) -> list[int]:
+    """Return the batch sizes in which a step's samples may be taken, the preferred first.
+
+    given, earlier: flags, and the settings of a run that is continued.
+    """
+    if "batch_size" in given:
+        return [given["batch_size"]]
+    most = max(1, num_samples // num_processes)
+    sizes = [num_processes * size for size in range(most, 0, -1) if not most % size]
+    if "accumulation" in given:
+        return sizes[-1:]
+    if earlier.get("batch_size", 0) * earlier.get("accumulation", 0) == num_samples:
+        return [earlier["batch_size"]]
+    return sizes
 
 
 def _card_gb(device: str) -> int:

@@ -351,13 +351,15 @@ class TransferTask(Task):
         return velocity(latents, sigma)
 
     def _student_guided(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
-        return self._guided(latents, sigma, batch.prompt_embeds)
+        return self._guided(latents, sigma, batch.prompt_embeds, batch.negative_embeds)
 
-    def _guided(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def _guided(
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, negative_embeds: Tensor
+    ) -> Tensor:
         velocity = bind_guided(
             self.student.model,
             prompt_embeds,
-            self.teacher.negatives_for(prompt_embeds),
+            negative_embeds,
             self.trajectories.guidance_scale,
             precision=self.precision,
         )

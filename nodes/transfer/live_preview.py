@@ -28,10 +28,13 @@ from ..patching.families import Video
 # Where each stage lies on the bar, by the time that it takes with usual settings; its words.
 _STAGES = {
     "sampling_teacher": (0, 25, "the original model makes videos to learn from", "video"),
+    "filling_pool": (0, 25, "the original model begins videos to learn from", "step"),
     "warm_start": (25, 28, "the linear layers come close to the original ones", "step"),
     "ranking_layers": (28, 30, "the layers are compared", "layer"),
     "training": (30, 100, "training", "step"),
 }
+# Those in which the original model makes videos, which the picture shows.
+_SAMPLING = ("sampling_teacher", "filling_pool")
 _SAMPLER_STEPS, _NUM_FRAMES = 8, 3
 _MAX_SIZE = 1024
 # A picture waits this many times as long as the one before took to make, and at least so long; the
@@ -118,7 +121,7 @@ class LiveProgress(Callbacks):
         comfy.model_management.throw_exception_if_processing_interrupted()
         now = time.monotonic()
         self._stage = _CurrentStage(stage, total, done, done, now)
-        is_quick = stage == "sampling_teacher" or self._teacher.is_demo
+        is_quick = stage in _SAMPLING or self._teacher.is_demo
         self._next_picture = now + (0.0 if is_quick else _FIRST_SECONDS)
         self._show(None)
 
@@ -147,7 +150,7 @@ class LiveProgress(Callbacks):
 
     def _is_picture_due(self) -> bool:
         stage = self._stage
-        if stage.name not in ("sampling_teacher", "training"):
+        if stage.name not in (*_SAMPLING, "training"):
             return False
         is_last = self._teacher_frames is not None and stage.done == stage.total
         return is_last or time.monotonic() >= self._next_picture
@@ -166,8 +169,9 @@ class LiveProgress(Callbacks):
     def _draw_sampling(self) -> Image.Image | None:
         """Draw the video that the teacher is making, as its last call estimates it."""
         frames = [] if self._estimate is None else self._decode(self._estimate)
+        *_, unit = _STAGES[self._stage.name]
         number = min(self._stage.done + 1, self._stage.total)
-        title = f"video {number} of {self._stage.total}, as the original model makes it"
+        title = f"{unit} {number} of {self._stage.total}, as the original model makes it"
         return draw_preview([], {"": frames}, title=title, num_steps=1) if frames else None
 
     def _draw_training(self, metrics: dict[str, float]) -> Image.Image:
@@ -190,7 +194,7 @@ class LiveProgress(Callbacks):
 
         In other stages the picture needs none, and the model is the student's, too.
         """
-        if self._stage is None or self._stage.name != "sampling_teacher":
+        if self._stage is None or self._stage.name not in _SAMPLING:
             return
         latents, timesteps = (x.detach()[:1] for x in inputs[:2])
         sigma = (timesteps / TIMESTEP_SCALE).view(-1, *[1] * (latents.ndim - 1))

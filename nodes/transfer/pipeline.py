@@ -30,7 +30,8 @@ from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, o
 from ...linvideo_core.run.memory import is_out_of_memory
 from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
-from ...linvideo_core.transfer.config import ARTIFACT_NAME, TransferConfig
+from ...linvideo_core.training.checkpoint import finished_steps
+from ...linvideo_core.transfer.config import ARTIFACT_NAME, TRAINING_NAME, TransferConfig
 from ...linvideo_core.transfer.estimate import forecast, time_run
 from ...linvideo_core.transfer.layer_selection import check_target
 from ...linvideo_core.transfer.pipeline import linearize
@@ -117,6 +118,8 @@ def make_config(
         values["guidance_scale"] = guidance_scale
     expert = inputs["settings"] or {}
     given = {name: value for name, value in expert.items() if name not in _SIZES and value != 0}
+    if not host.is_demo and "num_videos" not in given:
+        values["states"] = "pool"
     values |= {_FIELDS.get(name, name): value for name, value in given.items()}
     values |= {
         **settings_by_steps(values["steps"]),
@@ -236,7 +239,8 @@ def _tell_what_it_takes(host: HostTeacher, teacher: Teacher, config: TransferCon
     show_on_node("a few calls are measured, to tell what this takes")
     try:
         pace = time_run(teacher, config, precision=config.precision)
-        found = forecast(teacher, config, pace, precision=config.precision)
+        done = finished_steps(config.out / TRAINING_NAME)
+        found = forecast(teacher, config, pace, precision=config.precision, num_done=done)
     except comfy.model_management.InterruptProcessingException:
         show_on_node("stopped before it had begun; queue again to begin, or to go on where it was")
         raise

@@ -31,6 +31,7 @@ WAN = Usage(
     width=832, height=480, num_frames=81, guidance_scale=5.0, shift=3.0, steps=50, sampler="euler"
 )
 HIGH_NOISE = dataclasses.replace(WAN, sigma_from=1.0, sigma_to=0.875)
+SIZES = dataclasses.replace(WAN, more_sizes=((480, 832, 81), (832, 480, 33)))
 FEW_STEP = dataclasses.replace(WAN, guidance_scale=1.0, steps=4, sampler="lcm")
 GRID = (1.0, 0.9, 0.75, 0.5, 0.0)
 GRID_50 = tuple(make_sigmas(50, 3.0).tolist())
@@ -117,14 +118,14 @@ def test_applying_showing_and_previewing_a_file_need_no_matplotlib(
     assert widths == (1024, 560)
 
 
-@pytest.mark.parametrize("usage", [WAN, HIGH_NOISE, FEW_STEP, Usage(width=832), Usage()])
+@pytest.mark.parametrize("usage", [WAN, HIGH_NOISE, FEW_STEP, SIZES, Usage(width=832), Usage()])
 def test_a_file_keeps_how_it_wants_to_be_used(usage: Usage, tmp_path: Path) -> None:
     made = make_artifact(usage=usage, weights_sketch=64 * (-0.12345,))
     artifact.save(made, tmp_path / "a.safetensors")
     assert artifact.load(tmp_path / "a.safetensors").header == made.header
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         stored = json.loads(file.metadata()["linvideo.usage"])
-    assert stored == usage.said
+    assert stored == json.loads(json.dumps(usage.said))
 
 
 ABSURD = {
@@ -137,6 +138,7 @@ ABSURD = {
     "sampler": ["", "euler\n"],
     "sigma_from": [0.9],
     "sigma_to": [0.1],
+    "more_sizes": [((832, 480),), ((832, 480, 0),), ((832, 480, "9"),), (832, 480, 9), "832x480"],
 }
 
 
@@ -145,6 +147,9 @@ def test_absurd_usage_is_refused_by_name(field: str) -> None:
     for value in ABSURD[field]:
         with pytest.raises(ArtifactError, match="usage's (sigma|" + field + ")"):
             dataclasses.replace(WAN, **{field: value})
+    for sizes in (5, [[832, 480]], [832], {"832": 480}):
+        with pytest.raises(ArtifactError, match="usage's more_sizes"):
+            Usage.parse({"more_sizes": sizes})
     with pytest.raises(ArtifactError, match="less than sigma_from"):
         Usage(sigma_from=0.5, sigma_to=0.5)
 
@@ -152,6 +157,8 @@ def test_absurd_usage_is_refused_by_name(field: str) -> None:
 def test_the_file_says_in_words_how_it_wants_to_be_used() -> None:
     facts = describe(make_artifact(usage=HIGH_NOISE))
     assert facts["video"] == "832 x 480, 81 frames"
+    several = describe(make_artifact(usage=SIZES))["video"]
+    assert several == "832 x 480, 81 frames or 480 x 832, 81 frames or 832 x 480, 33 frames"
     assert facts["sampling"] == (
         "any number of steps; made at 50 steps of euler, guidance 5, shift 3, noise levels from 1 "
         "to 0.875"
@@ -171,6 +178,8 @@ def test_a_students_usage_is_how_its_teacher_was_sampled() -> None:
         wan = dataclasses.replace(teacher, is_demo=False, latent_shape=latent_shape)
         usage = find_usage(wan, TrajectoryConfig())
         assert (usage.width, usage.height, usage.num_frames) == size
+        more = dataclasses.replace(wan, more_shapes=tuple(sizes))
+        assert find_usage(more, TrajectoryConfig()).more_sizes == tuple(sizes.values())
 
 
 @pytest.mark.parametrize(
@@ -193,6 +202,25 @@ def test_what_differs_from_a_file_is_said(changes: dict[str, Any], said: list[st
     assert len(found) == len(said)
     assert all(each.startswith(start) for each, start in zip(found, said, strict=True))
     assert find_differences(header_of(usage=Usage()), sampled, GRID_50) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "num_said"),
+    [
+        ((832, 480, 81), 0),
+        ((832, 480, 33), 0),
+        ((480, 832, 81), 0),
+        ((480, 832, 33), 1),
+        ((832, 480, 49), 1),
+    ],
+)
+def test_any_size_that_a_file_was_made_at_suits_it(
+    size: tuple[int, int, int], num_said: int
+) -> None:
+    sampled = Usage(**dict(zip(("width", "height", "num_frames"), size, strict=True)))
+    found = find_differences(header_of(usage=SIZES), sampled)
+    assert len(found) == num_said
+    assert all("made at 832 x 480, 81 frames or 480 x 832, 81" in each for each in found)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The benchmark of transfers in ComfyUI: its files, its reading of a log, rows that fail."""
 
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -120,12 +121,14 @@ def test_a_peak_is_seen_while_it_lasts() -> None:
     def read() -> int | None:
         return resident(os.getpid())
 
+    # What other tests left must not be freed in between.
+    gc.collect()
     if (before := read()) is None:
         pytest.skip("this system does not tell how much memory a process has")
     with watching(read) as peak:
-        taken = torch.ones(60_000_000, dtype=torch.uint8)
+        taken = torch.ones(200_000_000, dtype=torch.uint8)
         watched_until(lambda: (peak.gb or 0) * 2**30 > before + len(taken) // 2)
-    assert peak.gb * 2**30 > before + 30_000_000
+    assert peak.gb * 2**30 > before + 100_000_000
 
 
 def test_the_headless_transfer_has_the_settings_of_the_nodes_and_runs(tmp_path: Path) -> None:

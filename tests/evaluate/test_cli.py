@@ -106,7 +106,7 @@ def test_results_do_not_depend_on_the_batch_size(teacher: Teacher) -> None:
     for batch_size in (1, 5):
         settings = dataclasses.replace(SETTINGS, batch_size=batch_size)
         frames.append(compare(teacher, {}, settings, seed=3).frames["teacher"])
-    torch.testing.assert_close(*frames, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*(x.short() for x in frames), rtol=0, atol=1)
 
 
 def test_more_samples_begin_with_the_same_ones_and_use_every_prompt_in_turn() -> None:
@@ -153,12 +153,14 @@ def test_the_command_writes_tables_and_pictures_of_a_model_of_ones_own(
     few = ["--num-samples", "3", "--sampler-steps", "2", "--batch-size", "2", "--device", "cpu"]
     files = [str(word) for pair in own_files.items() for word in pair]
     evaluate_cli.main([*files, *size, *few, "--out", str(out)])
-    names = {"config.json", "evaluation.json", "samples.png", "samples.gif", "velocity_error.png"}
+    names = {"config.json", "evaluation.json", "README.md", "samples.png", "samples.gif"}
+    names.add("velocity_error.png")
     assert {path.name for path in out.iterdir()} == names
     rows = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     assert [row["model"] for row in rows] == ["teacher", "swapped", "student"]
     shown = capsys.readouterr().out
     assert "distance to teacher" in shown and "student" in shown
+    assert f"hf upload YOU/REPO {own_files['--artifact']}" in shown
 
 
 def distil(path: Path, out: Path, **changes: object) -> Path:

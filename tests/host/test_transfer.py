@@ -338,6 +338,23 @@ def test_a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_ask
         assert linearize(model, made)
 
 
+def test_a_model_of_ones_own_learns_from_a_pool_continues_with_it_and_keeps_no_videos() -> None:
+    need_training()
+    with own_folders() as folder:
+        model = _make_wan(folder, torch.float32)
+        usual = {"num_videos": 0, "steps": 4, "batch_size": 2}
+        unbroken = artifact.load(run(model, _wan_inputs(name="unbroken", **usual)))
+        # While videos are begun, in the warm start, and in training.
+        for moment in (5, 26, 50):
+            with _seen(lambda value, moment=moment: value >= moment):
+                assert _is_interrupted(lambda: run(model, _wan_inputs(**usual))), moment
+        continued = artifact.load(run(model, _wan_inputs(**usual)))
+        assert not list(folder.glob("**/video-*"))
+        _assert_equal(continued, unbroken)
+        kept = artifact.load(run(model, _wan_inputs(name="kept", **(usual | {"num_videos": 2}))))
+        assert list(folder.glob("**/video-*")) and kept.header.objective == "adm"
+
+
 def _start_image() -> dict[str, Tensor]:
     """Return what an image-to-video node adds to each prompt."""
     return {

@@ -210,6 +210,19 @@ def test_a_workflow_says_what_it_is_for_and_holds_nothing_stale(name: str) -> No
             assert list(node["widgets_values_named"].values()) == node["widgets_values"]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_workflow_offers_its_models_in_the_hosts_form(name: str) -> None:
+    listed = (PACK / "docs" / "files.md").read_text(encoding="utf-8")
+    for node in read(name)["nodes"]:
+        for model in node["properties"].get("models", []):
+            assert model.keys() == {"name", "url", "directory"}
+            assert model["name"] in node["widgets_values"]
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].partition("/resolve/main/")[2].endswith(model["name"])
+            # A LINVIDEO file is offered only where there is one.
+            assert node["type"] != "LinVideo" or model["url"] in listed
+
+
 def test_every_node_has_a_help_page(server: Server) -> None:
     described = server.ask("/object_info")
     nodes = {name for name in described if name.startswith("LinVideo")}

@@ -117,6 +117,6 @@ def test_maps_start_orthogonal_alike_on_both_sides_and_decided_by_the_generator(
     assert torch.equal(linear.query_map, again.query_map)
     assert not torch.equal(linear.query_map[0], linear.query_map[1])
     for head_map in linear.query_map.detach():
-        scaled = head_map * 16**0.25
+        scaled = head_map * 16**0.25 / (feature_dim / 2) ** 0.5
         product = scaled.T @ scaled if scaled.shape[0] >= scaled.shape[1] else scaled @ scaled.T
         torch.testing.assert_close(product, torch.eye(len(product)), rtol=0, atol=1e-5)

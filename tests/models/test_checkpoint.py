@@ -276,6 +276,15 @@ def test_fp8_checkpoints_are_the_model_that_they_stand_for(
         assert torch.equal(parameter, wan.get_parameter(name).bfloat16()), name
 
 
+def test_scaled_weights_of_which_one_lacks_its_scale_are_refused(
+    wan: WanModel, tmp_path: Path
+) -> None:
+    stored, _ = FP8_FORMS["scaled, first naming"](as_official(wan))
+    del stored["blocks.0.ffn.0.scale_weight"]
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.0\.weight is stored in fp8 without its"):
+        load_wan(find_single(tmp_path, stored))
+
+
 @pytest.mark.parametrize("form", [form for form in FP8_FORMS if "e5m2" not in form])
 def test_fp8_that_is_held_as_fp8_is_rounded_no_second_time(
     form: str, wan: WanModel, inputs: tuple[Tensor, ...], tmp_path: Path

@@ -147,6 +147,9 @@ def test_both_guidance_branches_of_a_prompt_have_its_image(
     latents, timesteps, _ = inputs
     prompts = teacher.prompt_embeds[torch.tensor([1, 2])]
     negatives = teacher.negatives_for(prompts)
+    several = torch.stack([torch.zeros_like(negatives[0]), teacher.negative_embeds])
+    second = dataclasses.replace(teacher, all_negatives=several)
+    assert torch.equal(second.negatives_for(prompts, torch.tensor([1, 1])), negatives)
     found = bind_guided(teacher.model, prompts, negatives, 0.0)(latents, timesteps / 1000)
     for row, prompt in enumerate((1, 2)):
         clip_embeds = images.clip_embeds
@@ -189,6 +192,12 @@ def test_images_that_do_not_fit_are_refused_by_headers(case: str, tmp_path: Path
     with pytest.raises(ValueError, match=words) as caught:
         open_teacher(config.teacher)
     assert "\n" not in str(caught.value)
+
+
+def test_images_of_one_size_are_no_use_at_others(tmp_path: Path) -> None:
+    config = image_transfer(tmp_path, make_image_model(0), make_images(1, 0))
+    with pytest.raises(ValueError, match=r"--more-sizes was given with .* images of one size"):
+        open_teacher(config.teacher, [{"width": 64, "height": 32, "num_frames": 5}])
 
 
 def test_a_text_to_video_model_takes_no_image(wan: WanModel, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class Encoder:
 
 def encode(path: Path, encoder: Encoder, texts: list[str] = TEXTS, negative: str = "no") -> bool:
     identity = identity_of(texts, negative, "letters")
-    return encode_once(path, texts, negative, encoder, identity=identity)
+    return encode_once(path, texts, negative.splitlines(), encoder, identity=identity)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -111,6 +111,18 @@ def test_what_is_read_is_what_was_encoded_bit_for_bit(dtype: torch.dtype, tmp_pa
     assert torch.equal(found.negative_embeds, Encoder(dtype=dtype)("no"))
     longest = max(map(len, TEXTS))
     assert load_file(path)["prompt_embeds"].shape == (80, longest, 2)
+
+
+def test_a_file_may_hold_several_negative_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "embeds.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        encode(path, Encoder(2), negative="no\nnever\nnot")
+    encode(path, rest := Encoder(), negative="no\nnever\nnot")
+    assert rest.asked == ["not", *TEXTS]
+    found = read_embeds(path)
+    expected = torch.stack([Encoder()(text) for text in ("no", "never", "not")])
+    assert torch.equal(found.negative_embeds, expected)
+    assert len(found.prompt_embeds) == len(TEXTS) == len(found.prompts)
 
 
 def test_the_same_words_are_not_encoded_again_and_others_are(tmp_path: Path) -> None:
@@ -149,6 +161,8 @@ def test_embeddings_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
     one = torch.zeros(2, 3, 4)
     refuse("negative_embeds", prompt_embeds=one)
     refuse(r"\[S, T\] are needed", prompt_embeds=one, negative_embeds=torch.zeros(2, 4))
+    refuse("are needed", prompt_embeds=one, negative_embeds=one[:0].clone())
+    refuse("are needed", prompt_embeds=one, negative_embeds=torch.zeros(1, 2, 3, 4))
     refuse("P >= 1", prompt_embeds=one[:0], negative_embeds=one[0].clone())
     refuse("no finite", prompt_embeds=one / 0, negative_embeds=one[0].clone())
     refuse("no finite", prompt_embeds=one.int(), negative_embeds=one[0].int())
@@ -159,7 +173,7 @@ def test_embeddings_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
             read_embeds(path)
     uneven = iter([torch.ones(4, 2), torch.ones(5, 2)])
     with pytest.raises(ValueError, match="shorten the prompt"):
-        encode_once(path, ["a"], "b", lambda text: next(uneven), identity="x")
+        encode_once(path, ["a"], ["b"], lambda text: next(uneven), identity="x")
 
 
 def test_a_missing_package_is_one_sentence_with_what_to_install(

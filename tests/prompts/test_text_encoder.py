@@ -194,6 +194,8 @@ def test_prompts_are_encoded_once_for_an_encoder_and_its_words(
     assert first.totals == {"encoding_prompts": 3}
     assert read().seen == []
     assert read(negative_prompt="still").seen
+    assert read(negative_prompt="still\n\nblurred\n").totals == {"encoding_prompts": 4}
+    assert len(read_embeds(tmp_path / EMBEDS_NAME).negative_embeds) == 2
     words.write_text("one\nthree\n")
     assert read(negative_prompt="still").seen
     assert {path.name for path in tmp_path.iterdir()} == {"words.txt", EMBEDS_NAME}

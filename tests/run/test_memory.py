@@ -261,6 +261,19 @@ def test_page_locked_blocks_count_as_what_they_really_take(
         check_transfer(checkpoint, config, "cuda", "bf16")
 
 
+def test_memory_is_that_of_the_largest_size(files: dict[str, Any]) -> None:
+    config = override(TransferConfig(), {**files, "evaluate_samples": 0, "num_trajectories": 1})
+    large = {"width": 96, "height": 64, "num_frames": 9}
+    small = {"width": 32, "height": 32, "num_frames": 1}
+
+    def count_bytes(main: dict[str, int], *others: dict[str, int]) -> int:
+        checkpoint = open_teacher(override(config.teacher, main), others)
+        return check_transfer(checkpoint, config, "cpu", "fp32").memory_bytes
+
+    assert count_bytes(small) < count_bytes(small, large) == count_bytes(large, small)
+    assert count_bytes(large) == count_bytes(large, small)
+
+
 def test_a_refused_transfer_is_told_with_which_flags_it_would_fit(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

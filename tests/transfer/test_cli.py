@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from linvideo_core import artifact
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command, to_json
 from linvideo_core.run.memory import free_bytes
@@ -147,9 +148,10 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
         "warm start": lambda: num_rows(warm_start / "metrics.jsonl") >= 8,
         "training": lambda: num_rows(training / "metrics.jsonl") >= 14,
     }
+    how = {"states": states, "levels": "even", "pool_videos": 8, "evaluate_samples": 0}
     if states == "pool":
         del moments["sampling"]
-    how = {"states": states, "levels": "even", "pool_videos": 8, "evaluate_samples": 0}
+        how["more_sizes"] = "48x32x1,32x64x5"
     argv = arguments(files, out=out, **how)
     for is_time in moments.values():
         kill_when(argv, is_time)
@@ -164,6 +166,8 @@ def test_a_transfer_killed_at_any_stage_ends_as_an_unbroken_one_bit_for_bit(
     assert expected
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+    sizes = artifact.load(out / "linearized.safetensors").header.usage.more_sizes
+    assert sizes == (((48, 32, 1), (32, 64, 5)) if states == "pool" else None)
     for stage in ("warm_start", "training"):
         left, right = (folder / stage / "metrics.jsonl" for folder in (out, unbroken))
         assert left.read_bytes() == right.read_bytes()
@@ -232,6 +236,31 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
         "--height 48 given; wan_5b.safetensors needs a multiple of 32",
     ),
     "frames off the grid": ({"num_frames": 6}, "--num-frames 6 given"),
+    "more sizes in other words": (
+        {"states": "pool", "more_sizes": "480*832"},
+        "--more-sizes '480*832' given; width x height x frames",
+    ),
+    "more sizes between patches": (
+        {"states": "pool", "more_sizes": "32x32x5,32x50x5"},
+        "--more-sizes: height 50 given; a multiple of 16",
+    ),
+    "more sizes between a 5B's patches": (
+        {"model": "wan_5b.safetensors", "height": 64, "width": 64, "states": "pool"}
+        | {"more_sizes": "48x64x5"},
+        "--more-sizes: width 48 given; wan_5b.safetensors needs a multiple of 32",
+    ),
+    "a size twice": (
+        {"states": "pool", "more_sizes": "64x32x5,64x32x5"},
+        "--more-sizes 64x32x5 given, which is there already",
+    ),
+    "more sizes of stored videos": (
+        {"states": "stored", "more_sizes": "64x32x5"},
+        "it is for the pool of a --model of your own",
+    ),
+    "more sizes of the embedded model": (
+        {**EMBEDDED, "states": "pool", "levels": "even", "more_sizes": "64x32x5"},
+        "it is for the pool of a --model of your own",
+    ),
     "an unknown objective": ({"objective": "gan"}, "gan"),
     "a rank beyond the model": (
         {"parameters": "lora", "lora_rank": 999},
@@ -328,6 +357,7 @@ EVIDENCE = {
     "samples.gif",
     "velocity_error.png",
     "evaluation.json",
+    "README.md",
 }
 
 
@@ -380,8 +410,8 @@ def test_the_comparison_can_be_left_out(
 ) -> None:
     out = tmp_path / "out"
     cli.main(arguments(files, **SHORT, evaluate_samples=0, out=out))
-    pictures = {"layer_scores.png", "losses.png"}
-    assert times(out).keys() == {"linearized.safetensors", "config.json", *pictures}
+    evidence = {"layer_scores.png", "losses.png", "README.md"}
+    assert times(out).keys() == {"linearized.safetensors", "config.json", *evidence}
     assert "samples.png" not in capsys.readouterr().out
 
 

@@ -117,6 +117,24 @@ def test_calls_and_passes_are_measured_and_leave_the_teacher_as_it_was(
     assert not list(tmp_path.iterdir())
 
 
+def test_seconds_are_a_mean_over_the_sizes_of_a_pools_videos(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    several = dataclasses.replace(teacher, more_shapes=((4, 3, 6, 4), (4, 1, 4, 4)))
+    how = {"states": "pool", "levels": "even", "pool_videos": 4, "out": tmp_path}
+    config = config_of(target=1, lora_rank=2, **how)
+    shapes: list[torch.Size] = []
+    hook = teacher.model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[1:]))
+    pace = time_run(several, config, precision="fp32")
+    hook.remove()
+    counts = [shapes.count(torch.Size(shape)) for shape in several.latent_shapes]
+    assert counts[0] == counts[1] == counts[2] > 0 and sum(counts) == len(shapes)
+    assert pace.num_trained == count_trained(teacher, config)
+    mixed = dataclasses.replace(PACE, main_call=4.0)
+    found = estimate(config_of(evaluate_samples=2), mixed, num_missing=10, disk_bytes=0)
+    assert found.sampling == 10 * 50 * 2 and found.comparing == 3 * 2 * 50 * 4
+
+
 def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, name: str, **given: Any) -> dic
     tensors = {key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}
     checkpoint = Checkpoint(path=Path("wan"), config=SIZES[name].config, tensors=tensors)
 
-    def open_teacher(config: Any) -> TeacherCheckpoint:
+    def open_teacher(config: Any, more_sizes: Any) -> TeacherCheckpoint:
         latent_shape = (16, (config.num_frames - 1) // 4 + 1, config.height // 8, config.width // 8)
         return TeacherCheckpoint(checkpoint=checkpoint, source=None, latent_shape=latent_shape)
 
@@ -82,13 +82,15 @@ def test_a_run_keeps_its_batch_on_another_card(
 ) -> None:
     given = {"device": "cuda", "out": tmp_path}
     assert settings_of(monkeypatch, "1.3b-480p", card=24, **given)["batch_size"] == 2
-    recorded = {"training": {"batch_size": 1, "accumulation": 2}}
+    training = {"batch_size": 1, "accumulation": 2, "activation_checkpointing": False}
+    recorded = {"training": training, "teacher": {"frozen_weights": {"frozen": "fp32"}}}
     (tmp_path / "config.json").write_text(json.dumps(recorded))
     found = settings_of(monkeypatch, "1.3b-480p", card=24, **given)
     assert (found["batch_size"], found["accumulation"]) == (1, 2)
+    assert (found["frozen"], found["activation_checkpointing"]) == ("fp32", False)
     # Of another quality, which another error names.
     best = settings_of(monkeypatch, "1.3b-480p", card=24, quality="best", **given)
-    assert (best["batch_size"], best["accumulation"]) == (2, 2)
+    assert best["batch_size"] * best["accumulation"] == 4
 
 
 @pytest.mark.parametrize(("card", "is_warned"), [(24, True), (48, False)])
