@@ -1,8 +1,8 @@
 """The entry to the kernels: validates, chooses a backend, runs it.
 
 Backends never import each other; `reference` defines correctness. The fused kernels are taken where
-they have computed a few tokens as the reference does, tried once for each device and shape: before
-anything depends on them, and outside of what torch.compile and autograd see.
+they have computed a few tokens as the reference does, tried once for each device and shape. Nothing
+is tried where PyTorch records what is computed, such as in a CUDA graph or by torch.compile.
 """
 
 import functools
@@ -16,7 +16,9 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import custom_ops, reference
 
@@ -135,7 +137,8 @@ def why_not_fused(
     unknown = _unknown_attention(
         head_dim, num_features // 2, dtype, feature_map == "hedgehog_joint"
     )
-    return _why_not_triton(device, unknown, ("linear_attention", head_dim, num_features, dtype, ""))
+    case = ("linear_attention", head_dim, num_features, dtype, "")
+    return _why_not_triton(device, unknown, case, is_compiling=False)
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str = "default") -> Tensor:
@@ -173,22 +176,21 @@ def _gradients(tokens: tuple[Tensor, ...], maps: tuple[Tensor, ...] = ()) -> str
     return ""
 
 
-@torch.compiler.assume_constant_result
 def _choose(backend: str, device: torch.device, unknown: str, case: _Case) -> str:
-    return _choose_once(backend, device, unknown, case)
+    return _choose_constant(backend, device, unknown, case, torch.compiler.is_compiling())
 
 
-@functools.cache
-def _choose_once(backend: str, device: torch.device, unknown: str, case: _Case) -> str:
+@torch.compiler.assume_constant_result
+def _choose_constant(
+    backend: str, device: torch.device, unknown: str, case: _Case, is_compiling: bool
+) -> str:
     """Return a backend that runs; unknown: what the kernels do not know of a shape, "" if all."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} given; one of {', '.join(BACKENDS)} is needed")
-    if backend == "reference":
-        return backend
-    if backend == "auto" and device.type == "cpu":
-        # Triton's interpreter, where it is switched on, is for tests.
+    # On a CPU, Triton's interpreter, where it is switched on, is for tests.
+    if backend == "reference" or (backend == "auto" and device.type in ("cpu", "meta")):
         return "reference"
-    reason = _why_not_triton(device, unknown, case)
+    reason = _why_not_triton(device, unknown, case, is_compiling)
     if backend == "triton" and reason:
         raise ValueError(
             f"backend 'triton' given, but {reason}: use 'auto' or 'reference', which run everywhere"
@@ -209,18 +211,46 @@ def _log_once(device: torch.device, reason: str) -> None:
         logger.info("LinVideo: linear attention on %s is computed by fused kernels", device)
 
 
-def _why_not_triton(device: torch.device, unknown: str, case: _Case) -> str:
-    """Return why no fused kernel can run here, "" where they can."""
+# Why the fused kernels failed when they were tried, "" where they did not.
+_tried: dict[tuple[torch.device, _Case], str] = {}
+
+
+def _why_not_triton(device: torch.device, unknown: str, case: _Case, is_compiling: bool) -> str:
+    """Return why no fused kernel can run here, "" where they can or cannot be tried now."""
+    if reason := _refuse_device(device) or unknown:
+        return reason
+    key = device, case
+    if key not in _tried:
+        if is_compiling or _is_recorded(device):
+            return ""
+        _tried[key] = _try_kernels(device, case)
+    return _tried[key]
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Return whether what is computed now becomes part of a CUDA graph, or is seen by a mode.
+
+    Such a mode stands fake tensors in for real ones, counts, or keeps what a checkpoint needs.
+    """
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return is_captured or _get_current_dispatch_mode() is not None
+
+
+@functools.cache
+def _refuse_device(device: torch.device) -> str:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the fused kernels are for NVIDIA's and AMD's GPUs, not for {device.type}"
     if importlib.util.find_spec("triton") is None:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         where = ", which PyTorch for ROCm comes with" if torch.version.hip else ""
         return f"Triton is not installed{where or f' (pip install {package})'}"
-    return (device.type == "cuda" and _refuse_card(device)) or unknown or _try_kernels(device, case)
+    return _refuse_card(device) if device.type == "cuda" else ""
 
 
 def _refuse_card(device: torch.device) -> str:
+    if not torch.cuda.is_available():
+        # As where fake tensors plan for another machine.
+        return "PyTorch finds no GPU"
     if torch.version.hip:
         # As "gfx942:sramecc+:xnack-".
         architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
@@ -231,12 +261,8 @@ def _refuse_card(device: torch.device) -> str:
     return ""
 
 
-@functools.cache
 def _try_kernels(device: torch.device, case: _Case) -> str:
-    """Compute a few tokens in each way; return why the fused kernels failed, "" if they did not.
-
-    A graph that is being captured can wait for no result: there the kernels only have to run.
-    """
+    """Compute a few tokens in each way; return why the fused kernels failed, "" if they did not."""
     try:
         found, expected = (_compute_few(name, device, *case) for name in custom_ops.BACKENDS)
     except torch.cuda.OutOfMemoryError:
@@ -250,8 +276,6 @@ def _try_kernels(device: torch.device, case: _Case) -> str:
                 "as apt install gcc python3-dev brings, and a folder to write to (TRITON_CACHE_DIR)"
             )
         return f"Triton fails ({said})"
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return ""
     errors = ((x - y).norm() / y.norm() for x, y in zip(found, expected, strict=True))
     is_right = all(error < _MAX_ERROR for error in errors)
     return "" if is_right else "the fused kernels give wrong numbers with this GPU and Triton"
@@ -273,7 +297,9 @@ def _compute_few(
     is_wanted = [gradients != ""] * len(shapes) + [gradients == "maps"] * 2
     shapes += [(N * D,), (2, L, D // 2)] if is_rotary else [(N, D, M // 2)] * 2
     autocast = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), autocast:
+    # Hooks that change nothing hide what is saved from those of the caller's checkpoint.
+    hidden = saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), autocast, hidden:
         inputs = [_make_numbers(shape, device) for shape in shapes]
         inputs = [x.to(dtype) if i < len(shapes) - 2 else x / D**0.5 for i, x in enumerate(inputs)]
         wanted = [x.requires_grad_() for x, is_in in zip(inputs, is_wanted, strict=True) if is_in]

@@ -1,4 +1,4 @@
-"""Where Triton cannot run: a sentence that says why, and plain PyTorch; each in its own process.
+"""Where Triton cannot run: a sentence that says why, and plain PyTorch.
 
 What a machine lacks is taken from Triton, PyTorch or the environment, never from our own code.
 """
@@ -7,28 +7,115 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-
-pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
-TRITON_CALL = """
 import torch
-from linvideo_core.kernels import linear_attention, reference
-torch.manual_seed(0)
-inputs = [torch.randn(1, 9, 2, 64) for _ in "qkv"] + [torch.randn(2, 64, 32) / 8 for _ in "qk"]
-expected = reference.linear_attention(*inputs)
-assert torch.allclose(linear_attention(*inputs), expected, atol=1e-5)
-try:
-    assert torch.allclose(linear_attention(*inputs, backend="triton"), expected, atol=1e-5)
-    print("computed")
-except ValueError as error:
-    print(error)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from linvideo_core import kernels
+
+ROOT = Path(__file__).parents[2]
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_refuse_device", kernels._refuse_device.__wrapped__)
+    monkeypatch.setattr(kernels, "_tried", {})
+
+
+def why_not() -> str:
+    return kernels.why_not_fused(GPU, 128, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("platform", "hip", "said"),
+    [
+        ("linux", None, "Triton is not installed (pip install triton)"),
+        ("win32", None, "Triton is not installed (pip install triton-windows)"),
+        ("linux", "6.4", "Triton is not installed, which PyTorch for ROCm comes with"),
+    ],
+    ids=["Linux", "Windows", "ROCm"],
+)
+def test_a_triton_that_is_not_there_is_named(
+    platform: str, hip: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert why_not() == said
+
+
+def lend_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 2080")
+
+
+def test_a_card_that_the_kernels_do_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lend_a_gpu(monkeypatch, (7, 5))
+    assert why_not() == "RTX 2080 is older than the fused kernels can use"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    card = SimpleNamespace(gcnArchName="gfx1100:sramecc-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert why_not() == "of AMD's GPUs the fused kernels know gfx942, not gfx1100"
+
+
+def test_a_pytorch_without_gpus_refuses_a_fake_tensor_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "meta"):
+        with FakeTensorMode():
+            x, w = torch.empty(1, 9, 2, 64, device=device), torch.empty(2, 64, 32, device=device)
+            assert kernels.linear_attention(x, x, x, w, w).shape == x.shape
+    assert why_not() == "PyTorch finds no GPU"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is there would compute")
+def test_nothing_is_tried_or_remembered_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lend_a_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert why_not() == ""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tried = why_not()
+    assert tried.startswith("Triton fails (")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert why_not() == tried
+
+
+# Kernels that are not interpreted, on a GPU that Triton believes in: it builds its driver for it.
+CANNOT_COMPILE = """
+import os, torch, triton
+import triton.language.extra.cuda as cuda
+from linvideo_core.kernels import why_not_fused
+
+for name in ("gdc_wait", "gdc_launch_dependents"):
+    vars(cuda).pop(name, None)
+torch.cuda.is_available = lambda: True
+os.environ["TRITON_INTERPRET"] = "1"
+
+def ask(dtype):
+    print(why_not_fused(torch.device("cpu"), 64, 64, dtype))
+
+here, triton.__version__ = triton.__version__, "3.2.0"
+ask(torch.float32)
+del os.environ["TRITON_INTERPRET"]
+triton.__version__ = here
+import linvideo_core.kernels.triton_launch
+os.environ["TRITON_INTERPRET"] = "1"
+for os.environ["CC"], dtype in (("/nonexistent", torch.float16), ("false", torch.bfloat16)):
+    ask(dtype)
 """
 
 
-def run(code: str, **environment: str) -> str:
-    """Return what a program prints, or the last line of its exception."""
+def run(code: str, **environment: str) -> list[str]:
+    """Return the lines that a program prints, or those of its exception."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
     finished = subprocess.run(
         [sys.executable, "-c", code],
@@ -38,84 +125,18 @@ def run(code: str, **environment: str) -> str:
         text=True,
         timeout=300,
     )
-    return (finished.stdout or finished.stderr).strip().splitlines()[-1]
+    return (finished.stdout or finished.stderr).strip().splitlines()
 
 
-INTERPRETED = {"TRITON_INTERPRET": "1"}
-
-
-def test_a_triton_without_dependent_launches_computes_without_them() -> None:
-    """As all before 3.4."""
-    hidden = (
-        "import triton.language.extra.cuda as cuda\n"
-        "for name in ('gdc_wait', 'gdc_launch_dependents'):\n"
-        "    vars(cuda).pop(name, None)\n"
-    )
-    assert run(hidden + TRITON_CALL, **INTERPRETED) == "computed"
-
-
-@pytest.mark.parametrize(
-    ("lacking", "said"),
-    [
-        (
-            "import sys; sys.modules['triton'] = None",
-            "Triton is not installed (pip install triton)",
-        ),
-        (
-            "import sys, linvideo_core.kernels\n"
-            "sys.modules['triton'] = None; sys.platform = 'win32'",
-            "Triton is not installed (pip install triton-windows)",
-        ),
-        (
-            "import sys, torch; sys.modules['triton'] = None; torch.version.hip = '6.4'",
-            "Triton is not installed, which PyTorch for ROCm comes with",
-        ),
-        ("import triton; triton.__version__ = '3.2.0'", "Triton 3.2.0 is installed; 3.3 or newer"),
-    ],
-    ids=["none", "none, Windows", "none, ROCm", "old"],
-)
-def test_a_triton_that_is_not_there_or_too_old_is_said(lacking: str, said: str) -> None:
-    assert said in run(f"{lacking}\n{TRITON_CALL}", **INTERPRETED)
-
-
-@pytest.mark.parametrize(
-    ("card", "said"),
-    [
-        (
-            "torch.version.hip = '6.4'\n"
-            "card = types.SimpleNamespace(gcnArchName='gfx1100:sramecc-')\n"
-            "torch.cuda.get_device_properties = lambda _: card",
-            "of AMD's GPUs the fused kernels know gfx942, not gfx1100",
-        ),
-        (
-            "torch.cuda.get_device_capability = lambda _: (7, 5)\n"
-            "torch.cuda.get_device_name = lambda _: 'RTX 2080'",
-            "RTX 2080 is older than the fused kernels can use",
-        ),
-    ],
-    ids=["AMD", "old"],
-)
-def test_a_card_that_the_kernels_do_not_know_is_named(card: str, said: str) -> None:
-    asked = (
-        "from linvideo_core.kernels import why_not_fused\n"
-        "print(why_not_fused(torch.device('cuda', 0), 128, 128, torch.bfloat16))"
-    )
-    assert run(f"import torch, types\n{card}\n{asked}") == said
-
-
-@pytest.mark.parametrize("compiler", ["/nonexistent", "false"])
-def test_a_compiler_that_is_not_there_or_fails_is_said(compiler: str, tmp_path: Path) -> None:
-    """The second is what a compiler does that finds no Python.h."""
-    # Triton believes in a GPU and builds its driver, for kernels that are not interpreted.
-    gpu = (
-        "import os, torch\n"
-        "torch.cuda.is_available = lambda: True\n"
-        "from linvideo_core.kernels import triton_launch\n"
-        "os.environ['TRITON_INTERPRET'] = '1'\n"
-    )
+def test_an_old_triton_and_a_compiler_that_is_not_there_or_fails_are_said(tmp_path: Path) -> None:
+    """A Triton before 3.4 has no dependent launches; `false` does what finds no Python.h."""
+    pytest.importorskip("triton", minversion="3.3")
     places = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_LIBCUDA_PATH": str(tmp_path)}
-    said = run(gpu + TRITON_CALL, CC=compiler, **places)
-    assert "it needs a C compiler and Python's headers" in said
+    old, *without = run(CANNOT_COMPILE, **places)
+    assert "Triton 3.2.0 is installed; 3.3 or newer is needed" in old
+    assert len(without) == 2
+    for said in without:
+        assert "it needs a C compiler and Python's headers" in said
 
 
 def test_a_pytorch_that_is_too_old_is_refused_in_a_sentence() -> None:
@@ -123,7 +144,7 @@ def test_a_pytorch_that_is_too_old_is_refused_in_a_sentence() -> None:
         "import importlib.metadata as m; m.version = lambda _: '2.4.1+cu121'; import linvideo_core"
     )
     said = "ImportError: PyTorch 2.4.1+cu121 is installed; LinVideo needs 2.5 or newer"
-    assert run(old) == said
+    assert run(old)[-1] == said
 
 
 def test_installing_the_requirements_replaces_neither_pytorch_nor_triton() -> None:
