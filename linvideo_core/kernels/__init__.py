@@ -217,7 +217,7 @@ _tried: dict[tuple[torch.device, _Case], str] = {}
 
 def _why_not_triton(device: torch.device, unknown: str, case: _Case, is_compiling: bool) -> str:
     """Return why no fused kernel can run here, "" where they can or cannot be tried now."""
-    if reason := _refuse_device(device) or unknown:
+    if reason := _refuse_device(device) or unknown or _refuse_wide(device, case):
         return reason
     key = device, case
     if key not in _tried:
@@ -258,6 +258,22 @@ def _refuse_card(device: torch.device) -> str:
             return f"of AMD's GPUs the fused kernels know {_AMD_ARCHITECTURE}, not {architecture}"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than the fused kernels can use"
+    return ""
+
+
+def _refuse_wide(device: torch.device, case: _Case) -> str:
+    """Return why a card without Hopper's tensor cores cannot hold so many features, "" if it can.
+
+    An RTX has 99 KB of shared memory, of which they take 104 and more. An A100 has enough, but its
+    threads would spill 14 KB of registers each where the maps learn.
+    """
+    _, D, M, dtype, gradients = case
+    if device.type != "cuda" or M == D or (D == 64 and dtype != torch.float32):
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] in (8, 12) and (capability != (8, 0) or gradients == "maps"):
+        name, form = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+        return f"{name} has no room for {M} features at head dim {D} in {form}"
     return ""
 
 

@@ -52,9 +52,8 @@ class Launch(NamedTuple):
     programs: int
 
 
-# Chosen on an H200, fastest first; a card with less shared memory takes a later one, and so do fp32
-# and M = 2D, which need more of it. No card below `_LARGE_BYTES` was measured: it passes over the
-# first, of which two programs would not fit or whose sums spill most (tests/kernels/test_targets).
+# Of Hopper and Blackwell's servers. Chosen on an H200, fastest first; fp32 and M = 2D, which need
+# more shared memory, take a later one.
 _LAUNCHES = {
     kind: [Launch(*row) for row in rows]
     for kind, rows in {
@@ -65,7 +64,10 @@ _LAUNCHES = {
         "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
-_LARGE_BYTES = 100 * 2**10
+# Of NVIDIA's other cards and AMD's. None of them was measured: these launches fit 99 KB of shared
+# memory and spill fewest registers (tests/kernels/test_targets.py).
+_SMALL_LAUNCHES = {kind: [Launch(32, 8, 1, 1)] for kind in _LAUNCHES}
+_SMALL_LAUNCHES["map"] = [Launch(64, 4, 1, 1)]
 _first_launch: dict[tuple[Any, ...], int] = {}
 
 
@@ -245,10 +247,11 @@ def _call(
     **settings: Any,
 ) -> Any:
     """Run a kernel with the first launch of its kind that this card has the memory for."""
-    launches = _LAUNCHES[kind]
+    is_small = not IS_INTERPRETED and not 90 <= _architecture(x.device) < 120
+    launches = (_SMALL_LAUNCHES if is_small else _LAUNCHES)[kind]
     key = (run, kind, x.device, feature_map.dtype, *feature_map.shape[1:])
     is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
-    first = _first_launch.get(key, int(is_wide or _is_small(x.device)))
+    first = _first_launch.get(key, int(is_wide and not is_small))
     for i, launch in enumerate(launches[first:], start=first):
         _first_launch[key] = i
         try:
@@ -314,18 +317,14 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
 def _can_chain(device: torch.device) -> bool:
-    if IS_INTERPRETED or not KNOWS_DEPENDENTS:
-        return False
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return KNOWS_DEPENDENTS and _architecture(device) >= 90
 
 
 @functools.cache
-def _is_small(device: torch.device) -> bool:
-    """Return whether a program has less shared memory than `_LARGE_BYTES`, as on consumer cards."""
+def _architecture(device: torch.device) -> int:
+    """Return NVIDIA's number, such as 90 of sm_90; 0 of AMD's cards and the interpreter."""
     if IS_INTERPRETED:
-        return False
-    properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
-    return properties["max_shared_mem"] < _LARGE_BYTES
+        return 0
+    target = driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0

@@ -1,9 +1,10 @@
-"""Launch the kernels on a card that is not here: Triton compiles for it, and loads nothing.
+"""Launch the kernels on cards that are not here: Triton compiles for them, and loads nothing.
 
-    python tests/kernels/target_program.py BACKEND ARCH WARP_SIZE SHARED_BYTES D M PASS
+    python tests/kernels/target_program.py '[["cuda", 86, 32, 128, 128, "bfloat16", "maps"], ...]'
 
-PASS is forward or backward, which is both. Prints JSON, a list for each kernel that fits: name,
-bytes of shared memory, bytes of stack a thread, which are spilled registers.
+Each case: backend, architecture, threads of a warp, D, M, dtype, and what has gradients: "", "maps"
+or "tokens". Prints a line of JSON for each: a list for each kernel, in which are its name, bytes of
+shared memory and bytes of stack a thread, which hold spilled registers.
 """
 
 import json
@@ -23,6 +24,9 @@ from linvideo_core.kernels import triton_launch
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 AMD_STACK = b".private_segment_fixed_size"
+# Of a thread block, in KB; NVIDIA's by architecture.
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+AMD_SHARED = 64
 loaded: list[tuple[str, int, int]] = []
 
 
@@ -45,8 +49,8 @@ class Utils:
 
     unload_module = staticmethod(lambda module: None)
 
-    def __init__(self, shared_bytes: int) -> None:
-        self._properties = {"max_shared_mem": shared_bytes}
+    def __init__(self, target: GPUTarget) -> None:
+        self._properties = {"max_shared_mem": SHARED.get(target.arch, AMD_SHARED) * 1024}
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return self._properties
@@ -59,29 +63,43 @@ class Utils:
 class Driver:
     """A card of a target, on which every launch does nothing."""
 
-    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+    get_current_stream = staticmethod(lambda device: 0)
     launcher_cls = staticmethod(lambda source, metadata: lambda *launch: None)
 
-    def __init__(self, target: GPUTarget, shared_bytes: int) -> None:
-        self.utils = Utils(shared_bytes)
-        self._target = target
+    def __init__(self, target: GPUTarget, index: int = 0) -> None:
+        self.utils = Utils(target)
+        self._target, self._index = target, index
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
+    def get_current_device(self) -> int:
+        # Triton keeps what it compiled by this number.
+        return self._index
 
-def main(backend: str, arch: str, warp_size: str, shared: str, D: str, M: str, kind: str) -> None:
-    """Launch what a training in bf16 does."""
-    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
-    driver.set_active(Driver(target, int(shared)))
-    if backend == "hip":
-        torch.version.hip = "6.4"
-    tensors: list[Any] = [torch.zeros(1, 40, 3, int(D), dtype=torch.bfloat16) for _ in "qkv"]
-    tensors += [torch.zeros(3, int(D), int(M) // 2) for _ in "qk"]
+
+def launch(D: int, M: int, dtype: torch.dtype, gradients: str) -> None:
+    """Launch what sampling or training does."""
+    tensors: list[Any] = [torch.zeros(1, 40, 3, D, dtype=dtype) for _ in "qkv"]
+    tensors += [torch.zeros(3, D, M // 2) for _ in "qk"]
     out, *states = triton_launch.forward(*tensors)
-    if kind == "backward":
-        triton_launch.backward(out, *tensors, *states, needs_map_gradients=True)
-    print(json.dumps(loaded))
+    if gradients:
+        needs = gradients == "maps"
+        triton_launch.backward(out, *tensors, *states, needs_map_gradients=needs)
+
+
+def main(cases: str) -> None:
+    """Launch each case as on a card of its own."""
+    for i, (backend, architecture, warp_size, D, M, dtype, gradients) in enumerate(
+        json.loads(cases)
+    ):
+        driver.set_active(Driver(GPUTarget(backend, architecture, warp_size), i))
+        torch.version.hip = "6.4" if backend == "hip" else None
+        triton_launch._architecture.cache_clear()
+        triton_launch._first_launch.clear()
+        loaded.clear()
+        launch(D, M, getattr(torch, dtype), gradients)
+        print(json.dumps(loaded), flush=True)
 
 
 if __name__ == "__main__":
