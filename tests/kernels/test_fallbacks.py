@@ -63,6 +63,30 @@ def test_a_card_that_the_kernels_do_not_know_is_named(monkeypatch: pytest.Monkey
     assert why_not() == "of AMD's GPUs the fused kernels know gfx942, not gfx1100"
 
 
+@pytest.mark.parametrize(
+    ("capability", "shape", "is_refused"),
+    [
+        ((8, 6), (128, 256, torch.bfloat16), True),
+        ((12, 0), (64, 128, torch.float32), True),
+        ((8, 9), (64, 128, torch.bfloat16), False),
+        ((8, 0), (128, 256, torch.bfloat16), False),
+        ((9, 0), (128, 256, torch.bfloat16), False),
+    ],
+)
+def test_a_state_that_a_card_has_no_room_for_is_refused_by_name(
+    capability: tuple[int, int],
+    shape: tuple[int, int, torch.dtype],
+    is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lend_a_gpu(monkeypatch, capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    D, M, dtype = shape
+    name = str(dtype).removeprefix("torch.")
+    said = f"RTX 2080 has no room for {M} features at head dim {D} in {name}"
+    assert kernels.why_not_fused(GPU, *shape) == (said if is_refused else "")
+
+
 def test_a_pytorch_without_gpus_refuses_a_fake_tensor_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
