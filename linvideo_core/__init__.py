@@ -21,4 +21,20 @@ Commands: `python -m linvideo_core.transfer`, `.distill`, `.evaluate`. From a ch
 `python -m research.ablations`, `research.evaluation_record`, `research.demo_model.train`.
 """
 
+import importlib.metadata
+
 __version__ = "0.2.0"
+
+_OLDEST_TORCH = (2, 5)
+
+
+def _check_torch() -> None:
+    """Raise ImportError, in one sentence, for a PyTorch that is too old."""
+    # Asked of the package's record: to import it takes seconds, which `--help` would wait for.
+    found = importlib.metadata.version("torch")
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TORCH:
+        needed = ".".join(map(str, _OLDEST_TORCH))
+        raise ImportError(f"PyTorch {found} is installed; LinVideo needs {needed} or newer")
+
+
+_check_torch()

@@ -1,17 +1,24 @@
 """The entry to the kernels: validates, chooses a backend, runs it.
 
-Backends never import each other; `reference` defines correctness.
+Backends never import each other; `reference` defines correctness. The fused kernels are taken where
+they have computed a few tokens as the reference does, tried once for each device and shape. Nothing
+is tried where PyTorch records what is computed, such as in a CUDA graph or by torch.compile.
 """
 
 import functools
 import importlib.util
 import logging
+import math
 import os
+import subprocess
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import custom_ops, reference
 
@@ -28,6 +35,11 @@ SOFTMAX_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 """Name -> PyTorch's kernel of softmax attention; by default PyTorch chooses one."""
+
+# Compiled for gfx1100, each thread spills 2 to 7 KB of its registers.
+_AMD_ARCHITECTURE = "gfx942"
+# Of a few tokens by the fused kernels, in any dtype: what is right in bf16 is within 0.04.
+_MAX_ERROR = 0.1
 
 # How PyTorch says that the one kernel it may use cannot compute these tensors.
 _REFUSALS = ("No available kernel", "No viable backend")
@@ -51,7 +63,7 @@ def linear_attention(
     feature_map: "hedgehog", softmax(x W) ++ softmax(-x W), or "hedgehog_joint", one softmax over
         all M features of x W ++ -x W, which the reference alone computes.
     backend: "triton" (fused kernels), "reference" (plain PyTorch), or "auto", which takes Triton
-        on an NVIDIA GPU that can run it and says so once in the log.
+        on a GPU that it can be run on; the log says once what computes, and why not Triton.
 
     Returns [B, L, N, D] in value's dtype; the gradient reaches all five tensors.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
@@ -62,10 +74,11 @@ def linear_attention(
         raise ValueError(f"feature_map {feature_map!r} given; one of {known} is needed")
     D, half = query_map.shape[1:]
     is_joint = feature_map == "hedgehog_joint"
-    unknown = _unknown_attention(D, 2 * half, value.dtype)
-    if is_joint:
-        unknown = "the fused kernels know the feature map 'hedgehog' alone"
-    chosen = _choose(backend, query.device, unknown)
+    gradients = _gradients((query, key, value), (query_map, key_map))
+    case = ("linear_attention", D, 2 * half, value.dtype, gradients)
+    chosen = _choose(
+        backend, query.device, _unknown_attention(D, half, value.dtype, is_joint), case
+    )
     return custom_ops.linear_attention(query, key, value, query_map, key_map, chosen, is_joint)[0]
 
 
@@ -97,14 +110,35 @@ def norm_rotary(
             f"weight {list(weight.shape)} and rotary {list(rotary.shape)} given; [{width}] and "
             f"[2, {L}, {D // 2}] are expected"
         )
-    if _choose(backend, x.device, _unknown_rotary(D, x.dtype)) == "reference":
+    case = ("norm_rotary", D, D, x.dtype, _gradients((x,)))
+    if _choose(backend, x.device, _unknown_rotary(D, x.dtype), case) == "reference":
         return reference.norm_rotary(x, weight, rotary, num_heads, eps)
     return custom_ops.norm_rotary(x, weight, rotary, num_heads, eps)
 
 
 def is_norm_rotary_fused(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
     """Return whether `norm_rotary` with backend "auto" runs as one kernel there."""
-    return _choose("auto", device, _unknown_rotary(head_dim, dtype)) == "triton"
+    case = ("norm_rotary", head_dim, head_dim, dtype, "")
+    return _choose("auto", device, _unknown_rotary(head_dim, dtype), case) == "triton"
+
+
+def why_not_fused(
+    device: torch.device,
+    head_dim: int,
+    num_features: int,
+    dtype: torch.dtype,
+    *,
+    feature_map: str = "hedgehog",
+) -> str:
+    """Return why `linear_attention` with backend "auto" leaves the fused kernels there, or "".
+
+    head_dim, num_features: D and M; dtype: value's.
+    """
+    unknown = _unknown_attention(
+        head_dim, num_features // 2, dtype, feature_map == "hedgehog_joint"
+    )
+    case = ("linear_attention", head_dim, num_features, dtype, "")
+    return _why_not_triton(device, unknown, case, is_compiling=False)
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str = "default") -> Tensor:
@@ -130,46 +164,181 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str = "
         ) from error
 
 
+# Kernel, D, M, dtype, and what has gradients: "", "tokens" or "maps" and tokens.
+_Case = tuple[str, int, int, torch.dtype, str]
+
+
+def _gradients(tokens: tuple[Tensor, ...], maps: tuple[Tensor, ...] = ()) -> str:
+    if torch.is_grad_enabled():
+        for name, tensors in (("maps", maps), ("tokens", tokens)):
+            if any(x.requires_grad for x in tensors):
+                return name
+    return ""
+
+
+def _choose(backend: str, device: torch.device, unknown: str, case: _Case) -> str:
+    return _choose_constant(backend, device, unknown, case, torch.compiler.is_compiling())
+
+
 @torch.compiler.assume_constant_result
-def _choose(backend: str, device: torch.device, unknown: str) -> str:
-    return _choose_once(backend, device, unknown)
-
-
-@functools.cache
-def _choose_once(backend: str, device: torch.device, unknown: str) -> str:
+def _choose_constant(
+    backend: str, device: torch.device, unknown: str, case: _Case, is_compiling: bool
+) -> str:
     """Return a backend that runs; unknown: what the kernels do not know of a shape, "" if all."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} given; one of {', '.join(BACKENDS)} is needed")
-    if backend == "reference":
-        return backend
-    reason = _why_not_triton(device) or unknown
+    # On a CPU, Triton's interpreter, where it is switched on, is for tests.
+    if backend == "reference" or (backend == "auto" and device.type in ("cpu", "meta")):
+        return "reference"
+    reason = _why_not_triton(device, unknown, case, is_compiling)
     if backend == "triton" and reason:
         raise ValueError(
             f"backend 'triton' given, but {reason}: use 'auto' or 'reference', which run everywhere"
         )
-    if backend == "auto" and not reason and (device.type != "cuda" or torch.version.hip):
-        reason = f"the fused kernels are not tried on {'AMD' if torch.version.hip else device.type}"
-    chosen = "reference" if reason else "triton"
-    logger.info(
-        "linear attention on %s: %s", device, f"{chosen}, as {reason}" if reason else chosen
-    )
-    return chosen
+    _log_once(device, reason)
+    return "reference" if reason else "triton"
 
 
-def _why_not_triton(device: torch.device) -> str:
-    """Return why no fused kernel can run here, "" where they can."""
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+@functools.cache
+def _log_once(device: torch.device, reason: str) -> None:
+    if reason:
+        logger.warning(
+            "LinVideo: linear attention on %s is computed by plain PyTorch, which takes longer: %s",
+            device,
+            reason,
+        )
+    else:
+        logger.info("LinVideo: linear attention on %s is computed by fused kernels", device)
+
+
+# Why the fused kernels failed when they were tried, "" where they did not.
+_tried: dict[tuple[torch.device, _Case], str] = {}
+
+
+def _why_not_triton(device: torch.device, unknown: str, case: _Case, is_compiling: bool) -> str:
+    """Return why no fused kernel can run here, "" where they can or cannot be tried now."""
+    if reason := _refuse_device(device) or unknown or _refuse_wide(device, case):
+        return reason
+    key = device, case
+    if key not in _tried:
+        if is_compiling or _is_recorded(device):
+            return ""
+        _tried[key] = _try_kernels(device, case)
+    return _tried[key]
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Return whether what is computed now becomes part of a CUDA graph, or is seen by a mode.
+
+    Such a mode stands fake tensors in for real ones, counts, or keeps what a checkpoint needs.
+    """
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return is_captured or _get_current_dispatch_mode() is not None
+
+
+@functools.cache
+def _refuse_device(device: torch.device) -> str:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the fused kernels are for NVIDIA's and AMD's GPUs, not for {device.type}"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type != "cuda" and not is_interpreted:
-        return f"Triton cannot run on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        where = ", which PyTorch for ROCm comes with" if torch.version.hip else ""
+        return f"Triton is not installed{where or f' (pip install {package})'}"
+    return _refuse_card(device) if device.type == "cuda" else ""
+
+
+def _refuse_card(device: torch.device) -> str:
+    if not torch.cuda.is_available():
+        # As where fake tensors plan for another machine.
+        return "PyTorch finds no GPU"
+    if torch.version.hip:
+        # As "gfx942:sramecc+:xnack-".
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if architecture != _AMD_ARCHITECTURE:
+            return f"of AMD's GPUs the fused kernels know {_AMD_ARCHITECTURE}, not {architecture}"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than the fused kernels can use"
     return ""
 
 
-def _unknown_attention(D: int, M: int, dtype: torch.dtype) -> str:
-    if D not in HEAD_DIMS or M not in [ratio * D for ratio in FEATURE_RATIOS]:
+def _refuse_wide(device: torch.device, case: _Case) -> str:
+    """Return why a card without Hopper's tensor cores cannot hold so many features, "" if it can.
+
+    An RTX has 99 KB of shared memory, of which they take 104 and more. An A100 has enough, but its
+    threads would spill 14 KB of registers each where the maps learn.
+    """
+    _, D, M, dtype, gradients = case
+    if device.type != "cuda" or M == D or (D == 64 and dtype != torch.float32):
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] in (8, 12) and (capability != (8, 0) or gradients == "maps"):
+        name, form = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+        return f"{name} has no room for {M} features at head dim {D} in {form}"
+    return ""
+
+
+def _try_kernels(device: torch.device, case: _Case) -> str:
+    """Compute a few tokens in each way; return why the fused kernels failed, "" if they did not."""
+    try:
+        found, expected = (_compute_few(name, device, *case) for name in custom_ops.BACKENDS)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        said = f"{type(error).__name__}: {lines[0]}"
+        if isinstance(error, OSError | subprocess.CalledProcessError) or "C compiler" in said:
+            return (
+                f"Triton cannot compile ({said}); it needs a C compiler and Python's headers, such "
+                "as apt install gcc python3-dev brings, and a folder to write to (TRITON_CACHE_DIR)"
+            )
+        return f"Triton fails ({said})"
+    errors = ((x - y).norm() / y.norm() for x, y in zip(found, expected, strict=True))
+    is_right = all(error < _MAX_ERROR for error in errors)
+    return "" if is_right else "the fused kernels give wrong numbers with this GPU and Triton"
+
+
+def _compute_few(
+    backend: str,
+    device: torch.device,
+    kernel: str,
+    D: int,
+    M: int,
+    dtype: torch.dtype,
+    gradients: str,
+) -> list[Tensor]:
+    """Return what a kernel gives for a few tokens, then the gradients asked for, all in fp32."""
+    L, N = 17, 2
+    is_rotary = kernel == "norm_rotary"
+    shapes = [(1, L, N * D)] if is_rotary else [(1, L, N, D)] * 3
+    is_wanted = [gradients != ""] * len(shapes) + [gradients == "maps"] * 2
+    shapes += [(N * D,), (2, L, D // 2)] if is_rotary else [(N, D, M // 2)] * 2
+    autocast = torch.autocast(device.type, enabled=False)
+    # Hooks that change nothing hide what is saved from those of the caller's checkpoint.
+    hidden = saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), autocast, hidden:
+        inputs = [_make_numbers(shape, device) for shape in shapes]
+        inputs = [x.to(dtype) if i < len(shapes) - 2 else x / D**0.5 for i, x in enumerate(inputs)]
+        wanted = [x.requires_grad_() for x, is_in in zip(inputs, is_wanted, strict=True) if is_in]
+        if not is_rotary:
+            out = custom_ops.linear_attention(*inputs, backend)[0]
+        elif backend == "triton":
+            out = custom_ops.norm_rotary(*inputs, N, 1e-6)
+        else:
+            out = reference.norm_rotary(*inputs, N, 1e-6)
+        found = torch.autograd.grad(out.float().square().sum(), wanted) if wanted else ()
+        return [x.detach().float() for x in (out, *found)]
+
+
+def _make_numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers from -1 to 1 without order, drawn by no generator: the seed is the user's."""
+    numbers = torch.arange(math.prod(shape), device=device)
+    return (numbers * numbers % 1009 / 504.5 - 1).view(shape)
+
+
+def _unknown_attention(D: int, half: int, dtype: torch.dtype, is_joint: bool) -> str:
+    if is_joint:
+        return "the fused kernels know the feature map 'hedgehog' alone"
+    if D not in HEAD_DIMS or 2 * half not in [ratio * D for ratio in FEATURE_RATIOS]:
         return f"the fused kernels know head dims {HEAD_DIMS} and as many or twice as many features"
     # In fp32 the products' parts of wider heads exceed the shared memory of every card.
     if dtype == torch.float64 or (dtype == torch.float32 and D > 64):

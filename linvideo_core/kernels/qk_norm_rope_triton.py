@@ -98,7 +98,7 @@ def forward(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int, eps: floa
     out = torch.empty(B, L, num_heads, D, dtype=x.dtype, device=x.device)
     _forward[L, B](
         x, weight.contiguous(), rotary, out, *x.stride()[:2], *rotary.stride(), L, num_heads, eps,
-        _heads_of_tile(num_heads, D), D, num_warps=4,
+        _heads_of_tile(num_heads, D), D, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -110,7 +110,7 @@ def backward(upstream: Tensor, x: Tensor, weight: Tensor, rotary: Tensor, eps: f
     _backward[L, B](
         upstream, x, weight.contiguous(), rotary, dx,
         *upstream.stride()[:3], *x.stride()[:2], *rotary.stride(), L, N, eps,
-        _heads_of_tile(N, D), D, num_warps=4,
+        _heads_of_tile(N, D), D, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
 

@@ -30,9 +30,17 @@ import os
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Triton < 3.4 has no dependent launch: one kernel after another is as right
+    gdc_launch_dependents = gdc_wait = None
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
+    raise ImportError(f"Triton {triton.__version__} is installed; 3.3 or newer is needed")
+
+KNOWS_DEPENDENTS = gdc_wait is not None
+IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Weights that add up to less have no mean. Their inverse may be multiplied by any value.
@@ -80,14 +88,14 @@ def _store_matrix(p_x, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _dot(left, right, total, PRECISION: tl.constexpr):
-    if _IS_INTERPRETED:  # numpy has no bf16
+    if IS_INTERPRETED:  # numpy has no bf16
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit
 def _product(left, right, PRECISION: tl.constexpr):
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision=PRECISION)
 

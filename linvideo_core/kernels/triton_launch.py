@@ -11,9 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from .triton_kernels import (
+    IS_INTERPRETED,
+    KNOWS_DEPENDENTS,
     add_map_gradients_kernel,
     add_splits_kernel,
     backward_key_kernel,
@@ -49,8 +52,8 @@ class Launch(NamedTuple):
     programs: int
 
 
-# Chosen on an H200, fastest first; a card with less shared memory takes a later one, and so do fp32
-# and M = 2D, which need more of it.
+# Of Hopper and Blackwell's servers. Chosen on an H200, fastest first; fp32 and M = 2D, which need
+# more shared memory, take a later one.
 _LAUNCHES = {
     kind: [Launch(*row) for row in rows]
     for kind, rows in {
@@ -61,6 +64,11 @@ _LAUNCHES = {
         "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
+# Of NVIDIA's other cards, then AMD's, whose warps are twice as wide. None was measured: these
+# launches fit 99 KB of shared memory and spill fewest registers (tests/kernels/test_targets.py).
+_SMALL_LAUNCHES = {kind: [Launch(32, 8, 1, 1)] for kind in _LAUNCHES}
+_SMALL_LAUNCHES["map"] = [Launch(64, 4, 1, 1)]
+_AMD_LAUNCHES = {kind: [Launch(32, 4, 1, 1)] for kind in _LAUNCHES}
 _first_launch: dict[tuple[Any, ...], int] = {}
 
 
@@ -118,7 +126,7 @@ def _add_map_gradients(
     gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in maps)
     add_map_gradients_kernel[D * H // _TILE, N, 2](
         *parts, *gradients, B, parts[0].shape[2], parts[1].shape[2], D * H, _TILE,
-        num_warps=4, **_chain(parts[0].device),
+        num_warps=4, **_options(parts[0].device),
     )  # fmt: skip
     return gradients
 
@@ -149,14 +157,14 @@ def _run_reduce(
         x, y, rows, feature_map, counts, state_parts, sum_parts,
         *x.stride()[:3], *y.stride()[:3], L, split_length, N,
         D, H, launch.tokens, triton_features, _precision(feature_map), is_query,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(x.device, is_query),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(x.device, is_query),
     )  # fmt: skip
     states = torch.empty(B, N, 2 * H, D, dtype=features, device=x.device)
     sums = _fp32(x, B, N, 2 * H)
     add_splits_kernel[2 * H // _ROWS, B * N](
         state_parts, sum_parts, counts, states, sums,
         num_keys if is_query else L, splits, 2 * H, D, _ROWS, is_query,
-        num_warps=4, **_chain(x.device, is_query),
+        num_warps=4, **_options(x.device, is_query),
     )  # fmt: skip
     return states, sums
 
@@ -177,7 +185,7 @@ def _run_map(
         x, feature_map, states, normaliser if is_query else states, out,
         *x.stride()[:3], *out.stride()[:3], L, split_length, N,
         D, feature_map.shape[2], launch.tokens, _precision(feature_map), is_query,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(x.device, not is_query),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(x.device, not is_query),
     )  # fmt: skip
 
 
@@ -203,7 +211,7 @@ def _run_backward_query(
         query, upstream, query_map, means, normaliser, dquery, rows, parts,
         *query.stride()[:3], *upstream.stride()[:3], *dquery.stride()[:3], L, split_length, N,
         D, query_map.shape[2], launch.tokens, _precision(query_map), needs_map_gradient,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(query.device),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(query.device),
     )  # fmt: skip
     return dquery, rows, parts
 
@@ -226,7 +234,7 @@ def _run_backward_key(
         key, value, key_map, states, sums, dkey, parts,
         *key.stride()[:3], *value.stride()[:3], *dkey.stride()[:3], L, split_length, N,
         D, key_map.shape[2], launch.tokens, _precision(key_map), needs_map_gradient,
-        num_warps=launch.warps, num_stages=launch.stages, **_chain(key.device),
+        num_warps=launch.warps, num_stages=launch.stages, **_options(key.device),
     )  # fmt: skip
     return dkey, parts
 
@@ -240,10 +248,10 @@ def _call(
     **settings: Any,
 ) -> Any:
     """Run a kernel with the first launch of its kind that this card has the memory for."""
-    launches = _LAUNCHES[kind]
+    launches = _launches(x.device, feature_map.dtype)[kind]
     key = (run, kind, x.device, feature_map.dtype, *feature_map.shape[1:])
     is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
-    first = _first_launch.get(key, int(is_wide))
+    first = _first_launch.get(key, int(is_wide and len(launches) > 1))
     for i, launch in enumerate(launches[first:], start=first):
         _first_launch[key] = i
         try:
@@ -254,18 +262,34 @@ def _call(
     raise AssertionError("the last launch either returns or raises")
 
 
-def _chain(device: torch.device, is_backward: bool = True) -> dict[str, bool]:
-    """Return how a kernel is launched: in backward as a dependent of the one before.
+def _launches(device: torch.device, dtype: torch.dtype) -> dict[str, list[Launch]]:
+    """Return a card's launches by their kind."""
+    architecture = _architecture(device)
+    # In fp32 Blackwell's servers spill 10 KB a thread with the launches that were chosen on Hopper.
+    is_as_hopper = 90 <= architecture < (100 if dtype == torch.float32 else 120)
+    if IS_INTERPRETED or is_as_hopper:
+        return _LAUNCHES
+    return _SMALL_LAUNCHES if architecture else _AMD_LAUNCHES
 
-    Forward's three are not chained: on an H200 they took 2 % longer with 12 heads.
+
+def _options(device: torch.device, is_backward: bool = True) -> dict[str, bool]:
+    """Return how a kernel is compiled and launched: in backward as a dependent of the one before.
+
+    Forward's three are not chained: on an H200 they took 2 % longer with 12 heads. Products and
+    sums are fused into one instruction, which Triton 3.10 no longer does unless it is told.
     """
     is_chained = is_backward and _can_chain(device)
-    return {"IS_CHAINED": is_chained, **({"launch_pdl": True} if is_chained else {})}
+    chain = {"launch_pdl": True} if is_chained else {}
+    return {"IS_CHAINED": is_chained, "enable_fp_fusion": True, **chain}
 
 
 def _precision(feature_map: Tensor) -> str:
-    """Return how products of fp32 are made: on tensor cores, in three parts, exact to 1e-6."""
-    return "tf32x3" if feature_map.dtype == torch.float32 else "tf32"
+    """Return how products of fp32 are made: on tensor cores, in three parts, exact to 1e-6.
+
+    AMD's have no such parts, and those of narrower dtypes are what they are.
+    """
+    is_split = feature_map.dtype == torch.float32 and not torch.version.hip
+    return "tf32x3" if is_split else "ieee"
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:
@@ -303,7 +327,14 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
 def _can_chain(device: torch.device) -> bool:
-    is_nvidia = device.type == "cuda" and not torch.version.hip
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return KNOWS_DEPENDENTS and _architecture(device) >= 90
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """Return NVIDIA's number, such as 90 of sm_90; 0 of AMD's cards and the interpreter."""
+    if IS_INTERPRETED:
+        return 0
+    target = driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0

@@ -14,12 +14,14 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from comfy_execution.utils import get_executing_context
 from torch import nn
 
 from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage, check
 from ...linvideo_core.artifact.summary import find_differences, title
+from ...linvideo_core.kernels import why_not_fused
 from ...linvideo_core.models import attention_sites
 from ...linvideo_core.models.base_weights import WeightsMatch
 from .families import host_family, pixels_of
@@ -64,6 +66,8 @@ def linearize(
     if match.kind == "other":
         logger.warning("LinVideo: %s", match)
     report = Report(artifact.header, match, strength, keep_first_steps, node_id)
+    dtype = getattr(model.model, "manual_cast_dtype", None) or model.model_dtype()
+    report.add_kernel(model.load_device, sites[0].head_dim, dtype)
 
     linearized = model.clone()
     must_rest = keep_first_steps > 0
@@ -155,6 +159,13 @@ class Report:
         self._node_id = node_id
         self._prompt_id: str | None = None
         self._sampled: dict[str, None] = {}
+
+    def add_kernel(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> None:
+        """Say why fused kernels will not compute a linear layer; a CPU has none."""
+        form = {"feature_map": self.header.feature_map}
+        reason = why_not_fused(device, head_dim, self.header.feature_dim, dtype, **form)
+        if reason and device.type != "cpu":
+            self._lines.append(f"plain PyTorch computes the linear layers, more slowly: {reason}")
 
     @property
     def text(self) -> str:

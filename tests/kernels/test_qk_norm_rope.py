@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from linvideo_core.kernels import norm_rotary
 from linvideo_core.kernels.custom_ops import norm_rotary as fused
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),

@@ -3,6 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter, which rounds to bf16 towards zero.
 """
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -14,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from linvideo_core import kernels
 from linvideo_core.kernels import custom_ops, linear_attention, reference
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),
@@ -268,6 +270,51 @@ def test_it_compiles_as_one_graph_and_once(backend: str, device: str) -> None:
     assert frames.frame_count == 1
 
 
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> dict[object, str]:
+    """What the trials of the kernels found, as in a process that is new."""
+    monkeypatch.setattr(kernels, "_tried", {})
+    return kernels._tried
+
+
+@pytest.mark.parametrize("recorder", ["fake tensors", "torch.compile", "kept for a checkpoint"])
+def test_nothing_is_tried_where_pytorch_records_what_is_computed(
+    recorder: str, tried: dict[object, str], device: str
+) -> None:
+    def attend(*inputs: Tensor) -> Tensor:
+        return linear_attention(*inputs, backend="triton")
+
+    inputs = make_inputs(9, 9, device=device)
+    if recorder == "fake tensors":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert attend(*map(mode.from_tensor, inputs)).shape == inputs[0].shape
+    elif recorder == "torch.compile":
+        torch._dynamo.reset()
+        torch.compile(attend, backend="aot_eager", fullgraph=True)(*inputs)
+    else:
+        kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mul.Tensor])
+        checkpoint(attend, *inputs, use_reentrant=False, context_fn=kept).sum().backward()
+    assert not tried
+    attend(*inputs)
+    assert list(tried.values()) == [""]
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_a_trial_within_a_checkpoint_leaves_its_gradients(
+    is_reentrant: bool, tried: dict[object, str], device: str
+) -> None:
+    def attend(*inputs: Tensor) -> Tensor:
+        return linear_attention(*inputs, backend="triton")
+
+    inputs = make_inputs(9, 9, device=device)
+    checkpoint(attend, *inputs, use_reentrant=is_reentrant).square().sum().backward()
+    assert len(tried) == 1 + is_reentrant
+    plain = make_inputs(9, 9, device=device)
+    attend(*plain).square().sum().backward()
+    for x, y in zip(inputs, plain, strict=True):
+        assert torch.equal(x.grad, y.grad)
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_recomputed_activations_and_autocast_change_nothing(backend: str, device: str) -> None:
     def gradients(*, recompute: bool, autocast: bool) -> list[Tensor]:
@@ -297,13 +344,15 @@ def test_queries_in_fp32_beside_values_in_bf16_are_taken(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_it() -> None:
+def test_a_cuda_graph_replays_it(tried: dict[object, str]) -> None:
     inputs = make_inputs(500, 500, dtype=torch.bfloat16, device="cuda")
     inputs = [x.detach() for x in inputs]
     expected = linear_attention(*inputs)
+    tried.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = linear_attention(*inputs)
+    assert not tried
     output.zero_()
     graph.replay()
     assert torch.equal(output, expected)

@@ -1,0 +1,177 @@
+"""Where Triton cannot run: a sentence that says why, and plain PyTorch.
+
+What a machine lacks is taken from Triton, PyTorch or the environment, never from our own code.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from linvideo_core import kernels
+
+ROOT = Path(__file__).parents[2]
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_refuse_device", kernels._refuse_device.__wrapped__)
+    monkeypatch.setattr(kernels, "_tried", {})
+
+
+def why_not() -> str:
+    return kernels.why_not_fused(GPU, 128, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("platform", "hip", "said"),
+    [
+        ("linux", None, "Triton is not installed (pip install triton)"),
+        ("win32", None, "Triton is not installed (pip install triton-windows)"),
+        ("linux", "6.4", "Triton is not installed, which PyTorch for ROCm comes with"),
+    ],
+    ids=["Linux", "Windows", "ROCm"],
+)
+def test_a_triton_that_is_not_there_is_named(
+    platform: str, hip: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert why_not() == said
+
+
+def lend_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 2080")
+
+
+def test_a_card_that_the_kernels_do_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lend_a_gpu(monkeypatch, (7, 5))
+    assert why_not() == "RTX 2080 is older than the fused kernels can use"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    card = SimpleNamespace(gcnArchName="gfx1100:sramecc-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert why_not() == "of AMD's GPUs the fused kernels know gfx942, not gfx1100"
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape", "is_refused"),
+    [
+        ((8, 6), (128, 256, torch.bfloat16), True),
+        ((12, 0), (64, 128, torch.float32), True),
+        ((8, 9), (64, 128, torch.bfloat16), False),
+        ((8, 0), (128, 256, torch.bfloat16), False),
+        ((9, 0), (128, 256, torch.bfloat16), False),
+    ],
+)
+def test_a_state_that_a_card_has_no_room_for_is_refused_by_name(
+    capability: tuple[int, int],
+    shape: tuple[int, int, torch.dtype],
+    is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lend_a_gpu(monkeypatch, capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    D, M, dtype = shape
+    name = str(dtype).removeprefix("torch.")
+    said = f"RTX 2080 has no room for {M} features at head dim {D} in {name}"
+    assert kernels.why_not_fused(GPU, *shape) == (said if is_refused else "")
+
+
+def test_a_pytorch_without_gpus_refuses_a_fake_tensor_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "meta"):
+        with FakeTensorMode():
+            x, w = torch.empty(1, 9, 2, 64, device=device), torch.empty(2, 64, 32, device=device)
+            assert kernels.linear_attention(x, x, x, w, w).shape == x.shape
+    assert why_not() == "PyTorch finds no GPU"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that is there would compute")
+def test_nothing_is_tried_or_remembered_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lend_a_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert why_not() == ""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tried = why_not()
+    assert tried.startswith("Triton fails (")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert why_not() == tried
+
+
+# Kernels that are not interpreted, on a GPU that Triton believes in: it builds its driver for it.
+CANNOT_COMPILE = """
+import os, torch, triton
+import triton.language.extra.cuda as cuda
+from linvideo_core.kernels import why_not_fused
+
+for name in ("gdc_wait", "gdc_launch_dependents"):
+    vars(cuda).pop(name, None)
+torch.cuda.is_available = lambda: True
+os.environ["TRITON_INTERPRET"] = "1"
+
+def ask(dtype):
+    print(why_not_fused(torch.device("cpu"), 64, 64, dtype))
+
+here, triton.__version__ = triton.__version__, "3.2.0"
+ask(torch.float32)
+del os.environ["TRITON_INTERPRET"]
+triton.__version__ = here
+import linvideo_core.kernels.triton_launch
+os.environ["TRITON_INTERPRET"] = "1"
+for os.environ["CC"], dtype in (("/nonexistent", torch.float16), ("false", torch.bfloat16)):
+    ask(dtype)
+"""
+
+
+def run(code: str, **environment: str) -> list[str]:
+    """Return the lines that a program prints, or those of its exception."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return (finished.stdout or finished.stderr).strip().splitlines()
+
+
+def test_an_old_triton_and_a_compiler_that_is_not_there_or_fails_are_said(tmp_path: Path) -> None:
+    """A Triton before 3.4 has no dependent launches; `false` does what finds no Python.h."""
+    pytest.importorskip("triton", minversion="3.3")
+    places = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    old, *without = run(CANNOT_COMPILE, **places)
+    assert "Triton 3.2.0 is installed; 3.3 or newer is needed" in old
+    assert len(without) == 2
+    for said in without:
+        assert "it needs a C compiler and Python's headers" in said
+
+
+def test_a_pytorch_that_is_too_old_is_refused_in_a_sentence() -> None:
+    old = (
+        "import importlib.metadata as m; m.version = lambda _: '2.4.1+cu121'; import linvideo_core"
+    )
+    said = "ImportError: PyTorch 2.4.1+cu121 is installed; LinVideo needs 2.5 or newer"
+    assert run(old)[-1] == said
+
+
+def test_installing_the_requirements_replaces_neither_pytorch_nor_triton() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert "torch" in lines
+    assert not [line for line in lines if "triton" in line.partition("#")[0]]
