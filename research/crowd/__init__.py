@@ -1,0 +1,17 @@
+"""`crowd`, the larger embedded model of research: textured sprites that pass behind a bar.
+
+    clips     the training data: scenes drawn by chance, rendered on any device, and their latents
+    captions  what a scene is called in words, and its prompt embeddings
+    fitting   one training loop with a time limit, for judge and teacher
+    judge     a network that answers a caption's questions about a clip
+    train     the teacher, a small Wan, and its files of prompts
+    tracks    exact measures: where sprites go, and whether their textures come back
+    evaluate  compares the teacher with LINVIDEO files that were made from it
+
+From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's own take N GPUs:
+    python -m research.crowd.judge --minutes 1
+    python -m research.crowd.train --minutes 9 --compile
+    python -m linvideo_core.transfer --model runs/crowd/model.safetensors \
+        --prompts runs/crowd/prompts.safetensors --num-frames 61 --height 256 --width 256 --shift 5
+    python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors
+"""

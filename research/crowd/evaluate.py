@@ -1,0 +1,299 @@
+"""Compare the teacher with LINVIDEO files that were made from it, beside rendered clips.
+
+    python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors
+    torchrun --nproc-per-node 4 -m research.crowd.evaluate --num-samples 2000
+Every model samples the same captions, which no training has seen. `teacher` and the students start
+from the same noise, `teacher_other` from other noise; `real` are rendered clips, `real_other` are
+others of the same captions. So of the columns
+    frechet_teacher   is to `teacher_other`, unpaired; the teacher's own is the floor
+    frechet_real      is to `real_other`, unpaired; that of `real` is the floor
+    fidelity, paired_frechet   are to `teacher`, of the same noise
+    temporal_spectrum_db       is to `teacher_other`
+    object ... pan, found, recall, position_error, speed_error   are of single videos: see `judge`
+        and `tracks`; those of `real` are the best that these measures give
+Repeating the command continues where it stopped; what was measured of a file is used again.
+"""
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from benchmarks.record import show_rows, write_record
+from linvideo_core import artifact
+from linvideo_core.evaluate import metrics
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.evaluate.sampler import draw_prompts
+from linvideo_core.evaluate.videos import save_strip
+from linvideo_core.flow import bind_guided, make_sigmas, sample_euler
+from linvideo_core.run.config import option, parse, run_command, to_flags
+from linvideo_core.run.context import Run
+from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.files import write_tensors
+from linvideo_core.run.folder import open_run
+from linvideo_core.run.process_group import ProcessGroup
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import Teacher, load_teacher
+from linvideo_core.training.fsdp import run_together
+from linvideo_core.training.trainer import seed_step
+
+from .captions import parse as parse_captions
+from .clips import Labels, decode_latents, encode_frames, render, stage
+from .judge import QUESTIONS, Judge, is_right, load_judge
+from .tracks import measure_tracks
+from .train import SHIFT
+
+_NUM_SHOWN = 4
+_OTHER_SEED = 1_000
+# A sprite's measures, and whether their median stands for them: lost sprites lie anywhere.
+_TRACK_MEASURES = {"found": False, "recall": False, "position_error": True, "speed_ratio": False}
+
+Row = dict[str, Any]
+Measured = Mapping[str, Tensor]
+MakeLatents = Callable[[slice, int], Tensor]
+"""(rows, number of the batch) -> latents"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrowdConfig:
+    """What is compared."""
+
+    comparison: CompareConfig = dataclasses.field(
+        default_factory=lambda: CompareConfig(
+            num_samples=2000, seeds_per_prompt=2, shift=SHIFT, batch_size=40
+        )
+    )
+    model: Path = option(Path("runs/crowd/model.safetensors"), "the teacher")
+    prompts: Path = option(Path("runs/crowd/held_out.safetensors"), "captions to sample")
+    judge: Path = option(Path("runs/crowd/judge/judge.safetensors"), "the judge")
+    artifacts: str = option("", "LINVIDEO files, such as a.safetensors,b.safetensors; none: no one")
+    out: Path = option(Path("runs/crowd/evaluation"), "folder of the measures and of crowd.json")
+    seed: int = option(0, "seed of noise and captions")
+    device: str = device_option()
+
+    def __post_init__(self) -> None:
+        size, repeats = self.comparison.batch_size, self.comparison.seeds_per_prompt
+        if size % repeats:
+            raise SettingError(
+                f"{{batch_size}} {size} given; a multiple of {{seeds_per_prompt}} {repeats} is "
+                "needed",
+                "batch_size",
+                "seeds_per_prompt",
+            )
+
+    def artifact_paths(self) -> dict[str, Path]:
+        """Return the LINVIDEO files by their names in the table, such as "run-linearized"."""
+        paths = [Path(word.strip()) for word in self.artifacts.split(",") if word.strip()]
+        return {f"{path.absolute().parent.name}-{path.stem}": path for path in paths}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What all models share: captions, their labels and embeddings, the judge."""
+
+    config: CrowdConfig
+    run: Run
+    teacher: Teacher
+    judge: Judge
+    index: list[int]
+    labels: Labels
+
+    def parts(self) -> list[slice]:
+        """Return the batches."""
+        size = self.config.comparison.batch_size
+        return [slice(i, min(i + size, len(self.index))) for i in range(0, len(self.index), size)]
+
+    def sample(self, model: nn.Module, part: slice, number: int, seed: int) -> Tensor:
+        """Sample one batch by guided Euler steps; its noise comes from (seed, number)."""
+        settings = self.config.comparison
+        embeds = self.teacher.prompt_embeds[self.index[part]]
+        size = (len(embeds), *self.teacher.latent_shape)
+        noise = torch.randn(size, generator=seed_step(seed, number)).to(self.run.device)
+        velocity_fn = bind_guided(
+            model,
+            embeds,
+            self.teacher.negatives_for(embeds),
+            settings.guidance_scale,
+            precision=self.run.precision,
+        )
+        return sample_euler(velocity_fn, noise, make_sigmas(settings.sampler_steps, settings.shift))
+
+    def render(self, part: slice, number: int, seed: int) -> Tensor:
+        """Render one batch of the captions as latents."""
+        seed = seed_step(seed, number).initial_seed()
+        generator = torch.Generator(self.run.device).manual_seed(seed)
+        scenes = stage(self.labels.take(part).to(self.run.device), generator)
+        return encode_frames(render(scenes).frames)
+
+    @torch.no_grad()
+    def measure(self, latents: Tensor, part: slice) -> dict[str, Tensor]:
+        """Measure each video of a batch, and diversity and a few frames of all."""
+        labels = self.labels.take(part).to(latents.device)
+        frames = decode_latents(latents.float())
+        answers = self.judge(latents.float())
+        found = {**is_right(answers, labels), **measure_tracks(frames, labels)}
+        found |= {"features": answers.features, "spectrum": metrics.temporal_spectrum(frames)}
+        diversity = metrics.diversity(latents, self.index[part])
+        found["diversity"] = torch.tensor([torch.nan if diversity is None else diversity])
+        found["frames"] = metrics.to_bytes(frames[:_NUM_SHOWN])
+        return found
+
+    def measure_all(
+        self, folder: Path, make: MakeLatents, *, paired_with: Path | None = None
+    ) -> None:
+        """Write a file of measures for every batch of this process that has none yet.
+
+        paired_with: the teacher's folder, of the same noise, whose files also hold its latents;
+            the fidelity to those is measured, or, where it is `folder` itself, they are kept.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        own = slice(self.run.processes.rank, None, self.run.processes.size)
+        for number, part in [*enumerate(self.parts())][own]:
+            path = folder / f"{number:05d}.safetensors"
+            if path.exists():
+                continue
+            begin = self._clock()
+            latents = make(part, number)
+            seconds = torch.tensor([(self._clock() - begin) / len(latents)])
+            found = {"seconds": seconds, **self.measure(latents, part)}
+            if paired_with == folder:
+                found["latents"] = latents.half()
+            elif paired_with is not None:
+                reference = load_file(paired_with / path.name)["latents"].to(latents)
+                found["fidelity"] = metrics.sample_distance(latents, reference)
+            write_tensors(path, found)
+        self.run.processes.wait()
+
+    def _clock(self) -> float:
+        if self.run.device.startswith("cuda"):
+            torch.cuda.synchronize(self.run.device)
+        return time.monotonic()
+
+
+def open_sampling(config: CrowdConfig, run: Run) -> Sampling:
+    """Load the teacher, its captions and the judge onto the run's device."""
+    teacher = load_teacher(
+        TeacherConfig(
+            model=config.model, prompts=config.prompts, num_frames=61, height=256, width=256
+        )
+    )
+    settings = config.comparison
+    index = draw_prompts(
+        len(teacher.prompts), settings.num_samples, config.seed, repeats=settings.seeds_per_prompt
+    )
+    return Sampling(
+        config=config,
+        run=run,
+        teacher=teacher.to(run.device),
+        judge=load_judge(config.judge, run.device),
+        index=index,
+        labels=parse_captions([teacher.prompts[i] for i in index]),
+    )
+
+
+def compare(config: CrowdConfig, run: Run) -> list[Row]:
+    """Sample and measure all models; return a row for each, in the first process alone."""
+    sampling = open_sampling(config, run)
+    # Measures are of these weights: others begin afresh.
+    folder = config.out / f"of-{_digest(config.model)}-{_digest(config.judge)}"
+    model, seed, other = sampling.teacher.model, config.seed, config.seed + _OTHER_SEED
+    for name, number in (("real", seed), ("real_other", other)):
+        sampling.measure_all(folder / name, lambda p, i, s=number: sampling.render(p, i, s))
+    folders = {name: folder / name for name in ("real", "teacher")}
+    twins = folders["teacher"]
+    sampling.measure_all(twins, lambda p, i: sampling.sample(model, p, i, seed), paired_with=twins)
+    sampling.measure_all(folder / "teacher_other", lambda p, i: sampling.sample(model, p, i, other))
+    for name, path in config.artifact_paths().items():
+        folders[name] = folder / f"{name}-{_digest(path)}"
+        with artifact.apply(artifact.load(path), model) as student:
+            sampling.measure_all(
+                folders[name],
+                lambda p, i, m=student: sampling.sample(m, p, i, seed),
+                paired_with=twins,
+            )
+    if not run.processes.is_first:
+        return []
+    others = [read_measures(folder / name) for name in ("real_other", "teacher_other")]
+    teacher = read_measures(folders["teacher"])
+    found = {name: read_measures(path) for name, path in folders.items()}
+    shown = sampling.labels.take(slice(0, min(_NUM_SHOWN, config.comparison.batch_size)))
+    save_strip(
+        {name: each["frames"][: len(shown)] for name, each in found.items()},
+        [sampling.teacher.prompts[i] for i in sampling.index[: len(shown)]],
+        config.out / "crowd.png",
+    )
+    return [summarize(name, each, teacher, *others) for name, each in found.items()]
+
+
+def read_measures(folder: Path) -> dict[str, Tensor]:
+    """Join the measures of all batches; latents are left out."""
+    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    names = [name for name in files[0] if name != "latents"]
+    return {name: torch.cat([file[name] for file in files]) for name in names}
+
+
+def summarize(
+    name: str, found: Measured, teacher: Measured, real_other: Measured, teacher_other: Measured
+) -> Row:
+    """Return the row of one model; see the top of this file for its columns."""
+    row: Row = {"model": name, "videos": len(found["features"])}
+    row |= {question: found[question].mean().item() for question in QUESTIONS}
+    for measure, is_median in _TRACK_MEASURES.items():
+        values = found[measure][~found[measure].isnan()]
+        if measure == "speed_ratio":
+            row["speed_error"] = (values - 1).abs().mean().item()
+        else:
+            row[measure] = (values.median() if is_median else values.mean()).item()
+    features = found["features"]
+    row["frechet_real"] = _frechet(features, real_other["features"])
+    row["frechet_teacher"] = _frechet(features, teacher_other["features"])
+    spectra = (each["spectrum"].mean(dim=0) for each in (found, teacher_other))
+    row["temporal_spectrum_db"] = metrics.log_spectral_distance(*spectra)
+    row["diversity"] = found["diversity"].nanmean().item()
+    if name not in ("real", "teacher"):
+        row["paired_frechet"] = _frechet(features, teacher["features"])
+        row["fidelity"] = found["fidelity"].mean().item()
+    # The first batch of each process also compiles kernels.
+    row["seconds_per_video"] = None if name == "real" else found["seconds"].median().item()
+    return row
+
+
+def _frechet(features: Tensor, reference: Tensor) -> float:
+    return metrics.frechet_distance(
+        *metrics.feature_statistics(features), *metrics.feature_statistics(reference)
+    )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest()
+
+
+def main(processes: ProcessGroup) -> None:
+    """Read the command line, compare, write crowd.json and a picture, show the table."""
+    config = parse(CrowdConfig, None, description=__doc__)
+    device = processes.place(resolve_device(config.device))
+    with processes.in_turn():
+        open_run(config.out, config, ignore=("artifacts", "model", "judge", "device", "out"))
+    run = Run(device=device, precision=resolve_precision("auto", device), processes=processes)
+    rows = compare(config, run)
+    if processes.is_first:
+        write_record(
+            config.out / "crowd.json",
+            title="crowd: the teacher and its students on captions that no training has seen",
+            command=f"python -m research.crowd.evaluate {to_flags(config)}".strip(),
+            rows=rows,
+            device=device,
+        )
+        sys.stdout.write(show_rows(rows))
+
+
+if __name__ == "__main__":
+    run_command(lambda: run_together(main))

@@ -1,0 +1,343 @@
+"""crowd: clips are what their captions say, measures find the truth, training trains."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from linvideo_core import artifact
+from linvideo_core.evaluate.compare import swap
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.flow import bind
+from linvideo_core.models.checkpoint import load_wan
+from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.run.context import Run
+from linvideo_core.run.files import write_tensors
+from linvideo_core.run.folder import read_metrics
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import load_teacher
+from research.crowd import captions, clips, evaluate, fitting, judge, tracks, train
+
+TINY = WanConfig(
+    dim=128, num_heads=1, num_layers=2, ffn_dim=64, text_dim=captions.TEXT_DIM, freq_dim=32
+)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> clips.Scenes:
+    """Eight scenes, six of them with a sprite that goes behind the bar."""
+    drawn = clips.draw_scenes(60, seeded(0))
+    crosses = drawn.labels.crosses.any(dim=1)
+    rows = torch.cat([crosses.nonzero()[:6, 0], (~crosses).nonzero()[:2, 0]])
+    return drawn.take(rows)
+
+
+@pytest.fixture(scope="module")
+def rendered(scenes: clips.Scenes) -> clips.Clips:
+    return clips.render(scenes)
+
+
+def test_the_codec_is_exact(rendered: clips.Clips) -> None:
+    latents = clips.encode_frames(rendered.frames)
+    assert latents.shape[1:] == clips.LATENT_SHAPE
+    torch.testing.assert_close(clips.decode_latents(latents), rendered.frames)
+
+
+def test_latents_have_unit_variance() -> None:
+    latents = clips.encode_frames(clips.render(clips.draw_scenes(32, seeded(3))).frames)
+    assert latents.std() == pytest.approx(1, abs=0.1)
+    assert latents.mean() == pytest.approx(0, abs=0.15)
+
+
+def test_a_seed_gives_a_scene_again_and_a_window_is_part_of_its_clip(
+    scenes: clips.Scenes, rendered: clips.Clips
+) -> None:
+    window = clips.all_times(len(scenes.labels))[:, 20:36]
+    part = clips.render(scenes, window)
+    torch.testing.assert_close(part.frames, rendered.frames[:, 20:36])
+    first, again = (clips.draw_scenes(60, seeded(0)) for _ in range(2))
+    assert first.texture.equal(again.texture) and first.labels.shape.equal(again.labels.shape)
+
+
+def test_one_caption_in_ten_is_held_out_and_never_drawn_for_training() -> None:
+    assert not clips.draw_scenes(500, seeded(1)).labels.is_held_out.any()
+    assert clips.draw_scenes(500, seeded(1), is_held_out=True).labels.is_held_out.all()
+    drawn = clips._draw_labels(20_000, seeded(1)).is_held_out
+    assert drawn.float().mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_sprites_stay_on_the_canvas_and_move_as_their_labels_say() -> None:
+    drawn = clips.draw_scenes(200, seeded(2))
+    labels = drawn.labels
+    centres = clips.find_centres(drawn, clips.all_times(200))
+    half = clips.values_of(clips.SIZES, labels.size)[..., None, None] / 2
+    assert (centres >= half - 1e-3).all() and (centres <= clips.SIDE - half + 1e-3).all()
+    step = centres[:, :, 1:] - centres[:, :, :-1]
+    speed = clips.values_of(clips.SPEEDS, labels.speed)
+    torch.testing.assert_close(step.norm(dim=-1).median(dim=-1).values, speed, rtol=2e-3, atol=0)
+    for motion, way in enumerate([(1, 0), (-1, 0), (0, -1), (0, 1)]):
+        chosen = labels.is_there & (labels.motion == motion)
+        assert ((step[chosen] * torch.tensor(way)).sum(dim=-1) > 0).all()
+    radius = centres - clips.SIDE / 2
+    turn = radius[:, :, 0, 0] * step[:, :, 0, 1] - radius[:, :, 0, 1] * step[:, :, 0, 0]
+    assert (turn[labels.is_there & (labels.motion == 4)] > 0).all()
+    assert (turn[labels.is_there & (labels.motion == 5)] < 0).all()
+
+
+def test_what_crosses_is_hidden_in_between_and_comes_back_with_its_texture(
+    scenes: clips.Scenes, rendered: clips.Clips
+) -> None:
+    labels = scenes.labels
+    crosses = labels.crosses
+    cover = rendered.cover[crosses]
+    assert (cover.amax(dim=1) > 0.95).all()
+    assert (cover[:, 0] == 0).all() and (cover[:, -1] == 0).all()
+    clear = tracks.is_clear(labels, rendered.centres)
+    truth = tracks.Tracks(
+        centres=rendered.centres, correlation=torch.ones_like(rendered.cover), is_seen=clear
+    )
+    recall = tracks.texture_recall(rendered.frames, labels, truth)[crosses]
+    assert recall.median() > 0.95
+
+
+def test_captions_are_read_back_and_embedded_alike() -> None:
+    labels = clips.draw_scenes(50, seeded(4)).labels
+    texts = captions.describe(labels)
+    again = captions.parse(texts)
+    assert all(getattr(again, name).equal(value) for name, value in vars(labels).items())
+    *sprites, bar, pan = texts[0].split(", ")
+    turned = captions.parse([", ".join([*sprites[::-1], bar, pan])])
+    assert captions.embed(turned)[0].equal(captions.embed(labels)[0])
+    codes = captions.embed(captions.parse(sorted(set(texts)))).flatten(1)
+    assert len(codes.unique(dim=0)) == len(set(texts))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no bar, background still",
+        "small slow cat bouncing, no bar, background still",
+        "small slow disc bouncing, large fast disc moving up, no bar, background still",
+    ],
+)
+def test_a_caption_of_other_words_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a bar and a background are needed"):
+        captions.parse([text])
+
+
+def test_tracks_find_the_truth(scenes: clips.Scenes, rendered: clips.Clips) -> None:
+    found = tracks.find_tracks(rendered.frames, scenes.labels)
+    clear = tracks.is_clear(scenes.labels, rendered.centres)
+    error = (found.centres - rendered.centres).norm(dim=-1)[clear]
+    assert error.median() < 0.3
+    assert (error < 1.5).float().mean() > 0.9
+    measures = tracks.measure_tracks(rendered.frames, scenes.labels)
+    assert measures["recall"].nanmedian() > 0.95
+    assert measures["position_error"].nanmedian() < 0.5
+    assert measures["speed_ratio"].nanmedian() == pytest.approx(1, abs=0.05)
+
+
+def test_a_texture_swapped_behind_the_bar_lowers_recall(
+    scenes: clips.Scenes, rendered: clips.Clips
+) -> None:
+    part = scenes.take(slice(0, 6))
+    other = dataclasses.replace(part, texture=part.texture.flip(0).roll(1, dims=2))
+    cover = torch.where(part.labels.crosses[..., None], rendered.cover[:6], -1).amax(dim=1)
+    is_late = torch.arange(clips.NUM_FRAMES) > cover.argmax(dim=1, keepdim=True)
+    frames = torch.where(is_late[..., None, None], clips.render(other).frames, rendered.frames[:6])
+    recall = tracks.measure_tracks(frames, part.labels)["recall"]
+    assert recall.nanmedian() < 0.6
+
+
+def test_doubled_speed_shows(scenes: clips.Scenes) -> None:
+    times = 2 * clips.all_times(len(scenes.labels))[:, :32]
+    measures = tracks.measure_tracks(clips.render(scenes, times).frames, scenes.labels)
+    assert measures["speed_ratio"].nanmedian() == pytest.approx(2, abs=0.1)
+    assert measures["position_error"].nanmedian() > 3
+
+
+def test_the_judge_learns_and_a_right_answer_counts(tmp_path: Path) -> None:
+    config = judge.JudgeConfig(
+        fit=fitting.FitConfig(
+            steps=40, learning_rate=4e-3, warmup_steps=5, ema_decay=0.8, log_every=1
+        ),
+        batch_size=8,
+        num_measured=16,
+    )
+    measures = judge.train_judge(config, Run(folder=tmp_path), channels=(16, 16, 32))
+    losses = [row["loss"] for row in read_metrics(tmp_path / fitting.METRICS_NAME)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert measures["bar"] > 0.6
+    assert set(measures) == set(judge.QUESTIONS)
+    made = judge.load_judge(tmp_path / "judge.safetensors", "cpu")
+    latents = torch.randn(3, *clips.LATENT_SHAPE)
+    assert made(latents).features.shape == (3, 64)
+
+
+def perfect_answers(labels: clips.Labels) -> judge.Answers:
+    one_hot = nn.functional.one_hot
+    sprites = {}
+    for name, count in (("motion", 7), ("speed", 2), ("size", 2)):
+        table = torch.zeros(len(labels), clips.NO_SHAPE + 1, count)
+        rows = torch.arange(len(labels))[:, None]
+        table[rows, labels.shape] = one_hot(getattr(labels, name), count).float()
+        sprites[name] = table[:, : clips.NO_SHAPE]
+    return judge.Answers(
+        shape=judge.presence(labels).float(),
+        bar=one_hot(labels.bar, 3).float(),
+        pan=one_hot(labels.pan, 5).float(),
+        features=torch.zeros(len(labels), 2),
+        **sprites,
+    )
+
+
+def test_accuracy_is_one_for_the_truth_and_lower_for_other_captions() -> None:
+    labels = clips.draw_scenes(40, seeded(5)).labels
+    truth = perfect_answers(labels)
+    assert all(right.mean() == pytest.approx(1) for right in judge.is_right(truth, labels).values())
+    others = judge.is_right(truth, labels.take(torch.arange(39, -1, -1)))
+    assert all(right.mean() < 0.8 for right in others.values())
+
+
+def linear_loss(model: nn.Module, fails_at: int, steps: list[int]) -> fitting.Loss:
+    def loss_fn(done: float, generator: torch.Generator) -> tuple[Tensor, int]:
+        steps.append(len(steps))
+        if len(steps) > fails_at:
+            raise KeyboardInterrupt
+        x = torch.randn(4, 3, generator=generator)
+        return (model(x) - x.sum(dim=1, keepdim=True)).square().mean(), 4
+
+    return loss_fn
+
+
+def test_a_training_that_was_stopped_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    config = fitting.FitConfig(steps=9, warmup_steps=2, checkpoint_every=4, log_every=1)
+    models, reached = {}, {}
+    for name, stops in (("unbroken", [99]), ("stopped", [6, 99])):
+        for fails_at in stops:
+            torch.manual_seed(0)
+            model = models[name] = nn.Linear(3, 1)
+            run = Run(folder=tmp_path / name, seed=3)
+            loss_fn = linear_loss(model, fails_at, [])
+            if fails_at == 6:
+                with pytest.raises(KeyboardInterrupt):
+                    fitting.fit(model, loss_fn, config, run)
+            else:
+                reached[name] = fitting.fit(model, loss_fn, config, run)
+    assert models["unbroken"].weight.equal(models["stopped"].weight)
+    assert reached["stopped"]["clips"] == reached["unbroken"]["clips"] == 36
+    rows = [read_metrics(tmp_path / name / fitting.METRICS_NAME) for name in models]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def test_a_training_ends_at_its_time_limit(tmp_path: Path) -> None:
+    config = fitting.FitConfig(minutes=0.002, log_every=1)
+    model = nn.Linear(3, 1)
+    reached = fitting.fit(model, linear_loss(model, 10**6, []), config, Run(folder=tmp_path))
+    assert 0 < reached["steps"] < config.steps
+    assert reached["seconds"] >= 60 * config.minutes
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny teacher that saw a few short clips."""
+    folder = tmp_path_factory.mktemp("crowd")
+    config = train.TrainConfig(
+        fit=fitting.FitConfig(steps=12, learning_rate=5e-3, warmup_steps=2, log_every=1),
+        batch_size=1,
+        short_share=0.95,
+        num_prompts=6,
+    )
+    train.train_teacher(config, Run(folder=folder), TINY)
+    return folder
+
+
+def test_the_teacher_learns(teacher: Path) -> None:
+    losses = [row["loss"] for row in read_metrics(teacher / fitting.METRICS_NAME)]
+    assert losses[0] == pytest.approx(2, abs=0.2)
+    assert sum(losses[-3:]) / 3 < 1.3
+
+
+def test_commands_take_the_teacher_and_its_prompts(teacher: Path) -> None:
+    for name, is_held_out in (("prompts", False), ("held_out", True)):
+        made = load_teacher(
+            TeacherConfig(
+                model=teacher / "model.safetensors",
+                prompts=teacher / f"{name}.safetensors",
+                num_frames=61,
+                height=256,
+                width=256,
+            )
+        )
+        assert made.latent_shape == clips.LATENT_SHAPE
+        labels = captions.parse(made.prompts)
+        assert (labels.is_held_out == is_held_out).all()
+        torch.testing.assert_close(made.prompt_embeds.float(), captions.embed(labels))
+    latents = torch.zeros(1, *clips.LATENT_SHAPE)[:, :, :2]
+    velocity = bind(made.model, made.prompt_embeds[:1].float())(latents, torch.ones(1))
+    assert velocity.isfinite().all()
+
+
+def save_student(model_path: Path, path: Path) -> None:
+    """Write the file of a student whose second layer is linear, and that was not trained."""
+    model = load_wan(model_path).requires_grad_(False)
+    with swap(model, [1], 128) as student:
+        made = artifact.extract(
+            student,
+            load_wan(model_path),
+            parameters="feature_maps",
+            objective="adm",
+            steps=0,
+            provenance={},
+        )
+    artifact.save(made, path)
+
+
+def test_an_evaluation_has_floors_and_continues(teacher: Path) -> None:
+    torch.manual_seed(0)
+    folder = teacher / "judge"
+    made = judge.Judge((8, 8, 8))
+    folder.mkdir()
+    write_tensors(folder / "judge.safetensors", made.state_dict())
+    config = evaluate.CrowdConfig(
+        comparison=CompareConfig(
+            num_samples=4, seeds_per_prompt=2, sampler_steps=1, batch_size=2, shift=train.SHIFT
+        ),
+        model=teacher / "model.safetensors",
+        prompts=teacher / "held_out.safetensors",
+        judge=folder / "judge.safetensors",
+        artifacts=str(teacher / "student.safetensors"),
+        out=teacher / "evaluation",
+    )
+    save_student(config.model, teacher / "student.safetensors")
+    rows = evaluate.compare(config, Run())
+    real, own, student = rows
+    assert [row["videos"] for row in rows] == [4, 4, 4]
+    assert real["recall"] != own["recall"] and student["fidelity"] > 0
+    assert {"frechet_teacher", "frechet_real", "temporal_spectrum_db", "diversity"} <= set(own)
+    assert (config.out / "crowd.png").exists()
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
+    assert evaluate.compare(config, Run()) == rows
+    assert before == {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
+
+
+def test_the_cost_is_that_of_the_products() -> None:
+    model = WanModel(TINY)
+    C, _, H, W = clips.LATENT_SHAPE
+    inputs = torch.zeros(1, C, 1, H, W), torch.ones(1), torch.zeros(1, 6, TINY.text_dim)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs).sum().backward()
+    assert train.count_flops(TINY, 4) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    predicted = train.predict_steps(train.TrainConfig(), train.CROWD, 4)
+    assert predicted["short"] > predicted["whole"] > 1000
+    assert json.dumps(predicted)
