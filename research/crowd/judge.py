@@ -189,7 +189,8 @@ def train_judge(
     if run.processes.is_first:
         metadata = {"measures": json.dumps(measures), "reached": json.dumps(reached)}
         path = run.folder / "judge.safetensors"
-        write_tensors(path, judge.state_dict(), {**metadata, "settings": to_json(config)})
+        tensors = {name: tensor.half() for name, tensor in judge.state_dict().items()}
+        write_tensors(path, tensors, {**metadata, "settings": to_json(config)})
     return measures
 
 
@@ -210,7 +211,7 @@ def load_judge(path: Path, device: torch.device | str) -> Judge:
     """Load a judge that `train_judge` wrote, ready to measure."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; python -m research.crowd.judge makes it")
-    state = load_file(path)
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
     judge = Judge([len(state[f"layers.{i}.0.weight"]) for i in range(3)])
     judge.load_state_dict(state)
     return judge.eval().requires_grad_(False).to(device)

@@ -129,7 +129,8 @@ def train_teacher(config: TrainConfig, run: Run, wan: WanConfig = CROWD) -> dict
     model.to(run.device)
     if config.compile:
         for block in model.blocks:
-            block.compile()
+            # Two sizes, each compiled for itself: code for any size would be slower.
+            block.compile(dynamic=False)
     reached = fit(
         model,
         lambda done, generator: teacher_loss(model, config, run, done, generator),
