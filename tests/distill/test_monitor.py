@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_videos_that_come_to_a_halt_end_it_before_they_did(files: Path, tmp_path
     best = float(re.search("fell from ([0-9.]+)", sentence)[1])
     # The last of these readings is of the kept weights.
     assert kept and min(row["motion_ratio"] for row in rows[: kept + 1]) > best / 2
-    assert rows[-1]["motion_ratio"] < best / 2
+    assert statistics.median(row["motion_ratio"] for row in rows[-5:]) < best / 2
 
 
 def test_a_spike_of_the_critic_ends_it_before_it_rose(files: Path, tmp_path: Path) -> None:
