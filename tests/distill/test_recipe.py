@@ -79,10 +79,13 @@ def test_a_card_decides_how_many_videos_of_a_step_go_through_the_model_at_once(
     override(DistillConfig(), {**found, "model": Path("wan"), "artifact": Path("made"), **given})
 
 
-def test_processes_share_the_videos_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("card", "batch"), [(80, (8, 1)), (60, (4, 2))])
+def test_processes_share_the_weights_and_the_videos_of_a_step(
+    card: int, batch: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    found = settings_of(monkeypatch, "14b-480p", device="cuda", card=80)
-    assert (found["batch_size"], found["accumulation"]) == (4, 2)
+    found = settings_of(monkeypatch, "14b-480p", device="cuda", card=card)
+    assert (found["batch_size"], found["accumulation"]) == batch
     assert "offload_blocks" not in found
 
 
