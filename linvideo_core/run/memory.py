@@ -189,11 +189,8 @@ def training_needs(
         kept = model.num_layers * model.dim * stream + block
     activations = batch_size * model.num_tokens * kept
     trained = _TRAINED * num_trained // num_processes
-    part = weight_bytes
-    if num_processes > 1:
-        part = min(
-            weight_bytes, weight_bytes // num_processes + 2 * weight_bytes // model.num_layers
-        )
+    blocks = 2 * weight_bytes // model.num_layers
+    part = min(weight_bytes, weight_bytes // num_processes + blocks)
     training = [
         Need("the weights", part),
         Need("what is trained, with its optimiser", trained, _LOWER_TRAINED),
