@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from linvideo_core.run.config import fraction, option, positive
 from linvideo_core.run.context import Run
+from linvideo_core.run.devices import resolve_device, resolve_precision
 from linvideo_core.run.files import write_tensors
+from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.training.trainer import seed_step
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,15 @@ CHECKPOINT_NAME, METRICS_NAME = "checkpoint.safetensors", "metrics.jsonl"
 
 Loss = Callable[[float, torch.Generator], tuple[Tensor, int]]
 """(share of the training done, generator) -> (loss of this process's rows, clips of all)."""
+
+
+class RunConfig(Protocol):
+    """Where a command trains, and on how many clips a step over all processes."""
+
+    batch_size: int
+    seed: int
+    device: str
+    out: Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +153,22 @@ class _Fitting:
                 states.setdefault(int(i), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def make_run(config: RunConfig, processes: ProcessGroup) -> Run:
+    """Return the run of one process of a command.
+
+    Raises SettingError for a batch that the processes cannot share.
+    """
+    processes.check_batch(config.batch_size)
+    device = processes.place(resolve_device(config.device))
+    return Run(
+        folder=config.out,
+        device=device,
+        precision=resolve_precision("auto", device),
+        seed=config.seed,
+        processes=processes,
+    )
 
 
 def fit(model: nn.Module, loss_fn: Loss, config: FitConfig, run: Run) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from linvideo_core.flow import autocast
 from linvideo_core.run.config import option, parse, positive, run_command, to_json
 from linvideo_core.run.context import Run
-from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
+from linvideo_core.run.devices import device_option
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.training.fsdp import run_together
@@ -37,7 +37,7 @@ from .clips import (
     encode_frames,
     render,
 )
-from .fitting import FitConfig, fit
+from .fitting import FitConfig, fit, make_run
 
 logger = logging.getLogger(__name__)
 
@@ -220,12 +220,7 @@ def load_judge(path: Path, device: torch.device | str) -> Judge:
 def main(processes: ProcessGroup) -> None:
     """Read the command line, train the judge, log its accuracy."""
     config = parse(JudgeConfig, None, description=__doc__)
-    processes.check_batch(config.batch_size)
-    device = processes.place(resolve_device(config.device))
-    precision = resolve_precision("auto", device)
-    run = Run(
-        folder=config.out, device=device, precision=precision, seed=config.seed, processes=processes
-    )
+    run = make_run(config, processes)
     measures = train_judge(config, run)
     if processes.is_first:
         logger.info("accuracy on held-out captions: %s", measures)

@@ -24,14 +24,14 @@ from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.config import fraction, option, parse, positive, run_command, to_json
 from linvideo_core.run.context import Run
-from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
+from linvideo_core.run.devices import device_option
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.training.fsdp import run_together
 
 from .captions import NUM_TOKENS, TEXT_DIM, embed, write_prompts
 from .clips import LATENT_SHAPE, NUM_FRAMES, draw_scenes, encode_frames, render
-from .fitting import FitConfig, fit
+from .fitting import FitConfig, fit, make_run
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +151,7 @@ def train_teacher(config: TrainConfig, run: Run, wan: WanConfig = CROWD) -> dict
 def main(processes: ProcessGroup) -> None:
     """Read the command line, say what to expect, train."""
     config = parse(TrainConfig, None, description=__doc__)
-    processes.check_batch(config.batch_size)
-    device = processes.place(resolve_device(config.device))
-    precision = resolve_precision("auto", device)
-    run = Run(
-        folder=config.out, device=device, precision=precision, seed=config.seed, processes=processes
-    )
+    run = make_run(config, processes)
     if processes.is_first:
         predicted = predict_steps(config, CROWD, processes.size)
         logger.info(
