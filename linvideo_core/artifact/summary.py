@@ -3,7 +3,9 @@
 The picture is drawn in the font that Pillow carries, so nothing but Pillow is needed.
 """
 
+import dataclasses
 import math
+import statistics
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -133,6 +135,54 @@ def _printable(text: str, max_length: int) -> str:
     """Make one printable line of any text, cut to a length."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= max_length else line[: max_length - 1] + "…"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """How long the attention layers of one kind took in one call of a model.
+
+    num_layers: of this kind, measured or not.
+    kernel: what computes their attention.
+    milliseconds: of each layer that was measured, its projections included.
+    """
+
+    num_layers: int
+    kernel: str
+    milliseconds: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """Of the milliseconds; 0 where none were measured."""
+        return statistics.median(self.milliseconds or [0.0])
+
+
+def describe_times(
+    tokens_shape: Sequence[int], linear: LayerTimes, softmax: LayerTimes
+) -> list[str]:
+    """Say how long a model's linear and softmax layers take, and if there is nothing gained.
+
+    tokens_shape: (L,) or (B, L) of the call that was measured.
+    """
+    tokens = " x ".join(f"{size:,}" for size in tokens_shape)
+    kinds = {"linear": linear, "softmax": softmax}
+    said = [
+        f"{kind} layers ({times.num_layers}): {_describe_time(times)}"
+        for kind, times in kinds.items()
+        if times.num_layers
+    ]
+    lines = [f"at {tokens} tokens, {'; '.join(said)}"]
+    if softmax.milliseconds and linear.median >= softmax.median:
+        lines.append(
+            "at so few tokens linear layers are no faster than softmax layers: they gain in larger "
+            "or longer videos"
+        )
+    return lines
+
+
+def _describe_time(times: LayerTimes) -> str:
+    if not times.milliseconds:
+        return "another node computes them, not measured"
+    return f"{times.kernel}, {times.median:.{1 if times.median >= 10 else 2}f} ms each"
 
 
 def find_differences(

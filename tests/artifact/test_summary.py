@@ -14,8 +14,10 @@ from safetensors import safe_open
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage
 from linvideo_core.artifact.summary import (
+    LayerTimes,
     count_bytes,
     describe,
+    describe_times,
     draw_summary,
     find_differences,
     title,
@@ -274,3 +276,41 @@ def test_steps_beyond_an_experts_noise_levels_are_counted(
     found = find_differences(header_of(usage=usage), WAN, sigmas)
     start = f"{num_outside} of {len(sigmas) - 1} steps at noise levels that the file was not made"
     assert [each[: len(start)] for each in found] == ([start] if num_outside else [])
+
+
+@pytest.mark.parametrize(
+    ("shape", "linear", "softmax", "said"),
+    [
+        (
+            (2, 32760),
+            LayerTimes(16, "fused kernels", [0.9, 0.604, 0.5]),
+            LayerTimes(14, "softmax", [11.24]),
+            "at 2 x 32,760 tokens, linear layers (16): fused kernels, 0.60 ms each; "
+            "softmax layers (14): softmax, 11.2 ms each",
+        ),
+        (
+            (448,),
+            LayerTimes(3, "plain PyTorch", [2.0]),
+            LayerTimes(2, "softmax", []),
+            "at 448 tokens, linear layers (3): plain PyTorch, 2.00 ms each; "
+            "softmax layers (2): another node computes them, not measured",
+        ),
+        (
+            (448,),
+            LayerTimes(3, "plain PyTorch", [2.0]),
+            LayerTimes(0, "", []),
+            "at 448 tokens, linear layers (3): plain PyTorch, 2.00 ms each",
+        ),
+    ],
+    ids=["both", "another node's", "no softmax"],
+)
+def test_times_of_layers_are_told(
+    shape: tuple[int, ...], linear: LayerTimes, softmax: LayerTimes, said: str
+) -> None:
+    assert describe_times(shape, linear, softmax) == [said]
+
+
+def test_linear_layers_that_gain_nothing_are_told() -> None:
+    linear, faster = LayerTimes(3, "fused kernels", [2.0]), LayerTimes(2, "softmax", [1.9])
+    _, found = describe_times((1, 448), linear, faster)
+    assert "at so few tokens linear layers are no faster" in found
