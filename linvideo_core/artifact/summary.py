@@ -141,12 +141,10 @@ def _printable(text: str, max_length: int) -> str:
 class LayerTimes:
     """How long the attention layers of one kind took in one call of a model.
 
-    num_layers: of this kind, measured or not.
     kernel: what computes their attention.
     milliseconds: of each layer that was measured, its projections included.
     """
 
-    num_layers: int
     kernel: str
     milliseconds: Sequence[float]
 
@@ -155,34 +153,24 @@ class LayerTimes:
         """Of the milliseconds; 0 where none were measured."""
         return statistics.median(self.milliseconds or [0.0])
 
+    def __str__(self) -> str:
+        return f"{self.median:.{1 if self.median >= 10 else 2}f} ms ({self.kernel})"
+
 
 def describe_times(
     tokens_shape: Sequence[int], linear: LayerTimes, softmax: LayerTimes
 ) -> list[str]:
-    """Say how long a model's linear and softmax layers take, and if there is nothing gained.
+    """Say how long a linear and a softmax layer take, and if nothing is gained.
 
     tokens_shape: (L,) or (B, L) of the call that was measured.
+    softmax: passed over where none were measured, such as where another node computes them.
     """
     tokens = " x ".join(f"{size:,}" for size in tokens_shape)
-    kinds = {"linear": linear, "softmax": softmax}
-    said = [
-        f"{kind} layers ({times.num_layers}): {_describe_time(times)}"
-        for kind, times in kinds.items()
-        if times.num_layers
-    ]
-    lines = [f"at {tokens} tokens, {'; '.join(said)}"]
+    kept = f", a softmax layer {softmax}," if softmax.milliseconds else ""
+    lines = [f"a linear layer takes {linear}{kept} at {tokens} tokens"]
     if softmax.milliseconds and linear.median >= softmax.median:
-        lines.append(
-            "at so few tokens linear layers are no faster than softmax layers: they gain in larger "
-            "or longer videos"
-        )
+        lines.append("linear layers gain nothing at so few tokens, but in longer or larger videos")
     return lines
-
-
-def _describe_time(times: LayerTimes) -> str:
-    if not times.milliseconds:
-        return "another node computes them, not measured"
-    return f"{times.kernel}, {times.median:.{1 if times.median >= 10 else 2}f} ms each"
 
 
 def find_differences(

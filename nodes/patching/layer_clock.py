@@ -122,7 +122,7 @@ class LayerClock:
 
     def _times(self, kernel: str, sites: Collection[AttentionSite]) -> LayerTimes:
         moments = (self._moments[site.name] for site in sites if site.name in self._moments)
-        return LayerTimes(len(sites), kernel, [_milliseconds(*pair) for pair in moments])
+        return LayerTimes(kernel, [_milliseconds(*pair) for pair in moments])
 
     def _may_gain_by_cudnn(self) -> bool:
         """Say whether cuDNN's attention is made for the GPU: Hopper and newer, in 16 bits."""

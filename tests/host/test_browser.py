@@ -217,7 +217,7 @@ def test_run_on_the_demo_shows_a_video_and_what_differs(page: Any, artists_serve
     *_, answer = artists_server.ask("/history").values()
     assert answer["status"]["status_str"] == "success", answer["status"]
     assert_nothing_is_wrong(page)
-    for words in ("Sampled: cfg 7", "linear layers (5): plain PyTorch"):
+    for words in ("Sampled: cfg 7", "ms (plain PyTorch)"):
         page.wait_for_function(f"() => ({WORDS})().text.includes('{words}')")
     page.evaluate(SETTLED)
     said = page.evaluate(WORDS)

@@ -220,5 +220,5 @@ def test_the_node_is_told_while_it_is_sampled_even_through_clones() -> None:
     # When the sampling begins, and when its layers have been measured.
     (before, *begun), (after, *ended) = shown
     assert begun == ended == ["7", "browser"]
-    assert "cfg 5" in before and "linear layers" not in before
-    assert after.splitlines() == _said(linearized) and "linear layers (5)" in after
+    assert "cfg 5" in before and "linear layer takes" not in before
+    assert after.splitlines() == _said(linearized) and "linear layer takes" in after
