@@ -41,6 +41,7 @@ class LinVideoSoftmaxBackend(io.ComfyNode):
         """Put the kernel where ComfyUI looks for a model's own attention; the last one wins."""
         chosen = model.clone()
         attend = functools.partial(softmax_attention, kernel=_KERNELS[backend])
+        override = override_self_attention(attend, f"PyTorch's {backend}")
         options = chosen.model_options.setdefault("transformer_options", {})
-        options["optimized_attention_override"] = override_self_attention(attend)
+        options["optimized_attention_override"] = override
         return io.NodeOutput(chosen)

@@ -3,7 +3,9 @@
 The picture is drawn in the font that Pillow carries, so nothing but Pillow is needed.
 """
 
+import dataclasses
 import math
+import statistics
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -133,6 +135,42 @@ def _printable(text: str, max_length: int) -> str:
     """Make one printable line of any text, cut to a length."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= max_length else line[: max_length - 1] + "…"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """How long the attention layers of one kind took in one call of a model.
+
+    kernel: what computes their attention.
+    milliseconds: of each layer that was measured, its projections included.
+    """
+
+    kernel: str
+    milliseconds: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """Of the milliseconds; 0 where none were measured."""
+        return statistics.median(self.milliseconds or [0.0])
+
+    def __str__(self) -> str:
+        return f"{self.median:.{1 if self.median >= 10 else 2}f} ms ({self.kernel})"
+
+
+def describe_times(
+    tokens_shape: Sequence[int], linear: LayerTimes, softmax: LayerTimes
+) -> list[str]:
+    """Say how long a linear and a softmax layer take, and if nothing is gained.
+
+    tokens_shape: (L,) or (B, L) of the call that was measured.
+    softmax: passed over where none were measured, such as where another node computes them.
+    """
+    tokens = " x ".join(f"{size:,}" for size in tokens_shape)
+    kept = f", a softmax layer {softmax}," if softmax.milliseconds else ""
+    lines = [f"a linear layer takes {linear}{kept} at {tokens} tokens"]
+    if softmax.milliseconds and linear.median >= softmax.median:
+        lines.append("linear layers gain nothing at so few tokens, but in longer or larger videos")
+    return lines
 
 
 def find_differences(

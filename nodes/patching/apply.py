@@ -24,8 +24,10 @@ from ...linvideo_core.artifact.summary import find_differences, title
 from ...linvideo_core.kernels import why_not_fused
 from ...linvideo_core.models import attention_sites
 from ...linvideo_core.models.base_weights import WeightsMatch
+from ...linvideo_core.models.families import identify
 from .families import host_family, pixels_of
 from .injection import KEY, KeepFirstSteps, check_call, eject, inject
+from .layer_clock import CLOCK, LayerClock
 from .weights import (
     FeatureMaps,
     LowRankChanges,
@@ -58,7 +60,8 @@ def linearize(
     Raises ArtifactError when the artifact does not fit the model or one is applied already.
     """
     diffusion_model = untouched(model)
-    sites = check(artifact, attention_sites.shapes_of(diffusion_model))
+    shapes = attention_sites.shapes_of(diffusion_model)
+    sites = check(artifact, shapes)
     family = host_family(artifact.header.family)
     for site in sites:
         family.check(diffusion_model.get_submodule(site.name))
@@ -84,6 +87,9 @@ def linearize(
         keep = KeepFirstSteps(keep_first_steps)
         linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, keep)
     linearized.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, check_call)
+    clock = LayerClock(artifact.header, identify(shapes)[1], report)
+    linearized.set_attachments(CLOCK, clock)
+    linearized.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, clock.sample)
     linearized.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, report.compare)
     for moment, action in (
         # ComfyUI would leave the model injected until another patcher of it is loaded.
@@ -135,8 +141,9 @@ def _prepare_clone(_: Any, clone: Any) -> None:
 class Report:
     """What stands under the node that linearized a MODEL; attached to it, for later nodes.
 
-    header: of the applied file. What the MODEL is sampled with is found later, while other nodes
-    run; a graph may sample it several times, and all that was found in one run of it is shown.
+    header: of the applied file; times: what layers took, in words, once that was measured. What the
+    MODEL is sampled with is found later, while other nodes run; a graph may sample it several
+    times, and all that was found in one run of it is shown.
     """
 
     def __init__(
@@ -149,6 +156,7 @@ class Report:
     ) -> None:
         """match: of the weights; the others are `linearize`'s own."""
         self.header = header
+        self.times: Sequence[str] = ()
         self._lines = [f"{title(header)}, strength {strength:g}", str(match)]
         if keep_first_steps:
             self._lines.append(
@@ -171,7 +179,7 @@ class Report:
     def text(self) -> str:
         """What the node says now, a line each."""
         # Sentences, because ComfyUI's newer design shows the lines as one.
-        lines = [*self._lines, *self._sampled]
+        lines = [*self._lines, *self.times, *self._sampled]
         return "\n".join(f"{line[:1].upper()}{line[1:]}." for line in lines)
 
     def show(self) -> None:

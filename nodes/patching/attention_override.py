@@ -1,9 +1,9 @@
 """ComfyUI's call of its attention function, read into our layout and answered in its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -73,10 +73,12 @@ def run_answered(
     return output
 
 
-def override_self_attention(attend: Attend) -> Callable[..., Tensor]:
+def override_self_attention(attend: Attend, kernel: str) -> Callable[..., Tensor]:
     """Return an `optimized_attention_override` by which `attend` answers self-attention.
 
     Attention to a prompt, and what has a mask or a scale, stays with ComfyUI's own function.
+
+    kernel: what `name_kernel` calls it.
     """
 
     def override(
@@ -93,7 +95,23 @@ def override_self_attention(attend: Attend) -> Callable[..., Tensor]:
             return function(query, key, value, heads, mask, *args, **options)
         return answer(attend, query, key, value, heads, mask, *args, **options)
 
+    override.kernel = kernel
     return override
+
+
+PYTORCH = "ComfyUI's pytorch attention"
+"""The kernel of softmax layers where nothing else was chosen."""
+
+
+def name_kernel(layer: nn.Module, transformer_options: Mapping[str, Any]) -> str:
+    """Say what answers the attention call of a layer that is not linear."""
+    override = transformer_options.get("optimized_attention_override")
+    if override is not None:
+        return getattr(override, "kernel", "another node's attention")
+    # A model's file may prefer a function, in ComfyUI from about 0.46.0.
+    preferred = getattr(getattr(layer, "comfy_attention", None), "function", None)
+    name = (preferred or optimized_attention).__name__
+    return f"ComfyUI's {name.removeprefix('attention_')} attention"
 
 
 def attend_as_pytorch(_: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,6 +18,7 @@ tokens that no file was trained with. Where another node replaces a linear layer
 ComfyUI's own sparse attention does, that layer is computed by us or the sampling ends.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -26,11 +27,13 @@ from collections.abc import Callable, Collection, Mapping
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention_override import run_answered
 from .families import host_family
+from .layer_clock import CLOCK
 from .weights import FeatureMaps, LowRankChange, LowRankChanges, Part, check_merged
 
 KEY = "linvideo"
@@ -108,6 +111,7 @@ def _linear_forward(
     maps = self.__dict__.get(_PART)
     if maps is not None:
         maps.num_runs += 1
+        maps.is_compiled = torch.compiler.is_compiling()
     if maps is None or maps.is_resting:
         return _call_previous(self, x, *args, **kwargs)
     fused = maps.run_fused(self, maps, x, *args, **kwargs)
@@ -206,7 +210,8 @@ def check_call(
     options = transformer_options or {}
     replaced = {key[1] for key in options.get("patches_replace", {}).get("dit", {})}
     check.begin(executor.class_obj.diffusion_model, inputs, replaced)
-    output = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+    with check.measure(executor.class_obj.diffusion_model, options):
+        output = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
     check.end(replaced)
     return output
 
@@ -220,8 +225,9 @@ class _CallCheck:
         self.layers = dict(zip(maps.linear_layers, maps.layers, strict=True))
         self.names = dict(zip(maps.linear_layers, maps.site_names, strict=True))
         self.report = patcher.get_attachment(KEY)
+        self.clock = patcher.get_attachment(CLOCK)
         self.guards: dict[int, list[RemovableHandle]] = {}
-        self.have_run = self.have_been_skipped = False
+        self.have_run = self.have_been_skipped = self.is_warm = False
 
     def begin(
         self, diffusion_model: nn.Module, inputs: Collection[str], replaced: Collection[int]
@@ -239,6 +245,18 @@ class _CallCheck:
             layer_maps.num_runs = 0
         for layer in self.layers.keys() & replaced - self.guards.keys():
             self._guard(layer, diffusion_model.get_submodule(self.names[layer]))
+
+    def measure(
+        self, diffusion_model: nn.Module, options: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Measure the layers in the call that is run within, if it is the one to be measured.
+
+        It is the one after a call in which linear layers worked, uncompiled: a hook would have
+        torch.compile compile them anew.
+        """
+        if not self.is_warm or any(x.is_resting for x in self.layers.values()):
+            return contextlib.nullcontext()
+        return self.clock.measure(diffusion_model, options)
 
     def _guard(self, layer: int, attention: nn.Module) -> None:
         """Let a layer's projections, which hold its changed weights, run in its own call alone."""
@@ -278,6 +296,7 @@ class _CallCheck:
         if wrong:
             raise _other_way(wrong[0], counts[wrong[0]])
         self.have_run = True
+        self.is_warm = not any(x.is_resting or x.is_compiled for x in self.layers.values())
 
 
 def _other_way(layer: int, num_runs: int) -> RuntimeError:

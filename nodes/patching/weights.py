@@ -311,6 +311,7 @@ class LayerMaps(Part):
         self.form = form
         self.num_maps = tensors["query_map"].shape[0]
         self.num_runs = 0  # of the layer, in the model's present call
+        self.is_compiled = False  # in its last run
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in O(L); query, key, value and the result are [B, L, N, D]."""

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage
 from linvideo_core.artifact.summary import (
+    LayerTimes,
     count_bytes,
     describe,
+    describe_times,
     draw_summary,
     find_differences,
     title,
@@ -274,3 +276,34 @@ def test_steps_beyond_an_experts_noise_levels_are_counted(
     found = find_differences(header_of(usage=usage), WAN, sigmas)
     start = f"{num_outside} of {len(sigmas) - 1} steps at noise levels that the file was not made"
     assert [each[: len(start)] for each in found] == ([start] if num_outside else [])
+
+
+@pytest.mark.parametrize(
+    ("shape", "linear", "softmax", "said"),
+    [
+        (
+            (2, 32760),
+            LayerTimes("fused kernels", [0.9, 0.604, 0.5]),
+            LayerTimes("PyTorch's cuDNN", [11.24]),
+            "a linear layer takes 0.60 ms (fused kernels), a softmax layer 11.2 ms (PyTorch's "
+            "cuDNN), at 2 x 32,760 tokens",
+        ),
+        (
+            (448,),
+            LayerTimes("plain PyTorch", [2.0]),
+            LayerTimes("not measured", []),
+            "a linear layer takes 2.00 ms (plain PyTorch) at 448 tokens",
+        ),
+    ],
+    ids=["both", "linear alone"],
+)
+def test_times_of_layers_are_told(
+    shape: tuple[int, ...], linear: LayerTimes, softmax: LayerTimes, said: str
+) -> None:
+    assert describe_times(shape, linear, softmax) == [said]
+
+
+def test_linear_layers_that_gain_nothing_are_told() -> None:
+    linear, faster = LayerTimes("fused kernels", [2.0]), LayerTimes("softmax", [1.9])
+    _, found = describe_times((1, 448), linear, faster)
+    assert "gain nothing at so few tokens" in found

@@ -217,7 +217,8 @@ def test_run_on_the_demo_shows_a_video_and_what_differs(page: Any, artists_serve
     *_, answer = artists_server.ask("/history").values()
     assert answer["status"]["status_str"] == "success", answer["status"]
     assert_nothing_is_wrong(page)
-    page.wait_for_function(f"() => ({WORDS})().text.includes('Sampled: cfg 7')")
+    for words in ("Sampled: cfg 7", "ms (plain PyTorch)"):
+        page.wait_for_function(f"() => ({WORDS})().text.includes('{words}')")
     page.evaluate(SETTLED)
     said = page.evaluate(WORDS)
     assert said["room"] >= 15 * len(said["text"].split("\n"))

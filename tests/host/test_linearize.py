@@ -28,6 +28,7 @@ from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
 from linvideo_pack.nodes.patching import injection
 from linvideo_pack.nodes.patching.apply import linearize
+from linvideo_pack.nodes.patching.injection import KEY
 from stage import (
     STEPS,
     assert_close,
@@ -182,6 +183,7 @@ def _check_compiled(compiled: Any) -> None:
         assert_close(sample(compiled, steps=2), expected, tolerance_of(compiled))
         assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"], counters["graph_break"]
+    assert not compiled.get_attachment(KEY).times
     assert torch.equal(sample(short_demo(), steps=2), before)
 
 

@@ -189,6 +189,18 @@ def test_the_node_says_whether_the_model_is_the_files(server: Server) -> None:
     ]
 
 
+def test_layers_are_timed_in_the_first_sampling_of_a_cached_node_alone(server: Server) -> None:
+    workflow = make_workflow(strength=0.65)
+    told = []
+    for seed in (1, 2):
+        workflow["sampler"]["inputs"]["seed"] = seed
+        start = len(server.log.read_text())
+        answer = server.queue(workflow)
+        assert answer["status"]["status_str"] == "success", answer["status"]
+        told.append(server.log.read_text()[start:].count("a linear layer takes"))
+    assert told == [1, 0]
+
+
 def test_a_file_added_later_is_found_and_read_again_when_it_changes(server: Server) -> None:
     path = server.folder / "models" / "linvideo" / "mine.safetensors"
     path.write_bytes(SHIPPED.read_bytes())
