@@ -141,26 +141,6 @@ def why_not_fused(
     return _why_not_triton(device, unknown, case, is_compiling=False)
 
 
-def why_not_fused(
-    device: torch.device,
-    head_dim: int,
-    num_features: int,
-    dtype: torch.dtype,
-    *,
-    feature_map: str = "hedgehog",
-) -> str:
-    """Return why `linear_attention` with backend "auto" leaves the fused kernels there, or "".
-
-    head_dim, num_features: D and M; dtype: value's.
-    """
-    unknown = _unknown_attention(head_dim, num_features, dtype)
-    if feature_map == "hedgehog_joint":
-        unknown = "the fused kernels know the feature map 'hedgehog' alone"
-    if _choose("auto", device, unknown) == "triton":
-        return ""
-    return _why_not_triton(device) or unknown or f"the fused kernels are not tried on {device.type}"
-
-
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str = "default") -> Tensor:
     """Attend over all keys, scaled by 1/sqrt(D); query, key, value and the result are [B, L, N, D].
 
