@@ -131,9 +131,11 @@ def add_change(
         undo.callback(owner.register_forward_hook(hook).remove)
         return
     parameter = model.get_parameter(name)
-    factors = [factor.to(parameter.device, torch.float32) for factor in factors]
+    # Where the model works, though the parameter may wait in CPU memory.
+    device = next(model.parameters()).device
+    factors = [factor.to(device, torch.float32) for factor in factors]
     change = functools.reduce(torch.matmul, factors).reshape(parameter.shape)
-    total = (parameter.float() + strength * change).to(parameter.dtype)
+    total = (parameter.to(device, torch.float32) + strength * change).to(parameter.dtype)
     if not total.isfinite().all():
         raise ArtifactError(f"the change of {name} overflows {parameter.dtype}: lower the strength")
     undo.callback(_overwrite, parameter, parameter.detach().to("cpu", copy=True))
