@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linvideo_core.kernels import softmax_attention
+from ..linvideo_core.kernels.softmax import softmax_attention
 from .patching.attention_override import override_self_attention
 from .schema import make_schema
 

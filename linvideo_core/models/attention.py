@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention, softmax_attention
+from ..kernels import linear_attention
+from ..kernels.softmax import softmax_attention
 from .config import LinearForm
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvideo_core.kernels import SOFTMAX_KERNELS, softmax_attention
+from linvideo_core.kernels.softmax import SOFTMAX_KERNELS, softmax_attention
 from linvideo_core.models.attention import LinearAttention, MixedAttention, SoftmaxAttention
 
 Triple = tuple[Tensor, Tensor, Tensor]
