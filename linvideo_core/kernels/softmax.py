@@ -8,6 +8,7 @@ leaves the softmax. The optional package comfy-kitchen computes it.
 import functools
 import importlib.util
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,14 +99,20 @@ def sparse_attention(
         sink_blocks, density = (0, -(-query.shape[1] // SPARSE_BLOCK)), 0.5
     settings = {"topk_ratio": density, "sink_blocks": list(sink_blocks), "sink_q": list(sink_q)}
     if is_reference:
-        from comfy_kitchen.backends.eager.sol_attn import sol_attn
-
-        return sol_attn(query, key, value, **settings)
+        return _attend_by_reference(query, key, value, **settings)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(
             "sparse attention has no gradient on a GPU: train with another softmax kernel"
         )
     from comfy_kitchen import sol_attn
+
+    return sol_attn(query, key, value, **settings)
+
+
+# PyTorch 2.13 compiles its `scatter_add_` into one that reads beyond the index.
+@torch.compiler.disable
+def _attend_by_reference(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    from comfy_kitchen.backends.eager.sol_attn import sol_attn
 
     return sol_attn(query, key, value, **settings)
 
@@ -116,6 +123,7 @@ def check_density(density: float) -> None:
         raise ValueError(f"density {density} given; a share above 0, and at most 1, is needed")
 
 
+@torch.compiler.assume_constant_result
 def why_not_sparse(device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
     """Return why `sparse_attention` cannot be computed there, or ""."""
     if reason := _refuse_package():
