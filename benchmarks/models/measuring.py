@@ -42,7 +42,7 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 _BRANCHES = 2
 _RUNS = {
     "cpu": {"runs": 5, "seconds": 0.2},
-    "cuda": {"runs": 5, "seconds": 2.0, "fewest": 3},
+    "cuda": {"runs": 5, "seconds": 2.0, "fewest": 2},
 }
 _MEGABYTE, _GIGABYTE = 2**20, 2**30
 
