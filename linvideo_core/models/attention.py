@@ -10,16 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_attention
-from ..kernels.softmax import softmax_attention
+from ..kernels.softmax import DENSITY, softmax_attention
 from .config import LinearForm
 
 
 class SoftmaxAttention(nn.Module):
-    """Quadratic attention through PyTorch's fused kernels."""
+    """Softmax attention over all tokens, by a kernel of `softmax_attention`."""
+
+    def __init__(self, kernel: str = "default", density: float = DENSITY) -> None:
+        super().__init__()
+        self.kernel, self.density = kernel, density
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend over all keys, scaled by 1/sqrt(D): [B, L, N, D] to the same."""
-        return softmax_attention(query, key, value)
+        return softmax_attention(query, key, value, self.kernel, self.density)
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
