@@ -140,10 +140,13 @@ class MixedAttention(nn.Module):
 
     enabled = True
 
-    def __init__(self, linear: LinearAttention, layer_score: float) -> None:
+    def __init__(
+        self, linear: LinearAttention, layer_score: float, softmax: nn.Module | None = None
+    ) -> None:
+        """softmax: the branch that stood there before; none: the default one."""
         super().__init__()
         self.linear = linear
-        self.softmax = SoftmaxAttention()
+        self.softmax = softmax or SoftmaxAttention()
         self.layer_score = nn.Parameter(torch.tensor(float(layer_score)))
         self.mode: Literal["mixed", "linear", "softmax"] = "mixed"
 
