@@ -1,4 +1,4 @@
-"""Checkpoints of Wan with random weights, in the forms that people have them in."""
+"""Checkpoints of Wan with random weights, in the forms that people have, and a file for them."""
 
 import math
 import shutil
@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from linvideo_core.artifact import Artifact, ArtifactHeader, save
+from linvideo_core.models.attention import LinearAttention
+from linvideo_core.models.attention_sites import fingerprint, shapes_of
+from linvideo_core.models.families import identify
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
@@ -47,6 +51,33 @@ def write_wan(path: Path, size: Size, form: str, device: str) -> None:
         else:
             tensors[name] = weight.to(torch.bfloat16 if form == "bf16" else torch.float16).cpu()
     write_tensors(path, tensors)
+
+
+def write_linear_layers(path: Path, size: Size) -> None:
+    """Write a LINVIDEO file that makes `size.layers` linear by feature maps as training begins."""
+    with torch.device("meta"):
+        shapes = shapes_of(WanModel(size.config))
+    family, sites = identify(shapes)
+    chosen = [site for site in sites if site.layer in size.layers]
+    generator, linear = torch.Generator().manual_seed(0), {}
+    for site in chosen:
+        attention = LinearAttention(site.num_heads, site.head_dim, site.head_dim)
+        attention.init_weights(generator)
+        linear[site.layer] = {name: x.detach() for name, x in attention.named_parameters()}
+    header = ArtifactHeader(
+        family=family.name,
+        fingerprint=fingerprint(family, sites),
+        weights_digest="0" * 16,
+        linear_layers=tuple(site.layer for site in chosen),
+        site_names=tuple(site.name for site in chosen),
+        num_layers=len(sites),
+        feature_dim=chosen[0].head_dim,
+        parameters="feature_maps",
+        objective="velocity",
+        steps=0,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(Artifact(header=header, linear=linear), path)
 
 
 def _check_room(path: Path, num_bytes: int) -> None:

@@ -78,7 +78,7 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
     Raises ValueError, before anything is measured, for bad input, for a missing GPU, and where the
     record has rows of another device.
     """
-    installation = _find(config)
+    installation = find_installation(config.comfyui, config.python, config.gguf_pack)
     device = "cpu" if config.cpu else "cuda"
     if not config.cpu and not torch.cuda.is_available():
         raise SettingError("no GPU was found; give {cpu} to measure tiny models", "cpu")
@@ -130,16 +130,20 @@ def measure(case: Case, bench: Workbench) -> tuple[Row, dict[str, Any]]:
     return {**row, "seconds": time.monotonic() - begin, **found}, {"stages": stages}
 
 
-def _find(config: InAppConfig) -> Installation:
-    if config.comfyui is None:
+def find_installation(
+    comfyui: Path | None, python: Path | None, gguf_pack: Path | None = None
+) -> Installation:
+    """Return the ComfyUI of a command's flags; raise SettingError where there is none."""
+    if comfyui is None:
         raise SettingError("{comfyui} was not given; name the folder of a ComfyUI", "comfyui")
-    root = config.comfyui.expanduser().absolute()
+    root = comfyui.expanduser().absolute()
     read_version(root)
-    pack = config.gguf_pack
-    if pack is not None and not (pack / "__init__.py").is_file():
-        raise SettingError(f"{{gguf_pack}} {pack} given, which holds no pack of nodes", "gguf_pack")
-    python = (config.python or Path(sys.executable)).expanduser().absolute()
-    return Installation(root=root, python=python, gguf_pack=pack)
+    if gguf_pack is not None and not (gguf_pack / "__init__.py").is_file():
+        raise SettingError(
+            f"{{gguf_pack}} {gguf_pack} given, which holds no pack of nodes", "gguf_pack"
+        )
+    python = (python or Path(sys.executable)).expanduser().absolute()
+    return Installation(root=root, python=python, gguf_pack=gguf_pack)
 
 
 def _compare(measured: Mapping[str, Row]) -> None:

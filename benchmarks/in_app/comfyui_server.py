@@ -47,11 +47,15 @@ class PromptError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Installation:
-    """A ComfyUI checkout, the interpreter that has its requirements, a pack that loads GGUF."""
+    """A ComfyUI checkout, the interpreter that has its requirements, a pack that loads GGUF.
+
+    has_triton: whether what is loaded after ComfyUI itself finds Triton.
+    """
 
     root: Path
     python: Path
     gguf_pack: Path | None = None
+    has_triton: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,10 @@ class Server:
     def is_alive(self) -> bool:
         """Say whether the process still runs."""
         return self.process.poll() is None
+
+    def has_node(self, kind: str) -> bool:
+        """Say whether this ComfyUI has a node."""
+        return kind in self.ask(f"/object_info/{kind}")
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """GET a path, or POST a body to it, and return the JSON that comes back."""
@@ -180,7 +188,7 @@ def run_server(
         process = subprocess.Popen(
             list(map(str, command)),
             cwd=installation.root,
-            env=_make_environment(),
+            env=_make_environment(installation),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -197,12 +205,14 @@ def run_server(
             process.wait()
 
 
-def _make_environment() -> dict[str, str]:
+def _make_environment(installation: Installation) -> dict[str, str]:
     """Return ComfyUI's environment: our own folder on the path would hide its modules."""
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     kept = [folder for folder in folders if folder and Path(folder).resolve() != PACK.resolve()]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
     environment.pop("PYTHONSAFEPATH", None)
+    if not installation.has_triton:
+        environment["LINVIDEO_BENCHMARK_WITHOUT_TRITON"] = "1"
     return {**environment, "PYTHONPATH": os.pathsep.join(kept)}
 
 

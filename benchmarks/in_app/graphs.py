@@ -7,6 +7,15 @@ from ..models.sizes import GUIDANCE_SCALE, Size
 
 Nodes = dict[str, dict[str, Any]]
 
+KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cuDNN": ("LinVideoSoftmaxBackend", {"backend": "cuDNN"}),
+    "ComfyUI's sparse": (
+        "BlockSparseAttention",
+        {"selection": "sol-attn", "selection.tau": 1.3, "start_percent": 0.2, "end_percent": 1.0},
+    ),
+}
+"""What computes softmax attention -> the node for it, and its inputs as it is added."""
+
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
@@ -96,6 +105,20 @@ def transfer_demo(name: str, quality: str, settings: Mapping[str, Any] | None) -
         sampled["kept"]["inputs"]["latent"] = [f"{tag} sampler", 0]
         nodes |= {f"{tag} {key}": node for key, node in sampled.items()}
     return nodes
+
+
+def apply_file(file: str) -> Nodes:
+    """Return a LINVIDEO file applied to `["model", 0]`, whose MODEL is `["linear", 0]`."""
+    inputs = {"mode": "apply a saved file", "mode.file": file, "mode.strength": 1.0}
+    return {
+        "linear": _node("LinVideo", model=["model", 0], **inputs, **{"mode.keep_first_steps": 0})
+    }
+
+
+def choose_softmax(source: str, kernel: str) -> Nodes:
+    """Return a node's softmax attention by one of KERNELS, whose MODEL is `["chosen", 0]`."""
+    kind, inputs = KERNELS[kernel]
+    return {"chosen": _node(kind, model=[source, 0], **inputs)}
 
 
 def _linearize(name: str, quality: str, **sockets: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from .. import artifact as artifact_files
 from ..artifact import Artifact
+from ..evaluate.sampler import count_comparing_calls
 from ..models.families import identify
 from ..run.context import Run
 from ..run.errors import SettingError
@@ -79,12 +80,18 @@ def forecast(teacher: Teacher, config: DistillConfig, run: Run, footprint: Footp
     num_samples = training.batch_size * training.accumulation / num_processes
     num_calls = count_calls(config.distillation)
     warm_steps = config.warm_start.warm_start_steps if config.single_stage else 0
+    # Of the teacher and the linearized model, at all steps.
+    comparing = count_comparing_calls(
+        config.evaluation.evaluate_samples,
+        config.evaluation.evaluate_batch_size,
+        config.trajectories.sampler_steps,
+        num_students=1,
+    )
     found = Estimate(
         sampling=-(-num_missing // num_processes) * of_video,
         warm_start=warm_steps * training.batch_size / num_processes * WARM_START * call,
         training=training.steps * num_samples * num_calls * call,
-        # The teacher and the linearized model, at all steps.
-        comparing=2 * config.evaluation.evaluate_samples * of_video,
+        comparing=comparing * call,
         disk_bytes=disk_bytes,
         device_bytes=footprint.device_bytes,
         memory_bytes=footprint.memory_bytes,

@@ -52,6 +52,20 @@ def draw_prompts(num_prompts: int, num_samples: int, seed: int, *, repeats: int 
     return torch.cat(order).repeat_interleave(repeats)[:num_samples].tolist()
 
 
+def count_comparing_calls(
+    num_samples: int, batch_size: int, sampler_steps: int, *, num_students: int
+) -> float:
+    """Return what a comparison takes, in calls of the guided teacher for one video.
+
+    Every model samples all videos, after a first call that is not timed; the teacher's features of
+    a video take one branch. Of students, velocities are compared at a few noise levels.
+    """
+    first = min(num_samples, batch_size)
+    velocities = min(first, _NUM_STATE_SAMPLES) * min(sampler_steps, _NUM_STATE_LEVELS)
+    sampling = num_samples * (sampler_steps + 0.5) + first
+    return sampling + num_students * (sampling + velocities)
+
+
 def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: int) -> Tensor:
     """Return noise [num_samples, C, F, H, W] on the CPU, each sample's the same at any number."""
     generator = torch.Generator().manual_seed(_SEED + seed)

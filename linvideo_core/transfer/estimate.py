@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..evaluate.sampler import count_comparing_calls
 from ..flow import bind_guided
 from ..run.context import Run
 from ..run.devices import count_device_bytes
@@ -212,7 +213,6 @@ def estimate(
     disk_bytes: of samples and checkpoints.
     """
     training = config.training
-    of_video = config.trajectories.sampler_steps * (pace.main_call or pace.call)
     selecting = 0
     if config.selection.rule == "learned":
         selecting = count_selection_steps(config.selection, training.steps)
@@ -234,12 +234,18 @@ def estimate(
             )
             num_calls += filling // num_processes
     warm_start = warm_steps * training.batch_size / num_processes * of_warm_start * pace.call
+    # Of the teacher, the layers merely swapped, and the student; the first process alone.
+    comparing = count_comparing_calls(
+        config.evaluation.evaluate_samples,
+        config.evaluation.evaluate_batch_size,
+        config.trajectories.sampler_steps,
+        num_students=2,
+    )
     return Estimate(
         sampling=num_calls * pace.call,
         warm_start=num_students * warm_start,
         training=num_students * training.accumulation * passes,
-        # The teacher, the layers merely swapped, and the student; the first process alone.
-        comparing=3 * config.evaluation.evaluate_samples * of_video,
+        comparing=comparing * (pace.main_call or pace.call),
         disk_bytes=disk_bytes,
         device_bytes=pace.device_bytes,
     )

@@ -13,15 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.in_app import cli as in_app
+from benchmarks.in_app import sampling
 from benchmarks.in_app.cases import CASES, choose
-from benchmarks.in_app.checkpoints import write_wan
+from benchmarks.in_app.checkpoints import write_linear_layers, write_wan
 from benchmarks.in_app.cli import InAppConfig
-from benchmarks.in_app.comfyui_server import Server, Stage
+from benchmarks.in_app.comfyui_server import PromptError, Server, Stage
 from benchmarks.in_app.headless import describe_transfer, train, write_prompts
 from benchmarks.in_app.measuring import KINDS
+from benchmarks.in_app.sampling import SamplingConfig
 from benchmarks.in_app.workbench import resident, watching
 from benchmarks.models.sizes import SIZES
 from benchmarks.record import RESULTS_FOLDER, read_record
+from linvideo_core import artifact
+from linvideo_core.models.attention import LinearAttention
+from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
 from linvideo_core.transfer.config import TransferConfig
 
@@ -72,6 +77,29 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
         in_app.run(InAppConfig(cpu=True, out=tmp_path))
     with pytest.raises(ValueError, match="holds no comfy"):
         in_app.run(InAppConfig(comfyui=tmp_path, cpu=True, out=tmp_path))
+
+
+def test_samplings_are_refused_without_a_host_and_its_end_is_told(
+    broken_host: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--steps 0 given"):
+        SamplingConfig(steps=0)
+    with pytest.raises(ValueError, match="--comfyui was not given"):
+        sampling.run(SamplingConfig(cpu=True, out=tmp_path / "out"))
+    config = SamplingConfig(comfyui=broken_host, cpu=True, out=tmp_path / "out")
+    with pytest.raises(PromptError, match="no such thing as a lunch"):
+        sampling.run(config)
+
+
+def test_the_file_that_is_sampled_with_fits_its_model(tmp_path: Path) -> None:
+    write_linear_layers(tmp_path / "models" / "random.safetensors", TINY)
+    found = artifact.load(tmp_path / "models" / "random.safetensors")
+    model = WanModel(TINY.config)
+    with artifact.apply(found, model):
+        kinds = [type(block.self_attn.attention) for block in model.blocks]
+    assert [kind is LinearAttention for kind in kinds] == [
+        layer in TINY.layers for layer in range(TINY.config.num_layers)
+    ]
 
 
 def test_every_row_of_the_page_can_be_measured() -> None:

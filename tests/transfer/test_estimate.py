@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from linvideo_core.evaluate.compare import compare, swap
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.evaluate.sampler import count_comparing_calls
 from linvideo_core.run.config import override
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import count_bytes
@@ -59,7 +62,9 @@ def test_each_stage_takes_its_calls() -> None:
     assert told(config_of(accumulation=3)).training == 3 * found.training
     assert told(config_of(choice="alternate")).training == 100 * 20
     assert told(config_of(), num_students=2).training == 2 * found.training
-    assert told(config_of(evaluate_samples=2)).comparing == 3 * 2 * 50 * 2
+    # Three models: videos, a first call, features of half a call; two: ten noise levels.
+    compared = told(config_of(evaluate_samples=2, evaluate_batch_size=1)).comparing
+    assert compared == 2 * (3 * (2 * 50 + 1 + 2 * 0.5) + 2 * 10)
     begun = told(config_of(warm_start_steps=9), num_done=10)
     assert begun.training == 20 * 30 + 70 * 20 and begun.warm_start == 0
     assert told(config_of(), num_done=60).training == 40 * 20
@@ -132,7 +137,18 @@ def test_seconds_are_a_mean_over_the_sizes_of_a_pools_videos(
     assert pace.num_trained == count_trained(teacher, config)
     mixed = dataclasses.replace(PACE, main_call=4.0)
     found = estimate(config_of(evaluate_samples=2), mixed, num_missing=10, disk_bytes=0)
-    assert found.sampling == 10 * 50 * 2 and found.comparing == 3 * 2 * 50 * 4
+    assert found.sampling == 10 * 50 * 2
+    assert found.comparing == 2 * told(config_of(evaluate_samples=2)).comparing
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_comparison_takes_the_calls_that_are_counted(teacher: Teacher, size: int) -> None:
+    settings = CompareConfig(num_samples=3, batch_size=size, sampler_steps=4)
+    branches: list[int] = []
+    hook = teacher.model.register_forward_pre_hook(lambda _, args: branches.append(len(args[0])))
+    compare(teacher, {"swapped": swap(teacher.model, [0], 16)}, settings, seed=0)
+    hook.remove()
+    assert sum(branches) == 2 * count_comparing_calls(3, size, 4, num_students=1)
 
 
 def test_a_disk_that_holds_samples_or_checkpoints_but_not_both_is_refused(
