@@ -55,19 +55,16 @@ def write_part(
     device: torch.device | str,
     details: Row | None = None,
     is_added_to: bool = False,
-    is_one_device: bool = True,
 ) -> dict[str, Any]:
     """Replace one part of a record that several commands fill; return the whole record.
 
     part: the value of `what` in all these rows. The record's `details["parts"]` says of every part
         where it was measured, and holds its `details`.
     is_added_to: some of the rows were in the part before, so its earlier commands are kept, too.
-    is_one_device: parts are compared, so all must be measured on one device.
 
-    Raises ValueError where the record has parts of another device that it must not have.
+    Raises ValueError where the record has parts of another device.
     """
-    if is_one_device:
-        check_parts(path, device)
+    check_parts(path, device)
     earlier = read_record(path) if path.is_file() else {"rows": []}
     parts = _parts_of(earlier)
     if is_added_to and part in parts:

@@ -1,15 +1,14 @@
 """LinVideo Softmax Backend: what computes the layers that stay softmax."""
 
-import functools
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..linvideo_core.kernels.softmax import DENSITY
-from .patching.apply import show_words
 from .patching.softmax_kernels import (
     KERNELS,
     SparseSettings,
+    add_words,
     parse_layers,
     use_fastest,
     use_kernel,
@@ -30,14 +29,14 @@ class LinVideoSoftmaxBackend(io.ComfyNode):
             display_name="LinVideo Softmax Backend",
             description="Makes softmax attention faster: all of a video model's, or where LinVideo "
             "Linearize stands before or after it, what that leaves softmax. Sparse attention needs "
-            "no file and no training. Attention to the prompt stays as it is.",
+            "no file and no training. Attention to the prompt stays as it is. The node says how "
+            "long each sampling took.",
             search_aliases=[
                 "cudnn attention",
                 "attention backend",
                 "flash attention",
                 "sparse attention",
                 "sol-attn",
-                "speed up wan",
                 "speed up",
             ],
             inputs=[
@@ -61,18 +60,16 @@ class LinVideoSoftmaxBackend(io.ComfyNode):
     def execute(cls, model: Any, backend: dict[str, Any]) -> io.NodeOutput:
         """Put the kernel where ComfyUI looks for a model's own attention; the last one wins."""
         chosen, name = model.clone(), backend["backend"]
-        tell = functools.partial(show_words, node_id=cls.hidden and cls.hidden.unique_id)
-        words = ""
+        words = add_words(chosen, cls.hidden and cls.hidden.unique_id)
         if name == AUTO:
-            words = "Measured at the first sampling."
-            use_fastest(chosen, tell)
+            use_fastest(chosen, words)
         elif name in KERNELS:
             use_kernel(chosen, name)
         elif name == SPARSE:
             fields = {key: backend[key] for key in ("density", "start_percent", "end_percent")}
             layers = parse_layers(backend["dense_layers"])
-            use_sparse(chosen, SparseSettings(**fields, dense_layers=layers), tell)
-        return io.NodeOutput(chosen, ui=ui.PreviewText(words) if words else None)
+            use_sparse(chosen, SparseSettings(**fields, dense_layers=layers), words)
+        return io.NodeOutput(chosen)
 
 
 def _sparse_inputs() -> list[io.Input]:

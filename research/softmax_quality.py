@@ -148,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{to_flags(config, without=('out', 'record', 'device'))}",
         rows=rows,
         device=resolve_device(config.device),
-        is_one_device=False,
     )
     sys.stdout.write(show_rows(rows))
 

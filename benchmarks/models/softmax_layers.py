@@ -85,7 +85,6 @@ def run(config: SoftmaxConfig) -> dict[str, Any]:
             rows=rows,
             device=device,
             details={"runs": details},
-            is_one_device=False,
         )
     return written
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import re
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -24,6 +25,7 @@ from ...linvideo_core.kernels.softmax import (
 )
 from ...linvideo_core.models.attention_sites import shapes_of
 from ...linvideo_core.models.families import identify
+from .apply import show_words
 from .attention_override import Call, override_self_attention
 from .families import HostFamily, host_family
 
@@ -36,8 +38,38 @@ _SLOT = "optimized_attention_override"
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[[str], None]
-"""Shows a sentence under a node."""
+_KEY = "linvideo_softmax"
+
+
+class Words:
+    """What stands under the node that chose a kernel: its sentences, each of one subject."""
+
+    def __init__(self, node_id: str | None) -> None:
+        self._node_id, self._lines = node_id, {}
+
+    def tell(self, subject: str, line: str) -> None:
+        """Show a sentence in place of an earlier one of its subject."""
+        if self._lines.get(subject) != line:
+            self._lines[subject] = line
+            show_words("\n".join(self._lines.values()), self._node_id)
+
+    def time(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Sample, and tell how long it took; ComfyUI's wrapper around a sampler, weights loaded."""
+        begin = time.perf_counter()
+        output = executor(guider, sigmas, *args, **kwargs)
+        if output.device.type == "cuda":
+            torch.cuda.synchronize(output.device)
+        seconds, steps = time.perf_counter() - begin, len(sigmas) - 1
+        each = seconds / max(steps, 1)
+        self.tell("time", f"Sampling took {seconds:.1f} s: {steps} steps of {each:.3g} s.")
+        return output
+
+
+def add_words(model: Any, node_id: str | None) -> Words:
+    """Let a ModelPatcher's node tell how long samplings take; return what it says."""
+    words = Words(node_id)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, words.time)
+    return words
 
 
 def use_kernel(model: Any, name: str) -> None:
@@ -46,7 +78,7 @@ def use_kernel(model: Any, name: str) -> None:
     override_self_attention(model, lambda call: call.answer(attend), f"PyTorch's {name}")
 
 
-def use_fastest(model: Any, tell: Tell) -> None:
+def use_fastest(model: Any, words: Words) -> None:
     """Let the fastest dense kernel compute them, measured at the first call of each size.
 
     Where the model is compiled nothing can be measured, and ComfyUI's own attention stays.
@@ -58,15 +90,12 @@ def use_fastest(model: Any, tell: Tell) -> None:
         case = (call.query.device, call.query.dtype, call.query.shape, call.heads)
         if case not in _fastest:
             _fastest[case] = _measure(call)
-        name, words = _fastest[case]
+        name, told = _fastest[case]
         override.kernel = name
-        if words not in told:
-            told[words] = None
-            tell("\n".join(told))
+        words.tell("kernel", told)
         return _answers(call)[name]()
 
     override = override_self_attention(model, serve, _OWN)
-    told: dict[str, None] = {}
 
 
 # Device, dtype, shape and heads of a query -> the fastest kernel there, and what it was told by.
@@ -101,9 +130,9 @@ def _measure(call: Call) -> tuple[str, str]:
     fastest = min(times, key=times.get)
     shown = ", ".join(f"{name} {time:.3g} ms" for name, time in times.items())
     shape = " x ".join(map(str, call.query.shape))
-    words = f"{fastest} computes the softmax layers: of {shape} numbers, a call takes {shown}"
-    logger.info("LinVideo: %s", words)
-    return fastest, words
+    told = f"{fastest} computes the softmax layers: at {shape}, a call takes {shown}."
+    logger.info("LinVideo: %s", told)
+    return fastest, told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,10 +173,10 @@ def parse_layers(text: str) -> set[int]:
     return layers
 
 
-def use_sparse(model: Any, settings: SparseSettings, tell: Tell) -> None:
+def use_sparse(model: Any, settings: SparseSettings, words: Words) -> None:
     """Let sparse attention compute a ModelPatcher's softmax layers.
 
-    tell: is called where another node's attention is asked before ours.
+    words: say where another node's attention is asked before ours.
 
     Raises ValueError, in one sentence, where comfy-kitchen, card, dtype or head size do not allow
     it, and for layers that the model does not have.
@@ -167,19 +196,19 @@ def use_sparse(model: Any, settings: SparseSettings, tell: Tell) -> None:
         raise ValueError(
             f"dense_layers names layer {max(absent)}; the model's are 0 to {num_layers - 1}"
         )
-    sparse = _Sparse(settings, host, tell)
+    sparse = _Sparse(settings, host, words)
     name = f"sparse attention, {settings.density:.0%} of the blocks exact"
     sparse.override = override_self_attention(model, sparse.serve, name)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "linvideo_softmax", sparse.watch)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, sparse.watch)
 
 
 class _Sparse:
     """Serves the softmax layers of one MODEL sparsely, within its part of the sampling."""
 
-    def __init__(self, settings: SparseSettings, host: HostFamily | None, tell: Tell) -> None:
+    def __init__(self, settings: SparseSettings, host: HostFamily | None, words: Words) -> None:
         self.override: Any = None
-        self._settings, self._host, self._tell = settings, host, tell
-        self._is_resting = self._is_told = False
+        self._settings, self._host, self._words = settings, host, words
+        self._is_resting = False
 
     def watch(self, executor: Any, x: Any, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the model, ComfyUI's `apply_model`, at a noise level [B]."""
@@ -189,9 +218,9 @@ class _Sparse:
         self._is_resting = not end <= float(sigma.max()) <= start
         inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, dict)]
         asked = [each[_SLOT] for each in inputs if _SLOT in each]
-        if self.override not in asked and not self._is_told:
-            self._is_told = True
-            self._tell("The attention of another node, placed after this one, is asked first.")
+        if self.override not in asked:
+            line = "The attention of another node, placed after this one, is asked first."
+            self._words.tell("other", line)
         return executor(x, sigma, *args, **kwargs)
 
     def serve(self, call: Call) -> Tensor:
