@@ -9,6 +9,16 @@ Nodes = dict[str, dict[str, Any]]
 
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cuDNN": ("LinVideoSoftmaxBackend", {"backend": "cuDNN"}),
+    "sparse": (
+        "LinVideoSoftmaxBackend",
+        {
+            "backend": "sparse (Sol-Attn)",
+            "backend.density": 0.1,
+            "backend.start_percent": 0.2,
+            "backend.end_percent": 1.0,
+            "backend.dense_layers": "",
+        },
+    ),
     "ComfyUI's sparse": (
         "BlockSparseAttention",
         {"selection": "sol-attn", "selection.tau": 1.3, "start_percent": 0.2, "end_percent": 1.0},

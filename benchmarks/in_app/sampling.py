@@ -100,7 +100,9 @@ def run(config: SamplingConfig) -> list[Row]:
 def _ways(server: Server, config: SamplingConfig) -> Iterator[tuple[str, bool]]:
     """Yield a kernel of softmax attention, and whether some layers are linear."""
     kernels = [] if config.cpu or config.without_triton else graphs.KERNELS
-    known = [name for name in kernels if server.has_node(graphs.KERNELS[name][0])]
+    # A ComfyUI without its own node has no comfy-kitchen that could compute ours.
+    has_sparse = server.has_node(graphs.KERNELS["ComfyUI's sparse"][0])
+    known = [name for name in kernels if has_sparse or not name.endswith("sparse")]
     for kernel in ("default", *known):
         yield kernel, False
         yield kernel, True
