@@ -4,7 +4,7 @@ The teacher; without any training Sol-Attn in every layer, at several densities;
 alone, and with Sol-Attn in the layers that it leaves softmax. All sample the same prompts from the
 same noise, every step sparse. Rows are means over seeds of noise and prompts.
     python -m research.softmax_quality --num-samples 256 --batch-size 256 --seeds 3 --record  # GPU
-    python -m research.softmax_quality --num-samples 16 --sampler-steps 10 --record           # CPU
+    python -m research.softmax_quality --sampler-steps 10 --seeds 1 --record  # CPU
 A video of this model has 448 tokens: blocks are of 16 tokens here, 28 to a video, and not of the 64
 of real sizes; comfy-kitchen's plain PyTorch computes them. Each block's two neighbours are exact
 besides, which is up to 7 % more.
@@ -45,9 +45,7 @@ _MEASURES = {"digit": "digit", "motion": "motion", "distance_to_teacher": "error
 class QualityConfig:
     """What is compared, and how often."""
 
-    comparison: CompareConfig = dataclasses.field(
-        default_factory=lambda: CompareConfig(num_samples=8, batch_size=8)
-    )
+    comparison: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     densities: str = option("0.1,0.2,0.4", "shares of exact key blocks")
     seeds: int = option(2, "seeds of noise and prompts, counted up from 0")
     device: str = device_option()
