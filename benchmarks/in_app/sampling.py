@@ -25,6 +25,7 @@ from linvideo_core.run.config import option, parse, positive, run_command, to_fl
 from linvideo_core.run.errors import SettingError
 
 from ..models.sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
+from ..models.softmax_layers import RECORD_NAME, RECORD_TITLE
 from ..record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_part
 from . import graphs
 from .checkpoints import write_linear_layers
@@ -50,7 +51,7 @@ class SamplingConfig:
     without_triton: bool = option(False, "as on a computer without Triton, by ComfyUI's own kernel")
     cpu: bool = option(False, "sample on the CPU, a model of next to no size")
     out: Path = option(Path("runs/sampling"), "folder of the server, its log, and the rows")
-    record: bool = option(False, "write results/softmax_layers.json, not the one in --out")
+    record: bool = option(False, f"write results/{RECORD_NAME}, not the one in --out")
 
     def __post_init__(self) -> None:
         positive(self, "steps")
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(SamplingConfig, argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = "cpu" if config.cpu else "cuda"
-    path = (RESULTS_FOLDER if config.record else config.out) / "softmax_layers.json"
+    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
     check_parts(path, device)
     rows = [{"what": _PART} | row for row in run(config)]
     place = [rows[0][name] for name in _KEY]
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_part(
         path,
         _PART,
-        title="Layers that stay softmax: what each kernel costs, and what sparse ones do to videos",
+        title=RECORD_TITLE,
         command="python -m benchmarks.in_app.sampling --comfyui PATH "
         f"{to_flags(config, without=hidden)} --record",
         rows=[*(row for row in earlier if [row[name] for name in _KEY] != place), *rows],

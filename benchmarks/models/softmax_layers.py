@@ -27,7 +27,7 @@ from .measuring import DTYPES, Row, check_memory, find_softmax, measure_size
 from .sizes import SIZES, VIDEO_STEPS, Size
 
 RECORD_NAME = "softmax_layers.json"
-RECORD_TITLE = "Layers that stay softmax: what each kernel costs, and what sparse ones do to videos"
+RECORD_TITLE = "Layers that stay softmax: what each kernel costs"
 
 _PART = "speed"
 # The first one is what all are compared with; a CPU has the default alone.
