@@ -49,11 +49,6 @@ class Server:
         """Where ComfyUI computes, as tables name it."""
         return name_device(self.ask("/system_stats")["devices"][0]["name"])
 
-    def need(self, *release: int) -> None:
-        """Skip the test on a ComfyUI older than a release, such as 0, 25."""
-        if tuple(map(int, self.version.split(".")[:2])) < release:
-            pytest.skip(f"needs ComfyUI >= {'.'.join(map(str, release))}")
-
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """GET a path, or POST a body to it, and return the JSON that comes back."""
         return json.loads(self.read(path, body) or "{}")

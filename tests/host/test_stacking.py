@@ -137,6 +137,10 @@ def test_the_softmax_backend_computes_every_self_attention_but_ours() -> None:
         assert torch.equal(sample(choose(linear)), sample(linear))
 
 
+def test_the_fastest_exact_kernel_changes_nothing_but_rounding() -> None:
+    _assert_in_both_orders(functools.partial(_with_softmax, "auto"), _expected())
+
+
 def test_a_backend_chosen_last_wins_over_one_chosen_before_ours() -> None:
     """As without LinVideo: core replaces the slot, and ours never occupies it."""
     first, last = set(), set()

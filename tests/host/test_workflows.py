@@ -37,8 +37,8 @@ TRAINED_AT = {
     "7 Wan 2.2 with two experts": (3.5, 12),
 }
 """Guidance and shift of the trainings that README and docs/home.md describe."""
-NEEDS = {"lora_and_backend": (0, 32), "wan_2.1_no_file": (0, 35)}
-"""Workflows that an older ComfyUI cannot run: Model Attention Backend; Sol-Attn."""
+NEEDS = {"lora_and_backend": "ModelAttentionBackend", "wan_2.1_no_file": "BlockSparseAttention"}
+"""Workflows that an older ComfyUI cannot run, each with a node of the ComfyUIs that can."""
 SIZE = 64, 64, 5
 TINY = WanConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=256)
 LINEAR_LAYER = 1
@@ -159,8 +159,10 @@ def models(host: Any, server: Server) -> Iterator[Path]:
 def test_a_workflow_runs_as_it_was_saved(
     name: str, server: Server, models: Path, record_property: Any
 ) -> None:
-    server.need(*NEEDS.get(NAMES[name], ()))
-    prompt = stand_in(make_prompt(read(name), server.ask("/object_info")))
+    nodes = server.ask("/object_info")
+    if (needed := NEEDS.get(NAMES[name])) and needed not in nodes:
+        pytest.skip(f"needs a ComfyUI with {needed}")
+    prompt = stand_in(make_prompt(read(name), nodes))
     start = time.monotonic()
     answer = server.queue(prompt)
     tell_workflow(record_property, server, NAMES[name], round(time.monotonic() - start, 1))
