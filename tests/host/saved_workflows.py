@@ -17,6 +17,8 @@ NAMES = {
     "7 Wan 2.2 with two experts": "wan_2.2_two_experts",
 }
 """Each workflow as the template browser names it, and as records do."""
+NEEDS = {"6 Wan 2.1 with LoRA and backend": (0, 32)}
+"""Workflows that an older ComfyUI cannot open: it has no Model Attention Backend."""
 TRY_IT, *_ = NAMES
 NOTES = ("MarkdownNote",)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
