@@ -1,15 +1,22 @@
-"""LinVideo Softmax Backend: which of PyTorch's kernels computes the layers that stay softmax."""
+"""LinVideo Softmax Backend: what computes the layers that stay softmax."""
 
-import functools
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..linvideo_core.kernels import softmax_attention
-from .patching.attention_override import override_self_attention
-from .schema import make_schema
+from ..linvideo_core.kernels.softmax import DENSITY
+from .patching.softmax_kernels import (
+    KERNELS,
+    SparseSettings,
+    add_words,
+    parse_layers,
+    use_fastest,
+    use_kernel,
+    use_sparse,
+)
+from .schema import make_input, make_schema
 
-_KERNELS = {"cuDNN": "cudnn", "FlashAttention": "flash"}
+AUTO, DEFAULT, SPARSE = "auto", "default", "sparse (Sol-Attn)"
 
 
 class LinVideoSoftmaxBackend(io.ComfyNode):
@@ -20,28 +27,78 @@ class LinVideoSoftmaxBackend(io.ComfyNode):
         return make_schema(
             node_id="LinVideoSoftmaxBackend",
             display_name="LinVideo Softmax Backend",
-            description="Chooses which of PyTorch's own kernels computes the layers that LinVideo "
-            "leaves softmax. Nothing is installed, and the video changes by rounding alone. The "
-            "linear layers, and attention to the prompt, stay as they are.",
-            search_aliases=["cudnn attention", "attention backend", "flash attention", "speed up"],
+            description="Makes softmax attention faster: all of a video model's, or where LinVideo "
+            "Linearize stands before or after it, what that leaves softmax. Sparse attention needs "
+            "no file and no training. Attention to the prompt stays as it is. The node says how "
+            "long each sampling took.",
+            search_aliases=[
+                "cudnn attention",
+                "attention backend",
+                "flash attention",
+                "sparse attention",
+                "sol-attn",
+                "speed up",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A video model, linearized or not."),
-                io.Combo.Input(
+                io.DynamicCombo.Input(
                     "backend",
-                    options=list(_KERNELS),
-                    tooltip="On an H100 a whole model ran 1.3 times as fast with cuDNN as with "
-                    "FlashAttention, which ComfyUI takes first. On your card, try both.",
+                    options=[
+                        *(io.DynamicCombo.Option(name, []) for name in (AUTO, DEFAULT, *KERNELS)),
+                        io.DynamicCombo.Option(SPARSE, _sparse_inputs()),
+                    ],
+                    tooltip="auto: the fastest of the next three on this card, measured once; they "
+                    "change the video by rounding alone. default: what ComfyUI takes. sparse: "
+                    "fastest for long videos, which change a little.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output("MODEL", tooltip="The model; the one put in is unchanged.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, backend: str) -> io.NodeOutput:
+    def execute(cls, model: Any, backend: dict[str, Any]) -> io.NodeOutput:
         """Put the kernel where ComfyUI looks for a model's own attention; the last one wins."""
-        chosen = model.clone()
-        attend = functools.partial(softmax_attention, kernel=_KERNELS[backend])
-        override = override_self_attention(attend, f"PyTorch's {backend}")
-        options = chosen.model_options.setdefault("transformer_options", {})
-        options["optimized_attention_override"] = override
+        chosen, name = model.clone(), backend["backend"]
+        words = add_words(chosen, cls.hidden and cls.hidden.unique_id)
+        if name == AUTO:
+            use_fastest(chosen, words)
+        elif name in KERNELS:
+            use_kernel(chosen, name)
+        elif name == SPARSE:
+            fields = {key: backend[key] for key in ("density", "start_percent", "end_percent")}
+            layers = parse_layers(backend["dense_layers"])
+            use_sparse(chosen, SparseSettings(**fields, dense_layers=layers), words)
         return io.NodeOutput(chosen)
+
+
+def _sparse_inputs() -> list[io.Input]:
+    share = {"min": 0.0, "max": 1.0, "step": 0.01}
+    return [
+        make_input(
+            io.Float,
+            "density",
+            {"default": DENSITY, **share, "min": 0.01},
+            "The share of attention that is computed exactly, block by block; the rest is averaged "
+            "first. Lower is faster, higher is closer to the original video; 1 is all of it.",
+        ),
+        make_input(
+            io.Float,
+            "start_percent",
+            {"default": 0.2, **share},
+            "Where in the sampling sparse attention begins. The first steps decide what is where "
+            "in the video, and stay dense.",
+        ),
+        make_input(
+            io.Float,
+            "end_percent",
+            {"default": 1.0, **share, "advanced": True},
+            "Where in the sampling sparse attention ends.",
+        ),
+        make_input(
+            io.String,
+            "dense_layers",
+            {"default": "", "advanced": True, "placeholder": "such as 0, 1, 28-29"},
+            "Layers that stay dense, by number from 0.",
+        ),
+    ]

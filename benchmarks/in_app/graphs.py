@@ -9,9 +9,29 @@ Nodes = dict[str, dict[str, Any]]
 
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cuDNN": ("LinVideoSoftmaxBackend", {"backend": "cuDNN"}),
+    "sparse": (
+        "LinVideoSoftmaxBackend",
+        {
+            "backend": "sparse (Sol-Attn)",
+            "backend.density": 0.1,
+            "backend.start_percent": 0.2,
+            "backend.end_percent": 1.0,
+            "backend.dense_layers": "",
+        },
+    ),
     "ComfyUI's sparse": (
         "BlockSparseAttention",
-        {"selection": "sol-attn", "selection.tau": 1.3, "start_percent": 0.2, "end_percent": 1.0},
+        {
+            "selection": "sol-attn",
+            "selection.tau": 1.3,
+            "start_percent": 0.2,
+            "end_percent": 1.0,
+            "dense_blocks": "",
+            "min_tokens": 12288,
+            "extra_tokens": 256,
+            "sink_conditioning": "exact_kv_and_rows",
+            "verbose": False,
+        },
     ),
 }
 """What computes softmax attention -> the node for it, and its inputs as it is added."""

@@ -29,7 +29,7 @@ from ..record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_pa
 from . import graphs
 from .checkpoints import write_linear_layers
 from .cli import find_installation
-from .comfyui_server import Server, read_version
+from .comfyui_server import PromptError, Server, read_version
 from .workbench import Workbench, watching
 
 _PART = "sampling"
@@ -64,7 +64,8 @@ class SamplingConfig:
 def run(config: SamplingConfig) -> list[Row]:
     """Sample all ways and return a row of each.
 
-    Raises ValueError for bad input or a missing GPU, PromptError where a sampling fails.
+    A kernel that fails is left out, and said. Raises ValueError for bad input or a missing GPU,
+    PromptError where ComfyUI's own way fails.
     """
     found = find_installation(config.comfyui, config.python)
     installation = dataclasses.replace(found, has_triton=not config.without_triton)
@@ -84,7 +85,13 @@ def run(config: SamplingConfig) -> list[Row]:
     try:
         server = bench.server()
         for kernel, is_linear in _ways(server, config):
-            measured = _sample(config, bench, base, kernel, is_linear=is_linear)
+            try:
+                measured = _sample(config, bench, base, kernel, is_linear=is_linear)
+            except PromptError as error:
+                if kernel == "default":
+                    raise
+                logging.warning("%s is left out: %s", kernel, error)
+                continue
             row = _describe(config.video, kernel, is_linear=is_linear) | where | measured
             row["speedup"] = (rows[0] if rows else row)["seconds"] / row["seconds"]
             rows.append(row)
@@ -100,7 +107,9 @@ def run(config: SamplingConfig) -> list[Row]:
 def _ways(server: Server, config: SamplingConfig) -> Iterator[tuple[str, bool]]:
     """Yield a kernel of softmax attention, and whether some layers are linear."""
     kernels = [] if config.cpu or config.without_triton else graphs.KERNELS
-    known = [name for name in kernels if server.has_node(graphs.KERNELS[name][0])]
+    # A ComfyUI without its own node has no comfy-kitchen that could compute ours.
+    has_sparse = server.has_node(graphs.KERNELS["ComfyUI's sparse"][0])
+    known = [name for name in kernels if has_sparse or not name.endswith("sparse")]
     for kernel in ("default", *known):
         yield kernel, False
         yield kernel, True

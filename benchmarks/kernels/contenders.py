@@ -15,7 +15,13 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
-from linvideo_core.kernels import linear_attention, norm_rotary, reference, softmax_attention
+from linvideo_core.kernels import linear_attention, norm_rotary, reference
+from linvideo_core.kernels.softmax import (
+    DENSITY,
+    check_density,
+    softmax_attention,
+    sparse_attention,
+)
 from linvideo_core.models.wan import rotary_embedding
 
 Attend = Callable[..., Tensor]
@@ -70,13 +76,17 @@ def make_inputs(shape: Shape, ratio: int, setting: Setting) -> list[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """An implementation; `kind` names its definition: linear, softmax, or causal."""
+    """An implementation; `kind` names its definition: linear, softmax, or causal.
+
+    definition: another one, where that of its kind is not what it computes.
+    """
 
     name: str
     kind: str
     attend: Attend
     is_differentiable: bool = True
     tolerance: float = TOLERANCE
+    definition: Attend | None = None
 
     @property
     def has_maps(self) -> bool:
@@ -179,6 +189,22 @@ def _make_sage() -> Contender:
 
     # It rounds queries, keys and weights to 8 bits.
     return Contender("sage", "softmax", attend, is_differentiable=False, tolerance=3e-2)
+
+
+def make_sparse(density: float = DENSITY) -> Contender:
+    """Return Sol-Attn's sparse softmax; density: see `sparse_attention`.
+
+    Raises ValueError where it is none.
+    """
+    check_density(density)
+
+    def attend(*tensors: Tensor, backend: str = "auto") -> Tensor:
+        return sparse_attention(*tensors[:3], density, backend=backend)
+
+    # It rounds to 8 bits, and may take another one of two blocks whose scores nearly tie.
+    settings = {"is_differentiable": False, "tolerance": 0.1}
+    define = functools.partial(attend, backend="reference")
+    return Contender("sol-attn", "softmax", attend, **settings, definition=define)
 
 
 _PUBLIC = {"fla": _make_fla, "sageattention": _make_sage}

@@ -52,17 +52,23 @@ class ScaleConfig:
     record: bool = option(False, "write results/scale.json, not the one in --out")
 
     def __post_init__(self) -> None:
-        if self.shapes is not None and not set(self.shapes.split(",")) <= set(SIZES):
-            raise SettingError(
-                f"{{shapes}} {self.shapes} given; names of {', '.join(SIZES)} are needed, with a "
-                "comma between two",
-                "shapes",
-            )
+        if self.shapes is not None:
+            check_shapes(self.shapes)
 
     @property
     def path(self) -> Path:
         """Where the table goes."""
         return (record.RESULTS_FOLDER if self.record else self.out) / RECORD_NAME
+
+
+def check_shapes(shapes: str) -> None:
+    """Raise SettingError for what are no names of sizes."""
+    if not set(shapes.split(",")) <= set(SIZES):
+        raise SettingError(
+            f"{{shapes}} {shapes} given; names of {', '.join(SIZES)} are needed, with a comma "
+            "between two",
+            "shapes",
+        )
 
 
 def run(config: ScaleConfig) -> dict[str, Any]:

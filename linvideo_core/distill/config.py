@@ -82,6 +82,7 @@ class DistillConfig:
         check_artifact(self.teacher.model, self.artifact)
         by = "parameters" if self.distillation.parameters == "full" else ""
         check_frozen_weights(self.teacher.frozen_weights, self.training, by)
+        self.teacher.softmax.check_training()
 
 
 def check_artifact(model: Path | None, artifact: Path | None) -> None:

@@ -15,8 +15,8 @@ from ..artifact.summary import count_bytes
 from ..demo import weights_path
 from ..flow import Recipe, make_sigmas
 from ..models.attention import LinearAttention
-from ..models.attention_sites import AttentionSite, install, restore, shapes_of
-from ..models.config import LinearForm
+from ..models.attention_sites import AttentionSite, install, restore, shapes_of, softmax_by
+from ..models.config import LinearForm, SoftmaxConfig
 from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..run.errors import SettingError
@@ -70,6 +70,7 @@ def compare(
     precision: str = "fp32",
     callbacks: Callbacks | None = None,
     recipes: Mapping[str, Recipe] | None = None,
+    softmax: SoftmaxConfig | None = None,
 ) -> Comparison:
     """Sample the teacher, then every student, and measure them; on the teacher's device.
 
@@ -77,6 +78,7 @@ def compare(
         `teacher.model` in place as long as leaving it gives the teacher back.
     recipes: name -> how that student is sampled; the others as the settings say. Velocities are
         compared of the others alone, which follow the teacher's trajectories.
+    softmax: what computes the students' softmax layers, where that is sparse.
     """
     evaluator = Evaluator(
         teacher, settings, seed=seed, precision=precision, callbacks=callbacks or Callbacks()
@@ -94,7 +96,7 @@ def compare(
         video_size=teacher.video_size,
     )
     for name, context in students.items():
-        with context as model:
+        with context as model, _softmax_of(model, softmax):
             recipe = (recipes or {}).get(name)
             samples = evaluator.sample(name, model, recipe=recipe)
             velocity_rows = [] if recipe else evaluator.compare_velocities(name, model)
@@ -103,6 +105,15 @@ def compare(
         result.velocity_rows += velocity_rows
         result.frames[name] = samples.frames
     return result
+
+
+def _softmax_of(
+    model: nn.Module, softmax: SoftmaxConfig | None
+) -> contextlib.AbstractContextManager[None]:
+    if softmax is None or not softmax.is_sparse:
+        return contextlib.nullcontext()
+    _, sites = identify(shapes_of(model))
+    return softmax_by(model, sites, softmax.softmax_kernel, softmax.density)
 
 
 @contextlib.contextmanager
@@ -137,7 +148,7 @@ def compare_artifact(
 ) -> Comparison:
     """Compare the teacher, the teacher with the same layers merely swapped, and the student.
 
-    how: `seed`, `precision` and `callbacks` of `compare`.
+    how: `seed`, `precision`, `callbacks` and `softmax` of `compare`.
 
     The student's row also has `bytes`, those of the artifact's tensors.
     """
@@ -233,7 +244,7 @@ def compare_few_step(
 ) -> Comparison:
     """Compare steps against quality: the teacher at all steps and `find_students`' models.
 
-    how: `seed`, `precision` and `callbacks` of `compare`.
+    how: `seed`, `precision`, `callbacks` and `softmax` of `compare`.
 
     There are no pictures of `plain_steps`, but where a distilled file takes as many.
     """

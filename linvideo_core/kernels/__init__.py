@@ -14,10 +14,8 @@ import subprocess
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import custom_ops, reference
@@ -29,20 +27,10 @@ FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 HEAD_DIMS, FEATURE_RATIOS = (64, 128), (1, 2)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-SOFTMAX_KERNELS = {
-    "default": None,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
-"""Name -> PyTorch's kernel of softmax attention; by default PyTorch chooses one."""
-
 # Compiled for gfx1100 with heads of 128, each thread spills 1 to 4 KB of its registers.
 _AMD_ARCHITECTURE = "gfx942"
 # Of a few tokens by the fused kernels, in any dtype: what is right in bf16 is within 0.04.
 _MAX_ERROR = 0.1
-
-# How PyTorch says that the one kernel it may use cannot compute these tensors.
-_REFUSALS = ("No available kernel", "No viable backend")
 
 
 def linear_attention(
@@ -139,29 +127,6 @@ def why_not_fused(
     )
     case = ("linear_attention", head_dim, num_features, dtype, "")
     return _why_not_triton(device, unknown, case, is_compiling=False)
-
-
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str = "default") -> Tensor:
-    """Attend over all keys, scaled by 1/sqrt(D); query, key, value and the result are [B, L, N, D].
-
-    kernel: of SOFTMAX_KERNELS.
-
-    Raises ValueError, in one sentence, where that kernel cannot compute these tensors.
-    """
-    by_head = (x.transpose(1, 2) for x in (query, key, value))
-    if SOFTMAX_KERNELS[kernel] is None:
-        return F.scaled_dot_product_attention(*by_head).transpose(1, 2)
-    try:
-        with sdpa_kernel(SOFTMAX_KERNELS[kernel]):
-            return F.scaled_dot_product_attention(*by_head).transpose(1, 2)
-    except RuntimeError as error:
-        if not str(error).startswith(_REFUSALS):
-            raise
-        dtype = str(query.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"PyTorch's {kernel} attention cannot compute {dtype} with head dim "
-            f"{query.shape[-1]} on {query.device}; choose another attention backend"
-        ) from error
 
 
 # Kernel, D, M, dtype, and what has gradients: "", "tokens" or "maps" and tokens.

@@ -9,16 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention, softmax_attention
+from ..kernels import linear_attention
+from ..kernels.softmax import DENSITY, softmax_attention
 from .config import LinearForm
 
 
 class SoftmaxAttention(nn.Module):
-    """Quadratic attention through PyTorch's fused kernels."""
+    """Softmax attention over all tokens, by a kernel of `softmax_attention`."""
+
+    def __init__(self, kernel: str = "default", density: float = DENSITY) -> None:
+        super().__init__()
+        self.kernel, self.density = kernel, density
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend over all keys, scaled by 1/sqrt(D): [B, L, N, D] to the same."""
-        return softmax_attention(query, key, value)
+        return softmax_attention(query, key, value, self.kernel, self.density)
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
@@ -135,10 +140,13 @@ class MixedAttention(nn.Module):
 
     enabled = True
 
-    def __init__(self, linear: LinearAttention, layer_score: float) -> None:
+    def __init__(
+        self, linear: LinearAttention, layer_score: float, softmax: nn.Module | None = None
+    ) -> None:
+        """softmax: the branch that stood there before; none: the default one."""
         super().__init__()
         self.linear = linear
-        self.softmax = SoftmaxAttention()
+        self.softmax = softmax or SoftmaxAttention()
         self.layer_score = nn.Parameter(torch.tensor(float(layer_score)))
         self.mode: Literal["mixed", "linear", "softmax"] = "mixed"
 

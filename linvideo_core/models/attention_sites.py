@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MixedAttention
+from .attention import MixedAttention, SoftmaxAttention
 from .lora import LowRank, switched
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -116,6 +116,22 @@ def restore(
 def attention_at(model: nn.Module, site: AttentionSite) -> nn.Module:
     """Return the attention module that stands at a site."""
     return model.get_submodule(site.name).attention
+
+
+@contextlib.contextmanager
+def softmax_by(
+    model: nn.Module, sites: list[AttentionSite], kernel: str, density: float
+) -> Iterator[None]:
+    """Let a kernel compute those sites that are softmax, while the context lasts.
+
+    kernel, density: see `kernels.softmax.softmax_attention`.
+    """
+    kept = [site for site in sites if isinstance(attention_at(model, site), SoftmaxAttention)]
+    originals = install(model, kept, lambda _: SoftmaxAttention(kernel, density))
+    try:
+        yield
+    finally:
+        restore(model, kept, originals)
 
 
 def trainable_weights(

@@ -1,4 +1,4 @@
-"""Settings of models: the form of linear attention, frozen weights, Wan 2.2's experts."""
+"""Settings of models: linear and softmax attention, frozen weights, Wan 2.2's experts."""
 
 import dataclasses
 from pathlib import Path
@@ -9,6 +9,7 @@ from ..run.errors import SettingError
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 MAP_SHARINGS = ("per_head", "shared")
 FROZEN = ("fp32", "bf16", "fp8")
+SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,40 @@ class LinearForm:
         if self.window < 0 or self.window == 1:
             raise SettingError(
                 f"{{window}} {self.window} given; 0, or 2 or more tokens are needed", "window"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxConfig:
+    """What computes softmax attention."""
+
+    softmax_kernel: str = option(
+        "default",
+        "kernel of softmax layers; sparse: Sol-Attn in those that a sampled file leaves softmax, "
+        "which changes videos and needs comfy-kitchen; others are the teacher's, too",
+        choices=SOFTMAX_KERNELS,
+    )
+    density: float = option(0.1, "share of the attention that sparse computes exactly")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise SettingError(
+                f"{{density}} {self.density} given; a share above 0, and at most 1, is needed",
+                "density",
+            )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether students' softmax layers are sparse, and the teacher's are not."""
+        return self.softmax_kernel == "sparse"
+
+    def check_training(self) -> None:
+        """Raise SettingError for a kernel without a gradient."""
+        if self.is_sparse:
+            raise SettingError(
+                "{softmax_kernel} sparse given, which has no gradient to train with: train with a "
+                "dense one, and sample or evaluate the file with sparse layers",
+                "softmax_kernel",
             )
 
 

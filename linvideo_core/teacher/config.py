@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
-from ..models.config import FrozenConfig
+from ..models.config import FrozenConfig, SoftmaxConfig
 from ..prompts.config import PromptConfig
 from ..run.config import option, positive
 from ..run.errors import SettingError
@@ -27,6 +27,7 @@ class TeacherConfig:
     )
     text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    softmax: SoftmaxConfig = dataclasses.field(default_factory=SoftmaxConfig)
     num_frames: int = option(81, "video frames, with --model")
     height: int = option(480, "video height in pixels, with --model")
     width: int = option(832, "video width in pixels, with --model")

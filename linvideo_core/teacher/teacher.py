@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from .. import demo
 from ..demo.codec import LATENT_SHAPE, SPACE_PATCH, TIME_PATCH, decode_latents
 from ..demo.prompts import all_prompts, encode_prompts
-from ..models.attention_sites import blocks, shapes_of
+from ..models.attention import SoftmaxAttention
+from ..models.attention_sites import blocks, install, shapes_of
 from ..models.base_weights import base_weights_of, keep_base_weights, weights_digest
 from ..models.checkpoint import Checkpoint, open_wan
-from ..models.config import FROZEN, FrozenConfig
+from ..models.config import FROZEN, FrozenConfig, SoftmaxConfig
 from ..models.experts import parts_of
 from ..models.families import identify
 from ..models.image_condition import CLIP_TOKENS, NO_IMAGE, with_numbers
@@ -138,6 +138,7 @@ class TeacherCheckpoint:
     source: PromptSource
     latent_shape: tuple[int, int, int, int]
     frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    softmax: SoftmaxConfig = dataclasses.field(default_factory=SoftmaxConfig)
     is_demo: bool = False
     more_shapes: tuple[tuple[int, int, int, int], ...] = ()
 
@@ -195,6 +196,9 @@ class TeacherCheckpoint:
             whole = self.checkpoint.load(under=[f"{site.name}." for site in (sites[0], sites[-1])])
             keep_base_weights(model, base_weights_of(whole, family, sites))
         model.condition = self.source.condition
+        if not self.softmax.is_sparse:
+            _, sites = identify(self.shapes)
+            install(model, sites, lambda _: SoftmaxAttention(self.softmax.softmax_kernel))
         return model
 
 
@@ -217,7 +221,7 @@ def open_teacher(
                 "negative_prompt",
                 "model",
             )
-        return _open_demo(config.prompts)
+        return _open_demo(config)
     source = find_source(config.prompts, config.text)
     checkpoint = open_wan(config.model)
     if source.width != checkpoint.config.text_dim:
@@ -245,6 +249,7 @@ def open_teacher(
         source=source,
         latent_shape=latent_shape,
         frozen_weights=config.frozen_weights,
+        softmax=config.softmax,
         more_shapes=_find_more_shapes(config, num_channels, more_sizes),
     )
 
@@ -324,8 +329,8 @@ def load_teacher(config: TeacherConfig, run: Run | None = None) -> Teacher:
     return open_teacher(config).load(run or Run())
 
 
-def _open_demo(prompts_path: Path | None) -> TeacherCheckpoint:
-    prompts = all_prompts() if prompts_path is None else read_prompts(prompts_path)
+def _open_demo(config: TeacherConfig) -> TeacherCheckpoint:
+    prompts = all_prompts() if config.prompts is None else read_prompts(config.prompts)
     path = demo.weights_path("model.safetensors")
     embeds = PromptEmbeds(
         prompts=prompts,
@@ -336,6 +341,7 @@ def _open_demo(prompts_path: Path | None) -> TeacherCheckpoint:
         checkpoint=open_wan(path),
         source=StoredPrompts(path=path, embeds=embeds),
         latent_shape=LATENT_SHAPE,
+        softmax=config.softmax,
         is_demo=True,
     )
 

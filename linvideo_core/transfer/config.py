@@ -229,6 +229,7 @@ class TransferConfig:
             )
         trained_by = "parameters" if self.student.parameters == "full" else ""
         check_frozen_weights(frozen_weights, self.training, trained_by)
+        self.teacher.softmax.check_training()
 
     def _check_pool(self) -> None:
         """Raise SettingError for what only stored videos can serve."""

@@ -89,7 +89,8 @@ class Student(contextlib.AbstractContextManager):
             feature_dim = config.feature_ratio * site.head_dim
             linear = LinearAttention(site.num_heads, site.head_dim, feature_dim, config.form)
             linear.init_weights(generator)
-            return MixedAttention(linear, 1.0).to(device)
+            softmax = attention_at(teacher.model, site)
+            return MixedAttention(linear, 1.0, softmax).to(device)
 
         self._changes: dict[str, lora.LowRank] = {}
         self._weight_names = self._free_weights(seed, device)

@@ -1,5 +1,7 @@
 """ComfyUI's call of its attention function, read into our layout and answered in its own."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,13 +75,34 @@ def run_answered(
     return output
 
 
-def override_self_attention(attend: Attend, kernel: str) -> Callable[..., Tensor]:
-    """Return an `optimized_attention_override` by which `attend` answers self-attention.
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of ComfyUI's attention function for self-attention, and what can answer it.
 
-    Attention to a prompt, and what has a mask or a scale, stays with ComfyUI's own function.
+    query: [B, L, N D], or [B, N, L, D]; heads: N.
+    options: the `transformer_options`.
+    own: answers it as if LinVideo were not there.
+    answer: answers it with an `Attend`.
+    """
+
+    query: Tensor
+    heads: int
+    options: Mapping[str, Any]
+    own: Callable[[], Tensor]
+    answer: Callable[[Attend], Tensor]
+
+
+def override_self_attention(
+    model: Any, serve: Callable[[Call], Tensor], kernel: str
+) -> Callable[..., Tensor]:
+    """Let `serve` answer the self-attention of a ModelPatcher; return its new override.
+
+    Attention to a prompt, and what has a mask or a scale, stays what it was.
 
     kernel: what `name_kernel` calls it.
     """
+    options = model.model_options.setdefault("transformer_options", {})
+    previous = options.get("optimized_attention_override")
 
     def override(
         function: Callable[..., Tensor],
@@ -89,13 +112,23 @@ def override_self_attention(attend: Attend, kernel: str) -> Callable[..., Tensor
         heads: int,
         mask: Any = None,
         *args: Any,
-        **options: Any,
+        **others: Any,
     ) -> Tensor:
-        if mask is not None or "scale" in options or query.shape != key.shape:
-            return function(query, key, value, heads, mask, *args, **options)
-        return answer(attend, query, key, value, heads, mask, *args, **options)
+        before = function if previous is None else functools.partial(previous, function)
+        given = (query, key, value, heads, mask, *args)
+        if mask is not None or "scale" in others or query.shape != key.shape:
+            return before(*given, **others)
+        call = Call(
+            query,
+            heads,
+            others.get("transformer_options") or {},
+            own=lambda: before(*given, **others),
+            answer=lambda attend: answer(attend, *given, **others),
+        )
+        return serve(call)
 
     override.kernel = kernel
+    options["optimized_attention_override"] = override
     return override
 
 

@@ -4,6 +4,7 @@ The MODEL itself is only looked at, and lends the copy its weights: see `host_mo
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import comfy.model_management
 import comfy.model_sampling
 import torch
 from comfy.model_management import module_size
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...linvideo_core.demo.codec import decode_latents
 from ...linvideo_core.flow import TIMESTEP_SCALE
@@ -39,6 +41,27 @@ from .host_model import HostModel, freeze
 
 COPIED_BYTES = 64e6
 """A model that is no larger in fp32 is trained on copies of its weights, in fp32."""
+
+
+# NVIDIA's cards for which PyTorch takes cuDNN's attention first: Hopper, and Blackwell for servers.
+_CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))
+
+
+@contextlib.contextmanager
+def attention_order(device: torch.device) -> Iterator[None]:
+    """Let PyTorch take cuDNN's attention first where it does so in a process without ComfyUI.
+
+    PyTorch decides it at a process's first attention. ComfyUI makes that one inside an order of its
+    own, FlashAttention first, and what it finds and restores around it is not yet PyTorch's choice.
+    """
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    can_order = "set_priority" in inspect.signature(sdpa_kernel).parameters
+    if not (is_nvidia and can_order and torch.cuda.get_device_capability(device) in _CUDNN_FIRST):
+        yield
+        return
+    others = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True):
+        yield
 
 
 class HostTeacher:
@@ -103,7 +126,8 @@ class HostTeacher:
         # ComfyUI's own way to say: operations that have a backward pass, please.
         comfy.model_management.in_training = True
         try:
-            yield self._make_teacher(self.is_copied(config))
+            with attention_order(self.device):
+                yield self._make_teacher(self.is_copied(config))
         finally:
             comfy.model_management.in_training = was_in_training
 

@@ -8,6 +8,7 @@ from tests.host.process import PACK
 
 FILES = {file.stem: file for file in sorted((PACK / "workflows").glob("*.json"))}
 NAMES = {
+    "0 Faster Wan 2.1, no file": "wan_2.1_no_file",
     "1 Try it (no download)": "demo",
     "2 Video in 4 steps (no download)": "few_step",
     "3 Make a file (no download)": "demo_transfer",
@@ -17,9 +18,7 @@ NAMES = {
     "7 Wan 2.2 with two experts": "wan_2.2_two_experts",
 }
 """Each workflow as the template browser names it, and as records do."""
-NEEDS = {"6 Wan 2.1 with LoRA and backend": (0, 32)}
-"""Workflows that an older ComfyUI cannot open: it has no Model Attention Backend."""
-TRY_IT, *_ = NAMES
+TRY_IT = "1 Try it (no download)"
 NOTES = ("MarkdownNote",)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 

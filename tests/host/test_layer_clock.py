@@ -65,7 +65,7 @@ def test_another_size_or_clone_is_measured_anew_with_what_computes_it() -> None:
     sample(other)
     assert "(another node's attention)" in _told(other)[0]
     if device().type == "cpu":
-        chosen = LinVideoSoftmaxBackend.execute(linearized, "FlashAttention").result[0]
+        chosen = LinVideoSoftmaxBackend.execute(linearized, {"backend": "FlashAttention"}).result[0]
         sample(chosen)
         assert "(PyTorch's FlashAttention)" in _told(chosen)[0]
 

@@ -53,7 +53,10 @@ NODES = {
     ),
     "LinVideoLoad": ({"file": "COMBO"}, {"LINVIDEO": "LINVIDEO"}),
     "LinVideoShowFile": ({"linvideo": "LINVIDEO"}, read_table("IMAGE:IMAGE text:STRING")),
-    "LinVideoSoftmaxBackend": (read_table("model:MODEL backend:COMBO"), {"MODEL": "MODEL"}),
+    "LinVideoSoftmaxBackend": (
+        read_table("model:MODEL backend:COMFY_DYNAMICCOMBO_V3"),
+        {"MODEL": "MODEL"},
+    ),
     "LinVideoExportPrompts": (read_table(EXPORTED), {"file": "STRING"}),
     "LinVideoDemo": (read_table("digit:COMBO direction:COMBO batch_size:INT"), read_table(PROMPTS)),
     "LinVideoDemoDecode": (read_table("samples:LATENT upscale:INT"), {"IMAGE": "IMAGE"}),

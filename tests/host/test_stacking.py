@@ -118,7 +118,7 @@ def test_an_attention_backend_serves_every_layer_but_ours() -> None:
 
 
 def _with_softmax(backend: str, model: Any) -> Any:
-    return LinVideoSoftmaxBackend.execute(model, backend).result[0]
+    return LinVideoSoftmaxBackend.execute(model, {"backend": backend}).result[0]
 
 
 def test_the_softmax_backend_computes_every_self_attention_but_ours() -> None:

@@ -32,7 +32,7 @@ from linvideo_pack.nodes import demo
 from linvideo_pack.nodes.linearize import TRANSFER, LinVideoLinearize, read_transfer_inputs
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.weights import describe_base
-from linvideo_pack.nodes.transfer.host_teacher import HostTeacher
+from linvideo_pack.nodes.transfer.host_teacher import HostTeacher, attention_order
 from linvideo_pack.nodes.transfer.pipeline import make_config, run
 from linvideo_pack.nodes.transfer_settings import LinVideoTransferSettings
 from stage import (
@@ -50,12 +50,27 @@ from stage import (
     with_lora,
 )
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_leaves
 from transfers import lend_teacher, make_inputs
 from variants import random_tensor
 
 _TOLERANCE = 1e-5
 _REFUSALS = ValueError, RuntimeError
+
+
+def test_attention_is_what_pytorch_takes_without_comfyui() -> None:
+    query = torch.randn(1, 4, 4096, 128, device=device()).bfloat16()
+    # ComfyUI's order stands around the first attention of the process, or is put back after it.
+    comfy.ops.scaled_dot_product_attention(query, query, query)
+    before = torch._C._get_sdp_priority_order()
+    with attention_order(device()):
+        found = torch._fused_sdp_choice(query, query, query)
+    assert torch._C._get_sdp_priority_order() == before
+    if device().type == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        assert found == SDPBackend.CUDNN_ATTENTION.value
+    else:
+        assert found == torch._fused_sdp_choice(query, query, query)
 
 
 @functools.cache

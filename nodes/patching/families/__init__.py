@@ -7,7 +7,7 @@ anything else has a kind of `Video` of its own.
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -124,6 +124,8 @@ class HostFamily:
         gradient is wanted.
     video: how the model is called for the videos that a transfer learns with.
     refines_prompts: whether ComfyUI sends prompts through weights of the model before it samples.
+    find_sinks: (a call's `transformer_options`, its number of tokens) -> `sink_blocks` and `sink_q`
+        of sparse attention by name: what a video shares a sequence with stays exact.
     prepare_for_training: changes a copy of the model so that a gradient passes through its blocks.
     """
 
@@ -134,6 +136,7 @@ class HostFamily:
     run_fused: Callable[..., Tensor | None] = _nothing
     video: type[Video] = Video
     refines_prompts: bool = False
+    find_sinks: Callable[[Mapping[str, Any], int], dict[str, tuple[int, int]]] = lambda *_: {}
     prepare_for_training: Callable[[nn.Module], None] = _nothing
 
     def check(self, attention: nn.Module) -> None:

@@ -15,7 +15,7 @@ operator that has none. Before a training both are seen to give the same.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....linvideo_core.kernels.softmax import SPARSE_BLOCK
 from ....linvideo_core.models.attention import SoftmaxAttention
 from ..attention_override import attend_as_pytorch
 from . import PROMPT, HostFamily, Video, given_size, refuse_mask
@@ -295,6 +296,26 @@ def _draw_call(block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     return draw(6, *like.shape), draw(1, block.adaln_proj.linear.in_features), rotations
 
 
+def find_sinks(options: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, int]]:
+    """Return the blocks of text, references and sound, which stand before the video's.
+
+    All queries see them exactly; those of the sound, and of what follows it, see everything so, as
+    with ComfyUI's Model Sparse Attention.
+
+    Raises RuntimeError where ComfyUI does not say what stands where.
+    """
+    layout = options.get("minimax_h3_layout")
+    if layout is None or layout.seq_len != num_tokens:
+        raise RuntimeError(
+            "this ComfyUI does not tell attention where MiniMax-H3's video begins, which sparse "
+            "attention must know: update ComfyUI to 0.35 or newer"
+        )
+    starts = {kind: start for start, _, kind in reversed(layout.segments)}
+    end = -(-starts["video"] // SPARSE_BLOCK)
+    first_of_sound = starts.get("audio", 0) // SPARSE_BLOCK
+    return {"sink_blocks": (0, end), "sink_q": (min(first_of_sound, end), end)}
+
+
 FAMILY = HostFamily(
     name="minimax_h3",
     attention_module="comfy.ldm.minimax.model",
@@ -303,5 +324,6 @@ FAMILY = HostFamily(
     run_fused=run_attention,
     video=SoundVideo,
     refines_prompts=True,
+    find_sinks=find_sinks,
     prepare_for_training=prepare_for_training,
 )
