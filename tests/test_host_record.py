@@ -10,14 +10,14 @@ from benchmarks.record import describe_device, read_record
 pytest_plugins = ["pytester"]
 
 TESTS = """
+import json
 import os
 import pytest
 
 @pytest.mark.host
 def test_a_workflow(record_property):
-    for name in ("comfyui", "device", "workflow"):
-        record_property(name, os.environ[name])
-    record_property("seconds", 1.5)
+    for name, value in json.loads(os.environ["TOLD"]).items():
+        record_property(name, value)
 
 @pytest.mark.host
 @pytest.mark.parametrize("outcome", {outcomes})
@@ -31,6 +31,9 @@ def test_elsewhere():
 """
 
 
+RAN_WITH = {"torch": "2.13.0", "triton": None, "linear_layers": "plain"}
+WORKFLOW = {"workflow": "demo", "seconds": 1.5}
+
 Run = Callable[..., str]
 
 
@@ -38,29 +41,31 @@ Run = Callable[..., str]
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return what runs pytest in its folder on tests of some outcomes and returns what it said."""
     pytester.makeini("[pytest]\nmarkers = host\n")
-    monkeypatch.setenv("workflow", "demo")
     # Each run would import the plugins of this installation again.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
     def run(*outcomes: str, comfyui: str = "1.2.3", device: str = "cpu") -> str:
-        monkeypatch.setenv("comfyui", comfyui)
-        monkeypatch.setenv("device", device)
-        pytester.makepyfile(TESTS.format(outcomes=list(outcomes)))
+        told = {"comfyui": comfyui, "device": device, **RAN_WITH, **WORKFLOW}
+        monkeypatch.setenv("TOLD", json.dumps(told))
+        pytester.makepyfile(test_file=TESTS.format(outcomes=list(outcomes)))
         plugin = ("-p", "tests.host.recording", "--record-host", "host.json")
-        return pytester.runpytest_inprocess(*plugin).stdout.str()
+        ran = pytester.runpytest_inprocess("test_file.py", *plugin, "-v", "-m", "host")
+        return ran.stdout.str()
 
     return run
 
 
-def test_a_row_holds_the_workflow_and_the_counts_of_host_tests_alone(
+def test_a_run_has_a_row_of_host_tests_and_one_for_each_workflow(
     run: Run, pytester: pytest.Pytester
 ) -> None:
     output = run("pass", "skip", "pass")
     assert "recorded 1 workflows" in output
     record = read_record(pytester.path / "host.json")
-    row = {"comfyui": "1.2.3", "device": "cpu", "workflow": "demo", "seconds": 1.5}
-    assert record["rows"] == [row | {"host_tests_passed": 3, "host_tests_skipped": 1}]
-    assert record["command"].startswith("python -m pytest")
+    place = {"comfyui": "1.2.3", "device": "cpu"}
+    counts = {"passed": 3, "failed": 0, "skipped": 1}
+    assert record["rows"] == [place | RAN_WITH | counts, place | WORKFLOW]
+    assert record["command"] == "python -m pytest test_file.py --record-host host.json -m host"
+    assert record["versions"]["torch"] == RAN_WITH["torch"]
 
 
 def test_a_failure_records_nothing_and_leaves_the_record(
@@ -83,9 +88,10 @@ def test_rows_of_another_comfyui_or_device_stay_and_its_own_are_replaced(
     ):
         run(*outcomes, comfyui=comfyui, device=device)
     record = read_record(pytester.path / "host.json")
-    found = {(x["comfyui"], x["device"]): x["host_tests_skipped"] for x in record["rows"]}
+    tests = [row for row in record["rows"] if "passed" in row]
+    found = {(row["comfyui"], row["device"]): row["skipped"] for row in tests}
     assert found == {("1", "cpu"): 1, ("2", "cpu"): 0, ("1", "a card"): 2}
-    assert len(record["rows"]) == 3
+    assert (len(tests), len(record["rows"])) == (3, 6)
     assert record["device"] == f"{describe_device('cpu')} / a card"
     runs = record["details"]["runs"]
     assert {name: told["device"] for name, told in runs.items()} == {
@@ -93,13 +99,3 @@ def test_rows_of_another_comfyui_or_device_stay_and_its_own_are_replaced(
         "2 on cpu": describe_device("cpu"),
         "1 on a card": "a card",
     }
-
-
-def test_rows_of_another_version_of_linvideo_go(run: Run, pytester: pytest.Pytester) -> None:
-    path = pytester.path / "host.json"
-    run("pass", comfyui="1")
-    record = read_record(path)
-    record["details"]["runs"]["1 on cpu"]["versions"]["linvideo"] = "0.0.1"
-    path.write_text(json.dumps(record))
-    run("pass", comfyui="2")
-    assert [row["comfyui"] for row in read_record(path)["rows"]] == ["2"]

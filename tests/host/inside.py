@@ -3,7 +3,7 @@
 A request is JSON: {"file", "test", "case"} runs a test function of a file, with a case if it is not
 null, {"source", "function", "arguments"} a function of the given source text. The answer is
 {"outcome": "passed", "failed" or "skipped", "words": why, "printed": text}. The first line that it
-writes says that it has started.
+writes says that it has started, and what `describe` returns.
 
 `PACK` is set by whoever starts it. ComfyUI's flags are its command line.
 """
@@ -46,6 +46,20 @@ def load_pack(folder: str) -> None:
     )
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
+
+
+def describe() -> dict[str, Any]:
+    """Return which `nodes` are found here, and what records say of this ComfyUI."""
+    why_not_fused = importlib.import_module("linvideo_pack.linvideo_core.kernels").why_not_fused
+    device = comfy.model_management.get_torch_device()
+    triton = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
+    is_plain = device.type == "cpu" or why_not_fused(device, 128, 128, torch.bfloat16)
+    return {
+        "nodes": importlib.util.find_spec("nodes").origin,
+        "torch": torch.__version__,
+        "triton": triton and triton.__version__,
+        "linear_layers": "plain" if is_plain else "fused",
+    }
 
 
 def find_function(request: dict[str, Any]) -> Callable[[], Any]:
@@ -92,7 +106,7 @@ def end_node() -> None:
 torch.backends.cudnn.allow_tf32 = False
 load_pack(PACK)  # noqa: F821
 sys.path.append(str(Path(PACK) / "tests" / "host"))  # noqa: F821
-said: dict[str, Any] = {"nodes": importlib.util.find_spec("nodes").origin}
+said = describe()
 while True:
     print(json.dumps(said), file=answers, flush=True)
     if not (line := sys.stdin.readline()):

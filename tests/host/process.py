@@ -73,8 +73,8 @@ class Host:
         self.python = python
         self._process: subprocess.Popen | None = None
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.nodes = self._start()["nodes"]
-        """The file that `import nodes` finds there."""
+        self.described = self._start()
+        """What `describe` of `inside.py` returns there."""
 
     def _start(self) -> dict[str, Any]:
         source = f"PACK = {str(PACK)!r}\n{PROGRAM.read_text(encoding='utf-8')}"

@@ -2,13 +2,15 @@
 
     python -m pytest tests/host --record-host results/host.json
 
-A test tells of a workflow that it ran with `tell_workflow`. Rows of another ComfyUI, or of another
-device, stay as long as they are of this version of LinVideo; `details` says of each such run when
-and with what it was measured. A run in which a host test failed writes nothing.
+A test tells of a workflow that it ran with `tell_workflow`. A run has one row of tests, which says
+what they ran with, and a row for each workflow. Rows of another ComfyUI, or of another device,
+stay; `details` says of each run when and with what it was measured. A run in which a host test
+failed writes nothing.
 """
 
 import datetime
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,18 @@ from benchmarks.record import SOURCE, describe_device, describe_versions, read_r
 from linvideo_core.run.files import write_json
 from tests.host.process import VARIABLE
 
-TOLD = ("comfyui", "device", "workflow", "seconds")
+RAN_WITH = ("comfyui", "device", "torch", "triton", "linear_layers")
+WORKFLOW = ("comfyui", "device", "workflow", "seconds")
 
 
 def tell_workflow(
     record_property: Callable[[str, Any], None], server: Any, workflow: str, seconds: float
 ) -> None:
     """Tell the record of a workflow that a server has run."""
-    for name, value in zip(TOLD, (server.version, server.device, workflow, seconds), strict=True):
-        record_property(name, value)
+    told = {"comfyui": server.version, "device": server.device, **server.host.described}
+    told |= {"workflow": workflow, "seconds": seconds}
+    for name in dict.fromkeys(RAN_WITH + WORKFLOW):
+        record_property(name, told[name])
 
 
 class HostRecord:
@@ -36,24 +41,22 @@ class HostRecord:
     def __init__(self, path: Path, command: str) -> None:
         self.path = path
         self.command = command
-        self.num_passed = self.num_skipped = self.num_failed = 0
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.workflows: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test marked host once, by what became of it."""
         if "host" not in report.keywords:
             return
-        self.num_failed += report.failed
-        self.num_skipped += report.skipped
-        if report.when == "call" and report.passed:
-            self.num_passed += 1
-            if "workflow" in (told := dict(report.user_properties)):
-                self.workflows.append(told)
+        if report.when == "call" or not report.passed:
+            self.counts[report.outcome] += 1
+        if "workflow" in (told := dict(report.user_properties)) and report.when == "call":
+            self.workflows.append(told)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Write the record, or say why not."""
-        if self.num_failed:
-            said = f"nothing recorded: {self.num_failed} host tests failed"
+        if failed := self.counts["failed"]:
+            said = f"nothing recorded: {failed} host tests failed"
         elif not self.workflows:
             said = "nothing recorded: no workflow was run in a ComfyUI"
         else:
@@ -63,38 +66,30 @@ class HostRecord:
 
     def write(self) -> None:
         """Write the rows of this run beside those of other versions and devices."""
-        counts = {"host_tests_passed": self.num_passed, "host_tests_skipped": self.num_skipped}
-        rows = [{name: told[name] for name in TOLD} | counts for told in self.workflows]
-        runs = {_run_of(row): self._describe(row["device"]) for row in rows}
-        earlier, their_runs = _read_earlier(self.path)
-        others = [row for row in earlier if _run_of(row) not in runs]
-        runs = {name: their_runs[name] for name in map(_run_of, others)} | runs
-        record = {"title": "Workflows in a real ComfyUI, and the tests that ran beside them"}
-        record |= {key: _join(run[key] for run in runs.values()) for key in SOURCE}
-        write_json(self.path, record | {"rows": others + rows, "details": {"runs": runs}})
+        run, *_ = self.workflows
+        rows = [{name: run[name] for name in RAN_WITH} | self.counts]
+        rows += [{name: told[name] for name in WORKFLOW} for told in self.workflows]
+        earlier = read_record(self.path) if self.path.is_file() else {"rows": []}
+        rows = [row for row in earlier["rows"] if _run_of(row) != _run_of(run)] + rows
+        known = earlier.get("details", {}).get("runs", {}) | {_run_of(run): self._describe(run)}
+        runs = {name: known[name] for name in map(_run_of, rows)}
+        record = {"title": "Tests and workflows in a real ComfyUI"}
+        record |= {key: _join(each[key] for each in runs.values()) for key in SOURCE}
+        write_json(self.path, record | {"rows": rows, "details": {"runs": runs}})
 
-    def _describe(self, device: str) -> dict[str, Any]:
-        """Return when and with what rows of a device are measured now."""
+    def _describe(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Return when and with what a run that ends now was measured."""
+        device = run["device"]
         return {
             "command": self.command,
             "date": datetime.date.today().isoformat(),
             "device": describe_device("cpu") if device == "cpu" else device,
-            "versions": describe_versions(),
+            "versions": describe_versions() | {"torch": run["torch"]},
         }
 
 
 def _run_of(row: Mapping[str, Any]) -> str:
     return f"{row['comfyui']} on {row['device']}"
-
-
-def _read_earlier(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Return the recorded rows of this version of LinVideo, and the run that each is of."""
-    if not path.is_file():
-        return [], {}
-    record, ours = read_record(path), describe_versions()["linvideo"]
-    runs = record["details"]["runs"]
-    rows = [row for row in record["rows"] if runs[_run_of(row)]["versions"]["linvideo"] == ours]
-    return rows, runs
 
 
 def _join(values: Iterable[Any]) -> Any:
@@ -113,8 +108,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start recording when it is asked for."""
     if path := config.getoption("--record-host", None):
-        arguments = " ".join(map(str, config.invocation_params.args))
-        command = f"python -m pytest {arguments}"
-        if (flags := os.environ.get(VARIABLE)) is not None:
-            command = f'{VARIABLE}="{flags}" {command}'
-        config.pluginmanager.register(HostRecord(path, command), "host-record")
+        option = config.option
+        words = ["python", "-m", "pytest", *option.file_or_dir, "--record-host", str(path)]
+        for flag, value in (("-m", option.markexpr), ("-k", option.keyword)):
+            words += [flag, value] if value else []
+        flags = os.environ.get(VARIABLE)
+        begin = "" if flags is None else f'{VARIABLE}="{flags}" '
+        config.pluginmanager.register(HostRecord(path, begin + shlex.join(words)), "host-record")

@@ -23,7 +23,8 @@ START_SECONDS, WORKFLOW_SECONDS = 600, 300
 class Server:
     """A running ComfyUI and the folder that it lives in."""
 
-    def __init__(self, port: int, folder: Path) -> None:
+    def __init__(self, host: Host, port: int, folder: Path) -> None:
+        self.host = host
         self.address = f"http://127.0.0.1:{port}"
         self.folder = folder
         self.log = folder / "log.txt"
@@ -103,7 +104,7 @@ def run_server(host: Host, folder: Path) -> Iterator[Server]:
     (folder / "custom_nodes" / "LinVideo").symlink_to(PACK, target_is_directory=True)
     cut = folder / "models" / "linvideo" / "cut.safetensors"
     cut.write_bytes(SHIPPED.read_bytes()[:9999])
-    server = Server(find_free_port(), folder)
+    server = Server(host, find_free_port(), folder)
     flags = [*FLAGS, "--base-directory", str(folder)]
     flags += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
     flags += ["--port", server.address.rpartition(":")[2]]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.saved_workflows import NAMES, TRY_IT, read
+from tests.host.saved_workflows import NAMES, NOTES, TRY_IT, read
 from tests.host.server import SHIPPED, Server
 
 pytestmark = [pytest.mark.host, pytest.mark.browser]
@@ -41,6 +41,7 @@ NODES = """() => app.graph.nodes.map((node) => ({
     box: [node.pos[0], node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,
           node.size[0], node.size[1] + LiteGraph.NODE_TITLE_HEIGHT],
 }))"""
+GROUPS = "() => app.graph.groups.map(({ title, pos, size }) => ({ title, box: [...pos, ...size] }))"
 DRAWN = """() => {
     const context = CanvasRenderingContext2D.prototype;
     const original = context.fillText;
@@ -146,9 +147,13 @@ def artists_server(server: Server) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def page(artists_server: Server, chromium: Any) -> Any:
-    page = chromium.new_page(viewport=SCREEN)
+    return visit(chromium.new_page(viewport=SCREEN), artists_server)
+
+
+def visit(page: Any, server: Server) -> Any:
+    """Return a page when it shows ComfyUI and takes commands."""
     page.set_default_timeout(1000 * WAIT_SECONDS)
-    page.goto(artists_server.address)
+    page.goto(server.address)
     page.wait_for_function(READY)
     page.wait_for_function("app.extensionManager?.command")
     return page
@@ -161,12 +166,14 @@ def open_template(page: Any, name: str) -> None:
 
 
 def assert_nothing_is_wrong(page: Any) -> None:
-    """No node is red, none lies on another."""
+    """No node is red, none lies on another or on the border of a group."""
     nodes = page.evaluate(NODES)
     assert [node["title"] for node in nodes if node["red"]] == []
     assert page.get_by_text("errors found").count() == 0
     pairs = itertools.combinations(nodes, 2)
     assert [(a["title"], b["title"]) for a, b in pairs if is_overlap(a["box"], b["box"])] == []
+    pairs = itertools.product(nodes, page.evaluate(GROUPS))
+    assert [(a["title"], b["title"]) for a, b in pairs if is_cut(a["box"], b["box"])] == []
 
 
 def is_overlap(one: list[float], other: list[float]) -> bool:
@@ -174,6 +181,15 @@ def is_overlap(one: list[float], other: list[float]) -> bool:
         one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2]
         for axis in (0, 1)
     )
+
+
+def is_cut(one: list[float], other: list[float]) -> bool:
+    """Say whether the border of another box runs through one."""
+    is_inside = all(
+        other[axis] <= one[axis] and one[axis] + one[axis + 2] <= other[axis] + other[axis + 2]
+        for axis in (0, 1)
+    )
+    return is_overlap(one, other) and not is_inside
 
 
 def test_the_template_browser_lists_the_workflows_in_their_order_and_opens_one(page: Any) -> None:
@@ -193,7 +209,12 @@ def test_the_template_browser_lists_the_workflows_in_their_order_and_opens_one(p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_template_opens_whole_and_readable_on_a_laptop(name: str, page: Any) -> None:
+def test_a_template_opens_whole_and_readable_on_a_laptop(
+    name: str, page: Any, artists_server: Server
+) -> None:
+    core = {node["type"] for node in read(name)["nodes"] if "LinVideo" not in node["type"]}
+    if missing := core.difference(NOTES, artists_server.ask("/object_info")):
+        pytest.skip(f"this ComfyUI has no {', '.join(missing)}")
     open_template(page, name)
     assert_nothing_is_wrong(page)
     nodes = page.evaluate(NODES)
@@ -203,6 +224,25 @@ def test_a_template_opens_whole_and_readable_on_a_laptop(name: str, page: Any) -
     for x, y, node_width, node_height in (node["box"] for node in nodes):
         assert left <= x and x + node_width <= left + width
         assert top <= y and y + node_height <= top + height
+
+
+def forget_the_pack(route: Any) -> None:
+    """Answer which nodes there are as a server without the pack does."""
+    response = route.fetch()
+    described = {k: v for k, v in response.json().items() if not k.startswith("LinVideo")}
+    route.fulfill(response=response, json=described)
+
+
+def test_without_the_pack_a_workflow_names_it_among_the_missing(
+    artists_server: Server, chromium: Any
+) -> None:
+    page = chromium.new_page(viewport=SCREEN)
+    page.route("**/object_info", forget_the_pack)
+    open_template(visit(page, artists_server), TRY_IT)
+    page.get_by_text("View details").first.click()
+    page.get_by_text("Missing Node Packs").wait_for()
+    page.get_by_text("linvideo", exact=True).wait_for()
+    page.close()
 
 
 def test_run_on_the_demo_shows_a_video_and_what_differs(page: Any, artists_server: Server) -> None:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.host
 
 
 def test_comfyui_starts(host: Host) -> None:
-    assert host.nodes == str(host.root / "nodes.py")
+    assert host.described["nodes"] == str(host.root / "nodes.py")
 
 
 def test_its_server_starts(server: Server) -> None:

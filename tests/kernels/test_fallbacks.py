@@ -47,6 +47,15 @@ def test_a_triton_that_is_not_there_is_named(
     assert why_not() == said
 
 
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_a_device_that_no_kernel_is_for_is_named(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    said = f"the fused kernels are for NVIDIA's and AMD's GPUs, not for {device}"
+    assert kernels.why_not_fused(torch.device(device), 128, 128, torch.bfloat16) == said
+
+
 def lend_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
