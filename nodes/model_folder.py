@@ -16,6 +16,7 @@ from ..linvideo_core.artifact import Artifact, ArtifactError
 from ..linvideo_core.artifact.file import SUFFIX, place_file
 from ..linvideo_core.artifact.summary import draw_summary
 from ..linvideo_core.demo import weights_path
+from ..linvideo_core.run.files import sweep
 
 FOLDER = "linvideo"
 SHIPPED = "demo (comes with LinVideo)"
@@ -125,6 +126,7 @@ def _make_place(folder: Path, name: str) -> Path:
     path = place_file(folder, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
     except OSError as error:
         raise ArtifactError(f"the folder {path.parent} cannot be made ({error})") from error
     return path

@@ -4,6 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..linvideo_core.run import limits
+from ..linvideo_core.run.limits import Limits
 from ..linvideo_core.transfer.config import OBJECTIVES, PARAMETERS
 from .schema import TransferSettings, make_input, make_schema
 
@@ -34,24 +36,24 @@ class LinVideoTransferSettings(io.ComfyNode):
         return io.NodeOutput(settings)
 
 
-def _auto(name: str, highest: int, tooltip: str, *, step: int = 1) -> io.Input:
+def _auto(name: str, limits: Limits, tooltip: str, *, step: int = 1) -> io.Input:
     """Return the input of a whole number that is found out while it is 0."""
-    limits = {"default": 0, "min": 0, "max": highest, "step": step}
-    return make_input(io.Int, name, limits, f"{tooltip} 0 is auto.")
+    settings = {"default": 0, "min": 0, "max": limits.high, "step": step}
+    return make_input(io.Int, name, settings, f"{tooltip} 0 is auto.")
 
 
 def _training() -> list[io.Input]:
     return [
         _auto(
             "target",
-            1000,
+            limits.LAYERS,
             "How many layers become linear; training finds out which. Auto is about half of the "
             "model's layers (Wan 1.3B: 16 of 30).",
         ),
-        _auto("steps", 1_000_000, "Training steps. Auto follows quality."),
+        _auto("steps", limits.COUNT, "Training steps. Auto follows quality."),
         _auto(
             "batch_size",
-            4096,
+            limits.COUNT,
             "Videos in a training step. The first to lower when memory runs out.",
         ),
         make_input(
@@ -63,7 +65,7 @@ def _training() -> list[io.Input]:
         make_input(
             io.Float,
             "cfg",
-            {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1},
+            {"default": 0.0, "min": 0.0, "max": limits.GUIDANCE_SCALE.high, "step": 0.1},
             "The guidance that the model is used with: set the same in the sampler later. 0 is "
             "auto: what the model is usually sampled with.",
         ),
@@ -75,28 +77,32 @@ def _videos() -> list[io.Input]:
     sizes = [
         _auto(
             name,
-            16384,
+            limit,
             f"The {name} of the videos to learn from, while no latent is connected. Lower it when "
             "memory runs out.",
             step=step,
         )
-        for name, step in (("width", 16), ("height", 16), ("frames", 1))
+        for name, limit, step in (
+            ("width", limits.PIXELS, 16),
+            ("height", limits.PIXELS, 16),
+            ("frames", limits.FRAMES, 1),
+        )
     ]
     return [
         _auto(
             "sampler_steps",
-            1000,
+            limits.SAMPLER_STEPS,
             "Steps in which the original model makes each video to learn from, at least 8.",
         ),
         _auto(
             "num_videos",
-            1_000_000,
+            limits.VIDEOS,
             "Videos that the original model makes first and keeps on disk, to learn from. Auto, "
             "for a model of your own: none; it makes new ones all the while, and keeps nothing.",
         ),
         _auto(
             "warm_start_steps",
-            100_000,
+            limits.COUNT_OR_NONE,
             "Short steps before the training, which bring the linear attention close to the "
             "original one.",
         ),
@@ -116,7 +122,7 @@ def _weights() -> list[io.Input]:
         ),
         _auto(
             "lora_rank",
-            4096,
+            limits.LORA_RANK,
             "How much the addition can hold (lora only). Lower takes less memory.",
         ),
         make_input(

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from benchmarks.record import REPOSITORY, RESULTS_FOLDER, show_rows, write_record
 from linvideo_core import artifact
-from linvideo_core.run.config import option, parse, positive, run_command, to_flags, to_json
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, run_command, to_flags, to_json
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
@@ -102,13 +103,15 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationConfig:
+class AblationConfig(Settings):
     """Which rows are run, how often, and what all of them share."""
 
     tables: str = option("objective", "tables to make, such as objective,selection; or all")
-    seeds: int = option(2, "seeds of each row, counted up from 0")
-    jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
-    steps: int = option(60, "training steps of a row")
+    seeds: int = option(2, "seeds of each row, counted up from 0", limits.COUNT)
+    jobs: int = option(
+        2, "runs at a time, each in a process of its own, over all GPUs", limits.COUNT
+    )
+    steps: int = option(60, "training steps of a row", limits.COUNT)
     flags: str = option(
         "--num-trajectories 16 --learning-rate 2e-3 --layer-score-learning-rate 0.03 "
         "--warmup-steps 6",
@@ -119,7 +122,7 @@ class AblationConfig:
     record: bool = option(False, "write results/evidence.json")
 
     def __post_init__(self) -> None:
-        positive(self, "seeds", "jobs", "steps")
+        super().__post_init__()
         if strangers := [name for name in self.chosen if name not in TABLES]:
             raise SettingError(
                 f"{{tables}} {self.tables} given, and {strangers[0]!r} is unknown; names of "

@@ -29,7 +29,8 @@ from linvideo_core.kernels.softmax import SPARSE, sparse_attention
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import attention_at, install, restore, shapes_of
 from linvideo_core.models.families import identify
-from linvideo_core.run.config import option, parse, positive, run_command, to_flags
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device
 from linvideo_core.run.progress import TerminalCallbacks
 from linvideo_core.teacher.config import TeacherConfig
@@ -42,18 +43,15 @@ _MEASURES = {"digit": "digit", "motion": "motion", "distance_to_teacher": "error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QualityConfig:
+class QualityConfig(Settings):
     """What is compared, and how often."""
 
     comparison: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     densities: str = option("0.1,0.2,0.4", "shares of exact key blocks")
-    seeds: int = option(2, "seeds of noise and prompts, counted up from 0")
+    seeds: int = option(2, "seeds of noise and prompts, counted up from 0", limits.COUNT)
     device: str = device_option()
     out: Path = option(Path("runs/softmax-quality"), "folder of the record")
     record: bool = option(False, f"write results/{_RECORD_NAME}, not the one in --out")
-
-    def __post_init__(self) -> None:
-        positive(self, "seeds")
 
 
 @contextlib.contextmanager

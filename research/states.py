@@ -29,11 +29,12 @@ from tqdm import tqdm
 
 from benchmarks.record import RESULTS_FOLDER, show_rows, write_part
 from linvideo_core.flow import bind, bind_guided, make_sigmas, sample_euler
+from linvideo_core.run import limits
 from linvideo_core.run.config import (
+    Settings,
     option,
     override,
     parse,
-    positive,
     run_command,
     to_flags,
 )
@@ -106,19 +107,21 @@ _LAST_STEPS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StatesConfig:
+class StatesConfig(Settings):
     """Which rows are run, and how often."""
 
     tables: str = option(",".join(TABLES), "tables to make")
-    seeds: int = option(4, "seeds of each row, counted up from 0")
-    steps: int = option(375, "training steps of a row")
-    jobs: int = option(2, "runs at a time, each in a process of its own, over all GPUs")
+    seeds: int = option(4, "seeds of each row, counted up from 0", limits.COUNT)
+    steps: int = option(375, "training steps of a row", limits.COUNT)
+    jobs: int = option(
+        2, "runs at a time, each in a process of its own, over all GPUs", limits.COUNT
+    )
     device: str = option("auto", "cpu or cuda", choices=("auto", "cpu", "cuda"))
     out: Path = option(Path("runs/states"), "folder of the runs and the rows")
     record: bool = option(False, "write results/recipe.json, not the one in --out")
 
     def __post_init__(self) -> None:
-        positive(self, "seeds", "steps", "jobs")
+        super().__post_init__()
         if strangers := [name for name in self.tables.split(",") if name not in TABLES]:
             raise SettingError(
                 f"{{tables}} {self.tables} given, and {strangers[0]!r} is unknown; names of "

@@ -1,6 +1,6 @@
 """Tables of the records in this folder, for cog to write into Markdown.
 
-    cog -r -P -I . -p "from results.tables import show" README.md docs/*.md
+    cog -r -P -I . -p "from results.tables import show" *.md docs/*.md
 
 runs the calls of `show` in the pages, `<!-- [[[cog show("cost_cpu") ]]] -->`, and puts what they
 print before `<!-- [[[end]]] -->`. With `--check` in place of `-r` it says which page is stale.

@@ -10,7 +10,8 @@ import pytest
 from cogapp import Cog
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md"]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 PACKAGES = ("linvideo_core", "benchmarks", "research")
 
 

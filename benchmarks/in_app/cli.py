@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from linvideo_core.run.config import option, parse, positive, to_flags
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, to_flags
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.tables import format_value
 
@@ -38,21 +39,25 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InAppConfig:
+class InAppConfig(Settings):
     """Which rows are measured, and where."""
 
     comfyui: Path | None = option(None, "folder of a ComfyUI; needed")
     python: Path | None = option(None, "interpreter with ComfyUI's requirements; none: this one")
     gguf_pack: Path | None = option(None, "folder of a pack with UnetLoaderGGUF")
     rows: str = option("", "rows to measure, such as demo,14b-81; none: all")
-    frames: int | None = option(None, "frames of every row but the demo's; none: each row's own")
-    steps: int | None = option(None, "training steps of those rows; none: each row's own")
+    frames: int | None = option(
+        None, "frames of every row but the demo's; none: each row's own", limits.FRAMES
+    )
+    steps: int | None = option(
+        None, "training steps of those rows; none: each row's own", limits.COUNT
+    )
     cpu: bool = option(False, "measure on the CPU, with models of next to no size")
     out: Path = option(Path("runs/in-app"), "folder of the servers, their logs, and the record")
     record: bool = option(False, "write results/in_app.json, not the one in --out")
 
     def __post_init__(self) -> None:
-        positive(self, *self._changes)
+        super().__post_init__()
         choose(self.rows)
 
     @property

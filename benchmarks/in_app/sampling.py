@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from linvideo_core.run.config import option, parse, positive, run_command, to_flags
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.errors import SettingError
 
 from ..models.sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
@@ -41,20 +42,17 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """What is sampled, and where."""
 
     comfyui: Path | None = option(None, "folder of a ComfyUI; needed")
     python: Path | None = option(None, "interpreter with ComfyUI's requirements; none: this one")
     size: str = option("1.3b-480p", "model and video", choices=tuple(SIZES))
-    steps: int = option(VIDEO_STEPS, "steps of a video")
+    steps: int = option(VIDEO_STEPS, "steps of a video", limits.COUNT)
     without_triton: bool = option(False, "as on a computer without Triton, by ComfyUI's own kernel")
     cpu: bool = option(False, "sample on the CPU, a model of next to no size")
     out: Path = option(Path("runs/sampling"), "folder of the server, its log, and the rows")
     record: bool = option(False, f"write results/{RECORD_NAME}, not the one in --out")
-
-    def __post_init__(self) -> None:
-        positive(self, "steps")
 
     @property
     def video(self) -> Size:

@@ -27,7 +27,8 @@ from linvideo_core.evaluate.plots import (
     style_axes,
     title_axes,
 )
-from linvideo_core.run.config import option, parse, positive, to_flags
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 
@@ -46,7 +47,7 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     """Where, how many tokens, and how patiently each number is measured."""
 
     device: str = option(
@@ -58,13 +59,14 @@ class BenchmarkConfig:
         "65536, cuda 131072",
     )
     seconds: float | None = option(
-        None, "for about how long a call is repeated, its time being the median; none: 25, cuda 0.4"
+        None,
+        "for about how long a call is repeated, its time being the median; none: 25, cuda 0.4",
+        limits.POSITIVE,
     )
     out: Path | None = option(None, "folder for record and picture; none: results")
 
     def __post_init__(self) -> None:
-        if self.seconds is not None:
-            positive(self, "seconds")
+        super().__post_init__()
         if self.most_tokens is not None and self.most_tokens < 2 * FEWEST_TOKENS:
             raise SettingError(
                 f"{{most_tokens}} {self.most_tokens} given; at least {2 * FEWEST_TOKENS} is needed",

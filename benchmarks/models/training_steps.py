@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from linvideo_core.models.config import FrozenConfig
+from linvideo_core.run import limits
 from linvideo_core.run.callbacks import Callbacks
-from linvideo_core.run.config import option, parse, positive, run_command, to_flags
+from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
 from linvideo_core.run.errors import SettingError
@@ -67,7 +68,7 @@ _PART = "train"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepsConfig:
+class StepsConfig(Settings):
     """Which steps of a transfer are measured, and how many."""
 
     size: str = option("1.3b-480p", "model and video", choices=tuple(SIZES))
@@ -75,23 +76,23 @@ class StepsConfig:
         "both", "every layer both ways, or after the choice", choices=("both", *PHASES)
     )
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
-    batch_per_gpu: int = option(1, "videos of a step on each GPU")
+    batch_per_gpu: int = option(1, "videos of a step on each GPU", limits.COUNT)
     frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     recomputed: bool = option(True, "recompute blocks backward to save memory")
     compile: bool = option(False, "compile the blocks")
-    untimed_steps: int = option(2, "steps before the first one that is timed")
-    timed_steps: int = option(5, "steps behind a time, which is their median")
+    untimed_steps: int = option(2, "steps before the first one that is timed", limits.COUNT)
+    timed_steps: int = option(5, "steps behind a time, which is their median", limits.COUNT)
     device: str = device_option()
     cap_gb: float | None = option(
-        None, "memory of the GPU that may be used, in GB of 2^30 bytes, as cards have; none: all"
+        None,
+        "memory of the GPU that may be used, in GB of 2^30 bytes, as cards have; none: all",
+        limits.POSITIVE,
     )
     out: Path = option(Path("runs/scale-training"), "folder of what was measured")
     record: bool = option(False, "write results/scale.json, not the one in --out")
 
     def __post_init__(self) -> None:
-        positive(self, "batch_per_gpu", "untimed_steps", "timed_steps")
-        if self.cap_gb is not None:
-            positive(self, "cap_gb")
+        super().__post_init__()
         num_blocks = self.frozen_weights.offload_blocks
         if num_blocks and not self.recomputed:
             raise SettingError(

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
+from linvideo_core.run import limits
 from linvideo_core.run.callbacks import Callbacks, Stage
-from linvideo_core.run.config import option, override, parse, positive, run_command, to_flags
+from linvideo_core.run.config import Settings, option, override, parse, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device
 from linvideo_core.run.memory import LOWER_RUN, explained
 from linvideo_core.transfer import cli, command
@@ -49,22 +50,18 @@ _FEW_VIDEOS = {"num_trajectories": 1, "pool_videos": 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WholeConfig:
+class WholeConfig(Settings):
     """Which transfer is run."""
 
     size: str = option("1.3b-480p", "model and video", choices=tuple(SIZES))
     cap_gb: float | None = option(
-        None, "memory of the GPU that may be used, in GB of 2^30 bytes; none: all"
+        None, "memory of the GPU that may be used, in GB of 2^30 bytes; none: all", limits.POSITIVE
     )
     quality: str = option("standard", "whose settings are taken", choices=QUALITIES)
     flags: str = option("", "other flags of linvideo_core.transfer")
     device: str = device_option()
     out: Path = option(Path("runs/whole-transfer"), "folder of the model, the run and the rows")
     record: bool = option(False, "write results/recipe.json, not the one in --out")
-
-    def __post_init__(self) -> None:
-        if self.cap_gb is not None:
-            positive(self, "cap_gb")
 
 
 class StagePeaks(Callbacks):

@@ -15,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..run.errors import shown_value
 from ..run.files import write_tensors
+from ..run.reading import parse_json
 from .header import DTYPES, Artifact, ArtifactError, ArtifactHeader, Usage, refuse
 
 SUFFIX = ".safetensors"
@@ -150,8 +152,8 @@ def _parse(name: str, text: str) -> Any:
     if len(text) > _MAX_ENTRY:
         raise ArtifactError(f"the header entry {name} is {len(text)} characters long: too long")
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except ValueError as error:
         raise ArtifactError(f"the header entry {name} is not valid JSON: {_AGAIN}") from error
 
 
@@ -179,17 +181,18 @@ def _refuse_stranger(names: list[str]) -> NoReturn:
 
 def _read_tensor(file: safe_open, name: str) -> Tensor:
     """Return a finite tensor of its own memory: the file on disk may be replaced later."""
+    shown = shown_value(name, is_quoted=True)
     claim = file.get_slice(name)
     if claim.get_dtype() not in _STORED_DTYPES:
         raise ArtifactError(
-            f"{name!a} holds {claim.get_dtype()}; floating-point tensors of 16 bits or more are "
+            f"{shown} holds {claim.get_dtype()}; floating-point tensors of 16 bits or more are "
             "expected"
         )
     if 0 in claim.get_shape():
-        raise ArtifactError(f"{name!a} is empty, of shape {claim.get_shape()}")
+        raise ArtifactError(f"{shown} is empty, of shape {shown_value(claim.get_shape())}")
     tensor = file.get_tensor(name).clone()
     if not tensor.isfinite().all():
-        raise ArtifactError(f"{name!a} holds NaN or infinity: {_AGAIN}")
+        raise ArtifactError(f"{shown} holds NaN or infinity: {_AGAIN}")
     return tensor
 
 
@@ -223,11 +226,12 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
             start = file.read(9)
     except OSError:
         return f"{path} cannot be read ({error}): check the disk and the file's permissions"
+    words = shown_value(error)
     if not start:
         return f"{path} is empty: {_AGAIN}"
     if start[8:] in (b"", b"{"):
-        return f"{path} is cut short or damaged ({error}): {_AGAIN}"
-    return f"{path} is not a safetensors file ({error}): choose one that LinVideo saved"
+        return f"{path} is cut short or damaged ({words}): {_AGAIN}"
+    return f"{path} is not a safetensors file ({words}): choose one that LinVideo saved"
 
 
 # File systems take 255 bytes a part; an ending and a number are still added.

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from ..models.base_weights import SKETCH_SIZE, BaseWeights
 from ..models.config import FEATURE_MAPS, MAP_SHARINGS, LinearForm
+from ..run import limits
+from ..run.errors import shown_value
+from ..run.limits import Limits
 
 PARAMETERS = ("full", "lora", "feature_maps")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_TEXT = 200
+_NONE = Limits(low=0, high=0, is_whole=True)
 
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is valid, and what to say where it is not."""
@@ -33,13 +37,7 @@ class ArtifactError(ValueError):
 
 def refuse(name: str, value: object, expected: str) -> NoReturn:
     """Raise ArtifactError saying what a field is and what is expected of it."""
-    raise ArtifactError(f"{name} is {_show(value)}; {expected}")
-
-
-def _show(value: object) -> str:
-    """Return a value of unknown origin as a short text of plain characters."""
-    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**18 else "a huge number"
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
+    raise ArtifactError(f"{name} is {shown_value(value, is_quoted=True)}; {expected}")
 
 
 def _is_integer(value: object) -> bool:
@@ -54,14 +52,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _MAX_TEXT and value.isprintable()
 
 
-def _integer(low: int, high: int) -> Rule:
-    expected = str(low) if low == high else f"a whole number from {low} to {high}"
-    return lambda value: _is_integer(value) and low <= value <= high, f"{expected} is expected"
-
-
-def _number(low: float, high: float) -> Rule:
-    expected = f"a number from {low:g} to {high:g} is expected"
-    return lambda value: _is_number(value) and low <= value <= high, expected
+def _within(limits: Limits) -> Rule:
+    return limits.takes, f"{limits} is expected"
 
 
 def _one_of(choices: tuple[str, ...]) -> Rule:
@@ -95,15 +87,15 @@ _SIZE_FIELDS = ("width", "height", "num_frames")
 """Of `Usage`: the size of a video, in the order in which people write it."""
 _TEXT: Rule = (_is_text, f"1 to {_MAX_TEXT} printable characters are expected")
 _USAGE_RULES: dict[str, Rule] = {
-    "width": _integer(1, 2**16),
-    "height": _integer(1, 2**16),
-    "num_frames": _integer(1, 2**20),
-    "guidance_scale": _number(0, 1000),
-    "shift": (lambda v: _is_number(v) and 0 < v <= 1000, "a number above 0 is expected"),
-    "steps": _integer(1, 10**6),
+    "width": _within(limits.PIXELS),
+    "height": _within(limits.PIXELS),
+    "num_frames": _within(limits.FRAMES),
+    "guidance_scale": _within(limits.GUIDANCE_SCALE),
+    "shift": _within(limits.SHIFT),
+    "steps": _within(limits.SAMPLER_STEPS),
     "sampler": _TEXT,
-    "sigma_from": _number(0, 1),
-    "sigma_to": _number(0, 1),
+    "sigma_from": _within(limits.FRACTION),
+    "sigma_to": _within(limits.FRACTION),
     "more_sizes": (_are_sizes, "sizes of width, height and frames are expected"),
 }
 
@@ -171,21 +163,15 @@ _RULES: dict[str, Rule] = {
         lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) is not None,
         "16 hexadecimal digits are expected",
     ),
-    "num_layers": _integer(1, 1000),
+    "num_layers": _within(limits.LAYERS),
     "feature_map": _one_of(FEATURE_MAPS),
-    "feature_dim": (
-        lambda v: _is_integer(v) and 2 <= v <= 8192 and v % 2 == 0,
-        "an even number from 2 to 8192 is expected",
-    ),
+    "feature_dim": _within(limits.FEATURE_DIM),
     "map_sharing": _one_of(MAP_SHARINGS),
     "output_gate": (lambda v: isinstance(v, bool), "true or false is expected"),
-    "window": (
-        lambda v: _is_integer(v) and 0 <= v <= 2**20 and v != 1,
-        "0, or 2 or more tokens are expected",
-    ),
+    "window": _within(limits.WINDOW),
     "parameters": _one_of(PARAMETERS),
     "objective": _TEXT,
-    "steps": _integer(0, 10**9),
+    "steps": _within(limits.COUNT_OR_NONE),
     "sigmas": (
         _is_falling_to_zero,
         "an empty list or noise levels that fall from at most 1 to 0 are expected",
@@ -239,8 +225,8 @@ class ArtifactHeader:
     weights_sketch: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        rank = _integer(1, 65536) if self.parameters == "lora" else _integer(0, 0)
-        for name, (is_valid, expected) in {**_RULES, "lora_rank": rank}.items():
+        rank = limits.LORA_RANK if self.parameters == "lora" else _NONE
+        for name, (is_valid, expected) in {**_RULES, "lora_rank": _within(rank)}.items():
             if not is_valid(getattr(self, name)):
                 refuse(name, getattr(self, name), expected)
         self._check_layers()
@@ -275,7 +261,7 @@ class ArtifactHeader:
         if not isinstance(layers, tuple) or not layers or not all(map(_is_integer, layers)):
             refuse("linear_layers", layers, "the numbers of one layer or more are expected")
         if outside := [layer for layer in layers if not 0 <= layer < self.num_layers]:
-            has_none = f"a model of {self.num_layers} layers has no layer {_show(outside[0])}"
+            has_none = f"a model of {self.num_layers} layers has no layer {shown_value(outside[0])}"
             refuse("linear_layers", layers, has_none)
         if list(layers) != sorted(set(layers)):
             refuse("linear_layers", layers, "each layer once, in ascending order, is expected")
@@ -329,7 +315,9 @@ def _check_provenance(provenance: object) -> None:
     for name, value in provenance.items():
         is_small = _is_text(name) and (not isinstance(value, int) or abs(value) < 2**63)
         if not is_small or (not isinstance(value, str | bool) and not _is_number(value)):
-            refuse(f"provenance's {_show(name)}", value, "a text or a finite number is expected")
+            refuse(
+                f"provenance's {shown_value(name)}", value, "a text or a finite number is expected"
+            )
 
 
 def _check_tensor(what: str, tensor: Tensor) -> None:

@@ -17,7 +17,9 @@ from ..evaluate.compare import (
     save_comparison,
 )
 from ..run.callbacks import Callbacks
+from ..run.context import Run
 from ..run.folder import open_run, read_metrics
+from ..run.lock import locked
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..teacher.teacher import open_teacher
 from ..transfer.command import (
@@ -65,8 +67,14 @@ def run(
     """
     path = config.out / ARTIFACT_NAME
     run = begin_run(config, [path], callbacks, processes)
-    if run is None:
-        return path
+    if run is not None:
+        with locked(config.out, processes):
+            _make_and_compare(config, path, run)
+    return path
+
+
+def _make_and_compare(config: DistillConfig, path: Path, run: Run) -> None:
+    processes = run.processes
     first = load_linearized(config.artifact)
     autoencoder = find_autoencoder(config.evaluation.vae, config.teacher.model)
     found = open_teacher(config.teacher)
@@ -85,7 +93,7 @@ def run(
     if processes.is_first and metrics_path.exists():
         plots.plot_losses(read_metrics(metrics_path), config.out / "losses.png")
     if not processes.destroy():
-        return path
+        return
     made = artifact_files.load(path)
     if not is_evaluated(config.evaluation, config.out):
         logger.info("comparing %s with its teacher on %s in %s", path, run.device, run.precision)
@@ -95,7 +103,6 @@ def run(
         comparison = compare_few_step(teacher, first, {name_of(made): made}, settings, **how)
         save_comparison(comparison, config.out)
     write_card(config.out, {path: made}, read_evaluation(config.out))
-    return path
 
 
 def summarize(config: DistillConfig) -> str:

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from ..demo import DEMO_GUIDANCE_SCALE
-from ..run.config import option, positive
+from ..run import limits
+from ..run.config import Settings, option
 from ..run.devices import device_option, precision_option
 from ..run.errors import SettingError
 from ..teacher.config import TeacherConfig, TrajectoryConfig
@@ -20,36 +21,35 @@ ARTIFACT_NAME = "distilled.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
+class DistillationConfig(Settings):
     """How many steps, and how generator and critic are trained for them."""
 
-    num_steps: int = option(4, "steps that the distilled model samples in")
+    num_steps: int = option(4, "steps that the distilled model samples in", limits.SAMPLER_STEPS)
     parameters: str = option("lora", "weights that are trained and saved", choices=("lora", "full"))
     lora_rank: int = option(
-        32, "least rank of the weight changes (parameters lora); a file's own is kept"
+        32,
+        "least rank of the weight changes (parameters lora); a file's own is kept",
+        limits.LORA_RANK,
     )
-    critic_steps: int = option(5, "critic updates for each update of the student")
-    critic_learning_rate: float = option(2e-4, "peak learning rate of the critic")
+    critic_steps: int = option(5, "critic updates for each update of the student", limits.COUNT)
+    critic_learning_rate: float = option(2e-4, "peak learning rate of the critic", limits.POSITIVE)
     real_guidance_scale: float = option(
-        DEMO_GUIDANCE_SCALE / 2, "guidance baked in: of the real score, u + scale (c - u)"
+        DEMO_GUIDANCE_SCALE / 2,
+        "guidance baked in: of the real score, u + scale (c - u)",
+        limits.GUIDANCE_SCALE,
     )
-    motion_weight: float = option(0.0, "weight of a loss that holds motion at the teacher's")
+    motion_weight: float = option(
+        0.0, "weight of a loss that holds motion at the teacher's", limits.LOSS_WEIGHT
+    )
     regression_weight: float = option(
-        1.0, "weight of a loss that leads stored states to the teacher's own videos"
+        1.0,
+        "weight of a loss that leads stored states to the teacher's own videos",
+        limits.LOSS_WEIGHT,
     )
-
-    def __post_init__(self) -> None:
-        positive(self, "num_steps", "lora_rank", "critic_steps", "critic_learning_rate")
-        for name in ("motion_weight", "regression_weight"):
-            if not getattr(self, name) >= 0:
-                raise SettingError(
-                    f"{{{name}}} {getattr(self, name)} given; a number from 0 upwards is needed",
-                    name,
-                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """The run."""
 
     recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
@@ -64,11 +64,12 @@ class DistillConfig:
         False, "take only the choice of layers from the file: linearize and distil at once"
     )
     out: Path = option(Path("runs/distill"), "run folder")
-    seed: int = option(0, "seed of everything random")
+    seed: int = option(0, "seed of everything random", limits.SEED)
     device: str = device_option()
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         num_samples = self.training.batch_size * self.training.accumulation
         if num_samples < self.distillation.num_steps:
             raise SettingError(

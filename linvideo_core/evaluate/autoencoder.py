@@ -6,7 +6,6 @@ comparison are decoded alike. diffusers is an optional extra.
 
 import dataclasses
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..models.checkpoint import open_wan
 from ..models.shards import StoredTensor, find_tensors
 from ..run.errors import SettingError
+from ..run.reading import read_json
 from ..teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -137,12 +137,14 @@ def _read_config(root: Path, stored: Mapping[str, StoredTensor]) -> dict[str, An
     """Return the architecture: a folder's own, or Wan 2.1's at the width of one file."""
     if root.is_dir():
         try:
-            config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+            config = read_json(root / "config.json")
         except (OSError, ValueError) as error:
             raise ValueError(f"its config.json cannot be read: {error}") from error
         kind = config.get("_class_name") if isinstance(config, dict) else None
         if kind != _CLASS:
             raise ValueError(f"its config.json is of {kind!a}, not {_CLASS}")
+        if any(n > len(stored) for n in _counts(config)):
+            raise ValueError("its config.json tells of more parts than there are tensors")
         return config
     for last, first in _ENDS.items():
         if last in stored and first in stored:
@@ -151,3 +153,10 @@ def _read_config(root: Path, stored: Mapping[str, StoredTensor]) -> dict[str, An
                 raise ValueError(f"a file of {channels} channels needs its folder of diffusers")
             return {"base_dim": stored[last].shape[1]}
     raise ValueError(f"its tensors are called {', '.join(map(ascii, sorted(stored)[:2]))}")
+
+
+def _counts(config: Mapping[str, Any]) -> list[int]:
+    """Return how many parts of each kind a configuration tells of."""
+    blocks = config.get("num_res_blocks")
+    lists = [len(value) for value in config.values() if isinstance(value, list)]
+    return [*lists, *([blocks] if isinstance(blocks, int) else [])]

@@ -81,10 +81,15 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return values | said
 
 
+def read(argv: Sequence[str] | None = None) -> EvaluateConfig:
+    """Return the settings that a command line stands for."""
+    how = {"presets": PRESETS, "settings": find_settings, "shown": SHOWN}
+    return parse(EvaluateConfig, argv, description=__doc__, **how)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, compare, show the table."""
-    how = {"presets": PRESETS, "settings": find_settings, "shown": SHOWN}
-    config = parse(EvaluateConfig, argv, description=__doc__, **how)
+    config = read(argv)
     # PyTorch is imported here, when it is needed.
     from .command import main as compare
 

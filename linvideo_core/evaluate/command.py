@@ -21,6 +21,7 @@ from ..run.devices import resolve_device, resolve_precision
 from ..run.errors import SettingError
 from ..run.files import write_text
 from ..run.folder import check_place, check_run, open_run
+from ..run.lock import locked
 from ..run.memory import explained
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
@@ -166,7 +167,9 @@ def main(config: EvaluateConfig) -> None:
             export(config, callbacks)
             sys.stdout.write(f"videos: {config.export_videos}\n")
             return
-        rows = run(config, callbacks)["rows"]
+        check_place(config.out)
+        with locked(config.out):
+            rows = run(config, callbacks)["rows"]
     if config.distilled_paths() or config.lora:
         rows = [{key: row[key] for key in FEW_STEP_KEYS if key in row} for row in rows]
     published = upload_commands(config.out, _paths(config))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..run.errors import SettingError
 from ..run.files import write_json
+from ..run.reading import read_json
 from ..teacher.teacher import Teacher
 from . import plots, videos
 from .card import SAMPLES_NAMES
@@ -352,7 +352,7 @@ def save_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
     """Return what `save_comparison` wrote into a folder; None where there is nothing whole."""
     try:
-        result = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+        result = read_json(folder / EVALUATION_NAME)
     except (FileNotFoundError, ValueError):
         return None
     keys = ("settings", "rows", "velocity_rows")

@@ -2,13 +2,15 @@
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
-from ..run.config import option, positive
+from ..run import limits
+from ..run.config import Settings, option
 from ..run.devices import device_option, precision_option
-from ..run.errors import SettingError
+from ..run.errors import SettingError, shown_value
 from ..teacher.config import TeacherConfig
 
 
@@ -20,26 +22,25 @@ def vae_option() -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """How the models are sampled."""
 
-    num_samples: int = option(20, "videos that each model samples")
-    seeds_per_prompt: int = option(1, "videos in a row of one prompt: 2 or more show diversity")
-    sampler_steps: int = option(DEMO_STEPS, "Euler steps")
-    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance")
-    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
-    batch_size: int = option(10, "videos sampled together")
-
-    def __post_init__(self) -> None:
-        positive(self, "seeds_per_prompt", "sampler_steps", "shift", "batch_size")
-        if self.num_samples < 2:
-            raise SettingError(
-                f"{{num_samples}} {self.num_samples} given; 2 or more are needed", "num_samples"
-            )
+    num_samples: int = option(20, "videos that each model samples", limits.COMPARED_VIDEOS)
+    seeds_per_prompt: int = option(
+        1, "videos in a row of one prompt: 2 or more show diversity", limits.VIDEOS
+    )
+    sampler_steps: int = option(DEMO_STEPS, "Euler steps", limits.SAMPLER_STEPS)
+    guidance_scale: float = option(
+        DEMO_GUIDANCE_SCALE, "classifier-free guidance", limits.GUIDANCE_SCALE
+    )
+    shift: float = option(
+        DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p", limits.SHIFT
+    )
+    batch_size: int = option(10, "videos sampled together", limits.VIDEOS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What is compared, and where results go."""
 
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
@@ -55,7 +56,7 @@ class EvaluateConfig:
     lora: Path | None = option(
         None, "few-step LoRA of others, to be added to the linearized model and to its teacher"
     )
-    lora_strength: float = option(1.0, "share of the LoRA's change that is added")
+    lora_strength: float = option(1.0, "share of the LoRA's change that is added", limits.STRENGTH)
     lora_sigmas: str = option(
         "", "noise levels to sample at with the LoRA, such as 1,0.9,0.7,0; none: 4 steps at --shift"
     )
@@ -63,11 +64,12 @@ class EvaluateConfig:
         "25,8,4", "with --distilled or --lora: Euler steps that teacher and linearized model take"
     )
     out: Path = option(Path("runs/evaluate"), "folder for tables and pictures")
-    seed: int = option(0, "seed of noise and prompts")
+    seed: int = option(0, "seed of noise and prompts", limits.SEED)
     device: str = device_option()
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.teacher.model is not None and self.artifact is None:
             raise SettingError(
                 "{model} was given without {artifact}; give the file made for it",
@@ -98,9 +100,10 @@ class EvaluateConfig:
     def numbers_of_plain_steps(self) -> list[int]:
         """Return the numbers of Euler steps to compare with all; SettingError for other words."""
         words = [word.strip() for word in self.plain_steps.split(",") if word.strip()]
-        if not all(word.isascii() and word.isdigit() for word in words):
+        if not all(re.fullmatch("[0-9]{1,6}", word) for word in words):
             raise SettingError(
-                f"{{plain_steps}} {self.plain_steps} given; numbers such as 25,8,4 are needed",
+                f"{{plain_steps}} {shown_value(self.plain_steps)} given; numbers such as "
+                "25,8,4 are needed",
                 "plain_steps",
             )
         numbers = set(map(int, words)) - {0, self.comparison.sampler_steps}
@@ -120,8 +123,8 @@ class EvaluateConfig:
         falls = all(high > low for high, low in itertools.pairwise(levels))
         if len(levels) < 2 or not falls or levels[0] > 1 or levels[-1] != 0:
             raise SettingError(
-                f"{{lora_sigmas}} {self.lora_sigmas} given; numbers that fall from at most 1 to 0, "
-                "such as 1,0.9,0.7,0, are needed",
+                f"{{lora_sigmas}} {shown_value(self.lora_sigmas)} given; numbers that "
+                "fall from at most 1 to 0, such as 1,0.9,0.7,0, are needed",
                 "lora_sigmas",
             )
         return levels

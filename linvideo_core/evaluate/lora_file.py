@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..artifact.apply import add_change
+from ..artifact.header import DTYPES
 from ..models.checkpoint import from_diffusers
+from ..run.errors import shown_value
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +60,17 @@ def load_lora(path: Path) -> LoraFile:
         raise FileNotFoundError(f"LoRA {path} does not exist")
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({shown_value(error)})"
+        ) from error
     layers: dict[str, dict[str, Tensor]] = {}
     for key in sorted(key for key in tensors if not key.startswith("linvideo.")):
         suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
         if suffix is None:
             raise ValueError(
-                f"{path} holds {key!a}, which is not known; known are a LoRA's lora_up and "
-                "lora_down, or lora_B and lora_A, alpha, diff, diff_b and diff_m"
+                f"{path} holds {shown_value(key, is_quoted=True)}, which is not known; known are a "
+                "LoRA's lora_up and lora_down, or lora_B and lora_A, alpha, diff, diff_b and diff_m"
             )
         layers.setdefault(key.removesuffix(suffix), {})[_ROLES[suffix]] = tensors[key]
     for name, parts in layers.items():
@@ -83,11 +87,16 @@ def load_lora(path: Path) -> LoraFile:
 def _check_factors(path: Path, name: str, parts: Mapping[str, Tensor]) -> None:
     pair = [parts[role] for role in ("up", "down") if role in parts]
     is_damaged = len(pair) == 1 or any(x.ndim < 2 or not x.numel() for x in pair)
+    # PyTorch computes with 64 sizes at most.
+    is_damaged = is_damaged or any(
+        x.ndim > 64 or x.dtype not in DTYPES or not x.isfinite().all() for x in parts.values()
+    )
     if is_damaged or ("alpha" in parts and (not pair or parts["alpha"].numel() != 1)):
-        shapes = {role: list(tensor.shape) for role, tensor in parts.items()}
+        found = " and ".join(f"{role} {x.dtype} {list(x.shape)}" for role, x in parts.items())
         raise ValueError(
-            f"{path} holds tensors of shapes {shapes} for {name!a}, where two matrices of rank 1 "
-            "or more and at most a single number alpha are needed: it is damaged"
+            f"{path} holds {found[:200]} for {shown_value(name, is_quoted=True)}, where two "
+            "matrices of rank 1 or more and at most a single number alpha are needed, all finite "
+            "fp16, bf16 or fp32: it is damaged"
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .quantized import place
-from .shards import KNOWN_FORMS, StoredTensor, find_quantised, find_tensors
+from .shards import KNOWN_FORMS, StoredTensor, count_blocks, find_quantised, find_tensors
 from .wan import WanConfig, WanModel
 
 _OTHER_VARIANTS = {
@@ -125,8 +125,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     for marker, variant in _OTHER_VARIANTS.items():
         if any(name.startswith(marker) for name in shapes):
             raise ValueError(f"a Wan {variant} checkpoint was given; {_INSTEAD}")
+    num_layers = count_blocks(shapes, "blocks.")
     try:
-        num_layers = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks."))
         dim, in_channels, *patch_size = shapes["patch_embedding.weight"]
         pt, ph, pw = patch_size
         head_rows = shapes["head.head.weight"][0]
@@ -182,9 +182,14 @@ def load_wan(
 
 
 def _check_shapes(tensors: Mapping[str, StoredTensor], config: WanConfig) -> None:
+    # One block stands for all: what is made is no larger for a file that claims many.
     with torch.device("meta"):
-        model = WanModel(config)
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        model = WanModel(dataclasses.replace(config, num_layers=1))
+    needed = {
+        name.replace("blocks.0.", f"blocks.{number}."): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        for number in range(config.num_layers if name.startswith("blocks.") else 1)
+    }
     given = {name: tensor.shape for name, tensor in tensors.items()}
     if given != needed:
         names = [n for n in {**needed, **given} if given.get(n) != needed.get(n)]

@@ -3,8 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from ..run.config import option
+from ..run import limits
+from ..run.config import Settings, option
 from ..run.errors import SettingError
+from ..run.limits import Limits
 
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 MAP_SHARINGS = ("per_head", "shared")
@@ -13,7 +15,7 @@ SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearForm:
+class LinearForm(Settings):
     """What linear attention is made of, beside the number of its features.
 
     The default is the paper's; each part added starts as if it were not there.
@@ -24,17 +26,13 @@ class LinearForm:
     )
     map_sharing: str = option("per_head", "a map W a head, or one a layer", choices=MAP_SHARINGS)
     output_gate: bool = option(False, "scale each head's output by a gate that its query opens")
-    window: int = option(0, "tokens of a local softmax beside the linear part; 0: none")
-
-    def __post_init__(self) -> None:
-        if self.window < 0 or self.window == 1:
-            raise SettingError(
-                f"{{window}} {self.window} given; 0, or 2 or more tokens are needed", "window"
-            )
+    window: int = option(
+        0, "tokens of a local softmax beside the linear part; 0: none", limits.WINDOW
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftmaxConfig:
+class SoftmaxConfig(Settings):
     """What computes softmax attention."""
 
     softmax_kernel: str = option(
@@ -43,14 +41,11 @@ class SoftmaxConfig:
         "which changes videos and needs comfy-kitchen; others are the teacher's, too",
         choices=SOFTMAX_KERNELS,
     )
-    density: float = option(0.1, "share of the attention that sparse computes exactly")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise SettingError(
-                f"{{density}} {self.density} given; a share above 0, and at most 1, is needed",
-                "density",
-            )
+    density: float = option(
+        0.1,
+        "share of the attention that sparse computes exactly",
+        dataclasses.replace(limits.FRACTION, without_low=True),
+    )
 
     @property
     def is_sparse(self) -> bool:
@@ -68,22 +63,17 @@ class SoftmaxConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FrozenConfig:
+class FrozenConfig(Settings):
     """Memory of the weights that are not trained, with --model."""
 
     frozen: str = option(
         "fp32", "frozen weights, also the teacher's: fp8 holds the blocks' matrices", choices=FROZEN
     )
     offload_blocks: int = option(
-        0, "blocks whose frozen weights wait in CPU memory until they are computed"
+        0,
+        "blocks whose frozen weights wait in CPU memory until they are computed",
+        dataclasses.replace(limits.LAYERS, low=0),
     )
-
-    def __post_init__(self) -> None:
-        if self.offload_blocks < 0:
-            raise SettingError(
-                f"{{offload_blocks}} {self.offload_blocks} given; 0 or more blocks are needed",
-                "offload_blocks",
-            )
 
     @property
     def given(self) -> str:
@@ -99,7 +89,7 @@ class FrozenConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertsConfig:
+class ExpertsConfig(Settings):
     """Wan 2.2's two experts."""
 
     low_noise_model: Path | None = option(
@@ -109,11 +99,5 @@ class ExpertsConfig:
         0.875,
         "noise level that the high-noise expert works down to (Wan 2.2 text-to-video: 0.875, "
         "image-to-video: 0.9)",
+        Limits(low=0.001, high=0.999),
     )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.boundary < 1:
-            raise SettingError(
-                f"{{boundary}} {self.boundary} given; a noise level between 0 and 1 is needed",
-                "boundary",
-            )

@@ -5,7 +5,6 @@ a scale beside them, as ComfyUI's fp8_scaled files have it: `W.scale_weight` or 
 """
 
 import dataclasses
-import json
 import mmap
 import re
 from collections.abc import Iterable, Mapping
@@ -15,10 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..run.errors import shown_value
+from ..run.limits import LAYERS
+from ..run.reading import parse_json, read_json
+
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = ".safetensors.index.json"
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 _MOST_SHARDS = 1000
+_MOST_LETTERS, _MOST_SIZES = 200, 8
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -141,14 +145,45 @@ def _read_header(path: Path) -> list[StoredTensor]:
         # Checks the header against the file's size. As "pt" it would claim memory for all of it.
         with safe_open(path, framework="np"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header = parse_json(file.read(size))
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {shown_value(error)}"
+        ) from error
     header.pop("__metadata__", None)
-    return [
+    found = [
         StoredTensor(path, name, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
         for name, t in header.items()
     ]
+    for tensor in found:
+        # Where a size is 0 the file holds none of what the others claim.
+        is_plain = len(tensor.name) <= _MOST_LETTERS and tensor.name.isprintable()
+        if (
+            not is_plain
+            or len(tensor.shape) > _MOST_SIZES
+            or (0 in tensor.shape and len(tensor.shape) > 1)
+        ):
+            raise ValueError(
+                f"{path} holds {shown_value(tensor.name)} of shape {shown_value(tensor.shape)}, "
+                "which is no model's tensor: get the file again from where it came"
+            )
+    return found
+
+
+def count_blocks(names: Iterable[str], prefix: str) -> int:
+    """Return how many blocks there are, called `prefix` and a number.
+
+    Raises ValueError where they are not numbered from 0 on, or more than a LINVIDEO file can name.
+    """
+    found = {n.removeprefix(prefix).partition(".")[0] for n in names if n.startswith(prefix)}
+    missing = next((i for i in range(len(found)) if str(i) not in found), None)
+    if missing is not None:
+        raise ValueError(
+            f"not a whole model: of {len(found)} blocks, {prefix}{missing}. is missing"
+        )
+    if not LAYERS.takes(len(found)):
+        raise ValueError(f"it has {len(found)} blocks, and {LAYERS} is expected")
+    return len(found)
 
 
 def _with_scales(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -212,12 +247,21 @@ def _find_in_folder(folder: Path) -> Path:
 
 def _read_index(path: Path) -> list[str]:
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("its weight_map names no files beside it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not an index of shards ({error!r})") from error
-    return sorted(names)
+        index = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an index of shards ({error})") from error
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(found.values()) if isinstance(found, dict) else []
+    if not names or not all(map(_is_file_name, names)):
+        raise ValueError(
+            f"{path} is not an index of shards: its weight_map names no files beside it"
+        )
+    return sorted(set(names))
+
+
+def _is_file_name(name: object) -> bool:
+    is_plain = isinstance(name, str) and 0 < len(name) <= _MOST_LETTERS and name.isprintable()
+    return is_plain and Path(name).name == name
 
 
 def _list(names: Iterable[str]) -> str:

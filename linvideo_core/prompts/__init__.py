@@ -6,7 +6,10 @@ the UMT5 encoder of Wan, headless.
 
 from pathlib import Path
 
+from ..run.reading import read_text
+
 DEFAULT_PATH = Path(__file__).with_name("prompts.txt")
+_MOST_PROMPTS = 100_000
 
 NEGATIVE_PROMPT = (
     "washed-out or garish colours, overexposed, a frozen picture in which nothing moves, smeared "
@@ -31,11 +34,16 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file; give prompts in UTF-8, one a line") from None
-    if not (prompts := split_prompts(text)):
-        raise ValueError(f"{path} holds no prompts; write one a line")
+        prompts = split_prompts(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; give prompts in UTF-8, one a line") from None
+    if not 0 < len(prompts) <= _MOST_PROMPTS:
+        number = (
+            f"{len(prompts):,} prompts, {_MOST_PROMPTS:,} at most are read"
+            if prompts
+            else "no prompts"
+        )
+        raise ValueError(f"{path} holds {number}; write one a line")
     return prompts
 
 

@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from ..run.config import option
+from ..run.config import Settings, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptConfig:
+class PromptConfig(Settings):
     """Prompts in words, with --model."""
 
     text_encoder: Path | None = option(

@@ -8,6 +8,7 @@ the images, too, that the videos start from.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from ..models.image_condition import ImageCondition
 from ..run.callbacks import Callbacks
+from ..run.errors import shown_value
 from ..run.files import write_tensors
+from ..run.reading import parse_json
+from .text_encoder import MAX_TOKENS
 
 _KEPT_EVERY = 32
 _CONDITION = ("condition_latents", "clip_embeds")
@@ -122,9 +126,10 @@ def read_embeds(path: Path) -> PromptEmbeds:
             metadata = file.metadata() or {}
             found = [file.get_tensor(name) for name in ("prompt_embeds", "negative_embeds")]
             given = [file.get_tensor(name) if name in file.keys() else None for name in _CONDITION]
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is not a safetensors file with prompt_embeds and negative_embeds: {error}"
+            f"{path} is not a safetensors file with prompt_embeds and negative_embeds: "
+            f"{shown_value(error)}"
         ) from error
     shapes = [list(tensor.shape) for tensor in found]
     are_negatives = shapes[1][-2:] == shapes[0][1:] and found[1].ndim in (2, 3)
@@ -133,7 +138,7 @@ def read_embeds(path: Path) -> PromptEmbeds:
             f"{path}: prompt_embeds {shapes[0]} and negative_embeds {shapes[1]} given; [P, S, T] "
             "with P >= 1 and [K, S, T] or [S, T] are needed"
         )
-    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in found):
+    if not all(map(_is_sound, found)):
         raise ValueError(f"{path}: the embeddings are no finite fp16, bf16 or fp32 numbers")
     length = _read_length(path, metadata, shapes[0][1])
     is_half = found[0].dtype == found[1].dtype and found[0].dtype in _HALVES
@@ -156,13 +161,19 @@ def _read_condition(
     is_shaped = latents is not None and latents.ndim == 5
     is_shaped &= clip_embeds is None or clip_embeds.ndim == 3
     is_shaped &= {len(t) for t in given} in ({1}, {num_prompts})
-    if not is_shaped or not all(t.is_floating_point() and t.isfinite().all() for t in given):
+    if not is_shaped or not all(map(_is_sound, given)):
         raise ValueError(
             f"{path} holds {_CONDITION[0]} {_show(latents)} and {_CONDITION[1]} "
             f"{_show(clip_embeds)}; finite numbers [N, K, F, H, W] and, for Wan 2.1, [N, 257, D] "
             f"are needed, with N 1 or {num_prompts}, the number of prompts"
         )
     return ImageCondition(latents, clip_embeds)
+
+
+def _is_sound(tensor: Tensor) -> bool:
+    return tensor.dtype in (*_HALVES, torch.float32, torch.float64) and bool(
+        tensor.isfinite().all()
+    )
 
 
 def _show(tensor: Tensor | None) -> str:
@@ -210,15 +221,18 @@ def _pad(embeds: Tensor, length: int) -> Tensor:
 
 def _read_length(path: Path, metadata: Mapping[str, str], stored: int) -> int:
     text = metadata.get("padded_to", str(stored))
-    if not text.isdecimal() or not stored <= int(text) <= max(stored, 2**16):
-        raise ValueError(f"{path}: padded_to is {text[:20]!r}; a length from {stored} is needed")
+    most = max(stored, MAX_TOKENS)
+    if not re.fullmatch("[0-9]{1,9}", text) or not stored <= int(text) <= most:
+        raise ValueError(
+            f"{path}: padded_to is {shown_value(text)}; a length from {stored} to {most} is needed"
+        )
     return int(text)
 
 
 def _read_texts(metadata: Mapping[str, str], count: int) -> list[str]:
     """Return the prompts that a file names, or numbers in their place."""
     try:
-        texts = json.loads(metadata.get("prompts", "[]"))
+        texts = parse_json(metadata.get("prompts", "[]"))
     except ValueError:
         texts = []
     is_whole = isinstance(texts, list) and len(texts) == count

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..models.shards import StoredTensor, find_quantised, find_tensors
+from ..models.shards import StoredTensor, count_blocks, find_quantised, find_tensors
 from ..run.errors import SettingError
 
 MAX_TOKENS = 512
@@ -229,12 +229,12 @@ def _read_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
             "d_model": width,
             "d_kv": inner // num_heads,
             "d_ff": shapes[f"{layer}.1.DenseReluDense.wi_0.weight"][0],
-            "num_layers": 1 + max(int(n.split(".")[2]) for n in shapes if ".block." in n),
+            "num_layers": count_blocks(shapes, "encoder.block."),
             "num_heads": num_heads,
             "relative_attention_num_buckets": num_buckets,
         }
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"it is not a whole UMT5 encoder ({error!r})") from error
+        raise ValueError(f"it is not a whole UMT5 encoder ({error})") from error
 
 
 def _check(tensors: Mapping[str, StoredTensor], settings: Mapping[str, int]) -> None:

@@ -1,8 +1,8 @@
 """Turn frozen dataclasses into flags, JSON and presets: the only file that parses arguments.
 
-A room declares its settings as a frozen keyword-only dataclass whose fields are made by `option`;
-a command nests those of the rooms it uses in a dataclass of its own. Nesting shows in JSON; flags
-are flat, so field names are unique within a command.
+A room declares its settings as a frozen keyword-only dataclass of `Settings` whose fields are made
+by `option`; a command nests those of the rooms it uses in a dataclass of its own. Nesting shows in
+JSON; flags are flat, so field names are unique within a command.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import types
 import typing
@@ -22,30 +23,41 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from .errors import SettingError, flag_of
+from .errors import SettingError, flag_of, shown_value
+from .limits import Limits
 
 ConfigT = TypeVar("ConfigT")
 
 
-def option(default: Any, text: str, *, choices: Sequence[str] | None = None) -> Any:
-    """Declare a config field: its default, its help, and the values it may take."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def option(
+    default: Any, text: str, limits: Limits | None = None, *, choices: Sequence[str] | None = None
+) -> Any:
+    """Declare a config field: its default, its help, and the values it may take.
+
+    limits: those of a number; a field may be None beside them.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": text, "limits": limits, "choices": choices}
+    )
 
 
-def positive(owner: object, *names: str) -> None:
-    """Raise SettingError unless every named field of a config is greater than zero."""
-    for name in names:
-        value = getattr(owner, name)
-        if not value > 0:
-            raise SettingError(f"{{{name}}} {value} given; a number greater than 0 is needed", name)
+class Settings:
+    """What every config is: its fields hold what `option` says of them.
 
+    Raises SettingError for a field that does not.
+    """
 
-def fraction(owner: object, *names: str) -> None:
-    """Raise SettingError unless every named field of a config lies in [0, 1]."""
-    for name in names:
-        value = getattr(owner, name)
-        if not 0 <= value <= 1:
-            raise SettingError(f"{{{name}}} {value} given; a number from 0 to 1 is needed", name)
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            limits, choices = field.metadata.get("limits"), field.metadata.get("choices")
+            if value is None or not (limits or choices):
+                continue
+            if not (limits.takes(value) if limits else value in choices):
+                expected = limits or f"one of {', '.join(choices)}"
+                raise SettingError(
+                    f"{{{name}}} {shown_value(value)} given; {expected} is needed", name
+                )
 
 
 def to_json(config: Any) -> str:
@@ -64,10 +76,7 @@ def override(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
         if dataclasses.is_dataclass(current):
             changes[name] = override(current, values)
         elif name in values:
-            changes[name] = value = values[name]
-            if (choices := field.metadata.get("choices")) and value not in choices:
-                known = ", ".join(choices)
-                raise SettingError(f"{{{name}}} {value} given; one of {known} is needed", name)
+            changes[name] = values[name]
     return dataclasses.replace(config, **changes)
 
 
@@ -147,11 +156,18 @@ def parse(
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`: what a user can put right ends it with one sentence and exit code 2.
 
-    Also shows the core's log on stderr; `-X dev` adds where the error was raised.
+    Also shows the core's log on stderr; `-X dev` adds where the error was raised. SIGTERM, by which
+    a container or a queue ends a process, interrupts as Ctrl+C does: the finished steps are kept.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        # Of several processes torchrun ends those that wait for one that failed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command begins or continues again\n")
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
@@ -241,8 +257,7 @@ def _reader(name: str, read: Callable[[str], Any], expected: str) -> Callable[[s
         try:
             return read(text)
         except (ValueError, KeyError):
-            given = text if text and " " not in text else repr(text)
-            sentence = f"{flag_of(name)} {given} given; {expected} is needed"
+            sentence = f"{flag_of(name)} {shown_value(text)} given; {expected} is needed"
             raise argparse.ArgumentTypeError(sentence) from None
 
     return reader

@@ -24,7 +24,10 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("it is not a device that computes")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SettingError(

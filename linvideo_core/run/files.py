@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from .errors import SettingError
 
+_PART = ".linvideo-{}.part"
+_SECONDS_UNTIL_DEAD = 3600
+"""After which a file that was being written, and did not grow since, belongs to no process."""
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -24,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises OSError, naming the file and saying that the earlier one is intact, if writing fails.
     """
-    temporary = path.parent / f".linvideo-{secrets.token_hex(8)}.part"
+    temporary = path.parent / _PART.format(secrets.token_hex(8))
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode & 0o777
@@ -42,6 +47,18 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, *, is_alone: bool = False) -> None:
+    """Take away what processes that died while they wrote have left in a folder or below it.
+
+    is_alone: whether nobody else writes there; else only what is an hour old goes.
+    """
+    oldest = time.time() - _SECONDS_UNTIL_DEAD
+    for path in folder.rglob(_PART.format("*")):
+        with contextlib.suppress(OSError):
+            if is_alone or path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 def remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The folder of one run: it explains itself, and repeating the command continues in it."""
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .config import to_json
-from .errors import SettingError
+from .errors import SettingError, shown_value
 from .files import write_text
+from .limits import COUNT_OR_NONE
+from .reading import parse_json, read_json, read_text
 
 CONFIG_NAME = "config.json"
+_MOST_METRICS = 2**30
 
 
 class OtherRunError(SettingError):
@@ -46,7 +50,8 @@ def check_run(
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
             raise OtherRunError(
-                f"{folder} was made with {{{name}}} {found.get(name)} and {value} was given; "
+                f"{folder} was made with {{{name}}} {shown_value(found.get(name))} and "
+                f"{shown_value(value)} was given; "
                 f"choose another {{out}}{new_run}, or give what it was made with to continue it",
                 name,
                 "out",
@@ -79,7 +84,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
         if not isinstance(tree, dict):
             raise ValueError("it holds no settings")
     except ValueError as error:
@@ -90,8 +95,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read the rows of a metrics.jsonl; what comes after the last end of a line is cut short.
+
+    Raises ValueError naming the file, and the line that is none of a training's.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path, _MOST_METRICS).split("\n")[:-1], 1):
+        with contextlib.suppress(ValueError):
+            rows.append(parse_json(line))
+        row = rows[-1] if len(rows) == number else None
+        if not isinstance(row, dict) or not COUNT_OR_NONE.takes(row.get("step")):
+            raise ValueError(
+                f"line {number} of {path} is damaged; delete the file, and what is there otherwise "
+                "is continued"
+            )
+    return rows
 
 
 def _defaults(config: Any) -> Iterator[tuple[str, Any]]:

@@ -7,16 +7,18 @@ from pathlib import Path
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from ..models.config import FrozenConfig, SoftmaxConfig
 from ..prompts.config import PromptConfig
-from ..run.config import option, positive
-from ..run.errors import SettingError
+from ..run import limits
+from ..run.config import Settings, option
+from ..run.errors import SettingError, shown_value
 
 STATES = ("stored", "pool")
 TIME_COMPRESSION = 4
 """Frames that one frame of latents stands for."""
+_PIXELS = dataclasses.replace(limits.PIXELS, low=16, step=16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Settings):
     """Model, prompts and video size."""
 
     model: Path | None = option(
@@ -28,22 +30,17 @@ class TeacherConfig:
     text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     frozen_weights: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     softmax: SoftmaxConfig = dataclasses.field(default_factory=SoftmaxConfig)
-    num_frames: int = option(81, "video frames, with --model")
-    height: int = option(480, "video height in pixels, with --model")
-    width: int = option(832, "video width in pixels, with --model")
+    num_frames: int = option(81, "video frames, with --model", limits.FRAMES)
+    height: int = option(480, "video height in pixels, with --model", _PIXELS)
+    width: int = option(832, "video width in pixels, with --model", _PIXELS)
 
     def __post_init__(self) -> None:
-        positive(self, "num_frames", "height", "width")
+        super().__post_init__()
         if (self.num_frames - 1) % TIME_COMPRESSION:
             raise SettingError(
                 f"{{num_frames}} {self.num_frames} given; 4 n + 1 is needed, such as 81",
                 "num_frames",
             )
-        for name in ("height", "width"):
-            if getattr(self, name) % 16:
-                raise SettingError(
-                    f"{{{name}}} {getattr(self, name)} given; a multiple of 16 is needed", name
-                )
         if self.model is None and self.frozen_weights.given:
             raise SettingError(
                 f"{self.frozen_weights.given} is for a {{model}} of your own, and none was "
@@ -55,15 +52,23 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrajectoryConfig:
+class TrajectoryConfig(Settings):
     """The videos that the teacher samples, to learn from."""
 
-    num_trajectories: int = option(24, "videos that the teacher samples first and keeps")
-    states_per_trajectory: int = option(8, "noise levels used of each, spread over the trajectory")
-    sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher")
-    guidance_scale: float = option(DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher")
-    shift: float = option(DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p")
-    shard_size: int = option(8, "videos sampled together")
+    num_trajectories: int = option(
+        24, "videos that the teacher samples first and keeps", limits.VIDEOS
+    )
+    states_per_trajectory: int = option(
+        8, "noise levels used of each, spread over the trajectory", limits.SAMPLER_STEPS
+    )
+    sampler_steps: int = option(DEMO_STEPS, "Euler steps of the teacher", limits.SAMPLER_STEPS)
+    guidance_scale: float = option(
+        DEMO_GUIDANCE_SCALE, "classifier-free guidance of the teacher", limits.GUIDANCE_SCALE
+    )
+    shift: float = option(
+        DEMO_SHIFT, "warp of the noise levels: Wan takes 3 for 480p, 5 for 720p", limits.SHIFT
+    )
+    shard_size: int = option(8, "videos sampled together", limits.VIDEOS)
     teacher_folder: Path | None = option(
         None,
         "where the teacher's samples are kept for every run that can use them; none: the folder "
@@ -71,14 +76,7 @@ class TrajectoryConfig:
     )
 
     def __post_init__(self) -> None:
-        positive(
-            self,
-            "num_trajectories",
-            "states_per_trajectory",
-            "sampler_steps",
-            "shift",
-            "shard_size",
-        )
+        super().__post_init__()
         if self.states_per_trajectory > self.sampler_steps:
             raise SettingError(
                 f"{{states_per_trajectory}} {self.states_per_trajectory} given; at most "
@@ -93,7 +91,7 @@ class TrajectoryConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PoolConfig:
+class PoolConfig(Settings):
     """Whether the states that a student learns from are stored, or those of a pool."""
 
     states: str = option(
@@ -102,7 +100,9 @@ class PoolConfig:
         "as they are used",
         choices=STATES,
     )
-    pool_videos: int = option(32, "videos in flight of a pool, of all sizes together")
+    pool_videos: int = option(
+        32, "videos in flight of a pool, of all sizes together", limits.VIDEOS
+    )
     more_sizes: str | None = option(
         None,
         "other sizes that a pool's videos have, with --model: width x height x frames, such as "
@@ -110,12 +110,12 @@ class PoolConfig:
     )
 
     def __post_init__(self) -> None:
-        positive(self, "pool_videos")
+        super().__post_init__()
         size = "[0-9]{1,5}x[0-9]{1,5}x[0-9]{1,5}"
         if self.more_sizes is not None and not re.fullmatch(f"{size}(,{size})*", self.more_sizes):
             raise SettingError(
-                f"{{more_sizes}} {self.more_sizes!r} given; width x height x frames is needed, "
-                "such as 480x832x81, with commas between several sizes",
+                f"{{more_sizes}} {shown_value(self.more_sizes)} given; width x height "
+                "x frames is needed, such as 480x832x81, with commas between several sizes",
                 "more_sizes",
             )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..artifact import Usage
 from ..flow import bind_guided, make_sigmas, sample_euler
 from ..run.context import Run
-from ..run.files import check_space, write_tensors
+from ..run.files import check_space, sweep, write_tensors
 from ..run.memory import show_gb
 from .config import TrajectoryConfig
 from .teacher import Teacher
@@ -234,7 +234,7 @@ def draw_video(
 
     latent_shape: (C, F, H, W); none: the teacher's.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + video)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + video) % 2**63)
     prompt = torch.randint(len(teacher.prompts), (), generator=generator)
     noise = torch.randn(latent_shape or teacher.latent_shape, generator=generator)
     edges = spread_edges(config)
@@ -314,6 +314,7 @@ def _make_room(folder: Path, num_found: int, total: int, num_bytes: int) -> None
         show_gb(num_bytes),
     )
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
 
 
 def find_usage(teacher: Teacher, config: TrajectoryConfig) -> Usage:

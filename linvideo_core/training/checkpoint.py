@@ -1,7 +1,9 @@
 """The checkpoint of a training, and those before it for as long as a fault may come to light."""
 
 import dataclasses
+import hashlib
 import json
+import logging
 import math
 import os
 from collections import deque
@@ -9,16 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..run.errors import shown_value
 from ..run.files import remove, write_json, write_tensors
 from ..run.process_group import ProcessGroup
+from ..run.reading import parse_json, read_json
 from .fsdp import load_shards, save_shards
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 _FOLDER = "checkpoint-{:08d}"
+# Without an ending: DCP reads all of a folder that ends in .safetensors.
 _EARLIER = "checkpoint_before_"
 _STATE_NAME = "state.json"
 
@@ -33,38 +41,67 @@ class Checkpoint:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint in a folder: a file, or a folder of shards."""
+    """Return the newest checkpoint in a folder: a file, or a folder of shards."""
     shards = sorted(folder.glob(_FOLDER.format(0).replace("0" * 8, "[0-9]" * 8)))
     path = folder / CHECKPOINT_NAME
     if not path.exists():
         return shards[-1] if shards else None
     # Both: a process was stopped before it took the earlier one away.
-    return shards[-1] if shards and _step_of(shards[-1]) > _read_file(path)[0] else path
+    return shards[-1] if shards and _step_of(shards[-1]) > _step_of(path) else path
 
 
 def finished_steps(folder: Path) -> int:
     """Return how many steps the newest checkpoint in a folder holds; 0 where none can be read."""
+    path = find_checkpoint(folder)
+    return 0 if path is None else _step_of(path)
+
+
+def _step_of(path: Path) -> int:
+    if path.is_dir():
+        return int(path.name.rpartition("-")[2])
     try:
-        path = find_checkpoint(folder)
-        if path is None:
-            return 0
-        return _step_of(path) if path.is_dir() else _read_file(path)[0]
+        return int(_read_texts(path)["step"])
     except (OSError, ValueError, KeyError, SafetensorError):
         return 0
 
 
-def _read_file(path: Path) -> tuple[int, dict[str, Any]]:
+def _read_texts(path: Path) -> dict[str, str]:
+    """Return what a checkpoint says beside its tensors: `step`, `state` in JSON, `digest`."""
+    if path.is_dir():
+        texts = read_json(path / _STATE_NAME)
+        if not isinstance(texts, dict):
+            raise ValueError(f"its {_STATE_NAME} holds none")
+        return texts
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return int(metadata["step"]), json.loads(metadata["state"])
+        return file.metadata() or {}
 
 
-def _measure_shards(path: Path) -> dict[str, int]:
-    return {shard.name: shard.stat().st_size for shard in sorted(path.glob("*.safetensors"))}
+def _check_whole(path: Path) -> None:
+    """Raise ValueError where a checkpoint is not what was written."""
+    texts = _read_texts(path)
+    found = (texts["step"], texts["state"])
+    digest = _digest_shards(path, *found) if path.is_dir() else _digest(load_file(path), *found)
+    if texts.get("digest") != digest:
+        raise ValueError("it is not what was written")
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+def _digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """Return 32 hex digits that tell tensors on the CPU and texts from others."""
+    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest_shards(folder: Path, *texts: str) -> str:
+    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 class Monitor(Protocol):
@@ -80,11 +117,13 @@ class Monitor(Protocol):
 
 
 class CheckpointFiles:
-    """The last checkpoint in a folder; beside it those back to one that any fault comes after.
+    """The last checkpoint in a folder and the one before it, should the last be damaged on disk.
+
+    Where faults are looked for, all back to one that any fault comes after are there.
 
     Every process of a process group calls alike; the first one alone moves files.
 
-    delay: see `Monitor`; None: no fault is looked for, and one checkpoint is enough.
+    delay: see `Monitor`; None: no fault is looked for.
     """
 
     def __init__(self, folder: Path, delay: int | None, processes: ProcessGroup) -> None:
@@ -110,46 +149,77 @@ class CheckpointFiles:
         return f"the last good checkpoint is {path}" if path else "no good checkpoint is there"
 
     def read(self, like: Mapping[str, Tensor]) -> Checkpoint:
-        """Return the last checkpoint.
+        """Return the last checkpoint; where that is damaged the one before it, which is logged.
 
         like: the parameters by name; a process group's tensors become shards as theirs.
 
-        Raises ValueError, KeyError or SafetensorError for one that is damaged.
+        Raises OSError, ValueError, KeyError or SafetensorError where all are damaged.
         """
+        with self.processes.in_turn():
+            if self.processes.is_first:
+                self._drop_damaged()
         path, is_alone = self.path, self.processes.size == 1
-        if path.is_dir():
-            found = json.loads((path / _STATE_NAME).read_text(encoding="utf-8"))
-            step, state, sizes = found["step"], found["state"], _measure_shards(path)
-            if found["shards"] != sizes:
-                raise ValueError(f"it holds the shards {sizes} and was left with {found['shards']}")
-            tensors = load_shards(path, like, is_alone=is_alone)
+        texts = _read_texts(path)
+        if is_alone and path.is_file():
+            tensors = load_file(path)
         else:
-            step, state = _read_file(path)
-            tensors = load_file(path) if is_alone else load_shards(self.folder, like)
-        self._step = step
-        return Checkpoint(step=step, tensors=tensors, state=state)
+            folder = path if path.is_dir() else self.folder
+            tensors = load_shards(folder, like, is_alone=is_alone)
+        self._step = int(texts["step"])
+        return Checkpoint(step=self._step, tensors=tensors, state=parse_json(texts["state"]))
+
+    def _drop_damaged(self) -> None:
+        """Remove the last checkpoint while it is damaged and one before it is there."""
+        path = self.path
+        try:
+            _check_whole(path)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            if not (earlier := self._earlier()):
+                raise
+            before = max(earlier)
+            logger.warning(
+                "%s is damaged (%s): the one before it is taken, of step %d",
+                path,
+                shown_value(error),
+                before,
+            )
+            remove(path)
+            self._put_back(before, earlier)
+            self._drop_damaged()
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; drop those that no fault can lead back to.
 
         Raises OSError where that fails; the earlier one is then intact.
         """
-        if self._delay is not None:
-            with self.processes.in_turn():
-                if self.processes.is_first and (path := self.path):
-                    path.replace(path.with_name(f"{_EARLIER}{self._step}{path.suffix}"))
-        if self.processes.size == 1:
-            metadata = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
-            write_tensors(self.folder / CHECKPOINT_NAME, checkpoint.tensors, metadata)
-            self._remove_folders(but=None)
-        else:
-            self._write_shards(checkpoint)
+        with self.processes.in_turn():
+            if self.processes.is_first and (path := self.path):
+                if self._delay is None:
+                    # No more than two are on the disk at once.
+                    self._remove_earlier()
+                path.replace(path.with_name(f"{_EARLIER}{self._step}"))
+        texts = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
+        try:
+            if self.processes.size == 1:
+                self._write_file(checkpoint.tensors, texts)
+            else:
+                self._write_shards(checkpoint, texts)
+        except OSError:
+            if self.processes.is_first and (earlier := self._earlier()):
+                self._put_back(max(earlier), earlier)
+            raise
         self._step = checkpoint.step
-        if self.processes.is_first:
+        if self.processes.is_first and self._delay is not None:
             best = max(filter(self._is_good, self._earlier()), default=0)
             self._remove_earlier(before=best)
 
-    def _write_shards(self, checkpoint: Checkpoint) -> None:
+    def _write_file(self, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        digest = _digest(tensors, *texts.values())
+        write_tensors(self.folder / CHECKPOINT_NAME, tensors, {**texts, "digest": digest})
+        self._remove_folders(but=None)
+
+    def _write_shards(self, checkpoint: Checkpoint, texts: Mapping[str, str]) -> None:
         path = self.folder / _FOLDER.format(checkpoint.step)
         part = path.with_name(f".{path.name}.part")
         if self.processes.is_first:
@@ -158,8 +228,8 @@ class CheckpointFiles:
         self.processes.wait()
         save_shards(part, checkpoint.tensors)
         if self.processes.is_first:
-            state = {"step": checkpoint.step, "state": checkpoint.state}
-            write_json(part / _STATE_NAME, {**state, "shards": _measure_shards(part)})
+            digest = _digest_shards(part, *texts.values())
+            write_json(part / _STATE_NAME, {**texts, "digest": digest})
             remove(path)
             os.replace(part, path)
             self._remove_folders(but=path)
@@ -204,7 +274,8 @@ class CheckpointFiles:
 
     def _earlier(self) -> dict[int, Path]:
         paths = self.folder.glob(f"{_EARLIER}*")
-        return {int(path.stem.removeprefix(_EARLIER)): path for path in paths}
+        by_step = {path.name.removeprefix(_EARLIER): path for path in paths}
+        return {int(step): path for step, path in by_step.items() if step.isdecimal()}
 
     def _is_good(self, step: int) -> bool:
         """Say whether a fault that is found in the last row began after `step` steps were taken."""

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from ..run.callbacks import Stage
 from ..run.context import Run
-from ..run.errors import SettingError
+from ..run.errors import SettingError, shown_value
+from ..run.files import write_text
+from ..run.folder import read_metrics
 from .checkpoint import Checkpoint, CheckpointFiles, Monitor
 from .config import TrainingConfig
 
@@ -289,7 +291,8 @@ class _Fitting:
             self.task.load_state({**checkpoint.state, **own})
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{path} cannot be continued from ({error}); delete it to start this stage again"
+                f"{path} cannot be continued from ({shown_value(error)}); delete it to start this "
+                "stage again"
             ) from error
         step = self.num_finished = self.num_saved = checkpoint.step
         self._drop_metrics_from(step)
@@ -310,16 +313,13 @@ class _Fitting:
                 }
 
     def _drop_metrics_from(self, step: int) -> None:
-        path, rows = self.metrics_path, []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # The last one may be cut short.
-            rows = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+        path = self.metrics_path
+        rows = [x for x in read_metrics(path) if x["step"] < step] if path.exists() else []
         # All have read before one writes.
         self.processes.wait()
         if self.processes.is_first and path.exists():
-            path.write_text("".join(rows), encoding="utf-8")
-        for row in map(json.loads, rows if self.monitor else ()):
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        for row in rows if self.monitor else ():
             self.files.see_row(row["step"])
             self.monitor(row)
 

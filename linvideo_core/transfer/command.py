@@ -23,6 +23,7 @@ from ..run.callbacks import Callbacks
 from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
 from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
+from ..run.lock import locked
 from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
 from ..run.progress import TerminalCallbacks
@@ -103,13 +104,18 @@ def run(
     """
     paths = list_artifacts(config)
     run = begin_run(config, paths, callbacks, processes)
-    if run is None:
-        return paths[0]
+    if run is not None:
+        with locked(config.out, processes):
+            _make_and_compare(config, paths, run)
+    return paths[0]
+
+
+def _make_and_compare(config: TransferConfig, paths: Sequence[Path], run: Run) -> None:
     autoencoder = find_autoencoder(config.evaluation.vae, config.teacher.model)
     make = _make_one if config.experts.low_noise_model is None else _make_experts
     teacher = make(config, run, is_made(config.out, paths))
-    if not processes.destroy():
-        return paths[0]
+    if not run.processes.destroy():
+        return
     made = [artifact.load(path) for path in paths]
     folders = [config.out] if len(made) == 1 else [config.out / side for side in EXPERT_NAMES]
     for folder, each in zip(folders, made, strict=True):
@@ -128,7 +134,6 @@ def run(
             comparison = compare_experts(teacher, by_side, settings, **how)
         save_comparison(comparison, config.out)
     write_card(config.out, dict(zip(paths, made, strict=True)), read_evaluation(config.out))
-    return paths[0]
 
 
 def begin_run(
@@ -145,7 +150,8 @@ def begin_run(
     """
     if is_made(config.out, paths):
         open_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
-        if is_evaluated(config.evaluation, config.out):
+        # The card comes last: without it the run was stopped between its file and its end.
+        if is_evaluated(config.evaluation, config.out) and (config.out / CARD_NAME).exists():
             logger.info("%s is finished: nothing was left to do", config.out)
             return None
     processes.check_batch(config.training.batch_size)

@@ -1,14 +1,16 @@
 """The settings of a transfer, and which of them contradict one another."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Protocol
 
 from ..evaluate.config import vae_option
 from ..models.config import ExpertsConfig, FrozenConfig, LinearForm
-from ..run.config import fraction, option, positive
+from ..run import limits
+from ..run.config import Settings, option
 from ..run.devices import device_option, precision_option
-from ..run.errors import SettingError
+from ..run.errors import SettingError, shown_value
 from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig
 from ..training.config import TrainingConfig
 
@@ -25,53 +27,52 @@ QUALITIES = ("draft", "standard", "best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudentConfig:
+class StudentConfig(Settings):
     """What of the student is trained."""
 
     parameters: str = option("lora", "weights that are trained and saved", choices=PARAMETERS)
-    lora_rank: int = option(32, "rank of the weight changes (parameters lora)")
-    feature_ratio: int = option(1, "features M of a query or key, in units of the head dim: 1 or 2")
+    lora_rank: int = option(32, "rank of the weight changes (parameters lora)", limits.LORA_RANK)
+    feature_ratio: int = option(
+        1, "features M of a query or key, in units of the head dim: 1 or 2", limits.FEATURE_RATIO
+    )
     form: LinearForm = dataclasses.field(default_factory=LinearForm)
 
-    def __post_init__(self) -> None:
-        positive(self, "lora_rank", "feature_ratio")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmStartConfig:
+class WarmStartConfig(Settings):
     """How long the feature maps are fitted before the weights move."""
 
-    warm_start_steps: int = option(40, "steps of the layer-wise warm start; 0 leaves it out")
-    warm_start_learning_rate: float = option(1e-2, "peak learning rate of the warm start")
-
-    def __post_init__(self) -> None:
-        if self.warm_start_steps < 0 or not self.warm_start_learning_rate > 0:
-            raise SettingError(
-                f"{{warm_start_steps}} {self.warm_start_steps} and {{warm_start_learning_rate}} "
-                f"{self.warm_start_learning_rate} given; steps >= 0 and a rate > 0 are needed",
-                "warm_start_steps",
-                "warm_start_learning_rate",
-            )
+    warm_start_steps: int = option(
+        40, "steps of the layer-wise warm start; 0 leaves it out", limits.COUNT_OR_NONE
+    )
+    warm_start_learning_rate: float = option(
+        1e-2, "peak learning rate of the warm start", limits.POSITIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
+class SelectionConfig(Settings):
     """Which layers become linear."""
 
-    target: int = option(5, "layers to make linear")
+    target: int = option(5, "layers to make linear", limits.LAYERS)
     choice: str = option(
         "learned",
         "what chooses them: training, every other layer, or what each alone does to the velocity",
         choices=CHOICES,
     )
     layers: str | None = option(None, "the layers themselves, such as 1,3,4, and no --choice")
-    selection_share: float = option(0.3, "share of the training steps spent choosing layers")
-    layer_score_learning_rate: float = option(0.01, "learning rate of the layer scores r")
-    selection_weight: float = option(0.01, "weight of the budget and rounding losses (lambda)")
+    selection_share: float = option(
+        0.3, "share of the training steps spent choosing layers", limits.FRACTION
+    )
+    layer_score_learning_rate: float = option(
+        0.01, "learning rate of the layer scores r", limits.POSITIVE
+    )
+    selection_weight: float = option(
+        0.01, "weight of the budget and rounding losses (lambda)", limits.LOSS_WEIGHT
+    )
 
     def __post_init__(self) -> None:
-        positive(self, "target", "layer_score_learning_rate")
-        fraction(self, "selection_share")
+        super().__post_init__()
         if self.layers is not None:
             self._check_list(self.layers)
 
@@ -87,9 +88,11 @@ class SelectionConfig:
 
     def _check_list(self, text: str) -> None:
         words = [word.strip() for word in text.split(",")]
-        if not all(word.isdecimal() for word in words) or len({*map(int, words)}) < len(words):
+        are_numbers = all(re.fullmatch("[0-9]{1,3}", word) for word in words)
+        if not are_numbers or len({*map(int, words)}) < len(words):
             raise SettingError(
-                f"{{layers}} {text!r} given; different layer numbers, such as 1,3,4, are needed",
+                f"{{layers}} {shown_value(text)} given; different layer numbers, "
+                "such as 1,3,4, are needed",
                 "layers",
             )
         if self.choice != "learned":
@@ -108,20 +111,19 @@ class SelectionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SensitivityConfig:
+class SensitivityConfig(Settings):
     """How the layers are ranked where `choice` asks for it."""
 
     sensitivity: str = option(
         "replace-one", "one linear layer among softmax ones, or the reverse", choices=MEASURES
     )
-    sensitivity_videos: int = option(8, "stored videos to rank the layers on, or all there are")
-
-    def __post_init__(self) -> None:
-        positive(self, "sensitivity_videos")
+    sensitivity_videos: int = option(
+        8, "stored videos to rank the layers on, or all there are", limits.VIDEOS
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Settings):
     """Which states the student is trained at; the loss is always the velocity's squared error."""
 
     objective: str = option(
@@ -129,56 +131,51 @@ class ObjectiveConfig:
         "train at stored states and at those the student reaches, or at stored ones alone",
         choices=OBJECTIVES,
     )
-    max_jump: int = option(6, "grid points that the student moves at most before it is compared")
-    anchor_share: float = option(0.5, "share of a batch that adm compares where it was stored")
+    max_jump: int = option(
+        6,
+        "grid points that the student moves at most before it is compared",
+        limits.SAMPLER_STEPS,
+    )
+    anchor_share: float = option(
+        0.5, "share of a batch that adm compares where it was stored", limits.FRACTION
+    )
     levels: str = option(
         "flow", "noise levels drawn as the flow carries errors, or evenly", choices=LEVELS
     )
-    prompt_dropout: float = option(0.3, "share of a batch that trains the unconditional branch")
-
-    def __post_init__(self) -> None:
-        positive(self, "max_jump")
-        fraction(self, "anchor_share", "prompt_dropout")
+    prompt_dropout: float = option(
+        0.3, "share of a batch that trains the unconditional branch", limits.FRACTION
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """Comparison with the teacher at the end."""
 
-    evaluate_samples: int = option(8, "videos that each model samples in the end; 0: no comparison")
-    evaluate_batch_size: int = option(8, "videos sampled together in the end")
+    evaluate_samples: int = option(
+        8,
+        "videos that each model samples in the end; 0: no comparison",
+        dataclasses.replace(limits.COMPARED_VIDEOS, or_zero=True),
+    )
+    evaluate_batch_size: int = option(8, "videos sampled together in the end", limits.VIDEOS)
     vae: Path | None = vae_option()
-
-    def __post_init__(self) -> None:
-        positive(self, "evaluate_batch_size")
-        if self.evaluate_samples < 0 or self.evaluate_samples == 1:
-            raise SettingError(
-                f"{{evaluate_samples}} {self.evaluate_samples} given; 0, or 2 or more are needed",
-                "evaluate_samples",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipeConfig:
+class RecipeConfig(Settings):
     """What decides settings that no flag gives."""
 
     quality: str = option(
         "standard", "how long it learns, and from how many videos if stored", choices=QUALITIES
     )
     card: int = option(
-        0, "with --model: GB of the GPU that it must fit; 0: as much as this machine's has"
+        0,
+        "with --model: GB of the GPU that it must fit; 0: as much as this machine's has",
+        limits.COUNT_OR_NONE,
     )
-
-    def __post_init__(self) -> None:
-        if self.card < 0:
-            raise SettingError(
-                f"{{card}} {self.card} given; its memory in GB, or 0 for this machine's, is needed",
-                "card",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransferConfig:
+class TransferConfig(Settings):
     """The run."""
 
     recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
@@ -197,11 +194,12 @@ class TransferConfig:
         False, "measure a few calls, say what each quality takes on this machine, and stop"
     )
     out: Path = option(Path("runs/transfer"), "run folder")
-    seed: int = option(0, "seed of everything random")
+    seed: int = option(0, "seed of everything random", limits.SEED)
     device: str = device_option()
     precision: str = precision_option()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.experts.low_noise_model is not None and self.teacher.model is None:
             raise SettingError(
                 "{low_noise_model} was given without {model}; give {model} the high-noise expert",

@@ -8,7 +8,6 @@ videos, which are spread over all noise levels, and over both guidance branches.
 teacher's velocities v are stored in fp16, which adds about 1e-3.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from ..models.attention import MixedAttention
 from ..run.context import Run
 from ..run.errors import SettingError
 from ..run.files import write_json
+from ..run.reading import read_json
 from ..teacher.teacher import Teacher
 from ..teacher.trajectories import Trajectories
 from .config import SelectionConfig, SensitivityConfig
@@ -172,13 +172,13 @@ def mean_velocity_error(
 def _read(path: Path, measured: Mapping[str, Any]) -> dict[int, float]:
     """Return the errors of an earlier call that measured the same."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if {key: found[key] for key in measured} == measured:
             return {int(layer): float(error) for layer, error in found["errors"].items()}
         problem = "it was measured in another way"
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"it is damaged: {error!r}"
+        problem = f"it is damaged: {error}"
     logger.warning("%s is measured again: %s", path, problem)
     return {}

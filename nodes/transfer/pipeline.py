@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import filecmp
 import gc
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -27,7 +26,9 @@ from ...linvideo_core.run.context import Run
 from ...linvideo_core.run.errors import SettingError
 from ...linvideo_core.run.files import replacing
 from ...linvideo_core.run.folder import CONFIG_NAME, OtherRunError, check_run, open_run
+from ...linvideo_core.run.lock import locked
 from ...linvideo_core.run.memory import is_out_of_memory
+from ...linvideo_core.run.reading import read_json
 from ...linvideo_core.teacher.teacher import Teacher
 from ...linvideo_core.teacher.trajectories import USED_AGAIN
 from ...linvideo_core.training.checkpoint import finished_steps
@@ -148,7 +149,7 @@ def make_config(
 def _begun_with(folder: Path) -> float | None:
     """Return the guidance of the run that a folder holds, None where it holds none to be read."""
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_NAME)
         return float(config["transfer"]["trajectories"]["guidance_scale"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -212,7 +213,7 @@ def _train(host: HostTeacher, config: TransferConfig, identity: HostRun) -> None
     """Make the result in the run folder."""
     # What a transfer that failed has left: its error still referred to it all.
     _give_memory_back()
-    with host.teacher(config) as teacher:
+    with locked(config.out), host.teacher(config) as teacher:
         takes = _tell_what_it_takes(host, teacher, config)
         open_run(config.out, identity, ignore=_FREE_FIELDS)
         with Student(teacher, config.student, seed=config.seed) as student:

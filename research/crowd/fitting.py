@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from linvideo_core.run.config import fraction, option, positive
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import resolve_device, resolve_precision
 from linvideo_core.run.files import write_tensors
@@ -44,22 +45,23 @@ class RunConfig(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class FitConfig(Settings):
     """How long and how fast to train; it ends at whichever limit comes first."""
 
-    minutes: float = option(9.0, "time limit, with compilation and what earlier calls took")
-    steps: int = option(1_000_000, "most optimizer steps")
-    learning_rate: float = option(1e-3, "peak, after the warm-up and before the cosine decay")
-    warmup_steps: int = option(200, "steps over which the learning rate rises")
-    ema_decay: float = option(0.999, "decay of the weight average that is kept as the result")
-    weight_decay: float = option(0.01, "decoupled weight decay of AdamW")
-    checkpoint_every: int = option(500, "steps between checkpoints")
-    log_every: int = option(20, "steps between rows of metrics.jsonl")
-
-    def __post_init__(self) -> None:
-        positive(self, "minutes", "steps", "learning_rate", "warmup_steps")
-        positive(self, "checkpoint_every", "log_every")
-        fraction(self, "ema_decay")
+    minutes: float = option(
+        9.0, "time limit, with compilation and what earlier calls took", limits.POSITIVE
+    )
+    steps: int = option(1_000_000, "most optimizer steps", limits.COUNT)
+    learning_rate: float = option(
+        1e-3, "peak, after the warm-up and before the cosine decay", limits.POSITIVE
+    )
+    warmup_steps: int = option(200, "steps over which the learning rate rises", limits.COUNT)
+    ema_decay: float = option(
+        0.999, "decay of the weight average that is kept as the result", limits.FRACTION
+    )
+    weight_decay: float = option(0.01, "decoupled weight decay of AdamW", limits.LOSS_WEIGHT)
+    checkpoint_every: int = option(500, "steps between checkpoints", limits.COUNT)
+    log_every: int = option(20, "steps between rows of metrics.jsonl", limits.COUNT)
 
 
 class _Fitting:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from linvideo_core.flow import autocast
-from linvideo_core.run.config import option, parse, positive, run_command, to_json
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, run_command, to_json
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option
 from linvideo_core.run.files import write_tensors
@@ -50,20 +51,17 @@ _HELD_OUT_SEED = 0x7E57
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class JudgeConfig(Settings):
     """How to train the judge."""
 
     fit: FitConfig = dataclasses.field(
         default_factory=lambda: FitConfig(minutes=1.0, learning_rate=2e-3, weight_decay=0.05)
     )
-    batch_size: int = option(128, "clips of a step, over all GPUs together")
-    num_measured: int = option(2048, "held-out clips to measure it on")
+    batch_size: int = option(128, "clips of a step, over all GPUs together", limits.COUNT)
+    num_measured: int = option(2048, "held-out clips to measure it on", limits.COUNT)
     out: Path = option(Path("runs/crowd/judge"), "folder; the judge is the file judge.safetensors")
     seed: int = option(0, "seed of weights and clips")
     device: str = device_option()
-
-    def __post_init__(self) -> None:
-        positive(self, "batch_size", "num_measured")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

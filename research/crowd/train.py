@@ -22,7 +22,8 @@ from torch import Tensor
 from linvideo_core import flow
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig, WanModel
-from linvideo_core.run.config import fraction, option, parse, positive, run_command, to_json
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, run_command, to_json
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option
 from linvideo_core.run.files import write_tensors
@@ -44,23 +45,23 @@ _SHARE_OF_PEAK, _PEAK = 0.4, 989e12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How to train the teacher."""
 
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
-    batch_size: int = option(64, "whole clips of a step, over all GPUs together")
-    short_share: float = option(0.5, "share of the training with clips a quarter as long")
-    prompt_drop: float = option(0.1, "share of the clips trained without a caption")
+    batch_size: int = option(64, "whole clips of a step, over all GPUs together", limits.COUNT)
+    short_share: float = option(
+        0.5, "share of the training with clips a quarter as long", limits.FRACTION
+    )
+    prompt_drop: float = option(
+        0.1, "share of the clips trained without a caption", limits.FRACTION
+    )
     compile: bool = option(False, "compile the blocks: a minute at the start, then much faster")
     start: Path | None = option(None, "model.safetensors to start from; none: random weights")
-    num_prompts: int = option(2000, "captions of each file of prompts")
+    num_prompts: int = option(2000, "captions of each file of prompts", limits.COUNT)
     out: Path = option(Path("runs/crowd"), "folder of the model and its prompts")
     seed: int = option(0, "seed of weights, clips and noise")
     device: str = device_option()
-
-    def __post_init__(self) -> None:
-        positive(self, "batch_size", "num_prompts")
-        fraction(self, "short_share", "prompt_drop")
 
 
 def count_flops(wan: WanConfig, num_frames: int = NUM_FRAMES) -> int:

@@ -38,7 +38,8 @@ from linvideo_core.demo.prompts import (
 from linvideo_core.evaluate.metrics import feature_statistics
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig, WanModel
-from linvideo_core.run.config import fraction, option, parse, positive, run_command, to_flags
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.files import write_tensors
 
 from .digits import DigitImages, augment_clips, draw_poses, load_digit_images, sample_clips
@@ -74,25 +75,23 @@ class JudgeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Settings):
     """How to train and measure the teacher; training ends at whichever budget runs out first."""
 
-    seconds: float = option(480.0, "training time, without compilation and measuring")
-    steps: int = option(1_000_000, "most optimizer steps")
-    batch_size: int = option(256, "clips in a step")
+    seconds: float = option(
+        480.0, "training time, without compilation and measuring", limits.POSITIVE
+    )
+    steps: int = option(1_000_000, "most optimizer steps", limits.COUNT)
+    batch_size: int = option(256, "clips in a step", limits.COUNT)
     learning_rate: float = option(1e-3, "peak, after the warm-up and before the cosine decay")
-    warmup_steps: int = option(300, "steps over which the learning rate rises")
-    prompt_drop: float = option(0.12, "fraction of clips trained without a prompt")
+    warmup_steps: int = option(300, "steps over which the learning rate rises", limits.COUNT)
+    prompt_drop: float = option(0.12, "fraction of clips trained without a prompt", limits.FRACTION)
     compile: bool = option(False, "compile each block: slower to start, faster to train")
     seed: int = option(0, "seed of weights, clips and noise")
     device: str = option("cuda", "where to train and measure")
     out: Path | None = option(None, "file to write; none: the shipped one")
     guidance: str = option("1.5,2,3,4,5", "guidance scales to measure, separated by commas")
     num_samples: int = option(1000, "clips to measure at each guidance scale; 0: none")
-
-    def __post_init__(self) -> None:
-        positive(self, "seconds", "steps", "batch_size", "warmup_steps")
-        fraction(self, "prompt_drop")
 
     @property
     def path(self) -> Path:

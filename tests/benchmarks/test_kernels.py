@@ -263,7 +263,7 @@ def test_the_command_writes_a_record_and_a_picture(
     ("changes", "reason"),
     [
         ({"most_tokens": 100}, "--most-tokens 100 given; at least 2048 is needed"),
-        ({"seconds": 0.0}, "greater than 0"),
+        ({"seconds": 0.0}, "above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], reason: str) -> None:

@@ -122,7 +122,7 @@ def test_steps_are_measured_in_every_way_to_hold_frozen_weights(
         ({"frozen_weights": OFFLOADED, "recomputed": False}, "--recomputed false"),
         ({"frozen_weights": OFFLOADED, "compile": True}, "--compile given"),
         ({"frozen_weights": FrozenConfig(frozen="fp8"), "student": FULL}, "--parameters full"),
-        ({"cap_gb": -1.0}, "greater than 0"),
+        ({"cap_gb": -1.0}, "above 0"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(

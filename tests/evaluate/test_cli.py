@@ -129,8 +129,8 @@ def test_diversity_takes_samples_of_one_prompt(teacher: Teacher) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--num-samples", "1"], "2 or more"),
-        (["--sampler-steps", "0"], "greater than 0"),
+        (["--num-samples", "1"], "a whole number from 2 to"),
+        (["--sampler-steps", "0"], "a whole number from 1 to"),
         (["--plain-steps", "8;4"], "numbers such as"),
         (["--model", "wan.safetensors"], "--artifact"),
     ],

@@ -159,7 +159,7 @@ FFN = "blocks.0.ffn.0"
     ("tensors", "reason"),
     [
         ({}, "holds no weight changes"),
-        ({f"{FFN}.lora_up.weight": (4, 2)}, f"shapes .* for '{FFN}', where two matrices"),
+        ({f"{FFN}.lora_up.weight": (4, 2)}, f"up torch.float32 .* for '{FFN}', where two matrices"),
         ({f"{FFN}.dora_scale": (4, 1)}, f"holds '{FFN}.dora_scale', which is not known"),
         ({"blocks.9.ffn.0.diff": (4, 4)}, "changes 1 of 1 layers that the model does not have"),
         ({"blocks.0.diff": (4, 4)}, "changes 1 of 1 layers that the model does not have"),
@@ -177,7 +177,7 @@ FFN = "blocks.0.ffn.0"
         ({f"{FFN}.lora_B.weight": (96, 0), f"{FFN}.lora_A.weight": (0, 128)}, "matrices of rank 1"),
         (
             {f"{FFN}.lora_B.weight": (9, 2), f"{FFN}.lora_A.weight": (2, 1), f"{FFN}.alpha": (2,)},
-            r"'alpha': \[2\].*at most a single number alpha",
+            r"alpha torch.float32 \[2\] .*at most a single number alpha",
         ),
         ({f"{FFN}.alpha": (1,)}, "two matrices"),
         (None, "is not a whole safetensors file"),
@@ -194,6 +194,17 @@ def test_a_lora_that_does_not_fit_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=reason) as refused, contextlib.ExitStack() as stack:
         stack.enter_context(with_lora(teacher.model, load_lora(path)))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.int32, torch.float8_e4m3fn])
+def test_a_lora_of_numbers_that_are_no_weights_is_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    shapes = {f"{FFN}.lora_B.weight": (96, 2), f"{FFN}.lora_A.weight": (2, 128)}
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.ones(shape).to(dtype) for name, shape in shapes.items()}, path)
+    with pytest.raises(ValueError, match="all finite fp16, bf16 or fp32: it is damaged"):
+        load_lora(path)
 
 
 def test_a_lora_is_refused_before_anything_is_sampled(

@@ -86,7 +86,7 @@ def test_sparse_layers_are_those_that_are_softmax_for_a_while(kitchen: None) -> 
 def test_a_density_that_is_no_share_is_refused(density: float) -> None:
     with pytest.raises(ValueError, match=f"density {density} given; a share above 0"):
         sparse_attention(*make_triple(8), density)
-    with pytest.raises(SettingError, match=f"density {density} given; a share above 0"):
+    with pytest.raises(SettingError, match=f"density {density} given; a number above 0"):
         config.SoftmaxConfig(density=density)
 
 

@@ -187,6 +187,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "two shards missing": (_remove(1, 3), r"2 of 3 .*-00001-of-00003.*-00003-of-00003"),
     "an index that is none": (_damage_index("[]"), "is not an index of shards"),
     "an index of nothing": (_damage_index('{"weight_map": {}}'), "is not an index of shards"),
+    "an index without end": (_damage_index("[" * 10**5 + "]" * 10**5), "is nested too deep"),
+    "an index of no names": (_damage_index('{"weight_map": {"a": 1}}'), "names no files beside it"),
     "an index that is cut": (_damage_index('{"weight_map": {"a"'), "is not an index of shards"),
     "an index that leads out": (
         _damage_index('{"weight_map": {"a": "../b.safetensors"}}'),
@@ -475,12 +477,19 @@ CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.1.")],
         "blocks.1.",
     ),
+    "a million layers": (update("blocks.999999.x", 1), r"blocks\.3\. is missing"),
+    "a layer of 190 digits": (update(f"blocks.{'9' * 190}.x", 1), r"blocks\.3\. is missing"),
+    "a thousand layers more": (
+        lambda t: t.update({f"blocks.{i}.x": torch.zeros(1) for i in range(3, 1500)}),
+        "it has 1500 blocks, and a whole number from 1 to 1000",
+    ),
+    "an absurd name": (update("x" * 100_000, 1), "which is no model's tensor"),
     "an extra tensor": (update("other", 3), "other"),
     "a shape of another width": (update("blocks.2.ffn.2.bias", 7), "blocks.2.ffn.2.bias"),
     "no patch embedding": (lambda t: t.pop("patch_embedding.weight"), "not a Wan"),
     "a flat patch embedding": (update("patch_embedding.weight", 128, 4), "not a Wan"),
     "a head without shape": (update("head.head.weight"), "not a Wan"),
-    "layers without numbers": (update("blocks.x.bias", 3), "not a Wan"),
+    "layers without numbers": (update("blocks.x.bias", 3), "not a whole model"),
     "a narrow model": (update("patch_embedding.weight", 64, 4, 1, 2, 2), "not a Wan"),
 }
 
@@ -515,6 +524,22 @@ def test_a_file_of_another_kind_is_refused_in_one_sentence(content: bytes, tmp_p
     with pytest.raises(ValueError, match=r"other\.safetensors") as caught:
         load_wan(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**62, 0], [0] * 9])
+def test_a_size_that_the_file_does_not_hold_is_refused(
+    shape: list[int], wan: WanModel, tmp_path: Path
+) -> None:
+    tensors = {**as_official(wan), "text_embedding.0.weight": torch.zeros(0, 4096)}
+    path = find_single(tmp_path, tensors)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["text_embedding.0.weight"]["shape"] = shape
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    with pytest.raises(ValueError, match=r"no model's tensor|not a readable"):
+        open_wan(path)
 
 
 def test_a_cut_file_is_refused_in_one_sentence(wan: WanModel, tmp_path: Path) -> None:

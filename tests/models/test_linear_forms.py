@@ -242,7 +242,7 @@ def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_teacher: Teac
         ({"output_gate": "1"}, "output_gate is 1; true or false"),
         ({"output_gate": "false"}, "'gate' of layer 0 is there, yet"),
         ({"window": "0"}, "'window_mix' of layer 0 is there, yet"),
-        ({"window": "1"}, "window is 1; 0, or 2 or more"),
+        ({"window": "1"}, "window is 1; 0 or a whole number from 2"),
         ({"window": "-5"}, "window is -5"),
         ({"window": "true"}, "window is True"),
         ({"window": "1e99"}, "window is 1e"),

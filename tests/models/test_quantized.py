@@ -163,7 +163,7 @@ def test_of_a_checkpoint_only_what_lies_under_the_prefixes_is_read(path: Path) -
         ({"frozen": "bf16", "parameters": "full"}, "with --parameters full"),
         ({"frozen": "fp8", "model": None, "prompts": None}, "and none was given: give --model"),
         ({"offload_blocks": 1}, "without --activation-checkpointing"),
-        ({"offload_blocks": -1}, "0 or more"),
+        ({"offload_blocks": -1}, "a whole number from 0 to 1000"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -166,8 +166,11 @@ def test_embeddings_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
     refuse("P >= 1", prompt_embeds=one[:0], negative_embeds=one[0].clone())
     refuse("no finite", prompt_embeds=one / 0, negative_embeds=one[0].clone())
     refuse("no finite", prompt_embeds=one.int(), negative_embeds=one[0].int())
+    narrow = one.to(torch.float8_e4m3fn)
+    refuse("no finite", prompt_embeds=narrow, negative_embeds=narrow[0].clone())
+    refuse("no finite", prompt_embeds=one.cfloat(), negative_embeds=one[0].cfloat())
     tensors = {"prompt_embeds": one, "negative_embeds": one[0].clone()}
-    for length in ("2", "many", "99999999"):
+    for length in ("2", "many", "513", "65536", "9" * 5000, "²"):
         save_file(tensors, path, {"padded_to": length})
         with pytest.raises(ValueError, match="padded_to"):
             read_embeds(path)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from linvideo_core.run import limits
 from linvideo_core.run.config import (
-    fraction,
+    Settings,
     option,
     override,
     parse,
-    positive,
     run_command,
     to_flags,
     to_json,
@@ -27,19 +27,16 @@ from linvideo_core.transfer import pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Engine:
+class Engine(Settings):
     """Settings of a room."""
 
-    num_cylinders: int = option(4, "how many")
-    power: float = option(1.5, "how strong, 100 % of it")
+    num_cylinders: int = option(4, "how many", limits.COUNT)
+    power: float = option(1.5, "how strong, 100 % of it", limits.POSITIVE)
     kind: str = option("diesel", "which", choices=("diesel", "petrol"))
-
-    def __post_init__(self) -> None:
-        positive(self, "num_cylinders", "power")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Car:
+class Car(Settings):
     """Settings of a command, which nests those of a room."""
 
     engine: Engine = dataclasses.field(default_factory=Engine)
@@ -47,10 +44,7 @@ class Car:
     manual: Path | None = option(None, "a book")
     is_fast: bool = option(False, "whether")
     has_roof: bool = option(True, "cover")
-    share: float = option(0.5, "part")
-
-    def __post_init__(self) -> None:
-        fraction(self, "share")
+    share: float = option(0.5, "part", limits.FRACTION)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -159,7 +153,7 @@ def test_override_replaces_flat_names_and_checks_what_it_makes() -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ("--num-cylinders 0", "--num-cylinders 0 given; a number greater than 0 is needed"),
+        ("--num-cylinders 0", "--num-cylinders 0 given; a whole number from 1 to 1000000000"),
         ("--num-cylinders six", "--num-cylinders six given; a whole number is needed"),
         ("--num-cylinders 1.5", "--num-cylinders 1.5 given; a whole number is needed"),
         ("--power nan", "--power nan given; a number is needed"),

@@ -190,9 +190,9 @@ def files(teacher: Teacher, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_frames": 4 * 10**7 + 1, "shard_size": 1}, "lower --batch-size"),
+        ({"num_frames": 2**20 - 3, "shard_size": 1}, "lower --batch-size"),
         ({"batch_size": 10**9}, "lower --batch-size, give --activation-checkpointing"),
-        ({"shard_size": 10**9, "num_trajectories": 10**9}, "lower --shard-size"),
+        ({"shard_size": 10**6, "num_trajectories": 10**6}, "lower --shard-size"),
     ],
 )
 @tells_free_memory

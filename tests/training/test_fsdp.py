@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import process_group_program as program
@@ -263,9 +264,27 @@ def test_one_process_asked_to_stop_stops_both_after_the_same_step_and_keeps_it(
     assert kept == f"checkpoint-{program.STOP_AT:08d}"
 
 
-@pytest.mark.parametrize("damage", ["a missing shard", "a cut shard", "no state"])
-def test_damaged_shards_are_named_in_one_sentence(
-    damage: str, folder: Path, device: str, tmp_path: Path
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a missing shard": lambda path: max(path.glob("*.safetensors")).unlink(),
+    "a cut shard": lambda path: os.truncate(max(path.glob("*.safetensors")), 900),
+    "a flipped byte": lambda path: flip_a_byte(max(path.glob("*.safetensors"))),
+    "no state": lambda path: (path / "state.json").write_text("{}"),
+    "a state that is none": lambda path: (path / "state.json").write_text("[]"),
+    "another state": lambda path: (path / "state.json").write_text(
+        (path / "state.json").read_text().replace('"step": "', '"step": "1')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_shards_are_named_in_one_sentence_or_those_before_them_taken(
+    damage: str, folder: Path, device: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = folder / "two" / "transfer"
     out = tmp_path / "out"
@@ -273,14 +292,13 @@ def test_damaged_shards_are_named_in_one_sentence(
     for name in ("warm_start", "training"):
         shutil.copytree(source / name, out / name)
     checkpoint = find_checkpoint(out / "training")
-    shards = sorted(checkpoint.glob("*.safetensors"))
-    assert len(shards) == 2
-    if damage == "a missing shard":
-        shards[1].unlink()
-    elif damage == "a cut shard":
-        shards[1].write_bytes(shards[1].read_bytes()[:-9])
-    else:
-        (checkpoint / "state.json").write_text("{}")
+    assert len(list(checkpoint.glob("*.safetensors"))) == 2
+    shutil.copytree(checkpoint, checkpoint.with_name("checkpoint_before_6"))
+    DAMAGE[damage](checkpoint)
+    with caplog.at_level("WARNING"):
+        program.transfer(out, SINGLE_PROCESS, device)
+    assert f"{checkpoint} is damaged" in caplog.text and "of step 6" in caplog.text
+    DAMAGE[damage](find_checkpoint(out / "training"))
     with pytest.raises(ValueError, match="cannot be continued from") as caught:
         program.transfer(out, SINGLE_PROCESS, device)
     assert str(checkpoint) in str(caught.value)

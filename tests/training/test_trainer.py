@@ -379,6 +379,40 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(train(tmp_path / "full", log_every=100).weight, unbroken.weight)
 
 
+def flip(path: Path, offset: int) -> None:
+    """Damage four bytes of a file, its length and header staying as they are."""
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    for i in range(header + offset, header + offset + 4):
+        data[i] ^= 0x11
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unbroken = train(tmp_path / "unbroken")
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", prepare=stop_at(13))
+    (earlier,) = (tmp_path / "run").glob("checkpoint_before_*")
+    flip(tmp_path / "run" / "checkpoint.safetensors", 16)
+    with caplog.at_level("WARNING"):
+        again = train(tmp_path / "run")
+    step = earlier.name.rpartition("_")[2]
+    assert "is damaged (it is not what was written)" in caplog.text
+    assert f"of step {step}" in caplog.text and not earlier.exists()
+    assert torch.equal(again.weight, unbroken.weight) and again.num_steps == SETTINGS.steps
+
+
+@pytest.mark.parametrize("offset", range(0, 40, 4))
+def test_no_flipped_byte_of_a_checkpoint_is_trained_on(offset: int, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(tmp_path, prepare=stop_at(2), checkpoint_every=1000)
+    flip(tmp_path / "checkpoint.safetensors", offset)
+    with pytest.raises(ValueError, match=r"not what was written.*delete it to start"):
+        train(tmp_path)
+
+
 IMPOSSIBLE = (
     "--steps=0 --batch-size=-1 --accumulation=0 --learning-rate=-1 --clip-norm=0 --ema-decay=1.5 "
     "--checkpoint-every=0 --log-every=0"

@@ -45,10 +45,10 @@ def test_impossible_settings_are_refused_by_flag(config: type, name: str, value:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"layers": "1,x", "target": 2}, "--layers '1,x' given; different layer numbers"),
+        ({"layers": "1,x", "target": 2}, "--layers 1,x given; different layer numbers"),
         ({"layers": "", "target": 1}, "--layers '' given"),
-        ({"layers": "1,-2", "target": 2}, "--layers '1,-2' given"),
-        ({"layers": "1,01", "target": 2}, "--layers '1,01' given; different"),
+        ({"layers": "1,-2", "target": 2}, "--layers 1,-2 given"),
+        ({"layers": "1,01", "target": 2}, "--layers 1,01 given; different"),
         ({"layers": "1,2"}, "--layers 1,2 names 2 layers and --target is 5; give --target 2"),
         ({"layers": "1", "choice": "alternate", "target": 1}, "--layers 1 and --choice"),
         ({"layers": "3,9", "target": 2}, "--layers 3,9 given; the model has no layer 9"),

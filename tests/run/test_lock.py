@@ -1,0 +1,78 @@
+"""One run at a time works in a folder, and what a dead one has left goes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.files import sweep, write_text
+from linvideo_core.run.lock import locked
+
+ROOT = Path(__file__).parents[2]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from linvideo_core.run.files import replacing
+from linvideo_core.run.lock import locked
+with locked(Path(sys.argv[1])), replacing(Path(sys.argv[1]) / "large") as part:
+    part.write_bytes(b"half")
+    print("at work", flush=True)
+    time.sleep(600)
+"""
+
+
+def parts(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*.part")]
+
+
+def test_a_folder_in_use_says_by_whom_and_is_free_when_that_one_is_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "at work\n"
+        words = f"in use by process {process.pid} of .* since .*: wait for it or end it, or choose"
+        for _ in range(2):
+            with pytest.raises(SettingError, match=words), locked(tmp_path):
+                pass
+        assert len(parts(tmp_path)) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert len(parts(tmp_path)) == 1
+    with locked(tmp_path):
+        assert parts(tmp_path) == []
+        assert f"process {os.getpid()} of" in (tmp_path / ".lock").read_text()
+
+
+def test_a_folder_is_free_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), locked(tmp_path):
+        raise RuntimeError
+    with locked(tmp_path):
+        pass
+
+
+def test_what_others_may_still_be_writing_stays(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    old, new = (tmp_path / "deep" / f".linvideo-{name}.part" for name in ("old", "new"))
+    for path in (old, new):
+        path.touch()
+    write_text(tmp_path / "mine.part", "not ours")
+    os.utime(old, (0, time.time() - 2 * 3600))
+    sweep(tmp_path)
+    assert sorted(parts(tmp_path)) == [new.name, "mine.part"]
+    sweep(tmp_path, is_alone=True)
+    assert parts(tmp_path) == ["mine.part"]
+
+
+def test_a_folder_that_nothing_came_into_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), locked(tmp_path / "runs" / "new"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "new"):
+        (tmp_path / "new" / "result").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["result"]

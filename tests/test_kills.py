@@ -1,0 +1,139 @@
+"""Every command, killed at random moments and repeated, ends in the file of an unbroken one.
+
+The last time it is asked to stop as a container is, with ten seconds to go. `LINVIDEO_KILLS=20`
+kills as often. tests/training/test_fsdp.py kills and stops one process of two.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from linvideo_core import artifact
+from linvideo_core.artifact import Artifact
+from linvideo_core.teacher.teacher import Teacher
+from tests.conftest import make_wan, save_inputs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="Windows kills in another way"),
+]
+
+ROOT = Path(__file__).parents[1]
+NUM_KILLS = int(os.environ.get("LINVIDEO_KILLS", 1))
+GRACE_SECONDS, TIMEOUT_SECONDS = 10, 300
+COMMON = (
+    "--num-frames 5 --height 64 --width 48 --states-per-trajectory 2 --sampler-steps 4 "
+    "--num-trajectories 4 --shard-size 2 --steps 10 --batch-size 2 --warmup-steps 2 --device cpu "
+    "--precision fp32 --checkpoint-every 2 --log-every 1 --evaluate-samples 0"
+)
+TRANSFER = f"linvideo_core.transfer {COMMON} --target 1 --warm-start-steps 4 --states stored"
+COMMANDS = {
+    "transfer": TRANSFER,
+    "two experts": f"{TRANSFER} --low-noise-model {{low}}",
+    "distill": f"linvideo_core.distill {COMMON} --artifact {{artifact}} --num-steps 2",
+    "evaluate": "linvideo_core.evaluate --artifact {artifact} --num-samples 2 --num-frames 5 "
+    "--height 64 --width 48 --sampler-steps 2 --device cpu --precision fp32",
+}
+
+
+@pytest.fixture
+def paths(teacher: Teacher, linearized: Artifact, tmp_path: Path) -> dict[str, Path]:
+    """A model, its prompts, the other expert, and a linearized file."""
+    found = save_inputs(teacher, tmp_path)
+    low, made = tmp_path / "low.safetensors", tmp_path / "made.safetensors"
+    save_file(make_wan(seed=2).state_dict(), low)
+    artifact.save(linearized, made)
+    named = {"model": found["--model"], "prompts": found["--prompts"]}
+    return {**named, "low": low, "artifact": made}
+
+
+def start(command: str, paths: Mapping[str, Path], out: Path) -> subprocess.Popen:
+    flags = ["--model", paths["model"], "--prompts", paths["prompts"], "--out", out]
+    return subprocess.Popen(
+        [sys.executable, "-m", *command.format(**paths).split(), *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(command: str, paths: Mapping[str, Path], out: Path) -> None:
+    process = start(command, paths, out)
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 0, errors
+
+
+def state_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Return what lies in a folder, so that any change of it shows."""
+    found = []
+    # Files and folders go while they are listed.
+    for place, _, names in os.walk(folder):
+        for name in sorted(names):
+            with contextlib.suppress(FileNotFoundError):
+                stat = os.stat(os.path.join(place, name))
+                found.append((os.path.join(place, name), stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int) -> str | None:
+    """Send a signal once the folder has changed so often; return what the command last said.
+
+    None: it had ended before.
+    """
+    before, deadline = state_of(folder), time.monotonic() + TIMEOUT_SECONDS
+    while num_changes and process.poll() is None:
+        assert time.monotonic() < deadline
+        if (now := state_of(folder)) != before:
+            before, num_changes = now, num_changes - 1
+        time.sleep(0.001)
+    if process.poll() is not None:
+        assert process.returncode == 0, process.stderr.read()
+        return None
+    if number == signal.SIGKILL:
+        # All that it has started, too.
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    return process.communicate(timeout=GRACE_SECONDS)[1]
+
+
+def files_of(folder: Path) -> dict[str, tuple[dict[str, str], dict[str, bytes]]]:
+    """Return each file's header, whose order is free, and the bytes of its tensors."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}
+            found[path.name] = (file.metadata(), tensors)
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_killed_at_random_ends_in_the_same_file(
+    name: str, paths: dict[str, Path], one_thread: None, tmp_path: Path
+) -> None:
+    draw, killed, unbroken = random.Random(name), tmp_path / "k" / "out", tmp_path / "u" / "out"
+    run(COMMANDS[name], paths, unbroken)
+    most = 6 if name == "evaluate" else 40
+    for number in [signal.SIGKILL] * NUM_KILLS + [signal.SIGTERM]:
+        # The teacher's folder beside it counts, too.
+        process = start(COMMANDS[name], paths, killed)
+        words = stop(process, killed.parent, draw.randint(1, most), number)
+        assert number == signal.SIGKILL or "Traceback" not in (words or "")
+    run(COMMANDS[name], paths, killed)
+    assert files_of(killed) == files_of(unbroken)
+    assert files_of(killed) or name == "evaluate"
+    assert {p.name for p in killed.iterdir()} == {p.name for p in unbroken.iterdir()}
+    assert not [*killed.rglob("*.part"), *killed.rglob(".lock")]
