@@ -89,7 +89,6 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
         raise SettingError("no GPU was found; give {cpu} to measure tiny models", "cpu")
     path = (RESULTS_FOLDER if config.record else config.out) / "in_app.json"
     check_parts(path, device)
-    shutil.rmtree(config.out / "comfyui", ignore_errors=True)
     config.out.mkdir(parents=True, exist_ok=True)
     hidden = ["comfyui", "python", "gguf_pack", "rows", "out", "record"]
     flags = to_flags(config, without=hidden)

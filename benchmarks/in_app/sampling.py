@@ -31,7 +31,7 @@ from ..record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_pa
 from . import graphs
 from .checkpoints import write_linear_layers
 from .cli import find_installation
-from .comfyui_server import PromptError, Server, read_version
+from .comfyui_server import Installation, PromptError, Server, read_version
 from .workbench import Workbench, watching
 
 _PART = "sampling"
@@ -60,17 +60,21 @@ class SamplingConfig(Settings):
         return SIZES["tiny" if self.cpu else self.size]
 
 
+def find_host(config: SamplingConfig) -> Installation:
+    """Return the ComfyUI that samples; raise ValueError for bad input or a missing GPU."""
+    found = find_installation(config.comfyui, config.python)
+    if not config.cpu and not torch.cuda.is_available():
+        raise SettingError("no GPU was found; give {cpu} to sample a tiny model", "cpu")
+    return dataclasses.replace(found, has_triton=not config.without_triton)
+
+
 def run(config: SamplingConfig) -> list[Row]:
     """Sample all ways and return a row of each.
 
     A kernel that fails is left out, and said. Raises ValueError for bad input or a missing GPU,
     PromptError where ComfyUI's own way fails.
     """
-    found = find_installation(config.comfyui, config.python)
-    installation = dataclasses.replace(found, has_triton=not config.without_triton)
-    if not config.cpu and not torch.cuda.is_available():
-        raise SettingError("no GPU was found; give {cpu} to sample a tiny model", "cpu")
-    shutil.rmtree(config.out / "comfyui", ignore_errors=True)
+    installation = find_host(config)
     config.out.mkdir(parents=True, exist_ok=True)
     bench = Workbench(installation, config.out.absolute(), "cpu" if config.cpu else "cuda")
     write_linear_layers(bench.folder / "models" / "linvideo" / "random.safetensors", config.video)
@@ -154,13 +158,14 @@ def _read_words(server: Server) -> str:
         return ""
     lines = path.read_text(encoding="utf-8").splitlines()
     path.unlink()
-    return json.loads(lines[-1])["words"]
+    return "\n".join(dict.fromkeys(json.loads(line)["words"] for line in lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, sample, keep the rows, show them."""
     config = parse(SamplingConfig, argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    find_host(config)
     device = "cpu" if config.cpu else "cuda"
     path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
     check_parts(path, device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ class Workbench:
 
     def __init__(self, installation: Installation, out: Path, device: str) -> None:
         self.installation, self.out, self.device = installation, out, device
-        self.folder = out / "comfyui"
+        self.folder = Path(tempfile.mkdtemp(prefix="comfyui-", dir=out))
         self.models = self.folder / "models" / "diffusion_models"
         self.deadline = time.monotonic()
         self._running = contextlib.ExitStack()

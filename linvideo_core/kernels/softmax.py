@@ -29,7 +29,7 @@ SPARSE_PACKAGE = "comfy-kitchen>=0.2.40"
 SPARSE_BLOCK, SPARSE_HEAD_DIM = 64, 128
 
 # How PyTorch says that the one kernel it may use cannot compute these tensors.
-_REFUSALS = ("No available kernel", "No viable backend")
+_REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
 
 
 def softmax_attention(

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from .errors import SettingError
 
+LOCK_NAME = ".lock"
+"""In a run's folder while a process works there."""
+
+# A folder: writers may make temporary files of their own beside what they are told to write.
 _PART = ".linvideo-{}.part"
 _SECONDS_UNTIL_DEAD = 3600
 """After which a file that was being written, and did not grow since, belongs to no process."""
@@ -29,9 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises OSError, naming the file and saying that the earlier one is intact, if writing fails.
     """
-    temporary = path.parent / _PART.format(secrets.token_hex(8))
+    folder = path.parent / _PART.format(secrets.token_hex(8))
+    temporary = folder / path.name
     try:
-        temporary.touch(exist_ok=False)
+        folder.mkdir()
+        temporary.touch()
         mode = temporary.stat().st_mode & 0o777
         yield temporary
         # Some network and FAT drives have no permissions to set.
@@ -46,19 +52,22 @@ def replacing(path: Path) -> Iterator[Path]:
             "space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(folder: Path, *, is_alone: bool = False) -> None:
     """Take away what processes that died while they wrote have left in a folder or below it.
 
-    is_alone: whether nobody else writes there; else only what is an hour old goes.
+    is_alone: whether nobody else writes there; else, and where another run has its lock below, only
+        what is an hour old goes.
     """
     oldest = time.time() - _SECONDS_UNTIL_DEAD
     for path in folder.rglob(_PART.format("*")):
+        below = path.relative_to(folder).parents
+        is_own = is_alone and not any((folder / at / LOCK_NAME).exists() for at in list(below)[:-1])
         with contextlib.suppress(OSError):
-            if is_alone or path.stat().st_mtime < oldest:
-                path.unlink()
+            if is_own or path.stat().st_mtime < oldest:
+                remove(path)
 
 
 def remove(path: Path) -> None:

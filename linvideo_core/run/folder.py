@@ -89,7 +89,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no settings")
     except ValueError as error:
         raise SettingError(
-            f"{path} is damaged ({error}); delete {folder} or choose another {{out}}", "out"
+            f"{path} is damaged ({error}): delete that file, and the command that made the folder "
+            "continues what is there, or choose another {out}",
+            "out",
         ) from error
     return dict(_leaves(tree))
 

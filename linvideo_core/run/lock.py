@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import SettingError
-from .files import sweep
+from .files import LOCK_NAME, sweep
 from .process_group import SINGLE_PROCESS, ProcessGroup
 
 try:
@@ -20,7 +20,6 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = ".lock"
 # Windows keeps others from reading what is locked: not where the holder's name stands.
 _LOCKED_BYTE = 2**20
 

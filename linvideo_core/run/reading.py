@@ -21,7 +21,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     if is_large or len(data) > most:
         raise ValueError(f"{path} is larger than {most // 2**20} MB, too large for what it is")
     try:
-        return data.decode("utf-8").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text in UTF-8") from None
 

@@ -169,21 +169,23 @@ class CheckpointFiles:
         return Checkpoint(step=self._step, tensors=tensors, state=parse_json(texts["state"]))
 
     def _drop_damaged(self) -> None:
-        """Remove the last checkpoint while it is damaged and one before it is there."""
+        """Put the last checkpoint aside while it is damaged and one before it is there."""
         path = self.path
         try:
             _check_whole(path)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if not (earlier := self._earlier()):
                 raise
-            before = max(earlier)
+            before, aside = max(earlier), path.with_name(f"{path.name}.damaged")
             logger.warning(
-                "%s is damaged (%s): the one before it is taken, of step %d",
+                "%s is damaged (%s): the one before it is taken, of step %d, and it is kept as %s",
                 path,
                 shown_value(error),
                 before,
+                aside.name,
             )
-            remove(path)
+            remove(aside)
+            path.replace(aside)
             self._put_back(before, earlier)
             self._drop_damaged()
 

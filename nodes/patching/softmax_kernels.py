@@ -84,22 +84,21 @@ def use_fastest(model: Any, words: Words) -> None:
     Where the model is compiled nothing can be measured, and ComfyUI's own attention stays.
     """
 
+    # Of this model alone: what ComfyUI's own attention is, other nodes decide.
+    fastest: dict[tuple, tuple[str, str]] = {}
+
     def serve(call: Call) -> Tensor:
         if call.query.device.type != "cuda" or torch.compiler.is_compiling():
             return call.own()
         case = (call.query.device, call.query.dtype, call.query.shape, call.heads)
-        if case not in _fastest:
-            _fastest[case] = _measure(call)
-        name, told = _fastest[case]
+        if case not in fastest:
+            fastest[case] = _measure(call)
+        name, told = fastest[case]
         override.kernel = name
         words.tell("kernel", told)
         return _answers(call)[name]()
 
     override = override_self_attention(model, serve, _OWN)
-
-
-# Device, dtype, shape and heads of a query -> the fastest kernel there, and what it was told by.
-_fastest: dict[tuple, tuple[str, str]] = {}
 
 
 def _answers(call: Call) -> dict[str, Callable[[], Tensor]]:
@@ -163,7 +162,7 @@ def parse_layers(text: str) -> set[int]:
     """Return the numbers of a list such as "0, 1, 28-29"; raise ValueError for anything else."""
     layers: set[int] = set()
     for part in filter(None, re.split(r"[,\s]+", text.strip())):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        found = re.fullmatch(r"([0-9]{1,3})(?:-([0-9]{1,3}))?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if last < first:
             raise ValueError(

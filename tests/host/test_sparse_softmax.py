@@ -81,6 +81,7 @@ def test_what_it_cannot_do_is_refused_in_a_sentence() -> None:
         ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent 0.5 and end_percent 0.5"),
         ({"dense_layers": "first"}, "dense_layers 'first' given"),
         ({"dense_layers": "5-3"}, "dense_layers '5-3' given"),
+        ({"dense_layers": "0-99999999999"}, "dense_layers '0-99999999999' given"),
     ):
         assert words in complaint(ValueError, _sparse, model, **settings)
 

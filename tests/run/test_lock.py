@@ -60,11 +60,16 @@ def test_what_others_may_still_be_writing_stays(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     old, new = (tmp_path / "deep" / f".linvideo-{name}.part" for name in ("old", "new"))
     for path in (old, new):
-        path.touch()
+        path.mkdir()
+        (path / "of the writer's own").touch()
     write_text(tmp_path / "mine.part", "not ours")
     os.utime(old, (0, time.time() - 2 * 3600))
     sweep(tmp_path)
     assert sorted(parts(tmp_path)) == [new.name, "mine.part"]
+    (tmp_path / "deep" / ".lock").touch()
+    sweep(tmp_path, is_alone=True)
+    assert new.exists()
+    (tmp_path / "deep" / ".lock").unlink()
     sweep(tmp_path, is_alone=True)
     assert parts(tmp_path) == ["mine.part"]
 

@@ -401,6 +401,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
     step = earlier.name.rpartition("_")[2]
     assert "is damaged (it is not what was written)" in caplog.text
     assert f"of step {step}" in caplog.text and not earlier.exists()
+    assert (tmp_path / "run" / "checkpoint.safetensors.damaged").exists()
     assert torch.equal(again.weight, unbroken.weight) and again.num_steps == SETTINGS.steps
 
 
