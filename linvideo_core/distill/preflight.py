@@ -2,7 +2,6 @@
 
 from .. import artifact as artifact_files
 from ..artifact import Artifact
-from ..evaluate.sampler import count_comparing_calls
 from ..models.families import identify
 from ..run.context import Run
 from ..run.errors import SettingError
@@ -14,6 +13,7 @@ from ..transfer.estimate import (
     Estimate,
     announce,
     check_disk,
+    count_comparing,
     time_teacher,
 )
 from ..transfer.preflight import Footprint, check_footprint, count_maps, count_weights
@@ -81,12 +81,7 @@ def forecast(teacher: Teacher, config: DistillConfig, run: Run, footprint: Footp
     num_calls = count_calls(config.distillation)
     warm_steps = config.warm_start.warm_start_steps if config.single_stage else 0
     # Of the teacher and the linearized model, at all steps.
-    comparing = count_comparing_calls(
-        config.evaluation.evaluate_samples,
-        config.evaluation.evaluate_batch_size,
-        config.trajectories.sampler_steps,
-        num_students=1,
-    )
+    comparing = count_comparing(config, num_students=1)
     found = Estimate(
         sampling=-(-num_missing // num_processes) * of_video,
         warm_start=warm_steps * training.batch_size / num_processes * WARM_START * call,

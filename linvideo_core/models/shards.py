@@ -157,9 +157,8 @@ def _read_header(path: Path) -> list[StoredTensor]:
     ]
     for tensor in found:
         # Where a size is 0 the file holds none of what the others claim.
-        is_plain = len(tensor.name) <= _MOST_LETTERS and tensor.name.isprintable()
         if (
-            not is_plain
+            not _is_plain(tensor.name)
             or len(tensor.shape) > _MOST_SIZES
             or (0 in tensor.shape and len(tensor.shape) > 1)
         ):
@@ -260,8 +259,11 @@ def _read_index(path: Path) -> list[str]:
 
 
 def _is_file_name(name: object) -> bool:
-    is_plain = isinstance(name, str) and 0 < len(name) <= _MOST_LETTERS and name.isprintable()
-    return is_plain and Path(name).name == name
+    return isinstance(name, str) and _is_plain(name) and name != "" and Path(name).name == name
+
+
+def _is_plain(name: str) -> bool:
+    return len(name) <= _MOST_LETTERS and name.isprintable()
 
 
 def _list(names: Iterable[str]) -> str:

@@ -235,12 +235,7 @@ def estimate(
             num_calls += filling // num_processes
     warm_start = warm_steps * training.batch_size / num_processes * of_warm_start * pace.call
     # Of the teacher, the layers merely swapped, and the student; the first process alone.
-    comparing = count_comparing_calls(
-        config.evaluation.evaluate_samples,
-        config.evaluation.evaluate_batch_size,
-        config.trajectories.sampler_steps,
-        num_students=2,
-    )
+    comparing = count_comparing(config, num_students=2)
     return Estimate(
         sampling=num_calls * pace.call,
         warm_start=num_students * warm_start,
@@ -249,6 +244,13 @@ def estimate(
         disk_bytes=disk_bytes,
         device_bytes=pace.device_bytes,
     )
+
+
+def count_comparing(config: RunConfig, *, num_students: int) -> float:
+    """Return what a run's comparison in the end takes, see `count_comparing_calls`."""
+    evaluation, steps = config.evaluation, config.trajectories.sampler_steps
+    samples, size = evaluation.evaluate_samples, evaluation.evaluate_batch_size
+    return count_comparing_calls(samples, size, steps, num_students=num_students)
 
 
 def count_checkpoint_bytes(num_trained: int) -> int:
