@@ -90,6 +90,25 @@ def test_a_pipeline_computes_what_our_model_does_and_is_given_back_bit_for_bit(
     assert torch.equal(run(transformer, inputs), plain)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_in_bf16_a_pipeline_computes_what_our_model_does(
+    wan: WanModel, pipeline: SimpleNamespace, path: Path, inputs: Inputs
+) -> None:
+    latents, timesteps, embeds = (x.cuda() for x in inputs)
+    inputs = (latents.bfloat16(), timesteps, embeds.bfloat16())
+    transformer = pipeline.transformer.to("cuda", torch.bfloat16)
+    plain = run(transformer, inputs)
+    with apply(pipeline, path):
+        found = run(transformer, inputs)
+    assert torch.equal(run(transformer, inputs), plain)
+    ours = wan.to("cuda", torch.bfloat16)
+    with torch.no_grad(), artifact.apply(artifact.load(path), ours):
+        expected = ours(*inputs)
+    # What bf16 rounds away in four layers; the file changes more than that.
+    assert (found - expected).float().norm() < 0.02 * expected.float().norm()
+    assert (found - plain).float().norm() > 0.05 * plain.float().norm()
+
+
 def test_the_lines_in_a_distilled_files_card_sample_it_as_linvideo_does(
     wan: WanModel, linearized: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

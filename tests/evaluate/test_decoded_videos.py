@@ -84,6 +84,16 @@ def test_one_file_in_either_naming_is_the_autoencoder_of_a_folder(tmp_path: Path
         torch.testing.assert_close(frames.movedim(-1, 1), expected, rtol=0, atol=0.01)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_a_video_is_decoded_in_tiles_as_on_the_cpu() -> None:
+    latents, model = torch.randn(1, 16, 3, 40, 48), make_autoencoder(16)
+    model.enable_tiling()
+    expected = decoder_of(model, "cpu")(latents)
+    found = decoder_of(model, "cuda")(latents.cuda())
+    assert found.is_cuda and found.shape == (1, 9, 320, 384, 3)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0.01)
+
+
 def spoil(folder: Path, **changes: object) -> Path:
     path = folder / "vae" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -172,6 +172,34 @@ def test_an_old_triton_and_a_compiler_that_is_not_there_or_fails_are_said(tmp_pa
         assert "it needs a C compiler and Python's headers" in said
 
 
+FIRST_CALL_IN_A_GRAPH = """
+import torch
+from linvideo_core.kernels import linear_attention
+
+x = torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.bfloat16)
+w = torch.randn(2, 64, 64, device="cuda")
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        linear_attention(x, x, x, w, w)
+except RuntimeError as error:
+    print("the capture failed:", type(error).__name__)
+graph = torch.cuda.CUDAGraph()
+linear_attention(x, x, x, w, w)
+with torch.cuda.graph(graph):
+    found = linear_attention(x, x, x, w, w)
+graph.replay()
+expected = linear_attention(*(y.double() for y in (x, x, x, w, w)), backend="reference")
+print(float((found.double() - expected).norm() / expected.norm()))
+"""
+
+
+@pytest.mark.gpu
+def test_a_first_call_inside_a_cuda_graph_harms_no_later_one(tmp_path: Path) -> None:
+    """Whether a kernel that was never compiled can be recorded is for Triton to say."""
+    *_, error = run(FIRST_CALL_IN_A_GRAPH, TRITON_CACHE_DIR=str(tmp_path))
+    assert float(error) < 0.02
+
+
 def test_a_pytorch_that_is_too_old_is_refused_in_a_sentence() -> None:
     old = (
         "import importlib.metadata as m; m.version = lambda _: '2.4.1+cu121'; import linvideo_core"
