@@ -100,6 +100,13 @@ def state_of(folder: Path) -> list[tuple[str, int, int]]:
     return found
 
 
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process and all that it has started; torchrun's are no group of its own."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
 def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int) -> str | None:
     """Send a signal once the folder has changed so often; return what the command last said.
 
@@ -115,10 +122,7 @@ def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int)
         assert process.returncode == 0, process.stderr.read()
         return None
     if number == signal.SIGKILL:
-        # All that it has started, too; torchrun's processes are no group of its own.
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+        kill(process)
     else:
         process.send_signal(number)
     return process.communicate(timeout=GRACE_SECONDS)[1]
@@ -153,3 +157,24 @@ def test_a_command_killed_at_random_ends_in_the_same_file(
     assert files_of(killed) or name == "evaluate"
     names = ({p.relative_to(folder) for p in folder.rglob("*")} for folder in (killed, unbroken))
     assert next(names) == next(names)
+
+
+def test_an_ablation_that_is_asked_to_stop_stops_its_transfers(
+    paths: dict[str, Path], one_thread: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(COMMANDS["ablation"].replace("--steps 4", "--steps 100000"), paths, out)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (found := list(out.rglob("training/checkpoint.safetensors"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    transfers = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    try:
+        _, errors = process.communicate(timeout=GRACE_SECONDS)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert transfers and not any(each.is_running() for each in transfers)
+    assert found[0].exists() and not list(out.rglob("linearized.safetensors"))
