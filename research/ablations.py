@@ -11,6 +11,7 @@ seeds, and the runs; `python -m research.ablation_plots` draws the record.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -187,8 +188,11 @@ def _to_flags(changes: Mapping[str, Any]) -> Iterator[str]:
             yield str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def do_run(run: Run, config: AblationConfig, device: str) -> Row:
-    """Train and evaluate unless it is done; return its row, with `error` where it failed."""
+def do_run(run: Run, config: AblationConfig, device: str, started: list[subprocess.Popen]) -> Row:
+    """Train and evaluate unless it is done; return its row, with `error` where it failed.
+
+    started: gets the transfer's process.
+    """
     if (run.folder / ROW_NAME).exists():
         return json.loads((run.folder / ROW_NAME).read_text(encoding="utf-8"))
     teacher = config.out.absolute() / "teacher" / f"seed-{run.seed}"
@@ -196,9 +200,12 @@ def do_run(run: Run, config: AblationConfig, device: str) -> Row:
     words = [*shlex.split(config.flags), *run.flags.split(), *own, "--teacher-folder", teacher]
     command = [sys.executable, "-m", "linvideo_core.transfer", *map(str, words)]
     begin = time.monotonic()
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if finished.returncode:
-        lines = finished.stderr.strip().splitlines()
+    how = {"cwd": REPOSITORY, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **how, text=True)
+    started.append(process)
+    _, errors = process.communicate()
+    if process.returncode:
+        lines = errors.strip().splitlines()
         logger.warning("%s, seed %d: %s", run.flags, run.seed, lines[-1] if lines else "")
         return {"seed": run.seed, "error": lines[-1] if lines else "it failed"}
     row = {"seed": run.seed, **read_row(run.folder), "seconds": time.monotonic() - begin}
@@ -256,9 +263,14 @@ def run(config: AblationConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
     done: dict[Path, Row] = {}
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(unique)) as bar:
+    started: list[subprocess.Popen] = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(config.jobs) as pool,
+        tqdm(total=len(unique)) as bar,
+        _stopped_with(started),
+    ):
         for runs in (list(first.values()), later):
-            settings = itertools.repeat(config), itertools.cycle(cards)
+            settings = itertools.repeat(config), itertools.cycle(cards), itertools.repeat(started)
             for one, row in zip(runs, pool.map(do_run, runs, *settings), strict=True):
                 done[one.folder] = row
                 bar.update()
@@ -283,6 +295,17 @@ def run(config: AblationConfig) -> dict[str, Any]:
             details={key: result[key] for key in ("members", "runs")},
         )
     return result
+
+
+@contextlib.contextmanager
+def _stopped_with(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """Ask processes to stop when the block is left early, as by SIGTERM, which they do not get."""
+    try:
+        yield
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,12 +1,14 @@
 """Every command, killed at random moments and repeated, ends in the file of an unbroken one.
 
 The last time it is asked to stop as a container is, with ten seconds to go. `LINVIDEO_KILLS=20`
-kills as often. tests/training/test_fsdp.py kills and stops one process of two.
+kills as often. tests/training/test_fsdp.py kills and stops one process of two, and
+tests/host/test_kills.py a ComfyUI server in the middle of a transfer.
 """
 
 import contextlib
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,14 +39,24 @@ COMMON = (
     "--num-trajectories 4 --shard-size 2 --steps 10 --batch-size 2 --warmup-steps 2 --device cpu "
     "--precision fp32 --checkpoint-every 2 --log-every 1 --evaluate-samples 0"
 )
+OWN = "--model {model} --prompts {prompts}"
 TRANSFER = f"linvideo_core.transfer {COMMON} --target 1 --warm-start-steps 4 --states stored"
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 -m"
 COMMANDS = {
     "transfer": TRANSFER,
     "two experts": f"{TRANSFER} --low-noise-model {{low}}",
+    "torchrun": f"{TORCHRUN} {TRANSFER}",
+    "ablation": f"research.ablations --tables best --seeds 1 --steps 4 --device cpu --flags "
+    f"'{TRANSFER.partition(' ')[2]} {OWN} --evaluate-samples 2'",
     "distill": f"linvideo_core.distill {COMMON} --artifact {{artifact}} --num-steps 2",
     "evaluate": "linvideo_core.evaluate --artifact {artifact} --num-samples 2 --num-frames 5 "
     "--height 64 --width 48 --sampler-steps 2 --device cpu --precision fp32",
 }
+COMMANDS = {
+    name: command if OWN in command else f"{command} {OWN}" for name, command in COMMANDS.items()
+}
+MOST_CHANGES = {"evaluate": 6, "ablation": 90}
+"""Of the folder, before a command is stopped; 40 of others."""
 
 
 @pytest.fixture
@@ -58,9 +71,8 @@ def paths(teacher: Teacher, linearized: Artifact, tmp_path: Path) -> dict[str, P
 
 
 def start(command: str, paths: Mapping[str, Path], out: Path) -> subprocess.Popen:
-    flags = ["--model", paths["model"], "--prompts", paths["prompts"], "--out", out]
     return subprocess.Popen(
-        [sys.executable, "-m", *command.format(**paths).split(), *map(str, flags)],
+        [sys.executable, "-m", *shlex.split(command.format(**paths)), "--out", str(out)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -88,6 +100,13 @@ def state_of(folder: Path) -> list[tuple[str, int, int]]:
     return found
 
 
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process and all that it has started; torchrun's are no group of its own."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
 def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int) -> str | None:
     """Send a signal once the folder has changed so often; return what the command last said.
 
@@ -103,8 +122,7 @@ def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int)
         assert process.returncode == 0, process.stderr.read()
         return None
     if number == signal.SIGKILL:
-        # All that it has started, too.
-        os.killpg(process.pid, number)
+        kill(process)
     else:
         process.send_signal(number)
     return process.communicate(timeout=GRACE_SECONDS)[1]
@@ -113,10 +131,10 @@ def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int)
 def files_of(folder: Path) -> dict[str, tuple[dict[str, str], dict[str, bytes]]]:
     """Return each file's header, whose order is free, and the bytes of its tensors."""
     found = {}
-    for path in folder.glob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}
-            found[path.name] = (file.metadata(), tensors)
+            found[str(path.relative_to(folder))] = (file.metadata(), tensors)
     return found
 
 
@@ -126,14 +144,37 @@ def test_a_command_killed_at_random_ends_in_the_same_file(
 ) -> None:
     draw, killed, unbroken = random.Random(name), tmp_path / "k" / "out", tmp_path / "u" / "out"
     run(COMMANDS[name], paths, unbroken)
-    most = 6 if name == "evaluate" else 40
+    most = MOST_CHANGES.get(name, 40)
     for number in [signal.SIGKILL] * NUM_KILLS + [signal.SIGTERM]:
         # The teacher's folder beside it counts, too.
         process = start(COMMANDS[name], paths, killed)
         words = stop(process, killed.parent, draw.randint(1, most), number)
-        assert number == signal.SIGKILL or "Traceback" not in (words or "")
+        # What torchrun itself says when it is stopped is its own.
+        is_own = number == signal.SIGTERM and name != "torchrun"
+        assert not is_own or "Traceback" not in (words or "")
     run(COMMANDS[name], paths, killed)
     assert files_of(killed) == files_of(unbroken)
     assert files_of(killed) or name == "evaluate"
     names = ({p.relative_to(folder) for p in folder.rglob("*")} for folder in (killed, unbroken))
     assert next(names) == next(names)
+
+
+def test_an_ablation_that_is_asked_to_stop_stops_its_transfers(
+    paths: dict[str, Path], one_thread: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(COMMANDS["ablation"].replace("--steps 4", "--steps 100000"), paths, out)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (found := list(out.rglob("training/checkpoint.safetensors"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    transfers = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    try:
+        _, errors = process.communicate(timeout=GRACE_SECONDS)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert transfers and not any(each.is_running() for each in transfers)
+    assert found[0].exists() and not list(out.rglob("linearized.safetensors"))

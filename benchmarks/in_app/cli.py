@@ -10,6 +10,7 @@ of the same name replace earlier ones in --out, or with --record in results.
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -147,6 +148,12 @@ def find_installation(
             f"{{gguf_pack}} {gguf_pack} given, which holds no pack of nodes", "gguf_pack"
         )
     python = (python or Path(sys.executable)).expanduser().absolute()
+    if not os.access(python, os.X_OK) or python.is_dir():
+        raise SettingError(
+            f"{{python}} {python} given, which cannot be run; give an interpreter that has "
+            "ComfyUI's requirements",
+            "python",
+        )
     return Installation(root=root, python=python, gguf_pack=gguf_pack)
 
 

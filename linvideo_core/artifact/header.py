@@ -278,13 +278,17 @@ class Artifact:
     deltas: parameter name -> change, of the parameter's shape.
     low_rank: name of a linear layer -> down [R, in] and up [out, R]; the change is `up down`.
 
+    Its `repr`, which ComfyUI takes of a failed node's inputs, leaves the tensors out.
+
     Raises ArtifactError when the tensors do not fit the header or one another.
     """
 
     header: ArtifactHeader
-    linear: Mapping[int, Mapping[str, Tensor]]
-    deltas: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    low_rank: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    linear: Mapping[int, Mapping[str, Tensor]] = dataclasses.field(repr=False)
+    deltas: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    low_rank: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     def __post_init__(self) -> None:
         parameters = self.header.parameters

@@ -11,9 +11,6 @@ from .. import artifact as artifact_files
 from ..artifact import Artifact
 from ..demo import weights_path
 from ..flow import make_sigmas
-from ..kernels.softmax import why_not_sparse
-from ..models.attention_sites import Shapes
-from ..models.families import identify
 from ..run.callbacks import Callbacks
 from ..run.config import to_json
 from ..run.context import Run
@@ -129,6 +126,8 @@ def _open(
     first = load_linearized(config.artifact)
     distilled = load_distilled(config.distilled_paths(), first)
     found = open_teacher(config.teacher)
+    with torch.no_grad():
+        found.check_softmax(device, precision)
     for artifact in (first, *distilled.values()):
         artifact_files.check(artifact, found.shapes)
     autoencoder = find_autoencoder(config.vae, config.teacher.model)
@@ -137,27 +136,8 @@ def _open(
     logger.info("sampling %s and its students on %s in %s", teacher.name, device, precision)
     how = {"seed": config.seed, "precision": precision, "callbacks": callbacks}
     if config.teacher.softmax.is_sparse:
-        _check_sparse(config, found.shapes, device, precision)
         how["softmax"] = config.teacher.softmax
     return teacher, first, distilled, how
-
-
-def _check_sparse(config: EvaluateConfig, shapes: Shapes, device: str, precision: str) -> None:
-    """Raise SettingError where sparse attention cannot be computed, or is not sampled with."""
-    if config.export_videos is not None:
-        raise SettingError(
-            "{softmax_kernel} sparse and {export_videos} given: leave one out",
-            "softmax_kernel",
-            "export_videos",
-        )
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    _, sites = identify(shapes)
-    if reason := why_not_sparse(torch.device(device), sites[0].head_dim, dtype):
-        raise SettingError(
-            f"{{softmax_kernel}} sparse cannot be computed here: {reason}",
-            "softmax_kernel",
-            "precision",
-        )
 
 
 def main(config: EvaluateConfig) -> None:

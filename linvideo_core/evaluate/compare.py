@@ -13,6 +13,7 @@ from ..artifact import Artifact, apply, load
 from ..artifact.summary import count_bytes
 from ..demo import weights_path
 from ..flow import Recipe, make_sigmas
+from ..kernels.softmax import DENSITY
 from ..models.attention import LinearAttention
 from ..models.attention_sites import AttentionSite, install, restore, shapes_of, softmax_by
 from ..models.config import LinearForm, SoftmaxConfig
@@ -113,7 +114,7 @@ def _softmax_of(
     if softmax is None or not softmax.is_sparse:
         return contextlib.nullcontext()
     _, sites = identify(shapes_of(model))
-    return softmax_by(model, sites, softmax.softmax_kernel, softmax.density)
+    return softmax_by(model, sites, softmax.softmax_kernel, softmax.density or DENSITY)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,12 @@ class EvaluateConfig(Settings):
                 "export_videos",
                 "lora",
             )
+        if self.export_videos is not None and self.teacher.softmax.is_sparse:
+            raise SettingError(
+                "{softmax_kernel} sparse and {export_videos} given: leave one out",
+                "softmax_kernel",
+                "export_videos",
+            )
         if self.export_videos is not None and self.teacher.model and self.vae is None:
             raise SettingError(
                 "{export_videos} was given without {vae}, which decodes the videos; give Wan's "

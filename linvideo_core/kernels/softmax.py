@@ -28,6 +28,8 @@ DENSITY = 0.1
 SPARSE_PACKAGE = "comfy-kitchen>=0.2.40"
 SPARSE_BLOCK, SPARSE_HEAD_DIM = 64, 128
 
+_NUM_TRIED = 64
+
 # How PyTorch says that the one kernel it may use cannot compute these tensors.
 _REFUSALS = ("No available kernel", "No viable backend", "cuDNN Frontend error")
 
@@ -121,6 +123,25 @@ def check_density(density: float) -> None:
     """Raise ValueError for what is no density of sparse attention."""
     if not 0 < density <= 1:
         raise ValueError(f"density {density} given; a share above 0, and at most 1, is needed")
+
+
+def why_not(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
+    """Return why a kernel of SOFTMAX_KERNELS cannot compute attention there, or "".
+
+    One of PyTorch's is tried on a few tokens, which have a gradient where gradients are enabled.
+    """
+    if kernel == SPARSE:
+        reason = why_not_sparse(device, head_dim, dtype)
+        return f"sparse attention cannot be computed here: {reason}" if reason else ""
+    if SOFTMAX_KERNELS[kernel] is None:
+        return ""
+    tokens = torch.zeros(1, _NUM_TRIED, 1, head_dim, device=device, dtype=dtype)
+    tokens.requires_grad_(torch.is_grad_enabled())
+    try:
+        softmax_attention(tokens, tokens, tokens, kernel)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @torch.compiler.assume_constant_result

@@ -41,11 +41,21 @@ class SoftmaxConfig(Settings):
         "which changes videos and needs comfy-kitchen; others are the teacher's, too",
         choices=SOFTMAX_KERNELS,
     )
-    density: float = option(
-        0.1,
-        "share of the attention that sparse computes exactly",
+    density: float | None = option(
+        None,
+        "with --softmax-kernel sparse: share of the attention that is computed exactly; none: 0.1",
         dataclasses.replace(limits.FRACTION, without_low=True),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.density is not None and not self.is_sparse:
+            raise SettingError(
+                f"{{density}} {self.density:g} and {{softmax_kernel}} {self.softmax_kernel} given; "
+                "it is for sparse alone: give {softmax_kernel} sparse, or leave {density} out",
+                "density",
+                "softmax_kernel",
+            )
 
     @property
     def is_sparse(self) -> bool:

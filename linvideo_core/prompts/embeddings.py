@@ -19,7 +19,7 @@ from torch import Tensor
 from ..models.image_condition import ImageCondition
 from ..run.callbacks import Callbacks
 from ..run.errors import shown_value
-from ..run.files import write_tensors
+from ..run.files import DIGEST, is_as_written, write_with_digest
 from ..run.reading import parse_json
 from .text_encoder import MAX_TOKENS
 
@@ -53,10 +53,11 @@ def identity_of(prompts: Sequence[str], negative: str, encoder: str) -> str:
 
 
 def find_identity(path: Path) -> str | None:
-    """Return the identity of a file made by `encode_once`; None for any other, or for none."""
+    """Return the identity of a file made by `encode_once`; None for any other, damaged or none."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("identity")
+            found = (file.metadata() or {}).get("identity")
+        return found if is_as_written(path) else None
     except (OSError, SafetensorError):
         return None
 
@@ -101,7 +102,7 @@ def encode_once(
         tensors |= _as_tensors(condition)
         metadata = {"identity": identity, "padded_to": str(len(rows[0]))}
         words = {"prompts": json.dumps(list(prompts)), "negative_prompt": "\n".join(negatives)}
-        write_tensors(path, tensors, metadata | words)
+        write_with_digest(path, tensors, metadata | words)
     # An interruption, also a host's own, is no Exception.
     except BaseException:
         if rows:
@@ -131,6 +132,11 @@ def read_embeds(path: Path) -> PromptEmbeds:
             f"{path} is not a safetensors file with prompt_embeds and negative_embeds: "
             f"{shown_value(error)}"
         ) from error
+    if DIGEST in metadata and not is_as_written(path):
+        raise ValueError(
+            f"{path} is damaged, its embeddings are not those that were written: encode or copy "
+            "them once more"
+        )
     shapes = [list(tensor.shape) for tensor in found]
     are_negatives = shapes[1][-2:] == shapes[0][1:] and found[1].ndim in (2, 3)
     if len(shapes[0]) != 3 or 0 in shapes[0] + shapes[1] or not are_negatives:
@@ -188,7 +194,7 @@ def _read_rows(path: Path) -> list[Tensor]:
 
 def _write_rows(path: Path, rows: Sequence[Tensor], identity: str) -> None:
     metadata = {"identity": identity, "padded_to": str(len(rows[0]))}
-    write_tensors(path, {"rows": torch.stack(_trim(rows))}, metadata)
+    write_with_digest(path, {"rows": torch.stack(_trim(rows))}, metadata)
 
 
 def _trim(rows: Sequence[Tensor]) -> list[Tensor]:

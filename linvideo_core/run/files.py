@@ -1,6 +1,7 @@
 """Write files so that an interrupted or failed write never harms what was there before."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -10,14 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import SettingError
 
 LOCK_NAME = ".lock"
 """In a run's folder while a process works there."""
+DIGEST = "digest"
+"""In the metadata of a file: what tells damage."""
 
 # A folder: writers may make temporary files of their own beside what they are told to write.
 _PART = ".linvideo-{}.part"
@@ -120,3 +124,34 @@ def write_tensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata or {}))
+
+
+def digest_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """Return 32 hex digits that tell tensors on the CPU and texts from others."""
+    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_with_digest(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file atomically, with a digest of tensors on the CPU and of metadata."""
+    digest = digest_of(tensors, *_in_order(metadata))
+    write_tensors(path, tensors, {**metadata, DIGEST: digest})
+
+
+def is_as_written(path: Path) -> bool:
+    """Say whether a file is what `write_with_digest` wrote; OSError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return metadata.get(DIGEST) == digest_of(load_file(path), *_in_order(metadata))
+    except (SafetensorError, ValueError, RuntimeError, KeyError):
+        return False
+
+
+def _in_order(metadata: Mapping[str, str]) -> list[str]:
+    return [text for pair in sorted(metadata.items()) if pair[0] != DIGEST for text in pair]

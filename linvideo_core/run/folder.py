@@ -101,16 +101,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError naming the file, and the line that is none of a training's.
     """
+    advice = "delete the file, and what is there otherwise is continued"
+    try:
+        text = read_text(path, _MOST_METRICS)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from None
     rows = []
-    for number, line in enumerate(read_text(path, _MOST_METRICS).split("\n")[:-1], 1):
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         with contextlib.suppress(ValueError):
             rows.append(parse_json(line))
         row = rows[-1] if len(rows) == number else None
         if not isinstance(row, dict) or not COUNT_OR_NONE.takes(row.get("step")):
-            raise ValueError(
-                f"line {number} of {path} is damaged; delete the file, and what is there otherwise "
-                "is continued"
-            )
+            raise ValueError(f"line {number} of {path} is damaged; {advice}")
     return rows
 
 

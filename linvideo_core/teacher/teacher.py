@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import demo
 from ..demo.codec import LATENT_SHAPE, SPACE_PATCH, TIME_PATCH, decode_latents
 from ..demo.prompts import all_prompts, encode_prompts
+from ..kernels.softmax import why_not
 from ..models.attention import SoftmaxAttention
 from ..models.attention_sites import blocks, install, shapes_of
 from ..models.base_weights import base_weights_of, keep_base_weights, weights_digest
@@ -146,6 +147,19 @@ class TeacherCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The model's parameter shapes, the form in which families recognise it."""
         return {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
+
+    def check_softmax(self, device: str, precision: str) -> None:
+        """Raise SettingError where the chosen kernel cannot compute this model's softmax layers.
+
+        Nor their gradient, where gradients are enabled.
+        """
+        kernel = self.softmax.softmax_kernel
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        _, sites = identify(self.shapes)
+        if reason := why_not(kernel, torch.device(device), sites[0].head_dim, dtype):
+            raise SettingError(
+                f"{{softmax_kernel}} {kernel} given, and {reason}", "softmax_kernel", "precision"
+            )
 
     def load(self, run: Run) -> Teacher:
         """Return the teacher on the CPU, frozen, its weights held as the config says.

@@ -8,6 +8,7 @@ which states are kept) is drawn from (seed, its number) alone: it is the same wh
 together with it, up to rounding.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -24,7 +25,7 @@ from torch import Tensor
 from ..artifact import Usage
 from ..flow import bind_guided, make_sigmas, sample_euler
 from ..run.context import Run
-from ..run.files import check_space, sweep, write_tensors
+from ..run.files import DIGEST, check_space, is_as_written, sweep, write_with_digest
 from ..run.memory import show_gb
 from .config import TrajectoryConfig
 from .teacher import Teacher
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 USED_AGAIN = " beside it, which uses the teacher's stored videos again if they fit"
 """What a run in another folder would have of one that is there, see `run.folder.check_run`."""
 # Changes whenever the same settings give other samples or other files.
-_FORM = 4
+_FORM = 5
 _DECISIVE = ("states_per_trajectory", "sampler_steps", "guidance_scale", "shift")
 _KEPT = ("latents", "conditional", "unconditional")
 
@@ -130,6 +131,9 @@ def collect(teacher: Teacher, config: TrajectoryConfig, run: Run) -> Trajectorie
     something else.
     """
     identity, paths = _find_files(teacher, config, run)
+    own = run.processes.share(torch.arange(len(paths))).tolist()
+    _drop_damaged([paths[video] for video in own])
+    run.processes.wait()
     missing = set(_find_missing(paths, identity))
     # All have looked before one writes.
     run.processes.wait()
@@ -153,7 +157,7 @@ def collect(teacher: Teacher, config: TrajectoryConfig, run: Run) -> Trajectorie
 
             tensors = sample_videos(teacher, config, run, chunk, on_step)
             for video in wanted:
-                write_tensors(paths[video], tensors[video], {"identity": identity})
+                write_with_digest(paths[video], tensors[video], {"identity": identity})
         done += num_new
         run.callbacks.on_step_end(done)
     run.processes.wait()
@@ -274,23 +278,41 @@ def _find_files(teacher: Teacher, config: TrajectoryConfig, run: Run) -> tuple[s
     return identity, [folder / f"video-{number:06d}.safetensors" for number in numbers]
 
 
-def _find_missing(paths: Sequence[Path], identity: str) -> list[int]:
-    """Return the numbers of files that are not there; damaged ones are taken away.
+def _drop_damaged(paths: Sequence[Path]) -> None:
+    """Take away what is not as it was written, to be sampled again; which is logged."""
+    # All bytes are read: some 2 s a GB on one core.
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        found = zip(paths, threads.map(_is_damaged, paths), strict=True)
+    for path in (path for path, is_damaged in found if is_damaged):
+        logger.warning("%s is damaged and will be sampled again", path)
+        path.unlink(missing_ok=True)
 
-    Raises ValueError for a file that has another identity.
-    """
-    return [video for video, path in enumerate(paths) if not _is_whole(path, identity)]
 
-
-def _is_whole(path: Path, identity: str) -> bool:
+def _is_damaged(path: Path) -> bool:
+    """Say whether a file is not what was sampled; a file of something else is left to refuse."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("identity")
+            metadata = file.metadata() or {}
+        return bool({"identity", DIGEST} & set(metadata)) and not is_as_written(path)
     except FileNotFoundError:
         return False
     except SafetensorError:
-        logger.warning("%s is damaged and will be sampled again", path)
-        path.unlink(missing_ok=True)
+        return True
+
+
+def _find_missing(paths: Sequence[Path], identity: str) -> list[int]:
+    """Return the numbers of files that are not there, or cannot be opened.
+
+    Raises ValueError for a file that has another identity.
+    """
+    return [video for video, path in enumerate(paths) if not _is_there(path, identity)]
+
+
+def _is_there(path: Path, identity: str) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("identity")
+    except (FileNotFoundError, SafetensorError):
         return False
     if found != identity:
         raise ValueError(

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..run.errors import shown_value
-from ..run.files import remove, write_json, write_tensors
+from ..run.files import DIGEST, digest_of, remove, write_json, write_tensors
 from ..run.process_group import ProcessGroup
 from ..run.reading import parse_json, read_json
 from .fsdp import load_shards, save_shards
@@ -80,18 +79,9 @@ def _check_whole(path: Path) -> None:
     """Raise ValueError where a checkpoint is not what was written."""
     texts = _read_texts(path)
     found = (texts["step"], texts["state"])
-    digest = _digest_shards(path, *found) if path.is_dir() else _digest(load_file(path), *found)
-    if texts.get("digest") != digest:
+    digest = _digest_shards(path, *found) if path.is_dir() else digest_of(load_file(path), *found)
+    if texts.get(DIGEST) != digest:
         raise ValueError("it is not what was written")
-
-
-def _digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
-    """Return 32 hex digits that tell tensors on the CPU and texts from others."""
-    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _digest_shards(folder: Path, *texts: str) -> str:
@@ -217,8 +207,8 @@ class CheckpointFiles:
 
     def _write_file(self, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        digest = _digest(tensors, *texts.values())
-        write_tensors(self.folder / CHECKPOINT_NAME, tensors, {**texts, "digest": digest})
+        digest = digest_of(tensors, *texts.values())
+        write_tensors(self.folder / CHECKPOINT_NAME, tensors, {**texts, DIGEST: digest})
         self._remove_folders(but=None)
 
     def _write_shards(self, checkpoint: Checkpoint, texts: Mapping[str, str]) -> None:
@@ -231,7 +221,7 @@ class CheckpointFiles:
         save_shards(part, checkpoint.tensors)
         if self.processes.is_first:
             digest = _digest_shards(part, *texts.values())
-            write_json(part / _STATE_NAME, {**texts, "digest": digest})
+            write_json(part / _STATE_NAME, {**texts, DIGEST: digest})
             remove(path)
             os.replace(part, path)
             self._remove_folders(but=path)

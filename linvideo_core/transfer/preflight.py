@@ -216,8 +216,9 @@ def check_footprint(
 ) -> Footprint:
     """Return what a run takes at least; the parameters are of `memory.training_needs`.
 
-    Raises ValueError, in one sentence, when it does not fit.
+    Raises ValueError, in one sentence, when it does not fit, or its softmax kernel is not there.
     """
+    teacher.check_softmax(device, precision)
     frozen_weights = teacher.frozen_weights
     check_offload_alone(frozen_weights, num_processes)
     advice = "choose a smaller model or a machine with more memory"

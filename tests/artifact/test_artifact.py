@@ -263,6 +263,12 @@ def test_impossible_strength_is_refused() -> None:
         assert_refused(made, teacher, "strength", strength=strength)
 
 
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_its_repr_is_short(parameters: str) -> None:
+    shown = repr(make_small(parameters))
+    assert "wan, 3 layers" in shown and "tensor(" not in shown
+
+
 def test_applying_twice_is_refused() -> None:
     teacher, _, made = make_artifact("full")
     with artifact.apply(made, teacher):

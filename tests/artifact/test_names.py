@@ -75,6 +75,19 @@ def test_a_single_name_has_no_folders() -> None:
         assert "without folders" in complaint(name, is_single=True)
 
 
+def test_files_do_not_stand_where_folders_are_needed_nor_folders_for_files(tmp_path: Path) -> None:
+    place_file(tmp_path, "mine").write_bytes(b"x")
+    (tmp_path / "large" / "a.safetensors").mkdir(parents=True)
+    for name, there in {
+        "mine.safetensors/b/c": "'mine.safetensors' is a file",
+        "large/a": "a folder has that name",
+    }.items():
+        with pytest.raises(ArtifactError, match=f"cannot be used, since {there}: give another"):
+            place_file(tmp_path, name)
+    assert place_file(tmp_path, "mine") == tmp_path / "mine.safetensors"
+    assert place_file(tmp_path, "large/a.safetensors/b").parent.is_dir()
+
+
 @given(name=hostile)
 @settings(
     max_examples=200,

@@ -70,13 +70,18 @@ def test_rows_that_fail_say_why_and_one_measured_again_replaces_its_own_alone(
     assert [row["what"] for row in record["rows"]] == [*told[1:], "demo"]
 
 
-def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_sentence(broken_host: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--rows nothing given; one of demo, "):
         InAppConfig(rows="demo,nothing")
     with pytest.raises(ValueError, match="--comfyui was not given"):
         in_app.run(InAppConfig(cpu=True, out=tmp_path))
     with pytest.raises(ValueError, match="holds no comfy"):
         in_app.run(InAppConfig(comfyui=tmp_path, cpu=True, out=tmp_path))
+    for python in ("/nonexistent", tmp_path, broken_host / "main.py"):
+        with pytest.raises(ValueError, match=f"--python {python} given, which cannot be run"):
+            in_app.run(
+                InAppConfig(comfyui=broken_host, python=Path(python), cpu=True, out=tmp_path)
+            )
 
 
 def test_samplings_are_refused_without_a_host_and_its_end_is_told(

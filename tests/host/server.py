@@ -21,7 +21,12 @@ START_SECONDS, WORKFLOW_SECONDS = 600, 300
 
 
 class Server:
-    """A running ComfyUI and the folder that it lives in."""
+    """A running ComfyUI and the folder that it lives in.
+
+    process: its own, once it was started.
+    """
+
+    process: subprocess.Popen
 
     def __init__(self, host: Host, port: int, folder: Path) -> None:
         self.host = host
@@ -95,13 +100,14 @@ def wait_until_it_answers(server: Server, process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def run_server(host: Host, folder: Path) -> Iterator[Server]:
-    """Start a server whose every folder is inside one, and stop it in the end.
+    """Start a server whose every folder is inside one, new or of an earlier server; stop it.
 
     There is a damaged file among its models.
     """
     for name in ("custom_nodes", "models/linvideo", "input", "output", "temp", "user"):
-        (folder / name).mkdir(parents=True)
-    (folder / "custom_nodes" / "LinVideo").symlink_to(PACK, target_is_directory=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if not (folder / "custom_nodes" / "LinVideo").exists():
+        (folder / "custom_nodes" / "LinVideo").symlink_to(PACK, target_is_directory=True)
     cut = folder / "models" / "linvideo" / "cut.safetensors"
     cut.write_bytes(SHIPPED.read_bytes()[:9999])
     server = Server(host, find_free_port(), folder)
@@ -109,7 +115,7 @@ def run_server(host: Host, folder: Path) -> Iterator[Server]:
     flags += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
     flags += ["--port", server.address.rpartition(":")[2]]
     with server.log.open("w") as output:
-        process = subprocess.Popen(
+        process = server.process = subprocess.Popen(
             [str(host.python), "main.py", *flags],
             cwd=host.root,
             env=make_environment(),

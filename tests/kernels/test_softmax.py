@@ -1,5 +1,6 @@
 """Sparse softmax attention: dense at density 1, differentiable on a CPU, refused in a sentence."""
 
+import dataclasses
 import importlib.machinery
 import sys
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def test_a_density_that_is_no_share_is_refused(density: float) -> None:
     with pytest.raises(ValueError, match=f"density {density} given; a share above 0"):
         sparse_attention(*make_triple(8), density)
     with pytest.raises(SettingError, match=f"density {density} given; a number above 0"):
-        config.SoftmaxConfig(density=density)
+        config.SoftmaxConfig(softmax_kernel="sparse", density=density)
 
 
 def test_other_shapes_or_dtypes_of_keys_are_refused(kitchen: None) -> None:
@@ -100,7 +101,8 @@ def test_other_shapes_or_dtypes_of_keys_are_refused(kitchen: None) -> None:
 
 def test_settings_name_every_kernel() -> None:
     assert tuple(softmax.SOFTMAX_KERNELS) == config.SOFTMAX_KERNELS
-    assert config.SoftmaxConfig().density == softmax.DENSITY
+    (field,) = (f for f in dataclasses.fields(config.SoftmaxConfig) if f.name == "density")
+    assert field.metadata["help"].endswith(f"none: {softmax.DENSITY}")
     with pytest.raises(SettingError, match="has no gradient to train with"):
         config.SoftmaxConfig(softmax_kernel="sparse").check_training()
 

@@ -113,6 +113,29 @@ def test_what_is_read_is_what_was_encoded_bit_for_bit(dtype: torch.dtype, tmp_pa
     assert load_file(path)["prompt_embeds"].shape == (80, longest, 2)
 
 
+def flip(path: Path) -> None:
+    """Flip a bit of the file's last number."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x01
+    path.write_bytes(data)
+
+
+def test_a_flipped_byte_is_told_and_encoded_again(tmp_path: Path) -> None:
+    path = tmp_path / "embeds.safetensors"
+    encode(path, Encoder())
+    whole = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    flip(path)
+    with pytest.raises(ValueError, match=f"{path} is damaged, .* encode or copy them once more"):
+        read_embeds(path)
+    assert encode(path, Encoder())
+    assert all(torch.equal(found, whole[name]) for name, found in load_file(path).items())
+    with pytest.raises(KeyboardInterrupt):
+        encode(path, Encoder(5), TEXTS[:9])
+    flip(path.with_name("embeds.unfinished.safetensors"))
+    encode(path, again := Encoder(), TEXTS[:9])
+    assert again.asked == ["no", *TEXTS[:9]]
+
+
 def test_a_file_may_hold_several_negative_prompts(tmp_path: Path) -> None:
     path = tmp_path / "embeds.safetensors"
     with pytest.raises(KeyboardInterrupt):

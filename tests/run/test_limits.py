@@ -12,12 +12,15 @@ from linvideo_core.distill import cli as distill
 from linvideo_core.distill import command as distill_command
 from linvideo_core.evaluate import cli as evaluate
 from linvideo_core.evaluate import command as evaluate_command
-from linvideo_core.models.config import LinearForm
+from linvideo_core.models.config import LinearForm, SoftmaxConfig
 from linvideo_core.run import config as configs
 from linvideo_core.run import limits
+from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
 from linvideo_core.run.errors import SettingError, flag_of
 from linvideo_core.run.limits import Limits
+from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.teacher import open_teacher
 from linvideo_core.transfer import cli as transfer
 from linvideo_core.transfer import command as transfer_command
 
@@ -117,6 +120,9 @@ def test_every_number_has_limits_and_is_refused_beyond_them(
         (transfer, f"--layers 1,{'9' * 5000}"),
         (evaluate, f"--plain-steps {'9' * 5000}"),
         (evaluate, "--lora-sigmas 1,nan,0"),
+        (transfer, "--density 0.1"),
+        (distill, "--density 0.1"),
+        (evaluate, "--density 0.5 --softmax-kernel flash"),
     ],
 )
 def test_what_was_refused_too_late_or_never_is_refused_at_once(
@@ -134,6 +140,27 @@ def test_a_device_that_computes_nothing_is_refused(
     with pytest.raises(SettingError, match=f"--device {device} given"):
         COMMANDS[command].run(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_softmax_kernel_that_cannot_run_here_is_refused_before_anything_begins(
+    command: ModuleType, precision: str, tmp_path: Path
+) -> None:
+    class Never(Callbacks):
+        def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
+            pytest.fail(f"{stage} began")
+
+    given = {"softmax_kernel": "cudnn", "device": "cpu", "precision": precision}
+    config = override(command.read([]), {**given, "out": tmp_path / "out"})
+    with pytest.raises(SettingError, match=r"--softmax-kernel cudnn given, and .* on cpu; choose"):
+        COMMANDS[command].run(config, Never())
+    assert not [path for path in tmp_path.rglob("*") if path != config.out]
+
+
+def test_a_kernel_that_can_run_is_taken() -> None:
+    checkpoint = open_teacher(TeacherConfig(softmax=SoftmaxConfig(softmax_kernel="flash")))
+    checkpoint.check_softmax("cpu", "fp32")
 
 
 FILES: dict[str, Callable[[float], object]] = {

@@ -60,7 +60,7 @@ def test_too_many_prompts_are_refused(tmp_path: Path) -> None:
         (b'{"step": 1\n{"step": 2}\n', "line 1 of .*metrics.jsonl is damaged"),
         (b'{"step": "1"}\n', "line 1 of .*metrics.jsonl is damaged"),
         (b"[" * 100_000 + b"\n", "line 1 of .*metrics.jsonl is damaged"),
-        (b'{"step": 1}\n\xff\xfe\n', "metrics.jsonl is not a text in UTF-8"),
+        (b'{"step": 1}\n\xff\xfe\n', "metrics.jsonl is not a text in UTF-8; delete the file"),
     ],
 )
 def test_damaged_metrics_are_named_with_their_line(

@@ -1,6 +1,7 @@
 """A pool's videos move along the teacher's trajectories, on any number of processes alike."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor
 
 from linvideo_core.flow import bind_guided, make_sigmas, sample_euler
 from linvideo_core.run.context import Run
-from linvideo_core.run.process_group import ProcessGroup
+from linvideo_core.run.process_group import SINGLE_PROCESS, ProcessGroup
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.pool import TrajectoryPool, count_filling_calls, count_pool_bytes
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import States, draw_video
+from linvideo_core.training.checkpoint import Checkpoint, CheckpointFiles
 
 STEPS = 6
 EVERY = TrajectoryConfig(states_per_trajectory=STEPS, sampler_steps=STEPS, guidance_scale=2.0)
@@ -204,3 +206,18 @@ def test_a_step_that_was_not_finished_is_drawn_again(teacher: Teacher) -> None:
     again.load_state(pool.state())
     found = again.draw(torch.Generator().manual_seed(3))
     torch.testing.assert_close(found.latents, lost.latents, rtol=0, atol=0)
+
+
+def test_a_flipped_byte_of_a_videos_latents_is_not_trained_on(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    pool = TrajectoryPool(teacher, EVERY, 4, 2, Run(seed=3))
+    draw(pool, 3)
+    files = CheckpointFiles(tmp_path, None, SINGLE_PROCESS)
+    files.write(Checkpoint(step=3, tensors=pool.state(), state={}))
+    assert files.read({}).step == 3
+    data = bytearray(files.path.read_bytes())
+    data[-100] ^= 0x01
+    files.path.write_bytes(data)
+    with pytest.raises(ValueError, match="not what was written"):
+        files.read({})

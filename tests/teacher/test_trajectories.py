@@ -1,6 +1,7 @@
 """What is stored is the teacher's own trajectory, whatever interrupted the sampling."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,14 @@ def read(root: Path) -> dict[str, Tensor]:
     return {name: torch.stack([video[name] for video in videos]) for name in videos[0]}
 
 
-def read_bytes(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in files_in(root)}
+def read_bytes(root: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
+    """Return each file's header, whose order is free, and the bytes behind it."""
+    found = {}
+    for path in files_in(root):
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        found[str(path.relative_to(root))] = json.loads(data[8:end]), data[end:]
+    return found
 
 
 def count_calls(teacher: Teacher) -> list[int]:
@@ -115,6 +122,31 @@ def test_a_lost_or_damaged_file_is_sampled_again_to_the_same_bytes(
     else:
         path.write_bytes(content[damage])
     sample(teacher, tmp_path)
+    assert read_bytes(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "place", ["identity", "digest", "names", "latents", "step", "prompt", "end"]
+)
+def test_a_flipped_byte_is_told_and_the_video_sampled_again_to_the_same_bytes(
+    place: str, teacher: Teacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample(teacher, tmp_path)
+    whole = read_bytes(tmp_path)
+    path = files_in(tmp_path)[1]
+    header, _ = whole[str(path.relative_to(tmp_path))]
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    in_header = {"identity": b"weights", "digest": b'"digest"', "names": b'"latents"'}
+    if place in in_header:
+        data[data.index(in_header[place]) + 2] ^= 0x01
+    else:
+        data[8 + length + header[place]["data_offsets"][0]] ^= 0x01
+    path.write_bytes(data)
+    with caplog.at_level("WARNING"):
+        sample(teacher, tmp_path)
+    assert [record.args[0] for record in caplog.records] == [path]
+    assert "is damaged and will be sampled again" in caplog.text
     assert read_bytes(tmp_path) == whole
 
 
