@@ -185,11 +185,14 @@ def test_the_demo_workflow_gives_frames(server: Server, record_property: Any) ->
 
 def test_the_node_says_whether_the_model_is_the_files(server: Server) -> None:
     # Of its own: what comes from the server's cache is told, too, but by an earlier run.
-    said = server.queue(make_workflow(strength=0.75))["outputs"]["linear"]["text"]
-    assert said == [
+    (said,) = server.queue(make_workflow(strength=0.75))["outputs"]["linear"]["text"]
+    of_the_file, _, of_kernels = said.partition("made from.")
+    assert f"{of_the_file}made from." == (
         "5 of 10 layers are linear, strength 0.75.\n"
         "The model has the weights that the file was made from."
-    ]
+    )
+    # A GPU has fused kernels, which know no fp32 at this head size.
+    assert of_kernels == "" or "the fused kernels know no float32" in of_kernels
 
 
 def test_layers_are_timed_in_the_first_sampling_of_a_cached_node_alone(server: Server) -> None:

@@ -186,9 +186,10 @@ def test_steps_that_the_file_was_not_made_for_are_said() -> None:
 
 def test_kept_steps_are_said_to_be_slow() -> None:
     linearized = linearize(demo()[0], _file(), keep_first_steps=2)
-    assert _said(linearized)[-1].startswith("The first 2 steps of each sampling run the model")
+    # On a GPU another line says which kernel computes the linear layers.
+    assert "The first 2 steps of each sampling run the model" in "\n".join(_said(linearized))
     sample(linearized, steps=2)
-    assert "every step as the model came in" in _said(linearized)[-1]
+    assert "every step as the model came in" in "\n".join(_said(linearized))
 
 
 def test_what_one_run_of_a_graph_samples_is_shown_together() -> None:
