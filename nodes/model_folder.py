@@ -81,7 +81,8 @@ def choose_path(name: str, *, overwrite: bool) -> Path:
 
     Raises ArtifactError when the name leads out of the folder or cannot be a file's name.
     """
-    path = _make_place(Path(folder_paths.get_folder_paths(FOLDER)[0]), name)
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    path = _make_place(folder, name, is_exact=overwrite)
     return path if overwrite else _find_free(path)
 
 
@@ -90,7 +91,7 @@ def choose_prompts_path(name: str) -> Path:
 
     Raises ArtifactError as `choose_path` does.
     """
-    return _make_place(Path(folder_paths.get_output_directory(), FOLDER), name)
+    return _make_place(Path(folder_paths.get_output_directory(), FOLDER), name, is_exact=True)
 
 
 def shown_name(path: Path) -> str:
@@ -122,8 +123,8 @@ def _folders_of(section: dict[str, str], beside: Path) -> list[Path]:
     return [beside / base / line for line in section.get(FOLDER, "").split("\n") if line]
 
 
-def _make_place(folder: Path, name: str) -> Path:
-    path = place_file(folder, name)
+def _make_place(folder: Path, name: str, *, is_exact: bool) -> Path:
+    path = place_file(folder, name, is_exact=is_exact)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder)

@@ -1,8 +1,9 @@
 """Every command, killed at random moments and repeated, ends in the file of an unbroken one.
 
 The last time it is asked to stop as a container is, with ten seconds to go. `LINVIDEO_KILLS=20`
-kills as often. tests/training/test_fsdp.py kills and stops one process of two, and
-tests/host/test_kills.py a ComfyUI server in the middle of a transfer.
+kills as often. tests/training/test_fsdp.py kills and stops one process of two,
+tests/prompts/test_text_encoder.py a transfer while it encodes prompts, and tests/host/test_kills.py
+a ComfyUI server in the middle of a transfer.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ COMMANDS = {
     name: command if OWN in command else f"{command} {OWN}" for name, command in COMMANDS.items()
 }
 MOST_CHANGES = {"evaluate": 6, "ablation": 90}
-"""Of the folder, before a command is stopped; 40 of others."""
+"""Of the folders, before a command is stopped; 40 of others."""
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int) -> str | None:
-    """Send a signal once the folder has changed so often; return what the command last said.
+    """Send a signal once a folder has changed so often; return what the command last said.
 
     None: it had ended before.
     """
@@ -138,25 +139,36 @@ def files_of(folder: Path) -> dict[str, tuple[dict[str, str], dict[str, bytes]]]
     return found
 
 
+def assert_kills_change_nothing(
+    command: str, paths: Mapping[str, Path], folder: Path, most_changes: int
+) -> dict[str, tuple[dict[str, str], dict[str, bytes]]]:
+    """Kill a command, stop it, let it end; return its files, which are those of an unbroken one.
+
+    most_changes: of its folder and the teacher's beside it, before it is stopped.
+    """
+    draw, killed, unbroken = random.Random(command), folder / "k" / "out", folder / "u" / "out"
+    run(command, paths, unbroken)
+    for number in [signal.SIGKILL] * NUM_KILLS + [signal.SIGTERM]:
+        process = start(command, paths, killed)
+        words = stop(process, killed.parent, draw.randint(1, most_changes), number)
+        # What torchrun itself says when it is stopped is its own.
+        is_own = number == signal.SIGTERM and TORCHRUN not in command
+        assert not is_own or "Traceback" not in (words or "")
+    run(command, paths, killed)
+    found = files_of(killed)
+    assert found == files_of(unbroken)
+    names = ({p.relative_to(place) for p in place.rglob("*")} for place in (killed, unbroken))
+    assert next(names) == next(names)
+    return found
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_at_random_ends_in_the_same_file(
     name: str, paths: dict[str, Path], one_thread: None, tmp_path: Path
 ) -> None:
-    draw, killed, unbroken = random.Random(name), tmp_path / "k" / "out", tmp_path / "u" / "out"
-    run(COMMANDS[name], paths, unbroken)
-    most = MOST_CHANGES.get(name, 40)
-    for number in [signal.SIGKILL] * NUM_KILLS + [signal.SIGTERM]:
-        # The teacher's folder beside it counts, too.
-        process = start(COMMANDS[name], paths, killed)
-        words = stop(process, killed.parent, draw.randint(1, most), number)
-        # What torchrun itself says when it is stopped is its own.
-        is_own = number == signal.SIGTERM and name != "torchrun"
-        assert not is_own or "Traceback" not in (words or "")
-    run(COMMANDS[name], paths, killed)
-    assert files_of(killed) == files_of(unbroken)
-    assert files_of(killed) or name == "evaluate"
-    names = ({p.relative_to(folder) for p in folder.rglob("*")} for folder in (killed, unbroken))
-    assert next(names) == next(names)
+    most_changes = MOST_CHANGES.get(name, 40)
+    found = assert_kills_change_nothing(COMMANDS[name], paths, tmp_path, most_changes)
+    assert found or name == "evaluate"
 
 
 def test_an_ablation_that_is_asked_to_stop_stops_its_transfers(

@@ -267,15 +267,17 @@ def check_name(name: str, *, is_single: bool = False) -> str:
     return stem
 
 
-def place_file(folder: Path, name: str) -> Path:
+def place_file(folder: Path, name: str, *, is_exact: bool = True) -> Path:
     """Return where in a folder the file of a name lies, or would lie.
+
+    is_exact: the file has just this name; else a number may be added where it is taken.
 
     Raises ArtifactError as `check_name`, and where a file stands for a folder or the reverse.
     """
     path = folder / (check_name(name) + SUFFIX)
     places = path.relative_to(folder).parents[:-1]
     files = [place for place in places if (folder / place).is_file()]
-    if files or path.is_dir():
+    if files or (is_exact and path.is_dir()):
         there = f"{files[-1].as_posix()!r:.100} is a file" if files else "a folder has that name"
         raise ArtifactError(
             f"the filename {name!r:.100} cannot be used, since {there}: give another name"

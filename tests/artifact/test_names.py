@@ -85,6 +85,7 @@ def test_files_do_not_stand_where_folders_are_needed_nor_folders_for_files(tmp_p
         with pytest.raises(ArtifactError, match=f"cannot be used, since {there}: give another"):
             place_file(tmp_path, name)
     assert place_file(tmp_path, "mine") == tmp_path / "mine.safetensors"
+    assert place_file(tmp_path, "large/a", is_exact=False).is_dir()
     assert place_file(tmp_path, "large/a.safetensors/b").parent.is_dir()
 
 

@@ -75,10 +75,11 @@ def test_a_name_that_leads_out_or_is_none_is_refused() -> None:
 def test_what_stands_in_the_way_is_one_sentence() -> None:
     with _folder() as folder:
         (folder / "taken").write_bytes(b"")
-        assert "cannot be made" in complaint(ArtifactError, _save, "taken/mine")
+        assert "'taken' is a file" in complaint(ArtifactError, _save, "taken/mine")
         (folder / "mine.safetensors").mkdir()
         assert _save("mine") == "mine_00001_.safetensors"
-        assert "could not write" in complaint(ArtifactError, _save, "mine", overwrite=True)
+        message = complaint(ArtifactError, _save, "mine", overwrite=True)
+        assert "a folder has that name" in message
 
 
 def test_a_folder_that_is_gone_costs_its_own_files_alone() -> None:

@@ -1,6 +1,7 @@
 """Prompts become what Wan's own text encoder makes of them, once, from files that people have."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from linvideo_core.prompts.embeddings import read_embeds
 from linvideo_core.prompts.sources import EMBEDS_NAME, find_source
 from linvideo_core.prompts.text_encoder import MAX_TOKENS, clean, cut, open_encoder, open_tokenizer
 from linvideo_core.teacher.config import TeacherConfig
-from linvideo_core.teacher.teacher import open_teacher
+from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.transfer import command as transfer
-from tests.conftest import Recorder, small_transfer
+from tests.conftest import Recorder, save_inputs, small_transfer
+from tests.test_kills import OWN, TRANSFER, assert_kills_change_nothing
 
 transformers = pytest.importorskip(
     "transformers", reason="encoding prompts needs the extra packages transformers, sentencepiece"
@@ -271,3 +273,16 @@ def test_an_encoder_that_does_not_fit_is_refused_by_its_headers(
     copy.mkdir()
     (copy / index.name).write_text(json.dumps(names))
     assert "shards are missing" in refuse(copy)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows kills in another way")
+def test_a_transfer_that_is_killed_while_it_encodes_ends_in_the_same_files(
+    single: Path, teacher: Teacher, one_thread: None, tmp_path: Path
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("".join(f"a boat, number {number}\n" for number in range(300)))
+    paths = {"model": save_inputs(teacher, tmp_path)["--model"], "prompts": words, "text": single}
+    command = f"{TRANSFER} {OWN} --text-encoder {{text}}"
+    found = assert_kills_change_nothing(command, paths, tmp_path, 20)
+    assert EMBEDS_NAME in found
