@@ -53,7 +53,10 @@ from torch._dynamo.utils import counters
 
 @functools.cache
 def _other_file() -> Artifact:
-    """An artifact of layers 2 and 9 that changes weights of every kind: matrix, bias, bare."""
+    """An artifact of two layers that changes weights of every kind: matrix, bias, bare.
+
+    The maps are the layers' own: those of other layers amplify the rounding of fp16.
+    """
     generator = torch.Generator().manual_seed(8)
     shapes = {
         "blocks.2.self_attn.q.weight": (128, 128),
@@ -61,16 +64,16 @@ def _other_file() -> Artifact:
         "blocks.5.modulation": (1, 6, 128),
     }
     first = _shipped()
-    maps = first.linear[first.header.linear_layers[0]]
+    layers = first.header.linear_layers[:2]
     header = dataclasses.replace(
         first.header,
-        linear_layers=(2, 9),
-        site_names=("blocks.2.self_attn", "blocks.9.self_attn"),
+        linear_layers=layers,
+        site_names=tuple(f"blocks.{n}.self_attn" for n in layers),
         parameters="full",
         lora_rank=0,
     )
     deltas = {n: 0.02 * torch.randn(s, generator=generator) for n, s in shapes.items()}
-    return Artifact(header=header, linear={2: maps, 9: maps}, deltas=deltas)
+    return Artifact(header=header, linear={n: first.linear[n] for n in layers}, deltas=deltas)
 
 
 def _sample_headless(applied: Artifact | None = None, *, strength: float = 1.0) -> Tensor:

@@ -1,7 +1,7 @@
 """Cards that are not here: Triton's own compiler builds each launch that such a card is given.
 
 What is taken compiles, fits the card's shared memory and keeps its registers, but for a few bytes.
-One case is always compiled; LINVIDEO_ALL_CARDS=1 compiles all, which takes half an hour.
+One case is always compiled; LINVIDEO_ALL_CARDS=1 compiles all, which takes minutes.
 """
 
 import json
