@@ -14,4 +14,11 @@ From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's 
     python -m linvideo_core.transfer --model runs/crowd/model.safetensors \
         --prompts runs/crowd/prompts.safetensors --num-frames 61 --height 256 --width 256 --shift 5
     python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors
+
+`weights` holds a judge of one minute and a teacher of 14 minutes on one H200 (685,632 clips, batch
+32). Before its matrices were rounded to fp8, which adds 0.3 to 0.9 % to its error, the judge found
+in 160 of its videos, of captions that no training has seen, of 1: objects .85, motion .71, speed
+.93, size .93, bar 1, background 1; in rendered clips .996 or more. It has to become better yet:
+    python -m research.crowd.train --start research/crowd/weights/model.safetensors --minutes 10 \
+        --batch-size 32 --short-share 0.2 --learning-rate 5e-4 --compile --out runs/crowd_on
 """

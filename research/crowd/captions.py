@@ -4,8 +4,12 @@ A caption reads "small slow disc moving right, large fast heart bouncing, uprigh
 drifting left". Each phrase is one token of the prompt, the sum of its words' vectors over two, so
 that what belongs together stays together, and order says nothing. Words are rows of a Hadamard
 matrix: orthogonal, of unit variance, and exact in fp16.
+
+    python -m research.crowd.captions --num-prompts 2000
+writes prompts.safetensors, and held_out.safetensors of captions that no training has seen.
 """
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -15,6 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from linvideo_core.run import limits
+from linvideo_core.run.config import option, run_command
+from linvideo_core.run.config import parse as parse_flags
 from linvideo_core.run.files import write_tensors
 
 from .clips import (
@@ -126,5 +133,24 @@ def write_prompts(path: Path, count: int, *, is_held_out: bool, seed: int = 0) -
     write_tensors(path, {name: x.half() for name, x in embeds.items()}, metadata)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionsConfig:
+    """Which files of prompts to write."""
+
+    num_prompts: int = option(2000, "captions of each file", limits.COUNT)
+    out: Path = option(Path("runs/crowd"), "folder of the files")
+
+
+def write_both(config: CaptionsConfig) -> None:
+    """Write prompts.safetensors and held_out.safetensors."""
+    for name, is_held_out in (("prompts", False), ("held_out", True)):
+        path = config.out / f"{name}.safetensors"
+        write_prompts(path, config.num_prompts, is_held_out=is_held_out)
+
+
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+if __name__ == "__main__":
+    run_command(lambda: write_both(parse_flags(CaptionsConfig, None, description=__doc__)))

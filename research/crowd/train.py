@@ -7,12 +7,13 @@ The first half of the time goes to clips a quarter as long, of which a step take
 many: they cost a ninth each and teach all but what lies far apart in time. `--out` then holds
 model.safetensors, prompts.safetensors and held_out.safetensors, which all commands of
 `linvideo_core` take as --model and --prompts, with --num-frames 61 --height 256 --width 256
---shift 5. Repeating the command continues where it stopped.
+--shift 5. Repeating the command continues where it stopped; `--start` trains a teacher on.
 """
 
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from linvideo_core.run.files import write_tensors
 from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.training.fsdp import run_together
 
-from .captions import NUM_TOKENS, TEXT_DIM, embed, write_prompts
+from .captions import NUM_TOKENS, TEXT_DIM, CaptionsConfig, embed, write_both
 from .clips import LATENT_SHAPE, NUM_FRAMES, draw_scenes, encode_frames, render
 from .fitting import FitConfig, fit, make_run
 
@@ -116,6 +117,21 @@ def teacher_loss(
     return F.mse_loss(velocity.float(), noise - x0), count
 
 
+def narrow(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a Wan's weights as its file holds them: the blocks' matrices fp8, the rest fp16.
+
+    A matrix [out, in] has a scale [out, 1] fp32 beside it, as ComfyUI's fp8_scaled files have it.
+    """
+    tensors = {name: tensor.half() for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2:
+            largest = tensor.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
+            scale = largest / torch.finfo(torch.float8_e4m3fn).max
+            tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale
+    return tensors
+
+
 def train_teacher(config: TrainConfig, run: Run, wan: WanConfig = CROWD) -> dict[str, float]:
     """Train the teacher; write model.safetensors and both files of prompts.
 
@@ -139,12 +155,10 @@ def train_teacher(config: TrainConfig, run: Run, wan: WanConfig = CROWD) -> dict
         run,
     )
     if run.processes.is_first:
-        tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+        tensors = narrow(model.state_dict())
         metadata = {"settings": to_json(config), "reached": json.dumps(reached)}
         write_tensors(run.folder / "model.safetensors", tensors, metadata)
-        for name, is_held_out in (("prompts", False), ("held_out", True)):
-            path = run.folder / f"{name}.safetensors"
-            write_prompts(path, config.num_prompts, is_held_out=is_held_out)
+        write_both(CaptionsConfig(num_prompts=config.num_prompts, out=run.folder))
     run.processes.wait()
     return reached
 

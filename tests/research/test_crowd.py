@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvideo_core import artifact
+from linvideo_core import artifact, flow
 from linvideo_core.evaluate.compare import swap
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.flow import bind
@@ -287,6 +288,31 @@ def test_commands_take_the_teacher_and_its_prompts(teacher: Path) -> None:
     latents = torch.zeros(1, *clips.LATENT_SHAPE)[:, :, :2]
     velocity = bind(made.model, made.prompt_embeds[:1].float())(latents, torch.ones(1))
     assert velocity.isfinite().all()
+
+
+def test_the_stored_teacher_and_judge_know_clips_and_train_on(tmp_path: Path) -> None:
+    weights = Path(train.__file__).with_name("weights")
+    generator, sigma = seeded(0), torch.tensor([0.5])
+    scenes = clips.draw_scenes(1, generator, is_held_out=True)
+    x0 = clips.encode_frames(clips.render(scenes).frames)
+    noise = torch.randn(x0.shape, generator=generator)
+    velocity_fn = bind(load_wan(weights / "model.safetensors"), captions.embed(scenes.labels))
+    with torch.no_grad():
+        velocity = velocity_fn(flow.add_noise(x0, noise, sigma), sigma)
+    # What is to be found has a mean square of 2.
+    assert F.mse_loss(velocity, noise - x0) < 0.06
+    answers = judge.load_judge(weights / "judge.safetensors", "cpu")(x0)
+    assert all(float(right) == 1 for right in judge.is_right(answers, scenes.labels).values())
+    config = train.TrainConfig(
+        fit=fitting.FitConfig(steps=1, learning_rate=1e-5, log_every=1),
+        batch_size=1,
+        short_share=1.0,
+        start=weights / "model.safetensors",
+        num_prompts=2,
+    )
+    train.train_teacher(config, Run(folder=tmp_path))
+    loss = read_metrics(tmp_path / fitting.METRICS_NAME)[0]["loss"]
+    assert loss < 0.7
 
 
 def save_student(model_path: Path, path: Path) -> None:
