@@ -6,7 +6,6 @@ a whole one has tokens, frame by frame and row by row: slots beyond the grid are
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -104,9 +103,27 @@ class Tiles:
         video = torch.where(is_inside & (tile < math.prod(self.counts)), token + self.before, -1)
         return torch.where(is_other, other, video)
 
+    def place_of(self, token: Tensor) -> Tensor:
+        """Return in which slot tokens int64 in [0, L) lie, counted through all tiles, T each."""
+        (F, H, W), (f, h, w), (_, rows, columns) = self.grid, self.tile, self.counts
+        video = token - self.before
+        position = (video // (H * W), video // W % H, video % W)
+        shifted = [p + s for p, s in zip(position, self.shift, strict=True)]
+        tile = (shifted[0] // f * rows + shifted[1] // h) * columns + shifted[2] // w
+        slot = (shifted[0] % f * h + shifted[1] % h) * w + shifted[2] % w
+        other = torch.where(video < 0, token, token - F * H * W)
+        other = other + math.prod(self.counts) * self.num_slots
+        is_video = (video >= 0) & (video < F * H * W)
+        return torch.where(is_video, tile * self.num_slots + slot, other)
+
     def index(self, device: torch.device | str) -> "TileIndex":
-        """Return which token lies where, as tensors on a device; kept for the next call."""
-        return _index(self, torch.device(device))
+        """Return which token lies where, as tensors on a device."""
+        tile = torch.arange(self.num_tiles, device=device).unsqueeze(1)
+        found = self.token_at(tile, torch.arange(self.num_slots, device=device))
+        is_token = found >= 0
+        first = found.gather(1, is_token.int().argmax(dim=1, keepdim=True))
+        places = self.place_of(torch.arange(self.num_tokens, device=device))
+        return TileIndex(torch.where(is_token, found, first), is_token, places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +138,6 @@ class TileIndex:
     tokens: Tensor
     is_token: Tensor
     places: Tensor
-
-
-@functools.lru_cache(maxsize=256)
-def _index(tiles: Tiles, device: torch.device) -> TileIndex:
-    # What a later backward pass is to keep must not have been made in inference mode.
-    with torch.inference_mode(False):
-        tile = torch.arange(tiles.num_tiles).unsqueeze(1)
-        found = tiles.token_at(tile, torch.arange(tiles.num_slots))
-        is_token = found >= 0
-        first = is_token.int().argmax(dim=1, keepdim=True)
-        tokens = torch.where(is_token, found, found.gather(1, first))
-        places = torch.empty(tiles.num_tokens, dtype=torch.int64)
-        places[found[is_token]] = is_token.flatten().nonzero().squeeze(1)
-        return TileIndex(*(x.to(device) for x in (tokens, is_token, places)))
 
 
 def _widths(length: int, tile: int, shift: int) -> list[int]:
