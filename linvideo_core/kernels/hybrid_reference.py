@@ -59,18 +59,20 @@ def initial_weights(form: HybridForm, num_heads: int, head_dim: int) -> dict[str
     """Return what a layer of this form learns besides its feature maps, by name.
 
     mass_bias [N], b of "query" and "features", and mass_gate [N, D], g of "query": 0.
-    mass_moments [3, N], (a, b, c) of "moments": 0, 1, 1. covariance_scale [N], c: 1.
+    mass_moments [3, N], (a, b, c) of "moments": 0, 1, 1/2. covariance_scale [N], c: 1/2. Keys are
+    not jointly Gaussian: with tiles of 1 x 4 x 4 the layers of the embedded model start .45 off
+    softmax so, with 1 for both halves .64, without the covariance .48.
     """
     N, D = num_heads, head_dim
     weights = {}
     if form.mass == "moments":
-        weights["mass_moments"] = torch.tensor([0.0, 1.0, 1.0]).unsqueeze(1).repeat(1, N)
+        weights["mass_moments"] = torch.tensor([0.0, 1.0, 0.5]).unsqueeze(1).repeat(1, N)
     else:
         weights["mass_bias"] = torch.zeros(N)
     if form.mass == "query":
         weights["mass_gate"] = torch.zeros(N, D)
     if form.has_covariance:
-        weights["covariance_scale"] = torch.ones(N)
+        weights["covariance_scale"] = torch.full((N,), 0.5)
     return weights
 
 
@@ -232,6 +234,11 @@ def _in_tiles(
     T = index.tokens.shape[1]
     size = max(1, _MAX_CHUNK_SCORES // (B * N * T * T))
     chunks = zip(index.tokens.split(size), index.is_token.split(size), strict=True)
-    found = [attend(valid, *(x[:, tokens] for x in tensors)) for tokens, valid in chunks]
+    found = [attend(valid, *(_take(x, tokens) for x in tensors)) for tokens, valid in chunks]
     results = (torch.cat(parts, dim=1).flatten(1, 2) for parts in zip(*found, strict=True))
-    return tuple(x[:, index.places] for x in results)
+    return tuple(_take(x, index.places) for x in results)
+
+
+def _take(x: Tensor, tokens: Tensor) -> Tensor:
+    """Return x[:, tokens], whose gradient so takes a GPU no sorting."""
+    return x.index_select(1, tokens.flatten()).unflatten(1, tokens.shape)
