@@ -61,7 +61,7 @@ def initial_weights(form: HybridForm, num_heads: int, head_dim: int) -> dict[str
     mass_bias [N], b of "query" and "features", and mass_gate [N, D], g of "query": 0.
     mass_moments [3, N], (a, b, c) of "moments": 0, 1, 1/2. covariance_scale [N], c: 1/2. Keys are
     not jointly Gaussian: with tiles of 1 x 4 x 4 the layers of the embedded model start .45 off
-    softmax so, with 1 for both halves .64, without the covariance .48.
+    softmax so, with 1 for both halves .64, without the covariance .49.
     """
     N, D = num_heads, head_dim
     weights = {}
