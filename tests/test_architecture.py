@@ -144,6 +144,7 @@ KEEPERS = {
         "linvideo_core.kernels.triton_kernels",
         "linvideo_core.kernels.triton_launch",
         "linvideo_core.kernels.qk_norm_rope_triton",
+        "linvideo_core.kernels.hybrid_triton",
     },
     "argparse": {"linvideo_core.run.config"},
     "torch.distributed": {"linvideo_core.training.fsdp"},

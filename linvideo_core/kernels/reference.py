@@ -23,7 +23,7 @@ def hedgehog(x: Tensor, feature_map: Tensor, *, is_joint: bool = False) -> Tenso
     over the feature axis and the usual 1/sqrt(D) is part of W. If joint, `softmax(x W ++ -x W)`:
     one softmax over all M, so that one side may outweigh the other.
     """
-    projected = torch.einsum("blnd,ndm->blnm", _wide(x), _wide(feature_map))
+    projected = torch.einsum("blnd,ndm->blnm", widen(x), widen(feature_map))
     if is_joint:
         return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
     return torch.cat([projected.softmax(dim=-1), (-projected).softmax(dim=-1)], dim=-1)
@@ -45,12 +45,22 @@ def linear_attention(
     with torch.autocast(query.device.type, enabled=False):
         query_features = hedgehog(query, query_map, is_joint=is_joint)
         key_features = hedgehog(key, key_map, is_joint=is_joint)
-        # Averages over tokens, not sums: the quotient is the same and long videos cannot overflow.
-        state = torch.einsum("blnm,blnd->bnmd", key_features, _wide(value)) / key.shape[1]
-        normaliser = key_features.mean(dim=1)
-        numerator = torch.einsum("blnm,bnmd->blnd", query_features, state)
-        denominator = torch.einsum("blnm,bnm->bln", query_features, normaliser)
+        numerator, denominator = linear_terms(query_features, key_features, widen(value))
         return (numerator / denominator.unsqueeze(-1)).to(value.dtype)
+
+
+def linear_terms(
+    query_features: Tensor, key_features: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `mean_j (a_i . b_j) v_j` [B, L, N, D] and `mean_j a_i . b_j` [B, L, N].
+
+    query_features, key_features: [B, L, N, M], a and b; value: [B, L, N, D]. Averages over tokens,
+    not sums: the quotient is the same and long videos cannot overflow.
+    """
+    state = torch.einsum("blnm,blnd->bnmd", key_features, value) / value.shape[1]
+    numerator = torch.einsum("blnm,bnmd->blnd", query_features, state)
+    denominator = torch.einsum("blnm,bnm->bln", query_features, key_features.mean(dim=1))
+    return numerator, denominator
 
 
 def forward(
@@ -67,7 +77,7 @@ def forward(
         state, total = torch.zeros((), device=key.device), torch.zeros((), device=key.device)
         for k, v in _chunks(key_map, key, value):
             features = hedgehog(k, key_map, is_joint=is_joint)
-            state = state + torch.einsum("blnm,blnd->bnmd", features, _wide(v))
+            state = state + torch.einsum("blnm,blnd->bnmd", features, widen(v))
             total = total + features.sum(dim=1)
         means, normaliser = _divide(state, total), total / key.shape[1]
         # Chunks are written in place: joined in the end they would be in memory twice.
@@ -98,13 +108,13 @@ def backward(
     with torch.autocast(query.device.type, enabled=False):
         state = total = torch.zeros((), device=key.device)
         dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
-        dquery_map, dkey_map = (torch.zeros_like(_wide(x)) for x in (query_map, key_map))
+        dquery_map, dkey_map = (torch.zeros_like(widen(x)) for x in (query_map, key_map))
         for q, do, out in _chunks(query_map, query, upstream, dq):
             features = hedgehog(q, query_map, is_joint=is_joint)
             weights = _weigh(features, normaliser)
-            slope = torch.einsum("blnd,bnmd->blnm", _wide(do), means)
+            slope = torch.einsum("blnd,bnmd->blnm", widen(do), means)
             along = (weights * slope).sum(dim=-1, keepdim=True)
-            state = state + torch.einsum("blnm,blnd->bnmd", weights, _wide(do))
+            state = state + torch.einsum("blnm,blnd->bnmd", weights, widen(do))
             total = total + (weights * along).sum(dim=1)
             slope = weights * (slope - along)
             projected = _to_projection(features, slope, is_joint)
@@ -114,7 +124,7 @@ def backward(
         for k, v, key_out, value_out in _chunks(key_map, key, value, dk, dv):
             features = hedgehog(k, key_map, is_joint=is_joint)
             value_out.copy_(torch.einsum("blnm,bnmd->blnd", features, state))
-            slope = torch.einsum("blnd,bnmd->blnm", _wide(v), state) - total.unsqueeze(1)
+            slope = torch.einsum("blnd,bnmd->blnm", widen(v), state) - total.unsqueeze(1)
             slope = features * slope
             projected = _to_projection(features, slope, is_joint)
             key_out.copy_(_pull_back(k, key_map, projected, dkey_map, needs_map_gradients))
@@ -135,7 +145,8 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """Return x in the dtype that it is computed in: fp32, or fp64 where it is that already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -177,5 +188,5 @@ def _pull_back(
 ) -> Tensor:
     """Return the gradient of x from that of x W; add the map's."""
     if needs_map_gradient:
-        map_gradient += torch.einsum("blnd,blnm->ndm", _wide(x), projected)
-    return torch.einsum("blnm,ndm->blnd", projected, _wide(feature_map))
+        map_gradient += torch.einsum("blnd,blnm->ndm", widen(x), projected)
+    return torch.einsum("blnm,ndm->blnd", projected, widen(feature_map))

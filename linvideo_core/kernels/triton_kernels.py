@@ -41,7 +41,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
 
 KNOWS_DEPENDENTS = gdc_wait is not None
 IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Weights that add up to less have no mean. Their inverse may be multiplied by any value.
 _LEAST_WEIGHT = tl.constexpr(2.0**-100)
@@ -76,7 +76,8 @@ def _store_tokens(p_x, stride, start, last, tile, BLOCK: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def _load_matrix(p_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_matrix(p_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a contiguous matrix [ROWS, COLUMNS]."""
     return tl.load(p_x + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
 
 
@@ -87,14 +88,16 @@ def _store_matrix(p_x, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _dot(left, right, total, PRECISION: tl.constexpr):
+def dot(left, right, total, PRECISION: tl.constexpr):
+    """Return total plus the product of two tiles."""
     if IS_INTERPRETED:  # numpy has no bf16
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit
-def _product(left, right, PRECISION: tl.constexpr):
+def product(left, right, PRECISION: tl.constexpr):
+    """Return the product of two tiles, fp32."""
     if IS_INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision=PRECISION)
@@ -104,9 +107,9 @@ def _product(left, right, PRECISION: tl.constexpr):
 def _exponentials(projected):
     """Return exp(x) and exp(-x) over their rows' largest, their sums over columns, and those."""
     # The largest as powers of 2: one multiply-add each before the exponential.
-    high, low = tl.max(projected, 1) * _LOG2_E, tl.max(-projected, 1) * _LOG2_E
-    plus = tl.exp2(projected * _LOG2_E - high[:, None])
-    minus = tl.exp2(-projected * _LOG2_E - low[:, None])
+    high, low = tl.max(projected, 1) * LOG2_E, tl.max(-projected, 1) * LOG2_E
+    plus = tl.exp2(projected * LOG2_E - high[:, None])
+    minus = tl.exp2(-projected * LOG2_E - low[:, None])
     return plus, minus, tl.sum(plus, 1), tl.sum(minus, 1), high, low
 
 
@@ -118,7 +121,7 @@ def _features(projected):
 
 
 @triton.jit
-def _weights(projected, n_plus, n_minus):
+def to_weights(projected, n_plus, n_minus):
     """Return the features times the normaliser, scaled to add up to 1 over both halves."""
     plus, minus, total_plus, total_minus, _, _ = _exponentials(projected)
     plus, minus = plus * n_plus[None, :], minus * n_minus[None, :]
@@ -148,7 +151,7 @@ def reduce_kernel(
     p_y += i_b * y_b + i_n * y_n
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
-    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    feature_map = load_matrix(p_map + i_n * D * H, D, H)
     if IS_QUERY:
         p_rows += i_head.to(tl.int64) * 4 * length
         p_normaliser += i_head * 2 * H + tl.arange(0, H)
@@ -160,7 +163,7 @@ def reduce_kernel(
     for start in range(first, last, BLOCK):
         x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
         y = _load_tokens(p_y, y_l, start, last, BLOCK, D)
-        projected = _product(x, feature_map, PRECISION)
+        projected = product(x, feature_map, PRECISION)
         o_l = start + tl.arange(0, BLOCK)
         if IS_QUERY:
             p_row = p_rows + o_l * 4
@@ -168,8 +171,8 @@ def reduce_kernel(
             # Beyond the end: exp2 of minus infinity, no weight.
             high = tl.load(p_row + 2, mask=o_l < last, other=float("inf"))
             low = tl.load(p_row + 3, mask=o_l < last, other=float("inf"))
-            plus = tl.exp2(projected * _LOG2_E - high[:, None]) * n_plus[None, :]
-            minus = tl.exp2(-projected * _LOG2_E - low[:, None]) * n_minus[None, :]
+            plus = tl.exp2(projected * LOG2_E - high[:, None]) * n_plus[None, :]
+            minus = tl.exp2(-projected * LOG2_E - low[:, None]) * n_minus[None, :]
         else:
             plus, minus = _features(projected)
             # Tokens beyond the end are zeros, and so are their values, but not their features.
@@ -177,10 +180,10 @@ def reduce_kernel(
         columns = tl.broadcast_to(column[:, None], (BLOCK, _COLUMNS)).to(FEATURES)
         plus, minus = tl.trans(plus.to(FEATURES)), tl.trans(minus.to(FEATURES))
         y = y.to(FEATURES)
-        state_plus = _dot(plus, y, state_plus, PRECISION)
-        state_minus = _dot(minus, y, state_minus, PRECISION)
-        sum_plus = _dot(plus, columns, sum_plus, PRECISION)
-        sum_minus = _dot(minus, columns, sum_minus, PRECISION)
+        state_plus = dot(plus, y, state_plus, PRECISION)
+        state_minus = dot(minus, y, state_minus, PRECISION)
+        sum_plus = dot(plus, columns, sum_plus, PRECISION)
+        sum_minus = dot(minus, columns, sum_minus, PRECISION)
     i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
     _store_matrix(p_states + i_part * 2 * H * D, state_plus, H, D)
     _store_matrix(p_states + i_part * 2 * H * D + H * D, state_minus, H, D)
@@ -264,22 +267,22 @@ def map_kernel(
     p_out += i_b * out_b + i_n * out_n
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
-    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    feature_map = load_matrix(p_map + i_n * D * H, D, H)
     p_states += i_head.to(tl.int64) * 2 * H * D
-    state_plus = _load_matrix(p_states, H, D)
-    state_minus = _load_matrix(p_states + H * D, H, D)
+    state_plus = load_matrix(p_states, H, D)
+    state_minus = load_matrix(p_states + H * D, H, D)
     if IS_QUERY:
         p_normaliser += i_head * 2 * H + tl.arange(0, H)
         n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
     for start in range(first, last, BLOCK):
         x = _load_tokens(p_x, x_l, start, last, BLOCK, D).to(feature_map.dtype)
-        projected = _product(x, feature_map, PRECISION)
+        projected = product(x, feature_map, PRECISION)
         if IS_QUERY:
-            plus, minus = _weights(projected, n_plus, n_minus)
+            plus, minus = to_weights(projected, n_plus, n_minus)
         else:
             plus, minus = _features(projected)
-        out = _product(plus.to(state_plus.dtype), state_plus, PRECISION)
-        out = _dot(minus.to(state_plus.dtype), state_minus, out, PRECISION)
+        out = product(plus.to(state_plus.dtype), state_plus, PRECISION)
+        out = dot(minus.to(state_plus.dtype), state_minus, out, PRECISION)
         _store_tokens(p_out, out_l, start, last, out, BLOCK, D)
 
 
@@ -332,27 +335,27 @@ def backward_query_kernel(
     p_rows += i_head.to(tl.int64) * 4 * length
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
-    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    feature_map = load_matrix(p_map + i_n * D * H, D, H)
     p_means += i_head.to(tl.int64) * 2 * H * D
-    means_plus = _load_matrix(p_means, H, D)
-    means_minus = _load_matrix(p_means + H * D, H, D)
+    means_plus = load_matrix(p_means, H, D)
+    means_minus = load_matrix(p_means + H * D, H, D)
     p_normaliser += i_head * 2 * H + tl.arange(0, H)
     map_gradient = tl.zeros((D, H), tl.float32)
     for start in range(first, last, BLOCK):
         query = _load_tokens(p_query, query_l, start, last, BLOCK, D).to(feature_map.dtype)
         upstream = _load_tokens(p_upstream, upstream_l, start, last, BLOCK, D)
         upstream = upstream.to(means_plus.dtype)
-        projected = _product(query, feature_map, PRECISION)
+        projected = product(query, feature_map, PRECISION)
         plus, minus, total_plus, total_minus, high, low = _exponentials(projected)
-        slope_plus = _product(upstream, tl.trans(means_plus), PRECISION)
-        slope_minus = _product(upstream, tl.trans(means_minus), PRECISION)
+        slope_plus = product(upstream, tl.trans(means_plus), PRECISION)
+        slope_minus = product(upstream, tl.trans(means_minus), PRECISION)
         # Read at every block: registers are what this kernel is short of.
         n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
         dz, along, scale_plus, scale_minus = _pull_back_weights(
             plus, minus, total_plus, total_minus, slope_plus, slope_minus, n_plus, n_minus
         )
         dz = dz.to(feature_map.dtype)
-        dquery = _product(dz, tl.trans(feature_map), PRECISION)
+        dquery = product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dquery, dquery_l, start, last, dquery, BLOCK, D)
         o_l = start + tl.arange(0, BLOCK)
         # Four numbers a token, one of them twice: written at once, as threads must trade places
@@ -363,7 +366,7 @@ def backward_query_kernel(
         tl.store(p_tile, row, mask=(o_l < last)[:, None])
         if MAP_GRADIENT:
             # Tokens beyond the end are zeros: their rows of dz meet nothing.
-            map_gradient = _dot(tl.trans(query), dz, map_gradient, PRECISION)
+            map_gradient = dot(tl.trans(query), dz, map_gradient, PRECISION)
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
         _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
@@ -388,28 +391,28 @@ def backward_key_kernel(
     p_dkey += i_b * dkey_b + i_n * dkey_n
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
-    feature_map = _load_matrix(p_map + i_n * D * H, D, H)
+    feature_map = load_matrix(p_map + i_n * D * H, D, H)
     p_states += i_head.to(tl.int64) * 2 * H * D
-    state_plus = _load_matrix(p_states, H, D)
-    state_minus = _load_matrix(p_states + H * D, H, D)
+    state_plus = load_matrix(p_states, H, D)
+    state_minus = load_matrix(p_states + H * D, H, D)
     p_sums += i_head * 2 * H + tl.arange(0, H)
     map_gradient = tl.zeros((D, H), tl.float32)
     for start in range(first, last, BLOCK):
         key = _load_tokens(p_key, key_l, start, last, BLOCK, D).to(feature_map.dtype)
         value = _load_tokens(p_value, value_l, start, last, BLOCK, D).to(state_plus.dtype)
-        plus, minus = _features(_product(key, feature_map, PRECISION))
+        plus, minus = _features(product(key, feature_map, PRECISION))
         sum_plus, sum_minus = tl.load(p_sums), tl.load(p_sums + H)
-        slope_plus = _product(value, tl.trans(state_plus), PRECISION) - sum_plus[None, :]
-        slope_minus = _product(value, tl.trans(state_minus), PRECISION) - sum_minus[None, :]
+        slope_plus = product(value, tl.trans(state_plus), PRECISION) - sum_plus[None, :]
+        slope_minus = product(value, tl.trans(state_minus), PRECISION) - sum_minus[None, :]
         slope_plus, slope_minus = plus * slope_plus, minus * slope_minus
         slope_plus -= plus * tl.sum(slope_plus, 1)[:, None]
         slope_minus -= minus * tl.sum(slope_minus, 1)[:, None]
         dz = (slope_plus - slope_minus).to(feature_map.dtype)
-        dkey = _product(dz, tl.trans(feature_map), PRECISION)
+        dkey = product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dkey, dkey_l, start, last, dkey, BLOCK, D)
         if MAP_GRADIENT:
             # Tokens beyond the end are zeros: their rows of dz meet nothing.
-            map_gradient = _dot(tl.trans(key), dz, map_gradient, PRECISION)
+            map_gradient = dot(tl.trans(key), dz, map_gradient, PRECISION)
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
         _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)

@@ -62,12 +62,14 @@ _LAUNCHES = {
         "map": ((64, 4, 3, 2), (64, 4, 2, 2), (64, 4, 1, 2), (32, 4, 1, 2)),
         "backward": ((128, 8, 2, 1), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
         "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        "hybrid": ((128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
 # Of NVIDIA's other cards, then AMD's, whose warps are twice as wide. None was measured: these
 # launches fit 99 KB of shared memory and spill fewest registers (tests/kernels/test_targets.py).
 _SMALL_LAUNCHES = {kind: [Launch(32, 8, 1, 1)] for kind in _LAUNCHES}
 _SMALL_LAUNCHES["map"] = [Launch(64, 4, 1, 1)]
+_SMALL_LAUNCHES["hybrid"] = [Launch(64, 8, 1, 1), Launch(32, 8, 1, 1)]
 _AMD_LAUNCHES = {kind: [Launch(32, 4, 1, 1)] for kind in _LAUNCHES}
 _first_launch: dict[tuple[Any, ...], int] = {}
 
@@ -80,9 +82,9 @@ def forward(
     query, key, value: [B, L, N, D], last axis contiguous. query_map, key_map: [N, D, M/2].
     """
     query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
-    means, normaliser = _call("reduce keys", _run_reduce, key_map, key, value)
+    means, normaliser = reduce_keys(key_map, key, value)
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
-    _call("map", _run_map, query_map, query, means, out, normaliser)
+    call("map", _run_map, query_map, query, means, out, normaliser)
     return out, means, normaliser
 
 
@@ -107,15 +109,23 @@ def backward(
     kind = "backward" if needs_map_gradients else "backward, maps frozen"
     settings = {"needs_map_gradient": needs_map_gradients}
     arguments = (query_map, query, upstream, means, normaliser)
-    dq, rows, query_parts = _call(kind, _run_backward_query, *arguments, **settings)
+    dq, rows, query_parts = call(kind, _run_backward_query, *arguments, **settings)
     arguments = (query_map, query, upstream, rows, normaliser)
-    states, sums = _call("reduce queries", _run_reduce, *arguments, num_keys=key.shape[1])
+    states, sums = call("reduce queries", _run_reduce, *arguments, num_keys=key.shape[1])
     dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    _call("map", _run_map, key_map, key, states, dv)
-    dk, key_parts = _call(kind, _run_backward_key, key_map, key, value, states, sums, **settings)
+    call("map", _run_map, key_map, key, states, dv)
+    dk, key_parts = call(kind, _run_backward_key, key_map, key, value, states, sums, **settings)
     if needs_map_gradients:
         return dq, dk, dv, *_add_map_gradients((query_parts, key_parts), maps)
     return dq, dk, dv, *(x.new_zeros(x.shape) for x in maps)
+
+
+def reduce_keys(key_map: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keys' means [B, N, M, D] and normaliser [B, N, M] fp32.
+
+    key_map: [N, D, M/2], contiguous, in value's dtype.
+    """
+    return call("reduce keys", _run_reduce, key_map, key, value)
 
 
 def _add_map_gradients(
@@ -156,7 +166,7 @@ def _run_reduce(
     reduce_kernel[splits, B * N](
         x, y, rows, feature_map, counts, state_parts, sum_parts,
         *x.stride()[:3], *y.stride()[:3], L, split_length, N,
-        D, H, launch.tokens, triton_features, _precision(feature_map), is_query,
+        D, H, launch.tokens, triton_features, product_precision(feature_map), is_query,
         num_warps=launch.warps, num_stages=launch.stages, **_options(x.device, is_query),
     )  # fmt: skip
     states = torch.empty(B, N, 2 * H, D, dtype=features, device=x.device)
@@ -184,7 +194,7 @@ def _run_map(
     map_kernel[splits, B * N](
         x, feature_map, states, normaliser if is_query else states, out,
         *x.stride()[:3], *out.stride()[:3], L, split_length, N,
-        D, feature_map.shape[2], launch.tokens, _precision(feature_map), is_query,
+        D, feature_map.shape[2], launch.tokens, product_precision(feature_map), is_query,
         num_warps=launch.warps, num_stages=launch.stages, **_options(x.device, not is_query),
     )  # fmt: skip
 
@@ -210,7 +220,7 @@ def _run_backward_query(
     backward_query_kernel[splits, B * N](
         query, upstream, query_map, means, normaliser, dquery, rows, parts,
         *query.stride()[:3], *upstream.stride()[:3], *dquery.stride()[:3], L, split_length, N,
-        D, query_map.shape[2], launch.tokens, _precision(query_map), needs_map_gradient,
+        D, query_map.shape[2], launch.tokens, product_precision(query_map), needs_map_gradient,
         num_warps=launch.warps, num_stages=launch.stages, **_options(query.device),
     )  # fmt: skip
     return dquery, rows, parts
@@ -233,13 +243,13 @@ def _run_backward_key(
     backward_key_kernel[splits, B * N](
         key, value, key_map, states, sums, dkey, parts,
         *key.stride()[:3], *value.stride()[:3], *dkey.stride()[:3], L, split_length, N,
-        D, key_map.shape[2], launch.tokens, _precision(key_map), needs_map_gradient,
+        D, key_map.shape[2], launch.tokens, product_precision(key_map), needs_map_gradient,
         num_warps=launch.warps, num_stages=launch.stages, **_options(key.device),
     )  # fmt: skip
     return dkey, parts
 
 
-def _call(
+def call(
     kind: str,
     run: Callable[..., Any],
     feature_map: Tensor,
@@ -283,7 +293,7 @@ def _options(device: torch.device, is_backward: bool = True) -> dict[str, bool]:
     return {"IS_CHAINED": is_chained, "enable_fp_fusion": True, **chain}
 
 
-def _precision(feature_map: Tensor) -> str:
+def product_precision(feature_map: Tensor) -> str:
     """Return how products of fp32 are made: on tensor cores, in three parts, exact to 1e-6.
 
     AMD's have no such parts, and those of narrower dtypes are what they are.

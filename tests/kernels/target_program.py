@@ -3,8 +3,9 @@
     python tests/kernels/target_program.py '[["cuda", 86, 32, 128, 128, "bfloat16", "maps"], ...]'
 
 Each case: backend, architecture, threads of a warp, D, M, dtype, and what has gradients: "", "maps"
-or "tokens". Prints a line of JSON for each: a list for each kernel, in which are its name, bytes of
-shared memory and bytes of stack a thread, which hold spilled registers.
+or "tokens"; "hybrid" is the kernel with softmax within tiles. Prints a line of JSON for each: a
+list for each kernel, in which are its name, bytes of shared memory and bytes of stack a thread,
+which hold spilled registers.
 """
 
 import json
@@ -20,13 +21,17 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from linvideo_core.kernels import triton_launch
+from linvideo_core.kernels import hybrid_triton, triton_launch
+from linvideo_core.kernels.hybrid_reference import HybridForm, initial_weights
+from linvideo_core.kernels.tiles import Tiles
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 AMD_STACK = b".private_segment_fixed_size"
 # Of a thread block, in KB; NVIDIA's by architecture.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 AMD_SHARED = 64
+# Wide enough for the largest blocks of queries and keys.
+TILES = Tiles(grid=(5, 9, 20), tile=(5, 9, 15))
 loaded: list[tuple[str, int, int]] = []
 
 
@@ -80,8 +85,12 @@ class Driver:
 
 def launch(D: int, M: int, dtype: torch.dtype, gradients: str) -> None:
     """Launch what sampling or training does."""
-    tensors: list[Any] = [torch.zeros(1, 40, 3, D, dtype=dtype) for _ in "qkv"]
+    length = TILES.num_tokens if gradients == "hybrid" else 40
+    tensors: list[Any] = [torch.zeros(1, length, 3, D, dtype=dtype) for _ in "qkv"]
     tensors += [torch.zeros(3, D, M // 2) for _ in "qk"]
+    if gradients == "hybrid":
+        hybrid_triton.forward(*tensors, initial_weights(HybridForm(), 3, D), TILES)
+        return
     out, *states = triton_launch.forward(*tensors)
     if gradients:
         needs = gradients == "maps"

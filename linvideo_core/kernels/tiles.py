@@ -1,0 +1,147 @@
+"""Three-dimensional tiles of a video's tokens: which token lies in which tile, as arithmetic.
+
+Along an axis of n positions, tiles of t positions that are shifted by s begin at i t - s, for i
+from 0 to ceil((n + s) / t) - 1; the first and the last may be cut off. A tile has as many slots as
+a whole one has tokens, frame by frame and row by row: slots beyond the grid are empty.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int, int]
+"""Of a grid or a tile: frames, height, width."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tiles over `grid` tokens of a video, which lie frame by frame and row by row.
+
+    grid, tile: (frames, height, width) in tokens, of any size; a tile is cut to the grid.
+    shift: (frames, height, width) that tiles begin earlier; none along an axis that one tile spans.
+    before, after: tokens that lie before and after the video's, such as those of references or
+        text. In their order they make up tiles of their own, as large as the video's.
+
+    Raises ValueError for sizes that are not positive and for counts below 0.
+    """
+
+    grid: Size
+    tile: Size
+    shift: Size = (0, 0, 0)
+    before: int = 0
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        given = f"grid {self.grid}, tile {self.tile}, shift {self.shift}"
+        if any(len(size) != 3 for size in (self.grid, self.tile, self.shift)):
+            raise ValueError(f"{given} given; each has three numbers: frames, height, width")
+        if min(*self.grid, *self.tile) < 1 or min(*self.shift, self.before, self.after) < 0:
+            raise ValueError(
+                f"{given}, {self.before} tokens before and {self.after} after given; sizes of at "
+                "least 1 are needed, shifts and numbers of tokens of at least 0"
+            )
+        tile = tuple(map(min, self.tile, self.grid))
+        shifts = zip(self.shift, tile, self.grid, strict=True)
+        shift = tuple(s % t if t < n else 0 for s, t, n in shifts)
+        object.__setattr__(self, "tile", tile)
+        object.__setattr__(self, "shift", shift)
+
+    @property
+    def counts(self) -> Size:
+        """Tiles along each axis of the grid."""
+        axes = zip(self.grid, self.tile, self.shift, strict=True)
+        return tuple(-(-(n + s) // t) for n, t, s in axes)
+
+    @property
+    def num_tokens(self) -> int:
+        """L, all tokens, the video's and others."""
+        return math.prod(self.grid) + self.before + self.after
+
+    @property
+    def num_slots(self) -> int:
+        """T, the tokens of a whole tile."""
+        return math.prod(self.tile)
+
+    @property
+    def num_tiles(self) -> int:
+        """K, the tiles of the video, then those of other tokens."""
+        return math.prod(self.counts) + -(-(self.before + self.after) // self.num_slots)
+
+    @property
+    def share(self) -> float:
+        """The pairs of tokens that share a tile, over all L^2 pairs."""
+        axes = zip(self.grid, self.tile, self.shift, strict=True)
+        # Along each axis the number of pairs of positions that share a tile.
+        pairs = math.prod(sum(width**2 for width in _widths(n, t, s)) for n, t, s in axes) + sum(
+            width**2 for width in _widths(self.before + self.after, self.num_slots, 0)
+        )
+        return pairs / self.num_tokens**2
+
+    def token_at(self, tile: Tensor, slot: Tensor) -> Tensor:
+        """Return the token in a slot of a tile, -1 where the slot is empty.
+
+        tile: int64 in [0, K); slot: int64 in [0, T); of shapes that broadcast to the result's.
+        """
+        (F, H, W), (f, h, w), (_, rows, columns) = self.grid, self.tile, self.counts
+        axes = (
+            (tile // (rows * columns), slot // (h * w), F, f),
+            (tile // columns % rows, slot // w % h, H, h),
+            (tile % columns, slot % w, W, w),
+        )
+        token, is_inside = 0, True
+        for (i, inner, n, t), s in zip(axes, self.shift, strict=True):
+            position = i * t + inner - s
+            token = token * n + position
+            is_inside = is_inside & (position >= 0) & (position < n)
+        # The others, as if the video were not between them.
+        other = (tile - math.prod(self.counts)) * self.num_slots + slot
+        is_other = (other >= 0) & (other < self.before + self.after)
+        other = torch.where(other < self.before, other, other + F * H * W)
+        video = torch.where(is_inside & (tile < math.prod(self.counts)), token + self.before, -1)
+        return torch.where(is_other, other, video)
+
+    def place_of(self, token: Tensor) -> Tensor:
+        """Return in which slot tokens int64 in [0, L) lie, counted through all tiles, T each."""
+        (F, H, W), (f, h, w), (_, rows, columns) = self.grid, self.tile, self.counts
+        video = token - self.before
+        position = (video // (H * W), video // W % H, video % W)
+        shifted = [p + s for p, s in zip(position, self.shift, strict=True)]
+        tile = (shifted[0] // f * rows + shifted[1] // h) * columns + shifted[2] // w
+        slot = (shifted[0] % f * h + shifted[1] % h) * w + shifted[2] % w
+        other = torch.where(video < 0, token, token - F * H * W)
+        other = other + math.prod(self.counts) * self.num_slots
+        is_video = (video >= 0) & (video < F * H * W)
+        return torch.where(is_video, tile * self.num_slots + slot, other)
+
+    def index(self, device: torch.device | str) -> "TileIndex":
+        """Return which token lies where, as tensors on a device."""
+        tile = torch.arange(self.num_tiles, device=device).unsqueeze(1)
+        found = self.token_at(tile, torch.arange(self.num_slots, device=device))
+        is_token = found >= 0
+        first = found.gather(1, is_token.int().argmax(dim=1, keepdim=True))
+        places = self.place_of(torch.arange(self.num_tokens, device=device))
+        return TileIndex(torch.where(is_token, found, first), is_token, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileIndex:
+    """Which token lies in which slot, and back.
+
+    tokens: [K, T] int64, the token of every slot; an empty slot has the first of its tile.
+    is_token: [K, T] bool, whether a slot is not empty.
+    places: [L] int64, of every token its slot, counted through all tiles.
+    """
+
+    tokens: Tensor
+    is_token: Tensor
+    places: Tensor
+
+
+def _widths(length: int, tile: int, shift: int) -> list[int]:
+    """Return how many positions each tile along an axis has."""
+    inner = range(tile - shift, length, tile)
+    edges = [0, *inner, length] if length else [0]
+    return [end - start for start, end in itertools.pairwise(edges)]

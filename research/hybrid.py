@@ -1,0 +1,217 @@
+"""Softmax within tiles and linear attention in one layer, compared: `python -m research.hybrid`.
+
+Every row of `TABLES` is a student of the embedded model, trained with several seeds to match the
+teacher's velocity at its stored states, then sampled from the teacher's own noise. `frechet` is the
+distance to the teacher's videos, 0 for the same ones. `cost` is the softmax attention that is
+computed, pairs of queries and keys over those of the teacher: what is linear adds nothing to it.
+    python -m research.hybrid --tables forms --jobs 12
+    python -m research.hybrid --tables layers,longer --forms linear,moments --jobs 12 --record
+Repeating a command continues where it stopped; the record is written after each run.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.record import RESULTS_FOLDER, show_rows, write_part
+from linvideo_core.run import limits
+from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
+from linvideo_core.run.devices import resolve_device
+from linvideo_core.run.errors import SettingError
+
+from .hybrid_student import FORMS, LINEAR, SOL_ATTN, WINDOW, Case, do_run, prepare
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+_RECORD_NAME = "hybrid.json"
+_SMALL, _FRAME = (1, 4, 4), (1, 8, 8)
+_DENSITIES = (0.1, 0.2, 0.4)
+_BASELINES = (
+    Case(form=LINEAR),
+    Case(form=WINDOW, tile=_FRAME),
+    *(Case(form=SOL_ATTN, density=density, steps_factor=0) for density in _DENSITIES),
+)
+_BEST = tuple(
+    Case(form=form, tile=tile)
+    for tile in (_SMALL, _FRAME)
+    for form in ("query", "moments", "moments_covariance")
+)
+
+TABLES: dict[str, list[Case]] = {
+    "forms": [
+        *_BASELINES,
+        *(Case(form=form, tile=_SMALL) for form in FORMS),
+        Case(form="query", tile=_SMALL, is_shifted=True),
+        *(Case(form=form, tile=_FRAME) for form in ("query", "moments", "moments_covariance")),
+    ],
+    "layers": [
+        dataclasses.replace(case, layers=layers)
+        for layers in (5, 8, 10)
+        for case in (*_BASELINES, *_BEST)
+    ],
+    "longer": [
+        dataclasses.replace(case, layers=layers, steps_factor=4)
+        for layers in (5, 10)
+        for case in (*_BASELINES[:2], *_BEST)
+    ],
+}
+"""Table -> its rows; rows that several tables have are of the same runs."""
+
+_FLAGS = {
+    "cpu": "--batch-size 4 --evaluate-samples 20 --evaluate-batch-size 20",
+    "cuda": "--num-trajectories 384 --states-per-trajectory 16 --shard-size 192 "
+    "--warm-start-steps 80 --batch-size 64 --learning-rate 2e-3 --compile "
+    "--checkpoint-every 1000 --evaluate-samples 250 --evaluate-batch-size 250",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridConfig(Settings):
+    """Which rows are run, and how often."""
+
+    tables: str = option("forms", f"tables to make, of {','.join(TABLES)}")
+    forms: str = option("", "forms whose rows are made, such as linear,moments; none: all")
+    seeds: int = option(2, "seeds of each row, counted up from 0", limits.COUNT)
+    steps: int = option(200, "training steps of a row", limits.COUNT)
+    jobs: int = option(
+        2, "runs at a time, each in a process of its own, over all GPUs", limits.COUNT
+    )
+    flags: str | None = option(
+        None,
+        "other flags of linvideo_core.transfer that all runs have; none: few videos on a CPU, "
+        "those of research.ablations on cuda",
+    )
+    device: str = option("auto", "cpu or cuda", choices=("auto", "cpu", "cuda"))
+    out: Path = option(Path("runs/hybrid"), "folder of the runs and the rows")
+    record: bool = option(False, f"write results/{_RECORD_NAME}, not the one in --out")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {"tables": [*TABLES], "forms": [LINEAR, WINDOW, SOL_ATTN, *FORMS]}
+        for field, names in known.items():
+            given = getattr(self, field)
+            if strangers := [name for name in _split(given) if name not in names]:
+                raise SettingError(
+                    f"{{{field}}} {given} given, and {strangers[0]!r} is unknown; names of "
+                    f"{','.join(names)} with commas between are needed",
+                    field,
+                )
+
+    @property
+    def cases(self) -> dict[str, list[Case]]:
+        """Table -> the rows to make."""
+        forms = _split(self.forms) or [LINEAR, WINDOW, SOL_ATTN, *FORMS]
+        return {
+            table: [case for case in TABLES[table] if case.form in forms]
+            for table in _split(self.tables)
+        }
+
+
+def _split(names: str) -> list[str]:
+    return [name for name in names.split(",") if name]
+
+
+def run(config: HybridConfig) -> dict[str, list[Row]]:
+    """Do all runs that `config.out` does not hold yet; return the tables' rows, one a run.
+
+    The record is written after each run. One that fails is told in the log and has no row; it is
+    tried again when the command is repeated.
+    """
+    device = resolve_device(config.device)
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
+    flags = _FLAGS[device] if config.flags is None else config.flags
+    out = config.out.absolute()
+    # Rows of several tables are run once, those of a seed one after another.
+    cases = dict.fromkeys(case for table in config.cases.values() for case in table)
+    runs = list(itertools.product(range(config.seeds), cases))
+    done: dict[tuple[int, Case], Row] = {}
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool,
+        tqdm(total=len(runs)) as bar,
+    ):
+        places = itertools.cycle(cards)
+        shared = [pool.submit(prepare, flags, s, out, next(places)) for s in range(config.seeds)]
+        for future in shared:
+            future.result()
+        waiting = {}
+        for seed, case in runs:
+            place = next(places)
+            future = pool.submit(do_run, case, flags, config.steps, seed, out, place)
+            waiting[future] = (seed, case)
+        for future in concurrent.futures.as_completed(waiting):
+            seed, case = waiting[future]
+            if (error := future.exception()) is None:
+                done[seed, case] = future.result()
+                _write(config, device, done)
+            else:
+                logger.warning("%s, seed %d: %s", case, seed, error)
+            bar.update()
+    return _to_tables(config, done)
+
+
+def _to_tables(config: HybridConfig, done: dict[tuple[int, Case], Row]) -> dict[str, list[Row]]:
+    return {
+        table: [
+            {"what": table, **done[seed, case]}
+            for case in cases
+            for seed in range(config.seeds)
+            if (seed, case) in done
+        ]
+        for table, cases in config.cases.items()
+    }
+
+
+def _write(config: HybridConfig, device: str, done: dict[tuple[int, Case], Row]) -> None:
+    path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
+    for table, rows in _to_tables(config, done).items():
+        write_part(
+            path,
+            table,
+            title="Embedded model: softmax within tiles and linear attention in one layer",
+            command=f"python -m research.hybrid {to_flags(config, without=('out', 'device'))}",
+            rows=rows,
+            device=device,
+        )
+
+
+def summarize(rows: Sequence[Row]) -> list[Row]:
+    """Return a row for all seeds of a case: means, and the spread of the Frechet distance."""
+    settings = ("form", "tile", "layers", "steps", "cost")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+    found = []
+    for key, runs in groups.items():
+        means = {
+            name: statistics.fmean(each[name] for each in runs)
+            for name in ("frechet", "digit", "motion", "seconds")
+        }
+        distances = [each["frechet"] for each in runs]
+        spread = statistics.stdev(distances) if len(runs) > 1 else None
+        row = {**dict(zip(settings, key, strict=True)), "seeds": len(runs), **means}
+        found.append({**row, "frechet_spread": spread})
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, do the runs with a bar, show the tables."""
+    config = parse(HybridConfig, argv, description=__doc__)
+    for table, rows in run(config).items():
+        sys.stdout.write(f"\n{table}\n{show_rows(summarize(rows))}")
+
+
+if __name__ == "__main__":
+    run_command(main)

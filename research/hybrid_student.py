@@ -1,0 +1,250 @@
+"""One run of `research.hybrid`: a student with hybrid layers, trained and measured."""
+
+import dataclasses
+import json
+import math
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from linvideo_core.evaluate import metrics
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.evaluate.sampler import Evaluator
+from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
+from linvideo_core.kernels.tiles import Size, Tiles
+from linvideo_core.models.attention import LinearAttention
+from linvideo_core.run.callbacks import Callbacks
+from linvideo_core.run.config import parse
+from linvideo_core.run.context import Run
+from linvideo_core.run.devices import resolve_precision
+from linvideo_core.run.files import write_json, write_with_digest
+from linvideo_core.teacher.teacher import Teacher, load_teacher
+from linvideo_core.teacher.trajectories import collect
+from linvideo_core.training.trainer import fit
+from linvideo_core.transfer.config import TRAINING_NAME, WARM_START_NAME, TransferConfig
+from linvideo_core.transfer.student import Student, TransferTask, accelerated
+from linvideo_core.transfer.warm_start import fit_feature_maps
+
+from .softmax_quality import changed, small_blocks
+
+Row = dict[str, Any]
+
+LINEAR, WINDOW, SOL_ATTN = "linear", "window", "sol_attn"
+FORMS = {
+    "query": HybridForm(mass="query"),
+    "query_far": HybridForm(mass="query", is_far_only=True),
+    "query_covariance": HybridForm(mass="query", has_covariance=True),
+    "moments": HybridForm(mass="moments"),
+    "moments_far": HybridForm(mass="moments", is_far_only=True),
+    "moments_covariance": HybridForm(mass="moments", has_covariance=True),
+    "features": HybridForm(mass="features", is_far_only=True),
+}
+"""Name -> a hybrid layer. Besides, "linear" has no softmax, "window" mixes the softmax of one frame
+in by one learned number a head, and "sol_attn" is Sol-Attn without training."""
+
+# Layers that training chose most often (results/evidence.json), by their number.
+_LAYERS = {5: (0, 1, 3, 4, 9), 8: (0, 1, 4, 5, 6, 7, 8, 9), 10: tuple(range(10))}
+_NUM_LAYERS = 10
+_FEATURES = "features"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained: a form in some of the layers.
+
+    tile: (frames, height, width) in tokens, of hybrid forms and of "window".
+    is_shifted: every other layer's tiles begin half a tile earlier.
+    density: of "sol_attn". layers: how many are replaced, 5, 8 or 10.
+    steps_factor: times the steps of other rows; 0 for what is not trained.
+    """
+
+    form: str
+    tile: Size | None = None
+    is_shifted: bool = False
+    density: float = 1.0
+    layers: int = 10
+    steps_factor: int = 1
+
+    @property
+    def tile_name(self) -> str:
+        """Its tile in words, such as "1x4x4 shifted"."""
+        if self.form == SOL_ATTN:
+            return f"density {self.density:g}"
+        size = "x".join(map(str, self.tile or ()))
+        return f"{size} shifted" if self.is_shifted else size or "none"
+
+    def tiles(self, grid: Size, layer: int) -> Tiles:
+        """Return the tiles of a layer over a grid of tokens."""
+        is_moved = self.is_shifted and layer % 2
+        shift = tuple(size // 2 for size in self.tile) if is_moved else (0, 0, 0)
+        return Tiles(grid=grid, tile=self.tile, shift=shift)
+
+    def share_of_tokens(self, grid: Size) -> float:
+        """Return the pairs of tokens that softmax sees in its layers, over all pairs.
+
+        Of Sol-Attn its density alone: neither the neighbours of each block, up to 7 % more, nor its
+        pooled terms, as no feature counts in linear attention either.
+        """
+        if self.form in (LINEAR, SOL_ATTN):
+            return 0.0 if self.form == LINEAR else self.density
+        chosen = _LAYERS[self.layers]
+        return sum(self.tiles(grid, layer).share for layer in chosen) / len(chosen)
+
+    def cost(self, grid: Size) -> float:
+        """Return the pairs of tokens that softmax sees in all layers, over those of the teacher."""
+        return 1 - self.layers / _NUM_LAYERS * (1 - self.share_of_tokens(grid))
+
+
+class HybridAttention(nn.Module):
+    """A hybrid layer, with the feature maps of a linear one."""
+
+    def __init__(self, linear: LinearAttention, tiles: Tiles, form: HybridForm) -> None:
+        super().__init__()
+        self.query_map, self.key_map = linear.query_map, linear.key_map
+        num_heads, head_dim, _ = linear.query_map.shape
+        start = initial_weights(form, num_heads, head_dim)
+        for name, tensor in start.items():
+            setattr(self, name, nn.Parameter(tensor.to(self.key_map.device)))
+        self.names, self.tiles, self.form = [*start], tiles, form
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend: query, key, value and the result are [B, L, N, D]."""
+        maps = self.query_map, self.key_map
+        weights = {name: getattr(self, name) for name in self.names}
+        return hybrid_attention(query, key, value, *maps, weights, self.tiles, self.form)
+
+
+def parse_flags(flags: str, seed: int, device: str, out: Path) -> TransferConfig:
+    """Return the settings that all runs of a seed share."""
+    own = ["--seed", seed, "--device", device, "--out", out, "--teacher-folder", out / "teacher"]
+    words = [*shlex.split(flags), "--objective", "velocity", *map(str, own)]
+    return parse(TransferConfig, words, description=__doc__)
+
+
+def prepare(flags: str, seed: int, out: Path, device: str) -> None:
+    """Sample what all runs of a seed share: the teacher's states, and its features."""
+    torch.set_num_threads(1)
+    config = parse_flags(flags, seed, device, out)
+    teacher, run = _open(config, out / "teacher")
+    collect(teacher, config.trajectories, run)
+    path = _features_path(out, seed)
+    if not path.exists():
+        samples = _evaluator(teacher, config, run).sample("teacher", teacher.model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_with_digest(path, {_FEATURES: samples.features}, {})
+
+
+def do_run(case: Case, flags: str, steps: int, seed: int, out: Path, device: str) -> Row:
+    """Train one student, unless it was, and return its row; `prepare` was called before.
+
+    steps: of a row whose steps_factor is 1.
+    """
+    steps *= case.steps_factor
+    name = f"{case.form}-{case.tile_name}-{case.layers}-{steps}".replace(" ", "-")
+    folder = out / "runs" / name / f"seed-{seed}"
+    if (path := folder / "row.json").exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    window = math.prod(case.tile) if case.form == WINDOW else 0
+    flags = f"{flags} --steps {max(1, steps)} --window {window}"
+    config = parse_flags(flags, seed, device, out)
+    teacher, run = _open(config, folder)
+    grid = find_grid(teacher)
+    begin = time.monotonic()
+    if case.form == SOL_ATTN:
+        with small_blocks(), changed(teacher.model, is_linear=False, density=case.density):
+            measures = _measure(teacher, config, run, out)
+    else:
+        with Student(teacher, config.student, seed=seed) as student:
+            train(student, teacher, case, config, run)
+            measures = _measure(teacher, config, run, out)
+    row = {
+        "form": case.form,
+        "tile": case.tile_name,
+        "share_of_tokens": case.share_of_tokens(grid),
+        "layers": case.layers,
+        "steps": steps,
+        "seed": seed,
+        **measures,
+        "seconds": time.monotonic() - begin,
+        "cost": case.cost(grid),
+    }
+    write_json(path, row)
+    return row
+
+
+def find_grid(teacher: Teacher) -> Size:
+    """Return the (frames, height, width) of a teacher's videos in tokens."""
+    sizes = zip(teacher.latent_shape[1:], teacher.model.config.patch_size, strict=True)
+    return tuple(-(-length // patch) for length, patch in sizes)
+
+
+def train(student: Student, teacher: Teacher, case: Case, config: TransferConfig, run: Run) -> None:
+    """Fit the layers of a case to the teacher's attention, then the student to its velocity."""
+    if case.form in FORMS:
+        for layer, mixed in student.mixed.items():
+            tiles = case.tiles(find_grid(teacher), layer)
+            mixed.linear = HybridAttention(mixed.linear, tiles, FORMS[case.form])
+    with student.disabled():
+        trajectories = collect(teacher, config.trajectories, run)
+    fit_feature_maps(
+        student.model,
+        student.mixed,
+        teacher,
+        trajectories,
+        config.warm_start,
+        config.training,
+        run.below(WARM_START_NAME),
+        prompt_dropout=config.objective.prompt_dropout,
+    )
+    task = TransferTask(
+        student,
+        teacher,
+        trajectories,
+        selection=dataclasses.replace(config.selection, target=case.layers),
+        objective=config.objective,
+        training=config.training,
+        run=run,
+        linear_layers=_LAYERS[case.layers],
+    )
+    with accelerated(task.models, student, config.training, run):
+        fit(task, config.training, run.below(TRAINING_NAME))
+
+
+def _open(config: TransferConfig, folder: Path) -> tuple[Teacher, Run]:
+    precision = resolve_precision(config.precision, config.device)
+    run = Run(folder=folder, device=config.device, precision=precision, seed=config.seed)
+    return load_teacher(config.teacher).to(config.device), run
+
+
+def _evaluator(teacher: Teacher, config: TransferConfig, run: Run) -> Evaluator:
+    settings = CompareConfig(
+        num_samples=config.evaluation.evaluate_samples,
+        sampler_steps=config.trajectories.sampler_steps,
+        batch_size=config.evaluation.evaluate_batch_size,
+    )
+    how = {"seed": run.seed, "precision": run.precision, "callbacks": Callbacks()}
+    return Evaluator(teacher, settings, **how)
+
+
+def _measure(teacher: Teacher, config: TransferConfig, run: Run, out: Path) -> Row:
+    """Return the measures of the teacher's model as it is now, against the teacher's features."""
+    evaluator = _evaluator(teacher, config, run)
+    samples = evaluator.sample("student", teacher.model)
+    reference = load_file(_features_path(out, run.seed))[_FEATURES]
+    own, others = map(metrics.feature_statistics, (samples.features, reference))
+    digits, directions = evaluator.labels
+    return {
+        "frechet": metrics.frechet_distance(*own, *others),
+        "digit": metrics.accuracy(samples.digit_logits, digits),
+        "motion": metrics.accuracy(samples.motion_logits, directions),
+    }
+
+
+def _features_path(out: Path, seed: int) -> Path:
+    return out / "teacher" / f"features-{seed}.safetensors"

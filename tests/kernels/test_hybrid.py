@@ -1,0 +1,225 @@
+"""Softmax within tiles beside linear attention: the reference against dense sums in fp64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from linvideo_core.kernels import hybrid_reference
+from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
+from linvideo_core.kernels.tiles import Tiles
+
+# Odd sizes, ragged tiles, shifts, tokens beside the video's, one tile for all, one token a tile.
+TILINGS = [
+    Tiles(grid=(3, 5, 4), tile=(1, 2, 3)),
+    Tiles(grid=(3, 5, 4), tile=(2, 2, 2), shift=(1, 1, 1)),
+    Tiles(grid=(2, 3, 5), tile=(1, 2, 2), shift=(0, 1, 0), before=3, after=6),
+    Tiles(grid=(2, 3, 3), tile=(9, 9, 9), shift=(1, 1, 1)),
+    Tiles(grid=(1, 3, 1), tile=(1, 1, 1), after=2),
+    Tiles(grid=(2, 3, 2), tile=(1, 3, 2), before=20),
+]
+FORMS = [
+    HybridForm(mass=mass, is_far_only=is_far_only, has_covariance=has_covariance)
+    for mass in hybrid_reference.MASSES
+    for is_far_only, has_covariance in ((False, False), (True, True))
+]
+# Relative error of the whole tensor against fp64, by the inputs' dtype.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}
+ids = {"ids": lambda x: str(x).replace(" ", "")}
+
+
+def find_tiles(tiles: Tiles) -> list[object]:
+    """Return the tile of every token, as its definition has it, token by token."""
+    F, H, W = tiles.grid
+
+    def along(position: int, axis: int) -> int:
+        size, length = min(tiles.tile[axis], tiles.grid[axis]), tiles.grid[axis]
+        return (position + (tiles.shift[axis] if size < length else 0)) // size
+
+    T = math.prod(map(min, tiles.tile, tiles.grid))
+    others = [("other", i // T) for i in range(tiles.before + tiles.after)]
+    video = [
+        (along(f, 0), along(h, 1), along(w, 2))
+        for f, h, w in itertools.product(range(F), range(H), range(W))
+    ]
+    return [*others[: tiles.before], *video, *others[tiles.before :]]
+
+
+def make_inputs(tiles: Tiles, form: HybridForm, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tokens of two heads, both maps and moved weights of a form, batch 2."""
+    generator = torch.Generator().manual_seed(0)
+    N, D, half = 2, 8, 6
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = {name: normal(2, tiles.num_tokens, N, D) for name in ("query", "key", "value")}
+    inputs |= {name: normal(N, D, half) / D**0.5 for name in ("query_map", "key_map")}
+    for name, start in initial_weights(form, N, D).items():
+        inputs[name] = start + 0.3 * normal(*start.shape)
+    return {name: x.to(dtype).requires_grad_(True) for name, x in inputs.items()}
+
+
+def features(x: Tensor, feature_map: Tensor, mass: str) -> Tensor:
+    """Return the features [B, N, L, M] of x [B, L, N, D]."""
+    projected = torch.einsum("blnd,ndm->bnlm", x, feature_map)
+    if mass == "features":
+        half_norm = (x.square().sum(-1) / (2 * x.shape[-1] ** 0.5)).transpose(1, 2).unsqueeze(-1)
+        return torch.cat([(p - half_norm).exp() for p in (projected, -projected)], dim=-1)
+    return torch.cat([p.softmax(dim=-1) for p in (projected, -projected)], dim=-1)
+
+
+def define(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
+    """Return the hybrid layer by its formulas over all L x L pairs, [B, L, N, D]."""
+    q, k, v = (inputs[name].transpose(1, 2) for name in ("query", "key", "value"))
+    L, D = q.shape[2:]
+    tile = find_tiles(tiles)
+    is_own = torch.tensor([[a == b for b in tile] for a in tile])
+    scores = q @ k.transpose(2, 3) / D**0.5
+    own_scores = scores.masked_fill(~is_own, -math.inf)
+    local, log_local = own_scores.softmax(dim=-1) @ v, own_scores.logsumexp(dim=-1)
+    a, b = (features(inputs[s], inputs[f"{s}_map"], form.mass) for s in ("query", "key"))
+    similarity = a @ b.transpose(2, 3)
+    if form.is_far_only:
+        similarity = similarity * ~is_own
+    total = similarity.sum(dim=-1, keepdim=True).clamp_min(1e-300)
+    far = similarity @ v / total
+    keys, values = (x - x.mean(dim=2, keepdim=True) for x in (k, v))
+    if form.has_covariance:
+        scale = inputs["covariance_scale"][:, None, None] / D**0.5
+        far = far + scale * (q @ (keys.transpose(2, 3) @ values / L))
+    num_outside = (~is_own).sum(dim=1).double()
+    if form.mass == "query":
+        T = math.prod(map(min, tiles.tile, tiles.grid))
+        log_far = 3 - 4 * inputs["mass_bias"][:, None] + math.log(T)
+        log_far = log_far - (q * inputs["mass_gate"][:, None]).sum(-1)
+    elif form.mass == "moments":
+        level, mean, variance = inputs["mass_moments"].unsqueeze(-1)
+        covariance = keys.transpose(2, 3) @ keys / L
+        spread = ((q @ covariance) * q).sum(-1) / D
+        log_far = level + mean * (q @ k.mean(dim=2).unsqueeze(-1)).squeeze(-1) / D**0.5
+        log_far = log_far + variance * spread / 2 + num_outside.log()
+    else:
+        log_far = (total.squeeze(-1) / a.shape[-1]).log() - 4 * inputs["mass_bias"][:, None]
+    share = (log_local - torch.where(num_outside > 0, log_far, -math.inf)).sigmoid().unsqueeze(-1)
+    return (share * local + (1 - share) * far).transpose(1, 2)
+
+
+def attend(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
+    names = ("query", "key", "value", "query_map", "key_map")
+    weights = {name: x for name, x in inputs.items() if name not in names}
+    return hybrid_attention(*(inputs[name] for name in names), weights, tiles, form)
+
+
+def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
+    """Return the norm of the difference over the norm of what is expected, or over `scale`."""
+    difference = (found.detach().double() - expected.detach()).norm()
+    return float(difference) / max(float(expected.detach().norm()), scale)
+
+
+def assert_is_the_definition(tiles: Tiles, form: HybridForm, dtype: torch.dtype) -> None:
+    inputs = make_inputs(tiles, form, dtype)
+    exact = {name: x.detach().double().requires_grad_(True) for name, x in inputs.items()}
+    expected = define(exact, tiles, form)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    wanted = torch.autograd.grad(expected, [*exact.values()], upstream.double(), allow_unused=True)
+    found = attend(inputs, tiles, form)
+    gradients = torch.autograd.grad(found, [*inputs.values()], upstream)
+    assert found.dtype == dtype
+    assert error(found, expected) < TOLERANCE[dtype]
+    # Where all keys are one tile's, what estimates the others has no gradient and no scale.
+    scale = max(float(x.norm()) for x in wanted if x is not None) * 1e-2
+    for name, gradient, x in zip(inputs, gradients, wanted, strict=True):
+        assert error(gradient, torch.zeros(()) if x is None else x, scale) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("form", FORMS, **ids)
+@pytest.mark.parametrize("tiles", TILINGS, **ids)
+def test_it_is_the_definition_in_value_and_gradient(tiles: Tiles, form: HybridForm) -> None:
+    assert_is_the_definition(tiles, form, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS, **ids)
+def test_narrower_tokens_are_summed_in_fp32(form: HybridForm, dtype: torch.dtype) -> None:
+    assert_is_the_definition(TILINGS[2], form, dtype)
+
+
+@pytest.mark.parametrize("size", [1, 2 * 2 * 16 * 3])
+def test_chunks_of_any_size_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid_reference, "_MAX_CHUNK_SCORES", size)
+    assert_is_the_definition(TILINGS[2], FORMS[1], torch.float64)
+
+
+@pytest.mark.parametrize("form", FORMS, **ids)
+def test_one_tile_for_all_is_softmax_attention(form: HybridForm) -> None:
+    tiles = TILINGS[3]
+    inputs = make_inputs(tiles, form, torch.float64)
+    by_head = (inputs[name].transpose(1, 2) for name in ("query", "key", "value"))
+    expected = torch.nn.functional.scaled_dot_product_attention(*by_head).transpose(1, 2)
+    torch.testing.assert_close(attend(inputs, tiles, form), expected)
+
+
+@pytest.mark.parametrize("form", FORMS, **ids)
+def test_sharp_scores_and_maps_stay_finite_in_value_and_gradient(form: HybridForm) -> None:
+    inputs = make_inputs(TILINGS[1], form, torch.float32)
+    with torch.no_grad():
+        for name, x in inputs.items():
+            x.mul_(30 if name in ("query", "key", "query_map", "key_map") else 1)
+    found = attend(inputs, TILINGS[1], form)
+    gradients = torch.autograd.grad(found.sum(), [*inputs.values()])
+    assert all(bool(x.isfinite().all()) for x in (found, *gradients))
+
+
+@pytest.mark.parametrize("tiles", TILINGS, **ids)
+def test_every_token_has_one_slot_of_its_own_tile(tiles: Tiles) -> None:
+    index, expected = tiles.index("cpu"), find_tiles(tiles)
+    assert index.tokens.shape == (tiles.num_tiles, tiles.num_slots)
+    members = [
+        tokens[valid].tolist() for tokens, valid in zip(index.tokens, index.is_token, strict=True)
+    ]
+    assert sorted(itertools.chain(*members)) == list(range(tiles.num_tokens))
+    assert all(members) and len(members) == len(set(expected))
+    assert all(len({expected[token] for token in each}) == 1 for each in members)
+    torch.testing.assert_close(
+        index.tokens.flatten()[index.places], torch.arange(tiles.num_tokens), rtol=0, atol=0
+    )
+    pairs = sum(a == b for a in expected for b in expected)
+    assert tiles.share == pytest.approx(pairs / tiles.num_tokens**2)
+
+
+def test_a_tile_of_a_real_size_holds_what_lies_near_its_tokens() -> None:
+    """Wan at 480p, where no axis but one is a multiple of the tile."""
+    tiles = Tiles(grid=(21, 30, 52), tile=(4, 8, 20), shift=(2, 4, 10))
+    assert tiles.counts == (6, 5, 4)
+    index = tiles.index("cpu")
+    position = torch.stack(torch.unravel_index(torch.arange(tiles.num_tokens), tiles.grid), dim=1)
+    inside = position[index.tokens]
+    span = inside.amax(dim=1) - inside.amin(dim=1)
+    assert span.amax(dim=0).tolist() == [3, 7, 19]
+    assert 0.01 < tiles.share < 4 * 8 * 20 / tiles.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tile": (0, 1, 1)}, "sizes of at least 1"),
+        ({"tile": (2, 2)}, "three numbers"),
+        ({"grid": (1, 0, 1)}, "sizes of at least 1"),
+        ({"shift": (0, -1, 0)}, "of at least 0"),
+        ({"after": -1}, "-1 after given"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Tiles(**{"grid": (2, 2, 2), "tile": (1, 1, 1), **settings})
+
+
+def test_other_tokens_than_the_tiles_and_unknown_masses_are_refused() -> None:
+    inputs = make_inputs(TILINGS[0], FORMS[0], torch.float32)
+    with pytest.raises(ValueError, match="60, 60, 60 tokens given; the tiles have 39"):
+        attend(inputs, TILINGS[2], FORMS[0])
+    with pytest.raises(ValueError, match="mass 'guess' given; one of query, moments, features"):
+        HybridForm(mass="guess")

@@ -1,0 +1,96 @@
+"""Hybrid layers compared: declared rows, their cost, and runs that are done once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from linvideo_core.run.errors import SettingError
+from research import hybrid
+from research.hybrid import TABLES, HybridConfig, summarize
+from research.hybrid_student import FORMS, Case
+
+GRID = (7, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("case", "share", "cost"),
+    [
+        (Case(form="linear"), 0, 0),
+        (Case(form="linear", layers=5), 0, 0.5),
+        (Case(form="query", tile=(1, 4, 4)), 16 / 448, 16 / 448),
+        (Case(form="query", tile=(1, 8, 8), layers=8), 1 / 7, 0.2 + 0.8 / 7),
+        (Case(form="sol_attn", density=0.2), 0.2, 0.2),
+    ],
+)
+def test_the_cost_is_the_softmax_that_is_computed(case: Case, share: float, cost: float) -> None:
+    assert case.share_of_tokens(GRID) == pytest.approx(share)
+    assert case.cost(GRID) == pytest.approx(cost)
+
+
+def test_shifted_tiles_lie_across_the_edges_of_those_of_the_layer_before() -> None:
+    case = Case(form="query", tile=(1, 4, 4), is_shifted=True)
+    even, odd = (case.tiles(GRID, layer) for layer in (0, 1))
+    assert (even.shift, odd.shift, even.counts, odd.counts) == (
+        (0, 0, 0), (0, 2, 2), (7, 2, 2), (7, 3, 3),
+    )  # fmt: skip
+    # Cut tiles see less: of each axis 2 x 2, 4 x 4 and 2 x 2 of the pairs in place of twice 4 x 4.
+    assert case.share_of_tokens(GRID) == pytest.approx((1 + (24 / 32) ** 2) / 2 * 16 / 448)
+
+
+def test_every_row_is_declared_once_in_its_table() -> None:
+    for cases in TABLES.values():
+        assert len(cases) == len(set(cases))
+    assert {case.form for case in TABLES["forms"]} == {"linear", "window", "sol_attn", *FORMS}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tables": "forms,dreams"}, "'dreams' is unknown"),
+        ({"forms": "linear,guess"}, "'guess' is unknown"),
+    ],
+)
+def test_unknown_names_are_refused(settings: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        HybridConfig(**settings)
+
+
+def test_a_case_is_shown_as_the_mean_of_its_seeds() -> None:
+    same = {"form": "query", "tile": "1x4x4", "layers": 5, "steps": 2, "cost": 0.5}
+    runs = [
+        {**same, "seed": seed, "frechet": frechet, "digit": 0.5, "motion": 1.0, "seconds": 3.0}
+        for seed, frechet in enumerate((1.0, 3.0))
+    ]
+    [row] = summarize(runs)
+    assert (row["seeds"], row["frechet"], row["frechet_spread"]) == (2, 2.0, pytest.approx(2**0.5))
+    assert len(summarize([*runs, {**runs[0], "layers": 8}])) == 2
+
+
+@pytest.mark.slow
+def test_rows_are_run_once_and_one_that_fails_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [
+        Case(form="moments_covariance", tile=(1, 3, 8), is_shifted=True, layers=5),
+        Case(form="sol_attn", density=0.2, steps_factor=0),
+    ]
+    monkeypatch.setitem(TABLES, "forms", cases)
+    flags = (
+        "--batch-size 2 --warm-start-steps 2 --num-trajectories 2 --shard-size 2 "
+        "--sampler-steps 2 --states-per-trajectory 2 --evaluate-samples 4"
+    )
+    how = {"steps": 2, "seeds": 1, "jobs": 1, "device": "cpu", "out": tmp_path}
+    failing = HybridConfig(**how, forms="moments_covariance", flags=f"{flags} --learning-rate 1e30")
+    assert hybrid.run(failing) == {"forms": []}
+    config = HybridConfig(**how, flags=flags)
+    [row, sparse] = hybrid.run(config)["forms"]
+    assert (row["steps"], row["layers"], row["seed"], sparse["steps"]) == (2, 5, 0, 0)
+    assert row["cost"] == pytest.approx(cases[0].cost(GRID))
+    assert row["frechet"] > 0 and 0 <= row["digit"] <= 1 and 0 <= row["motion"] <= 1
+    record = json.loads((tmp_path / "hybrid.json").read_text(encoding="utf-8"))
+    assert record["rows"] == [row, sparse]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")}
+    assert len(before) == 2
+    assert hybrid.run(config) == {"forms": [row, sparse]}
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")} == before
