@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linvideo_core.artifact import Artifact, ArtifactHeader, save
+from linvideo_core.flow import make_sigmas
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import fingerprint, shapes_of
 from linvideo_core.models.families import identify
@@ -53,8 +54,11 @@ def write_wan(path: Path, size: Size, form: str, device: str) -> None:
     write_tensors(path, tensors)
 
 
-def write_linear_layers(path: Path, size: Size) -> None:
-    """Write a LINVIDEO file that makes `size.layers` linear by feature maps as training begins."""
+def write_linear_layers(path: Path, size: Size, few_steps: int = 0) -> None:
+    """Write a LINVIDEO file that makes `size.layers` linear by feature maps as training begins.
+
+    few_steps: as many steps as it says to be distilled for; 0: none.
+    """
     with torch.device("meta"):
         shapes = shapes_of(WanModel(size.config))
     family, sites = identify(shapes)
@@ -75,6 +79,7 @@ def write_linear_layers(path: Path, size: Size) -> None:
         parameters="feature_maps",
         objective="velocity",
         steps=0,
+        sigmas=tuple(make_sigmas(few_steps, size.shift).tolist()) if few_steps else (),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     save(Artifact(header=header, linear=linear), path)

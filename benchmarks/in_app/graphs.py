@@ -89,6 +89,15 @@ def sample(source: str, steps: int, tag: str, *, cfg: float = 1.0, seed: int = 5
     }
 
 
+def sample_few(source: str, tag: str, *, seed: int = 5) -> Nodes:
+    """Return the few-step sampler on a node's MODEL, in the steps of its file, without guidance."""
+    sockets = {"model": [source, 0], "positive": ["positive", 0], "latent_image": ["latent", 0]}
+    return {
+        "sampler": _node("LinVideoFewStepSampler", **sockets, seed=seed, steps=0, cfg=1.0),
+        "kept": _node("LinVideoBenchmarkLatent", latent=["sampler", 0], tag=tag),
+    }
+
+
 def again(graph: Nodes, number: int) -> Nodes:
     """Return a graph with the same prompts under another number, so that it is sampled again."""
     positive = graph["positive"]

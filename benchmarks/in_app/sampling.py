@@ -1,9 +1,13 @@
 """Time whole samplings in a real ComfyUI server: `python -m benchmarks.in_app.sampling`.
 
 A Wan with random weights makes a guided video by Euler: as ComfyUI computes it by itself, by other
-kernels of softmax attention, with linear layers, and with both. Each is sampled briefly, then
-timed. Ratios are those of one server.
+kernels of softmax attention, with linear layers, and with both. Then videos in four steps without
+guidance by LinVideo Few-Step Sampler, with linear layers and each kernel; they are compared with
+the default's usual 50 guided steps, whose seconds are told from --steps of them. Each is sampled
+briefly, then timed. Ratios are those of one server.
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --record
+    python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --size 14b-720p --steps 3 \
+        --kernels sparse --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --without-triton --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --cpu
 Rows of one size, ComfyUI and Triton replace earlier ones in --out or results.
@@ -23,7 +27,7 @@ import torch
 
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
-from linvideo_core.run.errors import SettingError
+from linvideo_core.run.errors import SettingError, shown_value
 
 from ..models.sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
 from ..models.softmax_layers import RECORD_NAME, RECORD_TITLE
@@ -34,7 +38,8 @@ from .cli import find_installation
 from .comfyui_server import Installation, PromptError, Server, read_version
 from .workbench import Workbench, watching
 
-_PART = "sampling"
+_GUIDED, _FEW = "sampling", "few_steps"
+_FEW_STEPS = 4
 _KEY = ("model", "resolution", "where", "triton")
 _LIMIT_SECONDS = 600.0
 
@@ -49,15 +54,46 @@ class SamplingConfig(Settings):
     python: Path | None = option(None, "interpreter with ComfyUI's requirements; none: this one")
     size: str = option("1.3b-480p", "model and video", choices=tuple(SIZES))
     steps: int = option(VIDEO_STEPS, "steps of a video", limits.COUNT)
+    kernels: str = option(
+        "", f"kernels beside the default: {', '.join(graphs.KERNELS)}, commas between; none: all"
+    )
     without_triton: bool = option(False, "as on a computer without Triton, by ComfyUI's own kernel")
     cpu: bool = option(False, "sample on the CPU, a model of next to no size")
     out: Path = option(Path("runs/sampling"), "folder of the server, its log, and the rows")
     record: bool = option(False, f"write results/{RECORD_NAME}, not the one in --out")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if strangers := [name for name in self.list_kernels() if name not in graphs.KERNELS]:
+            raise SettingError(
+                f"{{kernels}} {shown_value(self.kernels)} given, and {shown_value(strangers[0])} "
+                f"is none: some of {', '.join(graphs.KERNELS)} are needed",
+                "kernels",
+            )
+
+    def list_kernels(self) -> list[str]:
+        """Return the kernels beside the default that are to be sampled with."""
+        if self.kernels:
+            return [name.strip() for name in self.kernels.split(",")]
+        return [] if self.cpu or self.without_triton else [*graphs.KERNELS]
+
     @property
     def video(self) -> Size:
         """The model and the video that are sampled."""
         return SIZES["tiny" if self.cpu else self.size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a row is sampled: its kernel of softmax attention, linear layers or none, few steps."""
+
+    kernel: str
+    is_linear: bool
+    is_few: bool = False
+
+    def __str__(self) -> str:
+        words = {"linear layers": self.is_linear, "few steps": self.is_few}
+        return ", ".join([self.kernel, *(word for word, is_so in words.items() if is_so)])
 
 
 def find_host(config: SamplingConfig) -> Installation:
@@ -77,7 +113,9 @@ def run(config: SamplingConfig) -> list[Row]:
     installation = find_host(config)
     config.out.mkdir(parents=True, exist_ok=True)
     bench = Workbench(installation, config.out.absolute(), "cpu" if config.cpu else "cuda")
-    write_linear_layers(bench.folder / "models" / "linvideo" / "random.safetensors", config.video)
+    files = bench.folder / "models" / "linvideo"
+    write_linear_layers(files / _file_of(is_few=False), config.video)
+    write_linear_layers(files / _file_of(is_few=True), config.video, _FEW_STEPS)
     file, dtype = bench.checkpoint(config.video, "bf16")
     base = graphs.load_wan(file, dtype, config.video, config.video.num_frames)
     where = {
@@ -87,68 +125,88 @@ def run(config: SamplingConfig) -> list[Row]:
     rows: list[Row] = []
     try:
         server = bench.server()
-        for kernel, is_linear in _ways(server, config):
+        for way in _ways(server, config):
             try:
-                measured = _sample(config, bench, base, kernel, is_linear=is_linear)
+                measured = _sample(config, bench, base, way)
             except PromptError as error:
-                if kernel == "default":
+                if way.kernel == "default":
                     raise
-                logging.warning("%s is left out: %s", kernel, error)
+                logging.warning("%s is left out: %s", way, error)
                 continue
-            row = _describe(config.video, kernel, is_linear=is_linear) | where | measured
-            row["speedup"] = (rows[0] if rows else row)["seconds"] / row["seconds"]
-            rows.append(row)
-            logging.info(
-                "%s, %d layers linear: %.1f s", kernel, row["linear_layers"], row["seconds"]
-            )
+            row = _describe(config.video, way) | where | measured
+            rows.append(row | compare(row, rows[0] if rows else row))
+            logging.info("%s: %.1f s", way, row["seconds"])
     finally:
         bench.stop()
         shutil.rmtree(bench.folder, ignore_errors=True)
     return rows
 
 
-def _ways(server: Server, config: SamplingConfig) -> Iterator[tuple[str, bool]]:
-    """Yield a kernel of softmax attention, and whether some layers are linear."""
-    kernels = [] if config.cpu or config.without_triton else graphs.KERNELS
+def _ways(server: Server, config: SamplingConfig) -> Iterator[Way]:
     # A ComfyUI without its own node has no comfy-kitchen that could compute ours.
     has_sparse = server.has_node(graphs.KERNELS["ComfyUI's sparse"][0])
-    known = [name for name in kernels if has_sparse or not name.endswith("sparse")]
-    for kernel in ("default", *known):
-        yield kernel, False
-        yield kernel, True
+    known = [name for name in config.list_kernels() if has_sparse or not name.endswith("sparse")]
+    kernels = ("default", *known)
+    yield from (Way(kernel, is_linear) for kernel in kernels for is_linear in (False, True))
+    yield from (Way(kernel, is_linear=True, is_few=True) for kernel in kernels)
 
 
-def _describe(size: Size, kernel: str, *, is_linear: bool) -> Row:
+def _describe(size: Size, way: Way) -> Row:
     return {
+        "what": _FEW if way.is_few else _GUIDED,
         "model": size.model,
         "resolution": size.resolution,
-        "softmax_backend": kernel,
-        "linear_layers": len(size.layers) if is_linear else 0,
+        "softmax_backend": way.kernel,
+        "linear_layers": len(size.layers) if way.is_linear else 0,
         "layers": size.config.num_layers,
     }
 
 
-def _sample(
-    config: SamplingConfig, bench: Workbench, base: graphs.Nodes, kernel: str, *, is_linear: bool
-) -> Row:
+def compare(row: Row, default: Row) -> Row:
+    """Return a row's speed-up and over what; default: the row of ComfyUI's own way.
+
+    Few steps are compared with a usual video of the default, told from its measured steps.
+    """
+    seconds, baseline = default["seconds"], "default"
+    if row["what"] == _FEW:
+        seconds *= VIDEO_STEPS / default["steps"]
+        baseline = f"default, {VIDEO_STEPS} guided steps"
+        if default["steps"] != VIDEO_STEPS:
+            baseline = f"{baseline} by {default['steps']} measured"
+    return {"baseline": baseline, "speedup": seconds / row["seconds"]}
+
+
+def _file_of(*, is_few: bool) -> str:
+    return f"random-{_FEW if is_few else _GUIDED}.safetensors"
+
+
+def _sample(config: SamplingConfig, bench: Workbench, base: graphs.Nodes, way: Way) -> Row:
     """Sample once briefly, then a video; the node's words about linear layers come along."""
     bench.tidy()
     server, source, graph = bench.server(), "model", dict(base)
-    if is_linear:
-        graph |= graphs.apply_file("random.safetensors")
+    if way.is_linear:
+        graph |= graphs.apply_file(_file_of(is_few=way.is_few))
         source = "linear"
-    if kernel != "default":
-        graph |= graphs.choose_softmax(source, kernel)
+    if way.kernel != "default":
+        graph |= graphs.choose_softmax(source, way.kernel)
         source = "chosen"
     deadline = time.monotonic() + _LIMIT_SECONDS
-    how = {"tag": "sampling", "cfg": GUIDANCE_SCALE}
-    server.run(graph | graphs.sample(source, 2, seed=1, **how), deadline)
+    if way.is_few:
+        steps, cfg = _FEW_STEPS, 1.0
+        brief, whole = (graphs.sample_few(source, "sampling", seed=seed) for seed in (1, 2))
+    else:
+        steps, cfg = config.steps, GUIDANCE_SCALE
+        brief, whole = (
+            graphs.sample(source, count, "sampling", cfg=cfg, seed=seed)
+            for count, seed in ((2, 1), (steps, 2))
+        )
+    server.run(graph | brief, deadline)
     with watching(lambda: bench.read_memory(server.process.pid)) as peak:
         begin = time.perf_counter()
-        server.run(graph | graphs.sample(source, config.steps, seed=2, **how), deadline)
+        server.run(graph | whole, deadline)
         seconds = time.perf_counter() - begin
-    row = {"steps": config.steps, "seconds": seconds, "baseline": "default", "peak_gb": peak.gb}
-    return {**row, "said": _read_words(server)} if is_linear else row
+    row = {"steps": steps, "cfg": cfg, "seconds": seconds, "peak_gb": peak.gb}
+    return {**row, "said": _read_words(server)} if way.is_linear else row
 
 
 def _read_words(server: Server) -> str:
@@ -169,20 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cpu" if config.cpu else "cuda"
     path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
     check_parts(path, device)
-    rows = [{"what": _PART} | row for row in run(config)]
-    place = [rows[0][name] for name in _KEY]
-    earlier, _ = read_part(path, _PART)
-    hidden = ("comfyui", "python", "out", "record")
-    write_part(
-        path,
-        _PART,
-        title=RECORD_TITLE,
-        command="python -m benchmarks.in_app.sampling --comfyui PATH "
-        f"{to_flags(config, without=hidden)} --record",
-        rows=[*(row for row in earlier if [row[name] for name in _KEY] != place), *rows],
-        device=device,
-        is_added_to=True,
-    )
+    rows = run(config)
+    for part in (_GUIDED, _FEW):
+        _keep(path, part, [row for row in rows if row["what"] == part], config, device)
     columns = (
         "softmax_backend",
         "linear_layers",
@@ -190,9 +237,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps",
         "seconds",
         "speedup",
+        "baseline",
         "peak_gb",
     )
     sys.stdout.write(f"\n{show_rows([{name: row[name] for name in columns} for row in rows])}\n")
+
+
+def _keep(path: Path, part: str, rows: Sequence[Row], config: SamplingConfig, device: str) -> None:
+    """Write a part's rows in place of earlier ones of the same size, ComfyUI and Triton."""
+    place = [rows[0][name] for name in _KEY]
+    earlier, _ = read_part(path, part)
+    hidden = ("comfyui", "python", "out", "record")
+    write_part(
+        path,
+        part,
+        title=RECORD_TITLE,
+        command="python -m benchmarks.in_app.sampling --comfyui PATH "
+        f"{to_flags(config, without=hidden)} --record",
+        rows=[*(row for row in earlier if [row[name] for name in _KEY] != place), *rows],
+        device=device,
+        is_added_to=True,
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ at all steps and at few, the distilled ones at their own.
 A few-step LoRA of others is compared the same way, on the teacher and on the linearized model.
     python -m linvideo_core.evaluate --model wan.safetensors --prompts prompts.safetensors \
         --artifact linearized.safetensors --lora few_step_lora.safetensors --shift 5
+With `--kernels` it says how far kernels of softmax layers lead from the dense videos, alone and,
+where there is a file, beside its linear layers.
+    python -m linvideo_core.evaluate --kernels sparse:0.3,sparse:0.1
 With `--vae`, Wan's autoencoder, videos are measured and shown decoded, in colour; without it a
 Wan's are the mean of its latents' channels.
 The folder `--out` then holds evaluation.json, samples.png, samples.gif (samples.mp4 of decoded
@@ -35,6 +38,8 @@ SHOWN = (
     "artifact",
     "distilled",
     "lora",
+    "kernels",
+    "dense_share",
     "vae",
     "export_videos",
     "num_frames",

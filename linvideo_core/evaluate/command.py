@@ -1,7 +1,9 @@
 """One run of the command: load the files, sample every model, measure, save and show."""
 
+import dataclasses
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from .. import artifact as artifact_files
 from ..artifact import Artifact
 from ..demo import weights_path
 from ..flow import make_sigmas
+from ..models.config import SoftmaxConfig
 from ..run.callbacks import Callbacks
 from ..run.config import to_json
 from ..run.context import Run
@@ -22,13 +25,14 @@ from ..run.lock import locked
 from ..run.memory import explained
 from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
-from ..teacher.teacher import Teacher, open_teacher
+from ..teacher.teacher import Teacher, TeacherCheckpoint, open_teacher
 from .autoencoder import check_packages, find_autoencoder, with_decoder
 from .card import upload_commands, write_card
 from .compare import (
     FewStepLora,
     compare_artifact,
     compare_few_step,
+    compare_kernels,
     load_distilled,
     load_linearized,
     save_comparison,
@@ -46,6 +50,17 @@ _LOWER = "lower {batch_size} or the video's size, or give {frozen} bf16 or {offl
 _FREE_FIELDS = ("export_videos", "out", "device", "num_samples", "seeds_per_prompt", "plain_steps")
 _FREE_FIELDS += ("batch_size", "offload_blocks")
 
+KERNEL_KEYS = (
+    "model",
+    "linear_layers",
+    "distance_to_teacher",
+    "pixel_error",
+    "temporal_spectrum_db",
+    "motion_energy",
+    "digit",
+    "motion",
+    "seconds_per_video",
+)
 FEW_STEP_KEYS = (
     "model",
     "steps",
@@ -61,7 +76,8 @@ FEW_STEP_KEYS = (
 def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Compare teacher, swapped and student, or steps against quality.
 
-    Tables, pictures and the files' model card go into `config.out`.
+    Or kernels of softmax layers. Tables, pictures and, but for kernels, the files' model card go
+    into `config.out`.
 
     Returns what evaluation.json holds: `settings`, `rows`, `velocity_rows` (see `Comparison`).
     Raises ValueError or FileNotFoundError, in one sentence, for bad input.
@@ -79,6 +95,10 @@ def run(config: EvaluateConfig, callbacks: Callbacks | None = None) -> dict[str,
     teacher, first, distilled, how = _open(config, config.out, callbacks or Callbacks())
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / "config.json", to_json(config))
+    if kernels := config.list_kernels():
+        how["dense_share"] = config.dense_share
+        comparison = compare_kernels(teacher, first, kernels, config.comparison, **how)
+        return save_comparison(comparison, config.out)
     if distilled or lora:
         how |= {"plain_steps": config.numbers_of_plain_steps(), "lora": lora}
         comparison = compare_few_step(teacher, first, distilled, config.comparison, **how)
@@ -116,19 +136,23 @@ def export(config: EvaluateConfig, callbacks: Callbacks | None = None) -> None:
 
 def _open(
     config: EvaluateConfig, folder: Path, callbacks: Callbacks
-) -> tuple[Teacher, Artifact, dict[str, Artifact], dict[str, Any]]:
+) -> tuple[Teacher, Artifact | None, dict[str, Artifact], dict[str, Any]]:
     """Return the teacher on its device, the files, and how models are sampled.
+
+    The first file is the linearized one, None where kernels are compared on a model without one.
 
     folder: where prompts are encoded into.
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    first = load_linearized(config.artifact)
+    has_none = config.teacher.model is not None and config.artifact is None
+    first = None if has_none else load_linearized(config.artifact)
     distilled = load_distilled(config.distilled_paths(), first)
     found = open_teacher(config.teacher)
     with torch.no_grad():
         found.check_softmax(device, precision)
-    for artifact in (first, *distilled.values()):
+        _check_kernels(found, config.list_kernels(), device, precision)
+    for artifact in filter(None, (first, *distilled.values())):
         artifact_files.check(artifact, found.shapes)
     autoencoder = find_autoencoder(config.vae, config.teacher.model)
     run = Run(folder=folder, device=device, callbacks=callbacks)
@@ -138,6 +162,18 @@ def _open(
     if config.teacher.softmax.is_sparse:
         how["softmax"] = config.teacher.softmax
     return teacher, first, distilled, how
+
+
+def _check_kernels(
+    found: TeacherCheckpoint, kernels: Sequence[SoftmaxConfig], device: str, precision: str
+) -> None:
+    """Raise SettingError for a kernel that cannot compute the model's softmax layers."""
+    for softmax in kernels:
+        try:
+            dataclasses.replace(found, softmax=softmax).check_softmax(device, precision)
+        except SettingError as error:
+            message = error.message.replace("{softmax_kernel}", "{kernels}")
+            raise SettingError(message, "kernels", "precision") from error
 
 
 def main(config: EvaluateConfig) -> None:
@@ -150,6 +186,10 @@ def main(config: EvaluateConfig) -> None:
         check_place(config.out)
         with locked(config.out):
             rows = run(config, callbacks)["rows"]
+    if config.kernels:
+        rows = [{key: row[key] for key in KERNEL_KEYS if key in row} for row in rows]
+        sys.stdout.write(f"\n{show_table(rows)}\npictures and tables: {config.out}\n")
+        return
     if config.distilled_paths() or config.lora:
         rows = [{key: row[key] for key in FEW_STEP_KEYS if key in row} for row in rows]
     published = upload_commands(config.out, _paths(config))

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from ..artifact import Artifact, apply, load
 from ..artifact.summary import count_bytes
 from ..demo import weights_path
-from ..flow import Recipe, make_sigmas
+from ..flow import TIMESTEP_SCALE, Recipe, make_sigmas, shift_sigmas
 from ..kernels.softmax import DENSITY
 from ..models.attention import LinearAttention
-from ..models.attention_sites import AttentionSite, install, restore, shapes_of, softmax_by
+from ..models.attention_sites import (
+    AttentionSite,
+    attention_at,
+    install,
+    restore,
+    shapes_of,
+    softmax_by,
+)
 from ..models.config import LinearForm, SoftmaxConfig
 from ..models.families import identify
 from ..run.callbacks import Callbacks
@@ -23,7 +30,7 @@ from ..run.errors import SettingError
 from ..run.files import write_json
 from ..run.reading import read_json
 from ..teacher.teacher import Teacher
-from . import plots, videos
+from . import metrics, plots, videos
 from .card import SAMPLES_NAMES
 from .config import CompareConfig
 from .lora_file import LoraFile, WeightChange, add_changes, find_changes
@@ -175,6 +182,57 @@ def compare_experts(
 
     students = {"swapped": both(_swap_as), "student": both(apply)}
     return compare(teacher, students, settings, **how)
+
+
+def compare_kernels(
+    teacher: Teacher,
+    artifact: Artifact | None,
+    kernels: Sequence[SoftmaxConfig],
+    settings: CompareConfig,
+    *,
+    dense_share: float,
+    **how: Any,
+) -> Comparison:
+    """Compare the teacher with itself by other softmax kernels, then with the file's layers linear.
+
+    artifact: none: without linear layers. dense_share: of the steps, from the first, in which
+        sparse layers stay dense. how: `seed`, `precision` and `callbacks` of `compare`.
+
+    Rows also have `softmax_backend` and `density`, and where videos are shown as pixels the
+    `metrics.pixel_error` of those.
+    """
+    model = teacher.model
+    sites = identify(shapes_of(model))[1]
+    own = SoftmaxConfig(softmax_kernel=attention_at(model, sites[0]).kernel)
+    level = shift_sigmas(torch.tensor(1 - dense_share), settings.shift).item()
+
+    @contextlib.contextmanager
+    def change(made: Artifact | None, softmax: SoftmaxConfig) -> Iterator[nn.Module]:
+        how = {"kernel": softmax.softmax_kernel, "density": softmax.density or DENSITY}
+        if softmax.is_sparse:
+            # A step at that very level is sparse, as in ComfyUI, whatever rounding makes of it.
+            how["max_timestep"] = TIMESTEP_SCALE * level * (1 + 1e-4)
+        linear = apply(made, model) if made else contextlib.nullcontext()
+        with linear, softmax_by(model, sites, **how):
+            yield model
+
+    cases = {_name_case(None, each): (None, each) for each in kernels if each != own}
+    if artifact is not None:
+        cases |= {_name_case(artifact, each): (artifact, each) for each in (own, *kernels)}
+    students = {name: change(*case) for name, case in cases.items()}
+    result = compare(teacher, students, settings, **how)
+    for row, (_, softmax) in zip(result.rows, [(None, own), *cases.values()], strict=True):
+        row["softmax_backend"] = softmax.softmax_kernel
+        row["density"] = (softmax.density or DENSITY) if softmax.is_sparse else 1.0
+        if result.is_decoded:
+            frames = (result.frames[name] for name in (row["model"], "teacher"))
+            row["pixel_error"] = metrics.pixel_error(*frames)
+    return result
+
+
+def _name_case(artifact: Artifact | None, softmax: SoftmaxConfig) -> str:
+    density = f" {softmax.density or DENSITY:g}" if softmax.is_sparse else ""
+    return f"{'linear, ' if artifact else ''}{softmax.softmax_kernel}{density}"
 
 
 def load_linearized(path: Path | None) -> Artifact:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
+from ..models.config import SOFTMAX_KERNELS, SoftmaxConfig
 from ..run import limits
 from ..run.config import Settings, option
 from ..run.devices import device_option, precision_option
@@ -63,6 +64,17 @@ class EvaluateConfig(Settings):
     plain_steps: str = option(
         "25,8,4", "with --distilled or --lora: Euler steps that teacher and linearized model take"
     )
+    kernels: str = option(
+        "",
+        "kernels of softmax layers to compare with the teacher, alone and beside the file's linear "
+        "layers, sparse ones with their density, such as cudnn,sparse:0.1,sparse:0.2; none: the "
+        "usual comparison",
+    )
+    dense_share: float = option(
+        0.2,
+        "with --kernels: share of the steps, from the first, in which sparse layers stay dense",
+        limits.FRACTION,
+    )
     out: Path = option(Path("runs/evaluate"), "folder for tables and pictures")
     seed: int = option(0, "seed of noise and prompts", limits.SEED)
     device: str = device_option()
@@ -70,7 +82,7 @@ class EvaluateConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher.model is not None and self.artifact is None:
+        if self.teacher.model is not None and self.artifact is None and not self.kernels:
             raise SettingError(
                 "{model} was given without {artifact}; give the file made for it",
                 "artifact",
@@ -98,6 +110,29 @@ class EvaluateConfig(Settings):
             )
         self.numbers_of_plain_steps()
         self.levels_of_lora()
+        if self.list_kernels():
+            self._check_kernels_alone()
+
+    def _check_kernels_alone(self) -> None:
+        others = {
+            "distilled": bool(self.distilled),
+            "lora": self.lora is not None,
+            "export_videos": self.export_videos is not None,
+            "softmax_kernel": self.teacher.softmax.is_sparse,
+        }
+        for name in (name for name, is_given in others.items() if is_given):
+            given = "{softmax_kernel} sparse" if name == "softmax_kernel" else f"{{{name}}}"
+            raise SettingError(
+                f"{{kernels}} {self.kernels} and {given} given, which are two comparisons: leave "
+                "one of them out",
+                "kernels",
+                name,
+            )
+
+    def list_kernels(self) -> list[SoftmaxConfig]:
+        """Return the kernels of `kernels`, none by default; SettingError for other words."""
+        words = self.kernels.split(",") if self.kernels else []
+        return [_read_kernel(word.strip(), self.kernels) for word in words]
 
     def distilled_paths(self) -> list[Path]:
         """Return the distilled files, none by default."""
@@ -134,3 +169,17 @@ class EvaluateConfig(Settings):
                 "lora_sigmas",
             )
         return levels
+
+
+def _read_kernel(word: str, given: str) -> SoftmaxConfig:
+    """Return the kernel of a word such as "cudnn" or "sparse:0.1"; given: all words."""
+    name, _, density = word.partition(":")
+    try:
+        return SoftmaxConfig(softmax_kernel=name, density=float(density) if density else None)
+    except ValueError:
+        raise SettingError(
+            f"{{kernels}} {shown_value(given)} given, and {shown_value(word)} is none: "
+            f"{', '.join(SOFTMAX_KERNELS)} are known, sparse with a density above 0 and at most 1, "
+            "such as cudnn,sparse:0.1",
+            "kernels",
+        ) from None

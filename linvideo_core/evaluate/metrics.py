@@ -275,6 +275,14 @@ def sample_distance(latents: Tensor, reference: Tensor) -> Tensor:
     return difference / reference.float().flatten(1).norm(dim=1).clamp_min(_TINY)
 
 
+def pixel_error(frames: Tensor, reference: Tensor) -> float:
+    """Return the root mean square difference of frames of one shape in uint8: 0 the same, to 255.
+
+    The peak signal-to-noise ratio is 20 log10 of 255 over it, in dB.
+    """
+    return (frames.double() - reference.double()).square().mean().sqrt().item()
+
+
 def velocity_error(velocity: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Compare velocities [B, ...] at the same state.
 

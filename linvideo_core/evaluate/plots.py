@@ -31,14 +31,12 @@ def plot_layer_scores(
     rows: Sequence[Row],
     path: Path,
     *,
-    target: int,
     layers: Sequence[int] | None = None,
     hardened_at: int | None = None,
 ) -> None:
     """Draw every layer's score r over training, coloured by depth, the linear layers in bold.
 
     rows: from metrics.jsonl, with `step` and `layer_scores`; others are passed over.
-    target: how many layers were to become linear.
     layers: the linear layers; none: those whose last score is below one half.
     hardened_at: the step from which the rounded choice was trained.
 
@@ -69,7 +67,7 @@ def plot_layer_scores(
             textcoords="offset points", rotation=90, va="bottom", color=INK, fontsize=10,
         )  # fmt: skip
     count, total = int(is_linear.sum()), len(is_linear)
-    title_axes(axes, f"{count} of {total} layers are linear (target {target})")
+    title_axes(axes, f"{count} of {total} layers are linear")
     _draw_layers(legend, is_linear, colours)
     save_figure(figure, path)
 

@@ -120,17 +120,32 @@ def attention_at(model: nn.Module, site: AttentionSite) -> nn.Module:
 
 @contextlib.contextmanager
 def softmax_by(
-    model: nn.Module, sites: list[AttentionSite], kernel: str, density: float
+    model: nn.Module,
+    sites: list[AttentionSite],
+    kernel: str,
+    density: float,
+    *,
+    max_timestep: float | None = None,
 ) -> Iterator[None]:
     """Let a kernel compute those sites that are softmax, while the context lasts.
 
     kernel, density: see `kernels.softmax.softmax_attention`.
+    max_timestep: calls of the model at larger timesteps are computed as before; none: no call is.
     """
     kept = [site for site in sites if isinstance(attention_at(model, site), SoftmaxAttention)]
     originals = install(model, kept, lambda _: SoftmaxAttention(kernel, density))
+
+    def choose(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        is_early = max_timestep is not None and args[1].max() > max_timestep
+        for site in kept:
+            attention = attention_at(model, site)
+            attention.kernel = originals[site.layer].kernel if is_early else kernel
+
+    hook = model.register_forward_pre_hook(choose)
     try:
         yield
     finally:
+        hook.remove()
         restore(model, kept, originals)
 
 

@@ -245,7 +245,7 @@ def _leaves(config: Any) -> Iterator[tuple[type, dataclasses.Field, type, Any]]:
             yield from _leaves(value)
             continue
         kind = hints[field.name]
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if type(None) in typing.get_args(kind):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         yield type(config), field, kind, value
 
@@ -274,17 +274,25 @@ def _read_float(text: str) -> float:
     return value
 
 
+def _read_number_or_text(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def _read_path(text: str) -> Path:
     if not text:
         raise ValueError
     return Path(text)
 
 
-_KINDS: dict[type, tuple[Callable[[str], Any], str, str]] = {
+_KINDS: dict[type | types.UnionType, tuple[Callable[[str], Any], str, str]] = {
     bool: (_read_bool, "true or false (or the flag alone)", "true|false"),
     int: (int, "a whole number", "N"),
     float: (_read_float, "a number", "X"),
     str: (str, "a text", "TEXT"),
+    int | str: (_read_number_or_text, "a whole number or a text", "N|TEXT"),
     Path: (_read_path, "a path", "PATH"),
 }
 """Type of a field -> its reader, what it needs, its name in the help."""

@@ -42,6 +42,7 @@ from .config import (
 )
 from .estimate import Pace, announce, forecast, time_run
 from .experts import EXPERT_NAMES, check_experts, linearize_experts, load_experts
+from .layer_costs import COSTS_NAME, LayerCosts, find_costs, keep_costs, origin_of, with_count
 from .layer_selection import RANKING_NAME, count_selection_steps
 from .pipeline import linearize
 from .preflight import Footprint, check_transfer
@@ -81,6 +82,7 @@ _FILES = {
     **dict.fromkeys(SAMPLES_NAMES, "the same videos by the teacher, before and after training"),
     "samples.png": "their frames side by side",
     "layer_scores.png": "how training chose the layers",
+    COSTS_NAME: "what layers cost, from which their number was counted",
     RANKING_NAME: "how much each layer alone changes the velocity",
     "losses.png": "how training went",
     "velocity_error.png": "how far the model is from its teacher, by noise level",
@@ -188,13 +190,14 @@ def _make_one(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     with processes.in_turn():
         teacher = found.load(run).to(run.device)
     if not is_made:
+        costs = find_costs(teacher, config, run)
+        counted = with_count(config, costs)
         # Several processes share a training that none of them could hold alone.
         tries_training = processes.size == 1 and not teacher.is_demo
-        _log_forecast(teacher, config, run, footprint, tries_training=tries_training)
+        _log_forecast(teacher, counted, run, footprint, tries_training=tries_training)
         with Student(teacher, config.student, seed=config.seed) as student:
-            with processes.in_turn():
-                open_run(config.out, config, ignore=FREE_FIELDS)
-            linearize(student, teacher, config, run)
+            _open_folder(config, costs, run)
+            linearize(student, teacher, counted, run, origin=origin_of(config))
     return teacher
 
 
@@ -204,12 +207,20 @@ def _make_experts(config: TransferConfig, run: Run, is_made: bool) -> Teacher:
     with run.processes.in_turn():
         teacher = load_experts(checkpoints, config, run)
     if not is_made:
-        _log_forecast(teacher, config, run, footprint, tries_training=False, num_students=2)
-        with run.processes.in_turn():
-            open_run(config.out, config, ignore=FREE_FIELDS)
+        costs = find_costs(teacher, config, run)
+        counted = with_count(config, costs)
+        _log_forecast(teacher, counted, run, footprint, tries_training=False, num_students=2)
+        _open_folder(config, costs, run)
         names = {side: found.checkpoint.path.stem for side, found in checkpoints.items()}
-        linearize_experts(teacher, names, config, run)
+        linearize_experts(teacher, names, counted, run, origin=origin_of(config))
     return teacher
+
+
+def _open_folder(config: TransferConfig, costs: LayerCosts | None, run: Run) -> None:
+    """Write the settings, and what a target that is a speed-up was counted from."""
+    with run.processes.in_turn():
+        open_run(config.out, config, ignore=FREE_FIELDS)
+        keep_costs(costs, run)
 
 
 def _log_forecast(
@@ -254,9 +265,11 @@ def estimate_qualities(configs: Mapping[str, TransferConfig]) -> str:
         checkpoints, footprint = check_experts(config, device, precision)
         footprints = dict.fromkeys(configs, footprint)
         teacher = load_experts(checkpoints, config, run)
+    costs = find_costs(teacher, config, run)
     paces: dict[int, Pace] = {}
     rows = []
-    for quality, each in configs.items():
+    for quality, asked in configs.items():
+        each = with_count(asked, costs)
         size = each.training.batch_size
         if size not in paces:
             paces[size] = time_run(teacher, each, precision=precision, tries_training=is_one)
@@ -307,7 +320,6 @@ def draw_training(
         plots.plot_layer_scores(
             rows,
             folder / "layer_scores.png",
-            target=selection.target,
             layers=linear_layers,
             hardened_at=count_selection_steps(selection, num_steps),
         )

@@ -11,6 +11,7 @@ from ..run import limits
 from ..run.config import Settings, option
 from ..run.devices import device_option, precision_option
 from ..run.errors import SettingError, shown_value
+from ..run.limits import Limits
 from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig
 from ..training.config import TrainingConfig
 
@@ -50,11 +51,34 @@ class WarmStartConfig(Settings):
     )
 
 
+class _Target(Limits):
+    """Numbers of layers, and speed-ups such as "1.6x"."""
+
+    def takes(self, value: object) -> bool:
+        return _read_speedup(value) is not None or super().takes(value)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, or a speed-up above 1 such as 1.6x,"
+
+
+def _read_speedup(value: object) -> float | None:
+    found = (
+        re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)x", value) if isinstance(value, str) else None
+    )
+    return float(found[1]) if found and float(found[1]) > 1 else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionConfig(Settings):
     """Which layers become linear."""
 
-    target: int = option(5, "layers to make linear", limits.LAYERS)
+    target: int | str = option(
+        5,
+        "layers to make linear; or how many times as fast a call of the model is to be, such as "
+        "1.6x: as few layers as that needs, measured first, beside softmax layers by "
+        "--softmax-kernel",
+        _Target(**dataclasses.asdict(limits.LAYERS)),
+    )
     choice: str = option(
         "learned",
         "what chooses them: training, every other layer, or what each alone does to the velocity",
@@ -75,6 +99,11 @@ class SelectionConfig(Settings):
         super().__post_init__()
         if self.layers is not None:
             self._check_list(self.layers)
+
+    @property
+    def speedup(self) -> float | None:
+        """The speed-up that is the target; None where that is a number of layers."""
+        return _read_speedup(self.target)
 
     @property
     def rule(self) -> str:
@@ -227,7 +256,8 @@ class TransferConfig(Settings):
             )
         trained_by = "parameters" if self.student.parameters == "full" else ""
         check_frozen_weights(frozen_weights, self.training, trained_by)
-        self.teacher.softmax.check_training()
+        if self.selection.speedup is None:
+            self.teacher.softmax.check_training()
 
     def _check_pool(self) -> None:
         """Raise SettingError for what only stored videos can serve."""

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import itertools
 import logging
+import statistics
 import time
 from collections.abc import Callable
 
@@ -42,8 +43,12 @@ _OPTIMISER = 3 * FP32
 # Of a trained number a checkpoint holds four: itself, its average, both averages of Adam. The next
 # checkpoint is written before the last one goes. The result holds it once.
 _CHECKPOINTS = (2 * 4 + 1) * FP32
-# Passes differ: some samples move before they are compared, others do not.
-_TIMED = 2
+# Of a call the median counts, of passes the mean: they differ, since some samples move before they
+# are compared and others do not.
+_TIMED_CALLS, _TIMED_PASSES = 3, 2
+
+Moment = torch.cuda.Event | float
+"""A point in time: an event in a GPU's stream, or seconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,7 +321,7 @@ def _time_size(
 
 def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> float:
     """Measure the seconds of a guided call of the teacher, of one video of as many as together."""
-    size = min(config.shard_size, config.num_trajectories)
+    size = count_together(config)
     device = teacher.prompt_embeds.device
     prompt_embeds = teacher.prompt_embeds[:1].expand(size, -1, -1)
     velocity_fn = bind_guided(
@@ -330,7 +335,13 @@ def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> 
     latents = torch.randn(size, *teacher.latent_shape, generator=seed_step(0, 0)).to(device)
     sigma = torch.ones(size, device=device)
     with torch.no_grad():
-        return _time(lambda: velocity_fn(latents, sigma), device) / size
+        seconds = _time(lambda: velocity_fn(latents, sigma), device, _TIMED_CALLS)
+    return statistics.median(seconds) / size
+
+
+def count_together(config: TrajectoryConfig) -> int:
+    """Return how many videos go through the teacher in one call."""
+    return min(config.shard_size, config.num_trajectories)
 
 
 class _RandomStates(Trajectories):
@@ -371,7 +382,8 @@ def _time_training(teacher: Teacher, config: TransferConfig, precision: str, cal
                 step = next(steps)
                 task.loss(step, seed_step(0, step))[0].backward()
 
-            return _time(run_pass, teacher.prompt_embeds.device)
+            device = teacher.prompt_embeds.device
+            return statistics.fmean(_time(run_pass, device, _TIMED_PASSES))
 
         selecting = time_passes()
         student.harden([*student.mixed][: config.selection.target])
@@ -383,17 +395,28 @@ def _time_training(teacher: Teacher, config: TransferConfig, precision: str, cal
         )
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
-    """Return the mean seconds of a call that was made once before."""
+def mark(device: torch.device) -> Moment:
+    """Return this moment, on a GPU that of all work that was queued before."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
+def seconds_between(begin: Moment, end: Moment) -> float:
+    """Return the seconds between two moments of one device; on a GPU, wait for the second."""
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _time(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
+    """Return the seconds of each of `count` calls, after one that is not timed."""
     call()
-    wait()
-    start = time.perf_counter()
-    for _ in range(_TIMED):
+    moments = [mark(device)]
+    for _ in range(count):
         call()
-    wait()
-    return (time.perf_counter() - start) / _TIMED
+        moments.append(mark(device))
+    return list(itertools.starmap(seconds_between, itertools.pairwise(moments)))

@@ -124,11 +124,16 @@ def load_experts(
 
 
 def linearize_experts(
-    teacher: Teacher, names: Mapping[str, str], config: TransferConfig, run: Run
+    teacher: Teacher,
+    names: Mapping[str, str],
+    config: TransferConfig,
+    run: Run,
+    *,
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Sample with both experts, then train each one's student and save its file.
 
-    teacher: of `load_experts`; names: of each expert's model.
+    teacher: of `load_experts`; names: of each expert's model; origin: see `linearize`.
     """
     trajectories = collect(teacher, config.trajectories, run)
     for side in SIDES:
@@ -140,7 +145,7 @@ def linearize_experts(
         expert = dataclasses.replace(teacher, name=names[side], model=model)
         mine = dataclasses.replace(run.below(side), detail=side.replace("_", " "))
         with Student(expert, config.student, seed=config.seed) as student:
-            linearize(student, expert, config, mine, own)
+            linearize(student, expert, config, mine, own, origin=origin)
         if not run.processes.is_first:
             continue
         made = artifact.load(mine.folder / ARTIFACT_NAME)

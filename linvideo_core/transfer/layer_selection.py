@@ -40,7 +40,7 @@ def count_selection_steps(config: SelectionConfig, num_steps: int) -> int:
 
 def check_target(config: SelectionConfig, num_layers: int) -> None:
     """Raise SettingError for a target larger than the number of layers."""
-    if config.target > num_layers:
+    if config.speedup is None and config.target > num_layers:
         raise SettingError(
             f"{{target}} {config.target} given; the model has {num_layers} self-attention layers",
             "target",

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ def linearize(
     config: TransferConfig,
     run: Run,
     trajectories: Trajectories | None = None,
+    *,
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Train a teacher's student and save its artifact in the run's folder.
 
     trajectories: the teacher's, where several runs share them; none: sampled now.
+    origin: what the file's header says besides of where it comes from.
     """
     logger.info("linearizing %s on %s in %s, into %s", teacher.name, run.device, run.precision,
                 run.folder)  # fmt: skip
@@ -72,7 +76,8 @@ def linearize(
 
     # 5. Save what the student has that its teacher has not.
     if run.processes.is_first:
-        artifact.save(_make_artifact(student, teacher, config), run.folder / ARTIFACT_NAME)
+        made = _make_artifact(student, teacher, config, origin or {})
+        artifact.save(made, run.folder / ARTIFACT_NAME)
 
 
 def _sample_teacher(
@@ -87,7 +92,9 @@ def _sample_teacher(
     return pool
 
 
-def _make_artifact(student: Student, teacher: Teacher, config: TransferConfig) -> Artifact:
+def _make_artifact(
+    student: Student, teacher: Teacher, config: TransferConfig, origin: Mapping[str, str]
+) -> Artifact:
     choice = config.selection.rule
     if choice == "sensitivity":
         choice = f"{choice} ({config.sensitivity.sensitivity})"
@@ -97,7 +104,7 @@ def _make_artifact(student: Student, teacher: Teacher, config: TransferConfig) -
         parameters=config.student.parameters,
         objective=config.objective.objective,
         steps=config.training.steps,
-        provenance=provenance(config, teacher, choice=choice),
+        provenance=provenance(config, teacher, choice=choice, **origin),
         usage=find_usage(teacher, config.trajectories),
     )
 

@@ -89,6 +89,8 @@ def test_samplings_are_refused_without_a_host_and_its_end_is_told(
 ) -> None:
     with pytest.raises(ValueError, match="--steps 0 given"):
         SamplingConfig(steps=0)
+    with pytest.raises(ValueError, match="--kernels sparse,fast given, and fast is none: some of"):
+        SamplingConfig(kernels="sparse,fast")
     with pytest.raises(ValueError, match="--comfyui was not given"):
         sampling.run(SamplingConfig(cpu=True, out=tmp_path / "out"))
     config = SamplingConfig(comfyui=broken_host, cpu=True, out=tmp_path / "out")
@@ -105,6 +107,26 @@ def test_the_file_that_is_sampled_with_fits_its_model(tmp_path: Path) -> None:
     assert [kind is LinearAttention for kind in kinds] == [
         layer in TINY.layers for layer in range(TINY.config.num_layers)
     ]
+
+
+def test_a_file_of_few_steps_has_the_noise_levels_of_its_model(tmp_path: Path) -> None:
+    write_linear_layers(tmp_path / "few.safetensors", TINY, 4)
+    sigmas = artifact.load(tmp_path / "few.safetensors").header.sigmas
+    assert sigmas == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("steps", "baseline", "speedup"),
+    [(50, "default, 50 guided steps", 25), (5, "default, 50 guided steps by 5 measured", 250)],
+)
+def test_few_steps_are_compared_with_fifty_of_the_default_and_say_how_many_were_measured(
+    steps: int, baseline: str, speedup: float
+) -> None:
+    default = {"what": "sampling", "steps": steps, "seconds": 100.0}
+    few = {"what": "few_steps", "steps": 4, "seconds": 4.0}
+    assert sampling.compare(few, default) == {"baseline": baseline, "speedup": speedup}
+    guided = default | {"seconds": 50.0}
+    assert sampling.compare(guided, default) == {"baseline": "default", "speedup": 2}
 
 
 def test_every_row_of_the_page_can_be_measured() -> None:

@@ -17,12 +17,13 @@ from linvideo_core.demo.prompts import TEXT_DIM, encode_prompts
 from linvideo_core.evaluate import cli as evaluate_cli
 from linvideo_core.evaluate import command as evaluate
 from linvideo_core.evaluate import sampler
-from linvideo_core.evaluate.compare import CompareConfig, compare, swap
+from linvideo_core.evaluate.compare import CompareConfig, compare, compare_kernels, swap
 from linvideo_core.evaluate.config import EvaluateConfig
-from linvideo_core.evaluate.metrics import frechet_distance_of
+from linvideo_core.evaluate.metrics import frechet_distance_of, pixel_error
 from linvideo_core.flow import TIMESTEP_SCALE, add_noise
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import attention_at, install, shapes_of
+from linvideo_core.models.config import SoftmaxConfig
 from linvideo_core.models.families import identify
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.callbacks import Callbacks
@@ -133,6 +134,14 @@ def test_diversity_takes_samples_of_one_prompt(teacher: Teacher) -> None:
         (["--sampler-steps", "0"], "a whole number from 1 to"),
         (["--plain-steps", "8;4"], "numbers such as"),
         (["--model", "wan.safetensors"], "--artifact"),
+        (["--kernels", "fast"], "--kernels fast given, and fast is none: default, flash, cudnn"),
+        (["--kernels", "sparse:2"], "--kernels sparse:2 given, and sparse:2 is none"),
+        (["--kernels", "sparse:x,flash"], "and sparse:x is none"),
+        (["--kernels", "flash:0.1"], "and flash:0.1 is none"),
+        (["--kernels", ","], "--kernels , given, and '' is none"),
+        (["--kernels", "flash", "--distilled", "a.safetensors"], "--kernels flash and --distilled"),
+        (["--kernels", "flash", "--softmax-kernel", "sparse"], "and --softmax-kernel sparse given"),
+        (["--kernels", "flash", "--dense-share", "2"], "--dense-share 2.0 given; a number from 0"),
     ],
 )
 def test_bad_arguments_end_with_one_sentence_and_exit_code_2(
@@ -161,6 +170,92 @@ def test_the_command_writes_tables_and_pictures_of_a_model_of_ones_own(
     shown = capsys.readouterr().out
     assert "distance to teacher" in shown and "student" in shown
     assert f"hf upload YOU/REPO {own_files['--artifact']}" in shown
+
+
+def test_kernels_are_compared_alone_and_beside_linear_layers(
+    own_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("comfy_kitchen")
+    out = tmp_path / "out"
+    # Six blocks of 64 tokens: some are not exact. Default is the teacher's own.
+    size = ["--num-frames", "21", "--height", "128", "--width", "128", "--device", "cpu"]
+    few = ["--num-samples", "2", "--sampler-steps", "4", "--batch-size", "2", "--out", str(out)]
+    kernels = ["--kernels", "sparse:0.1,sparse:1,default", "--dense-share", "0.5"]
+    files = [str(word) for pair in own_files.items() for word in pair]
+    evaluate_cli.main([*files, *size, *few, *kernels])
+    rows = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["model"], row["density"], row["linear_layers"]) for row in rows] == [
+        ("teacher", 1, 0), ("sparse 0.1", 0.1, 0), ("sparse 1", 1, 0),
+        ("linear, default", 1, 2), ("linear, sparse 0.1", 0.1, 2), ("linear, sparse 1", 1, 2),
+    ]  # fmt: skip
+    _, sparse, dense, linear, both, _ = (row["distance_to_teacher"] for row in rows)
+    assert 10 * dense < sparse < both and dense < linear < both
+    assert not any("pixel_error" in row for row in rows) and not (out / "README.md").exists()
+    shown = capsys.readouterr().out
+    assert "linear, sparse 0.1" in shown and "temporal spectrum" in shown
+    no_file = [
+        word for word in files if word not in map(str, ("--artifact", own_files["--artifact"]))
+    ]
+    evaluate_cli.main([*no_file, *size, *few, *kernels[:2]])
+    rows = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["linear_layers"] for row in rows] == [0, 0, 0]
+    # Of four steps two were dense before, and one in five is now.
+    assert rows[1]["distance_to_teacher"] > 1.1 * sparse
+
+
+def test_sparse_kernels_leave_the_first_steps_dense_and_the_teacher_as_it_was(
+    teacher: Teacher,
+) -> None:
+    pytest.importorskip("comfy_kitchen")
+    teacher = dataclasses.replace(teacher, latent_shape=(4, 6, 16, 16))
+    calls: list[tuple[float, str]] = []
+    layer = attention_at(teacher.model, identify(shapes_of(teacher.model))[1][0])
+
+    def watch(model: object, args: tuple[Tensor, ...]) -> None:
+        site = identify(shapes_of(teacher.model))[1][0]
+        calls.append((args[1].max().item(), attention_at(teacher.model, site).kernel))
+
+    settings = CompareConfig(num_samples=2, sampler_steps=5, batch_size=2, shift=3.0)
+    kernels = [SoftmaxConfig(softmax_kernel="sparse", density=0.1)]
+    hook = None
+
+    class Told(Callbacks):
+        def on_stage(self, stage: str, total: int, done: int = 0, detail: str = "") -> None:
+            nonlocal hook
+            if detail == "sparse 0.1":
+                # Behind the hook that chooses the kernel.
+                hook = teacher.model.register_forward_pre_hook(watch)
+
+    compare_kernels(teacher, None, kernels, settings, dense_share=0.4, seed=0, callbacks=Told())
+    hook.remove()
+    # The call before the first step, the steps, and the noise levels at which velocities are
+    # compared: the same five again; then the teacher's own features.
+    steps = ["default", "default", "sparse", "sparse", "sparse"]
+    assert [kernel for _, kernel in calls] == ["default", *steps, *steps, "default"]
+    assert attention_at(teacher.model, identify(shapes_of(teacher.model))[1][0]) is layer
+    assert not teacher.model._forward_pre_hooks
+
+
+def test_of_shown_pixels_the_error_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("comfy_kitchen")
+    config = EvaluateConfig(
+        comparison=CompareConfig(num_samples=2, sampler_steps=2, batch_size=2),
+        kernels="flash,sparse",
+        dense_share=0.0,
+        out=tmp_path,
+        device="cpu",
+    )
+    rows = {row["model"]: row for row in evaluate.run(config)["rows"]}
+    assert rows["teacher"]["pixel_error"] == 0 and rows["flash"]["pixel_error"] < 1
+    assert 1 < rows["sparse 0.1"]["pixel_error"] < 255
+    assert rows["linear, default"]["linear_layers"] == 5
+
+
+def test_the_pixel_error_is_the_root_mean_square() -> None:
+    frames = torch.tensor([[0, 255], [10, 20]], dtype=torch.uint8)
+    other = torch.tensor([[3, 251], [10, 20]], dtype=torch.uint8)
+    assert pixel_error(frames, frames) == 0
+    assert pixel_error(frames, other) == pixel_error(other, frames) == pytest.approx(2.5)
 
 
 def distil(path: Path, out: Path, **changes: object) -> Path:

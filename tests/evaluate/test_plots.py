@@ -61,7 +61,7 @@ COST_ROWS = [
     ("plot", "rows"),
     [
         *(
-            (partial(plots.plot_layer_scores, target=3, hardened_at=2), metrics(num_layers))
+            (partial(plots.plot_layer_scores, hardened_at=2), metrics(num_layers))
             for num_layers in (1, 10, 40)
         ),
         (plots.plot_losses, metrics(2)),
@@ -80,7 +80,7 @@ def test_a_plot_is_drawn(plot: Callable, rows: list[dict], tmp_path: Path) -> No
 
 
 def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
-    scores = partial(plots.plot_layer_scores, target=1)
+    scores = plots.plot_layer_scores
     for plot in (scores, plots.plot_losses, plots.plot_velocity_error, plots.plot_steps):
         with pytest.raises(ValueError, match="nothing to plot"):
             plot([], tmp_path / "plot.png")

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.in_app import cli as in_app
+from benchmarks.in_app import sampling
 from benchmarks.in_app.cli import InAppConfig
+from benchmarks.record import read_record
 from tests.host.conftest import Host
 
 pytestmark = pytest.mark.host
@@ -24,3 +26,18 @@ def test_the_benchmark_makes_a_file_in_the_app_and_headless(host: Host, tmp_path
     stages = record["details"]["parts"]["1.3b-bf16"]["stages"]
     assert [stage["name"] for stage in stages][-1] == "training"
     assert not (tmp_path / "comfyui").exists()
+
+
+def test_samplings_of_all_steps_and_of_four_are_rows_of_one_record(
+    host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--comfyui", host.root, "--python", host.python, "--out", tmp_path]
+    sampling.main([*map(str, where), "--cpu", "--steps", "2"])
+    rows = read_record(tmp_path / "softmax_layers.json")["rows"]
+    found = [(row["what"], row["linear_layers"], row["steps"], row["cfg"]) for row in rows]
+    assert found == [("sampling", 0, 2, 5.0), ("sampling", 2, 2, 5.0), ("few_steps", 2, 4, 1.0)]
+    default, _, few = rows
+    assert few["baseline"] == "default, 50 guided steps by 2 measured"
+    assert few["speedup"] == pytest.approx(25 * default["seconds"] / few["seconds"])
+    assert "2 of 4 layers are linear" in few["said"]
+    assert few["baseline"] in capsys.readouterr().out

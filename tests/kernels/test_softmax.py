@@ -1,6 +1,7 @@
 """Sparse softmax attention: dense at density 1, differentiable on a CPU, refused in a sentence."""
 
 import dataclasses
+import importlib
 import importlib.machinery
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from linvideo_core.kernels import softmax
-from linvideo_core.kernels.softmax import softmax_attention, sparse_attention, why_not_sparse
+from linvideo_core.kernels.softmax import (
+    attend_in_parts,
+    softmax_attention,
+    sparse_attention,
+    why_not_sparse,
+)
 from linvideo_core.models import config
 from linvideo_core.models.attention import SoftmaxAttention
 from linvideo_core.models.attention_sites import attention_at, shapes_of, softmax_by
@@ -66,6 +72,34 @@ def test_more_blocks_are_nearer_to_dense_and_sinks_are_exact(kitchen: None) -> N
     torch.testing.assert_close(found[:, 128:256], dense[:, 128:256], rtol=1e-4, atol=1e-5)
     found = sparse_attention(*triple, 0.1, sink_blocks=(0, 16))
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("min_blocks", "shapes"),
+    # 200 tokens are 4 blocks of each of 7 heads.
+    [(3072, [7] * 2), (29, [7] * 2), (12, [3, 4] * 2), (5, [2, 2, 3] * 2), (1, [1] * 14)],
+)
+def test_in_parts_attention_is_the_whole_and_no_part_is_smaller_than_asked_for(
+    kitchen: None, min_blocks: int, shapes: list[int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Heads in front of tokens, as some models have them.
+    triple = [torch.randn(2, 7, 200, 16, generator=generator).transpose(1, 2) for _ in range(3)]
+    parts = []
+
+    def attend(*part: Tensor) -> Tensor:
+        parts.append([x.shape for x in part])
+        return sparse_attention(*part, 0.3)
+
+    found = attend_in_parts(attend, *triple, min_blocks=min_blocks)
+    assert parts == [[torch.Size([1, 200, heads, 16])] * 3 for heads in shapes]
+    torch.testing.assert_close(found, sparse_attention(*triple, 0.3))
+    assert found.is_contiguous()
+
+
+def test_what_is_one_part_is_attended_as_it_is() -> None:
+    triple = [x[:1] for x in make_triple(65)]
+    assert attend_in_parts(lambda *given: given, *triple) == (*triple,)
 
 
 def test_sparse_layers_are_those_that_are_softmax_for_a_while(kitchen: None) -> None:
@@ -137,5 +171,9 @@ def test_a_gpus_kernel_is_the_reference(kitchen: None, length: int, dtype: torch
     for wrong, words in ((triple[0].float(), "not float32"), (triple[0][..., :64], "head dim 64")):
         with pytest.raises(ValueError, match=words):
             sparse_attention(wrong, wrong, wrong)
+    # In parts, of samples and where it is long of heads; rounding may choose another block.
+    many = [torch.randn(2, length, 100, 128, device="cuda", generator=generator).to(dtype)] * 3
+    whole = importlib.import_module("comfy_kitchen").sol_attn(*many, topk_ratio=0.1).float()
+    assert (sparse_attention(*many, 0.1).float() - whole).norm() < 0.01 * whole.norm()
     with pytest.raises(ValueError, match="no gradient on a GPU"):
         sparse_attention(triple[0].requires_grad_(), *triple[1:])

@@ -120,3 +120,17 @@ def test_the_evaluation_of_the_shipped_file_is_recorded(
     assert record["command"].startswith("python -m research.evaluation_record --num-samples 2")
     with pytest.raises(ValueError, match="of the embedded model and its own files alone"):
         evaluation_record.main(["--artifact", "other.safetensors"])
+
+
+def test_the_distance_of_softmax_kernels_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluation_record, "RESULTS_FOLDER", tmp_path)
+    flags = "--kernels flash --num-samples 2 --sampler-steps 1 --batch-size 2 --device cpu"
+    evaluation_record.main([*flags.split(), "--out", str(tmp_path / "evaluate")])
+    record = json.loads((tmp_path / "softmax_distance.json").read_text(encoding="utf-8"))
+    assert "embedded model, 2 videos of 1 steps" in record["title"]
+    rows = [(row["softmax_backend"], row["linear_layers"]) for row in record["rows"]]
+    assert rows == [("default", 0), ("flash", 0), ("default", 5), ("flash", 5)]
+    names = {"distance_to_teacher", "pixel_error", "temporal_spectrum_db"}
+    assert all(names <= set(row) for row in record["rows"])

@@ -209,6 +209,10 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "a model that is none": ({"model": "prompts.safetensors"}, "holds no Wan model"),
     "a folder of several files": ({"model": "."}, "give one of these files"),
     "an unknown choice": ({"choice": "best"}, "--choice best given"),
+    "a speed-up out of reach": (
+        {"target": "900x"},
+        f"--target 900x given, and with all {NUM_LAYERS} layers linear a call of the model is ",
+    ),
     "no prompts": ({"prompts": None}, "--prompts"),
     "missing prompts": ({"prompts": "none.safetensors"}, "none.safetensors does not exist"),
     "prompts that are none": ({"prompts": "text.safetensors"}, "text.safetensors"),

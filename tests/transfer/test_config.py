@@ -53,6 +53,9 @@ def test_impossible_settings_are_refused_by_flag(config: type, name: str, value:
         ({"layers": "1", "choice": "alternate", "target": 1}, "--layers 1 and --choice"),
         ({"layers": "3,9", "target": 2}, "--layers 3,9 given; the model has no layer 9"),
         ({"target": 4}, "--target 4 given; the model has 3"),
+        ({"target": "1x"}, "--target 1x given; a whole number from 1 to 1000, or a speed-up abo"),
+        ({"target": "half"}, "--target half given; a whole number from 1 to 1000, or a speed-up"),
+        ({"layers": "1", "target": "1.5x"}, "--layers 1 names 1 layers and --target is 1.5x"),
     ],
 )
 def test_a_choice_that_contradicts_itself_or_the_model_is_refused(
