@@ -71,6 +71,11 @@ class Server:
         self.first_answer = self.queue(workflow)
         self.first_seconds = round(time.monotonic() - start, 1)
 
+    def forget(self) -> None:
+        """Drop models and what earlier runs computed: all of the next workflow is run."""
+        self.ask("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(0.5)  # one that is queued at once would come first
+
     def wait(self, prompt_id: str, seconds: float) -> dict[str, Any]:
         """Return what became of a queued workflow."""
         deadline = time.monotonic() + seconds

@@ -221,12 +221,13 @@ def test_a_sampling_by_the_core_is_comfyuis() -> None:
 
 def test_gradients_are_those_of_comfyuis_own_block() -> None:
     """Compare with differences of the class's own forward, in fp64, along random directions."""
+    h3 = _h3()  # an older ComfyUI knows neither the model nor its rotations
     with torch.inference_mode(False), torch.enable_grad(), _rotations_in_fp64():
-        comfy.model_management.load_models_gpu([_h3()])
-        frozen = freeze(_h3().model.diffusion_model, device(), is_copied=True).double()
+        comfy.model_management.load_models_gpu([h3])
+        frozen = freeze(h3.model.diffusion_model, device(), is_copied=True).double()
         own = copy.deepcopy(frozen).blocks[0]
         given = {"dtype": torch.float64, "family": host_family("minimax_h3"), "video": None}
-        HostModel(frozen, HostTeacher(_h3(), _inputs()).sites, Conditions(None, None), **given)
+        HostModel(frozen, HostTeacher(h3, _inputs()).sites, Conditions(None, None), **given)
         trained = frozen.blocks[0]
         x, *others = _block_inputs()
         weighted = random_tensor(*x.shape, seed=15).to(x)

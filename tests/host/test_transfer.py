@@ -140,6 +140,8 @@ def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() ->
         before, names = sample(model, steps=2), list(model.model.state_dict())
         trained = [p.requires_grad for p in model.model.parameters()]
         linear, made = LinVideoLinearize.execute(model, _inputs()).result[:2]
+        # Before ComfyUI merges weight changes, after which an older one asks for fewer gradients.
+        assert [p.requires_grad for p in model.model.parameters()] == trained
         assert len(made.header.linear_layers) == 2 and made.header.steps == 6
         assert made.header.provenance["model"] == "demo"
         assert made.header.weights_digest == describe_base(model).digest
@@ -147,7 +149,6 @@ def test_a_transfer_gives_the_faster_model_its_file_and_the_input_unchanged() ->
         assert not torch.equal(sample(linear, steps=2), before)
         assert torch.equal(sample(model, steps=2), before)
         assert list(model.model.state_dict()) == names
-        assert [p.requires_grad for p in model.model.parameters()] == trained
         assert not comfy.model_management.in_training
     values = [value for value, total, _ in told if total == 100]
     assert values == sorted(values) and len(set(values)) > 5
