@@ -26,13 +26,19 @@ def default_prompts() -> list[str]:
     return read_prompts(DEFAULT_PATH)
 
 
+def check_file(path: Path) -> None:
+    """Raise FileNotFoundError, in one sentence, where there is no file of prompts."""
+    if not path.is_file():
+        fault = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"prompt file {path} {fault}")
+
+
 def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a text file, one a line; empty lines do not count.
 
     Raises FileNotFoundError or ValueError, in one sentence, where there are none.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist")
+    check_file(path)
     try:
         prompts = split_prompts(read_text(path))
     except ValueError as error:

@@ -21,6 +21,7 @@ from ..run.callbacks import Callbacks
 from ..run.errors import shown_value
 from ..run.files import DIGEST, is_as_written, write_with_digest
 from ..run.reading import parse_json
+from . import check_file
 from .text_encoder import MAX_TOKENS
 
 _KEPT_EVERY = 32
@@ -120,8 +121,7 @@ def read_embeds(path: Path) -> PromptEmbeds:
 
     Raises FileNotFoundError or ValueError, in one sentence.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -142,7 +142,7 @@ def read_embeds(path: Path) -> PromptEmbeds:
     if len(shapes[0]) != 3 or 0 in shapes[0] + shapes[1] or not are_negatives:
         raise ValueError(
             f"{path}: prompt_embeds {shapes[0]} and negative_embeds {shapes[1]} given; [P, S, T] "
-            "with P >= 1 and [K, S, T] or [S, T] are needed"
+            "and [K, S, T] or [S, T] are needed, alike in S and T and none of them 0"
         )
     if not all(map(_is_sound, found)):
         raise ValueError(f"{path}: the embeddings are no finite fp16, bf16 or fp32 numbers")

@@ -282,17 +282,20 @@ def _read_number_or_text(text: str) -> int | str:
 
 
 def _read_path(text: str) -> Path:
-    if not text:
+    path = Path(text)
+    if not text or any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts):
         raise ValueError
-    return Path(text)
+    return path
 
 
+# What file systems take.
+_MAX_NAME_BYTES = 255
 _KINDS: dict[type | types.UnionType, tuple[Callable[[str], Any], str, str]] = {
     bool: (_read_bool, "true or false (or the flag alone)", "true|false"),
     int: (int, "a whole number", "N"),
     float: (_read_float, "a number", "X"),
     str: (str, "a text", "TEXT"),
     int | str: (_read_number_or_text, "a whole number or a text", "N|TEXT"),
-    Path: (_read_path, "a path", "PATH"),
+    Path: (_read_path, f"a path, of names of at most {_MAX_NAME_BYTES} bytes,", "PATH"),
 }
 """Type of a field -> its reader, what it needs, its name in the help."""

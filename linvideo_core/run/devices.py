@@ -3,7 +3,7 @@
 from typing import Any
 
 from .config import option
-from .errors import SettingError
+from .errors import SettingError, shown_value
 
 
 def device_option() -> Any:
@@ -29,9 +29,11 @@ def resolve_device(name: str) -> str:
             raise RuntimeError("it is not a device that computes")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        found = ", ".join(["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))])
         raise SettingError(
-            f"{{device}} {name} given, which this machine lacks: {reason}", "device"
+            f"{{device}} {shown_value(name)} given, which PyTorch cannot use here; it has {found}: "
+            "give one of these, or auto",
+            "device",
         ) from error
     return name
 

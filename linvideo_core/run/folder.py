@@ -50,28 +50,32 @@ def check_run(
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
             raise OtherRunError(
-                f"{folder} was made with {{{name}}} {shown_value(found.get(name))} and "
-                f"{shown_value(value)} was given; "
-                f"choose another {{out}}{new_run}, or give what it was made with to continue it",
+                f"{folder} was made with {{{name}}} {_shown(found.get(name))} and this command has "
+                f"{_shown(value)}; choose another {{out}}{new_run}, or give what it was made with "
+                "to continue it",
                 name,
                 "out",
             )
 
 
-def check_place(folder: Path) -> None:
-    """Raise SettingError where a folder can neither be made nor written to."""
+def _shown(value: Any) -> str:
+    return "none" if value is None else shown_value(value)
+
+
+def check_place(folder: Path, name: str = "out") -> None:
+    """Raise SettingError where a folder can neither be made nor written to; name: its setting."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
         raise SettingError(
-            f"{place} is a file and a folder is needed; choose another {{out}}", "out"
+            f"{place} is a file and a folder is needed; choose another {{{name}}}", name
         )
     try:
         tempfile.TemporaryDirectory(prefix=".linvideo-", dir=place).cleanup()
     except OSError as error:
         raise SettingError(
-            f"{{out}} {folder} given, and nothing can be written to {place} ({error.strerror}); "
-            "choose another {out}",
-            "out",
+            f"{{{name}}} {folder} given, and nothing can be written to {place} "
+            f"({error.strerror}); choose another {{{name}}}",
+            name,
         ) from error
 
 

@@ -236,8 +236,8 @@ def open_teacher(
                 "model",
             )
         return _open_demo(config)
-    source = find_source(config.prompts, config.text)
     checkpoint = open_wan(config.model)
+    source = find_source(config.prompts, config.text)
     if source.width != checkpoint.config.text_dim:
         raise ValueError(
             f"{source.path} {source.verb} embeddings of width {source.width}; "

@@ -22,7 +22,7 @@ from ..models.experts import HIGH, LOW
 from ..run.callbacks import Callbacks
 from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
-from ..run.folder import CONFIG_NAME, check_run, open_run, read_metrics
+from ..run.folder import CONFIG_NAME, check_place, check_run, open_run, read_metrics
 from ..run.lock import locked
 from ..run.memory import LOWER_RUN, explained
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup
@@ -160,6 +160,8 @@ def begin_run(
     device = processes.place(resolve_device(config.device))
     precision = resolve_precision(config.precision, device)
     check_run(config.out, config, ignore=FREE_FIELDS, new_run=USED_AGAIN)
+    if config.trajectories.teacher_folder is not None:
+        check_place(config.trajectories.teacher_folder, "teacher_folder")
     return Run(
         folder=config.out,
         device=device,

@@ -320,7 +320,10 @@ def _time_size(
 
 
 def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> float:
-    """Measure the seconds of a guided call of the teacher, of one video of as many as together."""
+    """Measure the seconds of a guided call of the teacher, of one video of as many as together.
+
+    Raises ValueError, in one sentence, where what it gives is no velocity.
+    """
     size = count_together(config)
     device = teacher.prompt_embeds.device
     prompt_embeds = teacher.prompt_embeds[:1].expand(size, -1, -1)
@@ -334,8 +337,20 @@ def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> 
     )
     latents = torch.randn(size, *teacher.latent_shape, generator=seed_step(0, 0)).to(device)
     sigma = torch.ones(size, device=device)
+    velocity = latents
+
+    def call() -> None:
+        nonlocal velocity
+        velocity = velocity_fn(latents, sigma)
+
     with torch.no_grad():
-        seconds = _time(lambda: velocity_fn(latents, sigma), device, _TIMED_CALLS)
+        seconds = _time(call, device, _TIMED_CALLS)
+    if not velocity.isfinite().all() or not velocity.any():
+        found = "NaN or infinite" if velocity.any() else "0 everywhere"
+        raise ValueError(
+            f"the velocity of {teacher.name} is {found} at noise, and no trained model's is: get "
+            "its checkpoint again, or give another"
+        )
     return statistics.median(seconds) / size
 
 

@@ -186,7 +186,7 @@ def test_embeddings_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
     refuse(r"\[S, T\] are needed", prompt_embeds=one, negative_embeds=torch.zeros(2, 4))
     refuse("are needed", prompt_embeds=one, negative_embeds=one[:0].clone())
     refuse("are needed", prompt_embeds=one, negative_embeds=torch.zeros(1, 2, 3, 4))
-    refuse("P >= 1", prompt_embeds=one[:0], negative_embeds=one[0].clone())
+    refuse("none of them 0", prompt_embeds=one[:0], negative_embeds=one[0].clone())
     refuse("no finite", prompt_embeds=one / 0, negative_embeds=one[0].clone())
     refuse("no finite", prompt_embeds=one.int(), negative_embeds=one[0].int())
     narrow = one.to(torch.float8_e4m3fn)

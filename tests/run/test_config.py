@@ -163,7 +163,7 @@ def test_override_replaces_flat_names_and_checks_what_it_makes() -> None:
         ("--kind steam", "--kind steam given; one of diesel, petrol is needed"),
         ("--preset moon", "--preset moon given; one of city, race is needed"),
         ("--is-fast yes", "--is-fast yes given; true or false (or the flag alone) is needed"),
-        ("--manual=", "--manual '' given; a path is needed"),
+        ("--manual=", "--manual '' given; a path, of names of at most 255 bytes, is needed"),
         ("--powr 3", "--powr given, which is not a flag of this command; did you mean --power?"),
         ("--zzz=3", "--zzz given, which is not a flag of this command; see --help"),
         ("stray", "'stray' given, which belongs to no flag"),

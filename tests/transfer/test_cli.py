@@ -214,6 +214,11 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
         f"--target 900x given, and with all {NUM_LAYERS} layers linear a call of the model is ",
     ),
     "no prompts": ({"prompts": None}, "--prompts"),
+    "a missing model without prompts": (
+        {"model": "none.safetensors", "prompts": None},
+        "none.safetensors does not exist",
+    ),
+    "prompts that are a folder": ({"prompts": "."}, "prompt file . is no file"),
     "missing prompts": ({"prompts": "none.safetensors"}, "none.safetensors does not exist"),
     "prompts that are none": ({"prompts": "text.safetensors"}, "text.safetensors"),
     "half the prompts": ({"prompts": "half.safetensors"}, "negative_embeds"),
@@ -272,10 +277,18 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
         {"parameters": "lora", "lora_rank": 999},
         "--lora-rank 999 exceeds",
     ),
-    "an unknown device": ({"device": "abacus"}, "--device abacus given"),
+    "an unknown device": (
+        {"device": "abacus"},
+        "--device abacus given, which PyTorch cannot use here; it has cpu",
+    ),
     "a device that is not there": ({"device": "cuda"}, "--device cuda given"),
     "an out folder of another config": ({"out": "taken"}, "was made with --steps 7"),
     "an out that is a file": ({"out": "text.safetensors/run"}, "text.safetensors"),
+    "an out of too long a name": ({"out": "x" * 300}, "of names of at most 255 bytes, is needed"),
+    "a teacher folder that is a file": (
+        {"teacher_folder": "words.txt"},
+        "words.txt is a file and a folder is needed; choose another --teacher-folder",
+    ),
 }
 if free_bytes("cpu") is None:
     for name in [name for name in BAD if name.startswith("too little memory")]:

@@ -30,7 +30,7 @@ from linvideo_core.transfer.estimate import (
 from linvideo_core.transfer.preflight import Footprint
 from linvideo_core.transfer.student import Student
 from linvideo_core.transfer.warm_start import feature_maps
-from tests.conftest import Recorder, save_inputs, small_transfer
+from tests.conftest import Recorder, make_teacher, make_wan, save_inputs, small_transfer
 
 PACE = Pace(call=2.0, selecting=30.0, hardened=20.0)
 
@@ -120,6 +120,19 @@ def test_calls_and_passes_are_measured_and_leave_the_teacher_as_it_was(
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("factor", "found"), [(0.0, "0 everywhere"), (1e20, "NaN or infinite")])
+def test_weights_of_no_model_are_named_before_anything_long(
+    factor: float, found: str, tmp_path: Path
+) -> None:
+    weights = {name: factor * tensor for name, tensor in make_wan().state_dict().items()}
+    model = make_wan()
+    model.load_state_dict(weights)
+    paths = save_inputs(make_teacher(model), tmp_path)
+    with pytest.raises(ValueError, match=f"the velocity of model is {found} at noise") as caught:
+        transfer.run(small_transfer(paths["--model"]))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 def test_seconds_are_a_mean_over_the_sizes_of_a_pools_videos(
