@@ -7,6 +7,10 @@
     train     the teacher, a small Wan, and its files of prompts
     tracks    exact measures: where sprites go, and whether their textures come back
     evaluate  compares the teacher with LINVIDEO files that were made from it
+    arms      what is compared of objectives, students, few steps, selections, sizes: declared
+    pace      how long a training step takes, so that trainings of equal time are steps
+    summary   tables of means over seeds and of paired tests
+    experiments  trains and measures the declared arms, with several seeds
 
 From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's own take N GPUs:
     python -m research.crowd.judge --minutes 1
