@@ -1,8 +1,9 @@
 """Time whole videos of a model file: `python -m benchmarks.models.whole_video`.
 
-Teacher and student sample in turns, one guided video each, from the same noise. Seconds are medians
-over turns, so that whoever else uses the machine slows both alike. The student is a LINVIDEO file
-or, without one, the same model with untrained feature maps, which take as long. On two CPU cores:
+Teacher and student sample in turns, one guided video each, from the same noise. `seconds` is the
+median over turns, `speedup` that of teacher over student within a turn: whoever else uses the
+machine slows both. The student is a LINVIDEO file or, without one, the same model with untrained
+feature maps, which take as long. On two CPU cores:
     OMP_NUM_THREADS=2 python -m benchmarks.models.whole_video --device cpu
     python -m benchmarks.models.whole_video --artifact runs/transfer/linearized.safetensors
 """
@@ -28,7 +29,7 @@ from linvideo_core.run.config import Settings, option, parse, run_command, to_fl
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
 
 from ..kernels.timing import time_once
-from ..record import REPOSITORY, RESULTS_FOLDER, show_rows, write_record
+from ..record import RESULTS_FOLDER, show_rows, write_record
 from .random_models import draw_inputs
 from .sizes import Size, spread_layers
 
@@ -42,7 +43,7 @@ class VideoConfig(Settings):
     """Which model and video, and how often it is sampled."""
 
     model: Path = option(
-        REPOSITORY / "research/crowd/weights/model.safetensors", "Wan safetensors: the teacher"
+        Path("research/crowd/weights/model.safetensors"), "Wan safetensors: the teacher"
     )
     artifact: Path | None = option(None, "LINVIDEO file of the student; none: untrained maps")
     linear_layers: int = option(6, "without a file: layers that are made linear", limits.LAYERS)
@@ -80,7 +81,8 @@ def run(config: VideoConfig) -> list[Row]:
         return sample_euler(velocity_fn, latents, make_sigmas(steps, config.shift))
 
     seconds = time_in_turns(config, enter, sample, device)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    pairs = [*zip(seconds["teacher"], seconds["student"], strict=True)]
+    speedups = {"teacher": 1.0, "student": statistics.median(x / y for x, y in pairs)}
     return [
         {
             "model": name,
@@ -88,11 +90,11 @@ def run(config: VideoConfig) -> list[Row]:
             "linear_layers": len(layers) * (name == "student"),
             "layers": model.config.num_layers,
             "steps": config.steps,
-            "seconds": median,
-            "speedup": medians["teacher"] / median,
-            "turns": seconds[name],
+            "seconds": statistics.median(each),
+            "speedup": speedups[name],
+            "turns": each,
         }
-        for name, median in medians.items()
+        for name, each in seconds.items()
     ]
 
 

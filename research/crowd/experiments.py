@@ -5,6 +5,7 @@ Every arm of `arms.TABLES` is a `linvideo_core.transfer` of the stored teacher, 
 on captions that no training has seen.
     python -m research.crowd.experiments --tables objectives --seeds 4 --record
     python -m research.crowd.experiments --tables selection,sizes --num-samples 1000
+    python -m research.crowd.experiments --arms stored_384,pool,on_policy --seeds 8 --record
 All trainings take equal time. `transfer` knows steps alone, so a short run of each kind is timed
 first, and its seconds a step say how many steps fit into `--minutes-per-run`: those of the training
 itself. The warm start before it is alike in all; stored videos are sampled once a seed. On several
@@ -12,8 +13,9 @@ GPUs each does whole seeds.
 
 A seed is one of everything: the student's, and the noise and captions of its evaluation. An arm is
 compared with its baseline seed by seed (`research.paired`), in every measure.
-Repeating the command continues where it stopped, also with more tables or seeds. `--out` holds
-crowd.json, a row an arm and seed; the tables go to summary.json there or, with `--record`, into
+Repeating the command continues where it stopped, also with more tables, arms or seeds. On another
+machine config.json, paces.json and crowd.json of `--out` are enough to go on to what has no row.
+crowd.json has a row an arm and seed; the tables go to summary.json there or, with `--record`, into
 results/crowd.json: `unpaired_frechet` is to the teacher of other noise, `floor` the teacher's own.
 """
 
@@ -68,9 +70,9 @@ _PACES_NAME = "paces.json"
 # A guided step of one of 40 videos together.
 _H200_SECONDS = 0.134 / 30
 _WAIT_SECONDS = 5
-_WEIGHTS = Path(__file__).with_name("weights")
+_WEIGHTS = Path("research/crowd/weights")
 # What a repeated command may change: none of it decides a row.
-_FREE_FIELDS = ("tables", "seeds", "pace_steps", "record", "device", "out")
+_FREE_FIELDS = ("tables", "arms", "seeds", "pace_steps", "record", "device", "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,7 @@ class ExperimentsConfig(Settings):
         )
     )
     tables: str = option("objectives", f"tables to make, of {','.join(TABLES)}; or all")
+    arms: str = option("", "arms of these tables to make, such as pool,on_policy; none: all")
     seeds: int = option(4, "seeds of each arm, counted up from 0", limits.COUNT)
     minutes_per_run: float = option(0.75, "time of each training", limits.POSITIVE)
     pace_steps: int = option(
@@ -109,11 +112,24 @@ class ExperimentsConfig(Settings):
                 f"{','.join(TABLES)} with commas between are needed",
                 "tables",
             )
+        known = {name for _, name in find_arms(self.chosen)}
+        if strangers := [name for name in self.chosen_arms if name not in known]:
+            raise SettingError(
+                f"{{arms}} {self.arms} given, and {strangers[0]!r} is unknown; of {{tables}} "
+                f"{self.tables} there are {','.join(sorted(known))}",
+                "arms",
+                "tables",
+            )
 
     @property
     def chosen(self) -> list[str]:
         """The names of the tables to make."""
         return list(TABLES) if self.tables == "all" else self.tables.split(",")
+
+    @property
+    def chosen_arms(self) -> list[str]:
+        """The names of the arms to make; none: all."""
+        return self.arms.split(",") if self.arms else []
 
     def list_words(self) -> list[str]:
         """Return the words of the command line that all trainings share."""
@@ -220,18 +236,23 @@ class Study:
         config, below = self.config, self.config.out.absolute() / "pace"
         words = [*config.list_words(), "--device", config.device]
         for each in self.missing():
+            trainings = self.settings_of(each.arm, each.seed)
+            kinds = {command: find_kind(command, own) for command, own in trainings.items()}
+            if set(kinds.values()) <= set(self.paces):
+                continue
             made = {}
-            for command, settings in self.settings_of(each.arm, each.seed).items():
-                kind = find_kind(command, settings)
+            for command, settings in trainings.items():
                 [place] = place_runs(decisive(settings), [0], below / command)
-                if kind not in self.paces:
+                result, kind = place.folder / COMMANDS[command].result, kinds[command]
+                # A distillation starts from the file of a transfer as short as itself.
+                if kind not in self.paces or not result.exists():
                     shutil.rmtree(place.folder, ignore_errors=True)
-                    self.paces[kind] = measure_pace(
-                        command, words, {**settings, **made}, place.folder, config.pace_steps
-                    )
+                    own = {**settings, **made}
+                    pace = measure_pace(command, words, own, place.folder, config.pace_steps)
+                    self.paces.setdefault(kind, pace)
                     write_json(config.out / _PACES_NAME, self.paces)
                     logger.info("%.4f seconds a step: %s", self.paces[kind], kind)
-                made = {"artifact": place.folder / COMMANDS[command].result}
+                made = {"artifact": result}
 
     def train(self, command: str, settings: Row, seed: int, place: Path, own: list) -> Row:
         """Train with a seed unless it was; return `path` of the file, `steps`, `run_seconds`.
@@ -349,7 +370,11 @@ def open_study(config: ExperimentsConfig) -> Study:
     path = config.out / _PACES_NAME
     return Study(
         config=config,
-        arms=find_arms(config.chosen),
+        arms={
+            key: arm
+            for key, arm in find_arms(config.chosen).items()
+            if not config.arms or key[1] in config.chosen_arms
+        },
         rows=Rows(config.out / ROWS_NAME),
         paces=json.loads(path.read_text(encoding="utf-8")) if path.exists() else {},
         num_layers=load_wan(config.model).config.num_layers,

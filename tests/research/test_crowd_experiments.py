@@ -176,6 +176,8 @@ def test_a_seed_that_failed_is_counted_and_not_compared() -> None:
     assert (row["unpaired_frechet_difference"], row["unpaired_frechet_p"]) == (-1.0, 1.0)
 
 
-def test_an_unknown_table_is_refused() -> None:
+def test_unknown_tables_and_arms_are_refused() -> None:
     with pytest.raises(SettingError, match="'dreams' is unknown"):
         ExperimentsConfig(tables="sizes,dreams")
+    with pytest.raises(SettingError, match="'whole' is unknown; of"):
+        ExperimentsConfig(tables="selection", arms="random,whole")
