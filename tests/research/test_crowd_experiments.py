@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +13,11 @@ from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
+from linvideo_core.run.lock import locked
 from linvideo_core.transfer import cli as transfer_cli
-from research.crowd import arms, captions, experiments, judge, pace, summary, train
+from research.crowd import arms, captions, experiments, judge, pace, study, summary, train
 from research.crowd.arms import SHORT, TABLES, Arm
-from research.crowd.experiments import ExperimentsConfig, Rows, Study
+from research.crowd.study import ROWS_NAME, ExperimentsConfig, Rows, Study
 from research.declared_runs import to_flags
 
 TINY = WanConfig(
@@ -54,15 +58,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentsConfig:
 
 def test_every_arm_is_a_transfer_that_the_command_line_takes(config: ExperimentsConfig) -> None:
     captions.write_both(captions.CaptionsConfig(num_prompts=4, out=config.out))
-    study = Study(
+    made = Study(
         config=config,
         arms=arms.find_arms([*TABLES]),
         rows=Rows(config.out / "none.json"),
         paces={},
         num_layers=TINY.num_layers,
     )
-    for (_, name), arm in study.arms.items():
-        settings = study.settings_of(arm, 1)["transfer"]
+    for (_, name), arm in made.arms.items():
+        settings = made.settings_of(arm, 1)["transfer"]
         found = transfer_cli.read([*config.list_words(), *to_flags(settings)])
         assert found.selection.target == round(2 * arm.linear_share), name
         assert found.trajectories.sampler_steps == config.comparison.sampler_steps
@@ -77,13 +81,33 @@ def test_baselines_are_arms_of_the_same_table_that_have_none_less_often() -> Non
 
 
 def test_random_layers_follow_the_seed(config: ExperimentsConfig) -> None:
-    study = Study(
+    made = Study(
         config=config, arms={}, rows=Rows(config.out / "none.json"), paces={}, num_layers=12
     )
     arm = TABLES["selection"]["random"]
-    drawn = [study.settings_of(arm, seed)["transfer"]["layers"] for seed in (0, 1, 0)]
+    drawn = [made.settings_of(arm, seed)["transfer"]["layers"] for seed in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     assert all(len(set(layers.split(","))) == 6 for layers in drawn)
+
+
+def test_a_training_that_outlives_its_study_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "_WAIT_SECONDS", 0.01)
+    ended, entered = [], threading.Event()
+
+    def train() -> None:
+        with locked(tmp_path):
+            entered.set()
+            time.sleep(0.2)
+            ended.append(True)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    entered.wait()
+    study._wait_for(tmp_path)
+    assert ended
+    thread.join()
 
 
 def test_the_time_of_a_step_is_its_kind_s_alone() -> None:
@@ -109,10 +133,11 @@ def test_two_arms_of_two_seeds_are_compared_and_nothing_is_done_twice(
     )
     monkeypatch.setitem(TABLES, "students", {"drawn": drawn, "few": few})
     experiments.run(config)
-    assert "2 trainings of 0.0001 minutes are missing" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 trainings of 0.0001 minutes are missing, and as many videos to sample as 16" in said
     both = dataclasses.replace(config, seeds=2)
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("row.json")}
-    rows_path = config.out / experiments.ROWS_NAME
+    rows_path = config.out / ROWS_NAME
     experiments.run(both)
     rows = json.loads(rows_path.read_text())["rows"]
     keys = [(row["table"], row["name"], row["seed"]) for row in rows]
