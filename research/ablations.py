@@ -11,26 +11,21 @@ seeds, and the runs; `python -m research.ablation_plots` draws the record.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import itertools
 import json
 import logging
-import math
-import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.record import REPOSITORY, RESULTS_FOLDER, show_rows, write_record
+from benchmarks.record import RESULTS_FOLDER, show_rows, write_record
 from linvideo_core import artifact
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags, to_json
@@ -39,9 +34,19 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
 from linvideo_core.transfer.config import ARTIFACT_NAME
 
+from .declared_runs import (
+    ROW_NAME,
+    Run,
+    list_cards,
+    place_runs,
+    run_module,
+    stopped_with,
+    summarize,
+)
+
 logger = logging.getLogger(__name__)
 
-ROW_NAME, RESULT_NAME = "row.json", "ablation.json"
+RESULT_NAME = "ablation.json"
 
 # A step of ADM takes so many times one of velocity matching (results/evidence.json, `plan`).
 _EQUAL_TIME = 239 / 200
@@ -157,35 +162,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A transfer: the flags by which it differs from others, its seed, its folder."""
-
-    flags: str
-    seed: int
-    folder: Path
-
-
 def list_runs(config: AblationConfig) -> dict[tuple[str, str], list[Run]]:
     """Return the runs, one a seed, of every row (table, name); rows of the same flags share."""
     rows = {}
     for table in config.chosen:
         for name, changes in TABLES[table].items():
             steps = max(1, round(config.steps * changes.get("steps_factor", 1.0)))
-            flags = " ".join(_to_flags({**changes, "steps": steps}))
-            key = re.sub(r"[^\w.,]+", "-", flags).strip("-")
-            rows[table, name] = [
-                Run(flags=flags, seed=seed, folder=config.out / "runs" / key / f"seed-{seed}")
-                for seed in range(config.seeds)
-            ]
+            settings = {name: value for name, value in changes.items() if name != "steps_factor"}
+            seeds, folder = range(config.seeds), config.out / "runs"
+            rows[table, name] = place_runs({**settings, "steps": steps}, seeds, folder)
     return rows
-
-
-def _to_flags(changes: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in sorted(changes.items()):
-        if name != "steps_factor":
-            yield f"--{name.replace('_', '-')}"
-            yield str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def do_run(run: Run, config: AblationConfig, device: str, started: list[subprocess.Popen]) -> Row:
@@ -198,16 +184,10 @@ def do_run(run: Run, config: AblationConfig, device: str, started: list[subproce
     teacher = config.out.absolute() / "teacher" / f"seed-{run.seed}"
     own = ["--seed", run.seed, "--device", device, "--out", run.folder.absolute()]
     words = [*shlex.split(config.flags), *run.flags.split(), *own, "--teacher-folder", teacher]
-    command = [sys.executable, "-m", "linvideo_core.transfer", *map(str, words)]
     begin = time.monotonic()
-    how = {"cwd": REPOSITORY, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **how, text=True)
-    started.append(process)
-    _, errors = process.communicate()
-    if process.returncode:
-        lines = errors.strip().splitlines()
-        logger.warning("%s, seed %d: %s", run.flags, run.seed, lines[-1] if lines else "")
-        return {"seed": run.seed, "error": lines[-1] if lines else "it failed"}
+    if (error := run_module("linvideo_core.transfer", words, started)) is not None:
+        logger.warning("%s, seed %d: %s", run.flags, run.seed, error)
+        return {"seed": run.seed, "error": error}
     row = {"seed": run.seed, **read_row(run.folder), "seconds": time.monotonic() - begin}
     row["layers"] = list(artifact.load(run.folder / ARTIFACT_NAME).header.linear_layers)
     write_json(run.folder / ROW_NAME, row)
@@ -229,27 +209,6 @@ def read_row(folder: Path) -> Row:
     return {k: v for k, v in row.items() if k != "model"} | shares | {"bytes": size}
 
 
-def summarize(table: str, name: str, runs: Sequence[Row]) -> Row:
-    """Return the row of a table: the mean over the finished seeds, and the spread, of every number.
-
-    runs: one a seed, each with measures or with an `error`. `seeds` counts those with measures,
-    `failed` the others. A measure that one of the seeds lacks, or that is not finite there, is left
-    out: a mean over the rest would look better than the row is. The spread is the sample standard
-    deviation.
-    """
-    whole = [run for run in runs if "error" not in run]
-    row: Row = {"table": table, "name": name, "seeds": len(whole)}
-    if errors := [run["error"] for run in runs if "error" in run]:
-        row |= {"failed": len(errors), "error": errors[0]}
-    for column in dict.fromkeys(key for run in whole for key in run if key != "seed"):
-        values = [run.get(column) for run in whole]
-        if all(isinstance(x, int | float) and math.isfinite(x) for x in values):
-            row[column] = statistics.fmean(values)
-            if len(values) > 1:
-                row[f"{column}_spread"] = statistics.stdev(values)
-    return row
-
-
 def run(config: AblationConfig) -> dict[str, Any]:
     """Do every run that `config.out` does not hold yet; return what ablation.json holds.
 
@@ -261,13 +220,13 @@ def run(config: AblationConfig) -> dict[str, Any]:
     first = {run.seed: run for run in reversed(unique.values())}
     later = [run for run in unique.values() if run not in first.values()]
     device = resolve_device(config.device)
-    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
+    cards = list_cards(device)
     done: dict[Path, Row] = {}
     started: list[subprocess.Popen] = []
     with (
         concurrent.futures.ThreadPoolExecutor(config.jobs) as pool,
         tqdm(total=len(unique)) as bar,
-        _stopped_with(started),
+        stopped_with(started),
     ):
         for runs in (list(first.values()), later):
             settings = itertools.repeat(config), itertools.cycle(cards), itertools.repeat(started)
@@ -277,7 +236,10 @@ def run(config: AblationConfig) -> dict[str, Any]:
     names = {folder: str(folder.relative_to(config.out)) for folder in done}
     result = {
         "settings": json.loads(to_json(config)),
-        "rows": [summarize(*row, [done[r.folder] for r in runs]) for row, runs in rows.items()],
+        "rows": [
+            {"table": table, "name": name, **summarize([done[run.folder] for run in runs])}
+            for (table, name), runs in rows.items()
+        ],
         "members": [
             {"table": table, "name": name, "runs": [names[r.folder] for r in runs]}
             for (table, name), runs in rows.items()
@@ -295,17 +257,6 @@ def run(config: AblationConfig) -> dict[str, Any]:
             details={key: result[key] for key in ("members", "runs")},
         )
     return result
-
-
-@contextlib.contextmanager
-def _stopped_with(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """Ask processes to stop when the block is left early, as by SIGTERM, which they do not get."""
-    try:
-        yield
-    except BaseException:
-        for process in processes:
-            process.terminate()
-        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS_FOLDER, show_rows, write_part
@@ -29,6 +28,7 @@ from linvideo_core.run.config import Settings, option, parse, run_command, to_fl
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 
+from .declared_runs import list_cards
 from .hybrid_student import FORMS, LINEAR, SOL_ATTN, WINDOW, Case, do_run, prepare
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def run(config: HybridConfig) -> dict[str, list[Row]]:
     tried again when the command is repeated.
     """
     device = resolve_device(config.device)
-    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
+    cards = list_cards(device)
     flags = _FLAGS[device] if config.flags is None else config.flags
     out = config.out.absolute()
     # Rows of several tables are run once, those of a seed one after another.

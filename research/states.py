@@ -50,6 +50,9 @@ from linvideo_core.transfer.config import WARM_START_NAME, TransferConfig
 from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.student import Student
 
+from .declared_runs import list_cards
+from .paired import compare_paired
+
 Row = dict[str, Any]
 
 _HALF = "0,1,3,4,9"
@@ -226,19 +229,19 @@ def compare(
     t: the mean difference over its standard error, of `seeds - 1` degrees of freedom.
     """
     found = {}
-    other = {run["seed"]: run for run in baseline}
     for column in ("error_high_noise", "video_error"):
-        differences = [run[column] - other[run["seed"]][column] for run in runs]
-        found[f"{column}_more"] = statistics.fmean(differences)
-        if len(runs) > 1 and (spread := statistics.stdev(differences)):
-            found[f"{column}_t"] = found[f"{column}_more"] / spread * len(runs) ** 0.5
+        own, other = ({run["seed"]: run[column] for run in each} for each in (runs, baseline))
+        test = compare_paired(own, other)
+        found[f"{column}_more"] = test.difference
+        if test.t is not None:
+            found[f"{column}_t"] = test.t
     return found
 
 
 def run(config: StatesConfig) -> dict[str, list[Row]]:
     """Do all runs; return the rows by table."""
     device = resolve_device(config.device)
-    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
+    cards = list_cards(device)
     tables = {table: TABLES[table] for table in config.tables.split(",")}
     every = {name: row for rows in tables.values() for name, row in rows.items()}
     jobs = [(seed, name) for seed in range(config.seeds) for name in every]

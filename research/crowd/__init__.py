@@ -7,6 +7,11 @@
     train     the teacher, a small Wan, and its files of prompts
     tracks    exact measures: where sprites go, and whether their textures come back
     evaluate  compares the teacher with LINVIDEO files that were made from it
+    arms      what is compared of objectives, students, few steps, selections, sizes: declared
+    pace      how long a training step takes, so that trainings of equal time are steps
+    summary   tables of means over seeds and of paired tests
+    study     trains and measures the declared arms, with several seeds
+    experiments  the command for that, and its record
 
 From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's own take N GPUs:
     python -m research.crowd.judge --minutes 1
@@ -14,6 +19,8 @@ From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's 
     python -m linvideo_core.transfer --model runs/crowd/model.safetensors \
         --prompts runs/crowd/prompts.safetensors --num-frames 61 --height 256 --width 256 --shift 5
     python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors
+and of the stored teacher, with all that is declared:
+    python -m research.crowd.experiments --tables objectives
 
 `weights` holds a judge of one minute and a teacher of 14 minutes on one H200 (685,632 clips, batch
 32). Before its matrices were rounded to fp8, which adds 0.3 to 0.9 % to its error, the judge found

@@ -11,7 +11,8 @@ others of the same captions. So of the columns
     temporal_spectrum_db       is to `teacher_other`
     object ... pan, found, recall, position_error, speed_error   are of single videos: see `judge`
         and `tracks`; those of `real` are the best that these measures give
-Repeating the command continues where it stopped; what was measured of a file is used again.
+A file that was distilled is sampled in its own few steps, without guidance. Repeating the command
+continues where it stopped; what was measured of a file is used again.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import draw_prompts
 from linvideo_core.evaluate.videos import save_strip
-from linvideo_core.flow import bind_guided, make_sigmas, sample_euler
+from linvideo_core.flow import Recipe, bind_guided, make_sigmas
 from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
@@ -40,19 +41,21 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.folder import open_run
 from linvideo_core.run.process_group import ProcessGroup
-from linvideo_core.teacher.config import TeacherConfig
+from linvideo_core.teacher.config import TIME_COMPRESSION, TeacherConfig
 from linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_core.training.fsdp import run_together
 from linvideo_core.training.trainer import seed_step
 
 from .captions import parse as parse_captions
-from .clips import Labels, decode_latents, encode_frames, render, stage
+from .clips import NUM_FRAMES, Labels, decode_latents, encode_frames, render, stage
 from .judge import QUESTIONS, Judge, is_right, load_judge
 from .tracks import measure_tracks
 from .train import SHIFT
 
 _NUM_SHOWN = 4
 _OTHER_SEED = 1_000
+WHOLE = NUM_FRAMES - TIME_COMPRESSION + 1
+"""Frames of a whole clip, as commands count them: 4 n + 1."""
 # A sprite's measures, and whether their median stands for them: lost sprites lie anywhere.
 _TRACK_MEASURES = {"found": False, "recall": False, "position_error": True, "speed_ratio": False}
 
@@ -75,6 +78,7 @@ class CrowdConfig:
     prompts: Path = option(Path("runs/crowd/held_out.safetensors"), "captions to sample")
     judge: Path = option(Path("runs/crowd/judge/judge.safetensors"), "the judge")
     artifacts: str = option("", "LINVIDEO files, such as a.safetensors,b.safetensors; none: no one")
+    num_frames: int = option(WHOLE, "frames of a video: of less than 61, rendered clips are cut")
     out: Path = option(Path("runs/crowd/evaluation"), "folder of the measures and of crowd.json")
     seed: int = option(0, "seed of noise and captions")
     device: str = device_option()
@@ -111,9 +115,20 @@ class Sampling:
         size = self.config.comparison.batch_size
         return [slice(i, min(i + size, len(self.index))) for i in range(0, len(self.index), size)]
 
-    def sample(self, model: nn.Module, part: slice, number: int, seed: int) -> Tensor:
-        """Sample one batch by guided Euler steps; its noise comes from (seed, number)."""
+    def recipe_of(self, header: artifact.ArtifactHeader | None = None) -> Recipe:
+        """Return how a file's model is sampled; none given: the teacher."""
+        if header is not None and header.sigmas:
+            sigmas = torch.tensor(header.sigmas)
+            return Recipe(sigmas=sigmas, guidance_scale=1.0, is_few_step=True)
         settings = self.config.comparison
+        sigmas = make_sigmas(settings.sampler_steps, settings.shift)
+        return Recipe(sigmas=sigmas, guidance_scale=settings.guidance_scale)
+
+    def sample(
+        self, model: nn.Module, part: slice, number: int, seed: int, recipe: Recipe | None = None
+    ) -> Tensor:
+        """Sample one batch; its noise comes from (seed, number). recipe: none for the teacher's."""
+        recipe = recipe or self.recipe_of()
         embeds = self.teacher.prompt_embeds[self.index[part]]
         size = (len(embeds), *self.teacher.latent_shape)
         noise = torch.randn(size, generator=seed_step(seed, number)).to(self.run.device)
@@ -121,17 +136,21 @@ class Sampling:
             model,
             embeds,
             self.teacher.negatives_for(embeds),
-            settings.guidance_scale,
+            recipe.guidance_scale,
             precision=self.run.precision,
         )
-        return sample_euler(velocity_fn, noise, make_sigmas(settings.sampler_steps, settings.shift))
+        return recipe.sample(velocity_fn, noise, seed=number, on_step=lambda *_: None)
 
     def render(self, part: slice, number: int, seed: int) -> Tensor:
-        """Render one batch of the captions as latents."""
+        """Render one batch of the captions as latents, cut at random where videos are shorter."""
         seed = seed_step(seed, number).initial_seed()
         generator = torch.Generator(self.run.device).manual_seed(seed)
         scenes = stage(self.labels.take(part).to(self.run.device), generator)
-        return encode_frames(render(scenes).frames)
+        count, length = len(scenes.labels), self.teacher.latent_shape[1] * TIME_COMPRESSION
+        start = torch.rand(count, 1, generator=generator, device=self.run.device)
+        begin = (start * (NUM_FRAMES - length + 1)).floor()
+        times = begin + torch.arange(length, device=self.run.device)
+        return encode_frames(render(scenes, times).frames)
 
     @torch.no_grad()
     def measure(self, latents: Tensor, part: slice) -> dict[str, Tensor]:
@@ -182,7 +201,11 @@ def open_sampling(config: CrowdConfig, run: Run) -> Sampling:
     """Load the teacher, its captions and the judge onto the run's device."""
     teacher = load_teacher(
         TeacherConfig(
-            model=config.model, prompts=config.prompts, num_frames=61, height=256, width=256
+            model=config.model,
+            prompts=config.prompts,
+            num_frames=config.num_frames,
+            height=256,
+            width=256,
         )
     )
     settings = config.comparison
@@ -199,38 +222,67 @@ def open_sampling(config: CrowdConfig, run: Run) -> Sampling:
     )
 
 
+def measure_references(sampling: Sampling, folder: Path) -> None:
+    """Sample and measure the teacher, and rendered clips, each twice, in folders below `folder`."""
+    model, seed = sampling.teacher.model, sampling.config.seed
+    other = seed + _OTHER_SEED
+    for name, number in (("real", seed), ("real_other", other)):
+        sampling.measure_all(folder / name, lambda p, i, s=number: sampling.render(p, i, s))
+    twins = folder / "teacher"
+    sampling.measure_all(twins, lambda p, i: sampling.sample(model, p, i, seed), paired_with=twins)
+    sampling.measure_all(folder / "teacher_other", lambda p, i: sampling.sample(model, p, i, other))
+
+
+def measure_file(
+    sampling: Sampling, folder: Path, name: str, path: Path, recipe: Recipe | None = None
+) -> Path:
+    """Sample and measure the model of a LINVIDEO file; return the folder of its measures.
+
+    folder: that `measure_references` filled. recipe: how it is sampled; none: as the file says.
+    """
+    made, seed = artifact.load(path), sampling.config.seed
+    recipe = recipe or sampling.recipe_of(made.header)
+    measures = folder / f"{name}-{digest_of(path)}"
+    with artifact.apply(made, sampling.teacher.model) as student:
+        sampling.measure_all(
+            measures,
+            lambda p, i: sampling.sample(student, p, i, seed, recipe),
+            paired_with=folder / "teacher",
+        )
+    return measures
+
+
+def read_rows(folder: Path, files: Mapping[str, Path]) -> list[Row]:
+    """Return the rows of rendered clips, the teacher, and models by the folders of their measures.
+
+    folder: that `measure_references` filled.
+    """
+    folders = {name: folder / name for name in ("real", "teacher")} | dict(files)
+    found = {name: read_measures(path) for name, path in folders.items()}
+    others = [read_measures(folder / name) for name in ("real_other", "teacher_other")]
+    return [summarize(name, each, found["teacher"], *others) for name, each in found.items()]
+
+
 def compare(config: CrowdConfig, run: Run) -> list[Row]:
     """Sample and measure all models; return a row for each, in the first process alone."""
     sampling = open_sampling(config, run)
     # Measures are of these weights: others begin afresh.
-    folder = config.out / f"of-{_digest(config.model)}-{_digest(config.judge)}"
-    model, seed, other = sampling.teacher.model, config.seed, config.seed + _OTHER_SEED
-    for name, number in (("real", seed), ("real_other", other)):
-        sampling.measure_all(folder / name, lambda p, i, s=number: sampling.render(p, i, s))
-    folders = {name: folder / name for name in ("real", "teacher")}
-    twins = folders["teacher"]
-    sampling.measure_all(twins, lambda p, i: sampling.sample(model, p, i, seed), paired_with=twins)
-    sampling.measure_all(folder / "teacher_other", lambda p, i: sampling.sample(model, p, i, other))
-    for name, path in config.artifact_paths().items():
-        folders[name] = folder / f"{name}-{_digest(path)}"
-        with artifact.apply(artifact.load(path), model) as student:
-            sampling.measure_all(
-                folders[name],
-                lambda p, i, m=student: sampling.sample(m, p, i, seed),
-                paired_with=twins,
-            )
+    folder = config.out / f"of-{digest_of(config.model)}-{digest_of(config.judge)}"
+    measure_references(sampling, folder)
+    files = {
+        name: measure_file(sampling, folder, name, path)
+        for name, path in config.artifact_paths().items()
+    }
     if not run.processes.is_first:
         return []
-    others = [read_measures(folder / name) for name in ("real_other", "teacher_other")]
-    teacher = read_measures(folders["teacher"])
-    found = {name: read_measures(path) for name, path in folders.items()}
-    shown = sampling.labels.take(slice(0, min(_NUM_SHOWN, config.comparison.batch_size)))
+    shown = slice(0, min(_NUM_SHOWN, config.comparison.batch_size))
+    folders = {name: folder / name for name in ("real", "teacher")} | files
     save_strip(
-        {name: each["frames"][: len(shown)] for name, each in found.items()},
-        [sampling.teacher.prompts[i] for i in sampling.index[: len(shown)]],
+        {name: read_measures(path)["frames"][shown] for name, path in folders.items()},
+        [sampling.teacher.prompts[i] for i in sampling.index[shown]],
         config.out / "crowd.png",
     )
-    return [summarize(name, each, teacher, *others) for name, each in found.items()]
+    return read_rows(folder, files)
 
 
 def read_measures(folder: Path) -> dict[str, Tensor]:
@@ -272,7 +324,8 @@ def _frechet(features: Tensor, reference: Tensor) -> float:
     )
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return eight hexadecimal digits that tell a file from others."""
     return hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest()
 
 

@@ -1,8 +1,10 @@
 """Whole models are compared honestly: agreement first, real shapes, one run, nothing zero."""
 
+import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from benchmarks.kernels.contenders import Contender
 from benchmarks.models import cli as benchmark
-from benchmarks.models import measuring
+from benchmarks.models import measuring, whole_video
 from benchmarks.models.cli import ScaleConfig
 from benchmarks.models.measuring import (
     COMPUTED,
@@ -24,6 +26,7 @@ from benchmarks.models.measuring import (
 from benchmarks.models.random_models import count_bytes, make_random_wan
 from benchmarks.models.sizes import SIZES, find_peak, spread_layers
 from linvideo_core.models.wan import WanModel
+from linvideo_core.run.files import write_tensors
 
 SMALL = measuring.shrink(SIZES["tiny"])
 DEFAULT, _ = find_softmax("cpu")
@@ -182,3 +185,25 @@ def test_a_size_on_a_gpu_compares_all_backends(
     assert {row["compiled"] for row in rows} == {False, compiled}
     assert {"fa2", "default"} <= {row["baseline"] for row in rows}
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in rows)
+
+
+def test_whole_videos_of_a_file_are_timed_in_turns(tmp_path: Path) -> None:
+    path, order = tmp_path / "model.safetensors", []
+    write_tensors(path, make_random_wan(SMALL, "cpu", torch.float32).state_dict())
+    size = {"num_frames": 1, "height": 64, "width": 64, "linear_layers": 1, "turns": 2}
+    config = whole_video.VideoConfig(model=path, steps=1, device="cpu", **size)
+    teacher, student = whole_video.run(config)
+    assert (teacher["linear_layers"], student["linear_layers"], student["layers"]) == (0, 1, 2)
+    assert teacher["tokens"] == 16 and len(student["turns"]) == 2
+    first, second = (x / y for x, y in zip(teacher["turns"], student["turns"], strict=True))
+    assert student["speedup"] == pytest.approx((first + second) / 2)
+    assert student["seconds"] == pytest.approx(sum(student["turns"]) / 2)
+
+    @contextlib.contextmanager
+    def enter(name: str) -> Iterator[None]:
+        order.append(name)
+        yield
+        order.append("left")
+
+    whole_video.time_in_turns(config, enter, lambda steps: torch.zeros(steps), "cpu")
+    assert order == 3 * ["teacher", "left", "student", "left"]

@@ -12,7 +12,8 @@ from linvideo_core.run.config import parse
 from linvideo_core.transfer.config import TransferConfig
 from research import ablations, evaluation_record
 from research.ablation_plots import draw
-from research.ablations import PRESETS, TABLES, AblationConfig, list_runs, read_row, summarize
+from research.ablations import PRESETS, TABLES, AblationConfig, list_runs, read_row
+from research.declared_runs import summarize
 
 
 def test_every_row_is_a_transfer_that_the_command_line_takes() -> None:
@@ -52,7 +53,7 @@ def test_a_row_is_the_mean_of_its_seeds_with_their_sample_deviation() -> None:
         {"seed": i, "digit": digit, "frechet": f, "gap": g, "layers": [i]}
         for i, (digit, f, g) in enumerate([(0.9, 2.0, 0.1), (0.8, 4.0, None), (1.0, 3.0, 0.2)])
     ]
-    row = summarize("selection", "first", [*runs, {"seed": 3, "error": "the loss became nan"}])
+    row = summarize([*runs, {"seed": 3, "error": "the loss became nan"}])
     assert (row["seeds"], row["failed"], row["error"]) == (3, 1, "the loss became nan")
     assert row["digit"] == pytest.approx(0.9)
     assert row["frechet_spread"] == pytest.approx(statistics.stdev([2.0, 4.0, 3.0]))

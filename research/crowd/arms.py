@@ -1,0 +1,156 @@
+"""What the experiments on `crowd` compare, declared: table -> arm -> how its file is made.
+
+All that arms do not declare is the same for all of a table; see `research.crowd.experiments`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from .evaluate import WHOLE
+
+SHORT = 13
+"""Frames of the videos a quarter as long that the teacher was trained on, too: 16 with the last."""
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A row of a table: a transfer, perhaps a distillation after it, and how its file is sampled.
+
+    settings: of the transfer, by the names of `TransferConfig`'s fields.
+    baseline: the arm of the same table that it is compared with seed by seed; None: with none.
+    linear_share: of all layers. is_random: which of them is drawn by the seed.
+    distillation: settings of the distillation, by the names of `DistillConfig`'s fields; None: the
+        transfer's file is measured.
+    sampler_steps: guided Euler steps, where they are fewer than all others'.
+    num_frames: of the videos that are sampled and measured, one row each.
+    """
+
+    settings: Mapping[str, Any]
+    baseline: str | None = None
+    linear_share: float = 0.5
+    is_random: bool = False
+    distillation: Mapping[str, Any] | None = None
+    sampler_steps: int | None = None
+    num_frames: tuple[int, ...] = (WHOLE,)
+
+
+_SPREAD = {"choice": "alternate"}
+_STORED = {**_SPREAD, "states": "stored", "objective": "velocity"}
+_POOL = {**_SPREAD, "states": "pool", "objective": "adm", "pool_videos": 64}
+_VIDEOS = (8, 24, 96, 384)
+_MOST_VIDEOS = f"stored_{max(_VIDEOS)}"
+_MAPS = {"parameters": "feature_maps"}
+
+
+def _pool(on_policy: float) -> dict[str, Any]:
+    """Return the settings of a pool of which the student moves so large a share."""
+    return {**_POOL, "anchor_share": 1 - on_policy}
+
+
+def _stored(num_videos: int, **more: Any) -> dict[str, Any]:
+    return {**_STORED, "num_trajectories": num_videos, **more}
+
+
+def _selected(**settings: Any) -> Arm:
+    """Return an arm of `selection`: stored videos, which rankings need."""
+    chosen = {name: value for name, value in _stored(96).items() if name != "choice"}
+    return Arm(settings={**chosen, **settings}, baseline="learned")
+
+
+def _distilled(num_steps: int, regression_weight: float, baseline: str | None = None) -> Arm:
+    settings = {
+        "num_trajectories": 96,
+        "num_steps": num_steps,
+        "regression_weight": regression_weight,
+        "critic_steps": 3,
+        "learning_rate": 1e-4,
+        "map_learning_rate": 1e-4,
+    }
+    return Arm(settings=_pool(0), distillation=settings, baseline=baseline)
+
+
+TABLES: dict[str, dict[str, Arm]] = {
+    "objectives": {
+        **{
+            f"stored_{n}": Arm(
+                settings=_stored(n), baseline=None if n == max(_VIDEOS) else _MOST_VIDEOS
+            )
+            for n in _VIDEOS
+        },
+        **{
+            f"adm_{n}": Arm(settings=_stored(n, objective="adm"), baseline=f"stored_{n}")
+            for n in _VIDEOS
+        },
+        "pool": Arm(settings=_pool(0), baseline=_MOST_VIDEOS),
+        "on_policy_half": Arm(settings=_pool(0.5), baseline="pool"),
+        "on_policy": Arm(settings=_pool(1), baseline="pool"),
+    },
+    # A student that cannot represent its teacher: every layer linear, as few features as there are.
+    "students": {
+        "velocity": Arm(settings=_pool(0), linear_share=1),
+        "on_policy_half": Arm(settings=_pool(0.5), linear_share=1, baseline="velocity"),
+        "on_policy": Arm(settings=_pool(1), linear_share=1, baseline="velocity"),
+        "velocity_maps": Arm(settings=_pool(0) | _MAPS, linear_share=1),
+        "on_policy_maps": Arm(settings=_pool(1) | _MAPS, linear_share=1, baseline="velocity_maps"),
+    },
+    "few_steps": {
+        f"{name}_{steps}": arm
+        for steps in (8, 4)
+        for name, arm in {
+            "matching_and_regression": _distilled(steps, 1.0),
+            "matching": _distilled(steps, 0.0, f"matching_and_regression_{steps}"),
+            "undistilled": Arm(
+                settings=_pool(0),
+                sampler_steps=steps,
+                baseline=f"matching_and_regression_{steps}",
+            ),
+        }.items()
+    },
+    "selection": {
+        "learned": dataclasses.replace(_selected(choice="learned"), baseline=None),
+        "alternate": _selected(choice="alternate"),
+        "random": dataclasses.replace(_selected(), is_random=True),
+        "replace_one": _selected(choice="sensitivity", sensitivity="replace-one"),
+        "restore_one": _selected(choice="sensitivity", sensitivity="restore-one"),
+    },
+    "sizes": {
+        "whole": Arm(settings=_pool(0), num_frames=(WHOLE, SHORT)),
+        "short": Arm(
+            settings=_pool(0) | {"num_frames": SHORT}, num_frames=(WHOLE, SHORT), baseline="whole"
+        ),
+        "mixed": Arm(
+            settings=_pool(0) | {"more_sizes": f"256x256x{SHORT}"},
+            num_frames=(WHOLE, SHORT),
+            baseline="whole",
+        ),
+    },
+}
+"""Table -> arm. Arms of the same settings are of the same runs, in whatever tables they are."""
+
+NOT_RUN: dict[str, dict[str, str]] = {
+    "students": {
+        "kl_push": "the gradient of a KL divergence through a rollout's last step has no code",
+        "critic": "a trained critic on the ends of the teacher's own grid has no code; "
+        "linvideo_core.distill has one for few steps",
+        "block_features": "a loss on every block's output has no code; the warm start fits each "
+        "layer's attention alone",
+    },
+    "few_steps": {
+        "velocity": "matching the guided velocity without guidance has no code",
+        "regression": "regression without distribution matching has no code",
+    },
+    "selection": {
+        "from_ranking": "learned scores that start from a ranking have no code",
+        "in_cost": "a budget in cost, with hybrid layers among the choices, has no code",
+    },
+}
+"""Table -> what the study asks for and the product cannot do -> why it has no row."""
+
+
+def find_arms(tables: list[str]) -> dict[tuple[str, str], Arm]:
+    """Return the arms of some tables by (table, name)."""
+    return {(table, name): arm for table in tables for name, arm in TABLES[table].items()}

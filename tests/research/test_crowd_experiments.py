@@ -1,0 +1,208 @@
+"""Experiments on crowd: arms are transfers, seeds are paired, and nothing is done twice."""
+
+import dataclasses
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.files import write_tensors
+from linvideo_core.run.lock import locked
+from linvideo_core.transfer import cli as transfer_cli
+from research.crowd import arms, captions, experiments, judge, pace, study, summary, train
+from research.crowd.arms import SHORT, TABLES, Arm
+from research.crowd.study import ROWS_NAME, ExperimentsConfig, Rows, Study
+from research.declared_runs import to_flags
+
+TINY = WanConfig(
+    dim=128, num_heads=1, num_layers=2, ffn_dim=64, text_dim=captions.TEXT_DIM, freq_dim=32
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentsConfig:
+    """A study of a tiny teacher and judge with random weights."""
+    folder = tmp_path_factory.mktemp("crowd")
+    torch.manual_seed(0)
+    model = WanModel(TINY)
+    model.init_weights()
+    with torch.no_grad():
+        # Its last layer starts at zero, and all videos would be their noise.
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    write_tensors(folder / "model.safetensors", train.narrow(model.state_dict()))
+    write_tensors(folder / "judge.safetensors", judge.Judge((8, 8, 8)).state_dict())
+    return ExperimentsConfig(
+        comparison=CompareConfig(
+            num_samples=4, seeds_per_prompt=2, sampler_steps=2, batch_size=4, shift=train.SHIFT
+        ),
+        tables="students",
+        seeds=1,
+        minutes_per_run=1e-4,
+        pace_steps=2,
+        num_prompts=4,
+        flags="--batch-size 1 --accumulation 1 --warm-start-steps 1 --frozen fp32 "
+        "--activation-checkpointing false --states-per-trajectory 2",
+        model=folder / "model.safetensors",
+        judge=folder / "judge.safetensors",
+        out=folder / "study",
+        device="cpu",
+    )
+
+
+def test_every_arm_is_a_transfer_that_the_command_line_takes(config: ExperimentsConfig) -> None:
+    captions.write_both(captions.CaptionsConfig(num_prompts=4, out=config.out))
+    made = Study(
+        config=config,
+        arms=arms.find_arms([*TABLES]),
+        rows=Rows(config.out / "none.json"),
+        paces={},
+        num_layers=TINY.num_layers,
+    )
+    for (_, name), arm in made.arms.items():
+        settings = made.settings_of(arm, 1)["transfer"]
+        found = transfer_cli.read([*config.list_words(), *to_flags(settings)])
+        assert found.selection.target == round(2 * arm.linear_share), name
+        assert found.trajectories.sampler_steps == config.comparison.sampler_steps
+
+
+def test_baselines_are_arms_of_the_same_table_that_have_none_less_often() -> None:
+    for table in TABLES.values():
+        for name, arm in table.items():
+            if arm.baseline is not None:
+                assert arm.baseline != name
+                assert set(arm.num_frames) <= set(table[arm.baseline].num_frames)
+
+
+def test_random_layers_follow_the_seed(config: ExperimentsConfig) -> None:
+    made = Study(
+        config=config, arms={}, rows=Rows(config.out / "none.json"), paces={}, num_layers=12
+    )
+    arm = TABLES["selection"]["random"]
+    drawn = [made.settings_of(arm, seed)["transfer"]["layers"] for seed in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert all(len(set(layers.split(","))) == 6 for layers in drawn)
+
+
+def test_a_training_that_outlives_its_study_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "_WAIT_SECONDS", 0.01)
+    ended, entered = [], threading.Event()
+
+    def train() -> None:
+        with locked(tmp_path):
+            entered.set()
+            time.sleep(0.2)
+            ended.append(True)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    entered.wait()
+    study._wait_for(tmp_path)
+    assert ended
+    thread.join()
+
+
+def test_the_time_of_a_step_is_its_kind_s_alone() -> None:
+    table = TABLES["objectives"]
+    kinds = {name: pace.find_kind("transfer", arm.settings) for name, arm in table.items()}
+    assert kinds["stored_8"] == kinds["stored_384"] != kinds["adm_8"]
+    assert len({kinds[name] for name in ("pool", "on_policy_half", "on_policy")}) == 3
+    # The slow first step counts as four usual ones.
+    assert pace.mean_seconds([9.0, 1.0, 1.0, 2.0, 1.0]) == pytest.approx((4 + 1 + 1 + 2 + 1) / 5)
+
+
+STORED = {"states": "stored", "objective": "velocity", "num_trajectories": 2}
+FEW = {"num_steps": 1, "num_trajectories": 2, "critic_steps": 1}
+
+
+@pytest.mark.slow
+def test_two_arms_of_two_seeds_are_compared_and_nothing_is_done_twice(
+    config: ExperimentsConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = Arm(settings=STORED, is_random=True, num_frames=(SHORT,))
+    few = Arm(
+        settings=STORED, is_random=True, distillation=FEW, baseline="drawn", num_frames=(SHORT,)
+    )
+    monkeypatch.setitem(TABLES, "students", {"drawn": drawn, "few": few})
+    experiments.run(config)
+    said = capsys.readouterr().out
+    assert "2 trainings of 0.0001 minutes are missing, and as many videos to sample as 16" in said
+    both = dataclasses.replace(config, seeds=2)
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("row.json")}
+    rows_path = config.out / ROWS_NAME
+    experiments.run(both)
+    rows = json.loads(rows_path.read_text())["rows"]
+    keys = [(row["table"], row["name"], row["seed"]) for row in rows]
+    assert len(keys) == len(set(keys)) == 8
+    # As if it had been killed between a training and its row.
+    rows_path.write_text(json.dumps({"rows": rows[:-1]}))
+    trained = {path: path.stat().st_mtime_ns for path in config.out.rglob("row.json")}
+    assert before.items() < trained.items()
+    found = experiments.run(both)
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("row.json")} == trained
+    again = json.loads(rows_path.read_text())["rows"]
+    assert again == rows
+    row = found["students"][1]
+    values = {(r["name"], r["seed"]): r["fidelity"] for r in rows if r["table"] == "students"}
+    first, second = (values["few", seed] - values["drawn", seed] for seed in (0, 1))
+    assert row["fidelity_difference"] == pytest.approx((first + second) / 2)
+    assert row["fidelity_t"] == pytest.approx((first + second) / abs(first - second))
+    assert row["floor"] > 0 and row["seconds_per_video"] > 0 and row["seeds"] == 2
+    assert row["seconds_per_video"] < found["students"][0]["seconds_per_video"]
+    assert summary.count_tests(found["students"])["comparisons"] == 1
+
+
+def make_rows(**values: list[float]) -> list[dict[str, object]]:
+    """Return rows of the table `students`: name -> unpaired_frechet by seed."""
+    return [
+        {
+            "table": "students",
+            "name": name,
+            "seed": seed,
+            "num_frames": 61,
+            "unpaired_frechet": value,
+            "recall": 0.5,
+        }
+        for name, each in values.items()
+        for seed, value in enumerate(each)
+    ]
+
+
+def test_tables_hold_means_and_paired_tests_of_known_values() -> None:
+    rows = make_rows(velocity=[2.0, 3.0, 1.0, 4.0], on_policy=[1.0, 1.0, -2.0, 0.0])
+    baseline, row = summary.tabulate(rows, "students")
+    assert (baseline["seeds"], baseline["unpaired_frechet"]) == (4, 2.5)
+    assert "baseline" not in baseline and row["baseline"] == "velocity"
+    # Differences -1, -2, -3, -4.
+    assert row["unpaired_frechet_difference"] == -2.5
+    assert row["unpaired_frechet_t"] == pytest.approx(-3.872983, abs=1e-6)
+    assert row["unpaired_frechet_p"] == 0.125
+    assert (row["recall_difference"], row["recall_t"], row["recall_p"]) == (0.0, None, 1.0)
+    assert summary.count_tests([baseline, row]) == {"measures": 2, "comparisons": 1, "tests": 2}
+    said = summary.describe_tests([baseline, row])
+    assert said.startswith("2 paired tests were looked at, 2 measures in 1 comparisons")
+    shown = summary.show("students", [baseline, row], [])
+    assert "-2.5 (-3.9, 0.125)" in shown and said in shown and "not run: kl_push" in shown
+
+
+def test_a_seed_that_failed_is_counted_and_not_compared() -> None:
+    rows = make_rows(velocity=[2.0, 3.0], on_policy=[1.0])
+    failed = {"table": "students", "name": "on_policy", "seed": 1, "num_frames": 61}
+    _, row = summary.tabulate([*rows, {**failed, "error": "the loss became nan"}], "students")
+    assert (row["seeds"], row["failed"]) == (1, 1)
+    assert (row["unpaired_frechet_difference"], row["unpaired_frechet_p"]) == (-1.0, 1.0)
+
+
+def test_unknown_tables_and_arms_are_refused() -> None:
+    with pytest.raises(SettingError, match="'dreams' is unknown"):
+        ExperimentsConfig(tables="sizes,dreams")
+    with pytest.raises(SettingError, match="'whole' is unknown; of"):
+        ExperimentsConfig(tables="selection", arms="random,whole")
