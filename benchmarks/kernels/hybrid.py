@@ -66,7 +66,7 @@ def check(tilings: Sequence[Tiles], heads: int, setting: Setting) -> float:
     for tiles in tilings:
         inputs = make_inputs(Shape(tiles.num_tokens, heads), 1, setting)
         weights = make_weights(heads, setting)
-        found, *_ = hybrid_triton.forward(*inputs, weights, tiles)
+        found, *_ = hybrid_triton.forward(*inputs, *weights.values(), tiles)
         expected = hybrid_attention(*(x.double() for x in inputs), weights, tiles, _FORM)
         errors.append(relative_error(found, expected))
         if not errors[-1] < TOLERANCE:
@@ -105,7 +105,7 @@ def _measure_shape(
     floor = floor_milliseconds(shape, FORWARD, setting.dtype.itemsize, bandwidth)
     rows = []
     for tiles in tilings:
-        hybrid = time(hybrid_triton.forward, *inputs, weights, tiles)
+        hybrid = time(hybrid_triton.forward, *inputs, *weights.values(), tiles)
         flops = 4 * HEAD_DIM * heads * tiles.share * shape.tokens**2
         rows.append(
             {
