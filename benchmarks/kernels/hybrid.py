@@ -1,7 +1,8 @@
 """Softmax within tiles beside linear attention, timed: `python -m benchmarks.kernels.hybrid`.
 
-The fused kernel forward at Wan's shapes in bf16, beside the linear kernels that it contains and
-softmax over all tokens. It must agree with its definition in fp64 before anything is timed.
+The fused kernels at Wan's shapes in bf16, forward and backward, beside the linear kernels that they
+contain and softmax over all tokens. They must agree with their definition in fp64 before anything
+is timed.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linvideo_core.kernels import linear_attention
-from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
+from linvideo_core.kernels import hybrid_attention, hybrid_reference, linear_attention
+from linvideo_core.kernels.hybrid_reference import HybridForm, initial_weights
 from linvideo_core.kernels.softmax import softmax_attention
 from linvideo_core.kernels.tiles import Tiles
 from linvideo_core.run import limits
@@ -22,18 +23,16 @@ from linvideo_core.run.config import Settings, option, parse, run_command
 from linvideo_core.run.devices import resolve_device
 
 from ..record import show_rows
-from .agreement import relative_error
-from .contenders import HEAD_DIM, TOLERANCE, Setting, Shape, make_inputs
-from .speed import FORWARD, NUM_COPIED, floor_milliseconds, measure_copy_bandwidth
+from .agreement import compare
+from .contenders import HEAD_DIM, TOLERANCE, Contender, Setting, Shape, make_inputs
+from .speed import BACKWARD, FORWARD, NUM_COPIED, floor_milliseconds, measure_copy_bandwidth
 from .timing import milliseconds
 
-_SMALL, _LARGE = (21, 30, 52), (21, 45, 80)
-CASES = {
-    12: [Tiles(grid=_SMALL, tile=tile) for tile in ((1, 10, 13), (3, 10, 13), (3, 15, 13))],
-    40: [Tiles(grid=_LARGE, tile=tile) for tile in ((3, 9, 8), (3, 15, 16), (7, 15, 16))],
-}
-"""Heads -> tiles: Wan 1.3B at 480p with 0.4, 1.2 and 1.8 % of the tokens a tile; 14B at 720p with
-0.3, 1.0 and 2.2 %."""
+_SMALL = [Tiles(grid=(21, 30, 52), tile=tile) for tile in ((1, 10, 13), (3, 10, 13), (3, 15, 13))]
+_LARGE = [Tiles(grid=(21, 45, 80), tile=tile) for tile in ((3, 9, 8), (3, 15, 16), (7, 15, 16))]
+CASES = {Shape(32760, 12): _SMALL, Shape(32760, 40): _SMALL, Shape(75600, 40): _LARGE}
+"""Shape -> tiles: Wan 1.3B and 14B at 480p with 0.4, 1.2 and 1.8 % of the tokens a tile; 14B at
+720p with 0.3, 1.0 and 2.2 %."""
 CHECKED = (
     Tiles(grid=(7, 23, 25), tile=(3, 7, 9), shift=(1, 3, 4), before=5, after=67),
     Tiles(grid=(7, 23, 25), tile=(3, 15, 13)),
@@ -59,69 +58,93 @@ def make_weights(heads: int, setting: Setting) -> dict[str, Tensor]:
 
 
 def check(tilings: Sequence[Tiles], heads: int, setting: Setting) -> float:
-    """Return the kernel's largest error against fp64; RuntimeError where it is too large."""
-    from linvideo_core.kernels import hybrid_triton
+    """Return the largest error against fp64, of the value or a gradient of tokens or maps.
 
-    errors = []
+    Raises RuntimeError where it is too large.
+    """
+    largest = 0.0
+    weights = make_weights(heads, setting)
     for tiles in tilings:
+        arguments = {"weights": weights, "tiles": tiles, "form": _FORM}
+        attend = functools.partial(hybrid_attention, **arguments, backend="triton")
+        define = functools.partial(hybrid_reference.hybrid_attention, **arguments)
         inputs = make_inputs(Shape(tiles.num_tokens, heads), 1, setting)
-        weights = make_weights(heads, setting)
-        found, *_ = hybrid_triton.forward(*inputs, weights, tiles)
-        expected = hybrid_attention(*(x.double() for x in inputs), weights, tiles, _FORM)
-        errors.append(relative_error(found, expected))
-        if not errors[-1] < TOLERANCE:
-            raise RuntimeError(f"{tiles} differs from its definition in fp64 by {errors[-1]:.1e}")
-    return max(errors)
+        contender = Contender("hybrid", "linear", attend, definition=define)
+        for name, error in compare(contender, inputs, torch.randn_like(inputs[0])).items():
+            if not error < TOLERANCE:
+                raise RuntimeError(
+                    f"{tiles} differs from its definition in fp64 by {error:.1e} ({name})"
+                )
+            largest = max(largest, error)
+    return largest
 
 
 def measure(
-    cases: Mapping[int, Sequence[Tiles]], setting: Setting, num_copied: int = NUM_COPIED
+    cases: Mapping[Shape, Sequence[Tiles]], setting: Setting, num_copied: int = NUM_COPIED
 ) -> list[Row]:
-    """Return a row for all tiles of each number of heads.
+    """Return a row for each pass and all tiles of each shape.
 
-    floor_ratio: the hybrid layer's time over that of reading q, k, v and writing o once.
-    added_teraflops: what softmax within tiles computes, 4 D for each pair of tokens, over the time
-        beyond that of the linear layer.
+    floor_ratio: the hybrid layer's time over that of moving the bytes of a linear layer's pass, see
+        `speed`; backward has the gradients of all that learns.
+    added_teraflops: what softmax within tiles computes, 4 D for each pair of tokens and 10 D in
+        backward, over the time beyond that of the linear layer.
     num_copied: see `measure_copy_bandwidth`.
     """
     bandwidth = measure_copy_bandwidth(setting, num_copied)
     return [row for case in cases.items() for row in _measure_shape(*case, setting, bandwidth)]
 
 
-@torch.no_grad()
 def _measure_shape(
-    heads: int, tilings: Sequence[Tiles], setting: Setting, bandwidth: float
+    shape: Shape, tilings: Sequence[Tiles], setting: Setting, bandwidth: float
 ) -> list[Row]:
-    from linvideo_core.kernels import hybrid_triton
-
-    def time(attend: Callable[..., Any], *arguments: Any) -> float:
-        attend(*arguments)
-        return milliseconds(lambda: attend(*arguments), setting.device, setting.seconds)
-
-    shape = Shape(tilings[0].num_tokens, heads)
-    inputs, weights = make_inputs(shape, 1, setting), make_weights(heads, setting)
-    linear = time(functools.partial(linear_attention, backend="triton"), *inputs)
-    softmax = time(softmax_attention, *inputs[:3])
-    floor = floor_milliseconds(shape, FORWARD, setting.dtype.itemsize, bandwidth)
+    inputs, weights = make_inputs(shape, 1, setting), make_weights(shape.heads, setting)
+    linear = _time_passes(functools.partial(linear_attention, backend="triton"), inputs, setting)
+    softmax = _time_passes(softmax_attention, inputs[:3], setting)
     rows = []
     for tiles in tilings:
-        hybrid = time(hybrid_triton.forward, *inputs, weights, tiles)
-        flops = 4 * HEAD_DIM * heads * tiles.share * shape.tokens**2
-        rows.append(
-            {
-                "shape": str(shape),
-                "tile": "x".join(map(str, tiles.tile)),
-                "share_of_tokens": tiles.share,
-                "linear_ms": linear,
-                "hybrid_ms": hybrid,
-                "softmax_ms": softmax,
-                "over_linear": hybrid / linear,
-                "vs_softmax": softmax / hybrid,
-                "floor_ratio": hybrid / floor,
-                "added_teraflops": flops / (hybrid - linear) / 1e9,
-            }
-        )
+
+        def attend(*tensors: Tensor, tiles: Tiles = tiles) -> Tensor:
+            moved = dict(zip(weights, tensors[5:], strict=True))
+            return hybrid_attention(*tensors[:5], moved, tiles, _FORM, backend="triton")
+
+        hybrid = _time_passes(attend, [*inputs, *weights.values()], setting)
+        for step, factor in ((FORWARD, 4), (BACKWARD, 10)):
+            floor = floor_milliseconds(shape, step, setting.dtype.itemsize, bandwidth)
+            flops = factor * HEAD_DIM * shape.heads * tiles.share * shape.tokens**2
+            rows.append(
+                {
+                    "shape": str(shape),
+                    "tile": "x".join(map(str, tiles.tile)),
+                    "share_of_tokens": tiles.share,
+                    "pass": step,
+                    "linear_ms": linear[step],
+                    "hybrid_ms": hybrid[step],
+                    "softmax_ms": softmax[step],
+                    "over_linear": hybrid[step] / linear[step],
+                    "vs_softmax": softmax[step] / hybrid[step],
+                    "floor_ratio": hybrid[step] / floor,
+                    "added_teraflops": flops / (hybrid[step] - linear[step]) / 1e9,
+                }
+            )
     return rows
+
+
+def _time_passes(
+    attend: Callable[..., Tensor], tensors: Sequence[Tensor], setting: Setting
+) -> dict[str, float]:
+    """Return the milliseconds of forward, without a graph, and of backward alone."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    output = attend(*leaves)
+    upstream = torch.randn_like(output)
+    calls = {
+        FORWARD: torch.no_grad()(lambda: attend(*tensors)),
+        BACKWARD: lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True),
+    }
+    times = {}
+    for step, call in calls.items():
+        call()
+        times[step] = milliseconds(call, setting.device, setting.seconds)
+    return times
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,13 +12,16 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import custom_ops, reference
+from . import custom_ops, hybrid_reference, reference
+from .hybrid_reference import HybridForm, initial_weights
+from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Compiled for gfx1100 with heads of 128, each thread spills 1 to 4 KB of its registers.
 _AMD_ARCHITECTURE = "gfx942"
+_FUSED_FORM = HybridForm(mass="query")
+# More tokens than a block has in the larger of two.
+_FEW_TILES = Tiles(grid=(1, 1, 200), tile=(1, 1, 129))
 # Of a few tokens by the fused kernels, in any dtype: what is right in bf16 is within 0.04.
 _MAX_ERROR = 0.1
 
@@ -68,6 +74,44 @@ def linear_attention(
         backend, query.device, _unknown_attention(D, half, value.dtype, is_joint), case
     )
     return custom_ops.linear_attention(query, key, value, query_map, key_map, chosen, is_joint)[0]
+
+
+def hybrid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    weights: Mapping[str, Tensor],
+    tiles: Tiles,
+    form: HybridForm,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax within tiles beside linear attention, `s local + (1 - s) far` of `hybrid_reference`.
+
+    query, key, value: [B, L, N, D], as `linear_attention` takes them, L the tokens of `tiles`.
+    query_map, key_map: [N, D, M/2]; weights: by the names of `initial_weights`.
+    backend: as of `linear_attention`; the fused kernels know mass "query" without other terms, and
+        "auto" leaves other forms to the reference.
+
+    Returns [B, L, N, D] in value's dtype; the gradient reaches all tensors.
+    Raises ValueError naming what does not fit, or why the backend asked for cannot run.
+    """
+    _check_attention(query, key, value, query_map, key_map)
+    N, D, half = query_map.shape
+    tiles.check_tokens(query, key, value)
+    _check_weights(weights, initial_weights(form, N, D), query.device)
+    gradients = _gradients((query, key, value, *weights.values()), (query_map, key_map))
+    case = ("hybrid_attention", D, 2 * half, value.dtype, gradients)
+    unknown = _unknown_attention(D, half, value.dtype, is_joint=False)
+    if form != _FUSED_FORM:
+        unknown = f"the fused kernels know hybrid layers of mass {_FUSED_FORM.mass!r} alone"
+    tensors = (query, key, value, query_map, key_map)
+    if _choose(backend, query.device, unknown, case) == "reference":
+        return hybrid_reference.hybrid_attention(*tensors, weights, tiles, form)
+    mass = weights["mass_bias"], weights["mass_gate"]
+    return custom_ops.hybrid_attention(*tensors, *mass, tiles.numbers)[0]
 
 
 def norm_rotary(
@@ -272,26 +316,39 @@ def _compute_few(
     gradients: str,
 ) -> list[Tensor]:
     """Return what a kernel gives for a few tokens, then the gradients asked for, all in fp32."""
-    L, N = 17, 2
-    is_rotary = kernel == "norm_rotary"
+    N = 2
+    is_rotary, is_hybrid = kernel == "norm_rotary", kernel == "hybrid_attention"
+    L = _FEW_TILES.num_tokens if is_hybrid else 17
     shapes = [(1, L, N * D)] if is_rotary else [(1, L, N, D)] * 3
-    is_wanted = [gradients != ""] * len(shapes) + [gradients == "maps"] * 2
+    num_tokens = len(shapes)
     shapes += [(N * D,), (2, L, D // 2)] if is_rotary else [(N, D, M // 2)] * 2
+    shapes += [(N,), (N, D)] if is_hybrid else []
     autocast = torch.autocast(device.type, enabled=False)
     # Hooks that change nothing hide what is saved from those of the caller's checkpoint.
     hidden = saved_tensors_hooks(lambda x: x, lambda x: x)
     with torch.inference_mode(False), torch.enable_grad(), autocast, hidden:
         inputs = [_make_numbers(shape, device) for shape in shapes]
-        inputs = [x.to(dtype) if i < len(shapes) - 2 else x / D**0.5 for i, x in enumerate(inputs)]
-        wanted = [x.requires_grad_() for x, is_in in zip(inputs, is_wanted, strict=True) if is_in]
-        if not is_rotary:
-            out = custom_ops.linear_attention(*inputs, backend)[0]
-        elif backend == "triton":
-            out = custom_ops.norm_rotary(*inputs, N, 1e-6)
-        else:
-            out = reference.norm_rotary(*inputs, N, 1e-6)
+        inputs = [x.to(dtype) if i < num_tokens else x / D**0.5 for i, x in enumerate(inputs)]
+        last = {"": 0, "tokens": num_tokens, "maps": len(inputs)}[gradients]
+        # One number a head, as mass_bias has, may have a gradient that is nothing but rounding.
+        wanted = [x for x in inputs[:last] if x.ndim > 1]
+        for x in wanted:
+            x.requires_grad_()
+        out = _call_kernel(kernel, backend, inputs, N)
         found = torch.autograd.grad(out.float().square().sum(), wanted) if wanted else ()
         return [x.detach().float() for x in (out, *found)]
+
+
+def _call_kernel(kernel: str, backend: str, inputs: list[Tensor], num_heads: int) -> Tensor:
+    if kernel == "linear_attention":
+        return custom_ops.linear_attention(*inputs, backend)[0]
+    if kernel == "norm_rotary":
+        module = custom_ops if backend == "triton" else reference
+        return module.norm_rotary(*inputs, num_heads, 1e-6)
+    if backend == "triton":
+        return custom_ops.hybrid_attention(*inputs, _FEW_TILES.numbers)[0]
+    weights = {"mass_bias": inputs[5], "mass_gate": inputs[6]}
+    return hybrid_reference.hybrid_attention(*inputs[:5], weights, _FEW_TILES, _FUSED_FORM)
 
 
 def _make_numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -350,3 +407,15 @@ def _check_attention(
             f"query, key, value and the maps hold {dtypes}; fp16, bf16 or fp32 is needed, query "
             "and key alike"
         )
+
+
+def _check_weights(
+    weights: Mapping[str, Tensor], expected: dict[str, Tensor], device: torch.device
+) -> None:
+    for name, like in expected.items():
+        given = weights.get(name)
+        if given is None or given.shape != like.shape or given.device != device:
+            found = {known: (list(x.shape), str(x.device)) for known, x in weights.items()}
+            raise ValueError(
+                f"weights {found} given; {name} {list(like.shape)} on {device} is needed"
+            )

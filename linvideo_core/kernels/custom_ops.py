@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import rotate
+from .tiles import Tiles
 
 BACKENDS = {"triton": "triton_launch", "reference": "reference"}
 
@@ -61,13 +62,17 @@ def linear_attention(
 def _(
     query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, _: Tensor, backend: str, *__: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, N, D = query.shape
-    M = 2 * query_map.shape[2]
+    return value.new_empty(query.shape), *_fake_states(value, query_map, backend)
+
+
+def _fake_states(value: Tensor, feature_map: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Return the keys' means [B, N, M, D] and normaliser [B, N, M], without numbers."""
+    B, _, N, D = value.shape
+    M = 2 * feature_map.shape[2]
     is_half = backend == "triton" and value.dtype != torch.float32
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     means = value.new_empty(B, N, M, D, dtype=torch.bfloat16 if is_half else wide)
-    normaliser = value.new_empty(B, N, M, dtype=wide)
-    return value.new_empty(query.shape), means, normaliser
+    return means, value.new_empty(B, N, M, dtype=wide)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_attention_backward", mutates_args=())
@@ -119,6 +124,91 @@ def _differentiate_attention(
 
 
 linear_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::hybrid_attention", mutates_args=())
+def hybrid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    mass_bias: Tensor,
+    mass_gate: Tensor,
+    tiles: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output [B, L, N, D] and what backward needs, by the fused kernels.
+
+    That is mass, means and normaliser of `hybrid_triton.forward`; tiles: `Tiles.numbers`.
+    """
+    rows = (_with_rows(x) for x in (query, key, value))
+    with torch.cuda.device_of(query):
+        return _module("hybrid_triton").forward(
+            *rows, query_map, key_map, mass_bias, mass_gate, Tiles.from_numbers(tiles)
+        )
+
+
+@hybrid_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, L, N, _ = query.shape
+    mass = value.new_empty(2, B, N, L, dtype=torch.float32)
+    return value.new_empty(query.shape), mass, *_fake_states(value, query_map, "triton")
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::hybrid_attention_backward", mutates_args=())
+def hybrid_attention_backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    mass_bias: Tensor,
+    mass_gate: Tensor,
+    out: Tensor,
+    mass: Tensor,
+    means: Tensor,
+    normaliser: Tensor,
+    tiles: list[int],
+    needs_map_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of all tensors that `hybrid_attention` takes; the maps' 0 if unwanted.
+
+    out, mass, means, normaliser: as that gave them.
+    """
+    rows = (_with_rows(x) for x in (upstream, query, key, value))
+    with torch.cuda.device_of(query):
+        return _module("hybrid_triton").backward(
+            *rows, query_map, key_map, mass_bias, mass_gate, out, mass, means, normaliser,
+            Tiles.from_numbers(tiles), needs_map_gradients=needs_map_gradients,
+        )  # fmt: skip
+
+
+@hybrid_attention_backward.register_fake
+def _(upstream: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors[:7])
+
+
+def _save_hybrid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.tiles = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_hybrid(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 8
+    needs_map_gradients = any(ctx.needs_input_grad[3:5])
+    gradients = hybrid_attention_backward(
+        upstream, *ctx.saved_tensors, ctx.tiles, needs_map_gradients
+    )
+    wanted = zip(gradients, ctx.needs_input_grad[:7], strict=True)
+    return *(gradient if is_wanted else None for gradient, is_wanted in wanted), None
+
+
+hybrid_attention.register_autograd(_differentiate_hybrid, setup_context=_save_hybrid)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::norm_rotary", mutates_args=())

@@ -94,9 +94,7 @@ def hybrid_attention(
     Raises ValueError where the tokens are not those of the tiles.
     """
     L = tiles.num_tokens
-    if not query.shape[1] == key.shape[1] == value.shape[1] == L:
-        lengths = ", ".join(str(x.shape[1]) for x in (query, key, value))
-        raise ValueError(f"query, key and value of {lengths} tokens given; the tiles have {L}")
+    tiles.check_tokens(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = map(widen, (query, key, value))
         maps = widen(query_map), widen(key_map)

@@ -1,16 +1,23 @@
-"""Softmax within tiles beside linear attention as one Triton kernel, forward.
+r"""Softmax within tiles beside linear attention as Triton kernels, forward and backward.
 
 One program has some queries of one tile and one head. It goes through the tile's keys and values
 where they lie, as FlashAttention does, then takes the same queries' features times the state, which
 `triton_launch.reduce_keys` made, and mixes both: scores, features and tiles are never in memory.
 `hybrid_reference` derives the formulas; of its forms this is mass "query" and nothing besides.
 
+Backward sees one softmax: a key of the tile weighs w_ij = exp(q_i k_j / sqrt(D)) / (A_i + F_i), and
+linear attention has the share f_i = F_i / (A_i + F_i), so that with o_i the whole output
+
+    dv_j = sum_i w_ij do_i    dscore_ij = w_ij do_i (v_j - o_i)    dlog F_i = f_i do_i (far_i - o_i)
+
+and linear attention has the gradient f_i do_i, which `triton_launch.pull_back` takes on.
+A tile's keys go through its queries, its queries through its keys, each adding to what that wrote.
+
 Which token lies in which slot of a tile is `tiles.Tiles.token_at`, in the kernel's own arithmetic.
 Kernel locals: i_ program index, o_ offsets, p_ pointer, m_ mask.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 import triton
@@ -19,10 +26,17 @@ from torch import Tensor
 
 from .tiles import Tiles
 from .triton_kernels import LOG2_E, dot, load_matrix, product, to_weights
-from .triton_launch import Launch, call, product_precision, reduce_keys
+from .triton_launch import (
+    FEATURE_DTYPES,
+    Launch,
+    call,
+    product_precision,
+    pull_back,
+    reduce_keys,
+)
 
-# Keys of a block, at most, and the narrowest tile of the tensor cores.
-_MAX_KEYS, _MIN_TOKENS = 64, 16
+# Tokens that a program goes through at a time, at most, and the narrowest tile of tensor cores.
+_MAX_OTHERS, _MIN_TOKENS = 64, 16
 
 
 def forward(
@@ -31,23 +45,58 @@ def forward(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    weights: Mapping[str, Tensor],
+    mass_bias: Tensor,
+    mass_gate: Tensor,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output [B, L, N, D], log A [B, N, L] fp32, and the state's means and normaliser.
+    """Return output [B, L, N, D], mass [2, B, N, L] fp32, and the state's means and normaliser.
 
     query, key, value: [B, L, N, D], last axis contiguous, L the tokens of `tiles`.
-    query_map, key_map: [N, D, M/2]. weights: mass_bias [N] and mass_gate [N, D].
+    query_map, key_map: [N, D, M/2]; mass_bias: [N]; mass_gate: [N, D].
+    mass: log(A + F) of each query, and f.
     """
     query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
     means, normaliser = reduce_keys(key_map, key, value)
     # Where no key lies outside, all is the tile's.
     level = 3 + math.log(tiles.num_slots) if tiles.num_tiles > 1 else -math.inf
-    level = (level - 4 * weights["mass_bias"].float()).contiguous()
-    gate = weights["mass_gate"].float().contiguous()
-    states = (means, normaliser, level, gate)
-    out, log_sums = call("hybrid", _run_hybrid, query_map, query, key, value, *states, tiles)
-    return out, log_sums, means, normaliser
+    level = (level - 4 * mass_bias.float()).contiguous()
+    states = (means, normaliser, level, mass_gate.float().contiguous())
+    out, mass = call("hybrid", _run_hybrid, query_map, query, key, value, *states, tiles)
+    return out, mass, means, normaliser
+
+
+def backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    mass_bias: Tensor,
+    mass_gate: Tensor,
+    out: Tensor,
+    mass: Tensor,
+    means: Tensor,
+    normaliser: Tensor,
+    tiles: Tiles,
+    *,
+    needs_map_gradients: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key, value, both maps, mass_bias and mass_gate.
+
+    upstream: [B, L, N, D], the output's gradient, last axis contiguous; out, mass, means and
+    normaliser as `forward` gave them. In the inputs' dtypes; the maps' are 0 if unwanted.
+    """
+    arguments = (upstream, query, key, value, query_map, key_map, means, normaliser)
+    settings = {"needs_map_gradients": needs_map_gradients}
+    gradients, rows = pull_back(*arguments, (out, mass[1]), **settings)
+    # A launch depends on a map's shape and on the dtype of products.
+    like_map = query_map.to("meta", value.dtype)
+    gate = mass_gate.float().contiguous()
+    arguments = (query, key, value, upstream, rows, mass, gate, gradients[:3], tiles)
+    parts = call("hybrid backward", _run_backward, like_map, *arguments)
+    dgate, dfall = (x.sum(dim=(0, 2)) for x in parts)
+    return *gradients, (4 * dfall).to(mass_bias.dtype), dgate.to(mass_gate.dtype)
 
 
 def _run_hybrid(
@@ -64,21 +113,62 @@ def _run_hybrid(
 ) -> tuple[Tensor, Tensor]:
     B, L, N, D = query.shape
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
-    log_sums = torch.empty(B, N, L, dtype=torch.float32, device=value.device)
-    widest = max(_MIN_TOKENS, triton.next_power_of_2(tiles.num_slots))
-    num_queries, num_keys = (min(most, widest) for most in (launch.tokens, _MAX_KEYS))
-    num_keys = min(num_queries, num_keys)
-    blocks = triton.cdiv(tiles.num_slots, num_queries)
-    _, rows, columns = tiles.counts
-    hybrid_kernel[tiles.num_tiles * blocks, B * N](
-        query, key, value, query_map, means, normaliser, level, gate, out, log_sums,
+    mass = torch.empty(2, B, N, L, dtype=torch.float32, device=value.device)
+    num_programs, blocks = _block_sizes(launch, tiles)
+    hybrid_kernel[num_programs, B * N](
+        query, key, value, query_map, means, normaliser, level, gate, out, mass,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        L, N, *tiles.grid, rows, columns, math.prod(tiles.counts), *tiles.shift,
-        tiles.before, tiles.before + tiles.after,
-        *tiles.tile, D, query_map.shape[2], num_queries, num_keys, product_precision(query_map),
+        L, N, *_places(tiles), *blocks, D, query_map.shape[2], product_precision(query_map),
         num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return out, log_sums
+    return out, mass
+
+
+def _run_backward(
+    launch: Launch,
+    feature_map: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    upstream: Tensor,
+    rows: Tensor,
+    mass: Tensor,
+    gate: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor]:
+    """Add to the gradients of query, key, value; return those of gate and -log F, in parts.
+
+    They are fp32, [B, N, programs, D] and [B, N, programs].
+    """
+    B, L, N, D = query.shape
+    num_programs, blocks = _block_sizes(launch, tiles)
+    dgate = torch.empty(B, N, num_programs, D, dtype=torch.float32, device=query.device)
+    dfall = torch.empty(B, N, num_programs, dtype=torch.float32, device=query.device)
+    _, features = FEATURE_DTYPES[value.dtype]
+    strides = (x.stride()[:3] for x in (query, key, value, upstream))
+    hybrid_backward_kernel[2 * num_programs, B * N](
+        query, key, value, upstream, rows, mass, gate, *gradients, dgate, dfall,
+        *(number for stride in strides for number in stride),
+        L, N, *_places(tiles), *blocks, D, features, product_precision(feature_map),
+        num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return dgate, dfall
+
+
+def _block_sizes(launch: Launch, tiles: Tiles) -> tuple[int, tuple[int, ...]]:
+    """Return programs a head, and what of `_find_tokens` is constant, with the blocks' sizes."""
+    widest = max(_MIN_TOKENS, triton.next_power_of_2(tiles.num_slots))
+    own = min(launch.tokens, widest)
+    blocks = triton.cdiv(tiles.num_slots, own)
+    return tiles.num_tiles * blocks, (*tiles.tile, own, min(own, _MAX_OTHERS))
+
+
+def _places(tiles: Tiles) -> tuple[int, ...]:
+    """Return what of `_find_tokens` is no constant."""
+    _, rows, columns = tiles.counts
+    places = (*tiles.grid, rows, columns, math.prod(tiles.counts), *tiles.shift)
+    return *places, tiles.before, tiles.before + tiles.after
 
 
 @triton.jit
@@ -103,18 +193,24 @@ def _find_tokens(
 
 
 @triton.jit
+def _load_tokens(p_x, stride, o_token, m_token, D: tl.constexpr):
+    p_tile = p_x + o_token[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(p_tile, mask=m_token[:, None], other=0.0)
+
+
+@triton.jit
 def hybrid_kernel(
-    p_query, p_key, p_value, p_map, p_means, p_normaliser, p_level, p_gate, p_out, p_log_sums,
+    p_query, p_key, p_value, p_map, p_means, p_normaliser, p_level, p_gate, p_out, p_mass,
     query_b, query_l, query_n, key_b, key_l, key_n, value_b, value_l, value_n, out_b, out_l, out_n,
     length, num_heads, frames, height, width, rows, columns, video_tiles,
     shift_f, shift_h, shift_w, before, num_others,
     TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the output and log A of up to QUERIES slots of one tile.
+    """Write the output and mass of up to QUERIES slots of one tile.
 
-    level: [N], `3 - 4 b + log T`; gate: [N, D], g; log_sums: [B N, L]. Of the linear part see
+    level: [N], `3 - 4 b + log T`; gate: [N, D], g; mass: [2, B N, L]. Of the linear part see
     `triton_kernels.map_kernel`.
     """
     T: tl.constexpr = TILE_F * TILE_H * TILE_W
@@ -131,9 +227,9 @@ def hybrid_kernel(
     # Of a tile that is cut off, many slots are empty.
     if tl.max(m_query.to(tl.int32), 0) == 0:
         return
-    p_query += i_b * query_b + i_n * query_n + o_query[:, None] * query_l + o_d[None, :]
+    p_query += i_b * query_b + i_n * query_n
     feature_map = load_matrix(p_map + i_n * D * H, D, H)
-    query = tl.load(p_query, mask=m_query[:, None], other=0.0).to(feature_map.dtype)
+    query = _load_tokens(p_query, query_l, o_query, m_query, D).to(feature_map.dtype)
     p_key += i_b * key_b + i_n * key_n
     p_value += i_b * value_b + i_n * value_n
     # A finite start: the first keys may all be empty slots.
@@ -146,10 +242,8 @@ def hybrid_kernel(
             frames, height, width, rows, columns, video_tiles,
             shift_f, shift_h, shift_w, before, num_others, TILE_F, TILE_H, TILE_W,
         )  # fmt: skip
-        p_tile = p_key + o_key[:, None] * key_l + o_d[None, :]
-        key = tl.load(p_tile, mask=m_key[:, None], other=0.0).to(feature_map.dtype)
-        p_tile = p_value + o_key[:, None] * value_l + o_d[None, :]
-        value = tl.load(p_tile, mask=m_key[:, None], other=0.0)
+        key = _load_tokens(p_key, key_l, o_key, m_key, D).to(feature_map.dtype)
+        value = _load_tokens(p_value, value_l, o_key, m_key, D)
         scores = product(query, tl.trans(key), PRECISION) * (LOG2_E / D**0.5)
         scores = tl.where(m_key[None, :], scores, float("-inf"))
         now = tl.maximum(highest, tl.max(scores, 1))
@@ -170,8 +264,133 @@ def hybrid_kernel(
     far = dot(minus.to(means.dtype), means, far, PRECISION)
     gate = tl.load(p_gate + i_n * D + o_d)
     log_far = tl.load(p_level + i_n) - tl.sum(query.to(tl.float32) * gate[None, :], 1)
-    share = tl.sigmoid(log_sum - log_far)
+    # Of A in A + F; both in logarithms, as either alone may overflow.
+    odds = log_sum - log_far
+    share = tl.sigmoid(odds)
     out = far + share[:, None] * (local - far)
     p_out += i_b * out_b + i_n * out_n + o_query[:, None] * out_l + o_d[None, :]
     tl.store(p_out, out.to(p_out.dtype.element_ty), mask=m_query[:, None])
-    tl.store(p_log_sums + i_head.to(tl.int64) * length + o_query, log_sum, mask=m_query)
+    p_mass += i_head.to(tl.int64) * length + o_query
+    log_total = tl.maximum(log_sum, log_far) + tl.log2(1 + tl.exp2(-tl.abs(odds) * LOG2_E)) / LOG2_E
+    tl.store(p_mass, log_total, mask=m_query)
+    p_mass += tl.num_programs(1).to(tl.int64) * length
+    tl.store(p_mass, tl.sigmoid(-odds), mask=m_query)
+
+
+@triton.jit
+def _pull_back(
+    p_x, p_y, x_l, y_l, p_other_x, p_other_y, other_x_l, other_y_l, p_rows, p_mass,
+    i_block, i_tile, frames, height, width, rows, columns, video_tiles,
+    shift_f, shift_h, shift_w, before, num_others,
+    TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, D: tl.constexpr, FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr, IS_KEY: tl.constexpr,
+):  # fmt: skip
+    """Return a block's tokens, whether there are any, their x, and the gradients of x and y.
+
+    x and y are q and do, those of the others k and v; of a block of keys the reverse. The first
+    gradient lacks 1 / sqrt(D), and only values have a second.
+    """
+    o_own, m_own = _find_tokens(
+        i_block * OWN + tl.arange(0, OWN), i_tile,
+        frames, height, width, rows, columns, video_tiles,
+        shift_f, shift_h, shift_w, before, num_others, TILE_F, TILE_H, TILE_W,
+    )  # fmt: skip
+    narrow = p_other_y.dtype.element_ty
+    x = _load_tokens(p_x, x_l, o_own, m_own, D).to(narrow)
+    y = _load_tokens(p_y, y_l, o_own, m_own, D).to(FEATURES)
+    if not IS_KEY:
+        log_total = tl.load(p_mass + o_own, mask=m_own, other=float("inf")) * LOG2_E
+        whole = tl.load(p_rows + o_own * 4 + 1, mask=m_own, other=0.0)
+    dx = tl.zeros((OWN, D), tl.float32)
+    dy = tl.zeros((OWN, D), tl.float32)
+    # Of a tile that is cut off, many slots are empty.
+    last = TILE_F * TILE_H * TILE_W * tl.max(m_own.to(tl.int32), 0)
+    for start in range(0, last, OTHERS):
+        o_other, m_other = _find_tokens(
+            start + tl.arange(0, OTHERS), i_tile,
+            frames, height, width, rows, columns, video_tiles,
+            shift_f, shift_h, shift_w, before, num_others, TILE_F, TILE_H, TILE_W,
+        )  # fmt: skip
+        other_x = _load_tokens(p_other_x, other_x_l, o_other, m_other, D).to(narrow)
+        other_y = _load_tokens(p_other_y, other_y_l, o_other, m_other, D).to(FEATURES)
+        scores = product(x, tl.trans(other_x), PRECISION) * (LOG2_E / D**0.5)
+        slopes = product(y, tl.trans(other_y), PRECISION)
+        if IS_KEY:
+            # Of an empty slot: exp2 of minus infinity, no weight.
+            log_total = tl.load(p_mass + o_other, mask=m_other, other=float("inf")) * LOG2_E
+            whole = tl.load(p_rows + o_other * 4 + 1, mask=m_other, other=0.0)
+            weights = tl.exp2(scores - log_total[None, :])
+            slopes = weights * (slopes - whole[None, :])
+            dy = dot(weights.to(FEATURES), other_y, dy, PRECISION)
+        else:
+            scores = tl.where(m_other[None, :], scores, float("-inf"))
+            slopes = tl.exp2(scores - log_total[:, None]) * (slopes - whole[:, None])
+        dx = dot(slopes.to(FEATURES), other_x.to(FEATURES), dx, PRECISION)
+    return o_own, m_own, x, dx, dy
+
+
+@triton.jit
+def _add_to(p_x, o_token, m_token, stride, tile, D: tl.constexpr):
+    p_tile = p_x + o_token[:, None] * stride + tl.arange(0, D)[None, :]
+    tile += tl.load(p_tile, mask=m_token[:, None], other=0.0).to(tl.float32)
+    tl.store(p_tile, tile.to(p_x.dtype.element_ty), mask=m_token[:, None])
+
+
+@triton.jit
+def hybrid_backward_kernel(
+    p_query, p_key, p_value, p_upstream, p_rows, p_mass, p_gate, p_dquery, p_dkey, p_dvalue,
+    p_dgate, p_dfall,
+    query_b, query_l, query_n, key_b, key_l, key_n, value_b, value_l, value_n,
+    upstream_b, upstream_l, upstream_n,
+    length, num_heads, frames, height, width, rows, columns, video_tiles,
+    shift_f, shift_h, shift_w, before, num_others,
+    TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, D: tl.constexpr, FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradients of up to OWN slots of one tile, of queries or of keys and values.
+
+    dquery, dkey, dvalue: [B, L, N, D], contiguous; dgate: [B N, programs, D] fp32 and dfall
+    [B N, programs], the gradient of -log F. Neighbouring programs read the same tile.
+    """
+    BLOCKS: tl.constexpr = (TILE_F * TILE_H * TILE_W + OWN - 1) // OWN
+    i_program, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_tile, i_block = i_program // (2 * BLOCKS), i_program % BLOCKS
+    i_b, i_n = i_head // num_heads, i_head % num_heads
+    p_query += i_b * query_b + i_n * query_n
+    p_key += i_b * key_b + i_n * key_n
+    p_value += i_b * value_b + i_n * value_n
+    p_upstream += i_b * upstream_b + i_n * upstream_n
+    p_rows += i_head * 4 * length
+    p_mass += i_head * length
+    out = (i_b * length * num_heads + i_n) * D
+    if i_program // BLOCKS % 2 == 0:
+        o_key, m_key, _key, dkey, dvalue = _pull_back(
+            p_key, p_value, key_l, value_l, p_query, p_upstream, query_l, upstream_l,
+            p_rows, p_mass, i_block, i_tile, frames, height, width, rows, columns, video_tiles,
+            shift_f, shift_h, shift_w, before, num_others,
+            TILE_F, TILE_H, TILE_W, OWN, OTHERS, D, FEATURES, PRECISION, True,
+        )  # fmt: skip
+        _add_to(p_dkey + out, o_key, m_key, num_heads * D, dkey * D**-0.5, D)
+        _add_to(p_dvalue + out, o_key, m_key, num_heads * D, dvalue, D)
+    else:
+        o_query, m_query, query, dquery, _zeros = _pull_back(
+            p_query, p_upstream, query_l, upstream_l, p_key, p_value, key_l, value_l,
+            p_rows, p_mass, i_block, i_tile, frames, height, width, rows, columns, video_tiles,
+            shift_f, shift_h, shift_w, before, num_others,
+            TILE_F, TILE_H, TILE_W, OWN, OTHERS, D, FEATURES, PRECISION, False,
+        )  # fmt: skip
+        p_far = p_mass + tl.num_programs(1).to(tl.int64) * length
+        far = tl.load(p_far + o_query, mask=m_query, other=0.0)
+        along = tl.load(p_rows + o_query * 4, mask=m_query, other=0.0)
+        whole = tl.load(p_rows + o_query * 4 + 1, mask=m_query, other=0.0)
+        # The gradient of -log F = g q + 4 b + what does not learn.
+        fall = far * (whole - along)
+        gate = tl.load(p_gate + i_n * D + tl.arange(0, D))
+        dquery = dquery * D**-0.5 + fall[:, None] * gate[None, :]
+        _add_to(p_dquery + out, o_query, m_query, num_heads * D, dquery, D)
+        i_part = i_head * (tl.num_programs(0) // 2) + i_tile * BLOCKS + i_block
+        dgate = tl.sum(fall[:, None] * query.to(tl.float32), 0)
+        tl.store(p_dgate + i_part * D + tl.arange(0, D), dgate)
+        tl.store(p_dfall + i_part, tl.sum(fall, 0))

@@ -8,6 +8,7 @@ a whole one has tokens, frame by frame and row by row: slots beyond the grid are
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +51,17 @@ class Tiles:
         object.__setattr__(self, "shift", shift)
 
     @property
+    def numbers(self) -> list[int]:
+        """All fields in their order as a flat list, which `from_numbers` takes."""
+        return [*self.grid, *self.tile, *self.shift, self.before, self.after]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> "Tiles":
+        """Return the tiles of which these are `numbers`."""
+        grid, tile, shift = (tuple(numbers[i : i + 3]) for i in (0, 3, 6))
+        return cls(grid=grid, tile=tile, shift=shift, before=numbers[9], after=numbers[10])
+
+    @property
     def counts(self) -> Size:
         """Tiles along each axis of the grid."""
         axes = zip(self.grid, self.tile, self.shift, strict=True)
@@ -79,6 +91,14 @@ class Tiles:
             width**2 for width in _widths(self.before + self.after, self.num_slots, 0)
         )
         return pairs / self.num_tokens**2
+
+    def check_tokens(self, *tensors: Tensor) -> None:
+        """Raise ValueError where query, key and value [B, L, N, D] are not of these tokens."""
+        if any(x.shape[1] != self.num_tokens for x in tensors):
+            lengths = ", ".join(str(x.shape[1]) for x in tensors)
+            raise ValueError(
+                f"query, key and value of {lengths} tokens given; the tiles have {self.num_tokens}"
+            )
 
     def token_at(self, tile: Tensor, slot: Tensor) -> Tensor:
         """Return the token in a slot of a tile, -1 where the slot is empty.

@@ -288,11 +288,11 @@ def map_kernel(
 
 @triton.jit
 def _pull_back_weights(
-    plus, minus, total_plus, total_minus, slope_plus, slope_minus, n_plus, n_minus
+    plus, minus, total_plus, total_minus, slope_plus, slope_minus, n_plus, n_minus, share
 ):
     """Return the gradient of x W, do o, and what scales either half's exponentials to weights.
 
-    plus, minus, totals: of `_exponentials`; slopes: do s.
+    plus, minus, totals: of `_exponentials`; slopes: do s; share: the weights' sum.
     """
     # Until the rows are scaled, weights lack 1 / total of their half and 1 / weight of both.
     w_plus, w_minus = plus * n_plus[None, :], minus * n_minus[None, :]
@@ -301,6 +301,7 @@ def _pull_back_weights(
     along_minus = tl.sum(w_minus * slope_minus, 1) / total_minus
     scale = 1 / tl.maximum(weight_plus + weight_minus, _LEAST_WEIGHT)
     along = scale * (along_plus + along_minus)
+    scale *= share
     scale_plus, scale_minus = scale / total_plus, scale / total_minus
     # Softmax's gradient: a da less a times its sum over the half.
     drawn_plus = scale_plus * (along_plus - along * weight_plus)
@@ -315,16 +316,19 @@ def _pull_back_weights(
 
 @triton.jit
 def backward_query_kernel(
-    p_query, p_upstream, p_map, p_means, p_normaliser, p_dquery, p_rows, p_dmap,
+    p_query, p_upstream, p_map, p_means, p_normaliser, p_out, p_far, p_dquery, p_rows, p_dmap,
     query_b, query_l, query_n, upstream_b, upstream_l, upstream_n, dquery_b, dquery_l, dquery_n,
     length, split_length, num_heads,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr, IS_CHAINED: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_GRADIENT: tl.constexpr, IS_MIXED: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one split's queries and their rows; sum the map's gradient over them.
 
     rows: [B N, L, 4] fp32, do o twice and, of either half, what makes
     exp2(+-x log2(e) - row) n the weights w; dmap: [B N, splits, D, H] fp32.
+    Mixed: linear attention is the share far [B N, L] of out [B, L, N, D], contiguous; the second
+    number is do out then, and w has that share as a factor.
     """
     _take_turn(IS_CHAINED)
     i_split, i_head = tl.program_id(0), tl.program_id(1)
@@ -332,6 +336,8 @@ def backward_query_kernel(
     p_query += i_b * query_b + i_n * query_n
     p_upstream += i_b * upstream_b + i_n * upstream_n
     p_dquery += i_b * dquery_b + i_n * dquery_n
+    p_out += (i_b * length * num_heads + i_n) * D
+    p_far += i_head.to(tl.int64) * length
     p_rows += i_head.to(tl.int64) * 4 * length
     first = i_split * split_length
     last = tl.minimum(first + split_length, length)
@@ -342,9 +348,16 @@ def backward_query_kernel(
     p_normaliser += i_head * 2 * H + tl.arange(0, H)
     map_gradient = tl.zeros((D, H), tl.float32)
     for start in range(first, last, BLOCK):
+        o_l = start + tl.arange(0, BLOCK)
         query = _load_tokens(p_query, query_l, start, last, BLOCK, D).to(feature_map.dtype)
         upstream = _load_tokens(p_upstream, upstream_l, start, last, BLOCK, D)
         upstream = upstream.to(means_plus.dtype)
+        if IS_MIXED:
+            out = _load_tokens(p_out, num_heads * D, start, last, BLOCK, D)
+            whole = tl.sum(upstream.to(tl.float32) * out.to(tl.float32), 1)
+            share = tl.load(p_far + o_l, mask=o_l < last, other=1.0)
+        else:
+            share = 1.0
         projected = product(query, feature_map, PRECISION)
         plus, minus, total_plus, total_minus, high, low = _exponentials(projected)
         slope_plus = product(upstream, tl.trans(means_plus), PRECISION)
@@ -352,16 +365,16 @@ def backward_query_kernel(
         # Read at every block: registers are what this kernel is short of.
         n_plus, n_minus = tl.load(p_normaliser), tl.load(p_normaliser + H)
         dz, along, scale_plus, scale_minus = _pull_back_weights(
-            plus, minus, total_plus, total_minus, slope_plus, slope_minus, n_plus, n_minus
+            plus, minus, total_plus, total_minus, slope_plus, slope_minus, n_plus, n_minus, share
         )
         dz = dz.to(feature_map.dtype)
         dquery = product(dz, tl.trans(feature_map), PRECISION)
         _store_tokens(p_dquery, dquery_l, start, last, dquery, BLOCK, D)
-        o_l = start + tl.arange(0, BLOCK)
-        # Four numbers a token, one of them twice: written at once, as threads must trade places
-        # to write and each time all wait for one another.
+        # Four numbers a token, one of them perhaps twice: written at once, as threads must trade
+        # places to write and each time all wait for one another.
         high, low = high - tl.log2(scale_plus), low - tl.log2(scale_minus)
-        row = tl.reshape(tl.join(tl.join(along, high), tl.join(along, low)), (BLOCK, 4))
+        whole = whole if IS_MIXED else along
+        row = tl.reshape(tl.join(tl.join(along, high), tl.join(whole, low)), (BLOCK, 4))
         p_tile = p_rows + o_l[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(p_tile, row, mask=(o_l < last)[:, None])
         if MAP_GRADIENT:

@@ -36,7 +36,7 @@ _ROWS = 8
 _TILE = 256
 
 # Features lie in [0, 1]: bf16 keeps their small values, where fp16 would round them to nothing.
-_FEATURE_DTYPES = {
+FEATURE_DTYPES = {
     torch.float16: (torch.bfloat16, tl.bfloat16),
     torch.bfloat16: (torch.bfloat16, tl.bfloat16),
     torch.float32: (torch.float32, tl.float32),
@@ -62,7 +62,10 @@ _LAUNCHES = {
         "map": ((64, 4, 3, 2), (64, 4, 2, 2), (64, 4, 1, 2), (32, 4, 1, 2)),
         "backward": ((128, 8, 2, 1), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
         "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        # Linear attention as a share of what has the gradient: queries alone.
+        "backward, mixed": ((128, 8, 1, 1), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
         "hybrid": ((128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        "hybrid backward": ((128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
 # Of NVIDIA's other cards, then AMD's, whose warps are twice as wide. None was measured: these
@@ -104,20 +107,45 @@ def backward(
 
     upstream: [B, L, N, D], the output's gradient; means and normaliser as `forward` gave them.
     """
+    tensors = (upstream, query, key, value, query_map, key_map, means, normaliser)
+    return pull_back(*tensors, needs_map_gradients=needs_map_gradients)[0]
+
+
+def pull_back(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    means: Tensor,
+    normaliser: Tensor,
+    mixed: tuple[Tensor, Tensor] | None = None,
+    *,
+    needs_map_gradients: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return what `backward` does, and the queries' rows, see `backward_query_kernel`.
+
+    mixed: where linear attention is a part of what has the gradient, that whole [B, L, N, D],
+        contiguous, and the part's share of it [B, N, L] fp32.
+    """
     maps = (query_map, key_map)
     query_map, key_map = (x.to(value.dtype).contiguous() for x in maps)
     kind = "backward" if needs_map_gradients else "backward, maps frozen"
     settings = {"needs_map_gradient": needs_map_gradients}
-    arguments = (query_map, query, upstream, means, normaliser)
-    dq, rows, query_parts = call(kind, _run_backward_query, *arguments, **settings)
+    arguments = (query_map, query, upstream, means, normaliser, mixed)
+    query_kind = "backward, mixed" if mixed else kind
+    dq, rows, query_parts = call(query_kind, _run_backward_query, *arguments, **settings)
     arguments = (query_map, query, upstream, rows, normaliser)
     states, sums = call("reduce queries", _run_reduce, *arguments, num_keys=key.shape[1])
     dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     call("map", _run_map, key_map, key, states, dv)
     dk, key_parts = call(kind, _run_backward_key, key_map, key, value, states, sums, **settings)
     if needs_map_gradients:
-        return dq, dk, dv, *_add_map_gradients((query_parts, key_parts), maps)
-    return dq, dk, dv, *(x.new_zeros(x.shape) for x in maps)
+        map_gradients = _add_map_gradients((query_parts, key_parts), maps)
+    else:
+        map_gradients = tuple(x.new_zeros(x.shape) for x in maps)
+    return (dq, dk, dv, *map_gradients), rows
 
 
 def reduce_keys(key_map: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +186,7 @@ def _run_reduce(
     B, L, N, D = x.shape
     H = feature_map.shape[2]
     is_query = rows is not None
-    features, triton_features = _FEATURE_DTYPES[feature_map.dtype]
+    features, triton_features = FEATURE_DTYPES[feature_map.dtype]
     splits, split_length = _split(L, B * N, launch, x.device, state_bytes=8 * H * (D + 1))
     state_parts = _fp32(x, B, N, splits, 2 * H, D)
     sum_parts = _fp32(x, B, N, splits, 2 * H)
@@ -206,6 +234,7 @@ def _run_backward_query(
     upstream: Tensor,
     means: Tensor,
     normaliser: Tensor,
+    mixed: tuple[Tensor, Tensor] | None,
     *,
     needs_map_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,9 +247,11 @@ def _run_backward_query(
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     rows = _fp32(query, B, N, L, 4)
     backward_query_kernel[splits, B * N](
-        query, upstream, query_map, means, normaliser, dquery, rows, parts,
+        query, upstream, query_map, means, normaliser, *(mixed or (upstream, rows)),
+        dquery, rows, parts,
         *query.stride()[:3], *upstream.stride()[:3], *dquery.stride()[:3], L, split_length, N,
         D, query_map.shape[2], launch.tokens, product_precision(query_map), needs_map_gradient,
+        mixed is not None,
         num_warps=launch.warps, num_stages=launch.stages, **_options(query.device),
     )  # fmt: skip
     return dquery, rows, parts

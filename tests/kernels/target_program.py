@@ -89,7 +89,10 @@ def launch(D: int, M: int, dtype: torch.dtype, gradients: str) -> None:
     tensors: list[Any] = [torch.zeros(1, length, 3, D, dtype=dtype) for _ in "qkv"]
     tensors += [torch.zeros(3, D, M // 2) for _ in "qk"]
     if gradients == "hybrid":
-        hybrid_triton.forward(*tensors, initial_weights(HybridForm(), 3, D), TILES)
+        tensors += initial_weights(HybridForm(), 3, D).values()
+        found = hybrid_triton.forward(*tensors, TILES)
+        arguments = (found[0], *tensors, *found, TILES)
+        hybrid_triton.backward(*arguments, needs_map_gradients=True)
         return
     out, *states = triton_launch.forward(*tensors)
     if gradients:
