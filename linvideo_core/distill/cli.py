@@ -14,7 +14,7 @@ stores.
 
 from collections.abc import Sequence
 
-from ..run.config import parse
+from ..run.config import parse, say_that_pytorch_loads
 from ..transfer.recipe import HELP_NOTE
 from .config import DistillConfig
 from .recipe import PRESETS, find_settings
@@ -62,6 +62,7 @@ def read(argv: Sequence[str] | None = None) -> DistillConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, distil, say what was made."""
     config = read(argv)
+    say_that_pytorch_loads()
     # PyTorch is imported here, when it is needed.
     from .command import main as distil
 

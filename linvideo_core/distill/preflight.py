@@ -14,6 +14,7 @@ from ..transfer.estimate import (
     announce,
     check_disk,
     count_comparing,
+    say_that_calls_are_timed,
     time_teacher,
 )
 from ..transfer.preflight import Footprint, check_footprint, count_maps, count_weights
@@ -74,6 +75,7 @@ def forecast(teacher: Teacher, config: DistillConfig, run: Run, footprint: Footp
     """
     num_missing = count_missing(teacher, config.trajectories, run)
     disk_bytes = check_disk(teacher, config, num_missing, footprint.num_trained)
+    say_that_calls_are_timed(teacher)
     call = time_teacher(teacher, config.trajectories, run.precision)
     of_video = config.trajectories.sampler_steps * call
     training, num_processes = config.training, run.processes.size

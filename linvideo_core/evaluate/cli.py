@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run.config import parse
+from ..run.config import parse, say_that_pytorch_loads
 from .config import EvaluateConfig
 
 SHOWN = (
@@ -95,6 +95,7 @@ def read(argv: Sequence[str] | None = None) -> EvaluateConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, compare, show the table."""
     config = read(argv)
+    say_that_pytorch_loads()
     # PyTorch is imported here, when it is needed.
     from .command import main as compare
 

@@ -25,6 +25,9 @@ from typing import Any, NoReturn, TypeVar
 
 from .errors import SettingError, flag_of, shown_value
 from .limits import Limits
+from .progress import LogHandler
+
+logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
 
@@ -158,21 +161,41 @@ def run_command(main: Callable[[], None]) -> None:
 
     Also shows the core's log on stderr; `-X dev` adds where the error was raised. SIGTERM, by which
     a container or a queue ends a process, interrupts as Ctrl+C does: the finished steps are kept.
+    What a KeyboardInterrupt says of itself becomes the last line.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler()])
     if os.environ.get("WORLD_SIZE", "1") == "1":
         # Of several processes torchrun ends those that wait for one that failed.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command begins or continues again\n")
-        sys.exit(130)
+    except KeyboardInterrupt as interruption:
+        words = str(interruption) or "interrupted; the same command begins or continues again"
+        sys.stderr.write(f"{words}\n")
+        leave(130)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def leave(code: int) -> NoReturn:
+    """End the program now; what is open has been closed on the way here.
+
+    Python's own end first looks through all objects, PyTorch's among them, several times: seconds,
+    on a machine that is busy many, of the ten that a container has after SIGTERM.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def say_that_pytorch_loads() -> None:
+    """Log what the next seconds go into, where PyTorch is not there yet; once of all processes."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        logger.info("loading PyTorch")
 
 
 def launch(package: str) -> None:

@@ -1,6 +1,7 @@
-"""Progress bars in a terminal."""
+"""Progress bars in a terminal, and log lines between them."""
 
 import contextlib
+import logging
 
 from tqdm import tqdm
 
@@ -16,6 +17,19 @@ _WORDS: dict[str, str] = {
     "distillation": "distillation",
     "evaluation": "sampling",
 }
+
+
+class LogHandler(logging.StreamHandler):
+    """Writes the log to stderr, each line on one of its own, also while a bar is drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take the bars away, write the line, draw them again below it."""
+        is_drawn = any(bar.fp == self.stream for bar in getattr(tqdm, "_instances", ()))
+        with tqdm.external_write_mode(file=self.stream):
+            # What is no terminal keeps what was drawn: the bar's line ends there.
+            if is_drawn and not self.stream.isatty():
+                self.stream.write("\n")
+            super().emit(record)
 
 
 class TerminalCallbacks(Callbacks, contextlib.AbstractContextManager):

@@ -9,6 +9,7 @@ together with it, up to rounding.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -253,6 +254,14 @@ def count_missing(teacher: Teacher, config: TrajectoryConfig, run: Run) -> int:
     """Return how many videos `collect` would have to sample."""
     identity, paths = _find_files(teacher, config, run)
     return len(_find_missing(paths, identity))
+
+
+def has_stored_since(folder: Path, moment: float) -> bool:
+    """Say whether any video was stored below a folder of samples since a moment in seconds."""
+    # Another run may take files away meanwhile.
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_mtime >= moment for path in folder.glob("*/video-*.safetensors"))
+    return False
 
 
 def count_bytes(

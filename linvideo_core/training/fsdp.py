@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..run.config import leave
 from ..run.errors import SettingError
 from ..run.process_group import SINGLE_PROCESS, ProcessGroup, is_sharded, whole_of
 
@@ -33,6 +34,7 @@ _STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MAST
 # A process may sample videos for hours before the others hear of it; torchrun ends all with one.
 _TIMEOUT = datetime.timedelta(days=7)
 _FAILED = "linvideo/failed"
+_CONTINUES = "the same command continues from the last checkpoint"
 
 
 def init_process_group() -> ProcessGroup:
@@ -43,44 +45,41 @@ def init_process_group() -> ProcessGroup:
     return _Ranks()
 
 
-def run_together(main: Callable[[ProcessGroup], None]) -> None:
+def run_together(
+    main: Callable[[ProcessGroup], None], describe_kept: Callable[[], str] = lambda: _CONTINUES
+) -> None:
     """Run a command in the processes that torchrun started; the first that fails says why, alone.
 
     An interruption ends them all with exit code 130.
+
+    describe_kept: says, in a part of a sentence, what the same command does after an interruption.
+
+    Raises KeyboardInterrupt with the last words of a process that is alone.
     """
     processes = init_process_group()
     try:
         main(processes)
     except KeyboardInterrupt:
-        if processes.is_first:
-            sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        words = f"interrupted; {describe_kept()}"
         processes.fails_first()
-        _leave(processes, 130)
-        sys.exit(130)
+        if processes.size == 1:
+            raise KeyboardInterrupt(words) from None
+        if processes.is_first:
+            sys.stderr.write(f"{words}\n")
+        leave(130)
     except Exception as error:
         if not processes.fails_first():
             # What others say of a failed process is its echo.
-            _leave(processes, 1)
+            leave(1)
         if _is_lost_process(error) and not sys.flags.dev_mode:
             raise ValueError(
-                "another process of this run ended without a word; the same command continues "
-                "from the last checkpoint"
+                f"another process of this run ended without a word; {describe_kept()}"
             ) from error
         raise
-    _leave(processes, 0)
-
-
-def _leave(processes: ProcessGroup, code: int) -> None:
-    """End a process of several at once; return in one that is alone.
-
-    Python's own end takes groups and meshes down in no order, and their threads may abort the
-    process, now and then; torchrun would then end the first one in the middle of its evaluation.
-    """
     if processes.size > 1:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        # Python's own end takes groups and meshes down in no order, and their threads may abort the
+        # process, now and then; torchrun would then end the first one in its evaluation.
+        leave(0)
 
 
 class _StoppedTogether(KeyboardInterrupt):

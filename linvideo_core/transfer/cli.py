@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..run.config import parse
+from ..run.config import parse, say_that_pytorch_loads
 from ..run.errors import SettingError
 from .config import QUALITIES, TransferConfig
 from .recipe import HELP_NOTE, PRESETS, find_settings
@@ -66,6 +66,7 @@ def read(argv: Sequence[str] | None = None) -> TransferConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, run the transfer, say what was made."""
     config = read(argv)
+    say_that_pytorch_loads()
     # PyTorch is imported here, when it is needed.
     from . import command
 

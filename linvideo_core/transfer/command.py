@@ -30,11 +30,13 @@ from ..run.progress import TerminalCallbacks
 from ..run.tables import show_table
 from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import Teacher, open_teacher
-from ..teacher.trajectories import USED_AGAIN
+from ..teacher.trajectories import USED_AGAIN, has_stored_since
+from ..training.checkpoint import finished_steps
 from ..training.fsdp import run_together
 from .config import (
     ARTIFACT_NAME,
     TRAINING_NAME,
+    WARM_START_NAME,
     EvaluationConfig,
     RunConfig,
     SelectionConfig,
@@ -50,7 +52,7 @@ from .student import Student
 
 logger = logging.getLogger(__name__)
 
-ConfigT = TypeVar("ConfigT")
+RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 
 # What a repeated command may change: none of it decides the artifact.
 FREE_FIELDS = (
@@ -361,6 +363,19 @@ def show_results(
     return "\n".join(lines) + "\n"
 
 
+def describe_kept(config: RunConfig) -> str:
+    """Say, in a part of a sentence, what the same command does after an interruption."""
+    out, begun = config.out, config.out / CONFIG_NAME
+    places = [place for name in (WARM_START_NAME, TRAINING_NAME) for place in out.rglob(name)]
+    if any(map(finished_steps, places)):
+        return "the same command continues from the last checkpoint"
+    if begun.exists():
+        samples = config.trajectories.folder_beside(out)
+        if has_stored_since(samples, begun.stat().st_mtime):
+            return f"the same command continues with the teacher's videos in {samples}"
+    return "nothing was stored yet, and the same command begins again"
+
+
 def main(config: TransferConfig) -> None:
     """Run the transfer with progress bars, on however many processes there are."""
     run_with_bars(config, run, summarize)
@@ -374,9 +389,9 @@ def main_estimate(configs: Mapping[str, TransferConfig]) -> None:
 
 
 def run_with_bars(
-    config: ConfigT,
-    run: Callable[[ConfigT, Callbacks, ProcessGroup], object],
-    summarize: Callable[[ConfigT], str],
+    config: RunConfigT,
+    run: Callable[[RunConfigT, Callbacks, ProcessGroup], object],
+    summarize: Callable[[RunConfigT], str],
 ) -> None:
     """Run a training's command on all processes; the first one shows bars and the summary."""
 
@@ -386,4 +401,4 @@ def run_with_bars(
         if processes.is_first:
             sys.stdout.write(f"\n{summarize(config)}")
 
-    run_together(work)
+    run_together(work, lambda: describe_kept(config))

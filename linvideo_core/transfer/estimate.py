@@ -46,6 +46,8 @@ _CHECKPOINTS = (2 * 4 + 1) * FP32
 # Of a call the median counts, of passes the mean: they differ, since some samples move before they
 # are compared and others do not.
 _TIMED_CALLS, _TIMED_PASSES = 3, 2
+# Most videos in a call that is timed on a CPU, where each takes as long however many there are.
+_MOST_ON_CPU = 4
 
 Moment = torch.cuda.Event | float
 """A point in time: an event in a GPU's stream, or seconds."""
@@ -279,6 +281,7 @@ def time_run(
     it: a run that is will be faster. Of several sizes of video, each is drawn as often: seconds are
     a mean over them.
     """
+    say_that_calls_are_timed(teacher)
     alone = [
         dataclasses.replace(teacher, latent_shape=shape, more_shapes=())
         for shape in teacher.latent_shapes
@@ -324,8 +327,8 @@ def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> 
 
     Raises ValueError, in one sentence, where what it gives is no velocity.
     """
-    size = count_together(config)
     device = teacher.prompt_embeds.device
+    size = count_timed(config, device)
     prompt_embeds = teacher.prompt_embeds[:1].expand(size, -1, -1)
     velocity_fn = bind_guided(
         teacher.model,
@@ -354,9 +357,22 @@ def time_teacher(teacher: Teacher, config: TrajectoryConfig, precision: str) -> 
     return statistics.median(seconds) / size
 
 
-def count_together(config: TrajectoryConfig) -> int:
-    """Return how many videos go through the teacher in one call."""
-    return min(config.shard_size, config.num_trajectories)
+def count_timed(config: TrajectoryConfig, device: torch.device) -> int:
+    """Return how many videos go through the teacher in a call that is timed: as in the run's own.
+
+    On a CPU few, so that it is soon known what the run takes.
+    """
+    together = min(config.shard_size, config.num_trajectories)
+    return min(together, _MOST_ON_CPU) if device.type == "cpu" else together
+
+
+def say_that_calls_are_timed(teacher: Teacher) -> None:
+    """Log what the next calls are for; with a large model they take minutes."""
+    logger.info(
+        "timing a few calls of %s on %s, to tell what this run takes",
+        teacher.name,
+        teacher.prompt_embeds.device,
+    )
 
 
 class _RandomStates(Trajectories):

@@ -27,7 +27,14 @@ from ..run.reading import read_json
 from ..teacher.config import TrajectoryConfig
 from ..teacher.teacher import Teacher
 from .config import TransferConfig
-from .estimate import Moment, count_together, mark, seconds_between, time_teacher
+from .estimate import (
+    Moment,
+    count_timed,
+    mark,
+    say_that_calls_are_timed,
+    seconds_between,
+    time_teacher,
+)
 from .student import Student
 
 logger = logging.getLogger(__name__)
@@ -152,6 +159,7 @@ def _read(run: Run) -> LayerCosts | None:
 
 
 def _measure(teacher: Teacher, config: TransferConfig, run: Run) -> LayerCosts:
+    say_that_calls_are_timed(teacher)
     device, softmax = teacher.prompt_embeds.device, config.teacher.softmax
     if isinstance(teacher.model, Experts):
         # The other expert's layers are as large.
@@ -185,7 +193,7 @@ def _time_call(
             undo.callback(end.remove)
         seconds = time_teacher(teacher, config, run.precision)
     of_layer = statistics.median(seconds_between(*span) for span in spans)
-    return seconds, of_layer / count_together(config)
+    return seconds, of_layer / count_timed(config, device)
 
 
 def _density(softmax: SoftmaxConfig) -> float:

@@ -22,6 +22,7 @@ from linvideo_core.transfer.estimate import (
     Estimate,
     Pace,
     count_checkpoint_bytes,
+    count_timed,
     estimate,
     forecast,
     time_run,
@@ -196,8 +197,32 @@ def test_the_command_says_what_it_takes_before_the_teacher_is_sampled(
     recorder = Recorder(stop_at=("sampling_teacher", 0))
     with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
         transfer.run(config, recorder)
-    assert any(text.startswith("this run takes about") for text in caplog.messages)
+    said = [text for text in caplog.messages if "this run takes" in text]
+    assert len(said) == 2 and said[0].startswith("timing a few calls")
+    assert said[1].startswith("this run takes about")
     assert recorder.seen == [("sampling_teacher", 0)]
+
+
+def test_on_a_cpu_calls_of_few_videos_are_timed() -> None:
+    config = config_of(num_trajectories=256, shard_size=256).trajectories
+    counts = [count_timed(config, torch.device(name)) for name in ("cpu", "cuda")]
+    assert counts == [4, 256]
+
+
+def test_last_words_name_what_is_stored(teacher: Teacher, tmp_path: Path) -> None:
+    out, samples = tmp_path / "a" / "run", tmp_path / "a" / "teacher"
+    config = small_transfer(save_inputs(teacher, tmp_path)["--model"], out=out)
+    assert transfer.describe_kept(config).startswith("nothing was stored yet")
+    said = []
+    for moment in (("sampling_teacher", 0), ("warm_start", 0), ("training", 2)):
+        with pytest.raises(KeyboardInterrupt):
+            transfer.run(config, Recorder(stop_at=moment))
+        said.append(transfer.describe_kept(config))
+    assert said[0].startswith("nothing was stored yet")
+    assert said[1] == f"the same command continues with the teacher's videos in {samples}"
+    assert said[2] == "the same command continues from the last checkpoint"
+    other = dataclasses.replace(config, out=tmp_path / "a" / "other")
+    assert transfer.describe_kept(other).startswith("nothing was stored yet")
 
 
 def test_memory_that_is_too_small_for_a_step_is_found_before_the_teacher_is_sampled(
