@@ -12,7 +12,7 @@ from einops import repeat
 from ..linvideo_core.demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, weights_path
 from ..linvideo_core.demo.codec import FRAME_MEAN, FRAME_SCALE, LATENT_SHAPE, decode_latents
 from ..linvideo_core.demo.prompts import DIGIT_WORDS, DIRECTION_WORDS, encode_prompts, make_prompt
-from .schema import make_schema
+from .schema import checked, make_schema
 
 _CHANNELS = LATENT_SHAPE[0]
 
@@ -86,6 +86,7 @@ class LinVideoDemo(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, digit: str, direction: str, batch_size: int) -> io.NodeOutput:
         """Load the model and look the prompt's words up."""
         prompt = make_prompt(DIGIT_WORDS.index(digit), DIRECTION_WORDS.index(direction))
@@ -118,6 +119,7 @@ class LinVideoDemoDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, samples: dict[str, Any], upscale: int) -> io.NodeOutput:
         """Decode and enlarge without smoothing."""
         latents = samples["samples"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..linvideo_core.artifact import Artifact
 from .patching.injection import KEY
-from .schema import LinVideo, make_schema
+from .schema import LinVideo, checked, make_schema
 
 _SAMPLER = "lcm"
 _STEPS_TOOLTIP = (
@@ -102,6 +102,7 @@ class LinVideoFewStepSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -151,6 +152,7 @@ class LinVideoFewStepSigmas(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, source: Any, steps: int) -> io.NodeOutput:
         """Look the noise levels up and name the sampler."""
         return io.NodeOutput(make_sigmas(source, steps), comfy.samplers.ksampler(_SAMPLER))

@@ -11,7 +11,7 @@ from ..linvideo_core.transfer.config import QUALITIES
 from .model_folder import find_file, fingerprint, list_files, show_summary
 from .patching.apply import linearize
 from .patching.injection import KEY
-from .schema import LinVideo, TransferSettings, make_input, make_schema
+from .schema import LinVideo, TransferSettings, checked, make_input, make_schema
 
 APPLY = "apply a saved file"
 APPLY_INPUT = "apply a connected LINVIDEO"
@@ -86,15 +86,18 @@ class LinVideoLinearize(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, mode: dict[str, Any], **_: Any) -> str:
+    def fingerprint_inputs(cls, mode: dict[str, Any] | None = None, **_: Any) -> str:
         """Run again when the file was replaced by another of the same name, or is gone."""
+        if mode is None:
+            return ""
         if mode["mode"] == APPLY:
             return fingerprint(mode["file"])
         made = _MADE.get(mode.get("name"))
         return "deleted" if made is not None and not made.exists() else ""
 
     @classmethod
-    def execute(cls, model: Any, mode: dict[str, Any]) -> io.NodeOutput:
+    @checked
+    def execute(cls, model: Any, mode: dict[str, Any] | None = None) -> io.NodeOutput:
         """Apply the chosen file, the connected one, or one made now, to a clone of the model."""
         node_id = cls.hidden and cls.hidden.unique_id
         if mode["mode"] == APPLY_INPUT:

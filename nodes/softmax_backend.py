@@ -14,7 +14,7 @@ from .patching.softmax_kernels import (
     use_kernel,
     use_sparse,
 )
-from .schema import make_input, make_schema
+from .schema import checked, make_input, make_schema
 
 AUTO, DEFAULT, SPARSE = "auto", "default", "sparse (Sol-Attn)"
 
@@ -52,12 +52,13 @@ class LinVideoSoftmaxBackend(io.ComfyNode):
                     "fastest for long videos, which change a little.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[io.Model.Output("MODEL", tooltip="The model; the one put in is unchanged.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, backend: dict[str, Any]) -> io.NodeOutput:
+    @checked
+    def execute(cls, model: Any, backend: dict[str, Any] | None = None) -> io.NodeOutput:
         """Put the kernel where ComfyUI looks for a model's own attention; the last one wins."""
         chosen, name = model.clone(), backend["backend"]
         words = add_words(chosen, cls.hidden and cls.hidden.unique_id)

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..linvideo_core.run import limits
 from ..linvideo_core.run.limits import Limits
 from ..linvideo_core.transfer.config import OBJECTIVES, PARAMETERS
-from .schema import TransferSettings, make_input, make_schema
+from .schema import TransferSettings, checked, make_input, make_schema
 
 
 class LinVideoTransferSettings(io.ComfyNode):
@@ -31,6 +31,7 @@ class LinVideoTransferSettings(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, **settings: Any) -> io.NodeOutput:
         """Pass the settings on by name."""
         return io.NodeOutput(settings)

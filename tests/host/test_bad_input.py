@@ -56,7 +56,46 @@ def make_transfer_of_wan() -> dict[str, Any]:
     return workflow
 
 
+def change(
+    workflow: dict[str, Any], node: str, gone: tuple[str, ...] = (), **inputs: Any
+) -> dict[str, Any]:
+    """Set inputs of a node, "mode__strength" being "mode.strength", and leave others out."""
+    changed = workflow[node]["inputs"]
+    changed |= {name.replace("__", "."): value for name, value in inputs.items()}
+    for name in gone:
+        del changed[name]
+    return workflow
+
+
+def make_backend(**inputs: Any) -> dict[str, Any]:
+    """Put LinVideo Softmax Backend behind the linearized model."""
+    workflow = make_workflow()
+    workflow["backend"] = make_node("LinVideoSoftmaxBackend", model=["linear", 0], **inputs)
+    return change(workflow, "sampler", model=["backend", 0])
+
+
 CASES = {
+    "a strength that is no number": (
+        change(make_workflow(), "linear", mode__strength="nan"), "linear",
+        "strength nan given; a number from 0 to 2 is needed",
+    ),
+    "a strength that is bare NaN": (
+        change(make_workflow(), "linear", mode__strength=float("nan")), "linear",
+        "strength nan given; a number from 0 to 2 is needed",
+    ),
+    "another version's mode": (
+        change(make_workflow(), "linear", mode="train it"), "linear",
+        "mode 'train it' given, which is not known here; one of 'apply a saved file', ",
+    ),
+    "no mode": (
+        change(make_workflow(), "linear", ("mode",)), "linear",
+        "no mode given; one of 'apply a saved file', ",
+    ),
+    "another version's backend": (
+        make_backend(backend="nope"), "backend",
+        "backend 'nope' given, which is not known here; one of 'auto', 'default', ",
+    ),
+    "no backend": (make_backend(), "backend", "no backend given; one of 'auto', 'default', "),
     "a damaged file": (make_workflow("cut.safetensors"), "linear", "damaged"),
     "a file for another model": (make_workflow("foreign.safetensors"), "linear", "2 layers"),
     "latents of another channel count": (

@@ -35,6 +35,7 @@ from stage import (
     bind_headless,
     complaint,
     load_headless,
+    own_folders,
     relative_difference,
     sample,
     sample_again,
@@ -87,7 +88,8 @@ def _teacher_latents() -> Tensor:
 
 def _apply_file(name: str) -> Any:
     mode = {"mode": APPLY, "file": name, "strength": 1.0, "keep_first_steps": 0}
-    return LinVideoLinearize.execute(_demo()[0], mode)
+    with own_folders():
+        return LinVideoLinearize.execute(_demo()[0], mode)
 
 
 def _hooked(model: Any) -> list[str]:
