@@ -42,9 +42,15 @@ def show(name: str, columns: str = "", *, rows: Row = EVERY, is_bare: bool = Fal
 
 
 def source(record: Row) -> str:
-    """Return the line below a table: command, device, date and versions."""
+    """Return the line below a table: command, device, date and versions.
+
+    A record, or a part of it, whose command has gone since says so in its `command_note`.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"<sub>`{record['command']}` on {record['device']}, {record['date']}, {versions}.</sub>"
+    command = f"`{record['command']}`"
+    if note := record.get("command_note"):
+        command = f"{command} ({note})"
+    return f"<sub>{command} on {record['device']}, {record['date']}, {versions}.</sub>"
 
 
 def render(rows: Sequence[Row], columns: Iterable[str]) -> str:

@@ -47,6 +47,18 @@ def test_every_table_shows_its_record(page: Path) -> None:
     assert Cog().main(["cog", "--check", "--diff", *show, str(page)]) == 0
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_quotes_is_there_or_said_to_be_gone(page: Path) -> None:
+    gone = []
+    for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
+        for module in re.findall(rf"-m\s+((?:{'|'.join(PACKAGES)}|tests)\.[\w.]*\w)", paragraph):
+            place = REPOSITORY.joinpath(*module.split("."))
+            found = [place.with_suffix(".py"), place / "__main__.py"]
+            if not any(map(Path.exists, found)) and "no longer there" not in paragraph:
+                gone.append(module)
+    assert gone == []
+
+
 # As `python -m` runs it, in the process that has imported it for other tests, too.
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", sorted({*OURS}))
