@@ -22,6 +22,8 @@ Commands: `python -m linvideo_core.transfer`, `.distill`, `.evaluate`. From a ch
 """
 
 import importlib.metadata
+import re
+import sys
 
 __version__ = "0.2.0"
 
@@ -29,12 +31,23 @@ _OLDEST_TORCH = (2, 5)
 
 
 def _check_torch() -> None:
-    """Raise ImportError, in one sentence, for a PyTorch that is too old."""
+    """Raise ImportError, in one sentence, for a PyTorch that is too old; a command ends with it."""
     # Asked of the package's record: to import it takes seconds, which `--help` would wait for.
-    found = importlib.metadata.version("torch")
-    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TORCH:
-        needed = ".".join(map(str, _OLDEST_TORCH))
-        raise ImportError(f"PyTorch {found} is installed; LinVideo needs {needed} or newer")
+    try:
+        found = importlib.metadata.version("torch") or ""
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    # A version that says nothing is a build of one's own; one without a record may be, too.
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers is None or tuple(map(int, numbers.groups())) >= _OLDEST_TORCH:
+        return
+    needed = ".".join(map(str, _OLDEST_TORCH))
+    said = f"PyTorch {found} is installed; LinVideo needs {needed} or newer: update PyTorch"
+    # So Python writes it while it looks the module of `-m` up, and for that imports its package.
+    if sys.argv[:1] == ["-m"]:
+        sys.stderr.write(f"error: {said}\n")
+        sys.exit(2)
+    raise ImportError(said)
 
 
 _check_torch()

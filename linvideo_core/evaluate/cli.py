@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.config import parse, say_that_pytorch_loads
+from ..teacher.config import check_embedded
 from .config import EvaluateConfig
 
 SHOWN = (
@@ -74,7 +75,10 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError, in one sentence, for a file that cannot be read.
     """
     values = dict(PRESETS[preset])
-    if given.get("model") is None or given.get("artifact") is None:
+    if given.get("model") is None:
+        check_embedded(given)
+        return values
+    if given.get("artifact") is None:
         return values
     # PyTorch is imported here, when it is needed.
     from .compare import load_linearized

@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..demo import DEMO_GUIDANCE_SCALE, DEMO_SHIFT, DEMO_STEPS
 from ..models.config import FrozenConfig, SoftmaxConfig
@@ -15,6 +17,24 @@ STATES = ("stored", "pool")
 TIME_COMPRESSION = 4
 """Frames that one frame of latents stands for."""
 _PIXELS = dataclasses.replace(limits.PIXELS, low=16, step=16)
+_SIZES = ("num_frames", "height", "width")
+_OF_OWN_MODELS = (*_SIZES, "card")
+
+
+def check_embedded(given: Mapping[str, Any]) -> None:
+    """Raise SettingError for what was given of the embedded model, and it does not have.
+
+    given: settings by the names of their fields.
+    """
+    names = [name for name in _OF_OWN_MODELS if name in given]
+    if names:
+        shown = " ".join(f"{{{name}}} {given[name]}" for name in names)
+        raise SettingError(
+            f"{shown} is for a {{model}} of your own, and none was given: give {{model}}, or leave "
+            "it out",
+            *names,
+            "model",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +61,10 @@ class TeacherConfig(Settings):
                 f"{{num_frames}} {self.num_frames} given; 4 n + 1 is needed, such as 81",
                 "num_frames",
             )
+        if self.model is None:
+            usual = {field.name: field.default for field in dataclasses.fields(self)}
+            sizes = {name: getattr(self, name) for name in _SIZES}
+            check_embedded({name: x for name, x in sizes.items() if x != usual[name]})
         if self.model is None and self.frozen_weights.given:
             raise SettingError(
                 f"{self.frozen_weights.given} is for a {{model}} of your own, and none was "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..run.config import override
 from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
-from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig
+from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig, check_embedded
 from .config import QUALITIES, RecipeConfig, RunConfig, TransferConfig
 
 if TYPE_CHECKING:
@@ -127,11 +127,14 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_embedded(preset: str, presets: Mapping[str, object], given: Mapping[str, Any]) -> bool:
-    """Say whether flags mean the embedded model; SettingError for another with one of its presets.
+    """Say whether flags mean the embedded model.
+
+    Raises SettingError for one of its presets with another model, and for flags that it has not.
 
     presets: those of the command, the first one being what no `--preset` means.
     """
     if given.get("model") is None:
+        check_embedded(given)
         return True
     if preset != next(iter(presets)):
         raise SettingError(

@@ -445,6 +445,9 @@ def test_what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
             "'area'": {"positive": [[prompt, {"area": (1, 1, 0, 0)}]]},
             "numbers wide": {"positive": [[prompt[..., :7], {}]]},
             "at least 8 are needed": {"sampler_steps": 1},
+            "width 17 is for a model of your own": {"width": 17},
+            "width 64 height 64 is for a model of your own": {"width": 64, "height": 64},
+            "frames 2 is for a model of your own": {"frames": 2},
             "tokens long": {"positive": [[prompt[:, :4], {}]]},
             "[1, 4, 8, 8]": {"latent": {"samples": torch.zeros(1, 4, 8, 8)}},
             "[1, 4, 7, 16, 16]": {"latent": {"samples": torch.zeros(1, 4, 7, 16, 16)}},
@@ -461,8 +464,11 @@ def test_what_cannot_be_learned_is_refused_and_leaves_nothing() -> None:
         for words, changes in {
             "positive is not connected": {"prompts": " \n"},
             "clip is not connected": {"prompts": _LIST},
+            "width 17 given; a multiple of 16 is needed": {"width": 17},
+            "height 8 given; a multiple of 16 is needed": {"height": 8},
+            "frames 2 given; 4 n + 1 is needed": {"frames": 2},
             "tokens fit": {
-                **dict.fromkeys(("width", "height", "frames"), 16384),
+                **{"width": 16384, "height": 16384, "frames": 16385},
                 "positive": [[prompt, {}]],
             },
         }.items():

@@ -22,9 +22,9 @@ _SETTINGS = {
     "warm_start_steps": 2,
     "num_videos": 2,
     "sampler_steps": 8,
-    "width": 64,
-    "height": 64,
-    "frames": 9,
+    "width": 0,
+    "height": 0,
+    "frames": 0,
 }
 
 

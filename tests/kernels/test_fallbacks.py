@@ -200,12 +200,37 @@ def test_a_first_call_inside_a_cuda_graph_harms_no_later_one(tmp_path: Path) -> 
     assert float(error) < 0.02
 
 
+OLD = "PyTorch 2.4.1+cu121 is installed; LinVideo needs 2.5 or newer: update PyTorch"
+
+
+def with_torch(version: str) -> str:
+    """Return code after which an installed PyTorch says that it has a version."""
+    return f"import importlib.metadata as m; m.version = lambda _: {version!r}; "
+
+
 def test_a_pytorch_that_is_too_old_is_refused_in_a_sentence() -> None:
-    old = (
-        "import importlib.metadata as m; m.version = lambda _: '2.4.1+cu121'; import linvideo_core"
+    assert run(with_torch("2.4.1+cu121") + "import linvideo_core")[-1] == f"ImportError: {OLD}"
+
+
+@pytest.mark.parametrize("command", ["transfer", "distill", "evaluate"])
+def test_a_command_on_a_pytorch_that_is_too_old_ends_with_that_sentence_alone(
+    command: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(with_torch("2.4.1+cu121"), encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, "-m", f"linvideo_core.{command}", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    said = "ImportError: PyTorch 2.4.1+cu121 is installed; LinVideo needs 2.5 or newer"
-    assert run(old)[-1] == said
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: {OLD}\n")
+
+
+@pytest.mark.parametrize("version", ["garbage", "", "2", "2.11.0a0+gitabc", "2.5a1", "3.0"])
+def test_the_version_of_a_pytorch_of_ones_own_is_no_obstacle(version: str) -> None:
+    assert run(with_torch(version) + "import linvideo_core; print('there')") == ["there"]
 
 
 def test_installing_the_requirements_replaces_neither_pytorch_nor_triton() -> None:

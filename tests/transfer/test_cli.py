@@ -202,7 +202,8 @@ def test_another_run_with_other_training_settings_uses_the_samples_that_are_ther
     transfer.run(small_transfer(model_path, out=out, shard_size=1))
 
 
-EMBEDDED = {"model": None, "prompts": None}
+SIZES = ("num_frames", "height", "width")
+EMBEDDED = dict.fromkeys(("model", "prompts", *SIZES))
 BAD: dict[str, tuple[dict[str, object], str]] = {
     "a missing model": ({"model": "none.safetensors"}, "none.safetensors does not exist"),
     "no safetensors": ({"model": "text.safetensors"}, "text.safetensors"),
@@ -271,6 +272,26 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "more sizes of the embedded model": (
         {**EMBEDDED, "states": "pool", "levels": "even", "more_sizes": "64x32x5"},
         "it is for the pool of a --model of your own",
+    ),
+    "frames of the embedded model": (
+        {**EMBEDDED, "num_frames": 5},
+        "--num-frames 5 is for a --model of your own, and none was given",
+    ),
+    "frames of the embedded model, as many as are usual": (
+        {**EMBEDDED, "num_frames": 81},
+        "--num-frames 81 is for a --model of your own",
+    ),
+    "a size of the embedded model": (
+        {**EMBEDDED, "height": 64, "width": 48},
+        "--height 64 --width 48 is for a --model of your own",
+    ),
+    "a card for the embedded model": (
+        {**EMBEDDED, "card": 24},
+        "--card 24 is for a --model of your own",
+    ),
+    "a boundary without a second expert": (
+        {"boundary": 0.9},
+        "--boundary 0.9 was given without --low-noise-model",
     ),
     "an unknown objective": ({"objective": "gan"}, "gan"),
     "a rank beyond the model": (

@@ -170,6 +170,15 @@ def given_size(inputs: dict[str, Any], usual: dict[str, int]) -> dict[str, int]:
     return {name: settings.get(name) or value for name, value in usual.items()}
 
 
+def check_sides(size: dict[str, int], multiple: int) -> None:
+    """Raise ValueError for a width or a height that is not of whole tokens."""
+    for name in ("width", "height"):
+        if size[name] % multiple:
+            raise ValueError(
+                f"{name} {size[name]} given; a multiple of {multiple} is needed for this model"
+            )
+
+
 def pixels_of(latent_format: Any, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return frames, height and width in pixels of latents (F, H, W), by the format's ratios."""
     time_ratio, space_ratio = _ratios(latent_format)
@@ -186,6 +195,9 @@ def _ratios(latent_format: Any) -> tuple[int, int]:
 
 def _find_shape(latent_format: Any, inputs: dict[str, Any]) -> tuple[int, ...]:
     num_channels = latent_format.latent_channels
+    is_demo = isinstance(latent_format, DemoLatents)
+    if is_demo:
+        _refuse_size(inputs)
     if (latent := inputs.get("latent")) is not None:
         samples = latent["samples"]
         shape = list(getattr(samples, "shape", ()))
@@ -196,15 +208,26 @@ def _find_shape(latent_format: Any, inputs: dict[str, Any]) -> tuple[int, ...]:
             )
         refuse_mask(latent)
         return tuple(shape[1:])
-    if isinstance(latent_format, DemoLatents):
+    if is_demo:
         return LATENT_SHAPE
     time_ratio, space_ratio = _ratios(latent_format)
     size = given_size(inputs, USUAL_SIZE)
-    num_frames = (size["frames"] - 1) // time_ratio + 1
-    sides = tuple(size[side] // space_ratio for side in ("height", "width"))
-    if min(sides) < 2:
+    check_sides(size, 2 * space_ratio)
+    if (size["frames"] - 1) % time_ratio:
         raise ValueError(
-            f"videos of {size['width']} x {size['height']} pixels given; at least "
-            f"{2 * space_ratio} x {2 * space_ratio} are needed"
+            f"frames {size['frames']} given; {time_ratio} n + 1 is needed for this model, such as "
+            f"{USUAL_SIZE['frames']}"
         )
-    return (num_channels, num_frames, *sides)
+    num_frames = (size["frames"] - 1) // time_ratio + 1
+    return (num_channels, num_frames, size["height"] // space_ratio, size["width"] // space_ratio)
+
+
+def _refuse_size(inputs: dict[str, Any]) -> None:
+    """Raise ValueError for an expert's size of LinVideo Demo's videos, which have their own."""
+    given = given_size(inputs, dict.fromkeys(USUAL_SIZE, 0))
+    shown = " ".join(f"{name} {value}" for name, value in given.items() if value)
+    if shown:
+        raise ValueError(
+            f"{shown} is for a model of your own, and this is LinVideo Demo's, whose videos have a "
+            "size of their own: set it to 0"
+        )

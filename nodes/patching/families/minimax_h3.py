@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ....linvideo_core.kernels.softmax import SPARSE_BLOCK
 from ....linvideo_core.models.attention import SoftmaxAttention
 from ..attention_override import attend_as_pytorch
-from . import PROMPT, HostFamily, Video, given_size, refuse_mask
+from . import PROMPT, HostFamily, Video, check_sides, given_size, refuse_mask
 
 USUAL_SIZE = {"width": 1344, "height": 768, "frames": 124}
 """Of ComfyUI's own empty latent for this model."""
@@ -164,6 +164,7 @@ def _find_shapes(channels: tuple[int, int], inputs: dict[str, Any]) -> tuple[tup
         refuse_mask(latent)
         return shapes
     size = given_size(inputs, USUAL_SIZE)
+    check_sides(size, 2 * _SPACE_RATIO)
     num_groups = max(0, -(-(size["frames"] - _FRAMES_OF_HEAD) // _FRAMES_OF_GROUP))
     num_frames = num_groups * _FRAMES_OF_GROUP + _FRAMES_OF_HEAD
     height, width = (size[side] // _SPACE_RATIO for side in ("height", "width"))
