@@ -1,5 +1,6 @@
 """Draw results/evidence.json, every seed a dot: `python -m research.ablation_plots`."""
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from linvideo_core.evaluate.plots import (
     style_axes,
     title_axes,
 )
+from linvideo_core.run.config import option, parse, run_command
 from linvideo_core.run.tables import format_value
 
 _DOTTED = (0, (1, 3))
@@ -148,5 +150,18 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     return list(paths.values())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotsConfig:
+    """Where the pictures go."""
+
+    out: Path = option(RESULTS_FOLDER, "folder of evidence_*.png, which are replaced")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and draw."""
+    config = parse(PlotsConfig, argv, description=__doc__)
+    draw(json.loads((RESULTS_FOLDER / "evidence.json").read_text("utf-8")), config.out)
+
+
 if __name__ == "__main__":
-    draw(json.loads((RESULTS_FOLDER / "evidence.json").read_text("utf-8")), RESULTS_FOLDER)
+    run_command(main)

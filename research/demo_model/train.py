@@ -276,6 +276,9 @@ COMMANDS = {"prompts": PromptsConfig, "judge": JudgeConfig, "teacher": TeacherCo
 def main() -> None:
     """Read the command line and train; measures are logged and stored beside the weights."""
     what, *flags = sys.argv[1:] or [""]
+    if what in ("-h", "--help"):
+        sys.stdout.write(f"{__doc__}\nEach command has its own --help.\n")
+        return
     if what not in COMMANDS:
         raise ValueError(f"command {what!r} given; one of {', '.join(COMMANDS)} is needed")
     config = parse(COMMANDS[what], flags, description=__doc__)

@@ -6,6 +6,7 @@ Every name, signature and call order; what broke is said in sentences, and the s
 interpreter is COMFYUI_PYTHON, else the checkout's own, else that of ~/ComfyUI.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -35,10 +36,10 @@ def check(root: Path) -> list[str]:
 
 def main() -> int:
     """Check the checkout that the command line names."""
-    if len(sys.argv) != 2:
-        print(__doc__)
-        return 2
-    root = Path(sys.argv[1]).expanduser().absolute()
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m tests.host.check_host", **how)
+    parser.add_argument("path", type=Path, metavar="PATH", help="the ComfyUI to check")
+    root = parser.parse_args().path.expanduser().absolute()
     try:
         problems = check(root)
     except (HostError, OSError) as error:
