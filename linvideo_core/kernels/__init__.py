@@ -12,7 +12,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Compiled for gfx1100 with heads of 128, each thread spills 1 to 4 KB of its registers.
 _AMD_ARCHITECTURE = "gfx942"
-_FUSED_FORM = HybridForm(mass="query")
+_FUSED_FORMS = {f"hybrid_{mass}": HybridForm(mass=mass) for mass in ("query", "moments")}
 # More tokens than a block has in the larger of two.
 _FEW_TILES = Tiles(grid=(1, 1, 200), tile=(1, 1, 129))
 # Of a few tokens by the fused kernels, in any dtype: what is right in bf16 is within 0.04.
@@ -92,8 +92,8 @@ def hybrid_attention(
 
     query, key, value: [B, L, N, D], as `linear_attention` takes them, L the tokens of `tiles`.
     query_map, key_map: [N, D, M/2]; weights: by the names of `initial_weights`.
-    backend: as of `linear_attention`; the fused kernels know mass "query" without other terms, and
-        "auto" leaves other forms to the reference.
+    backend: as of `linear_attention`; the fused kernels know masses "query" and "moments" without
+        other terms, and "auto" leaves other forms to the reference.
 
     Returns [B, L, N, D] in value's dtype; the gradient reaches all tensors.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
@@ -103,15 +103,38 @@ def hybrid_attention(
     tiles.check_tokens(query, key, value)
     _check_weights(weights, initial_weights(form, N, D), query.device)
     gradients = _gradients((query, key, value, *weights.values()), (query_map, key_map))
-    case = ("hybrid_attention", D, 2 * half, value.dtype, gradients)
+    case = (f"hybrid_{form.mass}", D, 2 * half, value.dtype, gradients)
     unknown = _unknown_attention(D, half, value.dtype, is_joint=False)
-    if form != _FUSED_FORM:
-        unknown = f"the fused kernels know hybrid layers of mass {_FUSED_FORM.mass!r} alone"
-    tensors = (query, key, value, query_map, key_map)
-    if _choose(backend, query.device, unknown, case) == "reference":
+    if form not in _FUSED_FORMS.values():
+        unknown = "the fused kernels know hybrid layers of mass 'query' and 'moments' alone"
+    chosen = _choose(backend, query.device, unknown, case)
+    return _attend_in_tiles(chosen, (query, key, value, query_map, key_map), weights, tiles, form)
+
+
+def _attend_in_tiles(
+    backend: str,
+    tensors: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    tiles: Tiles,
+    form: HybridForm,
+) -> Tensor:
+    if backend == "reference":
         return hybrid_reference.hybrid_attention(*tensors, weights, tiles, form)
-    mass = weights["mass_bias"], weights["mass_gate"]
-    return custom_ops.hybrid_attention(*tensors, *mass, tiles.numbers)[0]
+    _, key, value, *_ = tensors
+    B, _, N, D = key.shape
+    spread = None
+    if form.mass == "query":
+        # Where no key lies outside, all is the tile's.
+        level = 3 + math.log(tiles.num_slots) if tiles.num_tiles > 1 else -math.inf
+        level = level - 4 * weights["mass_bias"].float()
+        slope = -weights["mass_gate"].float().expand(B, N, D)
+    else:
+        level, mean_scale, variance_scale = weights["mass_moments"].float()
+        mean, products = custom_ops.moments(key.to(value.dtype))
+        slope = mean_scale.unsqueeze(-1) * mean / D**0.5
+        covariance = products - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        spread = variance_scale[:, None, None] * covariance / (2 * D)
+    return custom_ops.hybrid_attention(*tensors, level, slope, spread, tiles.numbers)[0]
 
 
 def norm_rotary(
@@ -317,12 +340,13 @@ def _compute_few(
 ) -> list[Tensor]:
     """Return what a kernel gives for a few tokens, then the gradients asked for, all in fp32."""
     N = 2
-    is_rotary, is_hybrid = kernel == "norm_rotary", kernel == "hybrid_attention"
+    is_rotary, is_hybrid = kernel == "norm_rotary", kernel in _FUSED_FORMS
     L = _FEW_TILES.num_tokens if is_hybrid else 17
     shapes = [(1, L, N * D)] if is_rotary else [(1, L, N, D)] * 3
     num_tokens = len(shapes)
     shapes += [(N * D,), (2, L, D // 2)] if is_rotary else [(N, D, M // 2)] * 2
-    shapes += [(N,), (N, D)] if is_hybrid else []
+    if is_hybrid:
+        shapes += [x.shape for x in initial_weights(_FUSED_FORMS[kernel], N, D).values()]
     autocast = torch.autocast(device.type, enabled=False)
     # Hooks that change nothing hide what is saved from those of the caller's checkpoint.
     hidden = saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -345,10 +369,10 @@ def _call_kernel(kernel: str, backend: str, inputs: list[Tensor], num_heads: int
     if kernel == "norm_rotary":
         module = custom_ops if backend == "triton" else reference
         return module.norm_rotary(*inputs, num_heads, 1e-6)
-    if backend == "triton":
-        return custom_ops.hybrid_attention(*inputs, _FEW_TILES.numbers)[0]
-    weights = {"mass_bias": inputs[5], "mass_gate": inputs[6]}
-    return hybrid_reference.hybrid_attention(*inputs[:5], weights, _FEW_TILES, _FUSED_FORM)
+    form = _FUSED_FORMS[kernel]
+    names = initial_weights(form, num_heads, inputs[0].shape[3])
+    weights = dict(zip(names, inputs[5:], strict=True))
+    return _attend_in_tiles(backend, inputs[:5], weights, _FEW_TILES, form)
 
 
 def _make_numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -133,18 +133,20 @@ def hybrid_attention(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    mass_bias: Tensor,
-    mass_gate: Tensor,
+    level: Tensor,
+    slope: Tensor,
+    spread: Tensor | None,
     tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D] and what backward needs, by the fused kernels.
 
-    That is mass, means and normaliser of `hybrid_triton.forward`; tiles: `Tiles.numbers`.
+    That is mass, means and normaliser of `hybrid_triton.forward`, which says what the inputs are;
+    tiles: `Tiles.numbers`.
     """
     rows = (_with_rows(x) for x in (query, key, value))
     with torch.cuda.device_of(query):
         return _module("hybrid_triton").forward(
-            *rows, query_map, key_map, mass_bias, mass_gate, Tiles.from_numbers(tiles)
+            *rows, query_map, key_map, level, slope, spread, Tiles.from_numbers(tiles)
         )
 
 
@@ -165,30 +167,32 @@ def hybrid_attention_backward(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    mass_bias: Tensor,
-    mass_gate: Tensor,
+    level: Tensor,
+    slope: Tensor,
+    spread: Tensor | None,
     out: Tensor,
     mass: Tensor,
     means: Tensor,
     normaliser: Tensor,
     tiles: list[int],
     needs_map_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Return the gradients of all tensors that `hybrid_attention` takes; the maps' 0 if unwanted.
 
     out, mass, means, normaliser: as that gave them.
     """
     rows = (_with_rows(x) for x in (upstream, query, key, value))
     with torch.cuda.device_of(query):
-        return _module("hybrid_triton").backward(
-            *rows, query_map, key_map, mass_bias, mass_gate, out, mass, means, normaliser,
+        gradients = _module("hybrid_triton").backward(
+            *rows, query_map, key_map, level, slope, spread, out, mass, means, normaliser,
             Tiles.from_numbers(tiles), needs_map_gradients=needs_map_gradients,
         )  # fmt: skip
+    return list(gradients)
 
 
 @hybrid_attention_backward.register_fake
-def _(upstream: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in tensors[:7])
+def _(upstream: Tensor, *tensors: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors[:8] if x is not None]
 
 
 def _save_hybrid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -199,16 +203,45 @@ def _save_hybrid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _differentiate_hybrid(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 8
+        return (None,) * 9
     needs_map_gradients = any(ctx.needs_input_grad[3:5])
     gradients = hybrid_attention_backward(
         upstream, *ctx.saved_tensors, ctx.tiles, needs_map_gradients
     )
-    wanted = zip(gradients, ctx.needs_input_grad[:7], strict=True)
+    # Without a spread there is one less.
+    wanted = zip([*gradients, None], ctx.needs_input_grad[:8], strict=False)
     return *(gradient if is_wanted else None for gradient, is_wanted in wanted), None
 
 
 hybrid_attention.register_autograd(_differentiate_hybrid, setup_context=_save_hybrid)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::moments", mutates_args=())
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means over tokens of x [B, L, N, D] and of x x', [B, N, D] and [B, N, D, D]."""
+    with torch.cuda.device_of(x):
+        return _module("hybrid_triton").moments(_with_rows(x))
+
+
+@moments.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    B, _, N, D = x.shape
+    shapes = (B, N, D), (B, N, D, D)
+    return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _save_moments(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_moments(ctx: Any, dmean: Tensor, dproducts: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    # A product of matrices, which is left to PyTorch.
+    turned = ((dproducts + dproducts.mT) / x.shape[1]).to(x.dtype)
+    return torch.einsum("blnd,bnde->blne", x, turned) + (dmean / x.shape[1]).to(x.dtype)[:, None]
+
+
+moments.register_autograd(_differentiate_moments, setup_context=_save_moments)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::norm_rotary", mutates_args=())

@@ -3,7 +3,10 @@ r"""Softmax within tiles beside linear attention as Triton kernels, forward and 
 One program has some queries of one tile and one head. It goes through the tile's keys and values
 where they lie, as FlashAttention does, then takes the same queries' features times the state, which
 `triton_launch.reduce_keys` made, and mixes both: scores, features and tiles are never in memory.
-`hybrid_reference` derives the formulas; of its forms this is mass "query" and nothing besides.
+`hybrid_reference` derives the formulas. Of its forms this knows masses "query" and "moments", as
+
+    log F_i = level + slope . q_i        and, with a spread, + q_i' spread q_i + log n_i
+
 
 Backward sees one softmax: a key of the tile weighs w_ij = exp(q_i k_j / sqrt(D)) / (A_i + F_i), and
 linear attention has the share f_i = F_i / (A_i + F_i), so that with o_i the whole output
@@ -25,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import Tiles
-from .triton_kernels import LOG2_E, dot, load_matrix, product, to_weights
+from .triton_kernels import LOG2_E, dot, load_matrix, product, store_matrix, to_weights
 from .triton_launch import (
     FEATURE_DTYPES,
     Launch,
@@ -33,6 +36,7 @@ from .triton_launch import (
     product_precision,
     pull_back,
     reduce_keys,
+    split_tokens,
 )
 
 # Tokens that a program goes through at a time, at most, and the narrowest tile of tensor cores.
@@ -45,22 +49,22 @@ def forward(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    mass_bias: Tensor,
-    mass_gate: Tensor,
+    level: Tensor,
+    slope: Tensor,
+    spread: Tensor | None,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D], mass [2, B, N, L] fp32, and the state's means and normaliser.
 
     query, key, value: [B, L, N, D], last axis contiguous, L the tokens of `tiles`.
-    query_map, key_map: [N, D, M/2]; mass_bias: [N]; mass_gate: [N, D].
+    query_map, key_map: [N, D, M/2]; level: [N] fp32; slope: [B, N, D] fp32; spread: [B, N, D, D]
+        fp32, symmetric, or none.
     mass: log(A + F) of each query, and f.
     """
     query_map, key_map = (x.to(value.dtype).contiguous() for x in (query_map, key_map))
     means, normaliser = reduce_keys(key_map, key, value)
-    # Where no key lies outside, all is the tile's.
-    level = 3 + math.log(tiles.num_slots) if tiles.num_tiles > 1 else -math.inf
-    level = (level - 4 * mass_bias.float()).contiguous()
-    states = (means, normaliser, level, mass_gate.float().contiguous())
+    estimate = _prepare(level, slope, spread, value)
+    states = (means, normaliser, estimate)
     out, mass = call("hybrid", _run_hybrid, query_map, query, key, value, *states, tiles)
     return out, mass, means, normaliser
 
@@ -72,8 +76,9 @@ def backward(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
-    mass_bias: Tensor,
-    mass_gate: Tensor,
+    level: Tensor,
+    slope: Tensor,
+    spread: Tensor | None,
     out: Tensor,
     mass: Tensor,
     means: Tensor,
@@ -82,7 +87,7 @@ def backward(
     *,
     needs_map_gradients: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of query, key, value, both maps, mass_bias and mass_gate.
+    """Return the gradients of query, key, value, both maps, level, slope and, if any, spread.
 
     upstream: [B, L, N, D], the output's gradient, last axis contiguous; out, mass, means and
     normaliser as `forward` gave them. In the inputs' dtypes; the maps' are 0 if unwanted.
@@ -92,11 +97,30 @@ def backward(
     gradients, rows = pull_back(*arguments, (out, mass[1]), **settings)
     # A launch depends on a map's shape and on the dtype of products.
     like_map = query_map.to("meta", value.dtype)
-    gate = mass_gate.float().contiguous()
-    arguments = (query, key, value, upstream, rows, mass, gate, gradients[:3], tiles)
-    parts = call("hybrid backward", _run_backward, like_map, *arguments)
-    dgate, dfall = (x.sum(dim=(0, 2)) for x in parts)
-    return *gradients, (4 * dfall).to(mass_bias.dtype), dgate.to(mass_gate.dtype)
+    estimate = _prepare(level, slope, spread, value)
+    arguments = (query, key, value, upstream, rows, mass, estimate, gradients[:3], tiles)
+    dlevel, dslope, dlog = call("hybrid backward", _run_backward, like_map, *arguments)
+    gradients = (*gradients, dlevel.sum(dim=(0, 2)), dslope.sum(dim=2))
+    if spread is None:
+        return gradients
+    return *gradients, call("moments", _run_moments, like_map, query, dlog)[1]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means over tokens of x [B, N, D] and of x x' [B, N, D, D], fp32.
+
+    x: [B, L, N, D], last axis contiguous.
+    """
+    _, L, N, D = x.shape
+    like_map = torch.empty(N, D, D // 2, dtype=x.dtype, device="meta")
+    return tuple(total / L for total in call("moments", _run_moments, like_map, x))
+
+
+def _prepare(
+    level: Tensor, slope: Tensor, spread: Tensor | None, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    spread = None if spread is None else spread.to(value.dtype).contiguous()
+    return level.contiguous(), slope.contiguous(), spread
 
 
 def _run_hybrid(
@@ -107,8 +131,7 @@ def _run_hybrid(
     value: Tensor,
     means: Tensor,
     normaliser: Tensor,
-    level: Tensor,
-    gate: Tensor,
+    estimate: tuple[Tensor, Tensor, Tensor | None],
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
     B, L, N, D = query.shape
@@ -116,9 +139,10 @@ def _run_hybrid(
     mass = torch.empty(2, B, N, L, dtype=torch.float32, device=value.device)
     num_programs, blocks = _block_sizes(launch, tiles)
     hybrid_kernel[num_programs, B * N](
-        query, key, value, query_map, means, normaliser, level, gate, out, mass,
+        query, key, value, query_map, means, normaliser, *_pointers(estimate), out, mass,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         L, N, *_places(tiles), *blocks, D, query_map.shape[2], product_precision(query_map),
+        estimate[2] is not None,
         num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, mass
@@ -133,27 +157,51 @@ def _run_backward(
     upstream: Tensor,
     rows: Tensor,
     mass: Tensor,
-    gate: Tensor,
+    estimate: tuple[Tensor, Tensor, Tensor | None],
     gradients: tuple[Tensor, Tensor, Tensor],
     tiles: Tiles,
-) -> tuple[Tensor, Tensor]:
-    """Add to the gradients of query, key, value; return those of gate and -log F, in parts.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add to the gradients of query, key, value; return those of level, slope and log F.
 
-    They are fp32, [B, N, programs, D] and [B, N, programs].
+    They are fp32, [B, N, programs], [B, N, programs, D], and [B, N, L], which no one writes where
+    there is no spread.
     """
     B, L, N, D = query.shape
     num_programs, blocks = _block_sizes(launch, tiles)
-    dgate = torch.empty(B, N, num_programs, D, dtype=torch.float32, device=query.device)
-    dfall = torch.empty(B, N, num_programs, dtype=torch.float32, device=query.device)
+    shapes = (B, N, num_programs), (B, N, num_programs, D), (B, N, L)
+    found = [torch.empty(x, dtype=torch.float32, device=query.device) for x in shapes]
     _, features = FEATURE_DTYPES[value.dtype]
     strides = (x.stride()[:3] for x in (query, key, value, upstream))
     hybrid_backward_kernel[2 * num_programs, B * N](
-        query, key, value, upstream, rows, mass, gate, *gradients, dgate, dfall,
+        query, key, value, upstream, rows, mass, *_pointers(estimate)[1:], *gradients, *found,
         *(number for stride in strides for number in stride),
         L, N, *_places(tiles), *blocks, D, features, product_precision(feature_map),
+        estimate[2] is not None,
         num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return dgate, dfall
+    return tuple(found)
+
+
+def _pointers(estimate: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    level, slope, spread = estimate
+    return level, slope, slope if spread is None else spread
+
+
+def _run_moments(
+    launch: Launch, feature_map: Tensor, x: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return sums of w x [B, N, D] and w x x' [B, N, D, D]; weights: [B, N, L] fp32, or all 1."""
+    B, L, N, D = x.shape
+    splits, split_length = split_tokens(L, B * N, launch, x.device, state_bytes=4 * D * D)
+    shapes = (B, N, splits, D), (B, N, splits, D, D)
+    sums, products = (torch.empty(y, dtype=torch.float32, device=x.device) for y in shapes)
+    moments_kernel[splits, B * N](
+        x, sums if weights is None else weights, sums, products, *x.stride()[:3],
+        L, split_length, N, D, launch.tokens, FEATURE_DTYPES[feature_map.dtype][1],
+        product_precision(feature_map), weights is not None,
+        num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return sums.sum(dim=2), products.sum(dim=2)
 
 
 def _block_sizes(launch: Launch, tiles: Tiles) -> tuple[int, tuple[int, ...]]:
@@ -200,17 +248,18 @@ def _load_tokens(p_x, stride, o_token, m_token, D: tl.constexpr):
 
 @triton.jit
 def hybrid_kernel(
-    p_query, p_key, p_value, p_map, p_means, p_normaliser, p_level, p_gate, p_out, p_mass,
+    p_query, p_key, p_value, p_map, p_means, p_normaliser, p_level, p_slope, p_spread,
+    p_out, p_mass,
     query_b, query_l, query_n, key_b, key_l, key_n, value_b, value_l, value_n, out_b, out_l, out_n,
     length, num_heads, frames, height, width, rows, columns, video_tiles,
     shift_f, shift_h, shift_w, before, num_others,
     TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Write the output and mass of up to QUERIES slots of one tile.
 
-    level: [N], `3 - 4 b + log T`; gate: [N, D], g; mass: [2, B N, L]. Of the linear part see
+    level: [N]; slope: [B N, D]; spread: [B N, D, D]; mass: [2, B N, L]. Of the linear part see
     `triton_kernels.map_kernel`.
     """
     T: tl.constexpr = TILE_F * TILE_H * TILE_W
@@ -236,6 +285,7 @@ def hybrid_kernel(
     highest = tl.full((QUERIES,), -1e30, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     local = tl.zeros((QUERIES, D), tl.float32)
+    num_inside = tl.zeros((KEYS,), tl.int32)
     for start in range(0, T, KEYS):
         o_key, m_key = _find_tokens(
             start + tl.arange(0, KEYS), i_tile,
@@ -252,6 +302,7 @@ def hybrid_kernel(
         total = total * shrink + tl.sum(weights, 1)
         local = dot(weights.to(value.dtype), value, local * shrink[:, None], PRECISION)
         highest = now
+        num_inside += m_key.to(tl.int32)
     log_sum = (highest + tl.log2(total)) / LOG2_E
     local = local / total[:, None]
     p_normaliser += i_head * 2 * H + tl.arange(0, H)
@@ -262,8 +313,13 @@ def hybrid_kernel(
     far = product(plus.to(means.dtype), means, PRECISION)
     means = load_matrix(p_means + H * D, H, D)
     far = dot(minus.to(means.dtype), means, far, PRECISION)
-    gate = tl.load(p_gate + i_n * D + o_d)
-    log_far = tl.load(p_level + i_n) - tl.sum(query.to(tl.float32) * gate[None, :], 1)
+    slope = tl.load(p_slope + i_head * D + o_d)[None, :]
+    log_far = tl.load(p_level + i_n)
+    if HAS_SPREAD:
+        spread = load_matrix(p_spread + i_head.to(tl.int64) * D * D, D, D)
+        slope += product(query, spread, PRECISION)
+        log_far += tl.log2((length - tl.sum(num_inside, 0)).to(tl.float32)) / LOG2_E
+    log_far += tl.sum(query.to(tl.float32) * slope, 1)
     # Of A in A + F; both in logarithms, as either alone may overflow.
     odds = log_sum - log_far
     share = tl.sigmoid(odds)
@@ -339,20 +395,20 @@ def _add_to(p_x, o_token, m_token, stride, tile, D: tl.constexpr):
 
 @triton.jit
 def hybrid_backward_kernel(
-    p_query, p_key, p_value, p_upstream, p_rows, p_mass, p_gate, p_dquery, p_dkey, p_dvalue,
-    p_dgate, p_dfall,
+    p_query, p_key, p_value, p_upstream, p_rows, p_mass, p_slope, p_spread,
+    p_dquery, p_dkey, p_dvalue, p_dlevel, p_dslope, p_dlog,
     query_b, query_l, query_n, key_b, key_l, key_n, value_b, value_l, value_n,
     upstream_b, upstream_l, upstream_n,
     length, num_heads, frames, height, width, rows, columns, video_tiles,
     shift_f, shift_h, shift_w, before, num_others,
     TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     OWN: tl.constexpr, OTHERS: tl.constexpr, D: tl.constexpr, FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of up to OWN slots of one tile, of queries or of keys and values.
 
-    dquery, dkey, dvalue: [B, L, N, D], contiguous; dgate: [B N, programs, D] fp32 and dfall
-    [B N, programs], the gradient of -log F. Neighbouring programs read the same tile.
+    dquery, dkey, dvalue: [B, L, N, D], contiguous; of a program dlevel [B N, programs] and dslope
+    [B N, programs, D], fp32; dlog: [B N, L] fp32. Neighbouring programs read the same tile.
     """
     BLOCKS: tl.constexpr = (TILE_F * TILE_H * TILE_W + OWN - 1) // OWN
     i_program, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -385,12 +441,42 @@ def hybrid_backward_kernel(
         far = tl.load(p_far + o_query, mask=m_query, other=0.0)
         along = tl.load(p_rows + o_query * 4, mask=m_query, other=0.0)
         whole = tl.load(p_rows + o_query * 4 + 1, mask=m_query, other=0.0)
-        # The gradient of -log F = g q + 4 b + what does not learn.
-        fall = far * (whole - along)
-        gate = tl.load(p_gate + i_n * D + tl.arange(0, D))
-        dquery = dquery * D**-0.5 + fall[:, None] * gate[None, :]
+        dlog = far * (along - whole)
+        slope = tl.load(p_slope + i_head * D + tl.arange(0, D))[None, :]
+        if HAS_SPREAD:
+            spread = load_matrix(p_spread + i_head * D * D, D, D)
+            slope += 2 * product(query, spread, PRECISION)
+            tl.store(p_dlog + i_head * length + o_query, dlog, mask=m_query)
+        dquery = dquery * D**-0.5 + dlog[:, None] * slope
         _add_to(p_dquery + out, o_query, m_query, num_heads * D, dquery, D)
         i_part = i_head * (tl.num_programs(0) // 2) + i_tile * BLOCKS + i_block
-        dgate = tl.sum(fall[:, None] * query.to(tl.float32), 0)
-        tl.store(p_dgate + i_part * D + tl.arange(0, D), dgate)
-        tl.store(p_dfall + i_part, tl.sum(fall, 0))
+        dslope = tl.sum(dlog[:, None] * query.to(tl.float32), 0)
+        tl.store(p_dslope + i_part * D + tl.arange(0, D), dslope)
+        tl.store(p_dlevel + i_part, tl.sum(dlog, 0))
+
+
+@triton.jit
+def moments_kernel(
+    p_x, p_weights, p_sums, p_products, x_b, x_l, x_n, length, split_length, num_heads,
+    D: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Sum w x and w x x' over one split's tokens: [B N, splits, D] and [B N, splits, D, D] fp32."""
+    i_split, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    p_x += i_head // num_heads * x_b + i_head % num_heads * x_n
+    first = i_split * split_length
+    last = tl.minimum(first + split_length, length)
+    total = tl.zeros((D,), tl.float32)
+    products = tl.zeros((D, D), tl.float32)
+    for start in range(first, last, BLOCK):
+        o_l = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        x = _load_tokens(p_x, x_l, o_l, o_l < last, D)
+        weighted = x.to(tl.float32)
+        if IS_WEIGHTED:
+            weights = tl.load(p_weights + i_head * length + o_l, mask=o_l < last, other=0.0)
+            weighted *= weights[:, None]
+        total += tl.sum(weighted, 0)
+        products = dot(tl.trans(x.to(DTYPE)), weighted.to(DTYPE), products, PRECISION)
+    i_part = i_head * tl.num_programs(0) + i_split
+    tl.store(p_sums + i_part * D + tl.arange(0, D), total)
+    store_matrix(p_products + i_part * D * D, products, D, D)

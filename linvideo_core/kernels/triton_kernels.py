@@ -82,7 +82,8 @@ def load_matrix(p_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_matrix(p_x, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_matrix(p_x, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write a contiguous matrix [ROWS, COLUMNS]."""
     p_tile = p_x + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(p_tile, tile)
 
@@ -185,8 +186,8 @@ def reduce_kernel(
         sum_plus = dot(plus, columns, sum_plus, PRECISION)
         sum_minus = dot(minus, columns, sum_minus, PRECISION)
     i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
-    _store_matrix(p_states + i_part * 2 * H * D, state_plus, H, D)
-    _store_matrix(p_states + i_part * 2 * H * D + H * D, state_minus, H, D)
+    store_matrix(p_states + i_part * 2 * H * D, state_plus, H, D)
+    store_matrix(p_states + i_part * 2 * H * D + H * D, state_minus, H, D)
     p_sums += i_part * 2 * H + tl.arange(0, H)
     # All columns are alike.
     tl.store(p_sums, tl.max(sum_plus, 1))
@@ -336,7 +337,7 @@ def backward_query_kernel(
     p_query += i_b * query_b + i_n * query_n
     p_upstream += i_b * upstream_b + i_n * upstream_n
     p_dquery += i_b * dquery_b + i_n * dquery_n
-    p_out += (i_b * length * num_heads + i_n) * D
+    p_out += i_b * dquery_b + i_n * dquery_n
     p_far += i_head.to(tl.int64) * length
     p_rows += i_head.to(tl.int64) * 4 * length
     first = i_split * split_length
@@ -353,7 +354,7 @@ def backward_query_kernel(
         upstream = _load_tokens(p_upstream, upstream_l, start, last, BLOCK, D)
         upstream = upstream.to(means_plus.dtype)
         if IS_MIXED:
-            out = _load_tokens(p_out, num_heads * D, start, last, BLOCK, D)
+            out = _load_tokens(p_out, dquery_l, start, last, BLOCK, D)
             whole = tl.sum(upstream.to(tl.float32) * out.to(tl.float32), 1)
             share = tl.load(p_far + o_l, mask=o_l < last, other=1.0)
         else:
@@ -382,7 +383,7 @@ def backward_query_kernel(
             map_gradient = dot(tl.trans(query), dz, map_gradient, PRECISION)
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
-        _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
+        store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
 
 
 @triton.jit
@@ -428,7 +429,7 @@ def backward_key_kernel(
             map_gradient = dot(tl.trans(key), dz, map_gradient, PRECISION)
     if MAP_GRADIENT:
         i_part = i_head.to(tl.int64) * tl.num_programs(0) + i_split
-        _store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
+        store_matrix(p_dmap + i_part * D * H, map_gradient, D, H)
     # Nothing here is of the kernel before, which writes dv: it is only waited for so that whoever
     # waits for this one has waited for both.
     _take_turn(IS_CHAINED)

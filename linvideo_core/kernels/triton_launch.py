@@ -63,8 +63,9 @@ _LAUNCHES = {
         "backward": ((128, 8, 2, 1), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
         "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
         # Linear attention as a share of what has the gradient: queries alone.
-        "backward, mixed": ((128, 8, 1, 1), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        "backward, mixed": ((64, 8, 1, 1),),
         "hybrid": ((128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        "moments": ((64, 4, 2, 2), (64, 4, 1, 2), (32, 4, 1, 1)),
         "hybrid backward": ((128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
@@ -73,6 +74,7 @@ _LAUNCHES = {
 _SMALL_LAUNCHES = {kind: [Launch(32, 8, 1, 1)] for kind in _LAUNCHES}
 _SMALL_LAUNCHES["map"] = [Launch(64, 4, 1, 1)]
 _SMALL_LAUNCHES["hybrid"] = [Launch(64, 8, 1, 1), Launch(32, 8, 1, 1)]
+_SMALL_LAUNCHES["hybrid backward"] = [Launch(32, 8, 1, 1), Launch(16, 8, 1, 1)]
 _AMD_LAUNCHES = {kind: [Launch(32, 4, 1, 1)] for kind in _LAUNCHES}
 _first_launch: dict[tuple[Any, ...], int] = {}
 
@@ -187,7 +189,7 @@ def _run_reduce(
     H = feature_map.shape[2]
     is_query = rows is not None
     features, triton_features = FEATURE_DTYPES[feature_map.dtype]
-    splits, split_length = _split(L, B * N, launch, x.device, state_bytes=8 * H * (D + 1))
+    splits, split_length = split_tokens(L, B * N, launch, x.device, state_bytes=8 * H * (D + 1))
     state_parts = _fp32(x, B, N, splits, 2 * H, D)
     sum_parts = _fp32(x, B, N, splits, 2 * H)
     rows, counts = (rows, normaliser) if is_query else (sum_parts, sum_parts)
@@ -218,7 +220,7 @@ def _run_map(
     """Write features times states to `out`; with a normaliser the features are weights."""
     B, L, N, D = x.shape
     is_query = normaliser is not None
-    splits, split_length = _split(L, B * N, launch, x.device)
+    splits, split_length = split_tokens(L, B * N, launch, x.device)
     map_kernel[splits, B * N](
         x, feature_map, states, normaliser if is_query else states, out,
         *x.stride()[:3], *out.stride()[:3], L, split_length, N,
@@ -337,7 +339,7 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _split(
+def split_tokens(
     length: int, num_heads: int, launch: Launch, device: torch.device, *, state_bytes: int = 0
 ) -> tuple[int, int]:
     """Return how many splits of the tokens fill the card best, and their length, whole blocks."""
@@ -357,7 +359,7 @@ def _split_map_gradient(
     """Return splits, their length, and room for their map's gradients [B, N, splits, D, H]."""
     B, L, N, D = x.shape
     H = feature_map.shape[2]
-    splits, split_length = _split(L, B * N, launch, x.device, state_bytes=4 * D * H * wanted)
+    splits, split_length = split_tokens(L, B * N, launch, x.device, state_bytes=4 * D * H * wanted)
     return splits, split_length, _fp32(x, B, N, splits if wanted else 0, D, H)
 
 

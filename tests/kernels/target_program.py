@@ -22,7 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from linvideo_core.kernels import hybrid_triton, triton_launch
-from linvideo_core.kernels.hybrid_reference import HybridForm, initial_weights
 from linvideo_core.kernels.tiles import Tiles
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -89,7 +88,8 @@ def launch(D: int, M: int, dtype: torch.dtype, gradients: str) -> None:
     tensors: list[Any] = [torch.zeros(1, length, 3, D, dtype=dtype) for _ in "qkv"]
     tensors += [torch.zeros(3, D, M // 2) for _ in "qk"]
     if gradients == "hybrid":
-        tensors += initial_weights(HybridForm(), 3, D).values()
+        hybrid_triton.moments(tensors[1])
+        tensors += [torch.zeros(3), torch.zeros(1, 3, D), torch.zeros(1, 3, D, D)]
         found = hybrid_triton.forward(*tensors, TILES)
         arguments = (found[0], *tensors, *found, TILES)
         hybrid_triton.backward(*arguments, needs_map_gradients=True)

@@ -22,7 +22,6 @@ from linvideo_core.kernels.hybrid_reference import (
 from linvideo_core.kernels.tiles import Tiles
 
 pytest.importorskip("triton", minversion="3.3")
-hybrid_triton = pytest.importorskip("linvideo_core.kernels.hybrid_triton")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),
@@ -31,7 +30,7 @@ DEVICES = [
 # Relative error against fp64, by dtype.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2 if IS_INTERPRETED else 1e-2}
 TOLERANCE[torch.float16] = TOLERANCE[torch.bfloat16]
-FORM = HybridForm(mass="query")
+FORMS = HybridForm(mass="query"), HybridForm(mass="moments")
 # Odd sizes; ragged and shifted tiles, whose first slots are empty; several blocks of queries and
 # keys a tile; tokens beside the video's, in several tiles; one tile for all; one token a tile.
 TILINGS = [
@@ -58,7 +57,13 @@ def _poison_what_is_never_written() -> Iterator[None]:
 
 
 def make_inputs(
-    tiles: Tiles, dtype: torch.dtype, device: str, *, D: int = 64, M: int = 64
+    tiles: Tiles,
+    dtype: torch.dtype,
+    device: str,
+    form: HybridForm = FORMS[0],
+    *,
+    D: int = 64,
+    M: int = 64,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Return query, key, value of two heads, both maps, and moved weights, batch 2."""
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +73,7 @@ def make_inputs(
 
     tensors = [normal(2, tiles.num_tokens, 2, D).to(dtype) for _ in range(3)]
     tensors += [normal(2, D, M // 2) / D**0.5 for _ in range(2)]
-    start = initial_weights(FORM, 2, D).items()
+    start = initial_weights(form, 2, D).items()
     weights = {name: (x + 0.3 * normal(*x.shape)).to(device) for name, x in start}
     return [x.to(device) for x in tensors], weights
 
@@ -79,26 +84,34 @@ def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
     return difference / max(float(expected.detach().norm()), scale)
 
 
-NAMES = ("query", "key", "value", "query_map", "key_map", "mass_bias", "mass_gate")
+def attend(
+    *leaves: Tensor, tiles: Tiles = TILINGS[0], form: HybridForm = FORMS[0], backend: str = "triton"
+) -> Tensor:
+    """Return what the door gives for the tensors of `make_inputs`."""
+    names = initial_weights(form, *leaves[3].shape[:2])
+    weights = dict(zip(names, leaves[5:], strict=True))
+    return kernels.hybrid_attention(*leaves[:5], weights, tiles, form, backend=backend)
 
 
-def assert_is_the_reference(inputs: list[Tensor], weights: dict[str, Tensor], tiles: Tiles) -> None:
-    exact = [x.detach().double().requires_grad_() for x in (*inputs, *weights.values())]
+def assert_is_the_reference(
+    inputs: list[Tensor], weights: dict[str, Tensor], tiles: Tiles, form: HybridForm = FORMS[0]
+) -> None:
+    leaves = [x.requires_grad_() for x in (*inputs, *weights.values())]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
     moved = dict(zip(weights, exact[5:], strict=True))
-    expected = hybrid_attention(*exact[:5], moved, tiles, FORM)
-    found = hybrid_triton.forward(*inputs, *weights.values(), tiles)
+    expected = hybrid_attention(*exact[:5], moved, tiles, form)
+    found = attend(*leaves, tiles=tiles, form=form)
     dtype = inputs[2].dtype
-    assert found[0].dtype == dtype and found[0].shape == expected.shape
-    assert error(found[0], expected) < TOLERANCE[dtype]
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert error(found.detach(), expected) < TOLERANCE[dtype]
     generator = torch.Generator().manual_seed(9)
-    upstream = torch.randn(expected.shape, generator=generator).to(found[0])
+    upstream = torch.randn(expected.shape, generator=generator).to(found)
     wanted = torch.autograd.grad(expected, exact, upstream.double())
-    arguments = (upstream, *inputs, *weights.values(), *found, tiles)
-    gradients = hybrid_triton.backward(*arguments, needs_map_gradients=True)
+    gradients = torch.autograd.grad(found, leaves, upstream)
     # Where all keys are one tile's, what estimates the others has no gradient.
     scale = 1e-3 * max(float(x.norm()) for x in wanted)
-    for name, x, y, z in zip(NAMES, gradients, wanted, (*inputs, *weights.values()), strict=True):
-        assert (x.dtype, x.shape) == (z.dtype, z.shape)
+    names = ("query", "key", "value", "query_map", "key_map", *weights)
+    for name, x, y in zip(names, gradients, wanted, strict=True):
         assert error(x, y, scale) < TOLERANCE[dtype], name
 
 
@@ -108,101 +121,89 @@ def assert_is_the_reference(inputs: list[Tensor], weights: dict[str, Tensor], ti
     [(tiles, torch.float32) for tiles in TILINGS] + [(t, torch.bfloat16) for t in TILINGS[:-1]],
     ids=str,
 )
-def test_it_is_the_reference_over_any_tiles(tiles: Tiles, dtype: torch.dtype, device: str) -> None:
-    assert_is_the_reference(*make_inputs(tiles, dtype, device), tiles)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.mass)
+def test_it_is_the_reference_over_any_tiles(
+    tiles: Tiles, dtype: torch.dtype, form: HybridForm, device: str
+) -> None:
+    assert_is_the_reference(*make_inputs(tiles, dtype, device, form), tiles, form)
 
 
 @pytest.mark.parametrize(
-    ("D", "M", "dtype"),
+    ("D", "M", "dtype", "form"),
     [
-        (64, 128, torch.float32),
-        (128, 128, torch.bfloat16),
-        (128, 128, torch.float16),
-        (128, 256, torch.bfloat16),
+        (64, 128, torch.float32, FORMS[0]),
+        (128, 128, torch.bfloat16, FORMS[0]),
+        (128, 128, torch.float16, FORMS[1]),
+        (128, 256, torch.bfloat16, FORMS[1]),
     ],
 )
-def test_it_is_the_reference_of_all_widths(D: int, M: int, dtype: torch.dtype, device: str) -> None:
-    assert_is_the_reference(*make_inputs(TILINGS[0], dtype, device, D=D, M=M), TILINGS[0])
-
-
-def test_tokens_are_read_where_they_lie(device: str) -> None:
-    inputs, weights = make_inputs(TILINGS[0], torch.float32, device)
-
-    def compute(upstream: Tensor, *tokens: Tensor) -> list[Tensor]:
-        tensors = (*tokens, *inputs[3:], *weights.values())
-        found = hybrid_triton.forward(*tensors, TILINGS[0])
-        settings = {"needs_map_gradients": False}
-        return [
-            *found,
-            *hybrid_triton.backward(upstream, *tensors, *found, TILINGS[0], **settings),
-        ]
-
-    tokens = [inputs[0].flip(1), *inputs[:3]]
-    expected = compute(*tokens)
-    # One projection for all, then heads before tokens.
-    packed = torch.stack(tokens, dim=2).unbind(2)
-    by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens]
-    for views in (packed, by_head):
-        for x, y in zip(compute(*views), expected, strict=True):
-            assert torch.equal(x, y)
+def test_it_is_the_reference_of_all_widths(
+    D: int, M: int, dtype: torch.dtype, form: HybridForm, device: str
+) -> None:
+    inputs = make_inputs(TILINGS[0], dtype, device, form, D=D, M=M)
+    assert_is_the_reference(*inputs, TILINGS[0], form)
 
 
 def test_sharp_scores_neither_overflow_nor_vanish(device: str) -> None:
     inputs, weights = make_inputs(TILINGS[1], torch.float32, device)
     sharp = [30 * x if i < 2 else x for i, x in enumerate(inputs)]
-    expected = hybrid_attention(*sharp, weights, TILINGS[1], FORM)
-    found, *_ = hybrid_triton.forward(*sharp, *weights.values(), TILINGS[1])
-    assert error(found, expected) < 1e-4
+    expected = hybrid_attention(*sharp, weights, TILINGS[1], FORMS[0])
+    assert error(attend(*sharp, *weights.values(), tiles=TILINGS[1]), expected) < 1e-4
 
 
-def make_leaves(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def make_leaves(
+    device: str, dtype: torch.dtype = torch.float32, form: HybridForm = FORMS[0]
+) -> list[Tensor]:
     """Return all that the operator learns from, over `TILINGS[0]`."""
-    inputs, weights = make_inputs(TILINGS[0], dtype, device)
+    inputs, weights = make_inputs(TILINGS[0], dtype, device, form)
     return [x.requires_grad_() for x in (*inputs, *weights.values())]
-
-
-def attend(*leaves: Tensor, backend: str = "triton", form: HybridForm = FORM) -> Tensor:
-    weights = dict(zip(NAMES[5:], leaves[5:], strict=True))
-    return kernels.hybrid_attention(*leaves[:5], weights, TILINGS[0], form, backend=backend)
 
 
 def gradients_of(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-def test_the_door_gives_the_references_gradient_to_all_that_learns(device: str) -> None:
-    leaves = make_leaves(device)
-    found = gradients_of(attend(*leaves), leaves)
-    for x, y in zip(found, gradients_of(attend(*leaves, backend="reference"), leaves), strict=True):
-        assert error(x, y) < 2e-5
-    # A last axis that is not contiguous, and maps that do not learn.
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.mass)
+def test_any_strides_and_frozen_maps_give_the_same(form: HybridForm, device: str) -> None:
+    leaves = make_leaves(device, form=form)
+    expected = gradients_of(attend(*leaves, form=form), leaves)
+    # One projection for all, heads before tokens, and a last axis that is not contiguous.
+    packed = torch.stack(leaves[:3], dim=2).unbind(2)
+    by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in leaves[:3]]
     scattered = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in leaves[:3]]
+    for views in (packed, by_head, scattered):
+        assert torch.equal(attend(*views, *leaves[3:], form=form), expected[0])
     frozen = [x.detach() for x in leaves[3:5]]
-    out = attend(*scattered, *frozen, *leaves[5:])
-    assert torch.equal(out, found[0])
     learning = [*leaves[:3], *leaves[5:]]
-    expected = [found[0], *found[1:4], *found[6:]]
-    for x, y in zip(gradients_of(out, learning), expected, strict=True):
+    found = gradients_of(attend(*scattered, *frozen, *leaves[5:], form=form), learning)
+    for x, y in zip(found, [*expected[:4], *expected[6:]], strict=True):
         torch.testing.assert_close(x, y)
 
 
-def test_the_operator_keeps_pytorchs_contract(device: str) -> None:
+def test_the_operators_keep_pytorchs_contract(device: str) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    inputs = (*make_leaves(device, torch.bfloat16), TILINGS[0].numbers)
-    torch.library.opcheck(custom_ops.hybrid_attention, inputs, test_utils=checks)
+    inputs, _ = make_inputs(TILINGS[0], torch.bfloat16, device)
+    level, slope = torch.zeros(2, device=device), torch.zeros(2, 2, 64, device=device)
+    spread = torch.eye(64, device=device).expand(2, 2, -1, -1)
+    for last in (None, spread):
+        tensors = [x.requires_grad_() for x in (*inputs, level, slope)]
+        arguments = (*tensors, last, TILINGS[0].numbers)
+        torch.library.opcheck(custom_ops.hybrid_attention, arguments, test_utils=checks)
+    torch.library.opcheck(custom_ops.moments, (tensors[1],), test_utils=checks)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.mass)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_compiled_or_recomputed_it_is_the_same(backend: str, device: str) -> None:
+def test_compiled_or_recomputed_it_is_the_same(backend: str, form: HybridForm, device: str) -> None:
     torch._dynamo.reset()
     frames = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, backend=frames, fullgraph=True, dynamic=False)
-    leaves = make_leaves(device)
-    expected = gradients_of(attend(*leaves, backend=backend), leaves)
-    settings = {"backend": backend, "use_reentrant": False}
+    leaves = make_leaves(device, form=form)
+    settings = {"backend": backend, "form": form}
+    expected = gradients_of(attend(*leaves, **settings), leaves)
     with torch.autocast(device, torch.bfloat16):
-        recomputed = checkpoint(attend, *leaves, **settings)
-    for out in (compiled(*leaves, backend=backend), recomputed):
+        recomputed = checkpoint(attend, *leaves, **settings, use_reentrant=False)
+    for out in (compiled(*leaves, **settings), recomputed):
         for x, y in zip(gradients_of(out, leaves), expected, strict=True):
             torch.testing.assert_close(x, y)
     assert frames.frame_count == 1
@@ -215,7 +216,7 @@ def test_it_is_tried_once_and_found_right(
     monkeypatch.setattr(kernels, "_tried", {})
     for _ in range(2):
         attend(*make_leaves(device, dtype))
-    case = ("hybrid_attention", 64, 64, dtype, "maps")
+    case = ("hybrid_query", 64, 64, dtype, "maps")
     assert [(key[1], reason) for key, reason in kernels._tried.items()] == [(case, "")]
 
 
@@ -235,26 +236,27 @@ def test_a_form_that_the_kernels_do_not_know_is_the_references(
     weights = {name: x.to(device) for name, x in initial_weights(form, 2, 64).items()}
     expected = hybrid_attention(*inputs, weights, TILINGS[0], form)
     assert torch.equal(kernels.hybrid_attention(*inputs, weights, TILINGS[0], form), expected)
-    with pytest.raises(ValueError, match="fused kernels know hybrid layers of mass 'query' alone"):
+    with pytest.raises(ValueError, match="of mass 'query' and 'moments' alone"):
         kernels.hybrid_attention(*inputs, weights, TILINGS[0], form, backend="triton")
 
 
 def test_other_tokens_and_weights_than_needed_are_refused() -> None:
     inputs, weights = make_inputs(TILINGS[0], torch.float32, "cpu")
     with pytest.raises(ValueError, match="60, 60, 60 tokens given; the tiles have 273"):
-        kernels.hybrid_attention(*inputs, weights, TILINGS[1], FORM)
+        kernels.hybrid_attention(*inputs, weights, TILINGS[1], FORMS[0])
     for wrong in ({"mass_bias": weights["mass_bias"]}, weights | {"mass_gate": torch.zeros(2)}):
         with pytest.raises(ValueError, match=r"mass_gate \[2, 64\] on cpu is needed"):
-            kernels.hybrid_attention(*inputs, wrong, TILINGS[0], FORM)
+            kernels.hybrid_attention(*inputs, wrong, TILINGS[0], FORMS[0])
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_it_with_its_gradients() -> None:
-    leaves = make_leaves("cuda", torch.bfloat16)
-    expected = gradients_of(attend(*leaves), leaves)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.mass)
+def test_a_cuda_graph_replays_it_with_its_gradients(form: HybridForm) -> None:
+    leaves = make_leaves("cuda", torch.bfloat16, form)
+    expected = gradients_of(attend(*leaves, form=form), leaves)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = gradients_of(attend(*leaves), leaves)
+        found = gradients_of(attend(*leaves, form=form), leaves)
     for x in found:
         x.zero_()
     graph.replay()
@@ -263,6 +265,8 @@ def test_a_cuda_graph_replays_it_with_its_gradients() -> None:
 
 
 @pytest.mark.gpu
-def test_it_is_the_reference_at_a_real_tile() -> None:
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.mass)
+def test_it_is_the_reference_at_a_real_tile(form: HybridForm) -> None:
     tiles = Tiles(grid=(7, 30, 20), tile=(3, 15, 13), shift=(1, 7, 6), before=9, after=100)
-    assert_is_the_reference(*make_inputs(tiles, torch.bfloat16, "cuda", D=128, M=128), tiles)
+    inputs = make_inputs(tiles, torch.bfloat16, "cuda", form, D=128, M=128)
+    assert_is_the_reference(*inputs, tiles, form)

@@ -34,7 +34,7 @@ FIRST = [(128, 128, "bfloat16", "maps"), (128, 128, "bfloat16", "hybrid")]
 EVERYWHERE = [*FIRST, (64, 128, "bfloat16", "maps"), (64, 128, "bfloat16", "hybrid")]
 ON_NVIDIA = [*EVERYWHERE, (64, 64, "float32", "maps"), (64, 64, "float32", "hybrid")]
 WIDE = (128, 256, "bfloat16", "tokens")
-NUM_KERNELS = {"maps": 9, "tokens": 8, "hybrid": 10}
+NUM_KERNELS = {"maps": 9, "tokens": 8, "hybrid": 12}
 # What Hopper spills most is what was fastest on it, or fp32: 4 KB.
 CASES = {card: ON_NVIDIA for card in CARDS} | {
     "A100": [*ON_NVIDIA, WIDE],
