@@ -124,7 +124,7 @@ def test_the_guidance_baked_in_follows_the_teachers_unless_it_is_given(
     [
         (["--preset", "gpu", "--model", "wan.safetensors"], "--preset gpu given"),
         (["--quality", "fine"], "--quality fine given; one of draft, standard, best is needed"),
-        (["--card", "-1"], "--card -1 given"),
+        (["--card", "-1"], "--card -1 is for a --model of your own"),
         (
             ["--batch-size", "1"],
             "--batch-size 1 and --accumulation 1 given; together --num-steps 4",
