@@ -50,7 +50,7 @@ def check_run(
     for name, value in _leaves(json.loads(to_json(config))):
         if name not in ignore and found.get(name) != value:
             raise OtherRunError(
-                f"{folder} was made with {{{name}}} {_shown(found.get(name))} and this command has "
+                f"{folder} was made with {{{name}}} {_shown(found.get(name))} and this run has "
                 f"{_shown(value)}; choose another {{out}}{new_run}, or give what it was made with "
                 "to continue it",
                 name,

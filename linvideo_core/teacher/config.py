@@ -17,8 +17,7 @@ STATES = ("stored", "pool")
 TIME_COMPRESSION = 4
 """Frames that one frame of latents stands for."""
 _PIXELS = dataclasses.replace(limits.PIXELS, low=16, step=16)
-_SIZES = ("num_frames", "height", "width")
-_OF_OWN_MODELS = (*_SIZES, "card")
+_OF_OWN_MODELS = ("num_frames", "height", "width", "card")
 
 
 def check_embedded(given: Mapping[str, Any]) -> None:
@@ -61,10 +60,6 @@ class TeacherConfig(Settings):
                 f"{{num_frames}} {self.num_frames} given; 4 n + 1 is needed, such as 81",
                 "num_frames",
             )
-        if self.model is None:
-            usual = {field.name: field.default for field in dataclasses.fields(self)}
-            sizes = {name: getattr(self, name) for name in _SIZES}
-            check_embedded({name: x for name, x in sizes.items() if x != usual[name]})
         if self.model is None and self.frozen_weights.given:
             raise SettingError(
                 f"{self.frozen_weights.given} is for a {{model}} of your own, and none was "

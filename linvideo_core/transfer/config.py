@@ -25,7 +25,6 @@ MEASURES = ("replace-one", "restore-one")
 OBJECTIVES = ("adm", "velocity")
 LEVELS = ("even", "flow")
 QUALITIES = ("draft", "standard", "best")
-_BOUNDARY = ExpertsConfig().boundary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,13 +234,6 @@ class TransferConfig(Settings):
                 "{low_noise_model} was given without {model}; give {model} the high-noise expert",
                 "low_noise_model",
                 "model",
-            )
-        if self.experts.low_noise_model is None and self.experts.boundary != _BOUNDARY:
-            raise SettingError(
-                f"{{boundary}} {self.experts.boundary:g} was given without {{low_noise_model}}; it "
-                "is where Wan 2.2's two experts meet: give both, or leave it out",
-                "boundary",
-                "low_noise_model",
             )
         if self.pool.states == "pool":
             self._check_pool()

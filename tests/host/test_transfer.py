@@ -225,8 +225,8 @@ def test_a_name_belongs_to_one_transfer() -> None:
         usual = {"steps": 1, "warm_start_steps": 0}
         _run(**usual)
         for setting, changes in {
-            "steps 1 and 300": {"steps": 300},
-            "cfg 3.0 and 2.0": {"cfg": 2.0},
+            "steps 1 and this run has 300": {"steps": 300},
+            "cfg 3.0 and this run has 2.0": {"cfg": 2.0},
             "with other prompts": {"negative": [[encode_prompts(["seven"]), {}]]},
         }.items():
             message = complaint(_REFUSALS, _run, **{**usual, **changes})
@@ -313,7 +313,7 @@ def _wan_inputs(**changes: Any) -> dict[str, Any]:
     prompts = [torch.randn(1, 6, 4096, generator=generator) for _ in range(3)]
     positive = [[prompt, {}] for prompt in prompts[:2]]
     usual = {"positive": positive, "negative": [[prompts[2], {}]], "target": 1, "steps": 2}
-    usual["latent"] = None
+    usual |= {"latent": None, "width": 64, "height": 64, "frames": 9}
     return _inputs(**{**usual, **changes})
 
 

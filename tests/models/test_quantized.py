@@ -147,7 +147,7 @@ def test_a_rounded_transfer_is_compared_with_its_rounded_teacher(
     config = small_transfer(path, frozen="fp8")
     transfer.run(config)
     assert (config.out / "evaluation.json").exists() and "other weights" not in caplog.text
-    with pytest.raises(ValueError, match="was made with --frozen fp8 and this command has bf16"):
+    with pytest.raises(ValueError, match="was made with --frozen fp8 and this run has bf16"):
         transfer.run(override(config, {"frozen": "bf16"}))
 
 

@@ -52,10 +52,10 @@ def test_checking_a_folder_writes_nothing_and_ignores_what_it_may(tmp_path: Path
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Run(device="cuda", rate=0.2), "--rate 0.1 and this command has 0.2"),
-        (Run(room=Room(num_doors=2)), "--num-doors 1 and this command has 2"),
-        (Run(room=Room(depth=4)), "depth 3 and this command has 4"),
-        (Run(model=Path("m.safetensors")), "model none and this command has m.safetensors"),
+        (Run(device="cuda", rate=0.2), "--rate 0.1 and this run has 0.2"),
+        (Run(room=Room(num_doors=2)), "--num-doors 1 and this run has 2"),
+        (Run(room=Room(depth=4)), "depth 3 and this run has 4"),
+        (Run(model=Path("m.safetensors")), "model none and this run has m.safetensors"),
     ],
 )
 def test_another_config_is_refused_by_the_setting_that_differs(
@@ -89,9 +89,9 @@ def test_a_setting_that_an_older_run_does_not_name_has_its_default(tmp_path: Pat
     before = (tmp_path / "config.json").read_bytes()
     open_run(tmp_path, Run())
     assert (tmp_path / "config.json").read_bytes() == before
-    with pytest.raises(ValueError, match="depth 3 and this command has 4"):
+    with pytest.raises(ValueError, match="depth 3 and this run has 4"):
         open_run(tmp_path, Run(room=Room(depth=4)))
-    with pytest.raises(ValueError, match=r"model none and this command has m.safetensors"):
+    with pytest.raises(ValueError, match=r"model none and this run has m.safetensors"):
         open_run(tmp_path, Run(model=Path("m.safetensors")))
 
 

@@ -289,10 +289,6 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
         {**EMBEDDED, "card": 24},
         "--card 24 is for a --model of your own",
     ),
-    "a boundary without a second expert": (
-        {"boundary": 0.9},
-        "--boundary 0.9 was given without --low-noise-model",
-    ),
     "an unknown objective": ({"objective": "gan"}, "gan"),
     "a rank beyond the model": (
         {"parameters": "lora", "lora_rank": 999},
