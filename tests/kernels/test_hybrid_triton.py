@@ -3,9 +3,6 @@
 Without a GPU they run in Triton's interpreter, which rounds to bf16 towards zero.
 """
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,16 +17,10 @@ from linvideo_core.kernels.hybrid_reference import (
     initial_weights,
 )
 from linvideo_core.kernels.tiles import Tiles
+from tests.kernels.conftest import TOLERANCE
 
 pytest.importorskip("triton", minversion="3.3")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-# Relative error against fp64, by dtype.
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2 if IS_INTERPRETED else 1e-2}
-TOLERANCE[torch.float16] = TOLERANCE[torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("poisoned")
 FORMS = HybridForm(mass="query"), HybridForm(mass="moments")
 # Odd sizes; ragged and shifted tiles, whose first slots are empty; several blocks of queries and
 # keys a tile; tokens beside the video's, in several tiles; one tile for all; one token a tile.
@@ -40,20 +31,6 @@ TILINGS = [
     Tiles(grid=(2, 3, 3), tile=(9, 9, 9), shift=(1, 1, 1)),
     Tiles(grid=(1, 3, 1), tile=(1, 1, 1), after=2),
 ]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernel runs."""
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poison_what_is_never_written() -> Iterator[None]:
-    """Fill new tensors with NaN, so that an element that the kernel does not write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make_inputs(

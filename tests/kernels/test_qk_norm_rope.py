@@ -1,7 +1,5 @@
 """qk-norm and rotary embedding in one pass: the definition's value and gradient, anywhere."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +8,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from linvideo_core.kernels import norm_rotary
 from linvideo_core.kernels.custom_ops import norm_rotary as fused
+from tests.kernels.conftest import DEVICES
 
 pytest.importorskip("triton", minversion="3.3")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
+ALL_DEVICES = [
+    *DEVICES,
     # Not the current one.
     pytest.param(
         "cuda:1",
@@ -49,7 +46,7 @@ def definition(x: Tensor, weight: Tensor, rotary: Tensor, num_heads: int) -> Ten
     return torch.view_as_real(turned).flatten(-2)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ALL_DEVICES)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("length", "num_heads"), [(1, 1), (9, 3), (2, 40)])
@@ -73,7 +70,7 @@ def test_it_is_its_definition_in_value_and_gradient(
         assert (x.double() - y).norm() <= TOLERANCE[dtype] * y.norm()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ALL_DEVICES)
 def test_a_slice_of_one_projection_is_read_in_place(device: str) -> None:
     x, weight, rotary = make_inputs(21, 2, dtype=torch.float32, device=device)
     packed = torch.cat([x, 2 * x, 3 * x], dim=2)
@@ -84,7 +81,7 @@ def test_a_slice_of_one_projection_is_read_in_place(device: str) -> None:
     torch.testing.assert_close(found, norm_rotary(x, weight, rotary, 2, backend="triton"))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ALL_DEVICES)
 def test_rotation_matrices_are_read_in_place(device: str) -> None:
     x, weight, rotary = make_inputs(21, 2, dtype=torch.float32, device=device)
     cos, sin = rotary
@@ -95,14 +92,14 @@ def test_rotation_matrices_are_read_in_place(device: str) -> None:
     assert not column.is_contiguous() and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ALL_DEVICES)
 def test_the_operator_keeps_pytorchs_contract(device: str) -> None:
     inputs = make_inputs(9, 2, dtype=torch.float32, device=device)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(fused, (*inputs, 2, 1e-6), test_utils=checks)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ALL_DEVICES)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_it_compiles_as_one_graph(backend: str, device: str) -> None:
     torch._dynamo.reset()

@@ -6,9 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, which rounds to bf16 towa
 import functools
 import importlib.util
 import itertools
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,31 +18,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from linvideo_core import kernels
 from linvideo_core.kernels import custom_ops, linear_attention, reference
+from tests.kernels.conftest import TOLERANCE
 
 pytest.importorskip("triton", minversion="3.3")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not IS_INTERPRETED, reason="compiled for a GPU")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-# Relative error against fp64 of value and gradients, by dtype.
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2 if IS_INTERPRETED else 1e-2}
-TOLERANCE[torch.float16] = TOLERANCE[torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("poisoned")
 NAMES = ("query", "key", "value", "query_map", "key_map")
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run."""
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poison_what_is_never_written() -> Iterator[None]:
-    """Fill new tensors with NaN, so that an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make_inputs(
