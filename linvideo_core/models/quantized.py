@@ -77,10 +77,10 @@ def place(
     """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    is_narrow = frozen == "fp8" and _is_narrow(name, tuple(value.shape))
-    if scale is not None and not (is_narrow and value.dtype == _FP8):
+    is_held = frozen == "fp8" and is_narrow(name, tuple(value.shape))
+    if scale is not None and not (is_held and value.dtype == _FP8):
         value, scale = value.float() * scale, None
-    if is_narrow:
+    if is_held:
         bias = owner.bias
         owner = Float8Linear(value, None, scale)
         owner.register_parameter("bias", bias)
@@ -95,14 +95,15 @@ def count_frozen_bytes(shapes: Mapping[str, tuple[int, ...]], frozen: str, prefi
     for name, shape in shapes.items():
         if not name.startswith(prefix):
             continue
-        if frozen == "fp8" and _is_narrow(name, shape):
+        if frozen == "fp8" and is_narrow(name, shape):
             total += math.prod(shape) + _SCALE_BYTES * shape[0]
         else:
             total += math.prod(shape) * _DTYPES[frozen].itemsize
     return total
 
 
-def _is_narrow(name: str, shape: tuple[int, ...]) -> bool:
+def is_narrow(name: str, shape: tuple[int, ...]) -> bool:
+    """Say whether a parameter is one of those that fp8 holds: the matrices of the blocks."""
     return name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
 
 

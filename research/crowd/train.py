@@ -22,6 +22,7 @@ from torch import Tensor
 
 from linvideo_core import flow
 from linvideo_core.models.checkpoint import load_wan
+from linvideo_core.models.quantized import Float8Linear, is_narrow
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_json
@@ -124,11 +125,9 @@ def narrow(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     tensors = {name: tensor.half() for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2:
-            largest = tensor.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
-            scale = largest / torch.finfo(torch.float8_e4m3fn).max
-            tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale"] = scale
+        if is_narrow(name, tuple(tensor.shape)):
+            narrowed = Float8Linear(tensor, None)
+            tensors[name], tensors[f"{name}_scale"] = narrowed.weight, narrowed.scale
     return tensors
 
 
