@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import custom_ops, hybrid_reference, reference
-from .hybrid_reference import HybridForm, initial_weights
+from .hybrid_reference import HybridForm, weight_shapes
 from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def hybrid_attention(
     _check_attention(query, key, value, query_map, key_map)
     N, D, half = query_map.shape
     tiles.check_tokens(query, key, value)
-    _check_weights(weights, initial_weights(form, N, D), query.device)
+    _check_weights(weights, weight_shapes(form, N, D), query.device)
     gradients = _gradients((query, key, value, *weights.values()), (query_map, key_map))
     case = (f"hybrid_{form.mass}", D, 2 * half, value.dtype, gradients)
     unknown = _unknown_attention(D, half, value.dtype, is_joint=False)
@@ -346,7 +346,7 @@ def _compute_few(
     num_tokens = len(shapes)
     shapes += [(N * D,), (2, L, D // 2)] if is_rotary else [(N, D, M // 2)] * 2
     if is_hybrid:
-        shapes += [x.shape for x in initial_weights(_FUSED_FORMS[kernel], N, D).values()]
+        shapes += weight_shapes(_FUSED_FORMS[kernel], N, D).values()
     autocast = torch.autocast(device.type, enabled=False)
     # Hooks that change nothing hide what is saved from those of the caller's checkpoint.
     hidden = saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -370,7 +370,7 @@ def _call_kernel(kernel: str, backend: str, inputs: list[Tensor], num_heads: int
         module = custom_ops if backend == "triton" else reference
         return module.norm_rotary(*inputs, num_heads, 1e-6)
     form = _FUSED_FORMS[kernel]
-    names = initial_weights(form, num_heads, inputs[0].shape[3])
+    names = weight_shapes(form, num_heads, inputs[0].shape[3])
     weights = dict(zip(names, inputs[5:], strict=True))
     return _attend_in_tiles(backend, inputs[:5], weights, _FEW_TILES, form)
 
@@ -434,12 +434,10 @@ def _check_attention(
 
 
 def _check_weights(
-    weights: Mapping[str, Tensor], expected: dict[str, Tensor], device: torch.device
+    weights: Mapping[str, Tensor], expected: Mapping[str, list[int]], device: torch.device
 ) -> None:
-    for name, like in expected.items():
+    for name, shape in expected.items():
         given = weights.get(name)
-        if given is None or given.shape != like.shape or given.device != device:
+        if given is None or list(given.shape) != shape or given.device != device:
             found = {known: (list(x.shape), str(x.device)) for known, x in weights.items()}
-            raise ValueError(
-                f"weights {found} given; {name} {list(like.shape)} on {device} is needed"
-            )
+            raise ValueError(f"weights {found} given; {name} {shape} on {device} is needed")
