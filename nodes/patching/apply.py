@@ -65,6 +65,8 @@ def linearize(
     family = host_family(artifact.header.family)
     for site in sites:
         family.check(diffusion_model.get_submodule(site.name))
+    if artifact.header.tile:
+        family.check_grid(diffusion_model)
     match = compare_base(artifact.header, model)
     if match.kind == "other":
         logger.warning("LinVideo: %s", match)
