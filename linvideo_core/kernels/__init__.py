@@ -184,15 +184,17 @@ def why_not_fused(
     dtype: torch.dtype,
     *,
     feature_map: str = "hedgehog",
+    mass: str = "",
 ) -> str:
     """Return why `linear_attention` with backend "auto" leaves the fused kernels there, or "".
 
-    head_dim, num_features: D and M; dtype: value's.
+    head_dim, num_features: D and M; dtype: value's; mass: that of `hybrid_attention` in its place.
     """
     unknown = _unknown_attention(
         head_dim, num_features // 2, dtype, feature_map == "hedgehog_joint"
     )
-    case = ("linear_attention", head_dim, num_features, dtype, "")
+    kernel = f"hybrid_{mass}" if mass else "linear_attention"
+    case = (kernel, head_dim, num_features, dtype, "")
     return _why_not_triton(device, unknown, case, is_compiling=False)
 
 

@@ -1,6 +1,5 @@
 """Files whose linear layers have a form of their own."""
 
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from stage import (
     bind_headless,
     demo,
     device,
+    in_form,
     load_headless,
     relative_difference,
     sample,
@@ -50,17 +50,9 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 def _make_file(form: LinearForm) -> Artifact:
     """Return the shipped file in a form, whose every part is at work, saved and loaded."""
-    first = shipped()
-    header = dataclasses.replace(first.header, **dataclasses.asdict(form))
-    linear = {}
-    for n, tensors in first.linear.items():
-        shapes = header.tensor_shapes(1, 128)
-        added = {name: 0.3 * _random(*shapes[name], seed=n) for name in shapes.keys() - tensors}
-        linear[n] = {**tensors, **added}
-    made = dataclasses.replace(first, header=header, linear=linear)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        artifact.save(made, path)
+        artifact.save(in_form(shipped(), form), path)
         return artifact.load(path)
 
 

@@ -323,6 +323,16 @@ def test_wan_animate_2_is_refused() -> None:
     assert "WanAnimate2SelfAttention" in message
 
 
+def test_a_model_whose_grid_is_not_known_takes_linear_layers_alone() -> None:
+    patcher = build(_MODEL, "WanModel", _WAN)
+    diffusion_model = patcher.model.diffusion_model
+    diffusion_model.__class__ = type("WanModel_Other", (type(diffusion_model),), {})
+    linearize(patcher, make_artifact(patcher))
+    hybrid = make_artifact(patcher, LinearForm(tile="1x3x2"))
+    message = complaint(ArtifactError, linearize, patcher, hybrid)
+    assert "does not know where WanModel_Other has the video's tokens" in message
+
+
 def test_a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:
     patcher = build(_MODEL, "WanModel", _WAN)
     artifact = make_artifact(patcher)
