@@ -148,7 +148,7 @@ def _tiles() -> list[io.Input]:
         make_input(
             io.String,
             "tile",
-            {"default": ""},
+            {"default": "", "optional": True},
             "Makes the chosen layers hybrid: softmax attention within tiles of frames x height x "
             "width tokens, such as 1x10x11 (0 is all of an axis), linear attention beyond. Slower "
             "than linear layers and closer to the original. Empty: linear layers.",
@@ -156,7 +156,7 @@ def _tiles() -> list[io.Input]:
         make_input(
             io.Combo,
             "attention_mass",
-            {"options": list(ATTENTION_MASSES), "default": "query"},
+            {"options": list(ATTENTION_MASSES), "default": "query", "optional": True},
             "With tile: what tells how much attention lies beyond a token's tile, its query or the "
             "mean and spread of all keys.",
         ),
