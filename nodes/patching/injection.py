@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from types import MethodType
 from typing import Any
 
@@ -209,8 +209,7 @@ def check_call(
         )
     options = transformer_options or {}
     replaced = {key[1] for key in options.get("patches_replace", {}).get("dit", {})}
-    size = (inputs.get("latent_shapes") or [x.shape])[0][2:]
-    check.begin(executor.class_obj.diffusion_model, size, inputs, replaced)
+    check.begin(executor.class_obj.diffusion_model, x, inputs, replaced)
     with check.measure(executor.class_obj.diffusion_model, options):
         output = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
     check.end(replaced)
@@ -233,13 +232,14 @@ class _CallCheck:
     def begin(
         self,
         diffusion_model: nn.Module,
-        size: Sequence[int],
+        x: Tensor,
         inputs: Mapping[str, Any],
         replaced: Collection[int],
     ) -> None:
         """Start counting; tell hybrid layers where tokens lie, warn of those that join the video's.
 
-        size: (F, H, W) of the latents; replaced: blocks that a patch stands in for.
+        x: latents [B, C, F, H, W], or several streams in one, the video first.
+        replaced: blocks that a patch stands in for.
         """
         # Under torch.compile's node it is a wrapper that stands here.
         diffusion_model = getattr(diffusion_model, "_orig_mod", diffusion_model)
@@ -249,7 +249,8 @@ class _CallCheck:
         for layer_maps in self.layers.values():
             layer_maps.num_runs = 0
             if layer_maps.form.tile:
-                layer_maps.grid = self.family.find_grid(diffusion_model, tuple(size), inputs)
+                shape, *_ = inputs.get("latent_shapes") or [x.shape]
+                layer_maps.grid = self.family.find_grid(diffusion_model, tuple(shape[2:]), inputs)
         for layer in self.layers.keys() & replaced - self.guards.keys():
             self._guard(layer, diffusion_model.get_submodule(self.names[layer]))
 
