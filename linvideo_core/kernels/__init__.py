@@ -93,7 +93,7 @@ def hybrid_attention(
     query, key, value: [B, L, N, D], as `linear_attention` takes them, L the tokens of `tiles`.
     query_map, key_map: [N, D, M/2]; weights: by the names of `initial_weights`.
     backend: as of `linear_attention`; the fused kernels know masses "query" and "moments" without
-        other terms, and "auto" leaves other forms to the reference.
+        other terms, of M <= 128; "auto" leaves others to the reference.
 
     Returns [B, L, N, D] in value's dtype; the gradient reaches all tensors.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
@@ -107,6 +107,10 @@ def hybrid_attention(
     unknown = _unknown_attention(D, half, value.dtype, is_joint=False)
     if form not in _FUSED_FORMS.values():
         unknown = "the fused kernels know hybrid layers of mass 'query' and 'moments' alone"
+    elif 2 * half > _MOST_HYBRID_FEATURES:
+        unknown = (
+            f"the fused kernels know hybrid layers of {_MOST_HYBRID_FEATURES} features at most"
+        )
     chosen = _choose(backend, query.device, unknown, case)
     return _attend_in_tiles(chosen, (query, key, value, query_map, key_map), weights, tiles, form)
 
@@ -195,6 +199,9 @@ def why_not_fused(
     case = ("linear_attention", head_dim, num_features, dtype, "")
     return _why_not_triton(device, unknown, case, is_compiling=False)
 
+
+# With 256 an H200's output was .036 off (D = 128, bf16, Triton 3.6), and not in the interpreter.
+_MOST_HYBRID_FEATURES = 128
 
 # Kernel, D, M, dtype, and what has gradients: "", "tokens" or "maps" and tokens.
 _Case = tuple[str, int, int, torch.dtype, str]
