@@ -6,7 +6,8 @@ distance to the teacher's videos, 0 for the same ones. `cost` is the softmax att
 computed, pairs of queries and keys over those of the teacher: what is linear adds nothing to it.
     python -m research.hybrid --tables forms --jobs 12
     python -m research.hybrid --tables layers,longer --forms linear,moments --jobs 12 --record
-Repeating a command continues where it stopped; the record is written after each run.
+Repeating a command continues where it stopped; the record is written after each run, with a row a
+case, means over seeds, and all runs in its `details`.
 """
 
 import concurrent.futures
@@ -165,7 +166,7 @@ def run(config: HybridConfig) -> dict[str, list[Row]]:
 def _to_tables(config: HybridConfig, done: dict[tuple[int, Case], Row]) -> dict[str, list[Row]]:
     return {
         table: [
-            {"what": table, **done[seed, case]}
+            done[seed, case]
             for case in cases
             for seed in range(config.seeds)
             if (seed, case) in done
@@ -182,8 +183,9 @@ def _write(config: HybridConfig, device: str, done: dict[tuple[int, Case], Row])
             table,
             title="Embedded model: softmax within tiles and linear attention in one layer",
             command=f"python -m research.hybrid {to_flags(config, without=('out', 'device'))}",
-            rows=rows,
+            rows=[{"what": table, **row} for row in summarize(rows)],
             device=device,
+            details={"runs": rows},
         )
 
 

@@ -93,7 +93,7 @@ def hybrid_attention(
     query, key, value: [B, L, N, D], as `linear_attention` takes them, L the tokens of `tiles`.
     query_map, key_map: [N, D, M/2]; weights: by the names of `initial_weights`.
     backend: as of `linear_attention`; the fused kernels know masses "query" and "moments" without
-        other terms, and "auto" leaves other forms to the reference.
+        other terms, of M <= 128; "auto" leaves others to the reference.
 
     Returns [B, L, N, D] in value's dtype; the gradient reaches all tensors.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
@@ -104,9 +104,7 @@ def hybrid_attention(
     _check_weights(weights, weight_shapes(form, N, D), query.device)
     gradients = _gradients((query, key, value, *weights.values()), (query_map, key_map))
     case = (f"hybrid_{form.mass}", D, 2 * half, value.dtype, gradients)
-    unknown = _unknown_attention(D, half, value.dtype, is_joint=False)
-    if form not in _FUSED_FORMS.values():
-        unknown = "the fused kernels know hybrid layers of mass 'query' and 'moments' alone"
+    unknown = _unknown_hybrid(form, D, half, value.dtype)
     chosen = _choose(backend, query.device, unknown, case)
     return _attend_in_tiles(chosen, (query, key, value, query_map, key_map), weights, tiles, form)
 
@@ -190,13 +188,17 @@ def why_not_fused(
 
     head_dim, num_features: D and M; dtype: value's; mass: that of `hybrid_attention` in its place.
     """
-    unknown = _unknown_attention(
-        head_dim, num_features // 2, dtype, feature_map == "hedgehog_joint"
-    )
+    half, is_joint = num_features // 2, feature_map == "hedgehog_joint"
+    unknown = _unknown_attention(head_dim, half, dtype, is_joint)
+    if mass:
+        unknown = _unknown_hybrid(HybridForm(mass=mass), head_dim, half, dtype)
     kernel = f"hybrid_{mass}" if mass else "linear_attention"
     case = (kernel, head_dim, num_features, dtype, "")
     return _why_not_triton(device, unknown, case, is_compiling=False)
 
+
+# With 256 an H200's output was .036 off (D = 128, bf16, Triton 3.6), and not in the interpreter.
+_MOST_HYBRID_FEATURES = 128
 
 # Kernel, D, M, dtype, and what has gradients: "", "tokens" or "maps" and tokens.
 _Case = tuple[str, int, int, torch.dtype, str]
@@ -392,6 +394,14 @@ def _unknown_attention(D: int, half: int, dtype: torch.dtype, is_joint: bool) ->
     if dtype == torch.float64 or (dtype == torch.float32 and D > 64):
         return f"the fused kernels know no {str(dtype).removeprefix('torch.')} at head dim {D}"
     return ""
+
+
+def _unknown_hybrid(form: HybridForm, D: int, half: int, dtype: torch.dtype) -> str:
+    if form not in _FUSED_FORMS.values():
+        return "the fused kernels know hybrid layers of mass 'query' and 'moments' alone"
+    if 2 * half > _MOST_HYBRID_FEATURES:
+        return f"the fused kernels know hybrid layers of {_MOST_HYBRID_FEATURES} features at most"
+    return _unknown_attention(D, half, dtype, is_joint=False)
 
 
 def _unknown_rotary(D: int, dtype: torch.dtype) -> str:

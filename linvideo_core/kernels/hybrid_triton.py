@@ -342,10 +342,11 @@ def _pull_back(
     OWN: tl.constexpr, OTHERS: tl.constexpr, D: tl.constexpr, FEATURES: tl.constexpr,
     PRECISION: tl.constexpr, IS_KEY: tl.constexpr,
 ):  # fmt: skip
-    """Return a block's tokens, whether there are any, their x, and the gradients of x and y.
+    """Return a block's tokens, whether there are any, their x, gradients of x and y, and two sums.
 
     x and y are q and do, those of the others k and v; of a block of keys the reverse. The first
-    gradient lacks 1 / sqrt(D), and only values have a second.
+    gradient lacks 1 / sqrt(D), and only values have a second. Sums over the keys are of queries
+    alone: the weights, and the weights times do v_j.
     """
     o_own, m_own = _find_tokens(
         i_block * OWN + tl.arange(0, OWN), i_tile,
@@ -360,6 +361,8 @@ def _pull_back(
         whole = tl.load(p_rows + o_own * 4 + 1, mask=m_own, other=0.0)
     dx = tl.zeros((OWN, D), tl.float32)
     dy = tl.zeros((OWN, D), tl.float32)
+    inside = tl.zeros((OWN,), tl.float32)
+    along = tl.zeros((OWN,), tl.float32)
     # Of a tile that is cut off, many slots are empty.
     last = TILE_F * TILE_H * TILE_W * tl.max(m_own.to(tl.int32), 0)
     for start in range(0, last, OTHERS):
@@ -381,9 +384,12 @@ def _pull_back(
             dy = dot(weights.to(FEATURES), other_y, dy, PRECISION)
         else:
             scores = tl.where(m_other[None, :], scores, float("-inf"))
-            slopes = tl.exp2(scores - log_total[:, None]) * (slopes - whole[:, None])
+            weights = tl.exp2(scores - log_total[:, None])
+            inside += tl.sum(weights, 1)
+            along += tl.sum(weights * slopes, 1)
+            slopes = weights * (slopes - whole[:, None])
         dx = dot(slopes.to(FEATURES), other_x.to(FEATURES), dx, PRECISION)
-    return o_own, m_own, x, dx, dy
+    return o_own, m_own, x, dx, dy, inside, along
 
 
 @triton.jit
@@ -422,7 +428,7 @@ def hybrid_backward_kernel(
     p_mass += i_head * length
     out = (i_b * length * num_heads + i_n) * D
     if i_program // BLOCKS % 2 == 0:
-        o_key, m_key, _key, dkey, dvalue = _pull_back(
+        o_key, m_key, _key, dkey, dvalue, _inside, _along = _pull_back(
             p_key, p_value, key_l, value_l, p_query, p_upstream, query_l, upstream_l,
             p_rows, p_mass, i_block, i_tile, frames, height, width, rows, columns, video_tiles,
             shift_f, shift_h, shift_w, before, num_others,
@@ -431,7 +437,7 @@ def hybrid_backward_kernel(
         _add_to(p_dkey + out, o_key, m_key, num_heads * D, dkey * D**-0.5, D)
         _add_to(p_dvalue + out, o_key, m_key, num_heads * D, dvalue, D)
     else:
-        o_query, m_query, query, dquery, _zeros = _pull_back(
+        o_query, m_query, query, dquery, _zeros, inside, along = _pull_back(
             p_query, p_upstream, query_l, upstream_l, p_key, p_value, key_l, value_l,
             p_rows, p_mass, i_block, i_tile, frames, height, width, rows, columns, video_tiles,
             shift_f, shift_h, shift_w, before, num_others,
@@ -439,9 +445,9 @@ def hybrid_backward_kernel(
         )  # fmt: skip
         p_far = p_mass + tl.num_programs(1).to(tl.int64) * length
         far = tl.load(p_far + o_query, mask=m_query, other=0.0)
-        along = tl.load(p_rows + o_query * 4, mask=m_query, other=0.0)
-        whole = tl.load(p_rows + o_query * 4 + 1, mask=m_query, other=0.0)
-        dlog = far * (along - whole)
+        # Not do (far - o), small between rounded numbers: 1 - f is the sum of the tile's weights.
+        along_far = tl.load(p_rows + o_query * 4, mask=m_query, other=0.0)
+        dlog = far * (inside * along_far - along)
         slope = tl.load(p_slope + i_head * D + tl.arange(0, D))[None, :]
         if HAS_SPREAD:
             spread = load_matrix(p_spread + i_head * D * D, D, D)

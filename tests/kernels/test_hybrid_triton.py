@@ -111,7 +111,7 @@ def test_it_is_the_reference_over_any_tiles(
         (64, 128, torch.float32, FORMS[0]),
         (128, 128, torch.bfloat16, FORMS[0]),
         (128, 128, torch.float16, FORMS[1]),
-        (128, 256, torch.bfloat16, FORMS[1]),
+        (128, 128, torch.bfloat16, FORMS[1]),
     ],
 )
 def test_it_is_the_reference_of_all_widths(
@@ -198,22 +198,23 @@ def test_it_is_tried_once_and_found_right(
 
 
 @pytest.mark.parametrize(
-    "form",
+    ("form", "M", "words"),
     [
-        HybridForm(mass="query", is_far_only=True),
-        HybridForm(mass="query", has_covariance=True),
-        HybridForm(mass="features"),
+        (HybridForm(mass="query", is_far_only=True), 64, "of mass 'query' and 'moments' alone"),
+        (HybridForm(mass="query", has_covariance=True), 64, "of mass 'query' and 'moments' alone"),
+        (HybridForm(mass="features"), 64, "of mass 'query' and 'moments' alone"),
+        (FORMS[0], 256, "of 128 features at most"),
     ],
     ids=str,
 )
 def test_a_form_that_the_kernels_do_not_know_is_the_references(
-    form: HybridForm, device: str
+    form: HybridForm, M: int, words: str, device: str
 ) -> None:
-    inputs, _ = make_inputs(TILINGS[0], torch.float32, device)
-    weights = {name: x.to(device) for name, x in initial_weights(form, 2, 64).items()}
+    inputs, _ = make_inputs(TILINGS[0], torch.float32, device, D=128, M=M)
+    weights = {name: x.to(device) for name, x in initial_weights(form, 2, 128).items()}
     expected = hybrid_attention(*inputs, weights, TILINGS[0], form)
     assert torch.equal(kernels.hybrid_attention(*inputs, weights, TILINGS[0], form), expected)
-    with pytest.raises(ValueError, match="of mass 'query' and 'moments' alone"):
+    with pytest.raises(ValueError, match=words):
         kernels.hybrid_attention(*inputs, weights, TILINGS[0], form, backend="triton")
 
 

@@ -91,7 +91,9 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     assert row["cost"] == pytest.approx(cases[0].cost(GRID))
     assert row["frechet"] > 0 and 0 <= row["digit"] <= 1 and 0 <= row["motion"] <= 1
     record = json.loads((tmp_path / "hybrid.json").read_text(encoding="utf-8"))
-    assert record["rows"] == [row, whole, sparse]
+    assert record["details"]["parts"]["forms"]["runs"] == [row, whole, sparse]
+    means = summarize([row, whole, sparse])
+    assert record["rows"] == [{"what": "forms", **x} for x in means]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")}
     assert len(before) == 3
     assert hybrid.run(config) == {"forms": [row, whole, sparse]}
