@@ -16,11 +16,21 @@ FROZEN = ("fp32", "bf16", "fp8")
 SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 
 
+TILE_NEEDED = "frames x height x width in tokens, such as 1x10x11, not all of them 0,"
+
+
+def read_tile(text: object) -> tuple[int, int, int] | None:
+    """Return the frames, height and width that "1x10x11" says; None for what says no tile."""
+    is_tile = isinstance(text, str) and re.fullmatch("[0-9]{1,4}(x[0-9]{1,4}){2}", text)
+    size = tuple(map(int, text.split("x"))) if is_tile else (0, 0, 0)
+    return size if any(size) else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearForm(Settings):
     """What linear attention is made of, beside the number of its features.
 
-    The default is the paper's; each part added starts as if it were not there.
+    The default is the paper's; each part added starts as if it were not there, all but tiles.
     """
 
     feature_map: str = option(
@@ -58,9 +68,9 @@ class LinearForm(Settings):
             raise SettingError(
                 f"{{tile}} {shown_value(self.tile)} given; {TILE_NEEDED} is needed", "tile"
             )
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("feature_map", "output_gate", "window"):
-            value = getattr(self, name)
-            if value != type(self).__dataclass_fields__[name].default:
+            if (value := getattr(self, name)) != usual[name]:
                 raise SettingError(
                     f"{{tile}} {self.tile} and {{{name}}} {value} given; they do not work "
                     "together: leave one of them out",
@@ -72,16 +82,6 @@ class LinearForm(Settings):
     def tile_size(self) -> tuple[int, int, int]:
         """The tile's frames, height and width in tokens, 0 for all of an axis."""
         return read_tile(self.tile)
-
-
-TILE_NEEDED = "frames x height x width in tokens, such as 1x10x11, not all of them 0,"
-
-
-def read_tile(text: object) -> tuple[int, int, int] | None:
-    """Return the frames, height and width that "1x10x11" says; None for what says no tile."""
-    is_tile = isinstance(text, str) and re.fullmatch("[0-9]{1,4}(x[0-9]{1,4}){2}", text)
-    size = tuple(map(int, text.split("x"))) if is_tile else (0, 0, 0)
-    return size if any(size) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
