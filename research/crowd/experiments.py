@@ -19,12 +19,13 @@ crowd.json has a row an arm and seed; the tables go to summary.json there or, wi
 results/crowd.json: `unpaired_frechet` is to the teacher of other noise, `floor` the teacher's own.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.record import RESULTS_FOLDER, write_part
@@ -33,7 +34,7 @@ from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.lock import locked
 
 from .. import declared_runs
-from ..declared_runs import list_cards, stopped_with
+from ..declared_runs import list_cards
 from . import summary
 from .arms import NOT_RUN
 from .study import (
@@ -43,13 +44,23 @@ from .study import (
     SUMMARY_NAME,
     ExperimentsConfig,
     Study,
+    do_arm,
+    find_warm_start,
     open_study,
 )
+from .workers import Worker, started
 
 Row = dict[str, Any]
 
-# A guided step of one of 40 videos together.
-_H200_SECONDS = 0.134 / 30
+# Of one H200. A guided step of one of 40 videos together was measured; what a warm start takes, a
+# training besides its steps, timing one kind of training, and the start are guesses by counting.
+_H200_SECONDS = {
+    "guided_step": 0.134 / 30,
+    "warm_start": 5.0,
+    "training": 3.0,
+    "pace": 10.0,
+    "start": 20.0,
+}
 
 
 def run(config: ExperimentsConfig) -> dict[str, list[Row]]:
@@ -63,28 +74,28 @@ def do_all(study: Study, device: str) -> list[Row]:
     """Say what is missing of a study, make it on all devices of a kind, return all rows."""
     config, cards = study.config, list_cards(device)
     sys.stdout.write(f"{forecast(study, len(cards), device)}\n")
-    study.find_paces()
+    # Whoever is free takes the next: seeds end one after another.
+    waiting = collections.deque(study.missing())
+    places = config.jobs * cards
 
-    def work(number: int) -> None:
-        for seed in range(number, config.seeds, len(cards)):
-            study.do_seed(seed, cards[number])
+    def work(worker: Worker, card: str) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                for row in worker.call(do_arm, config, waiting.popleft(), study.paces, card):
+                    study.rows.add(row)
 
-    with concurrent.futures.ThreadPoolExecutor(len(cards)) as pool, _stopped(study):
-        futures = [pool.submit(work, number) for number in range(len(cards))]
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
-    return study.rows.read()
-
-
-@contextlib.contextmanager
-def _stopped(study: Study) -> Iterator[None]:
-    """Stop all of a study's trainings, and begin none, when the block is left early."""
-    with stopped_with(study.started):
+    threads = concurrent.futures.ThreadPoolExecutor(len(places))
+    with threads, started(places) as workers:
+        # Alone on its card: what else runs there must not make a training shorter.
+        study.find_paces(workers[0], cards[0])
         try:
-            yield
+            futures = [threads.submit(work, *each) for each in zip(workers, places, strict=True)]
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
         except BaseException:
-            study.is_stopped.set()
+            waiting.clear()
             raise
+    return study.rows.read()
 
 
 def forecast(study: Study, num_cards: int, device: str) -> str:
@@ -92,17 +103,20 @@ def forecast(study: Study, num_cards: int, device: str) -> str:
 
     Videos to measure count as their steps, and stored ones to learn from as if none were there.
 
-    Seconds of a video, and of what a training takes besides its steps, are those of rows that are
-    there. Without any a video on a GPU takes what the stored teacher's took on an H200.
+    Seconds of a video and of a training are those of rows that are there, over the runs at a time
+    that they shared a card with. Without any they are counted for an H200, see `_H200_SECONDS`; on
+    a CPU what is not known is left out.
     """
     config, comparison = study.config, study.config.comparison
-    trainings, references, videos, stored = set(), set(), 0.0, dict.fromkeys(range(config.seeds), 0)
+    trainings, warm_starts, references = set(), set(), set()
+    videos, stored = 0.0, dict.fromkeys(range(config.seeds), 0)
     for each in study.missing():
         place = ""
-        for command, settings in study.settings_of(each.arm, each.seed).items():
-            place += " ".join([command, *declared_runs.to_flags(settings)])
+        for training, settings in each.trainings.items():
+            place += " ".join([training, *declared_runs.to_flags(settings)])
             trainings.add((each.seed, place))
             stored[each.seed] = max(stored[each.seed], settings.get("num_trajectories", 0))
+        warm_starts.add((each.seed, str(find_warm_start(each.trainings[each.arm.training]))))
         key = {"table": REFERENCES, "name": "teacher", "seed": each.seed}
         absent = [n for n in each.num_frames if not study.rows.is_done(**key, num_frames=n)]
         references |= {(each.seed, num_frames) for num_frames in absent}
@@ -110,23 +124,22 @@ def forecast(study: Study, num_cards: int, device: str) -> str:
         share = (steps or comparison.sampler_steps) / comparison.sampler_steps
         videos += share * len(each.num_frames) * comparison.num_samples
     videos += 2 * len(references) * comparison.num_samples + sum(stored.values())
-    rows = [row for row in study.rows.read() if "error" not in row]
-    paces = [row["seconds_per_video"] for row in rows if row["name"] == "teacher"]
-    besides = [row["run_seconds"] - 60 * config.minutes_per_run for row in rows if "steps" in row]
-    usual = _H200_SECONDS * comparison.sampler_steps if device == "cuda" else None
-    pace = statistics.median(paces) if paces else usual
-    seconds = len(trainings) * 60 * config.minutes_per_run
-    seconds += len(trainings) * max(0.0, statistics.median(besides)) if besides else 0.0
-    left_out = [] if besides else ["what a training takes besides its steps"]
-    if pace is None:
-        left_out.append("the videos")
+    usual = _H200_SECONDS if device == "cuda" else dict.fromkeys(_H200_SECONDS, 0.0)
+    rows = [row for row in study.rows.read() if "steps" in row]
+    per_training = 60 * config.minutes_per_run + usual["training"] / config.jobs
+    per_video = usual["guided_step"] * comparison.sampler_steps
+    seconds = usual["start"] + len(study.kinds()) * usual["pace"]
+    if rows:
+        per_training = statistics.median(row["run_seconds"] / row["jobs"] for row in rows)
+        per_video = statistics.median(row["seconds_per_video"] / row["jobs"] for row in rows)
     else:
-        seconds += videos * pace
-    without = f", without {' and '.join(left_out)}" if left_out else ""
+        seconds += len(warm_starts) * usual["warm_start"] / num_cards
+    seconds += (len(trainings) * per_training + videos * per_video) / num_cards
+    unknown = ", without the videos" if not rows and device != "cuda" else ""
     return (
         f"{len(trainings)} trainings of {config.minutes_per_run:g} minutes are missing, and as "
-        f"many videos to sample as {videos:,.0f} of the teacher: about "
-        f"{seconds / 60 / num_cards:.0f} minutes on {num_cards} devices{without}"
+        f"many videos to sample as {videos:,.0f} of the teacher: about {seconds:.0f} seconds on "
+        f"{num_cards} devices, {config.jobs} runs at a time on each{unknown}"
     )
 
 

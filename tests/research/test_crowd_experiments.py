@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import threading
 import time
@@ -17,7 +18,17 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.lock import locked
 from linvideo_core.transfer import cli as transfer_cli
-from research.crowd import arms, captions, experiments, judge, pace, study, summary, train
+from research.crowd import (
+    arms,
+    captions,
+    experiments,
+    judge,
+    pace,
+    summary,
+    train,
+    trainings,
+    workers,
+)
 from research.crowd.arms import SHORT, TABLES, Arm
 from research.crowd.study import ROWS_NAME, ExperimentsConfig, Rows, Study
 from research.declared_runs import to_flags
@@ -68,7 +79,7 @@ def test_every_arm_is_a_transfer_that_the_command_line_takes(config: Experiments
         num_layers=TINY.num_layers,
     )
     for (_, name), arm in made.arms.items():
-        settings = made.settings_of(arm, 1)["transfer"]
+        settings = made.settings_of(arm, 1)[arm.training]
         found = transfer_cli.read([*config.list_words(), *to_flags(settings)])
         assert found.selection.target == round(2 * arm.linear_share), name
         assert found.trajectories.sampler_steps == config.comparison.sampler_steps
@@ -92,10 +103,7 @@ def test_random_layers_follow_the_seed(config: ExperimentsConfig) -> None:
     assert all(len(set(layers.split(","))) == 6 for layers in drawn)
 
 
-def test_a_training_that_outlives_its_study_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study, "_WAIT_SECONDS", 0.01)
+def test_who_works_in_a_folder_is_waited_for(tmp_path: Path) -> None:
     ended, entered = [], threading.Event()
 
     def train() -> None:
@@ -107,9 +115,18 @@ def test_a_training_that_outlives_its_study_is_waited_for(
     thread = threading.Thread(target=train)
     thread.start()
     entered.wait()
-    study._wait_for(tmp_path)
-    assert ended
+    with trainings.alone_in(tmp_path):
+        assert ended
     thread.join()
+
+
+def test_a_process_passes_errors_on_and_says_when_it_ends() -> None:
+    with workers.started(["cpu"]) as [worker]:
+        assert worker.call(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            worker.call(divmod, 7, 0)
+        with pytest.raises(ChildProcessError, match="ended before its work was done"):
+            worker.call(os._exit, 1)
 
 
 def test_the_time_of_a_step_is_its_kind_s_alone() -> None:
@@ -140,7 +157,7 @@ def test_two_arms_of_two_seeds_are_compared_and_nothing_is_done_twice(
     experiments.run(config)
     said = capsys.readouterr().out
     assert "2 trainings of 0.0001 minutes are missing, and as many videos to sample as 16" in said
-    both = dataclasses.replace(config, seeds=2)
+    both = dataclasses.replace(config, seeds=2, jobs=2)
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("row.json")}
     rows_path = config.out / ROWS_NAME
     experiments.run(both)
@@ -205,7 +222,7 @@ def test_tables_hold_means_and_paired_tests_of_known_values() -> None:
     said = summary.describe_tests([baseline, row])
     assert said.startswith("2 paired tests were looked at, 2 measures in 1 comparisons")
     shown = summary.show("students", [baseline, row], [])
-    assert "-2.5 (-3.9, 0.125)" in shown and said in shown and "not run: kl_push" in shown
+    assert "-2.5 (-3.9, 0.125)" in shown and said in shown and "not run: critic" in shown
 
 
 def test_a_seed_that_failed_is_counted_and_not_compared() -> None:
