@@ -41,6 +41,12 @@ class Arm:
     is_guided: bool = True
     num_frames: tuple[int, ...] = (WHOLE,)
 
+    def count_calls(self, usual_steps: int) -> int:
+        """Return how often its model is called for a video, twice a guided step."""
+        if self.distillation is not None:
+            return self.distillation["num_steps"]
+        return (1 + self.is_guided) * (self.sampler_steps or usual_steps)
+
     def find_recipe(self, usual: CompareConfig) -> Recipe | None:
         """Return how its file is sampled; None: as the file says; usual: of all others."""
         if self.sampler_steps is None:
@@ -54,7 +60,8 @@ class Arm:
 _SPREAD = {"choice": "alternate"}
 _STORED = {**_SPREAD, "states": "stored", "objective": "velocity"}
 _POOL = {**_SPREAD, "states": "pool", "objective": "adm", "pool_videos": 64}
-_VIDEOS = (8, 24, 96, 384)
+# The most first: the others take theirs among these.
+_VIDEOS = (384, 96, 24, 8)
 _MOST_VIDEOS = f"stored_{max(_VIDEOS)}"
 _MAPS = {"parameters": "feature_maps"}
 
@@ -88,6 +95,9 @@ def _distilled(num_steps: int, regression_weight: float, **more: Any) -> Arm:
 
 TABLES: dict[str, dict[str, Arm]] = {
     "objectives": {
+        "pool": Arm(settings=_pool(0), baseline=_MOST_VIDEOS),
+        "on_policy_half": Arm(settings=_pool(0.5), baseline="pool"),
+        "on_policy": Arm(settings=_pool(1), baseline="pool"),
         **{
             f"stored_{n}": Arm(
                 settings=_stored(n), baseline=None if n == max(_VIDEOS) else _MOST_VIDEOS
@@ -98,9 +108,6 @@ TABLES: dict[str, dict[str, Arm]] = {
             f"adm_{n}": Arm(settings=_stored(n, objective="adm"), baseline=f"stored_{n}")
             for n in _VIDEOS
         },
-        "pool": Arm(settings=_pool(0), baseline=_MOST_VIDEOS),
-        "on_policy_half": Arm(settings=_pool(0.5), baseline="pool"),
-        "on_policy": Arm(settings=_pool(1), baseline="pool"),
     },
     # A student that cannot represent its teacher: every layer linear, as few features as there are.
     "students": {
@@ -146,6 +153,7 @@ TABLES: dict[str, dict[str, Arm]] = {
     },
     "selection": {
         "learned": dataclasses.replace(_selected(choice="learned"), baseline=None),
+        "from_ranking": dataclasses.replace(_selected(choice="learned"), training="from_ranking"),
         "alternate": _selected(choice="alternate"),
         "random": dataclasses.replace(_selected(), is_random=True),
         "replace_one": _selected(choice="sensitivity", sensitivity="replace-one"),
@@ -163,7 +171,10 @@ TABLES: dict[str, dict[str, Arm]] = {
         ),
     },
 }
-"""Table -> arm. Arms of the same settings are of the same runs, in whatever tables they are."""
+"""Table -> arm, in the order in which they are made and shown.
+
+Arms of the same settings are of the same runs, in whatever tables they are.
+"""
 
 NOT_RUN: dict[str, dict[str, str]] = {
     "students": {
@@ -171,8 +182,6 @@ NOT_RUN: dict[str, dict[str, str]] = {
         "linvideo_core.distill has one for few steps",
     },
     "selection": {
-        "from_ranking": "learned scores that start from a ranking have no code any more: version "
-        "0.1.0 had one, whose rows are in results/evidence.json",
         "in_cost": "a budget in cost, with hybrid layers among the choices, has no code",
     },
 }

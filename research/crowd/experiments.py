@@ -1,20 +1,40 @@
 """Compare what a student of `crowd` can be made of: `python -m research.crowd.experiments`.
 
-Every arm of `arms.TABLES` is a `linvideo_core.transfer` of the stored teacher, of some a
-`linvideo_core.distill` after it, run with several seeds and measured by `research.crowd.evaluate`
-on captions that no training has seen.
-    python -m research.crowd.experiments --tables objectives --seeds 4 --record
-    python -m research.crowd.experiments --tables selection,sizes --num-samples 1000
-    python -m research.crowd.experiments --arms stored_384,pool,on_policy --seeds 8 --record
-All trainings take equal time. `transfer` knows steps alone, so a short run of each kind is timed
-first, and its seconds a step say how many steps fit into `--minutes-per-run`: those of the training
-itself. The warm start before it is alike in all; stored videos are sampled once a seed. On several
-GPUs each does whole seeds.
+Every arm of `arms.TABLES` is a training of the stored teacher by the stages of
+`linvideo_core.transfer`, of some by those of `linvideo_core.distill` after it, with several seeds;
+`research.crowd.evaluate` measures it on captions that no training has seen.
+    python -m research.crowd.experiments --tables sizes --seeds 1 --num-samples 64
+In calls of at most ten minutes on one H200, the first words being
+    python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.12 \
+        --num-samples 128 --sampler-steps 20
+and the seconds those of `forecast`, which are counted and not measured; two GPUs take half of it:
+    --tables objectives --seeds 2 --out runs/objectives             480
+    --tables objectives --seeds 4 --out runs/objectives --record    450, with what the first left
+    --tables students --seeds 4 --out runs/students --record        510
+    --tables few_steps --seeds 4 --out runs/few_steps --record      530
+    --tables selection --seeds 4 --out runs/selection --record      500
+    --tables sizes --seeds 4 --out runs/sizes --record              390
+Each says first what is missing and how long it takes: without `--compile` a tenth to a quarter
+more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 25 seconds:
+    python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \
+        --judge research/crowd/weights/judge.safetensors \
+        --prompts runs/students/held_out.safetensors \
+        --num-samples 128 --batch-size 32 --sampler-steps 20 --out runs/steps_20
+
+All trainings take equal time. Trainings know steps alone, so a short run of each kind is timed
+first, alone on the first device, and its seconds a step say how many steps fit into
+`--minutes-per-run`: those of the training itself. With `--jobs` several share a card afterwards,
+and take longer by the clock; their steps are those of a card of their own, which no neighbour
+changes. `seconds_per_video` is then of a card that is shared, too: speeds are another command's.
+What runs of a seed have in common is made once and takes none of that time: stored videos, the warm
+start of the same states, and the teacher's and rendered videos that all are compared with.
 
 A seed is one of everything: the student's, and the noise and captions of its evaluation. An arm is
 compared with its baseline seed by seed (`research.paired`), in every measure.
-Repeating the command continues where it stopped, also with more tables, arms or seeds. On another
-machine config.json, paces.json and crowd.json of `--out` are enough to go on to what has no row.
+Seeds are made one after another, by whichever process is free. Repeating the command continues
+where it stopped, also with more tables, arms or seeds; killed, it loses the arms that were being
+made. On another machine config.json, paces.json and crowd.json of `--out` are enough to go on to
+what has no row; the teacher's videos of the seeds that are not done are sampled there again.
 crowd.json has a row an arm and seed; the tables go to summary.json there or, with `--record`, into
 results/crowd.json: `unpaired_frechet` is to the teacher of other noise, `floor` the teacher's own.
 """
@@ -23,7 +43,6 @@ import collections
 import concurrent.futures
 import contextlib
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +52,10 @@ from linvideo_core.run.config import parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.lock import locked
 
-from .. import declared_runs
 from ..declared_runs import list_cards
 from . import summary
 from .arms import NOT_RUN
+from .forecast import forecast
 from .study import (
     RECORD_NAME,
     REFERENCES,
@@ -45,22 +64,11 @@ from .study import (
     ExperimentsConfig,
     Study,
     do_arm,
-    find_warm_start,
     open_study,
 )
 from .workers import Worker, started
 
 Row = dict[str, Any]
-
-# Of one H200. A guided step of one of 40 videos together was measured; what a warm start takes, a
-# training besides its steps, timing one kind of training, and the start are guesses by counting.
-_H200_SECONDS = {
-    "guided_step": 0.134 / 30,
-    "warm_start": 5.0,
-    "training": 3.0,
-    "pace": 10.0,
-    "start": 20.0,
-}
 
 
 def run(config: ExperimentsConfig) -> dict[str, list[Row]]:
@@ -96,51 +104,6 @@ def do_all(study: Study, device: str) -> list[Row]:
             waiting.clear()
             raise
     return study.rows.read()
-
-
-def forecast(study: Study, num_cards: int, device: str) -> str:
-    """Say how many trainings and videos are missing, and how long they take by what is known.
-
-    Videos to measure count as their steps, and stored ones to learn from as if none were there.
-
-    Seconds of a video and of a training are those of rows that are there, over the runs at a time
-    that they shared a card with. Without any they are counted for an H200, see `_H200_SECONDS`; on
-    a CPU what is not known is left out.
-    """
-    config, comparison = study.config, study.config.comparison
-    trainings, warm_starts, references = set(), set(), set()
-    videos, stored = 0.0, dict.fromkeys(range(config.seeds), 0)
-    for each in study.missing():
-        place = ""
-        for training, settings in each.trainings.items():
-            place += " ".join([training, *declared_runs.to_flags(settings)])
-            trainings.add((each.seed, place))
-            stored[each.seed] = max(stored[each.seed], settings.get("num_trajectories", 0))
-        warm_starts.add((each.seed, str(find_warm_start(each.trainings[each.arm.training]))))
-        key = {"table": REFERENCES, "name": "teacher", "seed": each.seed}
-        absent = [n for n in each.num_frames if not study.rows.is_done(**key, num_frames=n)]
-        references |= {(each.seed, num_frames) for num_frames in absent}
-        steps = (each.arm.distillation or {}).get("num_steps") or each.arm.sampler_steps
-        share = (steps or comparison.sampler_steps) / comparison.sampler_steps
-        videos += share * len(each.num_frames) * comparison.num_samples
-    videos += 2 * len(references) * comparison.num_samples + sum(stored.values())
-    usual = _H200_SECONDS if device == "cuda" else dict.fromkeys(_H200_SECONDS, 0.0)
-    rows = [row for row in study.rows.read() if "steps" in row]
-    per_training = 60 * config.minutes_per_run + usual["training"] / config.jobs
-    per_video = usual["guided_step"] * comparison.sampler_steps
-    seconds = usual["start"] + len(study.kinds()) * usual["pace"]
-    if rows:
-        per_training = statistics.median(row["run_seconds"] / row["jobs"] for row in rows)
-        per_video = statistics.median(row["seconds_per_video"] / row["jobs"] for row in rows)
-    else:
-        seconds += len(warm_starts) * usual["warm_start"] / num_cards
-    seconds += (len(trainings) * per_training + videos * per_video) / num_cards
-    unknown = ", without the videos" if not rows and device != "cuda" else ""
-    return (
-        f"{len(trainings)} trainings of {config.minutes_per_run:g} minutes are missing, and as "
-        f"many videos to sample as {videos:,.0f} of the teacher: about {seconds:.0f} seconds on "
-        f"{num_cards} devices, {config.jobs} runs at a time on each{unknown}"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -260,7 +260,7 @@ def find_warm_start(settings: Row) -> Row:
     return {name: settings[name] for name in _OF_WARM_START if name in settings}
 
 
-def train(
+def do_training(
     config: ExperimentsConfig,
     training: str,
     settings: Row,
@@ -294,13 +294,13 @@ def train(
 def make_file(
     config: ExperimentsConfig, each: Missing, paces: Mapping[str, float], card: str
 ) -> Row:
-    """Make an arm's file; return what `train` does, of the last training."""
+    """Make an arm's file; return what `do_training` does, of the last training."""
     place, own, made = config.out.absolute() / "runs", ["--device", card], {}
     for training, settings in each.trainings.items():
         if made:
             place, own = made["path"].parent, [*own, "--artifact", made["path"]]
         pace = paces[find_kind(training, settings)]
-        made = train(config, training, settings, pace, each.seed, place, own)
+        made = do_training(config, training, settings, pace, each.seed, place, own)
     return made
 
 
@@ -322,7 +322,7 @@ def do_arm(
         own = {"num_frames": num_frames, "jobs": config.jobs, **made, **found.pop("student")}
         rows.append({**each.row, **own})
         key = {"table": REFERENCES, "seed": each.seed, "num_frames": num_frames}
-        rows += [{**key, "name": name, **row} for name, row in found.items()]
+        rows += [{**key, "name": n, "jobs": config.jobs, **row} for n, row in found.items()]
     return rows
 
 

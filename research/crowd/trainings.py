@@ -1,7 +1,7 @@
 """The trainings of arms: stages of `linvideo_core`'s commands, in this process.
 
 `transfer` and `distill` are those commands without what they say to a person (a forecast, pictures,
-a card); the others differ from them by a loss of `losses` alone. What runs of a seed have in common
+a card); the others differ from them by a task of `tasks` alone. What runs of a seed have in common
 is made once, whichever of them comes first: the teacher's stored videos, and the warm start.
 """
 
@@ -37,7 +37,7 @@ from linvideo_core.transfer.student import Student, TransferTask, make_pool
 from linvideo_core.transfer.warm_start import fit_feature_maps
 
 from .evaluate import compiled
-from .losses import BlockFeatures, GuidedVelocity, KLPush, Regression
+from .tasks import BlockFeatures, FromRanking, GuidedVelocity, KLPush, Regression
 
 _WAIT_SECONDS = 0.2
 
@@ -168,6 +168,7 @@ TRAININGS = {
     "guided_velocity": Training(
         run=functools.partial(transfer, task_type=GuidedVelocity), **_TRANSFER
     ),
+    "from_ranking": Training(run=functools.partial(transfer, task_type=FromRanking), **_TRANSFER),
     "kl_push": Training(run=functools.partial(transfer, task_type=KLPush), **_TRANSFER),
     "distill": Training(run=distill, **_DISTILL),
     "regression": Training(run=functools.partial(distill, task_type=Regression), **_DISTILL),

@@ -20,7 +20,7 @@ class Worker:
         """card: such as "cuda:1"; num_threads: of PyTorch on the CPU."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, card, num_threads), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, card, num_threads))
         self.process.start()
         theirs.close()
 
@@ -79,3 +79,5 @@ def started(cards: Sequence[str]) -> Iterator[list[Worker]]:
     finally:
         for worker in workers:
             worker.close()
+        for worker in workers:
+            worker.process.join()

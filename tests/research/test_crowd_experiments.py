@@ -156,7 +156,7 @@ def test_two_arms_of_two_seeds_are_compared_and_nothing_is_done_twice(
     monkeypatch.setitem(TABLES, "students", {"drawn": drawn, "few": few})
     experiments.run(config)
     said = capsys.readouterr().out
-    assert "2 trainings of 0.0001 minutes are missing, and as many videos to sample as 16" in said
+    assert "2 trainings of 0.0001 minutes are missing, and as many videos to sample as 5 of" in said
     both = dataclasses.replace(config, seeds=2, jobs=2)
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("row.json")}
     rows_path = config.out / ROWS_NAME

@@ -1,5 +1,6 @@
 """Losses of research: each is its formula, and its gradient is the one that it is meant to have."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import collect
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
+from linvideo_core.transfer.layer_selection import RANKING_NAME
 from linvideo_core.transfer.objective import Batch
 from linvideo_core.transfer.student import Student, TransferTask
-from research.crowd import losses
+from research.crowd import tasks
 
 TINY = WanConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=32, text_dim=8, freq_dim=16)
 SHAPE = (16, 2, 4, 4)
@@ -112,7 +114,7 @@ def outputs_of(model: WanModel, latents: Tensor, sigma: Tensor, embeds: Tensor) 
 def test_block_features_are_relative_errors_of_every_block(
     student: Student, teacher: Teacher
 ) -> None:
-    task = make_task(losses.BlockFeatures, student, teacher, anchor_share=1.0)
+    task = make_task(tasks.BlockFeatures, student, teacher, anchor_share=1.0)
     batch, sigma = draw(task)
     args = batch.latents, sigma, batch.branch_embeds
     with student.disabled(), torch.no_grad():
@@ -130,7 +132,7 @@ def test_block_features_are_relative_errors_of_every_block(
 def test_guided_velocity_is_matched_by_a_call_with_the_prompt(
     student: Student, teacher: Teacher
 ) -> None:
-    task = make_task(losses.GuidedVelocity, student, teacher, anchor_share=1.0, prompt_dropout=0.0)
+    task = make_task(tasks.GuidedVelocity, student, teacher, anchor_share=1.0, prompt_dropout=0.0)
     batch, sigma = draw(task)
     with student.disabled(), torch.no_grad():
         conditional = teacher.model(batch.latents, 1000 * sigma, batch.prompt_embeds)
@@ -145,7 +147,7 @@ def test_guided_velocity_is_matched_by_a_call_with_the_prompt(
 
 
 def test_guided_velocity_refuses_rows_without_a_prompt(student: Student, teacher: Teacher) -> None:
-    task = make_task(losses.GuidedVelocity, student, teacher, anchor_share=1.0)
+    task = make_task(tasks.GuidedVelocity, student, teacher, anchor_share=1.0)
     with pytest.raises(ValueError, match=r"prompt_dropout 0.3 given; 0 is needed"):
         task.objective_loss(draw(task)[0])
 
@@ -153,7 +155,7 @@ def test_guided_velocity_refuses_rows_without_a_prompt(student: Student, teacher
 def test_the_kl_push_acts_through_the_step_that_leads_there(
     student: Student, teacher: Teacher
 ) -> None:
-    task = make_task(losses.KLPush, student, teacher, anchor_share=0.0)
+    task = make_task(tasks.KLPush, student, teacher, anchor_share=0.0)
     batch, sigma = draw(task)
     end = task.trajectories.sigmas[batch.step + 1]
 
@@ -182,7 +184,7 @@ def test_the_kl_push_acts_through_the_step_that_leads_there(
     assert not push[is_end].any() and push[~is_end].abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", [losses.BlockFeatures, losses.GuidedVelocity, losses.KLPush])
+@pytest.mark.parametrize("kind", [tasks.BlockFeatures, tasks.GuidedVelocity, tasks.KLPush])
 def test_states_that_the_student_moves_first_are_refused(
     kind: type[TransferTask], student: Student, teacher: Teacher, tmp_path: Path
 ) -> None:
@@ -202,12 +204,45 @@ def test_states_that_the_student_moves_first_are_refused(
         task.objective_loss(task.batches.draw(torch.Generator().manual_seed(0), task.guided))
 
 
+@pytest.mark.parametrize(("num_layers", "target"), [(12, 6), (40, 22), (10, 3), (2, 1)])
+def test_scores_from_a_ranking_follow_it_and_meet_the_budget(num_layers: int, target: int) -> None:
+    order = torch.randperm(num_layers, generator=torch.Generator().manual_seed(0)).tolist()
+    starts = tasks.start_scores(order, target)
+    scores = [starts[layer] for layer in order]
+    assert scores == sorted(set(scores)) and sum(1 - r for r in scores) == pytest.approx(target)
+    assert scores[0] >= 0.1 - 1e-6 and scores[-1] <= 0.9 + 1e-6 and scores[-1] - scores[0] <= 0.501
+    # Whose mean leaves no room start alike.
+    assert set(tasks.start_scores(order, num_layers).values()) == {0.0}
+
+
+def test_layers_are_learned_from_the_ranking_that_is_measured(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    run = Run(folder=tmp_path / "run")
+    with Student(teacher, StudentConfig(lora_rank=2), seed=0) as student:
+        with student.disabled():
+            stored = collect(teacher, SAMPLER, run)
+        task = tasks.FromRanking(
+            student,
+            teacher,
+            stored,
+            selection=SelectionConfig(target=1),
+            objective=ObjectiveConfig(objective="velocity", levels="even"),
+            training=TRAINING,
+            run=run,
+        )
+        ranking = json.loads((run.folder / RANKING_NAME).read_text())["ranking"]
+        scores = dict(zip(student.mixed, task.selection.layer_scores().tolist(), strict=True))
+        assert scores == pytest.approx({ranking[0]: 0.25, ranking[1]: 0.75})
+        assert task.selection.is_learned and task.selection.linear_layers is None
+
+
 def test_regression_leads_states_to_their_own_videos_at_every_step(
     student: Student, teacher: Teacher, tmp_path: Path
 ) -> None:
     with student.disabled():
         stored = collect(teacher, SAMPLER, Run(folder=tmp_path / "run"))
-    task = losses.Regression(
+    task = tasks.Regression(
         student,
         teacher,
         measure_statistics(stored),

@@ -1,7 +1,7 @@
-"""Objectives that only research has: what a student of `crowd` is trained to make small.
+"""Trainings that only research has: other losses of a student of `crowd`, and another start.
 
-Each is a task of `linvideo_core` with another loss; states, layers, warm start and optimiser are
-the product's own.
+Each is a task of `linvideo_core` that differs from it in this alone; states, warm start and
+optimiser are the product's own.
 """
 
 import contextlib
@@ -17,8 +17,13 @@ from linvideo_core.distill.task import DistillationTask
 from linvideo_core.flow import bind_guided, euler_step, guide, velocity_to_x0
 from linvideo_core.models.attention_sites import blocks
 from linvideo_core.training.trainer import ParameterGroup
+from linvideo_core.transfer.config import SensitivityConfig
+from linvideo_core.transfer.layer_selection import rank_layers
 from linvideo_core.transfer.objective import Batch
 from linvideo_core.transfer.student import TransferTask
+
+# Of layer scores that start from a ranking: as far from their mean, and from 0 and 1.
+_START_REACH, _START_MARGIN = 0.25, 0.1
 
 
 def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
@@ -132,6 +137,40 @@ def _check_stays(batch: Batch) -> None:
             "states that the student moves first given; states of a pool, or objective velocity, "
             "are needed"
         )
+
+
+class FromRanking(TransferTask):
+    """Learn which layers become linear, from scores that begin in the order of a ranking."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Take what `TransferTask` takes; rank the layers on stored videos."""
+        super().__init__(*args, **settings)
+        ranking = rank_layers(
+            self.student.model,
+            self.student.mixed,
+            self.teacher,
+            self.trajectories,
+            SensitivityConfig(),
+            settings["run"],
+            self.training.batch_size,
+        )
+        starts = start_scores(ranking, self.selection.config.target)
+        for layer, score in starts.items():
+            self.student.mixed[layer].layer_score.data.fill_(score)
+
+
+def start_scores(ranking: Sequence[int], target: int) -> dict[int, float]:
+    """Return the score r that each layer starts from; the sum of 1 - r is `target`.
+
+    They are evenly spaced around their mean, the least sensitive layer lowest, by at most 0.25 and
+    within [0.1, 0.9]; alike where the mean itself lies outside.
+
+    ranking: all layers from the least to the most sensitive.
+    """
+    mean = 1 - target / len(ranking)
+    reach = max(0.0, min(_START_REACH, mean - _START_MARGIN, 1 - _START_MARGIN - mean))
+    scores = torch.linspace(mean - reach, mean + reach, len(ranking)).tolist()
+    return dict(zip(ranking, scores, strict=True))
 
 
 class Regression(DistillationTask):
