@@ -57,7 +57,7 @@ def _serve(pipe: Connection, card: str, num_threads: int) -> None:
             function, args = pipe.recv()
             try:
                 outcome = function(*args), None
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 outcome = None, error
             pipe.send(outcome)
 

@@ -129,6 +129,24 @@ def test_a_process_passes_errors_on_and_says_when_it_ends() -> None:
             worker.call(os._exit, 1)
 
 
+def test_processes_end_in_the_midst_of_their_work_when_the_study_does() -> None:
+    with pytest.raises(KeyboardInterrupt), workers.started(["cpu"]) as [worker]:
+        thread = threading.Thread(target=lambda: ended.append(_call(worker, time.sleep, 300)))
+        ended: list[Exception] = []
+        thread.start()
+        raise KeyboardInterrupt
+    thread.join()
+    assert not worker.process.is_alive() and isinstance(ended[0], ChildProcessError)
+
+
+def _call(worker: workers.Worker, *work: object) -> Exception | None:
+    try:
+        worker.call(*work)
+    except ChildProcessError as error:
+        return error
+    return None
+
+
 def test_the_time_of_a_step_is_its_kind_s_alone() -> None:
     table = TABLES["objectives"]
     kinds = {name: pace.find_kind("transfer", arm.settings) for name, arm in table.items()}
