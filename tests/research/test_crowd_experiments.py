@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import to_flags as flags_of
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.lock import locked
 from linvideo_core.transfer import cli as transfer_cli
+from linvideo_core.transfer.config import ARTIFACT_NAME, WARM_START_NAME
 from research.crowd import (
     arms,
     captions,
@@ -154,6 +157,27 @@ def test_the_time_of_a_step_is_its_kind_s_alone() -> None:
     assert len({kinds[name] for name in ("pool", "on_policy_half", "on_policy")}) == 3
     # The slow first step counts as four usual ones.
     assert pace.mean_seconds([9.0, 1.0, 1.0, 2.0, 1.0]) == pytest.approx((4 + 1 + 1 + 2 + 1) / 5)
+
+
+@pytest.mark.parametrize("states", ["stored", "pool"])
+def test_a_shared_warm_start_changes_no_result(
+    states: str, config: ExperimentsConfig, tmp_path: Path
+) -> None:
+    captions.write_both(captions.CaptionsConfig(num_prompts=4, out=config.out))
+    count = {"stored": "num_trajectories", "pool": "pool_videos"}[states]
+    settings = {"states": states, count: 2, "target": 1, "num_frames": SHORT, "steps": 1}
+    made = []
+    for name, shared in (("own", None), ("first", tmp_path), ("second", tmp_path)):
+        words = to_flags({**settings, "out": tmp_path / name, "device": "cpu"})
+        read = transfer_cli.read([*config.list_words(), *words])
+        trainings.transfer(read, Callbacks(), shared)
+        made.append(load_file(tmp_path / name / ARTIFACT_NAME))
+    for found in made[1:]:
+        assert found.keys() == made[0].keys()
+        assert all(tensor.equal(made[0][key]) for key, tensor in found.items())
+    # It was done once: the others begin where it ended.
+    metrics = [tmp_path / n / WARM_START_NAME / "metrics.jsonl" for n in (".", "first", "second")]
+    assert len({path.read_text() for path in metrics}) == 1
 
 
 STORED = {"states": "stored", "objective": "velocity", "num_trajectories": 2}
