@@ -178,7 +178,8 @@ Arms of the same settings are of the same runs, in whatever tables they are.
 
 NOT_RUN: dict[str, dict[str, str]] = {
     "students": {
-        "critic": "a trained critic on the ends of the teacher's own grid has no code; "
+        "critic": "a trained critic on the ends of the teacher's own grid has no code: it needs "
+        "whole videos of the student, whose sampling would take all of a short training's time; "
         "linvideo_core.distill has one for few steps",
     },
     "selection": {

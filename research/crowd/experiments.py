@@ -7,7 +7,7 @@ Every arm of `arms.TABLES` is a training of the stored teacher by the stages of
 In calls of at most ten minutes on one H200, the first words being
     python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.12 \
         --num-samples 128 --sampler-steps 20
-and the seconds those of `forecast`, which are counted and not measured; two GPUs take half of it:
+and the seconds those of `forecast`, which are counted and not measured; two GPUs take two thirds:
     --tables objectives --seeds 2 --out runs/objectives             480
     --tables objectives --seeds 4 --out runs/objectives --record    450, with what the first left
     --tables students --seeds 4 --out runs/students --record        510

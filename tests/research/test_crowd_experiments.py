@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import threading
 import time
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.callbacks import Callbacks
+from linvideo_core.run.config import parse
 from linvideo_core.run.config import to_flags as flags_of
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
@@ -25,6 +27,7 @@ from research.crowd import (
     arms,
     captions,
     experiments,
+    forecast,
     judge,
     pace,
     summary,
@@ -94,6 +97,27 @@ def test_baselines_are_arms_of_the_same_table_that_have_none_less_often() -> Non
             if arm.baseline is not None:
                 assert arm.baseline != name
                 assert set(arm.num_frames) <= set(table[arm.baseline].num_frames)
+
+
+def test_the_calls_that_the_command_names_fit_into_ten_minutes(tmp_path: Path) -> None:
+    shared = re.search(r"(--compile .*?)\nand", experiments.__doc__, re.DOTALL)[1]
+    calls = re.findall(r"^    (--tables .*?)  +(\d+)", experiments.__doc__, re.MULTILINE)
+    assert {call.split()[1] for call, _ in calls} == {*TABLES}
+    for call, seconds in calls:
+        words = shlex.split(f"{shared} {call}".replace("\\\n", ""))
+        config = parse(ExperimentsConfig, words, description="calls")
+        made = Study(
+            config=config,
+            arms=arms.find_arms(config.chosen),
+            rows=Rows(tmp_path / "none.json"),
+            paces={},
+            num_layers=12,
+        )
+        found = forecast.predict_seconds(forecast.count_work(made), made, 1, "cuda")
+        if config.seeds == 4 and config.tables == "objectives":
+            # The first call has made half of it, and timed the kinds.
+            found /= 2
+        assert found == pytest.approx(int(seconds), rel=0.05) and found < 550
 
 
 def test_random_layers_follow_the_seed(config: ExperimentsConfig) -> None:
