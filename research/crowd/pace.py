@@ -14,8 +14,9 @@ from .trainings import TRAININGS
 
 # A step that compiles, allocates or saves counts as so many usual ones at most.
 _MOST = 4
-# How much is sampled first, and which layers are listed, changes no step.
+# How much is sampled first changes no step, nor which layers are linear if training chooses none.
 _TIMELESS = ("num_trajectories", "layers")
+_OF_FIXED_CHOICES = ("choice", "sensitivity")
 
 
 class _StepClock(Callbacks):
@@ -36,7 +37,9 @@ class _StepClock(Callbacks):
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a training's settings that decide the time of its steps."""
-    return {name: value for name, value in settings.items() if name not in _TIMELESS}
+    is_learned = settings.get("choice") == "learned"
+    timeless = _TIMELESS if is_learned else (*_TIMELESS, *_OF_FIXED_CHOICES)
+    return {name: value for name, value in settings.items() if name not in timeless}
 
 
 def find_kind(training: str, settings: Mapping[str, Any]) -> str:
