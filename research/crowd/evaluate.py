@@ -15,6 +15,7 @@ A file that was distilled is sampled in its own few steps, without guidance. Rep
 continues where it stopped; what was measured of a file is used again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -34,6 +35,8 @@ from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import draw_prompts
 from linvideo_core.evaluate.videos import save_strip
 from linvideo_core.flow import Recipe, bind_guided, make_sigmas
+from linvideo_core.models.attention_sites import compiled_blocks, shapes_of
+from linvideo_core.models.families import identify
 from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
@@ -79,6 +82,7 @@ class CrowdConfig:
     judge: Path = option(Path("runs/crowd/judge/judge.safetensors"), "the judge")
     artifacts: str = option("", "LINVIDEO files, such as a.safetensors,b.safetensors; none: no one")
     num_frames: int = option(WHOLE, "frames of a video: of less than 61, rendered clips are cut")
+    compile: bool = option(False, "compile the blocks of what samples: a minute, then faster")
     out: Path = option(Path("runs/crowd/evaluation"), "folder of the measures and of crowd.json")
     seed: int = option(0, "seed of noise and captions")
     device: str = device_option()
@@ -139,7 +143,8 @@ class Sampling:
             recipe.guidance_scale,
             precision=self.run.precision,
         )
-        return recipe.sample(velocity_fn, noise, seed=number, on_step=lambda *_: None)
+        with compiled(model, is_on=self.config.compile):
+            return recipe.sample(velocity_fn, noise, seed=number, on_step=lambda *_: None)
 
     def render(self, part: slice, number: int, seed: int) -> Tensor:
         """Render one batch of the captions as latents, cut at random where videos are shorter."""
@@ -195,6 +200,13 @@ class Sampling:
         if self.run.device.startswith("cuda"):
             torch.cuda.synchronize(self.run.device)
         return time.monotonic()
+
+
+def compiled(model: nn.Module, *, is_on: bool) -> contextlib.AbstractContextManager:
+    """Return the context in which a model's blocks are compiled, if they are to be."""
+    if not is_on:
+        return contextlib.nullcontext()
+    return compiled_blocks([model], identify(shapes_of(model))[1])
 
 
 def open_sampling(config: CrowdConfig, run: Run) -> Sampling:
