@@ -37,11 +37,18 @@ _WORDS = {
 
 
 def distill(
-    student: Student, teacher: Teacher, first: Artifact, config: DistillConfig, run: Run
+    student: Student,
+    teacher: Teacher,
+    first: Artifact,
+    config: DistillConfig,
+    run: Run,
+    *,
+    task_type: type[DistillationTask] = DistillationTask,
 ) -> None:
     """Train a student of `make_student` for few steps; save the artifact in the run's folder.
 
-    first: the linearized file that it starts from.
+    first: the linearized file that it starts from. task_type: the training; one of another kind
+        has no monitor, which reads what a critic's logs.
     """
     logger.info("distilling %s on %s in %s, into %s", teacher.name, run.device, run.precision,
                 run.folder)  # fmt: skip
@@ -60,7 +67,7 @@ def distill(
         )
     else:
         start_from(student, first)
-    task = _train(student, teacher, trajectories, config, run)
+    task = _train(student, teacher, trajectories, config, run, task_type)
     if run.processes.is_first:
         made = artifact_files.extract(
             student.model,
@@ -81,14 +88,19 @@ def distill(
 
 
 def _train(
-    student: Student, teacher: Teacher, trajectories: Trajectories, config: DistillConfig, run: Run
+    student: Student,
+    teacher: Teacher,
+    trajectories: Trajectories,
+    config: DistillConfig,
+    run: Run,
+    task_type: type[DistillationTask],
 ) -> DistillationTask:
     """Train the student against its critic; return the finished task."""
     endpoints = None
     if config.distillation.regression_weight:
         sigmas = make_sigmas(config.distillation.num_steps, config.trajectories.shift)
         endpoints = Endpoints(trajectories, float(sigmas[-2]))
-    task = DistillationTask(
+    task = task_type(
         student,
         teacher,
         measure_statistics(trajectories),
@@ -101,7 +113,8 @@ def _train(
     try:
         with accelerated(task.models, student, config.training, run):
             where = run.below(TRAINING_NAME)
-            fit(task, config.training, where, stage="distillation", monitor=TrainingMonitor())
+            monitor = TrainingMonitor() if task_type is DistillationTask else None
+            fit(task, config.training, where, stage="distillation", monitor=monitor)
     finally:
         task.remove_critic()
     return task

@@ -216,7 +216,7 @@ class DistillationTask(Task):
         push = dmd2.distribution_push(part.x0, noisy, part.sigma, real_velocity, fake_velocity)
         del fake_velocity, real_velocity
         # The same x0 once more, now with a gradient, when the critic's activations are gone.
-        x0 = self._predict(part.latents, part.exit_sigma, prompt_embeds)
+        x0 = self.predict(part.latents, part.exit_sigma, prompt_embeds)
         losses = {"generator": dmd2.generator_loss(x0, push)}
         if self.config.motion_weight and self.statistics.motion:
             own = motion_of(x0) / self.statistics.motion
@@ -224,7 +224,7 @@ class DistillationTask(Task):
         yield losses
         if part.picks is not None:
             states, sigma, ending = self.endpoints.take(part.picks, x0.device)
-            found = self._predict(states.latents, sigma, self.teacher.prompt_embeds[states.prompt])
+            found = self.predict(states.latents, sigma, self.teacher.prompt_embeds[states.prompt])
             yield {"regression": dmd2.regression_loss(found, ending)}
 
     @torch.no_grad()
@@ -284,11 +284,12 @@ class DistillationTask(Task):
             exits=rollout.exits,
             latents=latents,
             exit_sigma=sigma,
-            x0=self._predict(latents, sigma, prompt_embeds),
+            x0=self.predict(latents, sigma, prompt_embeds),
             **scored_at,
         )
 
-    def _predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return the x0 [B, C, F, H, W] that the student makes of latents at sigma [B]."""
         velocity = self._bind(self.student.model, prompt_embeds)(latents, sigma)
         return velocity_to_x0(latents, velocity, sigma)
 

@@ -59,6 +59,7 @@ class Batch:
 
     latents, velocity: [B, C, F, H, W], a state as it was drawn and the teacher's velocity there,
         in the row's guidance branch.
+    unconditional: [B, C, F, H, W], the teacher's velocity there in the branch without the prompt.
     step: [B] int64, the state's index into the sampling grid.
     is_stored: [B] bool on the CPU, whether the student is trained at the stored state itself; if
         not, it first moves by one step of its own. Stored rows come first.
@@ -71,6 +72,7 @@ class Batch:
 
     latents: Tensor
     velocity: Tensor
+    unconditional: Tensor
     step: Tensor
     is_stored: Tensor
     step_to: Tensor
@@ -144,6 +146,7 @@ class Batches:
         return Batch(
             latents=states.latents,
             velocity=velocity,
+            unconditional=states.unconditional,
             step=states.step,
             is_stored=is_stored[own],
             step_to=torch.where(stored, states.step, step_to),

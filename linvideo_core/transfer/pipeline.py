@@ -31,11 +31,13 @@ def linearize(
     trajectories: Trajectories | None = None,
     *,
     origin: Mapping[str, str] | None = None,
+    task_type: type[TransferTask] = TransferTask,
 ) -> None:
     """Train a teacher's student and save its artifact in the run's folder.
 
     trajectories: the teacher's, where several runs share them; none: sampled now.
     origin: what the file's header says besides of where it comes from.
+    task_type: the training, one of another objective's where it is not `config.objective`'s.
     """
     logger.info("linearizing %s on %s in %s, into %s", teacher.name, run.device, run.precision,
                 run.folder)  # fmt: skip
@@ -61,7 +63,7 @@ def linearize(
     linear_layers = choose_layers(config.selection, [*student.mixed], ranking)
 
     # 4. Train.
-    task = TransferTask(
+    task = task_type(
         student,
         teacher,
         trajectories,

@@ -345,29 +345,34 @@ class TransferTask(Task):
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the objective on a fresh batch plus the selection losses."""
-        batch = self.batches.draw(generator, self._guided)
-        objective_loss = adm_loss(
-            batch,
-            self.trajectories.sigmas,
-            student=self._student,
-            student_guided=self._student_guided,
-            teacher=self._teacher,
-        )
+        objective_loss = self.objective_loss(self.batches.draw(generator, self.guided))
         metrics = {"objective_loss": objective_loss.detach()}
         if self.selection.is_learned:
             metrics["layer_scores"] = self.selection.layer_scores().detach().clone()
         return objective_loss + self.selection.loss(step), metrics
 
-    def _student(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+    def objective_loss(self, batch: Batch) -> Tensor:
+        """Return the objective on a batch, a scalar: what a task of another objective overrides."""
+        return adm_loss(
+            batch,
+            self.trajectories.sigmas,
+            student=self.student_velocity,
+            student_guided=self._student_guided,
+            teacher=self.teacher_velocity,
+        )
+
+    def student_velocity(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        """Return the student's velocity in each row's own branch; see `BatchVelocityFn`."""
         velocity = bind(self.student.model, batch.branch_embeds, precision=self.precision)
         return velocity(latents, sigma)
 
     def _student_guided(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
-        return self._guided(latents, sigma, batch.prompt_embeds, batch.negative_embeds)
+        return self.guided(latents, sigma, batch.prompt_embeds, batch.negative_embeds)
 
-    def _guided(
+    def guided(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, negative_embeds: Tensor
     ) -> Tensor:
+        """Return the student's guided velocity; see `GuidedFn`."""
         velocity = bind_guided(
             self.student.model,
             prompt_embeds,
@@ -378,7 +383,8 @@ class TransferTask(Task):
         return velocity(latents, sigma)
 
     @torch.no_grad()
-    def _teacher(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+    def teacher_velocity(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        """Return the teacher's velocity in each row's own branch, without a gradient."""
         with self.student.disabled():
             velocity = bind(self.teacher.model, batch.branch_embeds, precision=self.precision)
             return velocity(latents, sigma)

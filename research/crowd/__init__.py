@@ -8,9 +8,13 @@
     tracks    exact measures: where sprites go, and whether their textures come back
     evaluate  compares the teacher with LINVIDEO files that were made from it
     arms      what is compared of objectives, students, few steps, selections, sizes: declared
+    tasks     trainings that the product has not: other losses, another start
+    trainings the trainings of arms by name, and what runs of a seed share
     pace      how long a training step takes, so that trainings of equal time are steps
     summary   tables of means over seeds and of paired tests
     study     trains and measures the declared arms, with several seeds
+    forecast  what is missing of that, and how long it takes
+    workers   the processes that do it, several on each GPU
     experiments  the command for that, and its record
 
 From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's own take N GPUs:

@@ -5,15 +5,15 @@ All that arms do not declare is the same for all of a table; see `research.crowd
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
+
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.flow import Recipe, make_sigmas
 
 from .evaluate import WHOLE
 
 SHORT = 13
 """Frames of the videos a quarter as long that the teacher was trained on, too: 16 with the last."""
-
-_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,27 +21,47 @@ class Arm:
     """A row of a table: a transfer, perhaps a distillation after it, and how its file is sampled.
 
     settings: of the transfer, by the names of `TransferConfig`'s fields.
+    training, second_training: what they are, by the names of `trainings.TRAININGS`.
     baseline: the arm of the same table that it is compared with seed by seed; None: with none.
     linear_share: of all layers. is_random: which of them is drawn by the seed.
     distillation: settings of the distillation, by the names of `DistillConfig`'s fields; None: the
         transfer's file is measured.
-    sampler_steps: guided Euler steps, where they are fewer than all others'.
+    sampler_steps: Euler steps, where they are fewer than all others'; is_guided: these few.
     num_frames: of the videos that are sampled and measured, one row each.
     """
 
     settings: Mapping[str, Any]
+    training: str = "transfer"
+    second_training: str = "distill"
     baseline: str | None = None
     linear_share: float = 0.5
     is_random: bool = False
     distillation: Mapping[str, Any] | None = None
     sampler_steps: int | None = None
+    is_guided: bool = True
     num_frames: tuple[int, ...] = (WHOLE,)
+
+    def count_calls(self, usual_steps: int) -> int:
+        """Return how often its model is called for a video, twice a guided step."""
+        if self.distillation is not None:
+            return self.distillation["num_steps"]
+        return (1 + self.is_guided) * (self.sampler_steps or usual_steps)
+
+    def find_recipe(self, usual: CompareConfig) -> Recipe | None:
+        """Return how its file is sampled; None: as the file says; usual: of all others."""
+        if self.sampler_steps is None:
+            return None
+        return Recipe(
+            sigmas=make_sigmas(self.sampler_steps, usual.shift),
+            guidance_scale=usual.guidance_scale if self.is_guided else 1.0,
+        )
 
 
 _SPREAD = {"choice": "alternate"}
 _STORED = {**_SPREAD, "states": "stored", "objective": "velocity"}
 _POOL = {**_SPREAD, "states": "pool", "objective": "adm", "pool_videos": 64}
-_VIDEOS = (8, 24, 96, 384)
+# The most first: the others take theirs among these.
+_VIDEOS = (384, 96, 24, 8)
 _MOST_VIDEOS = f"stored_{max(_VIDEOS)}"
 _MAPS = {"parameters": "feature_maps"}
 
@@ -61,7 +81,7 @@ def _selected(**settings: Any) -> Arm:
     return Arm(settings={**chosen, **settings}, baseline="learned")
 
 
-def _distilled(num_steps: int, regression_weight: float, baseline: str | None = None) -> Arm:
+def _distilled(num_steps: int, regression_weight: float, **more: Any) -> Arm:
     settings = {
         "num_trajectories": 96,
         "num_steps": num_steps,
@@ -70,11 +90,14 @@ def _distilled(num_steps: int, regression_weight: float, baseline: str | None = 
         "learning_rate": 1e-4,
         "map_learning_rate": 1e-4,
     }
-    return Arm(settings=_pool(0), distillation=settings, baseline=baseline)
+    return Arm(settings=_pool(0), distillation=settings, **more)
 
 
 TABLES: dict[str, dict[str, Arm]] = {
     "objectives": {
+        "pool": Arm(settings=_pool(0), baseline=_MOST_VIDEOS),
+        "on_policy_half": Arm(settings=_pool(0.5), baseline="pool"),
+        "on_policy": Arm(settings=_pool(1), baseline="pool"),
         **{
             f"stored_{n}": Arm(
                 settings=_stored(n), baseline=None if n == max(_VIDEOS) else _MOST_VIDEOS
@@ -85,15 +108,19 @@ TABLES: dict[str, dict[str, Arm]] = {
             f"adm_{n}": Arm(settings=_stored(n, objective="adm"), baseline=f"stored_{n}")
             for n in _VIDEOS
         },
-        "pool": Arm(settings=_pool(0), baseline=_MOST_VIDEOS),
-        "on_policy_half": Arm(settings=_pool(0.5), baseline="pool"),
-        "on_policy": Arm(settings=_pool(1), baseline="pool"),
     },
     # A student that cannot represent its teacher: every layer linear, as few features as there are.
     "students": {
         "velocity": Arm(settings=_pool(0), linear_share=1),
         "on_policy_half": Arm(settings=_pool(0.5), linear_share=1, baseline="velocity"),
         "on_policy": Arm(settings=_pool(1), linear_share=1, baseline="velocity"),
+        **{
+            name: Arm(settings=_pool(on), training=name, linear_share=1, baseline=baseline)
+            for name, on, baseline in (
+                ("block_features", 0, "velocity"),
+                ("kl_push", 1, "on_policy"),
+            )
+        },
         "velocity_maps": Arm(settings=_pool(0) | _MAPS, linear_share=1),
         "on_policy_maps": Arm(settings=_pool(1) | _MAPS, linear_share=1, baseline="velocity_maps"),
     },
@@ -102,16 +129,31 @@ TABLES: dict[str, dict[str, Arm]] = {
         for steps in (8, 4)
         for name, arm in {
             "matching_and_regression": _distilled(steps, 1.0),
-            "matching": _distilled(steps, 0.0, f"matching_and_regression_{steps}"),
+            "matching": _distilled(steps, 0.0, baseline=f"matching_and_regression_{steps}"),
+            "regression": _distilled(
+                steps,
+                1.0,
+                second_training="regression",
+                baseline=f"matching_and_regression_{steps}",
+            ),
             "undistilled": Arm(
                 settings=_pool(0),
                 sampler_steps=steps,
                 baseline=f"matching_and_regression_{steps}",
             ),
+            # Of one training, not two: the transfer itself learns to do without guidance.
+            "velocity": Arm(
+                settings=_pool(0) | {"prompt_dropout": 0.0},
+                training="guided_velocity",
+                sampler_steps=steps,
+                is_guided=False,
+                baseline=f"undistilled_{steps}",
+            ),
         }.items()
     },
     "selection": {
         "learned": dataclasses.replace(_selected(choice="learned"), baseline=None),
+        "from_ranking": dataclasses.replace(_selected(choice="learned"), training="from_ranking"),
         "alternate": _selected(choice="alternate"),
         "random": dataclasses.replace(_selected(), is_random=True),
         "replace_one": _selected(choice="sensitivity", sensitivity="replace-one"),
@@ -129,22 +171,18 @@ TABLES: dict[str, dict[str, Arm]] = {
         ),
     },
 }
-"""Table -> arm. Arms of the same settings are of the same runs, in whatever tables they are."""
+"""Table -> arm, in the order in which they are made and shown.
+
+Arms of the same settings are of the same runs, in whatever tables they are.
+"""
 
 NOT_RUN: dict[str, dict[str, str]] = {
     "students": {
-        "kl_push": "the gradient of a KL divergence through a rollout's last step has no code",
-        "critic": "a trained critic on the ends of the teacher's own grid has no code; "
+        "critic": "a trained critic on the ends of the teacher's own grid has no code: it needs "
+        "whole videos of the student, whose sampling would take all of a short training's time; "
         "linvideo_core.distill has one for few steps",
-        "block_features": "a loss on every block's output has no code; the warm start fits each "
-        "layer's attention alone",
-    },
-    "few_steps": {
-        "velocity": "matching the guided velocity without guidance has no code",
-        "regression": "regression without distribution matching has no code",
     },
     "selection": {
-        "from_ranking": "learned scores that start from a ranking have no code",
         "in_cost": "a budget in cost, with hybrid layers among the choices, has no code",
     },
 }

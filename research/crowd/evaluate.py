@@ -2,6 +2,8 @@
 
     python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors
     torchrun --nproc-per-node 4 -m research.crowd.evaluate --num-samples 2000
+    python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors \
+        --densities 0.1,0.2,0.4
 Every model samples the same captions, which no training has seen. `teacher` and the students start
 from the same noise, `teacher_other` from other noise; `real` are rendered clips, `real_other` are
 others of the same captions. So of the columns
@@ -11,10 +13,12 @@ others of the same captions. So of the columns
     temporal_spectrum_db       is to `teacher_other`
     object ... pan, found, recall, position_error, speed_error   are of single videos: see `judge`
         and `tracks`; those of `real` are the best that these measures give
-A file that was distilled is sampled in its own few steps, without guidance. Repeating the command
-continues where it stopped; what was measured of a file is used again.
+With `--densities` teacher and students have rows besides with Sol-Attn in the layers that are
+softmax, at every step. A file that was distilled is sampled in its own few steps, without guidance.
+Repeating the command continues where it stopped; what was measured of a file is used again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -34,10 +38,13 @@ from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import draw_prompts
 from linvideo_core.evaluate.videos import save_strip
 from linvideo_core.flow import Recipe, bind_guided, make_sigmas
+from linvideo_core.kernels.softmax import SPARSE, check_density
+from linvideo_core.models.attention_sites import compiled_blocks, shapes_of, softmax_by
+from linvideo_core.models.families import identify
 from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
-from linvideo_core.run.errors import SettingError
+from linvideo_core.run.errors import SettingError, shown_value
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.folder import open_run
 from linvideo_core.run.process_group import ProcessGroup
@@ -78,7 +85,11 @@ class CrowdConfig:
     prompts: Path = option(Path("runs/crowd/held_out.safetensors"), "captions to sample")
     judge: Path = option(Path("runs/crowd/judge/judge.safetensors"), "the judge")
     artifacts: str = option("", "LINVIDEO files, such as a.safetensors,b.safetensors; none: no one")
+    densities: str = option(
+        "", "shares of exact blocks of sparse softmax layers, such as 0.1,0.2; none: no such rows"
+    )
     num_frames: int = option(WHOLE, "frames of a video: of less than 61, rendered clips are cut")
+    compile: bool = option(False, "compile the blocks of what samples: a minute, then faster")
     out: Path = option(Path("runs/crowd/evaluation"), "folder of the measures and of crowd.json")
     seed: int = option(0, "seed of noise and captions")
     device: str = device_option()
@@ -92,6 +103,19 @@ class CrowdConfig:
                 "batch_size",
                 "seeds_per_prompt",
             )
+        try:
+            for density in self.read_densities():
+                check_density(density)
+        except ValueError as error:
+            raise SettingError(
+                f"{{densities}} {shown_value(self.densities)} given; numbers above 0 and of 1 at "
+                "most with commas between are needed",
+                "densities",
+            ) from error
+
+    def read_densities(self) -> list[float]:
+        """Return the densities of sparse rows; raise ValueError for what is no number."""
+        return [float(word) for word in self.densities.split(",") if word.strip()]
 
     def artifact_paths(self) -> dict[str, Path]:
         """Return the LINVIDEO files by their names in the table, such as "run-linearized"."""
@@ -139,7 +163,8 @@ class Sampling:
             recipe.guidance_scale,
             precision=self.run.precision,
         )
-        return recipe.sample(velocity_fn, noise, seed=number, on_step=lambda *_: None)
+        with compiled(model, is_on=self.config.compile):
+            return recipe.sample(velocity_fn, noise, seed=number, on_step=lambda *_: None)
 
     def render(self, part: slice, number: int, seed: int) -> Tensor:
         """Render one batch of the captions as latents, cut at random where videos are shorter."""
@@ -197,6 +222,13 @@ class Sampling:
         return time.monotonic()
 
 
+def compiled(model: nn.Module, *, is_on: bool) -> contextlib.AbstractContextManager:
+    """Return the context in which a model's blocks are compiled, if they are to be."""
+    if not is_on:
+        return contextlib.nullcontext()
+    return compiled_blocks([model], identify(shapes_of(model))[1])
+
+
 def open_sampling(config: CrowdConfig, run: Run) -> Sampling:
     """Load the teacher, its captions and the judge onto the run's device."""
     teacher = load_teacher(
@@ -234,19 +266,31 @@ def measure_references(sampling: Sampling, folder: Path) -> None:
 
 
 def measure_file(
-    sampling: Sampling, folder: Path, name: str, path: Path, recipe: Recipe | None = None
+    sampling: Sampling,
+    folder: Path,
+    name: str,
+    path: Path | None,
+    recipe: Recipe | None = None,
+    density: float | None = None,
 ) -> Path:
     """Sample and measure the model of a LINVIDEO file; return the folder of its measures.
 
-    folder: that `measure_references` filled. recipe: how it is sampled; none: as the file says.
+    folder: that `measure_references` filled. path: none: the teacher. recipe: how it is sampled;
+    none: as the file says. density: of Sol-Attn in its softmax layers; none: they are dense.
     """
-    made, seed = artifact.load(path), sampling.config.seed
-    recipe = recipe or sampling.recipe_of(made.header)
-    measures = folder / f"{name}-{digest_of(path)}"
-    with artifact.apply(made, sampling.teacher.model) as student:
+    model, seed = sampling.teacher.model, sampling.config.seed
+    made = artifact.load(path) if path else None
+    recipe = recipe or sampling.recipe_of(made.header if made else None)
+    measures = folder / "-".join([name, *([digest_of(path)] if path else [])])
+    with contextlib.ExitStack() as stack:
+        if made is not None:
+            stack.enter_context(artifact.apply(made, model))
+        if density is not None:
+            sites = identify(shapes_of(model))[1]
+            stack.enter_context(softmax_by(model, sites, SPARSE, density))
         sampling.measure_all(
             measures,
-            lambda p, i: sampling.sample(student, p, i, seed, recipe),
+            lambda p, i: sampling.sample(model, p, i, seed, recipe),
             paired_with=folder / "teacher",
         )
     return measures
@@ -269,10 +313,12 @@ def compare(config: CrowdConfig, run: Run) -> list[Row]:
     # Measures are of these weights: others begin afresh.
     folder = config.out / f"of-{digest_of(config.model)}-{digest_of(config.judge)}"
     measure_references(sampling, folder)
-    files = {
-        name: measure_file(sampling, folder, name, path)
-        for name, path in config.artifact_paths().items()
-    }
+    paths = config.artifact_paths()
+    files = {name: measure_file(sampling, folder, name, path) for name, path in paths.items()}
+    for density in config.read_densities():
+        for name, path in {"teacher": None, **paths}.items():
+            sparse = f"{name}-sparse-{density:g}"
+            files[sparse] = measure_file(sampling, folder, sparse, path, density=density)
     if not run.processes.is_first:
         return []
     shown = slice(0, min(_NUM_SHOWN, config.comparison.batch_size))
@@ -334,7 +380,9 @@ def main(processes: ProcessGroup) -> None:
     config = parse(CrowdConfig, None, description=__doc__)
     device = processes.place(resolve_device(config.device))
     with processes.in_turn():
-        open_run(config.out, config, ignore=("artifacts", "model", "judge", "device", "out"))
+        open_run(
+            config.out, config, ignore=("artifacts", "densities", "model", "judge", "device", "out")
+        )
     run = Run(device=device, precision=resolve_precision("auto", device), processes=processes)
     rows = compare(config, run)
     if processes.is_first:

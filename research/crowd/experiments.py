@@ -1,30 +1,50 @@
 """Compare what a student of `crowd` can be made of: `python -m research.crowd.experiments`.
 
-Every arm of `arms.TABLES` is a `linvideo_core.transfer` of the stored teacher, of some a
-`linvideo_core.distill` after it, run with several seeds and measured by `research.crowd.evaluate`
-on captions that no training has seen.
-    python -m research.crowd.experiments --tables objectives --seeds 4 --record
-    python -m research.crowd.experiments --tables selection,sizes --num-samples 1000
-    python -m research.crowd.experiments --arms stored_384,pool,on_policy --seeds 8 --record
-All trainings take equal time. `transfer` knows steps alone, so a short run of each kind is timed
-first, and its seconds a step say how many steps fit into `--minutes-per-run`: those of the training
-itself. The warm start before it is alike in all; stored videos are sampled once a seed. On several
-GPUs each does whole seeds.
+Every arm of `arms.TABLES` is a training of the stored teacher by the stages of
+`linvideo_core.transfer`, of some by those of `linvideo_core.distill` after it, with several seeds;
+`research.crowd.evaluate` measures it on captions that no training has seen.
+    python -m research.crowd.experiments --tables sizes --seeds 1 --num-samples 64
+In calls of at most ten minutes on one H200, the first words being
+    python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.12 \
+        --num-samples 128 --sampler-steps 20
+and the seconds those of `forecast`, which are counted and not measured; two GPUs take two thirds:
+    --tables objectives --seeds 2 --out runs/objectives             480
+    --tables objectives --seeds 4 --out runs/objectives --record    450, with what the first left
+    --tables students --seeds 4 --out runs/students --record        510
+    --tables few_steps --seeds 4 --out runs/few_steps --record      530
+    --tables selection --seeds 4 --out runs/selection --record      480
+    --tables sizes --seeds 4 --out runs/sizes --record              390
+Each says first what is missing and how long it takes: without `--compile` a tenth to a quarter
+more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 25 seconds:
+    python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \
+        --judge research/crowd/weights/judge.safetensors \
+        --prompts runs/students/held_out.safetensors \
+        --num-samples 128 --batch-size 32 --sampler-steps 20 --out runs/steps_20
+
+All trainings take equal time. Trainings know steps alone, so a short run of each kind is timed
+first, alone on the first device, and its seconds a step say how many steps fit into
+`--minutes-per-run`: those of the training itself. With `--jobs` several share a card afterwards,
+and take longer by the clock; their steps are those of a card of their own, which no neighbour
+changes. `seconds_per_video` is then of a card that is shared, too: speeds are another command's.
+What runs of a seed have in common is made once and takes none of that time: stored videos, the warm
+start of the same states, and the teacher's and rendered videos that all are compared with.
 
 A seed is one of everything: the student's, and the noise and captions of its evaluation. An arm is
 compared with its baseline seed by seed (`research.paired`), in every measure.
-Repeating the command continues where it stopped, also with more tables, arms or seeds. On another
-machine config.json, paces.json and crowd.json of `--out` are enough to go on to what has no row.
+Seeds are made one after another, by whichever process is free. Repeating the command continues
+where it stopped, also with more tables, arms or seeds; killed, it loses the arms that were being
+made. On another machine config.json, paces.json and crowd.json of `--out` are enough to go on to
+what has no row; the teacher's videos of the seeds that are not done are sampled there again.
 crowd.json has a row an arm and seed; the tables go to summary.json there or, with `--record`, into
 results/crowd.json: `unpaired_frechet` is to the teacher of other noise, `floor` the teacher's own.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import json
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.record import RESULTS_FOLDER, write_part
@@ -32,10 +52,10 @@ from linvideo_core.run.config import parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.lock import locked
 
-from .. import declared_runs
-from ..declared_runs import list_cards, stopped_with
+from ..declared_runs import list_cards
 from . import summary
 from .arms import NOT_RUN
+from .forecast import forecast
 from .study import (
     RECORD_NAME,
     REFERENCES,
@@ -43,13 +63,12 @@ from .study import (
     SUMMARY_NAME,
     ExperimentsConfig,
     Study,
+    do_arm,
     open_study,
 )
+from .workers import Worker, started
 
 Row = dict[str, Any]
-
-# A guided step of one of 40 videos together.
-_H200_SECONDS = 0.134 / 30
 
 
 def run(config: ExperimentsConfig) -> dict[str, list[Row]]:
@@ -63,71 +82,28 @@ def do_all(study: Study, device: str) -> list[Row]:
     """Say what is missing of a study, make it on all devices of a kind, return all rows."""
     config, cards = study.config, list_cards(device)
     sys.stdout.write(f"{forecast(study, len(cards), device)}\n")
-    study.find_paces()
+    # Whoever is free takes the next: seeds end one after another.
+    waiting = collections.deque(study.missing())
+    places = config.jobs * cards
 
-    def work(number: int) -> None:
-        for seed in range(number, config.seeds, len(cards)):
-            study.do_seed(seed, cards[number])
+    def work(worker: Worker, card: str) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                for row in worker.call(do_arm, config, waiting.popleft(), study.paces, card):
+                    study.rows.add(row)
 
-    with concurrent.futures.ThreadPoolExecutor(len(cards)) as pool, _stopped(study):
-        futures = [pool.submit(work, number) for number in range(len(cards))]
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
-    return study.rows.read()
-
-
-@contextlib.contextmanager
-def _stopped(study: Study) -> Iterator[None]:
-    """Stop all of a study's trainings, and begin none, when the block is left early."""
-    with stopped_with(study.started):
+    threads = concurrent.futures.ThreadPoolExecutor(len(places))
+    with threads, started(places) as workers:
+        # Alone on its card: what else runs there must not make a training shorter.
+        study.find_paces(workers[0], cards[0])
         try:
-            yield
+            futures = [threads.submit(work, *each) for each in zip(workers, places, strict=True)]
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
         except BaseException:
-            study.is_stopped.set()
+            waiting.clear()
             raise
-
-
-def forecast(study: Study, num_cards: int, device: str) -> str:
-    """Say how many trainings and videos are missing, and how long they take by what is known.
-
-    Videos to measure count as their steps, and stored ones to learn from as if none were there.
-
-    Seconds of a video, and of what a training takes besides its steps, are those of rows that are
-    there. Without any a video on a GPU takes what the stored teacher's took on an H200.
-    """
-    config, comparison = study.config, study.config.comparison
-    trainings, references, videos, stored = set(), set(), 0.0, dict.fromkeys(range(config.seeds), 0)
-    for each in study.missing():
-        place = ""
-        for command, settings in study.settings_of(each.arm, each.seed).items():
-            place += " ".join([command, *declared_runs.to_flags(settings)])
-            trainings.add((each.seed, place))
-            stored[each.seed] = max(stored[each.seed], settings.get("num_trajectories", 0))
-        key = {"table": REFERENCES, "name": "teacher", "seed": each.seed}
-        absent = [n for n in each.num_frames if not study.rows.is_done(**key, num_frames=n)]
-        references |= {(each.seed, num_frames) for num_frames in absent}
-        steps = (each.arm.distillation or {}).get("num_steps") or each.arm.sampler_steps
-        share = (steps or comparison.sampler_steps) / comparison.sampler_steps
-        videos += share * len(each.num_frames) * comparison.num_samples
-    videos += 2 * len(references) * comparison.num_samples + sum(stored.values())
-    rows = [row for row in study.rows.read() if "error" not in row]
-    paces = [row["seconds_per_video"] for row in rows if row["name"] == "teacher"]
-    besides = [row["run_seconds"] - 60 * config.minutes_per_run for row in rows if "steps" in row]
-    usual = _H200_SECONDS * comparison.sampler_steps if device == "cuda" else None
-    pace = statistics.median(paces) if paces else usual
-    seconds = len(trainings) * 60 * config.minutes_per_run
-    seconds += len(trainings) * max(0.0, statistics.median(besides)) if besides else 0.0
-    left_out = [] if besides else ["what a training takes besides its steps"]
-    if pace is None:
-        left_out.append("the videos")
-    else:
-        seconds += videos * pace
-    without = f", without {' and '.join(left_out)}" if left_out else ""
-    return (
-        f"{len(trainings)} trainings of {config.minutes_per_run:g} minutes are missing, and as "
-        f"many videos to sample as {videos:,.0f} of the teacher: about "
-        f"{seconds / 60 / num_cards:.0f} minutes on {num_cards} devices{without}"
-    )
+    return study.rows.read()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

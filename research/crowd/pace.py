@@ -1,53 +1,22 @@
 """How long a training's step takes, so that trainings of equal time can be declared in steps."""
 
-import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linvideo_core.distill import cli as distill_cli
-from linvideo_core.distill import command as distill
-from linvideo_core.distill import config as distill_config
 from linvideo_core.run.callbacks import Callbacks, Stage
-from linvideo_core.transfer import cli as transfer_cli
-from linvideo_core.transfer import command as transfer
-from linvideo_core.transfer import config as transfer_config
 
 from ..declared_runs import to_flags
+from .trainings import TRAININGS
 
 # A step that compiles, allocates or saves counts as so many usual ones at most.
 _MOST = 4
-# How much is sampled first, and which layers are listed, changes no step.
+# How much is sampled first changes no step, nor which layers are linear if training chooses none.
 _TIMELESS = ("num_trajectories", "layers")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
-    """A command that trains: how it reads its words and runs, its stage, its result's name."""
-
-    read: Callable[[Sequence[str]], Any]
-    run: Callable[[Any, Callbacks], Path]
-    stage: Stage
-    result: str
-
-
-COMMANDS = {
-    "transfer": Command(
-        read=transfer_cli.read,
-        run=transfer.run,
-        stage="training",
-        result=transfer_config.ARTIFACT_NAME,
-    ),
-    "distill": Command(
-        read=distill_cli.read,
-        run=distill.run,
-        stage="distillation",
-        result=distill_config.ARTIFACT_NAME,
-    ),
-}
+_OF_FIXED_CHOICES = ("choice", "sensitivity")
 
 
 class _StepClock(Callbacks):
@@ -68,23 +37,25 @@ class _StepClock(Callbacks):
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a training's settings that decide the time of its steps."""
-    return {name: value for name, value in settings.items() if name not in _TIMELESS}
+    is_learned = settings.get("choice") == "learned"
+    timeless = _TIMELESS if is_learned else (*_TIMELESS, *_OF_FIXED_CHOICES)
+    return {name: value for name, value in settings.items() if name not in timeless}
 
 
-def find_kind(command: str, settings: Mapping[str, Any]) -> str:
+def find_kind(training: str, settings: Mapping[str, Any]) -> str:
     """Return the trainings whose steps take as long, as the words of a command line."""
-    return " ".join([command, *to_flags(decisive(settings))])
+    return " ".join([training, *to_flags(decisive(settings))])
 
 
 def measure_pace(
-    command: str, words: Sequence[str], settings: Mapping[str, Any], folder: Path, steps: int
+    training: str, words: Sequence[str], settings: Mapping[str, Any], folder: Path, steps: int
 ) -> float:
     """Train for a few steps in a new folder; return the mean seconds of a step.
 
     words: of the command line, which all trainings share; settings: what this kind has besides.
     A row of metrics is read after every step, so that a GPU is done with it.
     """
-    chosen = COMMANDS[command]
+    chosen = TRAININGS[training]
     own = {
         **settings,
         "steps": steps,
@@ -95,7 +66,7 @@ def measure_pace(
         "out": folder,
     }
     clock = _StepClock(chosen.stage)
-    chosen.run(chosen.read([*words, *to_flags(own)]), clock)
+    chosen.run(chosen.read([*words, *to_flags(own)]), clock, None)
     return mean_seconds([end - start for start, end in itertools.pairwise(clock.times)])
 
 

@@ -1,14 +1,14 @@
 """A study of `research.crowd.experiments`: its settings, what it has no row for, and making it."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shlex
 import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,25 @@ import torch
 
 from linvideo_core import artifact
 from linvideo_core.evaluate.config import CompareConfig
-from linvideo_core.flow import Recipe, make_sigmas
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.run import limits
+from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import Settings, option
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_precision
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
 from linvideo_core.run.folder import open_run
-from linvideo_core.run.lock import locked
 
 from .. import declared_runs
-from ..declared_runs import ROW_NAME, place_runs, run_module
+from ..declared_runs import ROW_NAME, place_runs
 from . import evaluate
 from .arms import TABLES, Arm, find_arms
 from .captions import CaptionsConfig, write_both
-from .pace import COMMANDS, decisive, find_kind, measure_pace
+from .pace import decisive, find_kind, measure_pace
 from .train import SHIFT
+from .trainings import TRAININGS, alone_in
+from .workers import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,17 @@ RECORD_NAME, ROWS_NAME, SUMMARY_NAME = "crowd.json", "crowd.json", "summary.json
 REFERENCES = "references"
 """The table of the teacher itself and of rendered clips."""
 _PACES_NAME = "paces.json"
-_WAIT_SECONDS = 5
 _WEIGHTS = Path("research/crowd/weights")
 # What a repeated command may change: none of it decides a row.
-_FREE_FIELDS = ("tables", "arms", "seeds", "pace_steps", "record", "device", "out")
+_FREE_FIELDS = ("tables", "arms", "seeds", "pace_steps", "jobs", "record", "device", "out")
+_OF_WARM_START = (
+    "states",
+    "num_trajectories",
+    "pool_videos",
+    "more_sizes",
+    "num_frames",
+    "prompt_dropout",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,12 @@ class ExperimentsConfig(Settings):
     minutes_per_run: float = option(0.75, "time of each training", limits.POSITIVE)
     pace_steps: int = option(
         30, "steps of the run that tells how many fit into the time", limits.COUNT
+    )
+    jobs: int = option(
+        1, "runs at a time on each card; steps are counted by what a run takes alone", limits.COUNT
+    )
+    compile: bool = option(
+        False, "compile the blocks of what trains and samples: a minute, then faster"
     )
     flags: str = option(
         "--batch-size 8 --accumulation 1 --learning-rate 1e-3 --map-learning-rate 2e-3 "
@@ -117,6 +131,7 @@ class ExperimentsConfig(Settings):
             "teacher_folder": self.out.absolute() / "teacher",
             "shard_size": self.comparison.batch_size,
             "evaluate_samples": 0,
+            "compile": self.compile,
             "num_frames": evaluate.WHOLE,
             "height": 256,
             "width": 256,
@@ -154,12 +169,16 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Missing:
-    """An arm that a seed has no row for yet, at some numbers of frames."""
+    """An arm that a seed has no row for yet, at some numbers of frames.
+
+    trainings: the settings of its trainings in order, by the names of `TRAININGS`, all but steps.
+    """
 
     table: str
     name: str
     seed: int
     arm: Arm
+    trainings: Mapping[str, Row]
     num_frames: list[int]
 
     @property
@@ -173,7 +192,7 @@ class Study:
     """What all seeds share.
 
     arms: by (table, name). paces: seconds a step by kind of training, see `pace.find_kind`.
-    num_layers: of the teacher. started: the processes that train. is_stopped: no other may start.
+    num_layers: of the teacher.
     """
 
     config: ExperimentsConfig
@@ -181,159 +200,169 @@ class Study:
     rows: Rows
     paces: dict[str, float]
     num_layers: int
-    started: list[subprocess.Popen] = dataclasses.field(default_factory=list)
-    is_stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def settings_of(self, arm: Arm, seed: int) -> dict[str, Row]:
-        """Return the settings of an arm's trainings, by command, all but their steps."""
+        """Return the settings of an arm's trainings, by their names, all but their steps."""
         target = max(1, round(arm.linear_share * self.num_layers))
-        transfer = {**arm.settings, "target": target}
+        first = {**arm.settings, "target": target}
         if arm.is_random:
             order = torch.randperm(self.num_layers, generator=torch.Generator().manual_seed(seed))
-            transfer["layers"] = ",".join(map(str, sorted(order[:target].tolist())))
-        found = {"transfer": transfer}
+            first["layers"] = ",".join(map(str, sorted(order[:target].tolist())))
+        found = {arm.training: first}
         if arm.distillation is not None:
-            found["distill"] = dict(arm.distillation)
+            found[arm.second_training] = dict(arm.distillation)
         return found
 
-    def missing(self, seeds: Iterable[int] | None = None) -> Iterator[Missing]:
-        """Yield what has no row yet of some seeds, none: of all."""
-        for seed in range(self.config.seeds) if seeds is None else seeds:
+    def missing(self) -> Iterator[Missing]:
+        """Yield what has no row yet, seed by seed."""
+        for seed in range(self.config.seeds):
             for (table, name), arm in self.arms.items():
                 key = {"table": table, "name": name, "seed": seed}
                 absent = [n for n in arm.num_frames if not self.rows.is_done(**key, num_frames=n)]
                 if absent:
-                    yield Missing(**key, arm=arm, num_frames=absent)
+                    trainings = self.settings_of(arm, seed)
+                    yield Missing(**key, arm=arm, trainings=trainings, num_frames=absent)
 
-    def find_paces(self) -> None:
+    def kinds(self) -> set[str]:
+        """Return the kinds of training that are missing and whose pace is not known."""
+        found = {
+            find_kind(training, settings)
+            for each in self.missing()
+            for training, settings in each.trainings.items()
+        }
+        return found - set(self.paces)
+
+    def find_paces(self, worker: Worker, card: str) -> None:
         """Time a short run of every kind of training that is missing; keep its seconds a step."""
         config, below = self.config, self.config.out.absolute() / "pace"
-        words = [*config.list_words(), "--device", config.device]
+        words = [*config.list_words(), "--device", card]
         for each in self.missing():
-            trainings = self.settings_of(each.arm, each.seed)
-            kinds = {command: find_kind(command, own) for command, own in trainings.items()}
+            kinds = {name: find_kind(name, own) for name, own in each.trainings.items()}
             if set(kinds.values()) <= set(self.paces):
                 continue
             made = {}
-            for command, settings in trainings.items():
-                [place] = place_runs(decisive(settings), [0], below / command)
-                result, kind = place.folder / COMMANDS[command].result, kinds[command]
+            for training, settings in each.trainings.items():
+                [place] = place_runs(decisive(settings), [0], below / training)
+                result, kind = place.folder / TRAININGS[training].result, kinds[training]
                 # A distillation starts from the file of a transfer as short as itself.
                 if kind not in self.paces or not result.exists():
                     shutil.rmtree(place.folder, ignore_errors=True)
                     own = {**settings, **made}
-                    pace = measure_pace(command, words, own, place.folder, config.pace_steps)
-                    self.paces.setdefault(kind, pace)
+                    how = (training, words, own, place.folder, config.pace_steps)
+                    self.paces.setdefault(kind, worker.call(measure_pace, *how))
                     write_json(config.out / _PACES_NAME, self.paces)
                     logger.info("%.4f seconds a step: %s", self.paces[kind], kind)
                 made = {"artifact": result}
 
-    def train(self, command: str, settings: Row, seed: int, place: Path, own: list) -> Row:
-        """Train with a seed unless it was; return `path` of the file, `steps`, `run_seconds`.
 
-        place: below which the run's folder lies; own: words that do not decide the result.
-        Raises RuntimeError, with the command's own last line, where it fails.
-        """
-        pace = self.paces[find_kind(command, settings)]
-        steps = max(1, int(60 * self.config.minutes_per_run / pace))
-        [run] = place_runs({**settings, "steps": steps}, [seed], place)
+def find_warm_start(settings: Row) -> Row:
+    """Return those of a transfer's settings that decide its warm start, which the others share."""
+    return {name: settings[name] for name in _OF_WARM_START if name in settings}
+
+
+def do_training(
+    config: ExperimentsConfig,
+    training: str,
+    settings: Row,
+    pace: float,
+    seed: int,
+    place: Path,
+    own: list[object],
+) -> Row:
+    """Train with a seed unless it was; return `path` of the file, `steps`, `run_seconds`.
+
+    pace: seconds of a step. place: below which the run's folder lies; own: words that do not decide
+        the result.
+    Raises ValueError or RuntimeError where it fails.
+    """
+    steps = max(1, int(60 * config.minutes_per_run / pace))
+    [run] = place_runs({**settings, "steps": steps}, [seed], place / training)
+    chosen = TRAININGS[training]
+    with alone_in(run.folder):
         if not (run.folder / ROW_NAME).exists():
-            _wait_for(run.folder)
-            words = [*self.config.list_words(), *run.flags.split(), "--seed", seed, *own]
+            shared = config.out.absolute() / "warm_starts"
+            [warm_start] = place_runs(find_warm_start(settings), [seed], shared)
+            words = [*config.list_words(), *run.flags.split(), "--seed", seed, *own]
             begin = time.monotonic()
-            module = f"linvideo_core.{command}"
-            if error := run_module(module, [*words, "--out", run.folder], self.started):
-                raise RuntimeError(error)
+            read = chosen.read([*map(str, words), "--out", str(run.folder)])
+            chosen.run(read, Callbacks(), warm_start.folder)
             write_json(run.folder / ROW_NAME, {"run_seconds": time.monotonic() - begin})
-        known = json.loads((run.folder / ROW_NAME).read_text(encoding="utf-8"))
-        return {"path": run.folder / COMMANDS[command].result, "steps": steps, **known}
-
-    def make_file(self, arm: Arm, seed: int, card: str) -> Row:
-        """Make an arm's file; return what `train` does, of the last training."""
-        place, own, made = self.config.out.absolute() / "runs", ["--device", card], {}
-        for command, settings in self.settings_of(arm, seed).items():
-            if made:
-                place, own = made["path"].parent, [*own, "--artifact", made["path"]]
-            made = self.train(command, settings, seed, place, own)
-        return made
-
-    def do_seed(self, seed: int, card: str) -> None:
-        """Make and measure, on one device, all that a seed has no row for."""
-        if card.startswith("cuda"):
-            torch.cuda.set_device(card)
-        measuring = Measuring(config=self.config, seed=seed, card=card, rows=self.rows)
-        for each in self.missing([seed]):
-            if self.is_stopped.is_set():
-                return
-            try:
-                made = self.make_file(each.arm, seed, card)
-            except RuntimeError as error:
-                if not self.is_stopped.is_set():
-                    logger.warning("%s: %s", each.row, error)
-                    for num_frames in each.num_frames:
-                        failed = {"num_frames": num_frames, "error": str(error)}
-                        self.rows.add({**each.row, **failed})
-                continue
-            path = made.pop("path")
-            for num_frames in each.num_frames:
-                found = measuring.measure(path, each.arm, num_frames)
-                self.rows.add({**each.row, "num_frames": num_frames, **made, **found})
-                shown = {key: found[key] for key in ("unpaired_frechet", "floor", "recall")}
-                logger.info("%s: %s", each.row, shown)
+    known = json.loads((run.folder / ROW_NAME).read_text(encoding="utf-8"))
+    return {"path": run.folder / chosen.result, "steps": steps, **known}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Measuring:
-    """Measures files of one seed, beside a teacher that samples the same noise."""
+def make_file(
+    config: ExperimentsConfig, each: Missing, paces: Mapping[str, float], card: str
+) -> Row:
+    """Make an arm's file; return what `do_training` does, of the last training."""
+    place, own, made = config.out.absolute() / "runs", ["--device", card], {}
+    for training, settings in each.trainings.items():
+        if made:
+            place, own = made["path"].parent, [*own, "--artifact", made["path"]]
+        pace = paces[find_kind(training, settings)]
+        made = do_training(config, training, settings, pace, each.seed, place, own)
+    return made
 
-    config: ExperimentsConfig
-    seed: int
-    card: str
-    rows: Rows
-    opened: dict[int, tuple[evaluate.Sampling, Path]] = dataclasses.field(default_factory=dict)
 
-    def measure(self, path: Path, arm: Arm, num_frames: int) -> Row:
-        """Return a file's measures at a number of frames, with the `layers` that are linear."""
-        sampling, folder = self._open(num_frames)
-        recipe, name = None, "student"
-        if arm.sampler_steps is not None:
-            settings = self.config.comparison
-            sigmas = make_sigmas(arm.sampler_steps, settings.shift)
-            recipe = Recipe(sigmas=sigmas, guidance_scale=settings.guidance_scale)
-            name = f"student-{arm.sampler_steps}"
-        measures = evaluate.measure_file(sampling, folder, name, path, recipe)
-        layers = list(artifact.load(path).header.linear_layers)
-        return {"layers": layers, **self._read(folder, {name: measures})[name]}
+def do_arm(
+    config: ExperimentsConfig, each: Missing, paces: Mapping[str, float], card: str
+) -> list[Row]:
+    """Make and measure what is missing of an arm on one device; return its rows.
 
-    def _open(self, num_frames: int) -> tuple[evaluate.Sampling, Path]:
-        """Return what samples at a number of frames; the teacher's own measures are there then."""
-        if num_frames not in self.opened:
-            config, folder = self.config, self.config.out / "evaluation"
-            crowd = evaluate.CrowdConfig(
-                comparison=config.comparison,
-                model=config.model,
-                judge=config.judge,
-                prompts=config.out / "held_out.safetensors",
-                num_frames=num_frames,
-                seed=self.seed,
-            )
-            precision = resolve_precision("auto", self.card)
-            sampling = evaluate.open_sampling(crowd, Run(device=self.card, precision=precision))
-            folder = folder / f"frames-{num_frames}" / f"seed-{self.seed}"
-            evaluate.measure_references(sampling, folder)
-            for name, row in self._read(folder, {}).items():
-                key = {"table": REFERENCES, "name": name, "seed": self.seed}
-                self.rows.add({**key, "num_frames": num_frames, **row})
-            self.opened[num_frames] = (sampling, folder)
-        return self.opened[num_frames]
+    Beside them, those of the teacher of this seed. A training that fails makes rows of its error.
+    """
+    try:
+        made = make_file(config, each, paces, card)
+    except (ValueError, RuntimeError) as error:
+        logger.warning("%s: %s", each.row, error)
+        return [{**each.row, "num_frames": n, "error": str(error)} for n in each.num_frames]
+    path, rows = made.pop("path"), []
+    for num_frames in each.num_frames:
+        found = measure(config, each, path, num_frames, card)
+        own = {"num_frames": num_frames, "jobs": config.jobs, **made, **found.pop("student")}
+        rows.append({**each.row, **own})
+        key = {"table": REFERENCES, "seed": each.seed, "num_frames": num_frames}
+        rows += [{**key, "name": n, "jobs": config.jobs, **row} for n, row in found.items()]
+    return rows
 
-    @staticmethod
-    def _read(folder: Path, files: Mapping[str, Path]) -> dict[str, Row]:
-        rows = {row.pop("model"): row for row in evaluate.read_rows(folder, files)}
-        floor = rows["teacher"]["frechet_teacher"]
-        for row in rows.values():
-            row["unpaired_frechet"], row["floor"] = row.pop("frechet_teacher"), floor
-        return rows
+
+def measure(
+    config: ExperimentsConfig, each: Missing, path: Path, num_frames: int, card: str
+) -> dict[str, Row]:
+    """Return the measures of a file's model, as "student" with its `layers`, and of references."""
+    sampling, folder = open_sampling(config, each.seed, num_frames, card)
+    recipe, name = each.arm.find_recipe(config.comparison), "student"
+    if recipe is not None:
+        name = f"student-{len(recipe.sigmas) - 1}"
+    measures = evaluate.measure_file(sampling, folder, name, path, recipe)
+    rows = {row.pop("model"): row for row in evaluate.read_rows(folder, {"student": measures})}
+    floor = rows["teacher"]["frechet_teacher"]
+    for row in rows.values():
+        row["unpaired_frechet"], row["floor"] = row.pop("frechet_teacher"), floor
+    layers = list(artifact.load(path).header.linear_layers)
+    return {**rows, "student": {"layers": layers, **rows["student"]}}
+
+
+@functools.lru_cache(maxsize=2)
+def open_sampling(
+    config: ExperimentsConfig, seed: int, num_frames: int, card: str
+) -> tuple[evaluate.Sampling, Path]:
+    """Return what samples a seed's videos, and a folder that holds the references' measures."""
+    crowd = evaluate.CrowdConfig(
+        comparison=config.comparison,
+        compile=config.compile,
+        model=config.model,
+        judge=config.judge,
+        prompts=config.out / "held_out.safetensors",
+        num_frames=num_frames,
+        seed=seed,
+    )
+    precision = resolve_precision("auto", card)
+    sampling = evaluate.open_sampling(crowd, Run(device=card, precision=precision))
+    folder = config.out / "evaluation" / f"frames-{num_frames}" / f"seed-{seed}"
+    with alone_in(folder):
+        evaluate.measure_references(sampling, folder)
+    return sampling, folder
 
 
 def open_study(config: ExperimentsConfig) -> Study:
@@ -353,14 +382,3 @@ def open_study(config: ExperimentsConfig) -> Study:
         paces=json.loads(path.read_text(encoding="utf-8")) if path.exists() else {},
         num_layers=load_wan(config.model).config.num_layers,
     )
-
-
-def _wait_for(folder: Path) -> None:
-    """Wait until nobody works in a run's folder: a training outlives a study that was killed."""
-    while True:
-        try:
-            with locked(folder):
-                return
-        except SettingError as error:
-            logger.info("waiting: %s", error)
-            time.sleep(_WAIT_SECONDS)

@@ -36,16 +36,20 @@ _TESTED = ("unpaired_frechet", "recall", "position_error", "fidelity")
 def tabulate(rows: Sequence[Row], table: str) -> list[Row]:
     """Return a table's rows, one an arm and number of frames: means over seeds, and paired tests.
 
-    rows: of all tables, one an arm and seed. Where an arm has a baseline, each measure has its
-    `_difference` from that, with `_t` and `_p`; see `research.paired`.
+    They are in the order in which arms are declared. Where an arm has a baseline, each measure has
+    its `_difference` from that, with `_t` and `_p`; see `research.paired`.
+
+    rows: of all tables, one an arm and seed.
     """
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["table"] == table:
             groups.setdefault((row["name"], row["num_frames"]), []).append(row)
-    found = []
-    for (name, num_frames), runs in groups.items():
-        arm = TABLES.get(table, {}).get(name)
+    found, arms = [], TABLES.get(table, {})
+    declared = [(name, n) for name, arm in arms.items() for n in arm.num_frames]
+    places = {key: place for place, key in enumerate(declared)}
+    for key in sorted(groups, key=lambda key: places.get(key, len(places))):
+        (name, num_frames), runs, arm = key, groups[key], arms.get(key[0])
         measured = [{k: v for k, v in run.items() if k not in _KEYS} for run in runs]
         row = {"what": table, "name": name, "num_frames": num_frames, **summarize(measured)}
         if arm is not None and arm.baseline is not None:

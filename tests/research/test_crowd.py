@@ -18,6 +18,7 @@ from linvideo_core.flow import bind
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.context import Run
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.folder import read_metrics
 from linvideo_core.teacher.config import TeacherConfig
@@ -344,18 +345,28 @@ def test_an_evaluation_has_floors_and_continues(teacher: Path) -> None:
         prompts=teacher / "held_out.safetensors",
         judge=folder / "judge.safetensors",
         artifacts=str(teacher / "student.safetensors"),
+        densities="0.1",
         out=teacher / "evaluation",
     )
     save_student(config.model, teacher / "student.safetensors")
     rows = evaluate.compare(config, Run())
-    real, own, student = rows
-    assert [row["videos"] for row in rows] == [4, 4, 4]
+    real, own, student, sparse, both = rows
+    assert [row["videos"] for row in rows] == [4] * 5
+    assert sparse["model"] == "teacher-sparse-0.1" and sparse["fidelity"] > 0
+    assert both["model"] == f"{student['model']}-sparse-0.1"
+    assert both["fidelity"] != student["fidelity"]
     assert real["recall"] != own["recall"] and student["fidelity"] > 0
     assert {"frechet_teacher", "frechet_real", "temporal_spectrum_db", "diversity"} <= set(own)
     assert (config.out / "crowd.png").exists()
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
     assert evaluate.compare(config, Run()) == rows
     assert before == {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("densities", ["0", "0.1,1.5", "a tenth"])
+def test_densities_that_are_none_are_refused(densities: str) -> None:
+    with pytest.raises(SettingError, match="numbers above 0 and of 1 at most"):
+        evaluate.CrowdConfig(densities=densities)
 
 
 def test_the_cost_is_that_of_the_products() -> None:

@@ -77,6 +77,7 @@ def make_batch(step: int, step_to: int | None = None, latents: Tensor | None = N
     return Batch(
         latents=latents,
         velocity=teacher(latents, SIGMAS[steps]),
+        unconditional=teacher(latents, SIGMAS[steps]),
         step=steps,
         is_stored=torch.full((B,), step_to is None),
         step_to=steps if step_to is None else torch.full((B,), step_to),

@@ -1,0 +1,110 @@
+"""What a study of `research.crowd.experiments` still has to do, and how long that takes."""
+
+import dataclasses
+import statistics
+from collections import Counter
+
+from ..declared_runs import to_flags
+from .evaluate import WHOLE
+from .study import REFERENCES, Study, find_warm_start
+
+# Of one H200. A guided step of one of 40 videos together was measured. The others are counted from
+# it, by what a CPU takes for the same passes, or guessed: a warm start's 80 steps by its states, a
+# training besides its steps, timing a kind of training, the start, and what compiling takes.
+_H200_SECONDS = {
+    "guided_step": 0.134 / 30,
+    "stored": 2.0,
+    "pool": 6.0,
+    "training": 3.0,
+    "pace": 6.0,
+    "start": 20.0,
+    "compile": 40.0,
+}
+# The time of compiled blocks as a share of others', guessed: most of it goes into reading and
+# writing what one kernel could keep.
+_COMPILED = 0.6
+# Of a call's time, what is saved where all layers are linear (half of it where half are): of whole
+# clips, one at a time on a CPU.
+_SAVED = 0.47
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is missing.
+
+    trainings: how many. warm_starts: how many, by their states. kinds: of training, to be timed.
+    videos: whole ones of the teacher that take as long as all that are sampled; stored ones to
+        learn from count as if none were there.
+    """
+
+    trainings: int
+    warm_starts: Counter[str]
+    kinds: int
+    videos: float
+
+
+def count_work(study: Study) -> Work:
+    """Count what is missing of a study."""
+    comparison = study.config.comparison
+    trainings, warm_starts, references, of_students = set(), {}, set(), 0.0
+    stored = dict.fromkeys(range(study.config.seeds), 0)
+    for each in study.missing():
+        place = ""
+        for training, settings in each.trainings.items():
+            place += " ".join([training, *to_flags(settings)])
+            trainings.add((each.seed, place))
+            stored[each.seed] = max(stored[each.seed], settings.get("num_trajectories", 0))
+        shared = find_warm_start(each.trainings[each.arm.training])
+        warm_starts[each.seed, str(shared)] = shared["states"]
+        key = {"table": REFERENCES, "name": "teacher", "seed": each.seed}
+        absent = [n for n in each.num_frames if not study.rows.is_done(**key, num_frames=n)]
+        references |= {(each.seed, num_frames) for num_frames in absent}
+        calls = each.arm.count_calls(comparison.sampler_steps) / (2 * comparison.sampler_steps)
+        length = sum(each.num_frames) / WHOLE
+        of_students += calls * length * (1 - _SAVED * each.arm.linear_share)
+    of_teacher = 2 * sum(num_frames for _, num_frames in references) / WHOLE
+    return Work(
+        trainings=len(trainings),
+        warm_starts=Counter(warm_starts.values()),
+        kinds=len(study.kinds()),
+        videos=(of_students + of_teacher) * comparison.num_samples + sum(stored.values()),
+    )
+
+
+def predict_seconds(work: Work, study: Study, num_cards: int, device: str) -> float:
+    """Return how long work takes.
+
+    Seconds of a video and of a training are those of rows that are there, over the runs at a time
+    that they shared a card with. Without any they are an H200's; on a CPU they are left out, all
+    but those of the trainings' steps.
+    """
+    config, sampler_steps = study.config, study.config.comparison.sampler_steps
+    usual = _H200_SECONDS if device == "cuda" else dict.fromkeys(_H200_SECONDS, 0.0)
+    first = usual["start"] + work.kinds * usual["pace"]
+    first += usual["compile"] if config.compile else 0.0
+    rows = study.rows.read()
+    trained = [row["run_seconds"] / row["jobs"] for row in rows if "steps" in row]
+    if trained:
+        sampled = [r["seconds_per_video"] / r["jobs"] for r in rows if r["name"] == "teacher"]
+        per_training, per_video = map(statistics.median, (trained, sampled))
+        warm_starts = 0.0
+    else:
+        per_training = 60 * config.minutes_per_run + usual["training"] / config.jobs
+        share = _COMPILED if config.compile else 1.0
+        per_video = usual["guided_step"] * sampler_steps * share
+        warm_starts = sum(count * usual[states] for states, count in work.warm_starts.items())
+    each = work.trainings * per_training + work.videos * per_video + warm_starts
+    return first + each / num_cards
+
+
+def forecast(study: Study, num_cards: int, device: str) -> str:
+    """Say how much is missing, and how long it takes by what is known."""
+    config, work = study.config, count_work(study)
+    seconds = predict_seconds(work, study, num_cards, device)
+    is_known = device == "cuda" or any("steps" in row for row in study.rows.read())
+    return (
+        f"{work.trainings} trainings of {config.minutes_per_run:g} minutes are missing, and as "
+        f"many videos to sample as {work.videos:,.0f} of the teacher: about {seconds:.0f} seconds "
+        f"on {num_cards} devices, {config.jobs} runs at a time on each"
+        + ("" if is_known else ", without the videos")
+    )

@@ -1,0 +1,83 @@
+"""Processes that work for a study, each on one device, and keep what they have imported."""
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+class Worker:
+    """A process of one device that calls functions, one at a time.
+
+    It ends with the process that made it, after the call that it is in.
+    """
+
+    def __init__(self, card: str, num_threads: int) -> None:
+        """card: such as "cuda:1"; num_threads: of PyTorch on the CPU."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, card, num_threads))
+        self.process.start()
+        theirs.close()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what a function of a module returns, called there.
+
+        Raises what the function raises, and ChildProcessError where the process ends before.
+        """
+        try:
+            self._pipe.send((function, args))
+            found, error = self._pipe.recv()
+        except (EOFError, OSError):
+            raise ChildProcessError(
+                "a process of the study ended before its work was done; repeat the command to "
+                "continue"
+            ) from None
+        if error is not None:
+            raise error
+        return found
+
+    def close(self) -> None:
+        """Let the process end."""
+        self._pipe.close()
+
+
+def _serve(pipe: Connection, card: str, num_threads: int) -> None:
+    # Ctrl+C is the study's, which ends its processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(num_threads)
+    if card.startswith("cuda"):
+        torch.cuda.set_device(card)
+    with contextlib.suppress(EOFError):
+        while True:
+            function, args = pipe.recv()
+            try:
+                outcome = function(*args), None
+            except (Exception, SystemExit) as error:
+                outcome = None, error
+            pipe.send(outcome)
+
+
+@contextlib.contextmanager
+def started(cards: Sequence[str]) -> Iterator[list[Worker]]:
+    """Start a worker a card, several of one where it is named again; end them in the end.
+
+    Left early, by an error or an interruption, they are ended in the midst of their work.
+    """
+    num_threads = max(1, torch.get_num_threads() // len(cards))
+    workers = [Worker(card, num_threads) for card in cards]
+    try:
+        yield workers
+    except BaseException:
+        for worker in workers:
+            worker.process.terminate()
+        raise
+    finally:
+        for worker in workers:
+            worker.close()
+        for worker in workers:
+            worker.process.join()
