@@ -13,6 +13,8 @@ its transformer; weight changes are added to the weights in place.
 """
 
 import contextlib
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from . import artifact
 from .artifact import ArtifactError
 from .artifact.header import DTYPES
 from .kernels import norm_rotary
+from .kernels.tiles import TokenGrid
 from .models.attention import LinearAttention, SoftmaxAttention
 from .models.attention_sites import shapes_of
 from .models.checkpoint import from_diffusers
@@ -30,8 +33,12 @@ from .models.families import identify
 
 
 class LinearProcessor(nn.Module):
-    """Computes a self-attention of diffusers' Wan by linear attention: an attention processor."""
+    """Computes a self-attention of diffusers' Wan by linear attention: an attention processor.
 
+    grid: of the tokens in the transformer's present call, which hybrid layers need.
+    """
+
+    grid: TokenGrid | None = None
     # Diffusers sets it where it splits tokens between GPUs.
     _parallel_config = None
 
@@ -64,7 +71,7 @@ class LinearProcessor(nn.Module):
             )
         )
         value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        out = self.attention(query, key, value).flatten(2)
+        out = self.attention(query, key, value, self.grid).flatten(2)
         for layer in attn.to_out:
             out = layer(out)
         return out
@@ -117,10 +124,29 @@ def _apply_to(
         from_diffusers(f"{name}.norm_q").removesuffix(".norm_q"): module
         for name, module in transformer.named_modules()
     }
+    processors = []
     for name in made.header.site_names:
         attention = attentions[name]
         undo.callback(attention.set_processor, attention.processor)
-        attention.set_processor(LinearProcessor(model.get_submodule(name).attention))
+        processors.append(LinearProcessor(model.get_submodule(name).attention))
+        attention.set_processor(processors[-1])
+    if made.header.tile:
+        hook = functools.partial(_tell_grid, processors)
+        undo.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _tell_grid(
+    processors: Sequence[LinearProcessor],
+    transformer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Tell layers of the grid of a call's `hidden_states` [B, C, F, H, W]."""
+    latents = args[0] if args else kwargs["hidden_states"]
+    sizes = zip(latents.shape[2:], transformer.config.patch_size, strict=True)
+    grid = TokenGrid(tuple(length // patch for length, patch in sizes))
+    for processor in processors:
+        processor.grid = grid
 
 
 def _check(transformer: nn.Module) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..linvideo_core.models.config import ATTENTION_MASSES
 from ..linvideo_core.run import limits
 from ..linvideo_core.run.limits import Limits
 from ..linvideo_core.transfer.config import OBJECTIVES, PARAMETERS
@@ -22,7 +23,7 @@ class LinVideoTransferSettings(io.ComfyNode):
             "otherwise finds out itself. Set what you want to decide and leave the rest at 0, "
             "which is auto.",
             search_aliases=["transfer settings", "training settings", "expert", "linvideo options"],
-            inputs=[*_training(), *_videos(), *_weights()],
+            inputs=[*_training(), *_videos(), *_weights(), *_tiles()],
             outputs=[
                 TransferSettings.Output(
                     "settings", tooltip="For LinVideo Linearize in the mode 'run the transfer now'."
@@ -138,5 +139,25 @@ def _weights() -> list[io.Input]:
             "seed",
             {"default": 0, "min": 0, "max": 2**53, "control_after_generate": False},
             "Decides everything random: the same seed gives the same result.",
+        ),
+    ]
+
+
+def _tiles() -> list[io.Input]:
+    return [
+        make_input(
+            io.String,
+            "tile",
+            {"default": "", "optional": True},
+            "Makes the chosen layers hybrid: softmax attention within tiles of frames x height x "
+            "width tokens, such as 1x10x11 (0 is all of an axis), linear attention beyond. Slower "
+            "than linear layers and closer to the original. Empty: linear layers.",
+        ),
+        make_input(
+            io.Combo,
+            "attention_mass",
+            {"options": list(ATTENTION_MASSES), "default": "query", "optional": True},
+            "With tile: what tells how much attention lies beyond a token's tile, its query or the "
+            "mean and spread of all keys.",
         ),
     ]

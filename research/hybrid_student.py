@@ -16,8 +16,9 @@ from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import Evaluator
 from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
-from linvideo_core.kernels.tiles import Size, Tiles
+from linvideo_core.kernels.tiles import Size, Tiles, TokenGrid
 from linvideo_core.models.attention import LinearAttention
+from linvideo_core.models.config import ATTENTION_MASSES
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import parse
 from linvideo_core.run.context import Run
@@ -78,6 +79,14 @@ class Case:
         size = "x".join(map(str, self.tile or ()))
         return f"{size} shifted" if self.is_shifted else size or "none"
 
+    @property
+    def flags(self) -> str:
+        """Those of a transfer that has such layers, as far as it has them."""
+        if self.form == WINDOW:
+            return f"--window {math.prod(self.tile)}"
+        is_known = self.form in ATTENTION_MASSES and not self.is_shifted
+        return f"--tile {self.tile_name} --attention-mass {self.form}" if is_known else ""
+
     def tiles(self, grid: Size, layer: int) -> Tiles:
         """Return the tiles of a layer over a grid of tokens."""
         is_moved = self.is_shifted and layer % 2
@@ -100,8 +109,8 @@ class Case:
         return 1 - self.layers / _NUM_LAYERS * (1 - self.share_of_tokens(grid))
 
 
-class HybridAttention(nn.Module):
-    """A hybrid layer, with the feature maps of a linear one."""
+class VariantAttention(nn.Module):
+    """A hybrid layer that no transfer has, with the feature maps of a linear one."""
 
     def __init__(self, linear: LinearAttention, tiles: Tiles, form: HybridForm) -> None:
         super().__init__()
@@ -112,7 +121,7 @@ class HybridAttention(nn.Module):
             setattr(self, name, nn.Parameter(tensor.to(self.key_map.device)))
         self.names, self.tiles, self.form = [*start], tiles, form
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid) -> Tensor:
         """Attend: query, key, value and the result are [B, L, N, D]."""
         maps = self.query_map, self.key_map
         weights = {name: getattr(self, name) for name in self.names}
@@ -150,8 +159,7 @@ def do_run(case: Case, flags: str, steps: int, seed: int, out: Path, device: str
     if (path := folder / "row.json").exists():
         return json.loads(path.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    window = math.prod(case.tile) if case.form == WINDOW else 0
-    flags = f"{flags} --steps {max(1, steps)} --window {window}"
+    flags = f"{flags} --steps {max(1, steps)} {case.flags}"
     config = parse_flags(flags, seed, device, out)
     teacher, run = _open(config, folder)
     grid = find_grid(teacher)
@@ -186,10 +194,10 @@ def find_grid(teacher: Teacher) -> Size:
 
 def train(student: Student, teacher: Teacher, case: Case, config: TransferConfig, run: Run) -> None:
     """Fit the layers of a case to the teacher's attention, then the student to its velocity."""
-    if case.form in FORMS:
+    if case.form in FORMS and not case.flags:
         for layer, mixed in student.mixed.items():
             tiles = case.tiles(find_grid(teacher), layer)
-            mixed.linear = HybridAttention(mixed.linear, tiles, FORMS[case.form])
+            mixed.linear = VariantAttention(mixed.linear, tiles, FORMS[case.form])
     with student.disabled():
         trajectories = collect(teacher, config.trajectories, run)
     fit_feature_maps(

@@ -26,6 +26,7 @@ from linvideo_core import artifact
 from linvideo_core.evaluate.compare import compare, load_linearized
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.kernels.softmax import SPARSE, sparse_attention
+from linvideo_core.kernels.tiles import TokenGrid
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import attention_at, install, restore, shapes_of
 from linvideo_core.models.families import identify
@@ -72,7 +73,9 @@ class SparseReference(nn.Module):
         super().__init__()
         self.density = density
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid | None = None
+    ) -> Tensor:
         """Attend over all keys; query, key, value and the result are [B, L, N, D]."""
         return sparse_attention(query, key, value, self.density, backend="reference")
 

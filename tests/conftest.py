@@ -27,6 +27,7 @@ from benchmarks.models.sizes import SIZES
 from linvideo_core.artifact import Artifact, extract
 from linvideo_core.models.attention_sites import shapes_of
 from linvideo_core.models.checkpoint import Checkpoint
+from linvideo_core.models.config import LinearForm
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import override
@@ -178,7 +179,18 @@ class Recorder(Callbacks):
 @pytest.fixture
 def linearized(teacher: Teacher) -> Artifact:
     """A file of two linear layers with random low-rank changes, as a transfer leaves it."""
-    with Student(teacher, StudentConfig(lora_rank=2), seed=3) as student:
+    return make_file(teacher, LinearForm())
+
+
+@pytest.fixture
+def hybrid(teacher: Teacher) -> Artifact:
+    """The same of hybrid layers, their tiles cut off at the edges of a video of `inputs`."""
+    return make_file(teacher, LinearForm(tile="1x2x0"))
+
+
+def make_file(teacher: Teacher, form: LinearForm) -> Artifact:
+    """Return a file of layers 0 and 2 in a form; the teacher is left as it was."""
+    with Student(teacher, StudentConfig(lora_rank=2, form=form), seed=3) as student:
         student.harden([0, 2])
         for i, parameter in enumerate(student.weights.values()):
             generator = torch.Generator().manual_seed(i)

@@ -37,13 +37,15 @@ def flags(tmp_path: Path) -> list[str]:
     return [*(str(word) for pair in files.items() for word in pair), *VIDEOS.split()]
 
 
-@pytest.mark.parametrize("options", HOME_OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "form"), [*((name, "") for name in HOME_OPTIONS), ("compiled", "--tile 1x2x2")]
+)
 def test_a_checkpoint_is_linearized_distilled_and_evaluated(
-    options: str, flags: list[str], tmp_path: Path
+    options: str, form: str, flags: list[str], tmp_path: Path
 ) -> None:
     made = tmp_path / "linear" / "linearized.safetensors"
     own = [*flags, *TRAINING.split(), *HOME_OPTIONS[options].split()]
-    transfer.main([*own, *LINEARIZED.split(), "--out", str(made.parent)])
+    transfer.main([*own, *LINEARIZED.split(), *form.split(), "--out", str(made.parent)])
     few = tmp_path / "few" / "distilled.safetensors"
     distill.main([*own, *DISTILLED.split(), "--artifact", str(made), "--out", str(few.parent)])
     files = ["--artifact", str(made), "--distilled", str(few)]

@@ -51,11 +51,12 @@ def pipeline(wan: WanModel) -> SimpleNamespace:
     return SimpleNamespace(**dict(zip(("transformer", "transformer_2"), transformers, strict=True)))
 
 
-@pytest.fixture
-def path(linearized: Artifact, tmp_path: Path) -> Path:
-    """The file of `linearized`."""
-    artifact.save(linearized, tmp_path / "linearized.safetensors", dtype=torch.float32)
-    return tmp_path / "linearized.safetensors"
+@pytest.fixture(params=["linearized"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The file of `linearized`, or of another fixture of that name."""
+    path = tmp_path / "linearized.safetensors"
+    artifact.save(request.getfixturevalue(request.param), path, dtype=torch.float32)
+    return path
 
 
 def run(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -64,7 +65,11 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
         return model(latents, timesteps, embeds, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("path", "strength"),
+    [("linearized", 1.0), ("linearized", 0.5), ("hybrid", 1.0)],
+    indirect=["path"],
+)
 def test_a_pipeline_computes_what_our_model_does_and_is_given_back_bit_for_bit(
     wan: WanModel,
     pipeline: SimpleNamespace,

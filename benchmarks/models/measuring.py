@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from linvideo_core.flow import TIMESTEP_SCALE, bind_guided, make_sigmas, sample_euler
+from linvideo_core.kernels.tiles import TokenGrid
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import (
     AttentionSite,
@@ -95,7 +96,9 @@ class BackendAttention(nn.Module):
         super().__init__()
         self._attend = contender.attend
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid | None = None
+    ) -> Tensor:
         """Attend over all keys; query, key, value and the result are [B, L, N, D]."""
         return self._attend(query, key, value)
 

@@ -38,6 +38,8 @@ _ENTRIES = {
     field.name: _OURS + {"linear_layers": "layers"}.get(field.name, field.name)
     for field in dataclasses.fields(ArtifactHeader)
 }
+# Older files, and those of linear layers alone, have none of them.
+_OF_TILES = {_ENTRIES["tile"], _ENTRIES["attention_mass"]}
 # `X.diff` changes X.weight, or X itself where a parameter is called neither weight nor bias. The
 # name alone does not tell which, so the file lists the latter.
 _BARE = _OURS + "bare_parameters"
@@ -120,7 +122,8 @@ def _encode_header(artifact: Artifact) -> dict[str, str]:
     values = {entry: plain.get(name, getattr(header, name)) for name, entry in _ENTRIES.items()}
     values[_VERSION] = FORMAT_VERSION
     values[_BARE] = [name for name in artifact.deltas if _is_bare(name)]
-    return {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
+    unused = set() if header.tile else _OF_TILES
+    return {n: json.dumps(x, allow_nan=False) for n, x in values.items() if n not in unused}
 
 
 def _decode_header(
@@ -134,11 +137,17 @@ def _decode_header(
         advice = "update LinVideo, or make the file again if it is an older one"
         refuse("format_version", version, f"this LinVideo reads {FORMAT_VERSION}: {advice}")
     expected = {*_ENTRIES.values(), _VERSION, _BARE}
+    if not _OF_TILES & metadata.keys():
+        expected -= _OF_TILES
     if differing := expected ^ {name for name in metadata if name.startswith(_OURS)}:
         name = min(differing)
         fault = "missing" if name in expected else "unknown"
         raise ArtifactError(f"the header entry {name!a} is {fault}: {_AGAIN}")
-    values = {name: _parse(entry, metadata[entry]) for name, entry in _ENTRIES.items()}
+    values = {
+        name: _parse(entry, metadata[entry])
+        for name, entry in _ENTRIES.items()
+        if entry in expected
+    }
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     header = ArtifactHeader(**values | {"usage": Usage.parse(values["usage"])})
     bare = _parse(_BARE, metadata[_BARE])

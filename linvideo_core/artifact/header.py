@@ -13,10 +13,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..models.attention import tensor_shapes
 from ..models.base_weights import SKETCH_SIZE, BaseWeights
-from ..models.config import FEATURE_MAPS, MAP_SHARINGS, LinearForm
+from ..models.config import (
+    ATTENTION_MASSES,
+    FEATURE_MAPS,
+    MAP_SHARINGS,
+    TILE_NEEDED,
+    LinearForm,
+    read_tile,
+)
 from ..run import limits
-from ..run.errors import shown_value
+from ..run.errors import SettingError, shown_value
 from ..run.limits import Limits
 
 PARAMETERS = ("full", "lora", "feature_maps")
@@ -169,6 +177,8 @@ _RULES: dict[str, Rule] = {
     "map_sharing": _one_of(MAP_SHARINGS),
     "output_gate": (lambda v: isinstance(v, bool), "true or false is expected"),
     "window": _within(limits.WINDOW),
+    "tile": (lambda v: v is None or read_tile(v) is not None, f"{TILE_NEEDED} is expected"),
+    "attention_mass": _one_of(ATTENTION_MASSES),
     "parameters": _one_of(PARAMETERS),
     "objective": _TEXT,
     "steps": _within(limits.COUNT_OR_NONE),
@@ -193,7 +203,8 @@ class ArtifactHeader:
         `models.base_weights`; the sketch is empty where there is none.
     linear_layers: the layers that become linear, ascending, of the model's `num_layers`.
     site_names: for each of them the module that holds its attention.
-    feature_map, feature_dim, map_sharing, output_gate, window: see `models.attention.LinearForm`.
+    feature_map, feature_dim, map_sharing, output_gate, window, tile, attention_mass: see
+        `models.config.LinearForm`.
     parameters: the weights trained beside the feature maps: "full", "lora" (of `lora_rank`) or
         "feature_maps", none.
     objective, steps: what was trained, and for how many training steps.
@@ -221,6 +232,8 @@ class ArtifactHeader:
     map_sharing: str = "per_head"
     output_gate: bool = False
     window: int = 0
+    tile: str | None = None
+    attention_mass: str = "query"
     usage: Usage = dataclasses.field(default_factory=Usage)
     weights_sketch: tuple[float, ...] = ()
 
@@ -229,6 +242,8 @@ class ArtifactHeader:
         for name, (is_valid, expected) in {**_RULES, "lora_rank": _within(rank)}.items():
             if not is_valid(getattr(self, name)):
                 refuse(name, getattr(self, name), expected)
+        # Of what excludes another part of the form, the form itself knows.
+        self.tensor_shapes()
         self._check_layers()
         _check_provenance(self.provenance)
 
@@ -236,7 +251,10 @@ class ArtifactHeader:
     def form(self) -> LinearForm:
         """Return what the linear layers are made of."""
         fields = dataclasses.fields(LinearForm)
-        return LinearForm(**{field.name: getattr(self, field.name) for field in fields})
+        try:
+            return LinearForm(**{field.name: getattr(self, field.name) for field in fields})
+        except SettingError as error:
+            raise ArtifactError(error.worded(str)) from error
 
     @property
     def base_weights(self) -> BaseWeights:
@@ -247,14 +265,7 @@ class ArtifactHeader:
         self, num_heads: int | str = "N", head_dim: int | str = "D"
     ) -> dict[str, list[int | str]]:
         """Return the shapes of a layer's tensors by their names in `LinearAttention`."""
-        num_maps = 1 if self.map_sharing == "shared" else num_heads
-        maps = [num_maps, head_dim, self.feature_dim // 2]
-        shapes = {"query_map": maps, "key_map": maps}
-        if self.output_gate:
-            shapes["gate"] = [num_heads, head_dim]
-        if self.window:
-            shapes["window_mix"] = [num_heads]
-        return shapes
+        return tensor_shapes(self.form, self.feature_dim, num_heads, head_dim)
 
     def _check_layers(self) -> None:
         layers, names = self.linear_layers, self.site_names

@@ -32,13 +32,18 @@ _LINE = 38
 _MAX_LINES = 6
 _SOFT, _RULE = "#eceff1", "#d5d9dc"
 # Title, strip and bar show these already.
-_DRAWN = ("model", "linear layers", "size")
+_DRAWN = ("model", "linear layers", "hybrid layers", "size")
 
 
 def title(header: ArtifactHeader) -> str:
-    """Say how many of the model's layers are linear."""
+    """Say how many of the model's layers are linear, or hybrid."""
     count, total = len(header.linear_layers), header.num_layers
-    return f"{count} of {total} layers {'is' if count == 1 else 'are'} linear"
+    return f"{count} of {total} layers {'is' if count == 1 else 'are'} {kind_of(header)}"
+
+
+def kind_of(header: ArtifactHeader) -> str:
+    """Return what a file's layers are: "linear", or "hybrid", softmax within tiles too."""
+    return "hybrid" if header.tile else "linear"
 
 
 def describe(artifact: Artifact) -> dict[str, str]:
@@ -49,7 +54,7 @@ def describe(artifact: Artifact) -> dict[str, str]:
     facts = {
         "model": header.fingerprint,
         "weights": f"{weights} (digest {header.weights_digest})",
-        "linear layers": ", ".join(map(str, header.linear_layers)),
+        f"{kind_of(header)} layers": ", ".join(map(str, header.linear_layers)),
         "trained": f"{header.objective}, {_count(header.steps, 'step')}",
         "feature maps": _describe_maps(header),
         "weight changes": _describe_changes(artifact),
@@ -115,6 +120,9 @@ def _describe_maps(header: ArtifactHeader) -> str:
         parts.append("an output gate")
     if header.window:
         parts.append(f"a local softmax over {_count(header.window, 'token')}")
+    if header.tile:
+        size = " x ".join("all" if n == 0 else str(n) for n in header.form.tile_size)
+        parts.append(f"softmax within tiles of {size} tokens, weighed by {header.attention_mass}")
     return ", ".join(parts)
 
 
@@ -158,18 +166,18 @@ class LayerTimes:
 
 
 def describe_times(
-    tokens_shape: Sequence[int], linear: LayerTimes, softmax: LayerTimes
+    tokens_shape: Sequence[int], linear: LayerTimes, softmax: LayerTimes, *, kind: str = "linear"
 ) -> list[str]:
     """Say how long a linear and a softmax layer take, and if nothing is gained.
 
-    tokens_shape: (L,) or (B, L) of the call that was measured.
+    tokens_shape: (L,) or (B, L) of the call that was measured; kind: see `kind_of`.
     softmax: passed over where none were measured, such as where another node computes them.
     """
     tokens = " x ".join(f"{size:,}" for size in tokens_shape)
     kept = f", a softmax layer {softmax}," if softmax.milliseconds else ""
-    lines = [f"a linear layer takes {linear}{kept} at {tokens} tokens"]
+    lines = [f"a {kind} layer takes {linear}{kept} at {tokens} tokens"]
     if softmax.milliseconds and linear.median >= softmax.median:
-        lines.append("linear layers gain nothing at so few tokens, but in longer or larger videos")
+        lines.append(f"{kind} layers gain nothing at so few tokens, but in longer or larger videos")
     return lines
 
 
@@ -329,7 +337,8 @@ def _draw_layers(page: _Page, artifact: Artifact) -> None:
             middle = (left + (step - _GAP) / 2, top + _CELL_HEIGHT / 2)
             colour = PAPER if is_linear else QUIET
             page.draw.text(middle, str(layer), colour, font, anchor="mm")
-    _draw_legend(page, ((BLUE, "linear attention"), (_SOFT, "softmax attention")))
+    chosen = f"{kind_of(artifact.header)} attention"
+    _draw_legend(page, ((BLUE, chosen), (_SOFT, "softmax attention")))
 
 
 def _draw_sizes(page: _Page, artifact: Artifact) -> None:

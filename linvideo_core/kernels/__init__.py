@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import custom_ops, hybrid_reference, reference
-from .hybrid_reference import HybridForm, initial_weights
+from .hybrid_reference import HybridForm, weight_shapes
 from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
@@ -101,16 +101,10 @@ def hybrid_attention(
     _check_attention(query, key, value, query_map, key_map)
     N, D, half = query_map.shape
     tiles.check_tokens(query, key, value)
-    _check_weights(weights, initial_weights(form, N, D), query.device)
+    _check_weights(weights, weight_shapes(form, N, D), query.device)
     gradients = _gradients((query, key, value, *weights.values()), (query_map, key_map))
     case = (f"hybrid_{form.mass}", D, 2 * half, value.dtype, gradients)
-    unknown = _unknown_attention(D, half, value.dtype, is_joint=False)
-    if form not in _FUSED_FORMS.values():
-        unknown = "the fused kernels know hybrid layers of mass 'query' and 'moments' alone"
-    elif 2 * half > _MOST_HYBRID_FEATURES:
-        unknown = (
-            f"the fused kernels know hybrid layers of {_MOST_HYBRID_FEATURES} features at most"
-        )
+    unknown = _unknown_hybrid(form, D, half, value.dtype)
     chosen = _choose(backend, query.device, unknown, case)
     return _attend_in_tiles(chosen, (query, key, value, query_map, key_map), weights, tiles, form)
 
@@ -188,15 +182,18 @@ def why_not_fused(
     dtype: torch.dtype,
     *,
     feature_map: str = "hedgehog",
+    mass: str = "",
 ) -> str:
     """Return why `linear_attention` with backend "auto" leaves the fused kernels there, or "".
 
-    head_dim, num_features: D and M; dtype: value's.
+    head_dim, num_features: D and M; dtype: value's; mass: that of `hybrid_attention` in its place.
     """
-    unknown = _unknown_attention(
-        head_dim, num_features // 2, dtype, feature_map == "hedgehog_joint"
-    )
-    case = ("linear_attention", head_dim, num_features, dtype, "")
+    half, is_joint = num_features // 2, feature_map == "hedgehog_joint"
+    unknown = _unknown_attention(head_dim, half, dtype, is_joint)
+    if mass:
+        unknown = _unknown_hybrid(HybridForm(mass=mass), head_dim, half, dtype)
+    kernel = f"hybrid_{mass}" if mass else "linear_attention"
+    case = (kernel, head_dim, num_features, dtype, "")
     return _why_not_triton(device, unknown, case, is_compiling=False)
 
 
@@ -353,7 +350,7 @@ def _compute_few(
     num_tokens = len(shapes)
     shapes += [(N * D,), (2, L, D // 2)] if is_rotary else [(N, D, M // 2)] * 2
     if is_hybrid:
-        shapes += [x.shape for x in initial_weights(_FUSED_FORMS[kernel], N, D).values()]
+        shapes += weight_shapes(_FUSED_FORMS[kernel], N, D).values()
     autocast = torch.autocast(device.type, enabled=False)
     # Hooks that change nothing hide what is saved from those of the caller's checkpoint.
     hidden = saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -377,7 +374,7 @@ def _call_kernel(kernel: str, backend: str, inputs: list[Tensor], num_heads: int
         module = custom_ops if backend == "triton" else reference
         return module.norm_rotary(*inputs, num_heads, 1e-6)
     form = _FUSED_FORMS[kernel]
-    names = initial_weights(form, num_heads, inputs[0].shape[3])
+    names = weight_shapes(form, num_heads, inputs[0].shape[3])
     weights = dict(zip(names, inputs[5:], strict=True))
     return _attend_in_tiles(backend, inputs[:5], weights, _FEW_TILES, form)
 
@@ -397,6 +394,14 @@ def _unknown_attention(D: int, half: int, dtype: torch.dtype, is_joint: bool) ->
     if dtype == torch.float64 or (dtype == torch.float32 and D > 64):
         return f"the fused kernels know no {str(dtype).removeprefix('torch.')} at head dim {D}"
     return ""
+
+
+def _unknown_hybrid(form: HybridForm, D: int, half: int, dtype: torch.dtype) -> str:
+    if form not in _FUSED_FORMS.values():
+        return "the fused kernels know hybrid layers of mass 'query' and 'moments' alone"
+    if 2 * half > _MOST_HYBRID_FEATURES:
+        return f"the fused kernels know hybrid layers of {_MOST_HYBRID_FEATURES} features at most"
+    return _unknown_attention(D, half, dtype, is_joint=False)
 
 
 def _unknown_rotary(D: int, dtype: torch.dtype) -> str:
@@ -441,12 +446,10 @@ def _check_attention(
 
 
 def _check_weights(
-    weights: Mapping[str, Tensor], expected: dict[str, Tensor], device: torch.device
+    weights: Mapping[str, Tensor], expected: Mapping[str, list[int]], device: torch.device
 ) -> None:
-    for name, like in expected.items():
+    for name, shape in expected.items():
         given = weights.get(name)
-        if given is None or given.shape != like.shape or given.device != device:
+        if given is None or list(given.shape) != shape or given.device != device:
             found = {known: (list(x.shape), str(x.device)) for known, x in weights.items()}
-            raise ValueError(
-                f"weights {found} given; {name} {list(like.shape)} on {device} is needed"
-            )
+            raise ValueError(f"weights {found} given; {name} {shape} on {device} is needed")

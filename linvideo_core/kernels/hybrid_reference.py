@@ -55,24 +55,36 @@ class HybridForm:
             raise ValueError(f"mass {self.mass!r} given; one of {', '.join(MASSES)} is needed")
 
 
-def initial_weights(form: HybridForm, num_heads: int, head_dim: int) -> dict[str, Tensor]:
-    """Return what a layer of this form learns besides its feature maps, by name.
+def weight_shapes(
+    form: HybridForm, num_heads: int | str, head_dim: int | str
+) -> dict[str, list[int | str]]:
+    """Return the shapes of what a layer of this form learns besides its feature maps, by name.
 
-    mass_bias [N], b of "query" and "features", and mass_gate [N, D], g of "query": 0.
-    mass_moments [3, N], (a, b, c) of "moments": 0, 1, 1/2. covariance_scale [N], c: 1/2. Keys are
-    not jointly Gaussian: with tiles of 1 x 4 x 4 the layers of the embedded model start .45 off
-    softmax so, with 1 for both halves .64, without the covariance .49.
+    mass_bias [N], b of "query" and "features"; mass_gate [N, D], g of "query"; mass_moments [3, N],
+    (a, b, c) of "moments"; covariance_scale [N], c of the covariance.
     """
     N, D = num_heads, head_dim
-    weights = {}
-    if form.mass == "moments":
-        weights["mass_moments"] = torch.tensor([0.0, 1.0, 0.5]).unsqueeze(1).repeat(1, N)
-    else:
-        weights["mass_bias"] = torch.zeros(N)
+    shapes = {"mass_moments": [3, N]} if form.mass == "moments" else {"mass_bias": [N]}
     if form.mass == "query":
-        weights["mass_gate"] = torch.zeros(N, D)
+        shapes["mass_gate"] = [N, D]
     if form.has_covariance:
-        weights["covariance_scale"] = torch.full((N,), 0.5)
+        shapes["covariance_scale"] = [N]
+    return shapes
+
+
+def initial_weights(form: HybridForm, num_heads: int, head_dim: int) -> dict[str, Tensor]:
+    """Return the weights of `weight_shapes` as they start.
+
+    mass_bias and mass_gate: 0. mass_moments: 0, 1, 1/2. covariance_scale: 1/2. Keys are not jointly
+    Gaussian: with tiles of 1 x 4 x 4 the layers of the embedded model start .45 off softmax so,
+    with 1 for both halves .64, without the covariance .49.
+    """
+    shapes = weight_shapes(form, num_heads, head_dim)
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if form.mass == "moments":
+        weights["mass_moments"] += torch.tensor([[0.0], [1.0], [0.5]])
+    if form.has_covariance:
+        weights["covariance_scale"] += 0.5
     return weights
 
 

@@ -9,12 +9,36 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Size = tuple[int, int, int]
 """Of a grid or a tile: frames, height, width."""
+
+
+class TokenGrid(NamedTuple):
+    """Where a video's tokens lie in a sequence: frame by frame, row by row, in one piece.
+
+    size: (frames, height, width) in tokens.
+    before, after: tokens before and after them; None, of one of both: whatever else there is.
+    """
+
+    size: Size
+    before: int | None = 0
+    after: int | None = 0
+
+    def tiles(self, tile: Size, num_tokens: int) -> "Tiles":
+        """Return the tiles of a sequence of so many tokens; a tile's 0 is all of that axis.
+
+        Raises ValueError where the sequence is too short for the video.
+        """
+        others = num_tokens - math.prod(self.size)
+        before = others - self.after if self.before is None else self.before
+        after = others - before if self.after is None else self.after
+        whole = tuple(t or n for t, n in zip(tile, self.size, strict=True))
+        return Tiles(grid=self.size, tile=whole, before=before, after=after)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,20 @@
-"""Attention modules that replace one another: softmax, Hedgehog linear, and their mixture.
+"""Attention modules that replace one another: softmax, Hedgehog linear, hybrid, and a mixture.
 
-All map `query, key, value [B, L, N, D] -> [B, L, N, D]`, after qk-norm and RoPE.
+All map `query, key, value [B, L, N, D] -> [B, L, N, D]`, after qk-norm and RoPE, and are told where
+the video's tokens lie in the sequence, which hybrid layers alone need to know.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
+from ..kernels import hybrid_attention, linear_attention
+from ..kernels.hybrid_reference import HybridForm, initial_weights, weight_shapes
 from ..kernels.softmax import DENSITY, softmax_attention
+from ..kernels.tiles import TokenGrid
 from .config import LinearForm
 
 
@@ -21,7 +25,9 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.kernel, self.density = kernel, density
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid | None = None
+    ) -> Tensor:
         """Attend over all keys, scaled by 1/sqrt(D): [B, L, N, D] to the same."""
         return softmax_attention(query, key, value, self.kernel, self.density)
 
@@ -48,57 +54,89 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> 
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
+def hybrid_form(form: LinearForm) -> HybridForm:
+    """Return what stands for the keys beyond a tile in a form that has tiles."""
+    return HybridForm(mass=form.attention_mass)
+
+
+def tensor_shapes(
+    form: LinearForm, feature_dim: int, num_heads: int | str, head_dim: int | str
+) -> dict[str, list[int | str]]:
+    """Return the shapes of what a layer of a form learns, by name; see `attend_linearly`."""
+    num_maps = 1 if form.map_sharing == "shared" else num_heads
+    maps = [num_maps, head_dim, feature_dim // 2]
+    shapes = {"query_map": maps, "key_map": maps}
+    if form.output_gate:
+        shapes["gate"] = [num_heads, head_dim]
+    if form.window:
+        shapes["window_mix"] = [num_heads]
+    if form.tile:
+        shapes |= weight_shapes(hybrid_form(form), num_heads, head_dim)
+    return shapes
+
+
 def attend_linearly(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    gate: Tensor | None = None,
-    window_mix: Tensor | None = None,
+    weights: Mapping[str, Tensor],
     *,
     form: LinearForm,
+    grid: TokenGrid | None = None,
 ) -> Tensor:
-    """Compute linear attention in a form, from its tensors.
+    """Compute linear attention in a form, from its tensors by the names of `tensor_shapes`.
 
     query_map, key_map: [N, D, M/2], or [1, D, M/2] where heads share them.
-    gate: [N, D] or none; each head's output is scaled by `2 sigmoid(gate . q)`, twice the head-wise
-        output gate of Gated Attention (arXiv 2505.06708), so that 0 changes nothing.
-    window_mix: [N] or none; the output lies `tanh(window_mix)` of the way from linear attention to
-        the softmax of its window (the zero-initialised gate of Flamingo, arXiv 2204.14198).
+    gate: [N, D]; each head's output is scaled by `2 sigmoid(gate . q)`, twice the head-wise output
+        gate of Gated Attention (arXiv 2505.06708), so that 0 changes nothing.
+    window_mix: [N]; the output lies `tanh(window_mix)` of the way from linear attention to the
+        softmax of its window (the zero-initialised gate of Flamingo, arXiv 2204.14198).
+    mass_bias, mass_gate, mass_moments: of a form with tiles, see `kernels.hybrid_reference`.
+    grid: where the video's tokens lie, which a form with tiles needs.
 
     Returns [B, L, N, D] in value's dtype.
+    Raises ValueError where a form with tiles is not told the grid, or one of other tokens.
     """
+    maps = weights["query_map"], weights["key_map"]
     if form.map_sharing == "shared":
-        query_map, key_map = (x.expand(query.shape[2], -1, -1) for x in (query_map, key_map))
-    out = linear_attention(query, key, value, query_map, key_map, feature_map=form.feature_map)
-    if window_mix is not None:
+        maps = tuple(x.expand(query.shape[2], -1, -1) for x in maps)
+    if form.tile:
+        if grid is None:
+            raise ValueError(
+                f"a hybrid layer of tile {form.tile} was not told where the video's tokens lie in "
+                "its sequence: use a file of linear layers with this model"
+            )
+        tiles = grid.tiles(form.tile_size, query.shape[1])
+        return hybrid_attention(query, key, value, *maps, weights, tiles, hybrid_form(form))
+    out = linear_attention(query, key, value, *maps, feature_map=form.feature_map)
+    if form.window:
         local = window_attention(query, key, value, form.window).to(out.dtype)
-        out = torch.lerp(out, local, window_mix.tanh().to(out.dtype).unsqueeze(-1))
-    if gate is not None:
-        opening = torch.einsum("blnd,nd->bln", query, gate.to(query.dtype))
+        out = torch.lerp(out, local, weights["window_mix"].tanh().to(out.dtype).unsqueeze(-1))
+    if form.output_gate:
+        opening = torch.einsum("blnd,nd->bln", query, weights["gate"].to(query.dtype))
         out = out * (2 * opening.sigmoid()).to(out.dtype).unsqueeze(-1)
     return out
 
 
 class LinearAttention(nn.Module):
-    """Linear attention with a learnable Hedgehog map for queries and one for keys."""
+    """Linear attention with a learnable Hedgehog map for queries and one for keys.
+
+    In a form with tiles it is hybrid: softmax within each tile, linear beyond.
+    """
 
     def __init__(
         self, num_heads: int, head_dim: int, feature_dim: int, form: LinearForm | None = None
     ) -> None:
-        """feature_dim is M, even: the map W of each side is [num_heads or 1, head_dim, M/2]."""
+        """feature_dim is M, even; see `tensor_shapes` for what the layer learns."""
         super().__init__()
         if feature_dim < 2 or feature_dim % 2:
             raise ValueError(f"feature_dim {feature_dim} given; an even number >= 2 is needed")
         self.form = form or LinearForm()
-        num_maps = 1 if self.form.map_sharing == "shared" else num_heads
-        self.query_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
-        self.key_map = nn.Parameter(torch.empty(num_maps, head_dim, feature_dim // 2))
-        self.gate = (
-            nn.Parameter(torch.zeros(num_heads, head_dim)) if self.form.output_gate else None
-        )
-        self.window_mix = nn.Parameter(torch.zeros(num_heads)) if self.form.window else None
+        for name, shape in tensor_shapes(self.form, feature_dim, num_heads, head_dim).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        if self.form.tile:
+            starts = initial_weights(hybrid_form(self.form), num_heads, head_dim)
+            self.load_state_dict(starts, strict=False)
         self.init_weights()
 
     @property
@@ -110,7 +148,7 @@ class LinearAttention(nn.Module):
         """Start both sides from one scaled orthogonal map, W W^T = (M / 2) / sqrt(D).
 
         Each of the M / 2 pairs of features then moves with q k as exp(q k / sqrt(D)) does in
-        softmax attention. Gate and window start at 0, where neither changes anything.
+        softmax attention. Gate and window stay at 0, where neither changes anything.
         """
         num_maps, D, half = self.query_map.shape
         size = max(D, half)
@@ -119,14 +157,13 @@ class LinearAttention(nn.Module):
             orthogonal = torch.linalg.qr(gaussian).Q[:D, :half] * half**0.5 * D**-0.25
             for feature_map in (self.query_map, self.key_map):
                 feature_map.data[index] = orthogonal
-        for added in (self.gate, self.window_mix):
-            if added is not None:
-                nn.init.zeros_(added)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid | None = None
+    ) -> Tensor:
         """Attend in O(L): query [B, L, N, D], key and value [B, S, N, D] to [B, L, N, D]."""
-        maps, added = (self.query_map, self.key_map), (self.gate, self.window_mix)
-        return attend_linearly(query, key, value, *maps, *added, form=self.form)
+        weights = dict(self.named_parameters())
+        return attend_linearly(query, key, value, weights, form=self.form, grid=grid)
 
 
 class MixedAttention(nn.Module):
@@ -150,11 +187,13 @@ class MixedAttention(nn.Module):
         self.layer_score = nn.Parameter(torch.tensor(float(layer_score)))
         self.mode: Literal["mixed", "linear", "softmax"] = "mixed"
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid | None = None
+    ) -> Tensor:
         """Mix both branches, or compute the chosen one: [B, L, N, D] to the same."""
         if not self.enabled or self.mode == "softmax":
             return self.softmax(query, key, value)
         if self.mode == "linear":
-            return self.linear(query, key, value)
-        softmax, linear = self.softmax(query, key, value), self.linear(query, key, value)
+            return self.linear(query, key, value, grid)
+        softmax, linear = self.softmax(query, key, value), self.linear(query, key, value, grid)
         return torch.lerp(linear, softmax, self.layer_score.to(softmax.dtype))

@@ -1,24 +1,36 @@
 """Settings of models: linear and softmax attention, frozen weights, Wan 2.2's experts."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 from ..run import limits
 from ..run.config import Settings, option
-from ..run.errors import SettingError
+from ..run.errors import SettingError, shown_value
 from ..run.limits import Limits
 
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 MAP_SHARINGS = ("per_head", "shared")
+ATTENTION_MASSES = ("query", "moments")
 FROZEN = ("fp32", "bf16", "fp8")
 SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
+
+
+TILE_NEEDED = "frames x height x width in tokens, such as 1x10x11, not all of them 0,"
+
+
+def read_tile(text: object) -> tuple[int, int, int] | None:
+    """Return the frames, height and width that "1x10x11" says; None for what says no tile."""
+    is_tile = isinstance(text, str) and re.fullmatch("[0-9]{1,4}(x[0-9]{1,4}){2}", text)
+    size = tuple(map(int, text.split("x"))) if is_tile else (0, 0, 0)
+    return size if any(size) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearForm(Settings):
     """What linear attention is made of, beside the number of its features.
 
-    The default is the paper's; each part added starts as if it were not there.
+    The default is the paper's; each part added starts as if it were not there, all but tiles.
     """
 
     feature_map: str = option(
@@ -29,6 +41,47 @@ class LinearForm(Settings):
     window: int = option(
         0, "tokens of a local softmax beside the linear part; 0: none", limits.WINDOW
     )
+    tile: str | None = option(
+        None,
+        "softmax within tiles of frames x height x width tokens, such as 1x10x11, and linear "
+        "attention for all beyond them; 0 along an axis is all of it; none: linear attention alone",
+    )
+    attention_mass: str = option(
+        "query",
+        "with --tile: what tells how much attention lies beyond a token's tile, its query or the "
+        "keys' mean and covariance",
+        choices=ATTENTION_MASSES,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tile is None:
+            if self.attention_mass != "query":
+                raise SettingError(
+                    f"{{attention_mass}} {self.attention_mass} given without {{tile}}, which it is "
+                    "for: give {tile} too, or leave it out",
+                    "attention_mass",
+                    "tile",
+                )
+            return
+        if read_tile(self.tile) is None:
+            raise SettingError(
+                f"{{tile}} {shown_value(self.tile)} given; {TILE_NEEDED} is needed", "tile"
+            )
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("feature_map", "output_gate", "window"):
+            if (value := getattr(self, name)) != usual[name]:
+                raise SettingError(
+                    f"{{tile}} {self.tile} and {{{name}}} {value} given; they do not work "
+                    "together: leave one of them out",
+                    "tile",
+                    name,
+                )
+
+    @property
+    def tile_size(self) -> tuple[int, int, int]:
+        """The tile's frames, height and width in tokens, 0 for all of an axis."""
+        return read_tile(self.tile)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

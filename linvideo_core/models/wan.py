@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import norm_rotary
+from ..kernels.tiles import Size, TokenGrid
 from .attention import SoftmaxAttention
 from .image_condition import CLIP_TOKENS, ImageCondition
 
@@ -56,7 +57,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
-def rotary_embedding(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+def rotary_embedding(grid: Size, head_dim: int, device: torch.device) -> Tensor:
     """Return the 3-D rotary angles of a token grid (F, H, W) as cos and sin, [2, L, D/2] fp32.
 
     The D/2 frequencies are split between frame, height and width; height and width get D//6 each.
@@ -115,13 +116,13 @@ class _Projections(nn.Module):
 class WanSelfAttention(_Projections):
     """Self-attention over all video tokens; `attention` is the part that LinVideo replaces."""
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """Map x [B, L, N*D] to [B, L, N*D]."""
+    def forward(self, x: Tensor, rotary: Tensor, grid: TokenGrid) -> Tensor:
+        """Map x [B, L, N*D], the tokens of a grid, to [B, L, N*D]."""
         query, key = (
             norm_rotary(x, norm.weight, rotary, self.num_heads, eps=norm.eps)
             for x, norm in ((self.q(x), self.norm_q), (self.k(x), self.norm_k))
         )
-        out = self.attention(query, key, self._heads(self.v(x)))
+        out = self.attention(query, key, self._heads(self.v(x)), grid)
         return self.o(out.flatten(2))
 
 
@@ -169,13 +170,15 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor, rotary: Tensor, context: Tensor, grid: TokenGrid
+    ) -> Tensor:
         """Map x [B, L, dim]; modulation [B, 6, dim] comes from the timestep."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (self.modulation + modulation).to(x.dtype).split(1, dim=1)
         )
         normed = cast_once(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
-        x = torch.addcmul(x, self.self_attn(normed, rotary), gate1)
+        x = torch.addcmul(x, self.self_attn(normed, rotary, grid), gate1)
         x = x + self.cross_attn(cast_once(self.norm3(x)), context)
         normed = cast_once(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
         return torch.addcmul(x, self.ffn(normed), gate2)
@@ -273,7 +276,7 @@ class WanModel(nn.Module):
             modulation = self.time_projection(time).unflatten(1, (6, -1))
         rotary = rotary_embedding(grid, self.config.dim // self.config.num_heads, x.device)
         for block in self.blocks:
-            x = block(x, modulation, rotary, context)
+            x = block(x, modulation, rotary, context, TokenGrid(grid))
         pt, ph, pw = self.config.patch_size
         f, h, w = grid
         out = rearrange(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import artifact
+from ..artifact.summary import kind_of
 from ..evaluate import plots
 from ..evaluate.autoencoder import find_autoencoder, with_decoder
 from ..evaluate.card import CARD_NAME, SAMPLES_NAMES, write_card
@@ -339,7 +340,7 @@ def summarize(config: TransferConfig) -> str:
         whose = header.provenance.get("expert", "")
         lines.append(
             f"{len(header.linear_layers)} of {header.num_layers} layers "
-            f"{f'of the {whose} expert ' if whose else ''}are linear: {layers}"
+            f"{f'of the {whose} expert ' if whose else ''}are {kind_of(header)}: {layers}"
         )
     note = "swapped: the same layers linear, without any training"
     return "\n".join([*lines, "", show_results(config, _SHOWN, _FILES, note)])

@@ -48,7 +48,7 @@ class LayerCosts:
 
     softmax, linear: of the whole call, with no layer linear and with all of them.
     softmax_layer, linear_layer: of the attention of one layer, projections left out.
-    num_layers: of the model.
+    num_layers: of the model. is_hybrid: what is called linear has tiles.
     """
 
     softmax: float
@@ -56,6 +56,7 @@ class LayerCosts:
     softmax_layer: float
     linear_layer: float
     num_layers: int
+    is_hybrid: bool = False
 
     def __post_init__(self) -> None:
         seconds = (self.softmax, self.linear, self.softmax_layer, self.linear_layer)
@@ -79,19 +80,23 @@ class LayerCosts:
         """Say in a sentence how many layers a speed-up needs, and why."""
         return (
             f"{self._describe_layers()}: {speedup:g}x needs {self.count_for(speedup)} of "
-            f"{self.num_layers} layers linear"
+            f"{self.num_layers} layers {self._kind}"
         )
+
+    @property
+    def _kind(self) -> str:
+        return "hybrid" if self.is_hybrid else "linear"
 
     def _describe_layers(self) -> str:
         kept, linear = (f"{1000 * x:.3g} ms" for x in (self.softmax_layer, self.linear_layer))
-        return f"the attention of a kept layer costs {kept}, of a linear one {linear}"
+        return f"the attention of a kept layer costs {kept}, of a {self._kind} one {linear}"
 
     def _refuse(self, speedup: float) -> str:
         most = math.floor(100 * self.softmax / self.linear) / 100
         advice = f"{{target}} {most:g}x or less, or" if most > 1 else "{target}"
         return (
-            f"{{target}} {speedup:g}x given, and with all {self.num_layers} layers linear a call "
-            f"of the model is {most:g} times as fast here ({self._describe_layers()}): give "
+            f"{{target}} {speedup:g}x given, and with all {self.num_layers} layers {self._kind} a "
+            f"call of the model is {most:g} times as fast here ({self._describe_layers()}): give "
             f"{advice} a number of layers"
         )
 
@@ -175,7 +180,8 @@ def _measure(teacher: Teacher, config: TransferConfig, run: Run) -> LayerCosts:
             found += _time_call(teacher, config.trajectories, [*student.mixed.values()], run)
         names = ("softmax", "softmax_layer", "linear", "linear_layer")
         means = run.processes.mean(torch.tensor(found, device=device)).tolist()
-        return LayerCosts(**dict(zip(names, means, strict=True)), num_layers=len(student.mixed))
+        about = {"num_layers": len(student.mixed), "is_hybrid": bool(config.student.form.tile)}
+        return LayerCosts(**dict(zip(names, means, strict=True)), **about)
 
 
 def _time_call(

@@ -85,13 +85,14 @@ class WarmStart(Task):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return a layer's own error, and its maps' gradients of the mean over layers.
 
-        args: query, key and value of its softmax attention, which returned `output`.
+        args: query, key, value and grid of its softmax attention, which returned `output`.
         """
         target = output.detach().float()
         # Of the whole batch, on all processes.
         size = self.run.processes.mean(target.square().mean())
         with torch.enable_grad():
-            linear = module.linear(*(x.detach() for x in args))
+            *tokens, grid = args
+            linear = module.linear(*(x.detach() for x in tokens), grid)
             error = (linear.float() - target).square().mean() / size
             share = error / len(self.mixed)
         del linear
@@ -140,7 +141,7 @@ def fit_feature_maps(
 def feature_maps(mixed: Mapping[int, MixedAttention]) -> dict[str, nn.Parameter]:
     """Return the linear attention's own weights of all layers by unique name.
 
-    Feature maps, and where the form has them gates and window mixes.
+    Feature maps, and what else its form has.
     """
     return {
         f"{layer}.{name}": parameter

@@ -20,14 +20,13 @@ from comfy_execution.utils import get_executing_context
 from torch import nn
 
 from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage, check
-from ...linvideo_core.artifact.summary import find_differences, title
-from ...linvideo_core.kernels import why_not_fused
+from ...linvideo_core.artifact.summary import find_differences, kind_of, title
 from ...linvideo_core.models import attention_sites
 from ...linvideo_core.models.base_weights import WeightsMatch
 from ...linvideo_core.models.families import identify
 from .families import host_family, pixels_of
 from .injection import KEY, KeepFirstSteps, check_call, eject, inject
-from .layer_clock import CLOCK, LayerClock
+from .layer_clock import CLOCK, LayerClock, why_plain
 from .weights import (
     FeatureMaps,
     LowRankChanges,
@@ -65,6 +64,8 @@ def linearize(
     family = host_family(artifact.header.family)
     for site in sites:
         family.check(diffusion_model.get_submodule(site.name))
+    if artifact.header.tile:
+        family.check_grid(diffusion_model)
     match = compare_base(artifact.header, model)
     if match.kind == "other":
         logger.warning("LinVideo: %s", match)
@@ -170,10 +171,9 @@ class Report:
 
     def add_kernel(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> None:
         """Say why fused kernels will not compute a linear layer; a CPU has none."""
-        form = {"feature_map": self.header.feature_map}
-        reason = why_not_fused(device, head_dim, self.header.feature_dim, dtype, **form)
+        reason, kind = why_plain(self.header, device, head_dim, dtype), kind_of(self.header)
         if reason and device.type != "cpu":
-            self._lines.append(f"plain PyTorch computes the linear layers, more slowly: {reason}")
+            self._lines.append(f"plain PyTorch computes the {kind} layers, more slowly: {reason}")
 
     @property
     def text(self) -> str:

@@ -209,7 +209,7 @@ def check_call(
         )
     options = transformer_options or {}
     replaced = {key[1] for key in options.get("patches_replace", {}).get("dit", {})}
-    check.begin(executor.class_obj.diffusion_model, inputs, replaced)
+    check.begin(executor.class_obj.diffusion_model, x, inputs, replaced)
     with check.measure(executor.class_obj.diffusion_model, options):
         output = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
     check.end(replaced)
@@ -230,10 +230,15 @@ class _CallCheck:
         self.have_run = self.have_been_skipped = self.is_warm = False
 
     def begin(
-        self, diffusion_model: nn.Module, inputs: Collection[str], replaced: Collection[int]
+        self,
+        diffusion_model: nn.Module,
+        x: Tensor,
+        inputs: Mapping[str, Any],
+        replaced: Collection[int],
     ) -> None:
-        """Start counting; warn of inputs whose tokens join the video's.
+        """Start counting; tell hybrid layers where tokens lie, warn of those that join the video's.
 
+        x: latents [B, C, F, H, W], or several streams in one, the video first.
         replaced: blocks that a patch stands in for.
         """
         # Under torch.compile's node it is a wrapper that stands here.
@@ -243,6 +248,9 @@ class _CallCheck:
         # Always 0 when a compiled layer starts: its guard on the number holds, call after call.
         for layer_maps in self.layers.values():
             layer_maps.num_runs = 0
+            if layer_maps.form.tile:
+                shape, *_ = inputs.get("latent_shapes") or [x.shape]
+                layer_maps.grid = self.family.find_grid(diffusion_model, tuple(shape[2:]), inputs)
         for layer in self.layers.keys() & replaced - self.guards.keys():
             self._guard(layer, diffusion_model.get_submodule(self.names[layer]))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...linvideo_core.artifact import ArtifactHeader
-from ...linvideo_core.artifact.summary import LayerTimes, describe_times
+from ...linvideo_core.artifact.summary import LayerTimes, describe_times, kind_of
 from ...linvideo_core.kernels import why_not_fused
 from ...linvideo_core.models.attention_sites import AttentionSite
 from .attention_override import PYTORCH, name_kernel
@@ -27,6 +27,15 @@ CLOCK = "linvideo_clock"
 _TRY_CUDNN = "try LinVideo Softmax Backend: with cuDNN the softmax layers may be faster on this GPU"
 
 logger = logging.getLogger(__name__)
+
+
+def why_plain(
+    header: ArtifactHeader, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> str:
+    """Return why fused kernels will not compute the layers of a file there, or ""."""
+    form = {"feature_map": header.feature_map, "mass": header.attention_mass if header.tile else ""}
+    return why_not_fused(device, head_dim, header.feature_dim, dtype, **form)
+
 
 _Moment = torch.cuda.Event | float
 
@@ -110,12 +119,10 @@ class LayerClock:
         """Return what was measured, in words; nothing where no linear layer was."""
         if not any(site.name in self._moments for site in self._linear):
             return []
-        head_dim, feature_map = self._linear[0].head_dim, self._header.feature_map
-        form = (self._device, head_dim, self._header.feature_dim, self._dtype)
-        is_plain = why_not_fused(*form, feature_map=feature_map)
+        is_plain = why_plain(self._header, self._device, self._linear[0].head_dim, self._dtype)
         linear = self._times("plain PyTorch" if is_plain else "fused Triton kernels", self._linear)
         softmax = self._times(self._softmax_kernel, self._softmax)
-        lines = describe_times(self._shape, linear, softmax)
+        lines = describe_times(self._shape, linear, softmax, kind=kind_of(self._header))
         if softmax.milliseconds and softmax.kernel == PYTORCH and self._may_gain_by_cudnn():
             lines.append(_TRY_CUDNN)
         return lines

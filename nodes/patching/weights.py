@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader
+from ...linvideo_core.kernels.tiles import TokenGrid
 from ...linvideo_core.models.attention import attend_linearly
 from ...linvideo_core.models.attention_sites import shapes_of
 from ...linvideo_core.models.base_weights import (
@@ -44,12 +45,15 @@ _PREFIX = "diffusion_model."
 _ALL = slice(None)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# How a tensor of `LinearAttention` lies in the weight [out, in] of a Linear.
+# A tensor of `LinearAttention`, and how it lies in the weight [out, in] of a Linear.
 _AS_WEIGHT = {
-    "query_map": "n d m -> (n m) d",
-    "key_map": "n d m -> (n m) d",
-    "gate": "n d -> n d",
-    "window_mix": "n -> n 1",
+    "query_map": ("n d m", "(n m) d"),
+    "key_map": ("n d m", "(n m) d"),
+    "gate": ("n d", "n d"),
+    "window_mix": ("n", "n 1"),
+    "mass_bias": ("n", "n 1"),
+    "mass_gate": ("n d", "n d"),
+    "mass_moments": ("c n", "n c"),
 }
 
 logger = logging.getLogger(__name__)
@@ -312,18 +316,20 @@ class LayerMaps(Part):
         self.num_maps = tensors["query_map"].shape[0]
         self.num_runs = 0  # of the layer, in the model's present call
         self.is_compiled = False  # in its last run
+        # Of that call; torch.compile guards it, as it guards no option of the call.
+        self.grid: TokenGrid | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in O(L); query, key, value and the result are [B, L, N, D]."""
-        identity = torch.eye(query.shape[-1], device=query.device)
-        query_map, key_map = (
-            rearrange(weights(identity), "d (n m) -> n d m", n=self.num_maps)
-            for weights in (self.query_map, self.key_map)
-        )
-        gate = self.gate(identity).T if self.form.output_gate else None
-        window_mix = self.window_mix(identity[:1, :1])[0] if self.form.window else None
-        maps = (query_map, key_map, gate, window_mix)
-        return attend_linearly(query, key, value, *maps, form=self.form)
+        weights = {name: self._read(name, query.device) for name in self._modules}
+        return attend_linearly(query, key, value, weights, form=self.form, grid=self.grid)
+
+    def _read(self, name: str, device: torch.device) -> Tensor:
+        """Return a tensor as the artifact has it, from what its layer makes of unit vectors."""
+        (wanted, kept), layer = _AS_WEIGHT[name], self.get_submodule(name)
+        weight = layer(torch.eye(layer.in_features, device=device)).T
+        sizes = {"n": self.num_maps} if "(n m)" in kept else {}
+        return rearrange(weight, f"{kept} -> {wanted}", **sizes)
 
 
 class FeatureMaps(nn.Module):
@@ -410,4 +416,7 @@ def make_patcher(
 
 
 def _as_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: rearrange(x, _AS_WEIGHT[name]).contiguous() for name, x in tensors.items()}
+    return {
+        name: rearrange(x, " -> ".join(_AS_WEIGHT[name])).contiguous()
+        for name, x in tensors.items()
+    }

@@ -31,6 +31,8 @@ from .conditioning import Conditions
 # What ComfyUI keeps in a module's own fields for its loading; a copy of the module has none of it.
 _HOST_FIELDS = ("_v", "_prefetch", "_pin")
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+# Of a call's `transformer_options`: where the video's tokens lie.
+_GRID = "linvideo_grid"
 
 
 @contextlib.contextmanager
@@ -220,7 +222,7 @@ class HostModel(nn.Module):
         # Beside the registry of modules, which would list every parameter a second time.
         self.__dict__["_diffusion_model"] = diffusion_model
         self._concat, self._inputs = conditions.concat, conditions.inputs
-        self._video, self._dtype = video, dtype
+        self._family, self._video, self._dtype = family, video, dtype
         self._timestep_scale = timestep_scale
 
     def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -236,6 +238,11 @@ class HostModel(nn.Module):
             name: _repeat(value.to(x.device, dtype), B) if torch.is_tensor(value) else value
             for name, value in self._inputs.items()
         }
+        size = self._video.picture_shape[1:]
+        options = {
+            "optimized_attention_override": attend_as_pytorch,
+            _GRID: self._family.find_grid(self._diffusion_model, size, inputs),
+        }
         # What is computed in which precision is the host's business: its layers cast by themselves.
         with torch.autocast(x.device.type, enabled=False):
             velocity = self._video.call(
@@ -243,7 +250,7 @@ class HostModel(nn.Module):
                 x,
                 self._timestep_scale * timesteps.float(),
                 prompt_embeds.to(dtype),
-                {"optimized_attention_override": attend_as_pytorch},
+                options,
                 inputs,
             )
         return velocity.to(latents.dtype)
@@ -261,8 +268,13 @@ def _forward(
 ) -> Tensor:
     """Run the class's own forward with the submodule's attention, or a faster way to the same."""
     kwargs["transformer_options"] = dict(transformer_options or {})
-    fused = self.run_fused(self, self.attention, x, *args, **kwargs)
-    return run_answered(self, self.attention, x, *args, **kwargs) if fused is None else fused
+    grid = kwargs["transformer_options"].get(_GRID)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attention(query, key, value, grid)
+
+    fused = self.run_fused(self, attend, x, *args, **kwargs)
+    return run_answered(self, attend, x, *args, **kwargs) if fused is None else fused
 
 
 def _repeat(tensor: Tensor, batch_size: int) -> Tensor:

@@ -86,6 +86,8 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
         host = HostTeacher(model, inputs)
         config = make_config(inputs, host, guidance_scale)
         check_target(config.selection, len(host.sites))
+        if config.student.form.tile:
+            host.family.check_grid(model.model.diffusion_model)
         identity = HostRun(
             weights=host.weights_digest(),
             conditions=host.conditions.digest(),
@@ -118,7 +120,7 @@ def make_config(
     if guidance_scale is not None:
         values["guidance_scale"] = guidance_scale
     expert = inputs["settings"] or {}
-    given = {name: value for name, value in expert.items() if name not in _SIZES and value != 0}
+    given = {n: value for n, value in expert.items() if n not in _SIZES and value not in (0, "")}
     if not host.is_demo and "num_videos" not in given:
         values["states"] = "pool"
     values |= {_FIELDS.get(name, name): value for name, value in given.items()}

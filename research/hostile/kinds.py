@@ -1,6 +1,7 @@
 """The kinds of files: as they should be, and how each is read."""
 
 import contextlib
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from linvideo_core import artifact
 from linvideo_core.evaluate.compare import EVALUATION_NAME, read_evaluation
 from linvideo_core.evaluate.lora_file import add_changes, find_changes, load_lora
 from linvideo_core.models.checkpoint import load_wan
+from linvideo_core.models.config import LinearForm
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.prompts import read_prompts
 from linvideo_core.prompts.embeddings import read_embeds
@@ -58,8 +60,8 @@ def use(model: nn.Module) -> None:
         raise WrongError(f"the model does not run: {error}") from error
 
 
-def write_artifact(folder: Path) -> None:
-    """Write a LINVIDEO file of two layers."""
+def write_artifact(folder: Path, **form: str) -> None:
+    """Write a LINVIDEO file of two layers in a form."""
     embeds = torch.zeros(1, 3, _TEXT_DIM)
     teacher = Teacher(
         name="tiny",
@@ -71,7 +73,8 @@ def write_artifact(folder: Path) -> None:
         decode=lambda latents: latents.mean(dim=1),
         is_demo=False,
     )
-    with Student(teacher, StudentConfig(lora_rank=2), seed=3) as student:
+    config = StudentConfig(lora_rank=2, form=LinearForm(**form))
+    with Student(teacher, config, seed=3) as student:
         student.harden([0, 1])
         about = {"parameters": "lora", "objective": "adm", "steps": 1, "provenance": {"by": "us"}}
         made = artifact.extract(student.model, teacher.model, **about)
@@ -207,6 +210,7 @@ def read_run(folder: Path) -> None:
 
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], object]]] = {
     "artifact": (write_artifact, read_artifact),
+    "hybrid": (functools.partial(write_artifact, tile="1x1x2"), read_artifact),
     "model": (write_model, lambda folder: use(load_wan(folder / _MODEL))),
     "shards": (write_shards, lambda folder: use(load_wan(folder))),
     "prompts": (write_prompts, read_prompt_embeds),

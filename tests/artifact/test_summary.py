@@ -97,6 +97,8 @@ def test_the_words_name_the_sampling_grid_of_a_distilled_file() -> None:
     distilled = make_artifact(sigmas=(1.0, 0.9375, 0.625, 0.0))
     assert describe(distilled)["sampling"] == "3 steps: sigmas 1, 0.9375, 0.625, 0"
     assert title(distilled.header) == "4 of 10 layers are linear"
+    hybrid = dataclasses.replace(distilled.header, tile="1x0x4")
+    assert title(hybrid) == "4 of 10 layers are hybrid"
 
 
 def test_the_bytes_are_those_of_the_tensors() -> None:
@@ -301,6 +303,8 @@ def test_times_of_layers_are_told(
     shape: tuple[int, ...], linear: LayerTimes, softmax: LayerTimes, said: str
 ) -> None:
     assert describe_times(shape, linear, softmax) == [said]
+    told = describe_times(shape, linear, softmax, kind="hybrid")
+    assert told == [said.replace("linear", "hybrid")]
 
 
 def test_linear_layers_that_gain_nothing_are_told() -> None:

@@ -187,17 +187,19 @@ def gradients_of(task: DistillationTask) -> dict[str, Tensor | None]:
     return {name: p.grad for group in groups for name, p in group.parameters.items()}
 
 
+@pytest.mark.parametrize("kind", ["linearized", "hybrid"])
 def test_a_student_starts_as_the_file_that_it_was_given(
-    teacher: Teacher, linearized: Artifact
+    kind: str, teacher: Teacher, request: pytest.FixtureRequest
 ) -> None:
-    student = make_student(teacher, linearized, DistillationConfig(lora_rank=4), seed=0)
-    start_from(student, linearized)
+    made = request.getfixturevalue(kind)
+    student = make_student(teacher, made, DistillationConfig(lora_rank=4), seed=0)
+    start_from(student, made)
     latents, sigma = draw(2, *teacher.latent_shape), torch.tensor([0.3, 0.8])
     prompts = teacher.prompt_embeds[:2]
     with torch.no_grad():
         found = bind(student.model, prompts)(latents, sigma)
         student.remove()
-        with artifact.apply(linearized, teacher.model):
+        with artifact.apply(made, teacher.model):
             expected = bind(teacher.model, prompts)(latents, sigma)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

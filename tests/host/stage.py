@@ -28,6 +28,7 @@ from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.linvideo_core.flow import VelocityFn, bind_guided
+from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.linvideo_core.teacher.config import TeacherConfig
 from linvideo_pack.linvideo_core.teacher.teacher import load_teacher
 from linvideo_pack.nodes import demo as demo_nodes
@@ -205,6 +206,21 @@ def short_file() -> Artifact:
     }
     maps = {1: shipped().linear[1]}
     return dataclasses.replace(shipped(), header=header, linear=maps, low_rank=low_rank)
+
+
+def in_form(first: Artifact, form: LinearForm) -> Artifact:
+    """Return a file for the demo in a form, random numbers in all that its layers have more."""
+    header = dataclasses.replace(first.header, **dataclasses.asdict(form))
+    shapes, linear = header.tensor_shapes(1, 128), {}
+    for layer, tensors in first.linear.items():
+        generator = torch.Generator().manual_seed(layer)
+        added = {
+            name: 0.3 * torch.randn(shape, generator=generator)
+            for name, shape in shapes.items()
+            if name not in tensors
+        }
+        linear[layer] = {**tensors, **added}
+    return dataclasses.replace(first, header=header, linear=linear)
 
 
 def sample(

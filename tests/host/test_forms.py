@@ -1,6 +1,5 @@
 """Files whose linear layers have a form of their own."""
 
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import comfy.model_management
 import torch
 from linvideo_pack.linvideo_core import artifact
 from linvideo_pack.linvideo_core.artifact import Artifact
+from linvideo_pack.linvideo_core.kernels.tiles import TokenGrid
 from linvideo_pack.linvideo_core.models.attention import LinearAttention
 from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.nodes.patching.apply import linearize
@@ -17,6 +17,7 @@ from stage import (
     bind_headless,
     demo,
     device,
+    in_form,
     load_headless,
     relative_difference,
     sample,
@@ -37,6 +38,10 @@ _FORMS = [
     LinearForm(window=45),
     LinearForm(feature_map="hedgehog_joint", map_sharing="shared", output_gate=True, window=45),
 ]
+_HYBRID = [
+    LinearForm(tile="1x3x3"),
+    LinearForm(tile="1x0x0", attention_mass="moments", map_sharing="shared"),
+]
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -44,18 +49,10 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 def _make_file(form: LinearForm) -> Artifact:
-    """Return the shipped file in a form, its gate and window at work, saved and loaded."""
-    first = shipped()
-    header = dataclasses.replace(first.header, **dataclasses.asdict(form))
-    linear = {}
-    for n, tensors in first.linear.items():
-        added = {"gate": 0.3 * _random(1, 128, seed=n), "window_mix": _random(1, seed=50 + n)}
-        added = {name: x for name, x in added.items() if name in header.tensor_shapes()}
-        linear[n] = {**tensors, **added}
-    made = dataclasses.replace(first, header=header, linear=linear)
+    """Return the shipped file in a form, whose every part is at work, saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        artifact.save(made, path)
+        artifact.save(in_form(shipped(), form), path)
         return artifact.load(path)
 
 
@@ -71,7 +68,7 @@ def _sample_core(made: Artifact) -> Tensor:
 def test_a_form_gives_the_latents_of_the_headless_core() -> None:
     plain = _sample_core(shipped())
     # Each of the others is a layer's business, which the last test sees to.
-    for form in (LinearForm(map_sharing="shared"), _FORMS[-1]):
+    for form in (LinearForm(map_sharing="shared"), _FORMS[-1], *_HYBRID):
         made = _make_file(form)
         latents = sample(linearize(demo()[0], made), steps=_STEPS)
         assert_close(latents, _sample_core(made), _tolerance())
@@ -97,7 +94,8 @@ def test_a_form_whose_tensors_come_from_offload_gives_the_same() -> None:
 def test_a_layer_of_several_heads_is_the_cores() -> None:
     heads, head_dim, half = 3, 16, 8
     tokens = [_random(2, 63, heads, head_dim, seed=seed).to(device()) for seed in range(3)]
-    for form in _FORMS:
+    grid = TokenGrid((3, 4, 5), before=1, after=2)
+    for form in (*_FORMS, *_HYBRID):
         linear = LinearAttention(heads, head_dim, 2 * half, form).requires_grad_(False)
         for seed, parameter in enumerate(linear.parameters()):
             parameter += 0.5 * _random(*parameter.shape, seed=9 + seed)
@@ -111,7 +109,13 @@ def test_a_layer_of_several_heads_is_the_cores() -> None:
         }
         if form.output_gate:
             state["gate.weight"] = linear.gate
-        if form.window:
-            state["window_mix.weight"] = linear.window_mix[:, None]
+        for name in ("window_mix", "mass_bias"):
+            if name in tensors:
+                state[f"{name}.weight"] = tensors[name][:, None]
+        if "mass_gate" in tensors:
+            state["mass_gate.weight"] = linear.mass_gate
+        if "mass_moments" in tensors:
+            state["mass_moments.weight"] = linear.mass_moments.T
         made.load_state_dict(state)
-        torch.testing.assert_close(made(*tokens), linear(*tokens))
+        made.grid = grid
+        torch.testing.assert_close(made(*tokens), linear(*tokens, grid))

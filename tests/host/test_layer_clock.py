@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
 from linvideo_pack.nodes.softmax_backend import LinVideoSoftmaxBackend
@@ -16,6 +17,7 @@ from stage import (
     SHAPE,
     demo,
     device,
+    in_form,
     make_noise,
     sample,
     shipped,
@@ -52,6 +54,13 @@ def test_the_first_sampling_tells_what_layers_take_and_later_ones_measure_nothin
     assert found and all(0 < float(ms) < math.inf for ms in found.groups()), first
     assert torch.equal(sample(linearized), measured) and _told(linearized) == told
     assert first[1:] in linearized.get_attachment(KEY).text
+
+
+def test_a_hybrid_layer_is_called_so() -> None:
+    hybrid = linearize(demo()[0], in_form(shipped(), LinearForm(tile="1x3x3")))
+    sample(hybrid)
+    assert "a hybrid layer takes" in _told(hybrid)[0]
+    assert "5 of 10 layers are hybrid" in hybrid.get_attachment(KEY).text
 
 
 def test_another_size_or_clone_is_measured_anew_with_what_computes_it() -> None:

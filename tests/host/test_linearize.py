@@ -20,10 +20,11 @@ import latent_preview
 import numpy as np
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_torch_compile import TorchCompileModel
+from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_pack.linvideo_core.demo import codec
 from linvideo_pack.linvideo_core.demo.codec import LATENT_SHAPE
+from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.nodes import demo, model_folder
 from linvideo_pack.nodes.linearize import APPLY, LinVideoLinearize
 from linvideo_pack.nodes.patching import injection
@@ -34,7 +35,9 @@ from stage import (
     assert_close,
     bind_headless,
     complaint,
+    in_form,
     load_headless,
+    make_noise,
     own_folders,
     relative_difference,
     sample,
@@ -170,6 +173,21 @@ def test_compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> 
     linearized = without_dynamic_memory(linearize(short_demo(), short_file()))
     set_torch_compile_wrapper(linearized, "aot_eager", fullgraph=True)
     _check_compiled(linearized)
+
+
+def test_compiled_a_hybrid_layer_follows_a_video_that_is_turned() -> None:
+    """With the guards of ComfyUI's compile node: as many tokens lie in another grid."""
+    hybrid = in_form(short_file(), LinearForm(tile="1x2x3"))
+    linearized = linearize(short_demo(), hybrid)
+    compiled = without_dynamic_memory(linearized)
+    settings = {"options": {"guard_filter_fn": skip_torch_compile_dict}, "fullgraph": True}
+    set_torch_compile_wrapper(compiled, "aot_eager", **settings)
+    wide = make_noise()[..., :8, :]
+    wide = torch.cat([wide, wide.flip(-1)], dim=-1)
+    for noise in (wide, wide.transpose(3, 4), wide):
+        expected = sample(linearized, noise=noise, steps=2)
+        assert_close(sample(compiled, noise=noise, steps=2), expected, tolerance_of(compiled))
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_comfyuis_compile_node_compiles_it_to_machine_code_once() -> None:

@@ -23,6 +23,7 @@ from linvideo_pack.linvideo_core.demo import weights_path
 from linvideo_pack.linvideo_core.models.attention_sites import shapes_of
 from linvideo_pack.linvideo_core.models.base_weights import base_weights_of
 from linvideo_pack.linvideo_core.models.checkpoint import load_wan
+from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.linvideo_core.models.families import identify
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching.apply import linearize
@@ -37,6 +38,7 @@ from stage import (
     device,
     finetuned,
     finish,
+    in_form,
     is_streaming,
     load_headless,
     relative_difference,
@@ -111,9 +113,11 @@ def _merge(model: Any) -> Any:
 def test_changes_are_exact_where_merging_rounds_them() -> None:
     for kind, load in LOADERS.items():
         model = load()
-        expected = _expected(model, shipped())
-        bypassed = sample(linearize(model, shipped()), steps=_STEPS)
-        assert_close(bypassed, expected, tolerance_of(model))
+        for made in (in_form(shipped(), LinearForm(tile="1x3x3")), shipped()):
+            expected = _expected(model, made)
+            bypassed = sample(linearize(model, made), steps=_STEPS)
+            # Random gates of tiles amplify rounding.
+            assert_close(bypassed, expected, (3 if made.header.tile else 1) * tolerance_of(model))
         merged = relative_difference(sample_again(_merge(model), steps=_STEPS), expected)
         without = sample(linearize(model, shipped(), strength=0.0), steps=_STEPS)
         effect = relative_difference(without, expected)

@@ -18,6 +18,7 @@ import torch
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.flow import make_sigmas
+from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.softmax_backend import LinVideoSoftmaxBackend
@@ -31,6 +32,7 @@ from stage import (
     complaint,
     demo,
     device,
+    in_form,
     is_streaming,
     load_headless,
     make_noise,
@@ -168,11 +170,13 @@ def _in_windows(model: Any) -> Any:
 def test_context_windows_are_linear_each_by_itself() -> None:
     noise = make_noise(6)
     teacher = bind_headless(load_headless())
-    student = bind_headless(load_headless(), shipped())
-    for num_kept, patchers in (
-        (0, (_linearized(_in_windows(demo()[0])), _in_windows(_linearized()))),
-        (2, (_in_windows(linearize(demo()[0], shipped(), keep_first_steps=2)),)),
+    hybrid = in_form(shipped(), LinearForm(tile="2x3x3"))
+    for made, num_kept, patchers in (
+        (shipped(), 0, (_linearized(_in_windows(demo()[0])), _in_windows(_linearized()))),
+        (shipped(), 2, (_in_windows(linearize(demo()[0], shipped(), keep_first_steps=2)),)),
+        (hybrid, 2, (_in_windows(linearize(demo()[0], hybrid, keep_first_steps=2)),)),
     ):
+        student = bind_headless(load_headless(), made)
         velocities = [teacher] * num_kept + [student] * (STEPS - num_kept)
         halves = [sample_headless(velocities, noise=half) for half in noise.split(3, dim=2)]
         for patcher in patchers:

@@ -239,10 +239,13 @@ def test_a_name_belongs_to_one_transfer() -> None:
 
 
 def test_weights_of_every_kind_can_be_trained_with_every_objective() -> None:
-    for parameters, objective in zip(PARAMETERS, ("adm", "velocity", "adm"), strict=True):
+    cases = zip(PARAMETERS, ("adm", "velocity", "adm"), ("", "1x2x3", "1x0x0"), strict=True)
+    for parameters, objective, tile in cases:
         with own_folders():
-            made = _run(parameters=parameters, objective=objective, steps=2, warm_start_steps=0)
+            settings = {"parameters": parameters, "objective": objective, "tile": tile}
+            made = _run(**settings, steps=2, warm_start_steps=1 if tile else 0)
             header = made.header
+            assert (header.tile or "") == tile
             assert (header.parameters, bool(made.deltas), bool(made.low_rank)) == (
                 parameters,
                 parameters == "full",
@@ -530,8 +533,9 @@ def _defaults() -> dict[str, object]:
 def test_settings_are_passed_on_by_name_and_are_auto_until_they_are_set() -> None:
     settings = _defaults() | {"target": 7, "learning_rate": 1e-4}
     assert LinVideoTransferSettings.execute(**settings).result == (settings,)
-    untouched = {name for name, value in settings.items() if value == 0}
-    assert untouched == settings.keys() - {"target", "learning_rate", "parameters", "objective"}
+    untouched = {name for name, value in settings.items() if value in (0, "")}
+    chosen = {"parameters", "objective", "attention_mass"}
+    assert untouched == settings.keys() - {"target", "learning_rate", *chosen}
 
 
 def test_a_transfer_is_run_with_every_input_whatever_is_connected() -> None:

@@ -2,16 +2,16 @@
 
 A variant's weights are random numbers under its own parameter names, recognised by ComfyUI's own
 loader; its conditioning is what ComfyUI's nodes give it. Expected latents come from the untouched
-model while attention, inside the chosen layers alone, is answered by our core's linear attention:
-the same latents (norm of the difference over the norm of the expected ones, fp32) say at once that
-chosen layers are linear, that other layers, side blocks and adapters are as they were, and that no
-token is lost.
+model while attention, inside the chosen layers alone, is answered by our core's linear attention,
+or by its hybrid one over the grid that the model itself makes: the same latents (norm of the
+difference over the norm of the expected ones, fp32) say at once that chosen layers are linear, that
+other layers, side blocks and adapters are as they were, and that no token is lost.
 """
 
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,9 @@ import comfy.sd
 import torch
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_pack.linvideo_core.kernels import linear_attention
+from linvideo_pack.linvideo_core.kernels.tiles import TokenGrid
+from linvideo_pack.linvideo_core.models.attention import attend_linearly
+from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.linvideo_core.models.families import FAMILIES
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.attention_override import answer
@@ -51,13 +54,40 @@ def _sample(patcher: Any, noise: Any, conditioning: list) -> Tensor:
     return comfy.sample.sample(patcher, noise, *settings, disable_pbar=True, seed=1)
 
 
-def _attend(maps: tuple[Tensor, Tensor], heads: int, *inputs: Tensor) -> Tensor:
+def _attend(artifact: Artifact, layer: int, grid: TokenGrid, heads: int, *inputs: Tensor) -> Tensor:
     """Answer an attention call in the most literal way: split heads, core, join heads."""
     if inputs[0].ndim == 4:  # one sample of [heads, tokens, head_dim]
         split = [x.transpose(1, 2) for x in inputs]
     else:
         split = [x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in inputs]
-    return linear_attention(*split, *(x.to(split[0].device) for x in maps)).flatten(2)
+    weights = {name: x.to(split[0].device) for name, x in artifact.linear[layer].items()}
+    return attend_linearly(*split, weights, form=artifact.header.form, grid=grid).flatten(2)
+
+
+def _watch_grid(diffusion_model: nn.Module, undo: contextlib.ExitStack) -> Callable[[], TokenGrid]:
+    """Return what says where the video's tokens lie in the present call of a model.
+
+    Wan embeds its video first, and has tokens before it that `ref_conv` makes. H3's come last.
+    """
+    seen: dict[str, list[torch.Size]] = {"patch_embedding": [], "ref_conv": []}
+
+    def begin(*_: Any) -> None:
+        for shapes in seen.values():
+            shapes.clear()
+
+    undo.callback(diffusion_model.register_forward_pre_hook(begin).remove)
+    for name, module in diffusion_model.named_children():
+        if (shapes := seen.get(name.removesuffix("_global"))) is not None:
+            hook = module.register_forward_hook(lambda *a, s=shapes: s.append(a[2].shape[2:]))
+            undo.callback(hook.remove)
+
+    def find() -> TokenGrid:
+        if not seen["patch_embedding"]:
+            return TokenGrid((_F, _H // 2, _W // 2), before=None)
+        before = sum(shape.numel() for shape in seen["ref_conv"])
+        return TokenGrid(tuple(seen["patch_embedding"][0]), before=before, after=None)
+
+    return find
 
 
 @contextlib.contextmanager
@@ -74,6 +104,7 @@ def _expected(patcher: Any, artifact: Artifact) -> Iterator[None]:
             leave = attention.register_forward_hook(lambda *_: inside.clear())
             undo.callback(enter.remove)
             undo.callback(leave.remove)
+        find_grid = _watch_grid(diffusion_model, undo)
         code = importlib.import_module(type(attention).__module__)
         original = code.optimized_attention
 
@@ -83,7 +114,7 @@ def _expected(patcher: Any, artifact: Artifact) -> Iterator[None]:
             inputs = [
                 x.take() if hasattr(x, "take") and not torch.is_tensor(x) else x for x in (q, k, v)
             ]
-            return _attend(artifact.linear[inside[-1]].values(), heads, *inputs)
+            return _attend(artifact, inside[-1], find_grid(), heads, *inputs)
 
         code.optimized_attention = replacement
         undo.callback(setattr, code, "optimized_attention", original)
@@ -105,19 +136,21 @@ def _try(
     """Linearize a variant, sample with its conditions, compare, and take it away again."""
     conditioning = [[random_tensor(1, 5, context_dim, seed=4), conditions]]
     sample = functools.partial(_sample, noise=noise, conditioning=conditioning)
-    artifact = make_artifact(patcher)
     before = sample(patcher)
-    with _expected(patcher, artifact):
-        expected = sample(patcher)
-    _warn_of_joining_inputs.cache_clear()
-    with collect_warnings(".nodes.patching.injection") as messages:
-        linearized = linearize(patcher, artifact)
-        latents = sample(linearized)
-        assert _difference(sample(linearized), latents) == 0
-    moved, error = _difference(latents, before), _difference(latents, expected)
-    print(f"{type(patcher.model.diffusion_model).__name__}: moved {moved:.1e}, error {error:.1e}")
-    assert error <= _TOLERANCE and moved > 100 * _TOLERANCE, (error, moved)
-    assert len(messages) == bool(joining) and all(name in messages[0] for name in joining), messages
+    for form in (LinearForm(), LinearForm(tile="1x3x2")):
+        artifact = make_artifact(patcher, form)
+        with _expected(patcher, artifact):
+            expected = sample(patcher)
+        _warn_of_joining_inputs.cache_clear()
+        with collect_warnings(".nodes.patching.injection") as messages:
+            linearized = linearize(patcher, artifact)
+            latents = sample(linearized)
+            assert _difference(sample(linearized), latents) == 0
+        moved, error = _difference(latents, before), _difference(latents, expected)
+        print(f"{type(patcher.model.diffusion_model).__name__}: {moved:.1e}, error {error:.1e}")
+        assert error <= _TOLERANCE and moved > 100 * _TOLERANCE, (error, moved)
+        assert len(messages) == bool(joining), messages
+        assert all(name in messages[0] for name in joining), messages
     assert _difference(sample(patcher), before) == 0
 
 
@@ -288,6 +321,16 @@ def test_wan_animate_2_is_refused() -> None:
     config, metadata = {"in_dim": 36}, {"model_type": "animate2"}
     message = _refusal(f"{_MODEL}_animate2", "WanAnimate2Model", config, metadata)
     assert "WanAnimate2SelfAttention" in message
+
+
+def test_a_model_whose_grid_is_not_known_takes_linear_layers_alone() -> None:
+    patcher = build(_MODEL, "WanModel", _WAN)
+    diffusion_model = patcher.model.diffusion_model
+    diffusion_model.__class__ = type("WanModel_Other", (type(diffusion_model),), {})
+    linearize(patcher, make_artifact(patcher))
+    hybrid = make_artifact(patcher, LinearForm(tile="1x3x2"))
+    message = complaint(ArtifactError, linearize, patcher, hybrid)
+    assert "does not know where WanModel_Other has the video's tokens" in message
 
 
 def test_a_model_of_no_known_family_is_refused_with_the_known_ones() -> None:

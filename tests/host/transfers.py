@@ -25,6 +25,8 @@ _SETTINGS = {
     "width": 0,
     "height": 0,
     "frames": 0,
+    "tile": "",
+    "attention_mass": "query",
 }
 
 

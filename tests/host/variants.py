@@ -1,5 +1,6 @@
 """Small models with random weights of their own, recognised by ComfyUI's own loader."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from linvideo_pack.linvideo_core.artifact import Artifact, ArtifactHeader
 from linvideo_pack.linvideo_core.models import attention_sites
+from linvideo_pack.linvideo_core.models.config import LinearForm
 from linvideo_pack.linvideo_core.models.families import identify
 from stage import MODEL_OF_SHAPES
 from torch import Tensor
@@ -87,8 +89,8 @@ def minimax_h3(**changes: Any) -> tuple[Any, Any]:
     return patcher, comfy.nested_tensor.NestedTensor(streams)
 
 
-def make_artifact(patcher: Any) -> Artifact:
-    """Return random feature maps for layers 0 and 2 of a model."""
+def make_artifact(patcher: Any, form: LinearForm | None = None) -> Artifact:
+    """Return random feature maps, and what else a form has, for layers 0 and 2 of a model."""
     family, sites = identify(attention_sites.shapes_of(patcher.model.diffusion_model))
     chosen = [sites[layer] for layer in (0, 2)]
     header = ArtifactHeader(
@@ -102,12 +104,13 @@ def make_artifact(patcher: Any) -> Artifact:
         parameters="feature_maps",
         objective="none",
         steps=0,
+        **dataclasses.asdict(form or LinearForm()),
     )
-    shape = (chosen[0].num_heads, chosen[0].head_dim, chosen[0].head_dim)
+    shapes = header.tensor_shapes(chosen[0].num_heads, chosen[0].head_dim)
     maps = {
         site.layer: {
             name: 0.3 * random_tensor(*shape, seed=10 * site.layer + side)
-            for side, name in enumerate(("query_map", "key_map"))
+            for side, (name, shape) in enumerate(shapes.items())
         }
         for site in chosen
     }

@@ -96,6 +96,14 @@ def test_a_state_that_a_card_has_no_room_for_is_refused_by_name(
     assert kernels.why_not_fused(GPU, *shape) == (said if is_refused else "")
 
 
+def test_features_that_no_kernel_of_hybrid_layers_is_for_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lend_a_gpu(monkeypatch, (9, 0))
+    found = kernels.why_not_fused(GPU, 128, 256, torch.bfloat16, mass="query")
+    assert found == "the fused kernels know hybrid layers of 128 features at most"
+
+
 def test_a_pytorch_without_gpus_refuses_a_fake_tensor_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

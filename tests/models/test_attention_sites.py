@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from linvideo_core.kernels.tiles import TokenGrid
 from linvideo_core.models import attention_sites
 from linvideo_core.models.attention import SoftmaxAttention
 from linvideo_core.models.families import FAMILIES, identify
@@ -16,7 +18,9 @@ from linvideo_core.models.wan import WanConfig, WanModel
 class Nothing(nn.Module):
     """Attention that pays none."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid | None = None
+    ) -> Tensor:
         """Return zeros."""
         return torch.zeros_like(query)
 
@@ -100,17 +104,22 @@ def test_install_touches_only_the_sites_it_is_given(wan: WanModel) -> None:
     assert isinstance(wan.blocks[1].cross_attn.attention, SoftmaxAttention)
 
 
-def test_installed_attention_sees_rotated_heads(wan: WanModel, inputs: tuple[Tensor, ...]) -> None:
+def test_installed_attention_sees_heads_and_the_grid_of_tokens(
+    wan: WanModel, inputs: tuple[Tensor, ...]
+) -> None:
     shapes: list[tuple[int, ...]] = []
+    grids: list[TokenGrid] = []
 
     class Look(SoftmaxAttention):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            shapes.extend(tuple(x.shape) for x in (query, key, value))
-            return super().forward(query, key, value)
+        def forward(self, *given: Any) -> Tensor:
+            shapes.extend(tuple(x.shape) for x in given[:3])
+            grids.append(given[3])
+            return super().forward(*given)
 
     attention_sites.install(wan, sites_of(wan), lambda site: Look())
     wan(*inputs)
     assert set(shapes) == {(2, 12, 1, 128)}
+    assert set(grids) == {TokenGrid((2, 3, 2))}
 
 
 def test_trainable_weights_are_the_blocks_own(wan: WanModel) -> None:

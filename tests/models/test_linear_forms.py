@@ -1,4 +1,4 @@
-"""Every form of linear attention is its definition, starts as the plain one, and fits a file."""
+"""Every form of linear attention, hybrid ones too, is its definition, and fits a file."""
 
 import dataclasses
 import math
@@ -14,10 +14,13 @@ from linvideo_core import artifact, kernels
 from linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_core.artifact.summary import count_bytes, describe
 from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
-from linvideo_core.models.attention import LinearAttention, window_attention
+from linvideo_core.kernels.hybrid_reference import initial_weights
+from linvideo_core.kernels.tiles import TokenGrid
+from linvideo_core.models.attention import LinearAttention, hybrid_form, window_attention
 from linvideo_core.models.config import FEATURE_MAPS, LinearForm
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.context import Run
+from linvideo_core.run.errors import SettingError
 from linvideo_core.teacher.config import TrajectoryConfig
 from linvideo_core.teacher.teacher import Teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
@@ -26,6 +29,7 @@ from linvideo_core.training.trainer import fit, seed_step
 from linvideo_core.transfer.config import ObjectiveConfig, SelectionConfig, StudentConfig
 from linvideo_core.transfer.student import Student, TransferTask
 from linvideo_core.transfer.warm_start import feature_maps
+from tests.kernels.test_hybrid import define
 
 PARTS = {
     "joint": {"feature_map": "hedgehog_joint"},
@@ -37,6 +41,14 @@ FORMS = {
     "plain": LinearForm(),
     **{name: LinearForm(**part) for name, part in PARTS.items()},
     "all": LinearForm(**{k: v for part in PARTS.values() for k, v in part.items()}),
+    "tile": LinearForm(tile="1x2x3"),
+    "frame": LinearForm(tile="1x0x0", attention_mass="moments", map_sharing="shared"),
+}
+# By their number of tokens; of two, some lie beside the video's.
+GRIDS = {
+    1: TokenGrid((1, 1, 1)),
+    4: TokenGrid((1, 1, 2), before=None, after=1),
+    63: TokenGrid((3, 4, 5), before=1, after=None),
 }
 NEW_FORMS = [name for name in FORMS if name != "plain"]
 # Relative error of the whole tensor against fp64.
@@ -77,6 +89,10 @@ def definition(
 ) -> Tensor:
     """Compute a form head by head, with whole attention matrices."""
     L = query.shape[1]
+    if form.tile:
+        inputs = {"query": query, "key": key, "value": value, **state}
+        inputs |= {side: state[side].expand(N, -1, -1) for side in SIDES}
+        return define(inputs, GRIDS[L].tiles(form.tile_size, L), hybrid_form(form))
     heads = []
     for n in range(N):
         q, k, v = (x[:, :, n] for x in (query, key, value))
@@ -99,7 +115,7 @@ def definition(
     return torch.stack(heads, dim=2)
 
 
-@pytest.mark.parametrize("length", [1, 4, 63])
+@pytest.mark.parametrize("length", GRIDS)
 @pytest.mark.parametrize("feature_dim", [D, 2 * D])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_form_is_its_definition_in_value_and_gradient(
@@ -112,15 +128,16 @@ def test_a_form_is_its_definition_in_value_and_gradient(
     expected = definition(form, *exact_tokens, state)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
     expected.backward(upstream.double())
-    found = linear(*tokens)
+    found = linear(*tokens, GRIDS[length])
     found.backward(upstream)
 
     difference = (found.detach().double() - expected.detach()).norm()
     assert float(difference) <= TOLERANCE * float(expected.detach().norm())
     pairs = [(x.grad, exact.grad) for x, exact in zip(tokens, exact_tokens, strict=True)]
     pairs += [(p.grad, state[name].grad) for name, p in linear.named_parameters()]
-    # With one token the output is its value: gradients of all else vanish and have no scale.
-    scale = max(float(exact.norm()) for _, exact in pairs) if length == 1 else 0.0
+    # With one token, or tile, the output is its own: other gradients vanish and have no scale.
+    is_one = length == 1 or (form.tile is not None and length == 4)
+    scale = max(float(exact.norm()) for _, exact in pairs) if is_one else 0.0
     for index, (gradient, exact) in enumerate(pairs):
         difference = float((gradient.double() - exact).norm())
         assert difference <= TOLERANCE * max(float(exact.norm()), scale), index
@@ -135,6 +152,25 @@ def test_gate_and_window_start_as_if_they_were_not_there(part: str, dtype: torch
     added(*tokens).float().square().sum().backward()
     for parameter in added.parameters():
         assert float(parameter.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("name", ["tile", "frame"])
+def test_a_hybrid_layer_starts_as_its_definition_says(name: str) -> None:
+    linear = make_linear(FORMS[name], is_trained=False)
+    starts = initial_weights(hybrid_form(FORMS[name]), N, D)
+    found = dict(linear.named_parameters())
+    assert found.keys() == {*SIDES, *starts}
+    assert all(torch.equal(found[weight], start) for weight, start in starts.items())
+
+
+def test_a_hybrid_layer_must_be_told_its_tokens() -> None:
+    linear = make_linear(FORMS["tile"])
+    with pytest.raises(ValueError, match="was not told where the video's tokens lie"):
+        linear(*make_tokens(4))
+    with pytest.raises(ValueError, match="of 5, 5, 5 tokens given; the tiles have 4"):
+        linear(*make_tokens(5), TokenGrid((1, 2, 2)))
+    with pytest.raises(ValueError, match="-1 tokens before"):
+        linear(*make_tokens(3), TokenGrid((1, 2, 2), before=None))
 
 
 @pytest.mark.parametrize("window", [2, 7, 63, 64, 1000])
@@ -157,6 +193,25 @@ def test_a_window_needs_as_many_keys_as_queries() -> None:
 def test_an_impossible_window_is_refused_by_flag(window: int) -> None:
     with pytest.raises(ValueError, match=f"--window {window} given"):
         LinearForm(window=window)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tile": "1x4"}, "--tile 1x4 given; frames x height x width in tokens"),
+        ({"tile": ""}, "--tile '' given"),
+        ({"tile": "0x0x0"}, "not all of them 0, is needed"),
+        ({"tile": "1x-2x4"}, "--tile 1x-2x4 given"),
+        ({"tile": "1x2x4", "window": 5}, "--tile 1x2x4 and --window 5 given"),
+        ({"tile": "1x2x4", "output_gate": True}, "--output-gate True given"),
+        ({"tile": "1x2x4", "feature_map": "hedgehog_joint"}, "--feature-map hedgehog_joint given"),
+        ({"attention_mass": "moments"}, "--attention-mass moments given without --tile"),
+        ({"tile": "1x2x4", "attention_mass": "features"}, "one of query, moments is needed"),
+    ],
+)
+def test_an_impossible_tile_is_refused_by_flag(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        LinearForm(**settings)
 
 
 def test_shared_maps_are_one_a_layer_and_give_heads_their_own_features() -> None:
@@ -209,8 +264,16 @@ def test_a_saved_form_gives_the_students_velocity_and_has_what_it_asks_for(
         artifact.save(extract(student, wide_teacher), path, dtype=torch.float32)
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["linvideo.format_version"] == "3"
+        # As files had them before there were tiles.
+        assert ("linvideo.tile" in file.metadata()) == bool(FORMS[name].tile)
         suffixes = {entry.rpartition(".")[2] for entry in file.keys()}
-    added = {"gate": {"gate"}, "window": {"window_mix"}, "all": {"gate", "window_mix"}}
+    added = {
+        "gate": {"gate"},
+        "window": {"window_mix"},
+        "all": {"gate", "window_mix"},
+        "tile": {"mass_bias", "mass_gate"},
+        "frame": {"mass_moments"},
+    }
     assert suffixes == {*SIDES, *added.get(name, set())}
     loaded = artifact.load(path)
     assert loaded.header.form == FORMS[name]
@@ -226,7 +289,12 @@ def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_teacher: Teac
     plain = extract(make_student(wide_teacher, LinearForm()), wide_teacher)
     assert describe(made)["feature maps"] != describe(plain)["feature maps"]
     per_layer = {"joint": 0, "shared": -2 * 128 * 64, "gate": 2 * 128, "window": 2}
-    expected = sum(per_layer.values()) if name == "all" else per_layer[name]
+    expected = {
+        **per_layer,
+        "all": sum(per_layer.values()),
+        "tile": 2 + 2 * 128,
+        "frame": per_layer["shared"] + 3 * 2,
+    }[name]
     difference = count_bytes(made)["feature maps"] - count_bytes(plain)["feature maps"]
     assert difference == 2 * 4 * expected
 
@@ -255,6 +323,7 @@ def test_a_file_says_its_form_and_counts_its_bytes(name: str, wide_teacher: Teac
         ({"window_mix": torch.zeros(3)}, r"\[3\]; \[N\] is expected with D = 128, N = 2"),
         ({"gate": torch.full((2, 128), math.nan)}, "gate' holds NaN"),
         ({"query_map": torch.zeros(2, 128, 64)}, r"\[1, D, 64\] is expected.* shared"),
+        ({"attention_mass": '"query"'}, "'linvideo.tile' is missing"),
     ],
 )
 def test_a_defect_of_a_form_is_named_in_one_sentence(
@@ -263,8 +332,47 @@ def test_a_defect_of_a_form_is_named_in_one_sentence(
     wide_teacher: Teacher,
     tmp_path: Path,
 ) -> None:
+    check_defect(FORMS["all"], changes, sentence, wide_teacher, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tile": '"1x2"'}, "tile is '1x2'; frames x height x width in tokens"),
+        ({"tile": '"0x0x0"'}, "tile is '0x0x0'; frames"),
+        ({"tile": "[1, 2, 3]"}, r"tile is \(1, 2, 3\); frames"),
+        ({"tile": '"99999x1x1"'}, "tile is '99999x1x1'; frames"),
+        ({"tile": "null"}, "'mass_bias' of layer 0 is there, yet"),
+        ({"tile": None}, "'linvideo.tile' is missing"),
+        ({"attention_mass": None}, "'linvideo.attention_mass' is missing"),
+        ({"attention_mass": '"features"'}, "attention_mass is 'features'; one of query, moments"),
+        ({"attention_mass": '"moments"'}, "'mass_bias' of layer 0 is there, yet"),
+        ({"window": "5"}, "tile 1x2x3 and window 5 given; they do not work together"),
+        ({"output_gate": "true"}, "tile 1x2x3 and output_gate True given"),
+        ({"mass_gate": None}, "'mass_gate' of layer 0 is missing"),
+        ({"mass_gate": torch.zeros(2, 64)}, r"shape \[2, 64\]; \[N, D\] is expected"),
+        ({"mass_bias": torch.zeros(3)}, r"shape \[3\]; \[N\] is expected"),
+        ({"mass_bias": torch.full((2,), math.inf)}, "mass_bias' holds NaN or infinity"),
+    ],
+)
+def test_a_defect_of_tiles_is_named_in_one_sentence(
+    changes: dict[str, str | Tensor | None],
+    sentence: str,
+    wide_teacher: Teacher,
+    tmp_path: Path,
+) -> None:
+    check_defect(FORMS["tile"], changes, sentence, wide_teacher, tmp_path)
+
+
+def check_defect(
+    form: LinearForm,
+    changes: dict[str, str | Tensor | None],
+    sentence: str,
+    wide_teacher: Teacher,
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.safetensors"
-    artifact.save(make_file(wide_teacher, FORMS["all"]), path)
+    artifact.save(make_file(wide_teacher, form), path)
     with safe_open(path, framework="pt") as file:
         entries = file.metadata()
     tensors = load_file(path)

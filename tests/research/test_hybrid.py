@@ -73,6 +73,7 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
 ) -> None:
     cases = [
         Case(form="moments_covariance", tile=(1, 3, 8), is_shifted=True, layers=5),
+        Case(form="moments", tile=(1, 3, 8)),
         Case(form="sol_attn", density=0.2, steps_factor=0),
     ]
     monkeypatch.setitem(TABLES, "forms", cases)
@@ -84,14 +85,16 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     failing = HybridConfig(**how, forms="moments_covariance", flags=f"{flags} --learning-rate 1e30")
     assert hybrid.run(failing) == {"forms": []}
     config = HybridConfig(**how, flags=flags)
-    [row, sparse] = hybrid.run(config)["forms"]
+    [row, whole, sparse] = hybrid.run(config)["forms"]
     assert (row["steps"], row["layers"], row["seed"], sparse["steps"]) == (2, 5, 0, 0)
+    assert (whole["form"], whole["layers"], whole["tile"]) == ("moments", 10, "1x3x8")
     assert row["cost"] == pytest.approx(cases[0].cost(GRID))
     assert row["frechet"] > 0 and 0 <= row["digit"] <= 1 and 0 <= row["motion"] <= 1
     record = json.loads((tmp_path / "hybrid.json").read_text(encoding="utf-8"))
-    assert record["details"]["parts"]["forms"]["runs"] == [row, sparse]
-    assert record["rows"] == [{"what": "forms", **x} for x in summarize([row, sparse])]
+    assert record["details"]["parts"]["forms"]["runs"] == [row, whole, sparse]
+    means = summarize([row, whole, sparse])
+    assert record["rows"] == [{"what": "forms", **x} for x in means]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")}
-    assert len(before) == 2
-    assert hybrid.run(config) == {"forms": [row, sparse]}
+    assert len(before) == 3
+    assert hybrid.run(config) == {"forms": [row, whole, sparse]}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")} == before

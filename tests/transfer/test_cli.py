@@ -457,14 +457,17 @@ def test_a_damaged_result_says_what_brings_it_back(size: int, finished: Path, fi
     torch.testing.assert_close(after.linear, before.linear, rtol=0, atol=0)
 
 
-def test_the_comparison_can_be_left_out(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("tile", "kind"), [(None, "linear"), ("1x2x2", "hybrid")])
+def test_the_comparison_can_be_left_out_and_layers_made_hybrid(
+    tile: str | None, kind: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    cli.main(arguments(files, **SHORT, evaluate_samples=0, out=out))
+    cli.main(arguments(files, **SHORT, tile=tile, evaluate_samples=0, out=out))
     evidence = {"layer_scores.png", "losses.png", "README.md"}
     assert times(out).keys() == {"linearized.safetensors", "config.json", *evidence}
-    assert "samples.png" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "samples.png" not in shown and f"1 of 3 layers are {kind}" in shown
+    assert artifact.load(out / "linearized.safetensors").header.tile == tile
 
 
 @pytest.mark.parametrize("command", [cli, distill])

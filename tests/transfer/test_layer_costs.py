@@ -11,6 +11,7 @@ import torch
 from linvideo_core import artifact
 from linvideo_core.evaluate.card import CARD_NAME
 from linvideo_core.models.experts import Experts
+from linvideo_core.run.config import override
 from linvideo_core.run.context import Run
 from linvideo_core.run.errors import SettingError
 from linvideo_core.teacher.teacher import Teacher
@@ -38,10 +39,11 @@ def test_the_fewest_layers_that_reach_a_speedup_are_counted(speedup: float, coun
     assert 1.9 / (1.9 - 0.04 * (count - 1)) < speedup
 
 
-def test_a_sentence_says_how_many_layers_are_needed_and_why() -> None:
-    assert COSTS.describe(1.6) == (
-        "the attention of a kept layer costs 41.8 ms, of a linear one 2.5 ms: 1.6x needs 18 of 30 "
-        "layers linear"
+@pytest.mark.parametrize(("is_hybrid", "kind"), [(False, "linear"), (True, "hybrid")])
+def test_a_sentence_says_how_many_layers_are_needed_and_why(is_hybrid: bool, kind: str) -> None:
+    assert dataclasses.replace(COSTS, is_hybrid=is_hybrid).describe(1.6) == (
+        f"the attention of a kept layer costs 41.8 ms, of a {kind} one 2.5 ms: 1.6x needs 18 of 30 "
+        f"layers {kind}"
     )
 
 
@@ -127,7 +129,8 @@ def test_the_model_is_left_as_it_was_and_sparse_layers_are_measured_as_such(
 def test_of_two_experts_one_is_measured(teacher: Teacher, config: TransferConfig) -> None:
     models = [make_wan(seed=seed).eval().requires_grad_(False) for seed in (1, 2)]
     pair = dataclasses.replace(teacher, model=Experts(*models, 0.8), latent_shape=(4, 2, 64, 64))
-    assert find_costs(pair, config, Run()).num_layers == 3
+    found = find_costs(pair, override(config, {"tile": "1x8x8"}), Run())
+    assert found.num_layers == 3 and found.is_hybrid
 
 
 def test_sparse_layers_need_a_target_that_is_a_speedup(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from linvideo_core.models.attention_sites import compiled_blocks
+from linvideo_core.models.config import LinearForm
 from linvideo_core.run.context import Run
 from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.teacher.teacher import Teacher
@@ -137,8 +139,14 @@ def test_training_leaves_the_teacher_as_it_was(
 
 
 @pytest.mark.slow
-def test_compiled_blocks_heed_the_switch(teacher: Teacher, inputs: Inputs) -> None:
-    with Student(teacher, StudentConfig(lora_rank=4), seed=0) as student, torch.no_grad():
+@pytest.mark.parametrize("tile", [None, "1x2x0"])
+def test_compiled_blocks_heed_the_switch(
+    tile: str | None, teacher: Teacher, inputs: Inputs
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    config = StudentConfig(lora_rank=4, form=LinearForm(tile=tile))
+    with Student(teacher, config, seed=0) as student, torch.no_grad():
         for name, parameter in student.weights.items():
             if name.endswith("up"):
                 torch.nn.init.normal_(parameter, std=0.05)
@@ -154,6 +162,8 @@ def test_compiled_blocks_heed_the_switch(teacher: Teacher, inputs: Inputs) -> No
         with compiled_blocks([student.model], student.sites):
             twice = [run(), run()]
     assert not torch.allclose(*expected, atol=1e-2)
+    # Layers of a kind share their code.
+    assert counters["stats"]["unique_graphs"] == 2
     for found in twice:
         for value, right in zip(found, expected, strict=True):
             torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)

@@ -64,7 +64,7 @@ def test_gradients_taken_layer_by_layer_are_those_of_the_mean_relative_error(
 
     def compare(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         with torch.enable_grad():
-            linear = module.linear(*(x.detach() for x in args)).float()
+            linear = module.linear(*(x.detach() for x in args[:3])).float()
             target = output.detach().float()
             error = (linear - target).square().mean() / target.square().mean()
             errors[module].append(error)

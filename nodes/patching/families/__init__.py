@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ....linvideo_core.artifact import ArtifactError
 from ....linvideo_core.demo.codec import LATENT_SHAPE
+from ....linvideo_core.kernels.tiles import TokenGrid
 from ...demo import DemoLatents
 
 PROMPT = "c_crossattn"
@@ -52,9 +53,14 @@ class Video:
         return None
 
     @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """(C, F, H, W) of the latents that become the picture."""
+        return self.latent_shape
+
+    @property
     def size(self) -> tuple[int, int, int] | None:
         """Frames, height and width in pixels, see `measure`."""
-        return self.measure(self.latent_shape)
+        return self.measure(self.picture_shape)
 
     def count_tokens(self, num_prompt_tokens: int) -> int:
         """Return L, the tokens of a sequence in which self-attention is."""
@@ -119,6 +125,8 @@ class HostFamily:
         class itself will do.
     find_joining_inputs: (diffusion_model, names of the inputs of a model call) -> those whose
         tokens join the video's in self-attention, which files are not made with.
+    find_grid: (diffusion_model, (F, H, W) of a call's latents, its inputs) -> where the video's
+        tokens lie in its sequence; diffusion_model is of one of the classes `of_known_grid`.
     run_fused: (attention, attend, its forward's arguments) -> what its class's own forward gives,
         computed with fewer passes; None where only that forward will do. in_training: also where a
         gradient is wanted.
@@ -133,6 +141,8 @@ class HostFamily:
     attention_module: str
     attention_class: str
     find_joining_inputs: Callable[[nn.Module, Collection[str]], list[str]]
+    find_grid: Callable[[nn.Module, tuple[int, ...], Mapping[str, Any]], TokenGrid]
+    of_known_grid: Collection[str]
     run_fused: Callable[..., Tensor | None] = _nothing
     video: type[Video] = Video
     refines_prompts: bool = False
@@ -147,6 +157,15 @@ class HostFamily:
                 f"this kind of {self.name} model keeps its attention in "
                 f"{type(attention).__name__}, which LinVideo cannot make linear; use a model whose "
                 f"layers are {self.attention_class}"
+            )
+
+    def check_grid(self, diffusion_model: nn.Module) -> None:
+        """Raise ArtifactError where it is not known how a model lays its tokens out."""
+        name = type(diffusion_model).__name__
+        if name not in self.of_known_grid:
+            raise ArtifactError(
+                "hybrid layers work within tiles of the video, and LinVideo does not know where "
+                f"{name} has the video's tokens: use a file of linear layers with this model"
             )
 
 

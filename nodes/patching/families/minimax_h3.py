@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....linvideo_core.kernels.softmax import SPARSE_BLOCK
+from ....linvideo_core.kernels.tiles import TokenGrid
 from ....linvideo_core.models.attention import SoftmaxAttention
 from ..attention_override import attend_as_pytorch
 from . import PROMPT, HostFamily, Video, check_sides, given_size, refuse_mask
@@ -80,9 +81,9 @@ class SoundVideo(Video):
         return num_frames, _SPACE_RATIO * H, _SPACE_RATIO * W
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        """Frames, height and width in pixels."""
-        return self.measure(self.shapes[0])
+    def picture_shape(self) -> tuple[int, ...]:
+        """(C, F, H, W) of the latents that become the picture."""
+        return self.shapes[0]
 
     def count_tokens(self, num_prompt_tokens: int) -> int:
         """Return L: prompt, sound and video are one sequence."""
@@ -297,6 +298,14 @@ def _draw_call(block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     return draw(6, *like.shape), draw(1, block.adaln_proj.linear.in_features), rotations
 
 
+def find_grid(
+    diffusion_model: nn.Module, size: tuple[int, ...], inputs: Mapping[str, Any]
+) -> TokenGrid:
+    """Return where the video's tokens lie: at the end, behind all others; see `HostFamily`."""
+    sizes = zip(size, diffusion_model.patch_size, strict=True)
+    return TokenGrid(tuple(-(-length // patch) for length, patch in sizes), before=None)
+
+
 def find_sinks(options: Mapping[str, Any], num_tokens: int) -> dict[str, tuple[int, int]]:
     """Return the blocks of text, references and sound, which stand before the video's.
 
@@ -322,6 +331,8 @@ FAMILY = HostFamily(
     attention_module="comfy.ldm.minimax.model",
     attention_class="Attention",
     find_joining_inputs=lambda diffusion_model, inputs: [],
+    find_grid=find_grid,
+    of_known_grid=("MiniMaxH3Model",),
     run_fused=run_attention,
     video=SoundVideo,
     refines_prompts=True,

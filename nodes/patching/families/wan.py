@@ -7,6 +7,7 @@ the same as the class's own forward for a few tokens, tried once a process; else
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from comfy.ldm.flux.math import rope
 from torch import Tensor, nn
 
 from ....linvideo_core.kernels import is_norm_rotary_fused, norm_rotary
+from ....linvideo_core.kernels.tiles import TokenGrid
 from ..attention_override import Attend, run_answered
 from . import HostFamily
 
@@ -36,6 +38,9 @@ _JOINING_BY_CLASS = {
     "SCAIL2WanModel": ("reference_latent", "pose_latents"),
 }
 
+# Their references are frames before the video's.
+_REFERENCE_FRAMES = ("SCAILWanModel", "SCAIL2WanModel")
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +50,24 @@ def find_joining_inputs(diffusion_model: nn.Module, inputs: Collection[str]) -> 
     if getattr(diffusion_model, "ref_conv", None) is not None:
         joining += ("reference_latent",)
     return [name for name in joining if name in inputs]
+
+
+def find_grid(
+    diffusion_model: nn.Module, size: tuple[int, ...], inputs: Mapping[str, Any]
+) -> TokenGrid:
+    """Return where the video's tokens lie, frames that join it among them; see `HostFamily`."""
+    patch_size, (F, *sides), before = diffusion_model.patch_size, size, 0
+    behind = set(find_joining_inputs(diffusion_model, inputs))
+    in_frames = {"time_dim_concat"}
+    if type(diffusion_model).__name__ in _REFERENCE_FRAMES:
+        in_frames.add("reference_latent")
+    elif getattr(diffusion_model, "ref_conv", None) is not None and "reference_latent" in behind:
+        behind.remove("reference_latent")
+        lengths = zip(inputs["reference_latent"].shape[-2:], patch_size[1:], strict=True)
+        before = math.prod(length // patch for length, patch in lengths)
+    F += sum(inputs[name].shape[2] for name in in_frames & behind)
+    grid = tuple(-(-n // patch) for n, patch in zip((F, *sides), patch_size, strict=True))
+    return TokenGrid(grid, before=before, after=None if behind - in_frames else 0)
 
 
 def run_fused(
@@ -188,5 +211,16 @@ FAMILY = HostFamily(
     attention_module="comfy.ldm.wan.model",
     attention_class="WanSelfAttention",
     find_joining_inputs=find_joining_inputs,
+    find_grid=find_grid,
+    of_known_grid=(
+        "WanModel",
+        "VaceWanModel",
+        "CameraWanModel",
+        "WanModel_S2V",
+        "HumoWanModel",
+        "AnimateWanModel",
+        "WanDancerModel",
+        *_REFERENCE_FRAMES,
+    ),
     run_fused=run_fused,
 )
