@@ -13,6 +13,7 @@ from torch import Tensor
 # Features of a chunk, in all heads and videos: 8 MB in fp32.
 _MAX_CHUNK_FEATURES = 2**21
 
+# Weights that add up to less have no mean; their inverse may be multiplied by any value.
 _LEAST_WEIGHT = 2.0**-100
 
 
@@ -23,10 +24,7 @@ def hedgehog(x: Tensor, feature_map: Tensor, *, is_joint: bool = False) -> Tenso
     over the feature axis and the usual 1/sqrt(D) is part of W. If joint, `softmax(x W ++ -x W)`:
     one softmax over all M, so that one side may outweigh the other.
     """
-    projected = torch.einsum("blnd,ndm->blnm", widen(x), widen(feature_map))
-    if is_joint:
-        return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
-    return torch.cat([projected.softmax(dim=-1), (-projected).softmax(dim=-1)], dim=-1)
+    return _to_features(torch.einsum("blnd,ndm->blnm", widen(x), widen(feature_map)), is_joint)
 
 
 def linear_attention(
@@ -76,15 +74,17 @@ def forward(
     with torch.autocast(query.device.type, enabled=False):
         state, total = torch.zeros((), device=key.device), torch.zeros((), device=key.device)
         for k, v in _chunks(key_map, key, value):
-            features = hedgehog(k, key_map, is_joint=is_joint)
-            state = state + torch.einsum("blnm,blnd->bnmd", features, widen(v))
-            total = total + features.sum(dim=1)
+            features = _to_features(_by_head(k) @ widen(key_map), is_joint)
+            state = state + features.mT @ _by_head(v)
+            total = total + features.sum(dim=2)
         means, normaliser = _divide(state, total), total / key.shape[1]
+        terms, sums = normaliser.unsqueeze(-1) * means, normaliser.unsqueeze(-1)
         # Chunks are written in place: joined in the end they would be in memory twice.
         out = torch.empty_like(query, dtype=value.dtype)
         for q, part in _chunks(query_map, query, out):
-            weights = _weigh(hedgehog(q, query_map, is_joint=is_joint), normaliser)
-            part.copy_(torch.einsum("blnm,bnmd->blnd", weights, means))
+            features = _to_features(_by_head(q) @ widen(query_map), is_joint)
+            weight = (features @ sums).clamp_min(_LEAST_WEIGHT)
+            part.copy_((features @ terms / weight).transpose(1, 2))
         return out, means, normaliser
 
 
@@ -150,6 +150,18 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _by_head(x: Tensor) -> Tensor:
+    """Return x [B, L, N, D] as [B, N, L, D], widened: one copy, and products need no other."""
+    return widen(x.transpose(1, 2)).contiguous()
+
+
+def _to_features(projected: Tensor, is_joint: bool) -> Tensor:
+    """Return the features [..., M] of x W [..., M/2]; see `hedgehog`."""
+    if is_joint:
+        return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
+    return torch.cat([projected.softmax(dim=-1), (-projected).softmax(dim=-1)], dim=-1)
+
+
 def _chunks(feature_map: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     B, _, N, _ = tensors[0].shape
     size = max(1, _MAX_CHUNK_FEATURES // (2 * B * N * feature_map.shape[2]))
@@ -164,7 +176,6 @@ def _divide(state: Tensor, count: Tensor) -> Tensor:
 def _weigh(features: Tensor, normaliser: Tensor) -> Tensor:
     """Return features times the normaliser, scaled to add up to 1."""
     weights = features * normaliser.unsqueeze(1)
-    # Weights that add up to less have no mean; their inverse may be multiplied by any value.
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(_LEAST_WEIGHT)
 
 
