@@ -142,7 +142,8 @@ def _decode_header(
     if differing := expected ^ {name for name in metadata if name.startswith(_OURS)}:
         name = min(differing)
         fault = "missing" if name in expected else "unknown"
-        raise ArtifactError(f"the header entry {name!a} is {fault}: {_AGAIN}")
+        newer = "" if name in expected else "update LinVideo, or "
+        raise ArtifactError(f"the header entry {name!a} is {fault}: {newer}{_AGAIN}")
     values = {
         name: _parse(entry, metadata[entry])
         for name, entry in _ENTRIES.items()

@@ -16,12 +16,12 @@ FROZEN = ("fp32", "bf16", "fp8")
 SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 
 
-TILE_NEEDED = "frames x height x width in tokens, such as 1x10x11, not all of them 0,"
+TILE_NEEDED = "frames x height x width in tokens, 0 to 9999 each and not all 0, such as 1x10x11,"
 
 
 def read_tile(text: object) -> tuple[int, int, int] | None:
     """Return the frames, height and width that "1x10x11" says; None for what says no tile."""
-    is_tile = isinstance(text, str) and re.fullmatch("[0-9]{1,4}(x[0-9]{1,4}){2}", text)
+    is_tile = isinstance(text, str) and re.fullmatch("x".join(3 * ["(0|[1-9][0-9]{0,3})"]), text)
     size = tuple(map(int, text.split("x"))) if is_tile else (0, 0, 0)
     return size if any(size) else None
 

@@ -3,14 +3,16 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from ..kernels.tiles import Size
 from ..models import lora
 from ..models.attention_sites import AttentionSite, ModelFamily, Shapes
-from ..models.config import FROZEN, FrozenConfig
+from ..models.config import FROZEN, FrozenConfig, LinearForm
 from ..models.families import identify
 from ..models.quantized import count_frozen_bytes
 from ..models.wan import WanConfig
+from ..run.errors import SettingError
 from ..run.memory import (
     FP32,
     Need,
@@ -56,6 +58,12 @@ def check_transfer(
     Raises ValueError, in one sentence, when it cannot work.
     """
     check_layers(config.selection, [site.layer for site in identify(teacher.shapes)[1]])
+    patch_size = teacher.checkpoint.config.patch_size
+    shapes = [teacher.latent_shape, *teacher.more_shapes]
+    check_tile(
+        config.student.form,
+        (tuple(-(-n // p) for n, p in zip(x[1:], patch_size, strict=True)) for x in shapes),
+    )
     return check_footprint(
         teacher,
         config,
@@ -66,6 +74,25 @@ def check_transfer(
         num_processes=num_processes,
         may_offload=num_processes == 1 and config.experts.low_noise_model is None,
     )
+
+
+def check_tile(form: LinearForm, grids: Iterable[Size]) -> None:
+    """Raise SettingError where one tile has all tokens of a video: its layers would be softmax.
+
+    grids: (frames, height, width) in tokens of the videos to learn from.
+    """
+    for grid in grids:
+        if form.tile and _covers(form.tile_size, grid):
+            size = " x ".join(map(str, grid))
+            raise SettingError(
+                f"{{tile}} {form.tile} given, and a video is {size} tokens, all of them one tile, "
+                "which leaves nothing to linear attention: give a smaller {tile}",
+                "tile",
+            )
+
+
+def _covers(tile: Size, grid: Size) -> bool:
+    return all(size == 0 or size >= length for size, length in zip(tile, grid, strict=True))
 
 
 def find_batch(

@@ -226,7 +226,7 @@ class Selection:
     def harden(self, linear_layers: Sequence[int]) -> None:
         """Make the choice."""
         harden(self.mixed, linear_layers)
-        logger.info("linear layers from here on: %s", [*linear_layers])
+        logger.info("chosen layers from here on: %s", [*linear_layers])
 
 
 def alpha_at(share: float) -> float:

@@ -36,6 +36,7 @@ from ...linvideo_core.transfer.config import ARTIFACT_NAME, TRAINING_NAME, Trans
 from ...linvideo_core.transfer.estimate import forecast, time_run
 from ...linvideo_core.transfer.layer_selection import check_target
 from ...linvideo_core.transfer.pipeline import linearize
+from ...linvideo_core.transfer.preflight import check_tile
 from ...linvideo_core.transfer.recipe import settings_by_steps, settings_for
 from ...linvideo_core.transfer.student import Student
 from ..model_folder import FOLDER
@@ -87,7 +88,11 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
         config = make_config(inputs, host, guidance_scale)
         check_target(config.selection, len(host.sites))
         if config.student.form.tile:
-            host.family.check_grid(model.model.diffusion_model)
+            diffusion_model = model.model.diffusion_model
+            host.family.check_grid(diffusion_model)
+            size = host.video.picture_shape[1:]
+            grid = host.family.find_grid(diffusion_model, size, host.conditions.inputs)
+            check_tile(config.student.form, [grid.size])
         identity = HostRun(
             weights=host.weights_digest(),
             conditions=host.conditions.digest(),

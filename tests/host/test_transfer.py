@@ -237,6 +237,8 @@ def test_a_name_belongs_to_one_transfer() -> None:
             assert setting in message and "another name" in message, message
         message = complaint(_REFUSALS, run, with_lora(_demo()[0]), _inputs(**usual))
         assert "with another model" in message and "another name" in message
+        message = complaint(_REFUSALS, _run, **usual, name="whole", tile="0x99x99")
+        assert "give a smaller" in message and not _run_folder(folder).with_name("whole").exists()
         size = {"latent": {"samples": torch.zeros(1, LATENT_SHAPE[0], 2, 8, 16)}}
         message = complaint(_REFUSALS, _run, **usual, **size)
         assert "another video size" in message and "/" not in message

@@ -200,7 +200,8 @@ def test_an_impossible_window_is_refused_by_flag(window: int) -> None:
     [
         ({"tile": "1x4"}, "--tile 1x4 given; frames x height x width in tokens"),
         ({"tile": ""}, "--tile '' given"),
-        ({"tile": "0x0x0"}, "not all of them 0, is needed"),
+        ({"tile": "01x2x4"}, "--tile 01x2x4 given"),
+        ({"tile": "0x0x0"}, "0 to 9999 each and not all 0"),
         ({"tile": "1x-2x4"}, "--tile 1x-2x4 given"),
         ({"tile": "1x2x4", "window": 5}, "--tile 1x2x4 and --window 5 given"),
         ({"tile": "1x2x4", "output_gate": True}, "--output-gate True given"),

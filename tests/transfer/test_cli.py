@@ -24,6 +24,7 @@ from linvideo_core import artifact
 from linvideo_core.distill import cli as distill
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import run_command, to_json
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.memory import free_bytes
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import Teacher, open_teacher
@@ -468,6 +469,11 @@ def test_the_comparison_can_be_left_out_and_layers_made_hybrid(
     shown = capsys.readouterr().out
     assert "samples.png" not in shown and f"1 of 3 layers are {kind}" in shown
     assert artifact.load(out / "linearized.safetensors").header.tile == tile
+
+
+def test_a_tile_that_has_the_whole_video_is_refused(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="--tile 0x99x99 given, and a video is "):
+        cli.main(arguments(files, **SHORT, tile="0x99x99", out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("command", [cli, distill])
