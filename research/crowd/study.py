@@ -320,9 +320,10 @@ def do_arm(
     for num_frames in each.num_frames:
         found = measure(config, each, path, num_frames, card)
         own = {"num_frames": num_frames, "jobs": config.jobs, **made, **found.pop("student")}
-        rows.append({**each.row, **own})
         key = {"table": REFERENCES, "seed": each.seed, "num_frames": num_frames}
+        # The arm's own last: where it is there, nothing is asked for again.
         rows += [{**key, "name": n, "jobs": config.jobs, **row} for n, row in found.items()]
+        rows.append({**each.row, **own})
     return rows
 
 
