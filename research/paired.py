@@ -7,7 +7,8 @@ difference: a row can be better in every seed although its spread over seeds is 
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,35 @@ def compare_paired(row: Mapping[int, float], baseline: Mapping[int, float]) -> P
         p=_sign_flip_p(np.array(differences)),
         seeds=len(seeds),
     )
+
+
+def compare_measures(
+    runs: Sequence[Mapping[str, Any]],
+    baseline: Sequence[Mapping[str, Any]],
+    measures: Mapping[str, str],
+) -> dict[str, PairedTest]:
+    """Return the test of every measure that runs of a row and of its baseline have in some seed.
+
+    runs, baseline: one a seed. measures: name -> its column there; what is not finite is not there.
+    """
+    tests = {
+        name: compare_paired(_by_seed(runs, column), _by_seed(baseline, column))
+        for name, column in measures.items()
+    }
+    return {name: test for name, test in tests.items() if test is not None}
+
+
+def to_columns(tests: Mapping[str, PairedTest]) -> dict[str, float | None]:
+    """Return difference, t and p of every measure as columns of a table's row."""
+    found: dict[str, float | None] = {}
+    for name, test in tests.items():
+        found |= {f"{name}_difference": test.difference, f"{name}_t": test.t, f"{name}_p": test.p}
+    return found
+
+
+def _by_seed(runs: Sequence[Mapping[str, Any]], column: str) -> dict[int, float]:
+    values = {run["seed"]: run[column] for run in runs if column in run}
+    return {seed: x for seed, x in values.items() if x is not None and math.isfinite(x)}
 
 
 def least_p(num_seeds: int) -> float:

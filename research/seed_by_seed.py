@@ -6,7 +6,6 @@ baseline alike, and leaves with their difference. Every pair of `PAIRS` is compa
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from benchmarks.record import RESULTS_FOLDER, SOURCE, read_record, show_rows
 from linvideo_core.run.config import option, parse, run_command
 from linvideo_core.run.files import write_json
 
-from .paired import compare_paired, least_p
+from .paired import compare_measures, least_p, to_columns
 
 Row = dict[str, Any]
 
@@ -77,21 +76,12 @@ def compare_all(record: Mapping[str, Any]) -> list[Row]:
     for table, pairs in PAIRS.items():
         for pair in pairs:
             own, other = ([runs.get(run, {}) for run in members[table, name]] for name in pair)
-            row: Row = {"table": table, "row": pair[0], "less": pair[1], "one_sided": []}
-            for measure, column in MEASURES.items():
-                test = compare_paired(_by_seed(own, column), _by_seed(other, column))
-                if test is not None:
-                    row |= {f"{measure}_difference": test.difference, f"{measure}_t": test.t}
-                    row |= {f"{measure}_p": test.p, "seeds": test.seeds}
-                    if test.seeds > 1 and test.p <= least_p(test.seeds):
-                        row["one_sided"].append(measure)
-            found.append(row)
+            tests = compare_measures(own, other, MEASURES)
+            one_sided = [m for m, x in tests.items() if x.seeds > 1 and x.p <= least_p(x.seeds)]
+            row: Row = {"table": table, "row": pair[0], "less": pair[1], "one_sided": one_sided}
+            row |= {"seeds": max((x.seeds for x in tests.values()), default=0)}
+            found.append(row | to_columns(tests))
     return found
-
-
-def _by_seed(runs: Sequence[Mapping[str, Any]], column: str) -> dict[int, float]:
-    values = {run["seed"]: run[column] for run in runs if column in run}
-    return {seed: x for seed, x in values.items() if x is not None and math.isfinite(x)}
 
 
 def describe(rows: Sequence[Row]) -> str:

@@ -1,13 +1,12 @@
 """Tables of the experiments: means over seeds, paired tests in every measure, and how many."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.record import show_rows
 
 from ..declared_runs import summarize
-from ..paired import compare_paired, least_p
+from ..paired import compare_measures, least_p, to_columns
 from .arms import NOT_RUN, TABLES
 from .judge import QUESTIONS
 
@@ -54,25 +53,10 @@ def tabulate(rows: Sequence[Row], table: str) -> list[Row]:
         row = {"what": table, "name": name, "num_frames": num_frames, **summarize(measured)}
         if arm is not None and arm.baseline is not None:
             row["baseline"] = arm.baseline
-            row |= compare_measures(runs, groups.get((arm.baseline, num_frames), []))
+            baseline = groups.get((arm.baseline, num_frames), [])
+            row |= to_columns(compare_measures(runs, baseline, {m: m for m in MEASURES}))
         found.append(row)
     return found
-
-
-def compare_measures(runs: Sequence[Row], baseline: Sequence[Row]) -> Row:
-    """Return the paired test of every measure that runs and those of a baseline have."""
-    found: Row = {}
-    for measure in MEASURES:
-        test = compare_paired(_by_seed(runs, measure), _by_seed(baseline, measure))
-        if test is not None:
-            found[f"{measure}_difference"] = test.difference
-            found |= {f"{measure}_t": test.t, f"{measure}_p": test.p}
-    return found
-
-
-def _by_seed(runs: Sequence[Row], measure: str) -> dict[int, float]:
-    values = {run["seed"]: run.get(measure) for run in runs}
-    return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
 def count_tests(rows: Sequence[Row]) -> dict[str, int]:
