@@ -188,8 +188,7 @@ def do_run(case: Case, flags: str, steps: int, seed: int, out: Path, device: str
 
 def find_grid(teacher: Teacher) -> Size:
     """Return the (frames, height, width) of a teacher's videos in tokens."""
-    sizes = zip(teacher.latent_shape[1:], teacher.model.config.patch_size, strict=True)
-    return tuple(-(-length // patch) for length, patch in sizes)
+    return teacher.model.config.find_grid(teacher.latent_shape)
 
 
 def train(student: Student, teacher: Teacher, case: Case, config: TransferConfig, run: Run) -> None:

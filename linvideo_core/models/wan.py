@@ -7,6 +7,7 @@ Architecture: Wan technical report (arXiv 2503.20314).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,11 @@ class WanConfig:
     def condition_channels(self) -> int:
         """How many channels of an image condition are joined to the latents; 0: text-to-video."""
         return self.in_channels - self.out_channels
+
+    def find_grid(self, latent_shape: Sequence[int]) -> Size:
+        """Return the (frames, height, width) in tokens of latents of shape (C, F, H, W)."""
+        sizes = zip(latent_shape[1:], self.patch_size, strict=True)
+        return tuple(-(-length // patch) for length, patch in sizes)
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:

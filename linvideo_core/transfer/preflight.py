@@ -58,12 +58,7 @@ def check_transfer(
     Raises ValueError, in one sentence, when it cannot work.
     """
     check_layers(config.selection, [site.layer for site in identify(teacher.shapes)[1]])
-    patch_size = teacher.checkpoint.config.patch_size
-    shapes = [teacher.latent_shape, *teacher.more_shapes]
-    check_tile(
-        config.student.form,
-        (tuple(-(-n // p) for n, p in zip(x[1:], patch_size, strict=True)) for x in shapes),
-    )
+    check_tile(config.student.form, _find_grids(teacher))
     return check_footprint(
         teacher,
         config,
@@ -89,6 +84,12 @@ def check_tile(form: LinearForm, grids: Iterable[Size]) -> None:
                 "which leaves nothing to linear attention: give a smaller {tile}",
                 "tile",
             )
+
+
+def _find_grids(teacher: TeacherCheckpoint) -> list[Size]:
+    """Return the grid of tokens of every size of a teacher's videos."""
+    shapes = [teacher.latent_shape, *teacher.more_shapes]
+    return [teacher.checkpoint.config.find_grid(shape) for shape in shapes]
 
 
 def _covers(tile: Size, grid: Size) -> bool:
@@ -286,15 +287,10 @@ def _make_plan(
         config.trajectories,
         config.evaluation,
     )
-
-    def count_tokens(latent_shape: Sequence[int]) -> int:
-        patches = zip(latent_shape[1:], model.patch_size, strict=True)
-        return math.prod(-(-size // patch) for size, patch in patches)
-
     return Plan(
         config=model,
         shapes=teacher.shapes,
-        num_tokens=max(map(count_tokens, [teacher.latent_shape, *teacher.more_shapes])),
+        num_tokens=max(map(math.prod, _find_grids(teacher))),
         num_trained=num_trained,
         batch_size=batch_size // num_processes,
         num_processes=num_processes,
