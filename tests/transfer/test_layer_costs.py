@@ -126,11 +126,15 @@ def test_the_model_is_left_as_it_was_and_sparse_layers_are_measured_as_such(
     assert all(torch.equal(x, before[name]) for name, x in teacher.model.state_dict().items())
 
 
-def test_of_two_experts_one_is_measured(teacher: Teacher, config: TransferConfig) -> None:
+def test_of_two_experts_one_is_measured_and_its_layers_are_called_what_they_are(
+    teacher: Teacher, config: TransferConfig
+) -> None:
     models = [make_wan(seed=seed).eval().requires_grad_(False) for seed in (1, 2)]
     pair = dataclasses.replace(teacher, model=Experts(*models, 0.8), latent_shape=(4, 2, 64, 64))
-    found = find_costs(pair, override(config, {"tile": "1x8x8"}), Run())
-    assert found.num_layers == 3 and found.is_hybrid
+    # Of which kind is the faster one here depends on the computer: none is so much faster.
+    asked = override(config, {"tile": "1x8x8", "target": "1000x"})
+    with pytest.raises(SettingError, match="1000x given, and with all 3 layers hybrid a call"):
+        find_costs(pair, asked, Run())
 
 
 def test_sparse_layers_need_a_target_that_is_a_speedup(tmp_path: Path) -> None:
