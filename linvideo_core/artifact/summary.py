@@ -38,12 +38,7 @@ _DRAWN = ("model", "linear layers", "hybrid layers", "size")
 def title(header: ArtifactHeader) -> str:
     """Say how many of the model's layers are linear, or hybrid."""
     count, total = len(header.linear_layers), header.num_layers
-    return f"{count} of {total} layers {'is' if count == 1 else 'are'} {kind_of(header)}"
-
-
-def kind_of(header: ArtifactHeader) -> str:
-    """Return what a file's layers are: "linear", or "hybrid", softmax within tiles too."""
-    return "hybrid" if header.tile else "linear"
+    return f"{count} of {total} layers {'is' if count == 1 else 'are'} {header.form.kind}"
 
 
 def describe(artifact: Artifact) -> dict[str, str]:
@@ -54,7 +49,7 @@ def describe(artifact: Artifact) -> dict[str, str]:
     facts = {
         "model": header.fingerprint,
         "weights": f"{weights} (digest {header.weights_digest})",
-        f"{kind_of(header)} layers": ", ".join(map(str, header.linear_layers)),
+        f"{header.form.kind} layers": ", ".join(map(str, header.linear_layers)),
         "trained": f"{header.objective}, {_count(header.steps, 'step')}",
         "feature maps": _describe_maps(header),
         "weight changes": _describe_changes(artifact),
@@ -170,7 +165,7 @@ def describe_times(
 ) -> list[str]:
     """Say how long a linear and a softmax layer take, and if nothing is gained.
 
-    tokens_shape: (L,) or (B, L) of the call that was measured; kind: see `kind_of`.
+    tokens_shape: (L,) or (B, L) of the call that was measured; kind: of `LinearForm`.
     softmax: passed over where none were measured, such as where another node computes them.
     """
     tokens = " x ".join(f"{size:,}" for size in tokens_shape)
@@ -337,7 +332,7 @@ def _draw_layers(page: _Page, artifact: Artifact) -> None:
             middle = (left + (step - _GAP) / 2, top + _CELL_HEIGHT / 2)
             colour = PAPER if is_linear else QUIET
             page.draw.text(middle, str(layer), colour, font, anchor="mm")
-    chosen = f"{kind_of(artifact.header)} attention"
+    chosen = f"{artifact.header.form.kind} attention"
     _draw_legend(page, ((BLUE, chosen), (_SOFT, "softmax attention")))
 
 

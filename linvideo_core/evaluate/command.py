@@ -53,6 +53,7 @@ _FREE_FIELDS += ("batch_size", "offload_blocks")
 KERNEL_KEYS = (
     "model",
     "linear_layers",
+    "hybrid_layers",
     "distance_to_teacher",
     "pixel_error",
     "temporal_spectrum_db",

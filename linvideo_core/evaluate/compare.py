@@ -50,7 +50,7 @@ Students = Mapping[str, contextlib.AbstractContextManager[nn.Module]]
 class Comparison:
     """Measures and pictures of several models that sampled the same prompts from the same noise.
 
-    rows: one a model, the teacher first: how many of its layers are linear, its measures by name.
+    rows: one a model, the teacher first: how many layers of each kind, its measures by name.
     velocity_rows: `model`, `sigma`, `velocity_error`, `velocity_cosine` of each student.
     frames: model -> uint8 [K, F, h, w], decoded by Wan's autoencoder [K, F, h, w, 3], of the first
         few samples, on the CPU; prompts: theirs.
@@ -232,7 +232,8 @@ def compare_kernels(
 
 def _name_case(artifact: Artifact | None, softmax: SoftmaxConfig) -> str:
     density = f" {softmax.density or DENSITY:g}" if softmax.is_sparse else ""
-    return f"{'linear, ' if artifact else ''}{softmax.softmax_kernel}{density}"
+    kind = f"{artifact.header.form.kind}, " if artifact else ""
+    return f"{kind}{softmax.softmax_kernel}{density}"
 
 
 def load_linearized(path: Path | None) -> Artifact:

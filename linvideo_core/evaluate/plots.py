@@ -33,12 +33,13 @@ def plot_layer_scores(
     *,
     layers: Sequence[int] | None = None,
     hardened_at: int | None = None,
+    kind: str = "linear",
 ) -> None:
     """Draw every layer's score r over training, coloured by depth, the linear layers in bold.
 
     rows: from metrics.jsonl, with `step` and `layer_scores`; others are passed over.
     layers: the linear layers; none: those whose last score is below one half.
-    hardened_at: the step from which the rounded choice was trained.
+    hardened_at: the step from which the rounded choice was trained. kind: of `LinearForm`.
 
     Raises ValueError when no row has layer scores.
     """
@@ -59,7 +60,7 @@ def plot_layer_scores(
         axes.plot(steps, scores[:, layer], color=colour, linewidth=width, alpha=alpha)
     axes.axhline(0.5, **_DOTTED)
     axes.set_ylim(-0.04, 1.04)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0  linear", "0.25", "0.5", "0.75", "1  softmax"])
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], [f"0  {kind}", "0.25", "0.5", "0.75", "1  softmax"])
     if hardened_at is not None:
         axes.axvline(hardened_at, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -67,8 +68,8 @@ def plot_layer_scores(
             textcoords="offset points", rotation=90, va="bottom", color=INK, fontsize=10,
         )  # fmt: skip
     count, total = int(is_linear.sum()), len(is_linear)
-    title_axes(axes, f"{count} of {total} layers are linear")
-    _draw_layers(legend, is_linear, colours)
+    title_axes(axes, f"{count} of {total} layers are {kind}")
+    _draw_layers(legend, is_linear, colours, kind)
     save_figure(figure, path)
 
 
@@ -227,7 +228,7 @@ def title_axes(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
 
 
-def _draw_layers(axes: Axes, is_linear: np.ndarray, colours: np.ndarray) -> None:
+def _draw_layers(axes: Axes, is_linear: np.ndarray, colours: np.ndarray, kind: str) -> None:
     """Draw a square for each layer, first on top, filled where it is linear: the legend."""
     count = len(is_linear)
     faces = colours * [1, 1, 1, 0]
@@ -240,7 +241,7 @@ def _draw_layers(axes: Axes, is_linear: np.ndarray, colours: np.ndarray) -> None
     axes.tick_params(length=0, colors=INK, labelsize=9)
     axes.spines[:].set_visible(False)
     axes.set_title("layer", loc="left", color=INK, fontsize=10, pad=12)
-    axes.set_xlabel("filled:\nlinear", color=INK, fontsize=9)
+    axes.set_xlabel(f"filled:\n{kind}", color=INK, fontsize=9)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -91,14 +91,14 @@ def read_labels(prompts: list[str]) -> tuple[Tensor, Tensor] | None:
 class Samples:
     """What one model made, on the CPU: latents, frames, what the judge sees in them, time.
 
-    counts: the model's linear layers and all its layers. steps: of the sampler.
+    counts: of its layers, see `count_layers`. steps: of the sampler.
     frames: of the first NUM_SHOWN videos, uint8, as `Teacher.decode` gives them.
     video_measures: means of `metrics.measure_videos` over all videos.
     teacher_features: once `Evaluator.describe` was called.
     """
 
     model: str
-    counts: tuple[int, int]
+    counts: dict[str, int]
     steps: int
     latents: Tensor
     frames: Tensor
@@ -182,7 +182,7 @@ class Evaluator:
             measured += [self._measure(latent, shown) for latent in latents.split(1)]
         return Samples(
             model=name,
-            counts=count_linear_layers(model),
+            counts=count_layers(model),
             steps=steps,
             seconds=total,
             frames=torch.cat(shown),
@@ -229,8 +229,7 @@ class Evaluator:
         With a judge `digit` and `motion` are the fractions of samples that show what their prompt
         asks for, and `frechet` is the distance to real clips.
         """
-        linear_layers, layers = samples.counts
-        row: Row = {"model": samples.model, "linear_layers": linear_layers, "layers": layers}
+        row: Row = {"model": samples.model, **samples.counts}
         if self.labels is not None:
             digits, directions = self.labels
             row["digit"] = metrics.accuracy(samples.digit_logits, digits)
@@ -335,11 +334,13 @@ def teacher_features(
     return features
 
 
-def count_linear_layers(model: nn.Module) -> tuple[int, int]:
-    """Return how many self-attention layers are linear, and how many there are."""
-    kinds = [
-        isinstance(attention_at(part, site), LinearAttention)
+def count_layers(model: nn.Module) -> dict[str, int]:
+    """Return how many self-attention layers are linear and hybrid, and how many there are."""
+    modules = [
+        attention_at(part, site)
         for part in parts_of(model)
         for site in identify(shapes_of(part))[1]
     ]
-    return sum(kinds), len(kinds)
+    kinds = [module.form.kind for module in modules if isinstance(module, LinearAttention)]
+    found = {f"{kind}_layers": kinds.count(kind) for kind in ("linear", "hybrid")}
+    return {**found, "layers": len(modules)}

@@ -79,6 +79,11 @@ class LinearForm(Settings):
                 )
 
     @property
+    def kind(self) -> str:
+        """What such a layer is called: "linear", or "hybrid", which is softmax within tiles too."""
+        return "hybrid" if self.tile else "linear"
+
+    @property
     def tile_size(self) -> tuple[int, int, int]:
         """The tile's frames, height and width in tokens, 0 for all of an axis."""
         return read_tile(self.tile)

@@ -20,6 +20,7 @@ _LABELS = {
     "diversity": "diversity / teacher's",
     "pixel_error": "pixel error (0 to 255)",
 }
+_KINDS = ("linear_layers", "hybrid_layers")
 
 
 def format_value(value: Any) -> str:
@@ -40,8 +41,12 @@ def format_value(value: Any) -> str:
 
 
 def show_table(rows: Sequence[Row]) -> str:
-    """Lay rows out for a terminal: a line a measure, a column a model."""
-    names = [name for name in rows[0] if name != "model"]
+    """Lay rows out for a terminal: a line a measure, a column a model.
+
+    Kinds of layers that no model has are left out.
+    """
+    absent = {name for name in _KINDS if not any(row.get(name) for row in rows)}
+    names = [name for name in rows[0] if name not in {"model", *absent}]
     labels = {name: _LABELS.get(name, name.replace("_", " ")) for name in names}
     left = max(map(len, labels.values())) + 2
     widths = [max(12, len(row["model"]) + 2) for row in rows]

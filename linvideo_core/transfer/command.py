@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import artifact
-from ..artifact.summary import kind_of
+from ..artifact.header import ArtifactHeader
 from ..evaluate import plots
 from ..evaluate.autoencoder import find_autoencoder, with_decoder
 from ..evaluate.card import CARD_NAME, SAMPLES_NAMES, write_card
@@ -70,6 +70,7 @@ FREE_FIELDS = (
 _SHOWN = (
     "model",
     "linear_layers",
+    "hybrid_layers",
     "layers",
     "digit",
     "motion",
@@ -124,7 +125,7 @@ def _make_and_compare(config: TransferConfig, paths: Sequence[Path], run: Run) -
     made = [artifact.load(path) for path in paths]
     folders = [config.out] if len(made) == 1 else [config.out / side for side in EXPERT_NAMES]
     for folder, each in zip(folders, made, strict=True):
-        draw_training(folder, each.header.linear_layers, config.selection, config.training.steps)
+        draw_training(folder, each.header, config.selection, config.training.steps)
     if not is_evaluated(config.evaluation, config.out):
         # What ships is what is measured: the saved file, in a model that is not compiled.
         logger.info("comparing %s with its teacher on %s in %s", paths[0], run.device,
@@ -310,11 +311,11 @@ def is_evaluated(config: EvaluationConfig, folder: Path) -> bool:
 
 
 def draw_training(
-    folder: Path, linear_layers: Sequence[int], selection: SelectionConfig, num_steps: int
+    folder: Path, header: ArtifactHeader, selection: SelectionConfig, num_steps: int
 ) -> None:
     """Draw losses, and layer scores if learned, from a training's metrics if still there.
 
-    linear_layers: those that became linear; num_steps: of the training.
+    header: of the file that it made; num_steps: of the training.
     """
     metrics_path = folder / TRAINING_NAME / "metrics.jsonl"
     if not metrics_path.exists():
@@ -325,7 +326,8 @@ def draw_training(
         plots.plot_layer_scores(
             rows,
             folder / "layer_scores.png",
-            layers=linear_layers,
+            layers=header.linear_layers,
+            kind=header.form.kind,
             hardened_at=count_selection_steps(selection, num_steps),
         )
     plots.plot_losses(rows, folder / "losses.png")
@@ -340,9 +342,9 @@ def summarize(config: TransferConfig) -> str:
         whose = header.provenance.get("expert", "")
         lines.append(
             f"{len(header.linear_layers)} of {header.num_layers} layers "
-            f"{f'of the {whose} expert ' if whose else ''}are {kind_of(header)}: {layers}"
+            f"{f'of the {whose} expert ' if whose else ''}are {header.form.kind}: {layers}"
         )
-    note = "swapped: the same layers linear, without any training"
+    note = f"swapped: the same layers {config.student.form.kind}, without any training"
     return "\n".join([*lines, "", show_results(config, _SHOWN, _FILES, note)])
 
 

@@ -18,11 +18,12 @@ def draw_preview(
     *,
     title: str,
     num_steps: int,
+    kind: str = "linear",
 ) -> Image.Image:
     """Return the picture, RGB: a labelled row of frames a video, below them the layers' curves.
 
     rows: from metrics.jsonl; those with `layer_scores` are drawn, over `num_steps` steps.
-    videos: name -> a few frames of one size.
+    videos: name -> a few frames of one size. kind: what layers become, of `LinearForm`.
     """
     strips = {name: _fit(frames) for name, frames in videos.items() if frames}
     heights = [_LABEL_SIZE + strip[0].height + 3 * _GAP for strip in strips.values()]
@@ -39,19 +40,19 @@ def draw_preview(
             page.paste(frame, (left, top + _LABEL_SIZE + _GAP))
         top += height
     if scores:
-        _draw_scores(draw, scores, num_steps, top)
+        _draw_scores(draw, scores, num_steps, top, kind)
     return page
 
 
 def _draw_scores(
-    draw: ImageDraw.ImageDraw, rows: list[Mapping[str, Any]], num_steps: int, top: int
+    draw: ImageDraw.ImageDraw, rows: list[Mapping[str, Any]], num_steps: int, top: int, kind: str
 ) -> None:
     left, right = _MARGIN, _WIDTH - _MARGIN
     font = ImageFont.load_default(_LABEL_SIZE)
     draw.text((left, top), "how each layer is chosen, step by step", _QUIET, font)
     top += _LABEL_SIZE + _GAP
     bottom = top + _PLOT_HEIGHT
-    for y, offset, label, anchor in ((top, 2, "softmax", "rt"), (bottom, -2, "linear", "rd")):
+    for y, offset, label, anchor in ((top, 2, "softmax", "rt"), (bottom, -2, kind, "rd")):
         draw.line((left, y, right, y), (225, 225, 225))
         draw.text((right, y + offset), label, _QUIET, font, anchor=anchor)
     if len(rows) < 2:

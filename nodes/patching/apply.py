@@ -20,7 +20,7 @@ from comfy_execution.utils import get_executing_context
 from torch import nn
 
 from ...linvideo_core.artifact import Artifact, ArtifactError, ArtifactHeader, Usage, check
-from ...linvideo_core.artifact.summary import find_differences, kind_of, title
+from ...linvideo_core.artifact.summary import find_differences, title
 from ...linvideo_core.models import attention_sites
 from ...linvideo_core.models.base_weights import WeightsMatch
 from ...linvideo_core.models.families import identify
@@ -171,7 +171,7 @@ class Report:
 
     def add_kernel(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> None:
         """Say why fused kernels will not compute a linear layer; a CPU has none."""
-        reason, kind = why_plain(self.header, device, head_dim, dtype), kind_of(self.header)
+        reason, kind = why_plain(self.header, device, head_dim, dtype), self.header.form.kind
         if reason and device.type != "cpu":
             self._lines.append(f"plain PyTorch computes the {kind} layers, more slowly: {reason}")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...linvideo_core.artifact import ArtifactHeader
-from ...linvideo_core.artifact.summary import LayerTimes, describe_times, kind_of
+from ...linvideo_core.artifact.summary import LayerTimes, describe_times
 from ...linvideo_core.kernels import why_not_fused
 from ...linvideo_core.models.attention_sites import AttentionSite
 from .attention_override import PYTORCH, name_kernel
@@ -122,7 +122,7 @@ class LayerClock:
         is_plain = why_plain(self._header, self._device, self._linear[0].head_dim, self._dtype)
         linear = self._times("plain PyTorch" if is_plain else "fused Triton kernels", self._linear)
         softmax = self._times(self._softmax_kernel, self._softmax)
-        lines = describe_times(self._shape, linear, softmax, kind=kind_of(self._header))
+        lines = describe_times(self._shape, linear, softmax, kind=self._header.form.kind)
         if softmax.milliseconds and softmax.kernel == PYTORCH and self._may_gain_by_cudnn():
             lines.append(_TRY_CUDNN)
         return lines

@@ -187,7 +187,8 @@ class LiveProgress(Callbacks):
         rows = read_metrics(path) if path.exists() else []
         loss = f", loss {metrics['loss']:.4f}" if "loss" in metrics else ""
         title = f"step {stage.done} of {stage.total}{loss}"
-        return draw_preview(rows, videos, title=title, num_steps=stage.total)
+        kind = self._config.student.form.kind
+        return draw_preview(rows, videos, title=title, num_steps=stage.total, kind=kind)
 
     def _keep_estimate(self, _: Any, inputs: tuple[Tensor, ...], velocity: Tensor) -> None:
         """Keep the first video as a call of the teacher estimates it: state - sigma velocity.

@@ -23,10 +23,11 @@ from linvideo_core.evaluate.metrics import frechet_distance_of, pixel_error
 from linvideo_core.flow import TIMESTEP_SCALE, add_noise
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import attention_at, install, shapes_of
-from linvideo_core.models.config import SoftmaxConfig
+from linvideo_core.models.config import LinearForm, SoftmaxConfig
 from linvideo_core.models.families import identify
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.callbacks import Callbacks
+from linvideo_core.run.tables import show_table
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import Teacher
 from tests.conftest import make_teacher, make_wan, save_inputs
@@ -86,6 +87,16 @@ def test_a_student_that_is_the_teacher_is_measured_as_perfect(teacher: Teacher) 
     sigmas = [row["sigma"] for row in found.velocity_rows]
     assert len(sigmas) == SETTINGS.sampler_steps
     assert sigmas[0] == 1 and sigmas == sorted(sigmas, reverse=True)
+
+
+def test_a_table_names_the_kinds_of_layers_that_a_model_has(teacher: Teacher) -> None:
+    for tile, named, other in ((None, "linear layers", "hybrid"), ("1x2x2", "hybrid", "linear")):
+        students = {"swapped": swap(teacher.model, (0, 2), 128, LinearForm(tile=tile))}
+        rows = compare(teacher, students, SETTINGS, seed=0).rows
+        counts = [(row["linear_layers"] + row["hybrid_layers"], row["layers"]) for row in rows]
+        assert counts == [(0, 3), (2, 3)]
+        shown = show_table(rows)
+        assert named in shown and other not in shown
 
 
 def test_a_swapped_model_differs_and_gives_the_teacher_back(teacher: Teacher) -> None:
