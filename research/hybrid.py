@@ -54,7 +54,6 @@ TABLES: dict[str, list[Case]] = {
     "forms": [
         *_BASELINES,
         *(Case(form=form, tile=_SMALL) for form in FORMS),
-        Case(form="query", tile=_SMALL, is_shifted=True),
         *(Case(form=form, tile=_FRAME) for form in ("query", "moments", "moments_covariance")),
     ],
     "layers": [

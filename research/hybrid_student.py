@@ -38,12 +38,9 @@ Row = dict[str, Any]
 LINEAR, WINDOW, SOL_ATTN = "linear", "window", "sol_attn"
 FORMS = {
     "query": HybridForm(mass="query"),
-    "query_far": HybridForm(mass="query", is_far_only=True),
     "query_covariance": HybridForm(mass="query", has_covariance=True),
     "moments": HybridForm(mass="moments"),
-    "moments_far": HybridForm(mass="moments", is_far_only=True),
     "moments_covariance": HybridForm(mass="moments", has_covariance=True),
-    "features": HybridForm(mass="features", is_far_only=True),
 }
 """Name -> a hybrid layer. Besides, "linear" has no softmax, "window" mixes the softmax of one frame
 in by one learned number a head, and "sol_attn" is Sol-Attn without training."""
@@ -59,39 +56,30 @@ class Case:
     """What is trained: a form in some of the layers.
 
     tile: (frames, height, width) in tokens, of hybrid forms and of "window".
-    is_shifted: every other layer's tiles begin half a tile earlier.
     density: of "sol_attn". layers: how many are replaced, 5, 8 or 10.
     steps_factor: times the steps of other rows; 0 for what is not trained.
     """
 
     form: str
     tile: Size | None = None
-    is_shifted: bool = False
     density: float = 1.0
     layers: int = 10
     steps_factor: int = 1
 
     @property
     def tile_name(self) -> str:
-        """Its tile in words, such as "1x4x4 shifted"."""
+        """Its tile in words, such as "1x4x4"."""
         if self.form == SOL_ATTN:
             return f"density {self.density:g}"
-        size = "x".join(map(str, self.tile or ()))
-        return f"{size} shifted" if self.is_shifted else size or "none"
+        return "x".join(map(str, self.tile or ())) or "none"
 
     @property
     def flags(self) -> str:
         """Those of a transfer that has such layers, as far as it has them."""
         if self.form == WINDOW:
             return f"--window {math.prod(self.tile)}"
-        is_known = self.form in ATTENTION_MASSES and not self.is_shifted
+        is_known = self.form in ATTENTION_MASSES
         return f"--tile {self.tile_name} --attention-mass {self.form}" if is_known else ""
-
-    def tiles(self, grid: Size, layer: int) -> Tiles:
-        """Return the tiles of a layer over a grid of tokens."""
-        is_moved = self.is_shifted and layer % 2
-        shift = tuple(size // 2 for size in self.tile) if is_moved else (0, 0, 0)
-        return Tiles(grid=grid, tile=self.tile, shift=shift)
 
     def share_of_tokens(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in its layers, over all pairs.
@@ -101,8 +89,7 @@ class Case:
         """
         if self.form in (LINEAR, SOL_ATTN):
             return 0.0 if self.form == LINEAR else self.density
-        chosen = _LAYERS[self.layers]
-        return sum(self.tiles(grid, layer).share for layer in chosen) / len(chosen)
+        return Tiles(grid=grid, tile=self.tile).share
 
     def cost(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in all layers, over those of the teacher."""
@@ -194,8 +181,8 @@ def find_grid(teacher: Teacher) -> Size:
 def train(student: Student, teacher: Teacher, case: Case, config: TransferConfig, run: Run) -> None:
     """Fit the layers of a case to the teacher's attention, then the student to its velocity."""
     if case.form in FORMS and not case.flags:
-        for layer, mixed in student.mixed.items():
-            tiles = case.tiles(find_grid(teacher), layer)
+        tiles = Tiles(grid=find_grid(teacher), tile=case.tile)
+        for mixed in student.mixed.values():
             mixed.linear = VariantAttention(mixed.linear, tiles, FORMS[case.form])
     with student.disabled():
         trajectories = collect(teacher, config.trajectories, run)

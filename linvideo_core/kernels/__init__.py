@@ -92,8 +92,8 @@ def hybrid_attention(
 
     query, key, value: [B, L, N, D], as `linear_attention` takes them, L the tokens of `tiles`.
     query_map, key_map: [N, D, M/2]; weights: by the names of `initial_weights`.
-    backend: as of `linear_attention`; the fused kernels know masses "query" and "moments" without
-        other terms, of M <= 128; "auto" leaves others to the reference.
+    backend: as of `linear_attention`; the fused kernels know no covariance, and M <= 128; "auto"
+        leaves others to the reference.
 
     Returns [B, L, N, D] in value's dtype; the gradient reaches all tensors.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
@@ -119,20 +119,18 @@ def _attend_in_tiles(
     if backend == "reference":
         return hybrid_reference.hybrid_attention(*tensors, weights, tiles, form)
     _, key, value, *_ = tensors
-    B, _, N, D = key.shape
-    spread = None
-    if form.mass == "query":
+    level, slope, spread = hybrid_reference.estimate_mass(
+        weights, form, tiles, key.to(value.dtype), _find_moments
+    )
+    if tiles.num_tiles == 1:
         # Where no key lies outside, all is the tile's.
-        level = 3 + math.log(tiles.num_slots) if tiles.num_tiles > 1 else -math.inf
-        level = level - 4 * weights["mass_bias"].float()
-        slope = -weights["mass_gate"].float().expand(B, N, D)
-    else:
-        level, mean_scale, variance_scale = weights["mass_moments"].float()
-        mean, products = custom_ops.moments(key.to(value.dtype))
-        slope = mean_scale.unsqueeze(-1) * mean / D**0.5
-        covariance = products - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        spread = variance_scale[:, None, None] * covariance / (2 * D)
+        level = level - math.inf
     return custom_ops.hybrid_attention(*tensors, level, slope, spread, tiles.numbers)[0]
+
+
+def _find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
+    mean, products = custom_ops.moments(key)
+    return mean, products - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def norm_rotary(
@@ -398,7 +396,7 @@ def _unknown_attention(D: int, half: int, dtype: torch.dtype, is_joint: bool) ->
 
 def _unknown_hybrid(form: HybridForm, D: int, half: int, dtype: torch.dtype) -> str:
     if form not in _FUSED_FORMS.values():
-        return "the fused kernels know hybrid layers of mass 'query' and 'moments' alone"
+        return "the fused kernels know hybrid layers without covariance alone"
     if 2 * half > _MOST_HYBRID_FEATURES:
         return f"the fused kernels know hybrid layers of {_MOST_HYBRID_FEATURES} features at most"
     return _unknown_attention(D, half, dtype, is_joint=False)

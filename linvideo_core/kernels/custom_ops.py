@@ -70,7 +70,7 @@ def _fake_states(value: Tensor, feature_map: Tensor, backend: str) -> tuple[Tens
     B, _, N, D = value.shape
     M = 2 * feature_map.shape[2]
     is_half = backend == "triton" and value.dtype != torch.float32
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(value.dtype, torch.float32)
     means = value.new_empty(B, N, M, D, dtype=torch.bfloat16 if is_half else wide)
     return means, value.new_empty(B, N, M, dtype=wide)
 

@@ -17,17 +17,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .reference import hedgehog, linear_terms, widen
+from .reference import LEAST_WEIGHT, chunks, hedgehog, widen, widen_dtype
 from .tiles import TileIndex, Tiles
 
-MASSES = ("query", "moments", "features")
+MASSES = ("query", "moments")
 
-# Scores of a chunk of tiles, in all heads and videos: 64 MB in fp32.
-_MAX_CHUNK_SCORES = 2**24
-# Weights that add up to less have no mean; their inverse may be multiplied by any value.
-_LEAST_SUM = 2.0**-100
-# The share of a sum below which a difference from it is nothing but rounding, in its eps.
-_ROUNDING = 8
+# Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32.
+_MAX_CHUNK_SCORES = 2**22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,16 +34,12 @@ class HybridForm:
         keys outside,
         "query": `3 - 4 b - g . q_i + log T`;
         "moments": `log n_i + a + b q_i . mu / sqrt(D) + c q_i' S q_i / (2 D)`, mu and S the mean
-        and covariance of all keys: exact for jointly Gaussian ones with a = 0, b = c = 1;
-        "features": `log sum_j phi(q_i) . phi(k_j) / M - 4 b` of `positive_features`, whose linear
-        attention so keeps its own magnitude.
-    is_far_only: the tile's own terms are subtracted from linear attention: no key counts twice.
+        and covariance of all keys: exact for jointly Gaussian ones with a = 0, b = c = 1.
     has_covariance: far_i has `c C q_i / sqrt(D)` added, C the covariance of values and keys: with
         the values' mean, which untrained maps come to, exact for jointly Gaussian ones.
     """
 
     mass: str = "query"
-    is_far_only: bool = False
     has_covariance: bool = False
 
     def __post_init__(self) -> None:
@@ -60,13 +52,13 @@ def weight_shapes(
 ) -> dict[str, list[int | str]]:
     """Return the shapes of what a layer of this form learns besides its feature maps, by name.
 
-    mass_bias [N], b of "query" and "features"; mass_gate [N, D], g of "query"; mass_moments [3, N],
-    (a, b, c) of "moments"; covariance_scale [N], c of the covariance.
+    mass_bias [N] and mass_gate [N, D], b and g of "query"; mass_moments [3, N], (a, b, c) of
+    "moments"; covariance_scale [N], c of the covariance.
     """
     N, D = num_heads, head_dim
-    shapes = {"mass_moments": [3, N]} if form.mass == "moments" else {"mass_bias": [N]}
+    shapes = {"mass_moments": [3, N]}
     if form.mass == "query":
-        shapes["mass_gate"] = [N, D]
+        shapes = {"mass_bias": [N], "mass_gate": [N, D]}
     if form.has_covariance:
         shapes["covariance_scale"] = [N]
     return shapes
@@ -105,148 +97,113 @@ def hybrid_attention(
 
     Raises ValueError where the tokens are not those of the tiles.
     """
-    L = tiles.num_tokens
     tiles.check_tokens(query, key, value)
+    _, L, _, D = query.shape
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = map(widen, (query, key, value))
-        maps = widen(query_map), widen(key_map)
-        index = tiles.index(q.device)
-        local, log_local = local_softmax(q, k, v, index)
-        far, log_features = _attend_far(q, k, v, maps, index, form)
-        num_outside = (L - index.is_token.sum(dim=1))[index.places // tiles.num_slots]
-        log_outside = num_outside.to(q).log().unsqueeze(-1)
+        state, total = _sum_features(key_map, key, value)
+        level, slope, spread = estimate_mass(weights, form, tiles, key, find_moments)
+        correction = torch.zeros((), device=query.device)
         if form.has_covariance:
-            scale = weights["covariance_scale"].to(q) / (q.shape[3] ** 0.5)
-            far = far + scale.unsqueeze(-1) * torch.einsum("blnd,bnde->blne", q, _covary(k, v))
-        if form.mass == "query":
-            log_far = 3 + math.log(tiles.num_slots) - _bias(q, weights)
-            log_far = log_far - torch.einsum("blnd,nd->bln", q, weights["mass_gate"].to(q))
-        elif form.mass == "moments":
-            log_far = _log_mass(q, k, weights["mass_moments"].to(q)) + log_outside
-        else:
-            log_far = log_features - _bias(q, weights)
-        # Where no key lies outside, all is the tile's.
-        log_far = torch.where(num_outside[:, None] > 0, log_far, -math.inf)
-        share = torch.sigmoid(log_local - log_far).unsqueeze(-1)
-        return (share * local + (1 - share) * far).to(value.dtype)
+            scale = widen(weights["covariance_scale"]) / D**0.5
+            correction = scale[:, None, None] * find_covariance(key, value)
+
+        def attend(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = map(widen, (q, k, v))
+            local, log_local = local_softmax(is_token, q, k, v)
+            far = _attend_far(hedgehog(q.flatten(1, 2), query_map), state, total).view_as(q)
+            if form.has_covariance:
+                far = far + torch.einsum("bksnd,bnde->bksne", q, correction)
+            slopes = slope[:, None, None]
+            num_outside = (L - is_token.sum(dim=1)).view(-1, 1, 1)
+            log_far = level
+            if spread is not None:
+                slopes = slopes + torch.einsum("bksnd,bnde->bksne", q, spread)
+                log_far = level + num_outside.to(q).log()
+            log_far = log_far + (q * slopes).sum(dim=-1)
+            # Where no key lies outside, all is the tile's.
+            log_far = torch.where(num_outside > 0, log_far, -math.inf)
+            share = torch.sigmoid(log_local - log_far).unsqueeze(-1)
+            return (share * local + (1 - share) * far).to(value.dtype)
+
+        return _in_tiles(attend, tiles.index(query.device), query, key, value)
+
+
+def estimate_mass(
+    weights: Mapping[str, Tensor],
+    form: HybridForm,
+    tiles: Tiles,
+    key: Tensor,
+    moments_of: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return level [N], slope [B, N, D] and, of "moments", spread [B, N, D, D], fp32 at least.
+
+    `log F_i = level + slope . q_i`, and with a spread `+ q_i' spread q_i + log n_i`.
+    key: [B, L, N, D]; moments_of: returns its mean and covariance, as `find_moments` does.
+    """
+    B, _, N, D = key.shape
+    if form.mass == "query":
+        level = 3 + math.log(tiles.num_slots) - 4 * widen(weights["mass_bias"])
+        return level, -widen(weights["mass_gate"]).expand(B, N, D), None
+    level, mean_scale, variance_scale = widen(weights["mass_moments"])
+    mean, covariance = moments_of(key)
+    slope = mean_scale.unsqueeze(-1) * mean / D**0.5
+    return level, slope, variance_scale[:, None, None] * covariance / (2 * D)
 
 
 def local_softmax(
-    query: Tensor, key: Tensor, value: Tensor, index: TileIndex
+    is_token: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the softmax of each token's tile [B, L, N, D] and log A [B, L, N].
+    """Return the softmax of some tiles [B, k, T, N, D] and log A [B, k, T, N].
 
-    query, key, value: [B, L, N, D]; scores are scaled by 1 / sqrt(D).
+    is_token: [k, T]; query, key, value: [B, k, T, N, D]; scores are scaled by 1 / sqrt(D).
     """
-
-    def attend(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        scores = torch.einsum("bksnd,bktnd->bksnt", q, k) / q.shape[-1] ** 0.5
-        scores = scores.masked_fill(~is_token[:, None, None, :], -math.inf)
-        log_sum = scores.logsumexp(dim=-1)
-        weights = (scores - log_sum.unsqueeze(-1)).exp()
-        return torch.einsum("bksnt,bktnd->bksnd", weights, v), log_sum
-
-    return _in_tiles(attend, index, query, key, value)
+    scores = torch.einsum("bksnd,bktnd->bksnt", query, key) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(~is_token[:, None, None, :], -math.inf)
+    log_sum = scores.logsumexp(dim=-1)
+    weights = (scores - log_sum.unsqueeze(-1)).exp()
+    return torch.einsum("bksnt,bktnd->bksnd", weights, value), log_sum
 
 
-def local_linear(
-    query_features: Tensor, key_features: Tensor, value: Tensor, index: TileIndex
-) -> tuple[Tensor, Tensor]:
-    """Return `reference.linear_terms` of each token's tile alone, as parts of those of all tokens.
-
-    query_features, key_features: [B, L, N, M]; value: [B, L, N, D].
-    """
-    L = value.shape[1]
-
-    def attend(is_token: Tensor, a: Tensor, b: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        similarity = torch.einsum("bksnm,bktnm->bksnt", a, b) / L
-        similarity = similarity * is_token[:, None, None, :]
-        return torch.einsum("bksnt,bktnd->bksnd", similarity, v), similarity.sum(dim=-1)
-
-    return _in_tiles(attend, index, query_features, key_features, value)
+def find_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [B, N, D] and covariance [B, N, D, D] of x [B, L, N, D] over tokens."""
+    return x.mean(dim=1, dtype=widen_dtype(x.dtype)), find_covariance(x, x)
 
 
-def positive_features(x: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features [B, L, N, M] and l [B, L, N]: phi(x) is features times exp(l).
-
-    `phi(x) = exp(x W - h) ++ exp(-x W - h)`, h = |x|^2 / (2 sqrt(D)), W = feature_map [N, D, M/2]:
-    the hyperbolic positive features of Performer (arXiv 2009.14794). For W from a normal
-    distribution of variance 1 / sqrt(D), phi(q) . phi(k) / M is exp(q k / sqrt(D)) on average. The
-    largest feature of each token is 1, so that none overflows.
-    """
-    projected = torch.einsum("blnd,ndm->blnm", x, feature_map)
-    highest = projected.abs().amax(dim=-1)
-    features = (torch.cat([projected, -projected], dim=-1) - highest.unsqueeze(-1)).exp()
-    return features, highest - x.square().sum(dim=-1) / (2 * x.shape[-1] ** 0.5)
+def find_covariance(x: Tensor, y: Tensor) -> Tensor:
+    """Return the covariance [B, N, D, D] of x and y [B, L, N, D] over tokens, fp32 at least."""
+    mean = x.mean(dim=1, keepdim=True, dtype=widen_dtype(x.dtype))
+    parts = chunks(x.shape[-1], x, y)
+    return sum(torch.einsum("blnd,blne->bnde", a - mean, widen(b)) for a, b in parts) / x.shape[1]
 
 
-def _attend_far(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    maps: tuple[Tensor, Tensor],
-    index: TileIndex,
-    form: HybridForm,
-) -> tuple[Tensor, Tensor]:
-    """Return linear attention [B, L, N, D] and log of the sum of its weights over M [B, L, N].
-
-    The second says something of "features" alone: those of Hedgehog have no magnitude.
-    """
-    log_size = torch.zeros((), device=query.device)
-    if form.mass == "features":
-        query_features, log_query = positive_features(query, maps[0])
-        key_features, log_key = positive_features(key, maps[1])
-        # Keys are weighed against one another: by the largest, so that none overflows.
-        highest = log_key.detach().amax(dim=1, keepdim=True)
-        key_features = key_features * (log_key - highest).exp().unsqueeze(-1)
-        log_size = log_query + highest + math.log(key.shape[1] / key_features.shape[-1])
-    else:
-        query_features, key_features = hedgehog(query, maps[0]), hedgehog(key, maps[1])
-    numerator, denominator = linear_terms(query_features, key_features, value)
-    least = _LEAST_SUM
-    if form.is_far_only:
-        own = local_linear(query_features, key_features, value, index)
-        least = least + _ROUNDING * torch.finfo(query.dtype).eps * denominator.detach()
-        numerator, denominator = numerator - own[0], denominator - own[1]
-    denominator = torch.maximum(denominator, torch.as_tensor(least).to(denominator))
-    return numerator / denominator.unsqueeze(-1), denominator.log() + log_size
+def _sum_features(feature_map: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means over tokens of phi(k) v' [B, N, M, D] and of phi(k) [B, N, M]."""
+    state = total = torch.zeros((), device=key.device)
+    for k, v in chunks(2 * feature_map.shape[2], key, value):
+        features = hedgehog(k, feature_map)
+        state = state + torch.einsum("blnm,blnd->bnmd", features, widen(v))
+        total = total + features.sum(dim=1)
+    return state / key.shape[1], total / key.shape[1]
 
 
-def _covary(key: Tensor, value: Tensor) -> Tensor:
-    """Return the covariance of keys and values over tokens, [B, N, D, D]."""
-    centred = key - key.mean(dim=1, keepdim=True)
-    return torch.einsum("blnd,blne->bnde", centred, value) / key.shape[1]
+def _attend_far(features: Tensor, state: Tensor, total: Tensor) -> Tensor:
+    """Return linear attention [B, L, N, D] of queries' features [B, L, N, M]."""
+    weight = torch.einsum("blnm,bnm->bln", features, total).clamp_min(LEAST_WEIGHT)
+    return torch.einsum("blnm,bnmd->blnd", features, state) / weight.unsqueeze(-1)
 
 
-def _log_mass(query: Tensor, key: Tensor, moments: Tensor) -> Tensor:
-    """Return `a + b q . mu / sqrt(D) + c q' S q / (2 D)` [B, L, N]; moments: [3, N], a, b, c."""
-    D = query.shape[-1]
-    level, mean_scale, variance_scale = moments
-    mean = torch.einsum("blnd,bnd->bln", query, key.mean(dim=1)) / D**0.5
-    spread = torch.einsum("blnd,bnde->blne", query, _covary(key, key))
-    variance = torch.einsum("blnd,blnd->bln", spread, query) / D
-    return level + mean_scale * mean + variance_scale * variance / 2
-
-
-def _bias(query: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    return 4 * weights["mass_bias"].to(query)
-
-
-def _in_tiles(
-    attend: Callable[..., tuple[Tensor, ...]], index: TileIndex, *tensors: Tensor
-) -> tuple[Tensor, ...]:
+def _in_tiles(attend: Callable[..., Tensor], index: TileIndex, *tensors: Tensor) -> Tensor:
     """Compute something of each tile, in chunks, and put it back where the tokens lie.
 
-    attend: (is_token [k, T], each tensor in tiles [B, k, T, N, ...]) -> results [B, k, T, N, ...].
-    tensors: [B, L, N, ...]. Returns the results as [B, L, N, ...].
+    attend: (is_token [k, T], each tensor in tiles [B, k, T, N, D]) -> a result [B, k, T, N, D].
+    tensors: [B, L, N, D]. Returns the results as [B, L, N, D].
     """
-    B, _, N, *_ = tensors[0].shape
+    B, _, N, D = tensors[0].shape
     T = index.tokens.shape[1]
-    size = max(1, _MAX_CHUNK_SCORES // (B * N * T * T))
-    chunks = zip(index.tokens.split(size), index.is_token.split(size), strict=True)
-    found = [attend(valid, *(_take(x, tokens) for x in tensors)) for tokens, valid in chunks]
-    results = (torch.cat(parts, dim=1).flatten(1, 2) for parts in zip(*found, strict=True))
-    return tuple(_take(x, index.places) for x in results)
+    size = max(1, _MAX_CHUNK_SCORES // (B * N * T * max(T, D)))
+    parts = zip(index.tokens.split(size), index.is_token.split(size), strict=True)
+    found = [attend(valid, *(_take(x, tokens) for x in tensors)) for tokens, valid in parts]
+    return _take(torch.cat(found, dim=1).flatten(1, 2), index.places)
 
 
 def _take(x: Tensor, tokens: Tensor) -> Tensor:

@@ -215,21 +215,20 @@ def _block_sizes(launch: Launch, tiles: Tiles) -> tuple[int, tuple[int, ...]]:
 def _places(tiles: Tiles) -> tuple[int, ...]:
     """Return what of `_find_tokens` is no constant."""
     _, rows, columns = tiles.counts
-    places = (*tiles.grid, rows, columns, math.prod(tiles.counts), *tiles.shift)
+    places = (*tiles.grid, rows, columns, math.prod(tiles.counts))
     return *places, tiles.before, tiles.before + tiles.after
 
 
 @triton.jit
 def _find_tokens(
-    o_slot, i_tile, frames, height, width, rows, columns, video_tiles,
-    shift_f, shift_h, shift_w, before, num_others,
+    o_slot, i_tile, frames, height, width, rows, columns, video_tiles, before, num_others,
     TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """Return the tokens in some slots of a tile, and whether there is one."""
-    f = i_tile // (rows * columns) * TILE_F - shift_f + o_slot // (TILE_H * TILE_W)
-    h = i_tile // columns % rows * TILE_H - shift_h + o_slot // TILE_W % TILE_H
-    w = i_tile % columns * TILE_W - shift_w + o_slot % TILE_W
-    m_video = (f >= 0) & (f < frames) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+    f = i_tile // (rows * columns) * TILE_F + o_slot // (TILE_H * TILE_W)
+    h = i_tile // columns % rows * TILE_H + o_slot // TILE_W % TILE_H
+    w = i_tile % columns * TILE_W + o_slot % TILE_W
+    m_video = (f < frames) & (h < height) & (w < width)
     video = (f * height + h) * width + w + before
     other = (i_tile - video_tiles) * (TILE_F * TILE_H * TILE_W) + o_slot
     m_other = other < num_others
@@ -252,7 +251,7 @@ def hybrid_kernel(
     p_out, p_mass,
     query_b, query_l, query_n, key_b, key_l, key_n, value_b, value_l, value_n, out_b, out_l, out_n,
     length, num_heads, frames, height, width, rows, columns, video_tiles,
-    shift_f, shift_h, shift_w, before, num_others,
+    before, num_others,
     TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     PRECISION: tl.constexpr, HAS_SPREAD: tl.constexpr,
@@ -271,7 +270,7 @@ def hybrid_kernel(
     o_query, m_query = _find_tokens(
         i_block % BLOCKS * QUERIES + tl.arange(0, QUERIES), i_tile,
         frames, height, width, rows, columns, video_tiles,
-        shift_f, shift_h, shift_w, before, num_others, TILE_F, TILE_H, TILE_W,
+        before, num_others, TILE_F, TILE_H, TILE_W,
     )  # fmt: skip
     # Of a tile that is cut off, many slots are empty.
     if tl.max(m_query.to(tl.int32), 0) == 0:
@@ -281,8 +280,8 @@ def hybrid_kernel(
     query = _load_tokens(p_query, query_l, o_query, m_query, D).to(feature_map.dtype)
     p_key += i_b * key_b + i_n * key_n
     p_value += i_b * value_b + i_n * value_n
-    # A finite start: the first keys may all be empty slots.
-    highest = tl.full((QUERIES,), -1e30, tl.float32)
+    # Finite from the first keys on: a tile's first slot is never empty.
+    highest = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     local = tl.zeros((QUERIES, D), tl.float32)
     num_inside = tl.zeros((KEYS,), tl.int32)
@@ -290,7 +289,7 @@ def hybrid_kernel(
         o_key, m_key = _find_tokens(
             start + tl.arange(0, KEYS), i_tile,
             frames, height, width, rows, columns, video_tiles,
-            shift_f, shift_h, shift_w, before, num_others, TILE_F, TILE_H, TILE_W,
+            before, num_others, TILE_F, TILE_H, TILE_W,
         )  # fmt: skip
         key = _load_tokens(p_key, key_l, o_key, m_key, D).to(feature_map.dtype)
         value = _load_tokens(p_value, value_l, o_key, m_key, D)
@@ -337,7 +336,7 @@ def hybrid_kernel(
 def _pull_back(
     p_x, p_y, x_l, y_l, p_other_x, p_other_y, other_x_l, other_y_l, p_rows, p_mass,
     i_block, i_tile, frames, height, width, rows, columns, video_tiles,
-    shift_f, shift_h, shift_w, before, num_others,
+    before, num_others,
     TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     OWN: tl.constexpr, OTHERS: tl.constexpr, D: tl.constexpr, FEATURES: tl.constexpr,
     PRECISION: tl.constexpr, IS_KEY: tl.constexpr,
@@ -351,7 +350,7 @@ def _pull_back(
     o_own, m_own = _find_tokens(
         i_block * OWN + tl.arange(0, OWN), i_tile,
         frames, height, width, rows, columns, video_tiles,
-        shift_f, shift_h, shift_w, before, num_others, TILE_F, TILE_H, TILE_W,
+        before, num_others, TILE_F, TILE_H, TILE_W,
     )  # fmt: skip
     narrow = p_other_y.dtype.element_ty
     x = _load_tokens(p_x, x_l, o_own, m_own, D).to(narrow)
@@ -369,7 +368,7 @@ def _pull_back(
         o_other, m_other = _find_tokens(
             start + tl.arange(0, OTHERS), i_tile,
             frames, height, width, rows, columns, video_tiles,
-            shift_f, shift_h, shift_w, before, num_others, TILE_F, TILE_H, TILE_W,
+            before, num_others, TILE_F, TILE_H, TILE_W,
         )  # fmt: skip
         other_x = _load_tokens(p_other_x, other_x_l, o_other, m_other, D).to(narrow)
         other_y = _load_tokens(p_other_y, other_y_l, o_other, m_other, D).to(FEATURES)
@@ -406,7 +405,7 @@ def hybrid_backward_kernel(
     query_b, query_l, query_n, key_b, key_l, key_n, value_b, value_l, value_n,
     upstream_b, upstream_l, upstream_n,
     length, num_heads, frames, height, width, rows, columns, video_tiles,
-    shift_f, shift_h, shift_w, before, num_others,
+    before, num_others,
     TILE_F: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     OWN: tl.constexpr, OTHERS: tl.constexpr, D: tl.constexpr, FEATURES: tl.constexpr,
     PRECISION: tl.constexpr, HAS_SPREAD: tl.constexpr,
@@ -431,7 +430,7 @@ def hybrid_backward_kernel(
         o_key, m_key, _key, dkey, dvalue, _inside, _along = _pull_back(
             p_key, p_value, key_l, value_l, p_query, p_upstream, query_l, upstream_l,
             p_rows, p_mass, i_block, i_tile, frames, height, width, rows, columns, video_tiles,
-            shift_f, shift_h, shift_w, before, num_others,
+            before, num_others,
             TILE_F, TILE_H, TILE_W, OWN, OTHERS, D, FEATURES, PRECISION, True,
         )  # fmt: skip
         _add_to(p_dkey + out, o_key, m_key, num_heads * D, dkey * D**-0.5, D)
@@ -440,7 +439,7 @@ def hybrid_backward_kernel(
         o_query, m_query, query, dquery, _zeros, inside, along = _pull_back(
             p_query, p_upstream, query_l, upstream_l, p_key, p_value, key_l, value_l,
             p_rows, p_mass, i_block, i_tile, frames, height, width, rows, columns, video_tiles,
-            shift_f, shift_h, shift_w, before, num_others,
+            before, num_others,
             TILE_F, TILE_H, TILE_W, OWN, OTHERS, D, FEATURES, PRECISION, False,
         )  # fmt: skip
         p_far = p_mass + tl.num_programs(1).to(tl.int64) * length

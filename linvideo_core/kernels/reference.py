@@ -14,7 +14,7 @@ from torch import Tensor
 _MAX_CHUNK_FEATURES = 2**21
 
 # Weights that add up to less have no mean; their inverse may be multiplied by any value.
-_LEAST_WEIGHT = 2.0**-100
+LEAST_WEIGHT = 2.0**-100
 
 
 def hedgehog(x: Tensor, feature_map: Tensor, *, is_joint: bool = False) -> Tensor:
@@ -43,22 +43,11 @@ def linear_attention(
     with torch.autocast(query.device.type, enabled=False):
         query_features = hedgehog(query, query_map, is_joint=is_joint)
         key_features = hedgehog(key, key_map, is_joint=is_joint)
-        numerator, denominator = linear_terms(query_features, key_features, widen(value))
+        # Averages over tokens, not sums: the quotient is the same and long videos cannot overflow.
+        state = torch.einsum("blnm,blnd->bnmd", key_features, widen(value)) / value.shape[1]
+        numerator = torch.einsum("blnm,bnmd->blnd", query_features, state)
+        denominator = torch.einsum("blnm,bnm->bln", query_features, key_features.mean(dim=1))
         return (numerator / denominator.unsqueeze(-1)).to(value.dtype)
-
-
-def linear_terms(
-    query_features: Tensor, key_features: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `mean_j (a_i . b_j) v_j` [B, L, N, D] and `mean_j a_i . b_j` [B, L, N].
-
-    query_features, key_features: [B, L, N, M], a and b; value: [B, L, N, D]. Averages over tokens,
-    not sums: the quotient is the same and long videos cannot overflow.
-    """
-    state = torch.einsum("blnm,blnd->bnmd", key_features, value) / value.shape[1]
-    numerator = torch.einsum("blnm,bnmd->blnd", query_features, state)
-    denominator = torch.einsum("blnm,bnm->bln", query_features, key_features.mean(dim=1))
-    return numerator, denominator
 
 
 def forward(
@@ -73,7 +62,7 @@ def forward(
     """Return output [B, L, N, D], means [B, N, M, D] and normaliser [B, N, M], without a graph."""
     with torch.autocast(query.device.type, enabled=False):
         state, total = torch.zeros((), device=key.device), torch.zeros((), device=key.device)
-        for k, v in _chunks(key_map, key, value):
+        for k, v in chunks(2 * key_map.shape[2], key, value):
             features = _to_features(_by_head(k) @ widen(key_map), is_joint)
             state = state + features.mT @ _by_head(v)
             total = total + features.sum(dim=2)
@@ -81,9 +70,9 @@ def forward(
         terms, sums = normaliser.unsqueeze(-1) * means, normaliser.unsqueeze(-1)
         # Chunks are written in place: joined in the end they would be in memory twice.
         out = torch.empty_like(query, dtype=value.dtype)
-        for q, part in _chunks(query_map, query, out):
+        for q, part in chunks(2 * query_map.shape[2], query, out):
             features = _to_features(_by_head(q) @ widen(query_map), is_joint)
-            weight = (features @ sums).clamp_min(_LEAST_WEIGHT)
+            weight = (features @ sums).clamp_min(LEAST_WEIGHT)
             part.copy_((features @ terms / weight).transpose(1, 2))
         return out, means, normaliser
 
@@ -109,7 +98,7 @@ def backward(
         state = total = torch.zeros((), device=key.device)
         dq, dk, dv = (torch.empty_like(x) for x in (query, key, value))
         dquery_map, dkey_map = (torch.zeros_like(widen(x)) for x in (query_map, key_map))
-        for q, do, out in _chunks(query_map, query, upstream, dq):
+        for q, do, out in chunks(2 * query_map.shape[2], query, upstream, dq):
             features = hedgehog(q, query_map, is_joint=is_joint)
             weights = _weigh(features, normaliser)
             slope = torch.einsum("blnd,bnmd->blnm", widen(do), means)
@@ -121,7 +110,7 @@ def backward(
             out.copy_(_pull_back(q, query_map, projected, dquery_map, needs_map_gradients))
         count = normaliser * key.shape[1]
         state, total = _divide(state, count), _divide(total.unsqueeze(-1), count).squeeze(-1)
-        for k, v, key_out, value_out in _chunks(key_map, key, value, dk, dv):
+        for k, v, key_out, value_out in chunks(2 * key_map.shape[2], key, value, dk, dv):
             features = hedgehog(k, key_map, is_joint=is_joint)
             value_out.copy_(torch.einsum("blnm,bnmd->blnd", features, state))
             slope = torch.einsum("blnd,bnmd->blnm", widen(v), state) - total.unsqueeze(1)
@@ -146,8 +135,20 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return x in the dtype that it is computed in: fp32, or fp64 where it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
+    """Return x in the dtype that it is computed in, see `widen_dtype`."""
+    return x.to(widen_dtype(x.dtype))
+
+
+def widen_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which tensors of a dtype are computed: fp32, or fp64 for itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunks(width: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split tensors [B, L, N, ...] into chunks of tokens, for so many numbers a token and head."""
+    B, _, N, _ = tensors[0].shape
+    size = max(1, _MAX_CHUNK_FEATURES // (B * N * width))
+    return list(zip(*(x.split(size, dim=1) for x in tensors), strict=True))
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -162,12 +163,6 @@ def _to_features(projected: Tensor, is_joint: bool) -> Tensor:
     return torch.cat([projected.softmax(dim=-1), (-projected).softmax(dim=-1)], dim=-1)
 
 
-def _chunks(feature_map: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    B, _, N, _ = tensors[0].shape
-    size = max(1, _MAX_CHUNK_FEATURES // (2 * B * N * feature_map.shape[2]))
-    return list(zip(*(x.split(size, dim=1) for x in tensors), strict=True))
-
-
 def _divide(state: Tensor, count: Tensor) -> Tensor:
     """Divide by the sum of a feature; one that no key has weighs nothing, but stays finite."""
     return state / count.clamp_min(torch.finfo(count.dtype).tiny).unsqueeze(-1)
@@ -176,7 +171,7 @@ def _divide(state: Tensor, count: Tensor) -> Tensor:
 def _weigh(features: Tensor, normaliser: Tensor) -> Tensor:
     """Return features times the normaliser, scaled to add up to 1."""
     weights = features * normaliser.unsqueeze(1)
-    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(_LEAST_WEIGHT)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(LEAST_WEIGHT)
 
 
 def _to_projection(features: Tensor, slope: Tensor, is_joint: bool) -> Tensor:

@@ -1,12 +1,11 @@
 """Three-dimensional tiles of a video's tokens: which token lies in which tile, as arithmetic.
 
-Along an axis of n positions, tiles of t positions that are shifted by s begin at i t - s, for i
-from 0 to ceil((n + s) / t) - 1; the first and the last may be cut off. A tile has as many slots as
-a whole one has tokens, frame by frame and row by row: slots beyond the grid are empty.
+Along an axis of n positions, tiles of t positions begin at i t, for i from 0 to ceil(n / t) - 1;
+the last may be cut off. A tile has as many slots as a whole one has tokens, frame by frame and row
+by row: slots beyond the grid are empty.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,7 +45,6 @@ class Tiles:
     """Tiles over `grid` tokens of a video, which lie frame by frame and row by row.
 
     grid, tile: (frames, height, width) in tokens, of any size; a tile is cut to the grid.
-    shift: (frames, height, width) that tiles begin earlier; none along an axis that one tile spans.
     before, after: tokens that lie before and after the video's, such as those of references or
         text. In their order they make up tiles of their own, as large as the video's.
 
@@ -55,41 +53,35 @@ class Tiles:
 
     grid: Size
     tile: Size
-    shift: Size = (0, 0, 0)
     before: int = 0
     after: int = 0
 
     def __post_init__(self) -> None:
-        given = f"grid {self.grid}, tile {self.tile}, shift {self.shift}"
-        if any(len(size) != 3 for size in (self.grid, self.tile, self.shift)):
+        given = f"grid {self.grid}, tile {self.tile}"
+        if any(len(size) != 3 for size in (self.grid, self.tile)):
             raise ValueError(f"{given} given; each has three numbers: frames, height, width")
-        if min(*self.grid, *self.tile) < 1 or min(*self.shift, self.before, self.after) < 0:
+        if min(*self.grid, *self.tile) < 1 or min(self.before, self.after) < 0:
             raise ValueError(
                 f"{given}, {self.before} tokens before and {self.after} after given; sizes of at "
-                "least 1 are needed, shifts and numbers of tokens of at least 0"
+                "least 1 are needed, numbers of tokens of at least 0"
             )
-        tile = tuple(map(min, self.tile, self.grid))
-        shifts = zip(self.shift, tile, self.grid, strict=True)
-        shift = tuple(s % t if t < n else 0 for s, t, n in shifts)
-        object.__setattr__(self, "tile", tile)
-        object.__setattr__(self, "shift", shift)
+        object.__setattr__(self, "tile", tuple(map(min, self.tile, self.grid)))
 
     @property
     def numbers(self) -> list[int]:
         """All fields in their order as a flat list, which `from_numbers` takes."""
-        return [*self.grid, *self.tile, *self.shift, self.before, self.after]
+        return [*self.grid, *self.tile, self.before, self.after]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> "Tiles":
         """Return the tiles of which these are `numbers`."""
-        grid, tile, shift = (tuple(numbers[i : i + 3]) for i in (0, 3, 6))
-        return cls(grid=grid, tile=tile, shift=shift, before=numbers[9], after=numbers[10])
+        grid, tile, (before, after) = tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6:]
+        return cls(grid=grid, tile=tile, before=before, after=after)
 
     @property
     def counts(self) -> Size:
         """Tiles along each axis of the grid."""
-        axes = zip(self.grid, self.tile, self.shift, strict=True)
-        return tuple(-(-(n + s) // t) for n, t, s in axes)
+        return tuple(-(-n // t) for n, t in zip(self.grid, self.tile, strict=True))
 
     @property
     def num_tokens(self) -> int:
@@ -109,12 +101,9 @@ class Tiles:
     @property
     def share(self) -> float:
         """The pairs of tokens that share a tile, over all L^2 pairs."""
-        axes = zip(self.grid, self.tile, self.shift, strict=True)
-        # Along each axis the number of pairs of positions that share a tile.
-        pairs = math.prod(sum(width**2 for width in _widths(n, t, s)) for n, t, s in axes) + sum(
-            width**2 for width in _widths(self.before + self.after, self.num_slots, 0)
-        )
-        return pairs / self.num_tokens**2
+        axes = zip(self.grid, self.tile, strict=True)
+        others = _count_pairs(self.before + self.after, self.num_slots)
+        return (math.prod(_count_pairs(*axis) for axis in axes) + others) / self.num_tokens**2
 
     def check_tokens(self, *tensors: Tensor) -> None:
         """Raise ValueError where query, key and value [B, L, N, D] are not of these tokens."""
@@ -136,10 +125,10 @@ class Tiles:
             (tile % columns, slot % w, W, w),
         )
         token, is_inside = 0, True
-        for (i, inner, n, t), s in zip(axes, self.shift, strict=True):
-            position = i * t + inner - s
+        for i, inner, n, t in axes:
+            position = i * t + inner
             token = token * n + position
-            is_inside = is_inside & (position >= 0) & (position < n)
+            is_inside = is_inside & (position < n)
         # The others, as if the video were not between them.
         other = (tile - math.prod(self.counts)) * self.num_slots + slot
         is_other = (other >= 0) & (other < self.before + self.after)
@@ -151,10 +140,10 @@ class Tiles:
         """Return in which slot tokens int64 in [0, L) lie, counted through all tiles, T each."""
         (F, H, W), (f, h, w), (_, rows, columns) = self.grid, self.tile, self.counts
         video = token - self.before
-        position = (video // (H * W), video // W % H, video % W)
-        shifted = [p + s for p, s in zip(position, self.shift, strict=True)]
-        tile = (shifted[0] // f * rows + shifted[1] // h) * columns + shifted[2] // w
-        slot = (shifted[0] % f * h + shifted[1] % h) * w + shifted[2] % w
+        y, x = video // W % H, video % W
+        frame = video // (H * W)
+        tile = (frame // f * rows + y // h) * columns + x // w
+        slot = (frame % f * h + y % h) * w + x % w
         other = torch.where(video < 0, token, token - F * H * W)
         other = other + math.prod(self.counts) * self.num_slots
         is_video = (video >= 0) & (video < F * H * W)
@@ -165,9 +154,8 @@ class Tiles:
         tile = torch.arange(self.num_tiles, device=device).unsqueeze(1)
         found = self.token_at(tile, torch.arange(self.num_slots, device=device))
         is_token = found >= 0
-        first = found.gather(1, is_token.int().argmax(dim=1, keepdim=True))
         places = self.place_of(torch.arange(self.num_tokens, device=device))
-        return TileIndex(torch.where(is_token, found, first), is_token, places)
+        return TileIndex(torch.where(is_token, found, found[:, :1]), is_token, places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +172,6 @@ class TileIndex:
     places: Tensor
 
 
-def _widths(length: int, tile: int, shift: int) -> list[int]:
-    """Return how many positions each tile along an axis has."""
-    inner = range(tile - shift, length, tile)
-    edges = [0, *inner, length] if length else [0]
-    return [end - start for start, end in itertools.pairwise(edges)]
+def _count_pairs(length: int, tile: int) -> int:
+    """Return how many pairs of positions along an axis share a tile."""
+    return length // tile * tile**2 + (length % tile) ** 2

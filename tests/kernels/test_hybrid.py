@@ -11,19 +11,19 @@ from linvideo_core.kernels import hybrid_reference
 from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
 from linvideo_core.kernels.tiles import Tiles
 
-# Odd sizes, ragged tiles, shifts, tokens beside the video's, one tile for all, one token a tile.
+# Odd sizes, ragged tiles, tokens beside the video's, one tile for all, one token a tile.
 TILINGS = [
     Tiles(grid=(3, 5, 4), tile=(1, 2, 3)),
-    Tiles(grid=(3, 5, 4), tile=(2, 2, 2), shift=(1, 1, 1)),
-    Tiles(grid=(2, 3, 5), tile=(1, 2, 2), shift=(0, 1, 0), before=3, after=6),
-    Tiles(grid=(2, 3, 3), tile=(9, 9, 9), shift=(1, 1, 1)),
+    Tiles(grid=(3, 5, 4), tile=(2, 2, 2)),
+    Tiles(grid=(2, 3, 5), tile=(1, 2, 2), before=3, after=6),
+    Tiles(grid=(2, 3, 3), tile=(9, 9, 9)),
     Tiles(grid=(1, 3, 1), tile=(1, 1, 1), after=2),
     Tiles(grid=(2, 3, 2), tile=(1, 3, 2), before=20),
 ]
 FORMS = [
-    HybridForm(mass=mass, is_far_only=is_far_only, has_covariance=has_covariance)
+    HybridForm(mass=mass, has_covariance=has_covariance)
     for mass in hybrid_reference.MASSES
-    for is_far_only, has_covariance in ((False, False), (True, True))
+    for has_covariance in (False, True)
 ]
 # Relative error of the whole tensor against fp64, by the inputs' dtype.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -34,15 +34,11 @@ def find_tiles(tiles: Tiles) -> list[object]:
     """Return the tile of every token, as its definition has it, token by token."""
     F, H, W = tiles.grid
 
-    def along(position: int, axis: int) -> int:
-        size, length = min(tiles.tile[axis], tiles.grid[axis]), tiles.grid[axis]
-        return (position + (tiles.shift[axis] if size < length else 0)) // size
-
-    T = math.prod(map(min, tiles.tile, tiles.grid))
+    f, h, w = map(min, tiles.tile, tiles.grid)
+    T = f * h * w
     others = [("other", i // T) for i in range(tiles.before + tiles.after)]
     video = [
-        (along(f, 0), along(h, 1), along(w, 2))
-        for f, h, w in itertools.product(range(F), range(H), range(W))
+        (t // f, y // h, x // w) for t, y, x in itertools.product(range(F), range(H), range(W))
     ]
     return [*others[: tiles.before], *video, *others[tiles.before :]]
 
@@ -62,12 +58,9 @@ def make_inputs(tiles: Tiles, form: HybridForm, dtype: torch.dtype) -> dict[str,
     return {name: x.to(dtype).requires_grad_(True) for name, x in inputs.items()}
 
 
-def features(x: Tensor, feature_map: Tensor, mass: str) -> Tensor:
+def features(x: Tensor, feature_map: Tensor) -> Tensor:
     """Return the features [B, N, L, M] of x [B, L, N, D]."""
     projected = torch.einsum("blnd,ndm->bnlm", x, feature_map)
-    if mass == "features":
-        half_norm = (x.square().sum(-1) / (2 * x.shape[-1] ** 0.5)).transpose(1, 2).unsqueeze(-1)
-        return torch.cat([(p - half_norm).exp() for p in (projected, -projected)], dim=-1)
     return torch.cat([p.softmax(dim=-1) for p in (projected, -projected)], dim=-1)
 
 
@@ -80,12 +73,9 @@ def define(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
     scores = q @ k.transpose(2, 3) / D**0.5
     own_scores = scores.masked_fill(~is_own, -math.inf)
     local, log_local = own_scores.softmax(dim=-1) @ v, own_scores.logsumexp(dim=-1)
-    a, b = (features(inputs[s], inputs[f"{s}_map"], form.mass) for s in ("query", "key"))
+    a, b = (features(inputs[s], inputs[f"{s}_map"]) for s in ("query", "key"))
     similarity = a @ b.transpose(2, 3)
-    if form.is_far_only:
-        similarity = similarity * ~is_own
-    total = similarity.sum(dim=-1, keepdim=True).clamp_min(1e-300)
-    far = similarity @ v / total
+    far = similarity @ v / similarity.sum(dim=-1, keepdim=True)
     keys, values = (x - x.mean(dim=2, keepdim=True) for x in (k, v))
     if form.has_covariance:
         scale = inputs["covariance_scale"][:, None, None] / D**0.5
@@ -95,14 +85,12 @@ def define(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
         T = math.prod(map(min, tiles.tile, tiles.grid))
         log_far = 3 - 4 * inputs["mass_bias"][:, None] + math.log(T)
         log_far = log_far - (q * inputs["mass_gate"][:, None]).sum(-1)
-    elif form.mass == "moments":
+    else:
         level, mean, variance = inputs["mass_moments"].unsqueeze(-1)
         covariance = keys.transpose(2, 3) @ keys / L
         spread = ((q @ covariance) * q).sum(-1) / D
         log_far = level + mean * (q @ k.mean(dim=2).unsqueeze(-1)).squeeze(-1) / D**0.5
         log_far = log_far + variance * spread / 2 + num_outside.log()
-    else:
-        log_far = (total.squeeze(-1) / a.shape[-1]).log() - 4 * inputs["mass_bias"][:, None]
     share = (log_local - torch.where(num_outside > 0, log_far, -math.inf)).sigmoid().unsqueeze(-1)
     return (share * local + (1 - share) * far).transpose(1, 2)
 
@@ -147,7 +135,7 @@ def test_narrower_tokens_are_summed_in_fp32(form: HybridForm, dtype: torch.dtype
     assert_is_the_definition(TILINGS[2], form, dtype)
 
 
-@pytest.mark.parametrize("size", [1, 2 * 2 * 16 * 3])
+@pytest.mark.parametrize("size", [1, 2 * 2 * 4 * 8 * 3])
 def test_chunks_of_any_size_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hybrid_reference, "_MAX_CHUNK_SCORES", size)
     assert_is_the_definition(TILINGS[2], FORMS[1], torch.float64)
@@ -192,8 +180,8 @@ def test_every_token_has_one_slot_of_its_own_tile(tiles: Tiles) -> None:
 
 def test_a_tile_of_a_real_size_holds_what_lies_near_its_tokens() -> None:
     """Wan at 480p, where no axis but one is a multiple of the tile."""
-    tiles = Tiles(grid=(21, 30, 52), tile=(4, 8, 20), shift=(2, 4, 10))
-    assert tiles.counts == (6, 5, 4)
+    tiles = Tiles(grid=(21, 30, 52), tile=(4, 8, 20))
+    assert tiles.counts == (6, 4, 3)
     index = tiles.index("cpu")
     position = torch.stack(torch.unravel_index(torch.arange(tiles.num_tokens), tiles.grid), dim=1)
     inside = position[index.tokens]
@@ -208,7 +196,6 @@ def test_a_tile_of_a_real_size_holds_what_lies_near_its_tokens() -> None:
         ({"tile": (0, 1, 1)}, "sizes of at least 1"),
         ({"tile": (2, 2)}, "three numbers"),
         ({"grid": (1, 0, 1)}, "sizes of at least 1"),
-        ({"shift": (0, -1, 0)}, "of at least 0"),
         ({"after": -1}, "-1 after given"),
     ],
 )
@@ -221,5 +208,5 @@ def test_other_tokens_than_the_tiles_and_unknown_masses_are_refused() -> None:
     inputs = make_inputs(TILINGS[0], FORMS[0], torch.float32)
     with pytest.raises(ValueError, match="60, 60, 60 tokens given; the tiles have 39"):
         attend(inputs, TILINGS[2], FORMS[0])
-    with pytest.raises(ValueError, match="mass 'guess' given; one of query, moments, features"):
+    with pytest.raises(ValueError, match="mass 'guess' given; one of query, moments is needed"):
         HybridForm(mass="guess")

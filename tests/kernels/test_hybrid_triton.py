@@ -22,13 +22,13 @@ from tests.kernels.conftest import TOLERANCE
 pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.usefixtures("poisoned")
 FORMS = HybridForm(mass="query"), HybridForm(mass="moments")
-# Odd sizes; ragged and shifted tiles, whose first slots are empty; several blocks of queries and
+# Odd sizes; ragged tiles, some of whose blocks are empty; several blocks of queries and
 # keys a tile; tokens beside the video's, in several tiles; one tile for all; one token a tile.
 TILINGS = [
     Tiles(grid=(3, 5, 4), tile=(1, 2, 3)),
-    Tiles(grid=(5, 6, 7), tile=(3, 4, 4), shift=(1, 2, 2), before=3, after=60),
-    Tiles(grid=(3, 9, 11), tile=(3, 9, 7), shift=(0, 0, 6)),
-    Tiles(grid=(2, 3, 3), tile=(9, 9, 9), shift=(1, 1, 1)),
+    Tiles(grid=(5, 6, 7), tile=(3, 4, 4), before=3, after=60),
+    Tiles(grid=(3, 9, 11), tile=(3, 9, 7)),
+    Tiles(grid=(2, 3, 3), tile=(9, 9, 9)),
     Tiles(grid=(1, 3, 1), tile=(1, 1, 1), after=2),
 ]
 
@@ -200,9 +200,11 @@ def test_it_is_tried_once_and_found_right(
 @pytest.mark.parametrize(
     ("form", "M", "words"),
     [
-        (HybridForm(mass="query", is_far_only=True), 64, "of mass 'query' and 'moments' alone"),
-        (HybridForm(mass="query", has_covariance=True), 64, "of mass 'query' and 'moments' alone"),
-        (HybridForm(mass="features"), 64, "of mass 'query' and 'moments' alone"),
+        (
+            HybridForm(mass="query", has_covariance=True),
+            64,
+            "layers without covariance",
+        ),
         (FORMS[0], 256, "of 128 features at most"),
     ],
     ids=str,
@@ -245,6 +247,6 @@ def test_a_cuda_graph_replays_it_with_its_gradients(form: HybridForm) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.mass)
 def test_it_is_the_reference_at_a_real_tile(form: HybridForm) -> None:
-    tiles = Tiles(grid=(7, 30, 20), tile=(3, 15, 13), shift=(1, 7, 6), before=9, after=100)
+    tiles = Tiles(grid=(7, 30, 20), tile=(3, 15, 13), before=9, after=100)
     inputs = make_inputs(tiles, torch.bfloat16, "cuda", form, D=128, M=128)
     assert_is_the_reference(*inputs, tiles, form)

@@ -28,16 +28,6 @@ def test_the_cost_is_the_softmax_that_is_computed(case: Case, share: float, cost
     assert case.cost(GRID) == pytest.approx(cost)
 
 
-def test_shifted_tiles_lie_across_the_edges_of_those_of_the_layer_before() -> None:
-    case = Case(form="query", tile=(1, 4, 4), is_shifted=True)
-    even, odd = (case.tiles(GRID, layer) for layer in (0, 1))
-    assert (even.shift, odd.shift, even.counts, odd.counts) == (
-        (0, 0, 0), (0, 2, 2), (7, 2, 2), (7, 3, 3),
-    )  # fmt: skip
-    # Cut tiles see less: of each axis 2 x 2, 4 x 4 and 2 x 2 of the pairs in place of twice 4 x 4.
-    assert case.share_of_tokens(GRID) == pytest.approx((1 + (24 / 32) ** 2) / 2 * 16 / 448)
-
-
 def test_every_row_is_declared_once_in_its_table() -> None:
     for cases in TABLES.values():
         assert len(cases) == len(set(cases))
@@ -72,7 +62,7 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = [
-        Case(form="moments_covariance", tile=(1, 3, 8), is_shifted=True, layers=5),
+        Case(form="moments_covariance", tile=(1, 3, 8), layers=5),
         Case(form="moments", tile=(1, 3, 8)),
         Case(form="sol_attn", density=0.2, steps_factor=0),
     ]
