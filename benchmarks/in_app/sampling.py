@@ -60,7 +60,9 @@ class SamplingConfig(Settings):
     size: str = option("1.3b-480p", "model and video", choices=tuple(SIZES))
     steps: int = option(VIDEO_STEPS, "steps of a video", limits.COUNT)
     kernels: str = option(
-        "", f"kernels beside the default: {', '.join(graphs.KERNELS)}, commas between; none: all"
+        "",
+        f"kernels beside the default: {', '.join(graphs.KERNELS)}, commas between; default: it "
+        "alone; none: all",
     )
     tile: str | None = option(None, "tile of hybrid layers; none: the larger one of the size's own")
     without_triton: bool = option(False, "as on a computer without Triton, by ComfyUI's own kernel")
@@ -81,7 +83,8 @@ class SamplingConfig(Settings):
     def list_kernels(self) -> list[str]:
         """Return the kernels beside the default that are to be sampled with."""
         if self.kernels:
-            return [name.strip() for name in self.kernels.split(",")]
+            names = (name.strip() for name in self.kernels.split(","))
+            return [name for name in names if name != "default"]
         return [] if self.cpu or self.without_triton else [*graphs.KERNELS]
 
     @property

@@ -133,6 +133,7 @@ def test_hybrid_layers_are_sampled_by_the_default_alone_in_all_steps_and_in_few(
         "default, linear layers, few steps", "default, hybrid layers, few steps",
         "cuDNN, linear layers, few steps",
     ]  # fmt: skip
+    assert SamplingConfig(kernels="default").list_kernels() == []
     assert SamplingConfig(size="14b-720p").hybrid_tile == "7x15x16"
     assert SamplingConfig(tile="1x10x11").hybrid_tile == "1x10x11"
     with pytest.raises(ValueError, match="--tile 5x6x8 given, and a video is 5 x 6 x 8 tokens"):
