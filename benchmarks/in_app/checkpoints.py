@@ -11,6 +11,7 @@ from linvideo_core.artifact import Artifact, ArtifactHeader, save
 from linvideo_core.flow import make_sigmas
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import fingerprint, shapes_of
+from linvideo_core.models.config import LinearForm
 from linvideo_core.models.families import identify
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.errors import SettingError
@@ -54,18 +55,22 @@ def write_wan(path: Path, size: Size, form: str, device: str) -> None:
     write_tensors(path, tensors)
 
 
-def write_linear_layers(path: Path, size: Size, few_steps: int = 0) -> None:
+def write_linear_layers(
+    path: Path, size: Size, few_steps: int = 0, *, tile: str | None = None
+) -> None:
     """Write a LINVIDEO file that makes `size.layers` linear by feature maps as training begins.
 
     few_steps: as many steps as it says to be distilled for; 0: none.
+    tile: makes every layer hybrid instead, with softmax within such tiles.
     """
     with torch.device("meta"):
         shapes = shapes_of(WanModel(size.config))
     family, sites = identify(shapes)
-    chosen = [site for site in sites if site.layer in size.layers]
+    form = LinearForm(tile=tile)
+    chosen = [site for site in sites if tile or site.layer in size.layers]
     generator, linear = torch.Generator().manual_seed(0), {}
     for site in chosen:
-        attention = LinearAttention(site.num_heads, site.head_dim, site.head_dim)
+        attention = LinearAttention(site.num_heads, site.head_dim, site.head_dim, form)
         attention.init_weights(generator)
         linear[site.layer] = {name: x.detach() for name, x in attention.named_parameters()}
     header = ArtifactHeader(
@@ -79,6 +84,8 @@ def write_linear_layers(path: Path, size: Size, few_steps: int = 0) -> None:
         parameters="feature_maps",
         objective="velocity",
         steps=0,
+        tile=form.tile,
+        attention_mass=form.attention_mass,
         sigmas=tuple(make_sigmas(few_steps, size.shift).tolist()) if few_steps else (),
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """Time whole samplings in a real ComfyUI server: `python -m benchmarks.in_app.sampling`.
 
 A Wan with random weights makes a guided video by Euler: as ComfyUI computes it by itself, by other
-kernels of softmax attention, with linear layers, and with both. Then videos in four steps without
-guidance by LinVideo Few-Step Sampler, with linear layers and each kernel; they are compared with
-the default's usual 50 guided steps, whose seconds are told from --steps of them. Each is sampled
-briefly, then timed. Ratios are those of one server.
+kernels of softmax attention, with linear layers, and with both; and with every layer hybrid. Then
+videos in four steps without guidance by LinVideo Few-Step Sampler, with linear layers and each
+kernel, and with every layer hybrid; they are compared with the default's usual 50 guided steps,
+whose seconds are told from --steps of them. Each is sampled briefly, then timed. Ratios are those
+of one server.
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --size 14b-720p --steps 3 \
         --kernels sparse --record
@@ -19,15 +20,17 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from linvideo_core.models.config import LinearForm
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.errors import SettingError, shown_value
+from linvideo_core.transfer.preflight import check_tile
 
 from ..models.sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
 from ..models.softmax_layers import RECORD_NAME, RECORD_TITLE
@@ -39,6 +42,8 @@ from .comfyui_server import Installation, PromptError, Server, read_version
 from .workbench import Workbench, watching
 
 _GUIDED, _FEW = "sampling", "few_steps"
+# What a model's self-attention is, in all layers or in those of its size.
+_SOFTMAX, _LINEAR, _HYBRID = "softmax", "linear layers", "hybrid layers"
 _FEW_STEPS = 4
 _KEY = ("model", "resolution", "where", "triton")
 _LIMIT_SECONDS = 600.0
@@ -55,8 +60,11 @@ class SamplingConfig(Settings):
     size: str = option("1.3b-480p", "model and video", choices=tuple(SIZES))
     steps: int = option(VIDEO_STEPS, "steps of a video", limits.COUNT)
     kernels: str = option(
-        "", f"kernels beside the default: {', '.join(graphs.KERNELS)}, commas between; none: all"
+        "",
+        f"kernels beside the default: {', '.join(graphs.KERNELS)}, commas between; default: it "
+        "alone; none: all",
     )
+    tile: str | None = option(None, "tile of hybrid layers; none: the larger one of the size's own")
     without_triton: bool = option(False, "as on a computer without Triton, by ComfyUI's own kernel")
     cpu: bool = option(False, "sample on the CPU, a model of next to no size")
     out: Path = option(Path("runs/sampling"), "folder of the server, its log, and the rows")
@@ -70,11 +78,13 @@ class SamplingConfig(Settings):
                 f"is none: some of {', '.join(graphs.KERNELS)} are needed",
                 "kernels",
             )
+        check_tile(LinearForm(tile=self.hybrid_tile), [self.video.grid])
 
     def list_kernels(self) -> list[str]:
         """Return the kernels beside the default that are to be sampled with."""
         if self.kernels:
-            return [name.strip() for name in self.kernels.split(",")]
+            names = (name.strip() for name in self.kernels.split(","))
+            return [name for name in names if name != "default"]
         return [] if self.cpu or self.without_triton else [*graphs.KERNELS]
 
     @property
@@ -82,18 +92,27 @@ class SamplingConfig(Settings):
         """The model and the video that are sampled."""
         return SIZES["tiny" if self.cpu else self.size]
 
+    @property
+    def hybrid_tile(self) -> str:
+        """The tile of hybrid layers."""
+        return self.tile or self.video.tiles[-1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a row is sampled: its kernel of softmax attention, linear layers or none, few steps."""
+    """How a row is sampled: its kernel of softmax attention, its kind of layers, few steps."""
 
     kernel: str
-    is_linear: bool
+    kind: str
     is_few: bool = False
 
     def __str__(self) -> str:
-        words = {"linear layers": self.is_linear, "few steps": self.is_few}
-        return ", ".join([self.kernel, *(word for word, is_so in words.items() if is_so)])
+        return ", ".join([self.kernel, self.kind, *(["few steps"] if self.is_few else [])])
+
+    @property
+    def file(self) -> str:
+        """Name of the file that makes its layers."""
+        return f"random-{self.kind.split()[0]}-{_FEW if self.is_few else _GUIDED}.safetensors"
 
 
 def find_host(config: SamplingConfig) -> Installation:
@@ -107,15 +126,13 @@ def find_host(config: SamplingConfig) -> Installation:
 def run(config: SamplingConfig) -> list[Row]:
     """Sample all ways and return a row of each.
 
-    A kernel that fails is left out, and said. Raises ValueError for bad input or a missing GPU,
-    PromptError where ComfyUI's own way fails.
+    A kernel that fails is left out, and said, as are hybrid layers. Raises ValueError for bad input
+    or a missing GPU, PromptError where ComfyUI's own way fails, or linear layers beside it.
     """
     installation = find_host(config)
     config.out.mkdir(parents=True, exist_ok=True)
     bench = Workbench(installation, config.out.absolute(), "cpu" if config.cpu else "cuda")
-    files = bench.folder / "models" / "linvideo"
-    write_linear_layers(files / _file_of(is_few=False), config.video)
-    write_linear_layers(files / _file_of(is_few=True), config.video, _FEW_STEPS)
+    _write_files(bench.folder / "models" / "linvideo", config)
     file, dtype = bench.checkpoint(config.video, "bf16")
     base = graphs.load_wan(file, dtype, config.video, config.video.num_frames)
     where = {
@@ -125,15 +142,15 @@ def run(config: SamplingConfig) -> list[Row]:
     rows: list[Row] = []
     try:
         server = bench.server()
-        for way in _ways(server, config):
+        for way in list_ways(_known_kernels(server, config)):
             try:
                 measured = _sample(config, bench, base, way)
             except PromptError as error:
-                if way.kernel == "default":
+                if way.kernel == "default" and way.kind != _HYBRID:
                     raise
                 logging.warning("%s is left out: %s", way, error)
                 continue
-            row = _describe(config.video, way) | where | measured
+            row = _describe(config, way) | where | measured
             rows.append(row | compare(row, rows[0] if rows else row))
             logging.info("%s: %.1f s", way, row["seconds"])
     finally:
@@ -142,22 +159,39 @@ def run(config: SamplingConfig) -> list[Row]:
     return rows
 
 
-def _ways(server: Server, config: SamplingConfig) -> Iterator[Way]:
+def _known_kernels(server: Server, config: SamplingConfig) -> list[str]:
     # A ComfyUI without its own node has no comfy-kitchen that could compute ours.
     has_sparse = server.has_node(graphs.KERNELS["ComfyUI's sparse"][0])
-    known = [name for name in config.list_kernels() if has_sparse or not name.endswith("sparse")]
-    kernels = ("default", *known)
-    yield from (Way(kernel, is_linear) for kernel in kernels for is_linear in (False, True))
-    yield from (Way(kernel, is_linear=True, is_few=True) for kernel in kernels)
+    return [name for name in config.list_kernels() if has_sparse or not name.endswith("sparse")]
 
 
-def _describe(size: Size, way: Way) -> Row:
+def list_ways(kernels: Sequence[str]) -> list[Way]:
+    """Return the ways in their order, ComfyUI's own first; kernels: those beside the default."""
+    guided = [Way("default", kind) for kind in (_SOFTMAX, _LINEAR, _HYBRID)]
+    # Where every layer is hybrid there is no softmax for a kernel to compute.
+    guided += [Way(kernel, kind) for kernel in kernels for kind in (_SOFTMAX, _LINEAR)]
+    few = [dataclasses.replace(way, is_few=True) for way in guided if way.kind != _SOFTMAX]
+    return [*guided, *few]
+
+
+def _write_files(folder: Path, config: SamplingConfig) -> None:
+    """Write a file of each kind of layers, for all steps and for few."""
+    for kind, tile in ((_LINEAR, None), (_HYBRID, config.hybrid_tile)):
+        for is_few in (False, True):
+            path = folder / Way("default", kind, is_few).file
+            write_linear_layers(path, config.video, _FEW_STEPS if is_few else 0, tile=tile)
+
+
+def _describe(config: SamplingConfig, way: Way) -> Row:
+    size, is_hybrid = config.video, way.kind == _HYBRID
     return {
         "what": _FEW if way.is_few else _GUIDED,
         "model": size.model,
         "resolution": size.resolution,
-        "softmax_backend": way.kernel,
-        "linear_layers": len(size.layers) if way.is_linear else 0,
+        "softmax_backend": None if is_hybrid else way.kernel,
+        "linear_layers": len(size.layers) if way.kind == _LINEAR else 0,
+        "hybrid_layers": size.config.num_layers if is_hybrid else 0,
+        "tile": config.hybrid_tile if is_hybrid else None,
         "layers": size.config.num_layers,
     }
 
@@ -176,16 +210,12 @@ def compare(row: Row, default: Row) -> Row:
     return {"baseline": baseline, "speedup": seconds / row["seconds"]}
 
 
-def _file_of(*, is_few: bool) -> str:
-    return f"random-{_FEW if is_few else _GUIDED}.safetensors"
-
-
 def _sample(config: SamplingConfig, bench: Workbench, base: graphs.Nodes, way: Way) -> Row:
     """Sample once briefly, then a video; the node's words about linear layers come along."""
     bench.tidy()
     server, source, graph = bench.server(), "model", dict(base)
-    if way.is_linear:
-        graph |= graphs.apply_file(_file_of(is_few=way.is_few))
+    if way.kind != _SOFTMAX:
+        graph |= graphs.apply_file(way.file)
         source = "linear"
     if way.kernel != "default":
         graph |= graphs.choose_softmax(source, way.kernel)
@@ -206,7 +236,7 @@ def _sample(config: SamplingConfig, bench: Workbench, base: graphs.Nodes, way: W
         server.run(graph | whole, deadline)
         seconds = time.perf_counter() - begin
     row = {"steps": steps, "cfg": cfg, "seconds": seconds, "peak_gb": peak.gb}
-    return {**row, "said": _read_words(server)} if way.is_linear else row
+    return row if way.kind == _SOFTMAX else {**row, "said": _read_words(server)}
 
 
 def _read_words(server: Server) -> str:
@@ -233,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = (
         "softmax_backend",
         "linear_layers",
+        "hybrid_layers",
         "triton",
         "steps",
         "seconds",

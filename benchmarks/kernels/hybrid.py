@@ -60,8 +60,17 @@ def make_weights(heads: int, setting: Setting) -> dict[str, Tensor]:
     return {name: x.to(setting.device) for name, x in moved.items()}
 
 
-def check(tilings: Sequence[Tiles], heads: int, setting: Setting) -> float:
+def check(
+    tilings: Sequence[Tiles],
+    heads: int,
+    setting: Setting,
+    *,
+    backend: str = "triton",
+    is_differentiable: bool = True,
+) -> float:
     """Return the largest error against fp64, of the value or a gradient of tokens or maps.
+
+    is_differentiable: whether gradients are compared, too.
 
     Raises RuntimeError where it is too large.
     """
@@ -69,10 +78,10 @@ def check(tilings: Sequence[Tiles], heads: int, setting: Setting) -> float:
     weights = make_weights(heads, setting)
     for tiles in tilings:
         arguments = {"weights": weights, "tiles": tiles, "form": _FORM}
-        attend = functools.partial(hybrid_attention, **arguments, backend="triton")
+        attend = functools.partial(hybrid_attention, **arguments, backend=backend)
         define = functools.partial(hybrid_reference.hybrid_attention, **arguments)
         inputs = make_inputs(Shape(tiles.num_tokens, heads), 1, setting)
-        contender = Contender("hybrid", "linear", attend, definition=define)
+        contender = Contender("hybrid", "linear", attend, is_differentiable, definition=define)
         for name, error in compare(contender, inputs, torch.randn_like(inputs[0])).items():
             if not error < TOLERANCE:
                 raise RuntimeError(

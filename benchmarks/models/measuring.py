@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from linvideo_core.flow import TIMESTEP_SCALE, bind_guided, make_sigmas, sample_euler
 from linvideo_core.kernels.tiles import TokenGrid
-from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import (
     AttentionSite,
     compiled_blocks,
@@ -20,13 +19,15 @@ from linvideo_core.models.attention_sites import (
     restore,
     shapes_of,
 )
+from linvideo_core.models.config import LinearForm
 from linvideo_core.models.families import identify
 from linvideo_core.run import memory
 
+from ..kernels import hybrid
 from ..kernels.agreement import check_contenders, first_line, relative_error
 from ..kernels.contenders import Attend, Contender, Setting, find_public, make_contenders
 from ..kernels.timing import extra_mb, median_of_runs, time_once
-from .random_models import count_bytes, draw_inputs, make_random_maps, make_random_wan
+from .random_models import count_bytes, draw_inputs, make_random_linear, make_random_wan
 from .sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size, count_flops, find_peak
 
 METHOD = "median of calls, each until the device is done with it; first call excluded"
@@ -38,6 +39,9 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # Noise level of the call that is timed; all levels take as long.
 _SIGMA = 0.7
 _LENGTHS, _HEADS = (1000,), 2
+# Of a shrunk model's self-attention: without it bf16 rounds about as much of the velocity as a
+# hybrid layer that forgets its tile changes, which with it is 0.04 and more.
+_LOUDNESS = 16
 # Relative norms of differences.
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 _BRANCHES = 2
@@ -54,13 +58,22 @@ Row = dict[str, Any]
 class Variant:
     """A way to compute a model.
 
-    num_linear: linear layers; kept: the softmax backend of all others.
+    layers: those that are not softmax, counted from 0.
+    tile: they are hybrid, with softmax within such tiles; none: they are linear.
+    kept: the softmax backend of all others; none: there are no others.
     is_compiled: whether the blocks are compiled.
     """
 
-    num_linear: int
-    kept: str
+    layers: tuple[int, ...]
+    kept: str | None
+    tile: str | None = None
     is_compiled: bool = False
+
+    @property
+    def fields(self) -> Row:
+        """Return what a row says of it: how many layers are not softmax, not which."""
+        fields = dataclasses.asdict(self)
+        return {"num_linear": len(fields.pop("layers")), **fields}
 
 
 def find_softmax(device: str) -> tuple[dict[str, Contender], list[str]]:
@@ -75,18 +88,30 @@ def find_softmax(device: str) -> tuple[dict[str, Contender], list[str]]:
     return found, [sentence for sentence in absent if not sentence.startswith("fla ")]
 
 
-def plan_variants(softmax: Sequence[str], num_linear: int, *, compiled: bool) -> list[Variant]:
+def plan_variants(
+    size: Size, softmax: Sequence[str], *, compiled: bool = False, every_layer: bool = False
+) -> list[Variant]:
     """List what is measured: with each backend all layers softmax, then some of them linear.
 
     Pairs that are compared stand side by side, so that a card that grows warm burdens both.
     compiled: whether all of it is measured with compiled blocks, too.
+    every_layer: whether also models without softmax layers are measured, beside the first backend:
+        every layer linear, and hybrid with each of the size's tiles.
     """
-    return [
-        Variant(num_linear=n, kept=kept, is_compiled=is_compiled)
-        for is_compiled in ((False, True) if compiled else (False,))
-        for kept in softmax
-        for n in (0, num_linear)
-    ]
+    every = tuple(range(size.config.num_layers))
+    variants = []
+    for is_compiled in (False, True) if compiled else (False,):
+        pairs = [
+            Variant(layers=layers, kept=kept, is_compiled=is_compiled)
+            for kept in softmax
+            for layers in ((), size.layers)
+        ]
+        whole = [
+            Variant(layers=every, kept=None, tile=tile, is_compiled=is_compiled)
+            for tile in (None, *size.tiles)
+        ]
+        variants += [*pairs[:2], *(whole if every_layer else ()), *pairs[2:]]
+    return variants
 
 
 class BackendAttention(nn.Module):
@@ -107,14 +132,9 @@ class RandomTeacher:
     """Our own Wan with random weights, on a device in the dtype that `DTYPES` has for it."""
 
     def __init__(self, size: Size, softmax: Mapping[str, Contender], device: str) -> None:
-        self.size, self._softmax = size, softmax
+        self.size, self._softmax, self._device = size, softmax, device
         self.model = make_random_wan(size, device, DTYPES[device])
         _, self._sites = identify(shapes_of(self.model))
-        self._linear = {
-            site.layer: _make_linear(site, device)
-            for site in self._sites
-            if site.layer in size.layers
-        }
         self._inputs = draw_inputs(size, device)
 
     def call_model(self) -> Tensor:
@@ -129,18 +149,18 @@ class RandomTeacher:
         velocity = bind_guided(self.model, prompt, negative, GUIDANCE_SCALE)
         return sample_euler(velocity, latents, make_sigmas(VIDEO_STEPS, self.size.shift))
 
-    def weight_bytes(self, variant: Variant) -> int:
-        """Return the bytes of the weights, feature maps included where layers are linear."""
-        maps = self._linear.values() if variant.num_linear else ()
-        return count_bytes([self.model, *maps])
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weights of the model as it stands, those of linear layers too."""
+        return count_bytes([self.model])
 
     @contextlib.contextmanager
     def arranged(self, variant: Variant) -> Iterator[Callable[[], Tensor]]:
         """Compute the model as a variant for a while; yields `call_model`."""
+        form = LinearForm(tile=variant.tile)
 
         def make(site: AttentionSite) -> nn.Module:
-            if variant.num_linear and site.layer in self._linear:
-                return self._linear[site.layer]
+            if site.layer in variant.layers:
+                return make_random_linear(site, form, self._device)
             return BackendAttention(self._softmax[variant.kept])
 
         # What stands there between variants must be plain: installing adds nothing to the weights.
@@ -156,20 +176,14 @@ class RandomTeacher:
             restore(self.model, self._sites, plain)
 
 
-def _make_linear(site: AttentionSite, device: str) -> LinearAttention:
-    with torch.device("meta"):
-        linear = LinearAttention(1, 2, 2)
-    maps = make_random_maps(site.layer, site.num_heads, site.head_dim, device)
-    linear.query_map, linear.key_map = (nn.Parameter(x, requires_grad=False) for x in maps)
-    return linear
-
-
 def shrink(size: Size) -> Size:
-    """Return a size of the same width with two layers, one of them linear, and few tokens."""
+    """Return a size of the same width with two layers, one of them linear, and few tokens.
+
+    Its tile is cut off at the edges, and small: the fewer keys, the more softmax within it shows.
+    """
     config = dataclasses.replace(size.config, num_layers=2)
-    return dataclasses.replace(
-        size, config=config, layers=(1,), num_frames=5, height=128, width=192
-    )
+    video = {"num_frames": 5, "height": 128, "width": 192, "tiles": ("1x5x7",)}
+    return dataclasses.replace(size, config=config, layers=(1,), **video)
 
 
 def check_kernels(
@@ -186,24 +200,39 @@ def check_kernels(
     return {name: c for name, c in softmax.items() if c in agreeing}, rows, left_out
 
 
+def check_tiles(device: str) -> Row:
+    """Compare the fused hybrid path with its definition in fp64; return its largest error.
+
+    Raises RuntimeError where it is wrong: its speed would mean nothing.
+    """
+    setting = Setting(torch.device(device), DTYPES[device])
+    backend = "triton" if device == "cuda" else "reference"
+    how = {"backend": backend, "is_differentiable": False}
+    return {"contender": "hybrid", "forward": hybrid.check(hybrid.CHECKED, _HEADS, setting, **how)}
+
+
 def check_size(
-    size: Size, softmax: Mapping[str, Contender], device: str, *, compiled: bool = False
+    size: Size, softmax: Mapping[str, Contender], device: str, **plan: bool
 ) -> list[Row]:
     """Compare the variants of a shrunk model with the plain one and with linear layers in fp32.
 
     All layers softmax must give what the plain model gives, whatever backend computes them, or one
-    by the backend's own definition; linear layers must give what the plain PyTorch definition gives
-    in a model of the same weights.
+    by the backend's own definition; linear and hybrid layers must give what their definition in
+    plain PyTorch gives in a model of the same weights.
+
+    plan: `compiled` and `every_layer` of `plan_variants`.
 
     Returns the error of each variant.
     Raises RuntimeError for a variant that is wrong.
     """
     size = shrink(size)
-    teacher = RandomTeacher(size, softmax, device)
-    definitions = {contender.definition for contender in softmax.values()}
-    expected = {define: _compute_expected(size, define, device) for define in definitions}
+    teacher = _make_loud(size, softmax, device)
+    variants = plan_variants(size, list(softmax), **plan)
+    contenders = {None: _find_default(), **softmax}
+    definitions = {contenders[variant.kept].definition for variant in variants}
+    expected = {x: _compute_expected(size, variants, x, device) for x in definitions}
     rows = []
-    for variant in plan_variants(list(softmax), len(size.layers), compiled=compiled):
+    for variant in variants:
         try:
             with teacher.arranged(variant) as call:
                 found = call()
@@ -212,9 +241,9 @@ def check_size(
             if not variant.is_compiled:
                 raise
             continue
-        kept = softmax[variant.kept]
-        error = relative_error(found, expected[kept.definition][variant.num_linear])
-        rows.append({**dataclasses.asdict(variant), "error": error})
+        kept = contenders[variant.kept]
+        error = relative_error(found, expected[kept.definition][variant.layers, variant.tile])
+        rows.append({**variant.fields, "error": error})
         if not error < (kept.tolerance if kept.definition else _TOLERANCE[DTYPES[device]]):
             raise RuntimeError(
                 f"{variant} differs from the plain model by {error:.1e}; nothing was timed"
@@ -222,22 +251,39 @@ def check_size(
     return rows
 
 
+def _make_loud(size: Size, softmax: Mapping[str, Contender], device: str) -> RandomTeacher:
+    teacher = RandomTeacher(size, softmax, device)
+    for block in teacher.model.blocks:
+        block.self_attn.o.weight.mul_(_LOUDNESS)
+    return teacher
+
+
+def _find_default() -> Contender:
+    return next(c for c in make_contenders() if c.name == BACKENDS["default"])
+
+
 @torch.inference_mode()
-def _compute_expected(size: Size, define: Attend | None, device: str) -> dict[int, Tensor]:
-    """Return the plain model's velocity, and in fp32 that of the model with its linear layers.
+def _compute_expected(
+    size: Size, variants: Sequence[Variant], define: Attend | None, device: str
+) -> dict[tuple[tuple[int, ...], str | None], Tensor]:
+    """Return what models should give, by `layers` and `tile` of their variants.
+
+    That of softmax layers alone is the plain model's; the others are computed in fp32.
 
     define: computes the softmax layers; none: as the model does by itself.
     """
-    kept = next(c for c in make_contenders() if c.name == "sdpa")
+    kept = _find_default()
     if define is not None:
         kept = dataclasses.replace(kept, attend=define)
-    teacher = RandomTeacher(size, {"default": kept}, device)
-    with teacher.arranged(Variant(num_linear=0, kept="default")) as call:
-        plain = call()
+    teacher = _make_loud(size, {"default": kept}, device)
+    with teacher.arranged(Variant(layers=(), kept="default")) as call:
+        expected = {((), None): call()}
     # At this head dim the definition in plain PyTorch computes fp32, on every device.
     teacher.model.float()
-    with teacher.arranged(Variant(num_linear=len(size.layers), kept="default")) as call:
-        return {0: plain, len(size.layers): call()}
+    for layers, tile in {(variant.layers, variant.tile) for variant in variants if variant.layers}:
+        with teacher.arranged(Variant(layers=layers, kept="default", tile=tile)) as call:
+            expected[layers, tile] = call()
+    return expected
 
 
 def measure(teacher: RandomTeacher, variant: Variant, video_seconds: float, device: str) -> Row:
@@ -258,6 +304,7 @@ def measure(teacher: RandomTeacher, variant: Variant, video_seconds: float, devi
             outputs[:] = [call()]
             return outputs[0]
 
+        weights = teacher.weight_bytes()
         allocated = extra_mb(keep_output, where) * _MEGABYTE
         seconds = median_of_runs(keep_output, where, **_RUNS[device]) / 1000
         if not outputs.pop().isfinite().all():
@@ -267,9 +314,9 @@ def measure(teacher: RandomTeacher, variant: Variant, video_seconds: float, devi
         if variant.kept == "default" and not variant.is_compiled and computed <= video_seconds:
             computed, how = time_once(teacher.sample_video, where) / 1000, SAMPLED
     return {
-        **dataclasses.asdict(variant),
+        **variant.fields,
         "seconds": seconds,
-        "peak_gb": (teacher.weight_bytes(variant) + allocated) / _GIGABYTE,
+        "peak_gb": (weights + allocated) / _GIGABYTE,
         "video_seconds": computed,
         "video": how,
     }
@@ -282,25 +329,29 @@ def measure_size(
     device: str,
     *,
     compiled: bool = False,
+    every_layer: bool = False,
 ) -> Row:
-    """Check agreement, then measure all variants of a size.
+    """Check agreement, then measure all variants of a size; see `plan_variants`.
 
-    A softmax backend that cannot run is left out and named; what the default cannot do is raised.
+    A softmax backend that cannot run is left out and named; what the default or a model without
+    softmax layers cannot do is raised.
 
     Returns `rows` of `measure`, and how they came about.
     """
     softmax, kernels, left_out = check_kernels(softmax, device)
-    models = check_size(size, softmax, device, compiled=compiled)
+    if every_layer:
+        kernels.append(check_tiles(device))
+    plan = {"compiled": compiled, "every_layer": every_layer}
+    models = check_size(size, softmax, device, **plan)
     free_memory()
     teacher = RandomTeacher(size, softmax, device)
     rows = []
-    plan = plan_variants(list(softmax), len(size.layers), compiled=compiled)
-    for variant in tqdm(plan, size.name):
+    for variant in tqdm(plan_variants(size, list(softmax), **plan), size.name):
         try:
             rows.append(measure(teacher, variant, video_seconds, device))
         except Exception as error:
             # Whatever a rival cannot do, the others can still be measured.
-            if variant.kept == "default" and not variant.is_compiled:
+            if variant.kept in ("default", None) and not variant.is_compiled:
                 raise
             left_out.append(f"{size.name}, {variant.kept}: {first_line(error)}")
         free_memory()

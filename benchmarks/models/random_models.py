@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from linvideo_core.models.config import FrozenConfig
+from linvideo_core.kernels.hybrid_reference import initial_weights
+from linvideo_core.models.attention import LinearAttention, hybrid_form
+from linvideo_core.models.attention_sites import AttentionSite
+from linvideo_core.models.config import FrozenConfig, LinearForm
 from linvideo_core.models.quantized import place
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.files import write_tensors
@@ -76,6 +79,25 @@ def make_random_maps(layer: int, heads: int, head_dim: int, device: str) -> list
         drawn = torch.randn(size, generator=generator, device=device) * head_dim**-0.75
         maps.append(drawn.to(torch.bfloat16))
     return maps
+
+
+def make_random_linear(site: AttentionSite, form: LinearForm, device: str) -> LinearAttention:
+    """Return a frozen linear layer of D features in a form of its own, as it may be when trained.
+
+    Maps are in bf16. What a hybrid layer learns besides is in fp32, and nothing of it is zero.
+    """
+    N, D = site.num_heads, site.head_dim
+    with torch.device("meta"):
+        linear = LinearAttention(N, D, D, form)
+    maps = make_random_maps(site.layer, N, D, device)
+    weights = dict(zip(("query_map", "key_map"), maps, strict=True))
+    if form.tile:
+        for name, start in initial_weights(hybrid_form(form), N, D).items():
+            generator = torch.Generator(device).manual_seed(_seed_of(f"{site.layer}.{name}"))
+            moved = 0.1 * torch.randn(start.shape, generator=generator, device=device)
+            weights[name] = start.to(device) + moved
+    linear.load_state_dict(weights, assign=True)
+    return linear.requires_grad_(False)
 
 
 def draw_inputs(size: Size, device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ share of the peak ("MFU"): norms, rotations and activations are work that it doe
 import dataclasses
 import math
 
+from linvideo_core.kernels.tiles import Size as Grid
 from linvideo_core.models.wan import WanConfig
 
 PROMPT_TOKENS = 512
@@ -22,6 +23,8 @@ class Size:
     """A model and a video: what one call of the denoiser is asked for.
 
     layers: the layers that are made linear, counted from 0.
+    tiles: a small and a large one for hybrid layers, in tokens as `LinearForm` spells them: about
+        0.3 and 2 % of the tokens, and a little less than a multiple of 128, as kernels take them.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Size:
     width: int
     shift: float
     prompt_tokens: int = PROMPT_TOKENS
+    tiles: tuple[str, ...] = ()
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -43,11 +47,14 @@ class Size:
         return (self.config.in_channels, frames, *sides)
 
     @property
+    def grid(self) -> Grid:
+        """Frames, height and width in tokens."""
+        return self.config.find_grid(self.latent_shape)
+
+    @property
     def tokens(self) -> int:
         """Return the number of video tokens."""
-        _, frames, height, width = self.latent_shape
-        _, patch_height, patch_width = self.config.patch_size
-        return frames * (height // patch_height) * (width // patch_width)
+        return math.prod(self.grid)
 
 
 def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:
@@ -63,7 +70,9 @@ def _make_sizes() -> dict[str, Size]:
         "layers": spread_layers(40, 22),
     }
     low = {"resolution": "480p", "num_frames": 81, "height": 480, "width": 832, "shift": 3.0}
+    low["tiles"] = ("1x10x11", "3x15x14")
     high = {"resolution": "720p", "num_frames": 81, "height": 720, "width": 1280, "shift": 5.0}
+    high["tiles"] = ("3x9x8", "7x15x16")
     tiny = Size(
         name="tiny",
         model="tiny Wan",
@@ -76,6 +85,7 @@ def _make_sizes() -> dict[str, Size]:
         width=128,
         shift=3.0,
         prompt_tokens=16,
+        tiles=("1x3x4", "2x4x5"),
     )
     found = (
         Size(name="1.3b-480p", **small, **low),

@@ -22,6 +22,7 @@ from benchmarks.in_app.headless import describe_transfer, train, write_prompts
 from benchmarks.in_app.measuring import KINDS
 from benchmarks.in_app.sampling import SamplingConfig
 from benchmarks.in_app.workbench import resident, watching
+from benchmarks.models.random_models import draw_inputs
 from benchmarks.models.sizes import SIZES
 from benchmarks.record import RESULTS_FOLDER, read_record
 from linvideo_core import artifact
@@ -109,10 +110,34 @@ def test_the_file_that_is_sampled_with_fits_its_model(tmp_path: Path) -> None:
     ]
 
 
+def test_with_a_tile_every_layer_of_the_file_is_hybrid(tmp_path: Path) -> None:
+    write_linear_layers(tmp_path / "hybrid.safetensors", TINY, tile="1x3x4")
+    model = WanModel(TINY.config)
+    with artifact.apply(artifact.load(tmp_path / "hybrid.safetensors"), model):
+        tiles = [block.self_attn.attention.form.tile for block in model.blocks]
+        latents, prompt, _ = draw_inputs(TINY, "cpu")
+        assert model(latents, torch.full((1,), 500.0), prompt).isfinite().all()
+    assert tiles == TINY.config.num_layers * ["1x3x4"]
+
+
 def test_a_file_of_few_steps_has_the_noise_levels_of_its_model(tmp_path: Path) -> None:
     write_linear_layers(tmp_path / "few.safetensors", TINY, 4)
     sigmas = artifact.load(tmp_path / "few.safetensors").header.sigmas
     assert sigmas == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+def test_hybrid_layers_are_sampled_by_the_default_alone_in_all_steps_and_in_few() -> None:
+    assert [str(way) for way in sampling.list_ways(["cuDNN"])] == [
+        "default, softmax", "default, linear layers", "default, hybrid layers",
+        "cuDNN, softmax", "cuDNN, linear layers",
+        "default, linear layers, few steps", "default, hybrid layers, few steps",
+        "cuDNN, linear layers, few steps",
+    ]  # fmt: skip
+    assert SamplingConfig(kernels="default").list_kernels() == []
+    assert SamplingConfig(size="14b-720p").hybrid_tile == "7x15x16"
+    assert SamplingConfig(tile="1x10x11").hybrid_tile == "1x10x11"
+    with pytest.raises(ValueError, match="--tile 5x6x8 given, and a video is 5 x 6 x 8 tokens"):
+        SamplingConfig(cpu=True, tile="5x6x8")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernels.contenders import Contender
+from benchmarks.kernels import hybrid
+from benchmarks.kernels.agreement import relative_error
+from benchmarks.kernels.contenders import Contender, Shape
 from benchmarks.models import cli as benchmark
 from benchmarks.models import measuring, whole_video
 from benchmarks.models.cli import ScaleConfig
@@ -25,6 +27,8 @@ from benchmarks.models.measuring import (
 )
 from benchmarks.models.random_models import count_bytes, make_random_wan
 from benchmarks.models.sizes import SIZES, find_peak, spread_layers
+from linvideo_core.kernels.tiles import Tiles
+from linvideo_core.models.config import read_tile
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.files import write_tensors
 
@@ -56,6 +60,19 @@ def test_sizes_are_the_published_ones() -> None:
         assert count_bytes([model]) / 4e9 == pytest.approx(billions, rel=0.01)
 
 
+def test_whole_models_have_tiles_that_the_kernels_are_timed_with() -> None:
+    for name, percents in (
+        ("1.3b-480p", [0.3, 1.8]),
+        ("14b-480p", [0.3, 1.8]),
+        ("14b-720p", [0.3, 2.2]),
+    ):
+        size = SIZES[name]
+        tilings = [Tiles(grid=size.grid, tile=read_tile(tile)) for tile in size.tiles]
+        assert [round(100 * tiles.share, 1) for tiles in tilings] == percents
+        timed = hybrid.CASES[Shape(size.tokens, size.config.num_heads)]
+        assert all(tiles in timed for tiles in tilings)
+
+
 def test_every_weight_is_random_and_a_name_decides_which() -> None:
     first, again = (make_random_wan(SMALL, "cpu", torch.float32) for _ in range(2))
     for name, parameter in first.named_parameters():
@@ -80,6 +97,37 @@ def test_arranged_models_agree_with_the_plain_one() -> None:
     assert rows[1]["error"] < 1e-5
 
 
+def test_models_without_softmax_layers_agree_with_their_definition() -> None:
+    rows = measuring.check_size(SIZES["tiny"], DEFAULT, "cpu", every_layer=True)
+    assert [(row["num_linear"], row["tile"], row["kept"]) for row in rows] == [
+        (0, None, "default"), (1, None, "default"), (2, None, None), (2, "1x5x7", None),
+    ]  # fmt: skip
+    assert all(row["error"] < 1e-5 for row in rows)
+
+
+def test_rounding_on_a_gpu_hides_no_forgotten_tile() -> None:
+    plan = plan_variants(SMALL, ["default"], every_layer=True)
+    expected = measuring._compute_expected(SMALL, plan, None, "cpu")
+    linear, tiled = expected[(0, 1), None], expected[(0, 1), SMALL.tiles[0]]
+    assert relative_error(linear, tiled) > 1.2 * measuring._TOLERANCE[torch.bfloat16]
+
+
+def test_a_wrong_hybrid_layer_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, compute_expected = SIZES["tiny"], measuring._compute_expected
+
+    def forget_tiles(*given: Any) -> dict[Any, torch.Tensor]:
+        found = compute_expected(*given)
+        return {(layers, tile): found[layers, None] for layers, tile in found}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "_compute_expected", forget_tiles)
+        with pytest.raises(RuntimeError, match=r"tile='1x5x7', .* differs from .*; nothing was"):
+            measuring.check_size(tiny, DEFAULT, "cpu", every_layer=True)
+    monkeypatch.setattr(hybrid, "hybrid_attention", lambda query, key, value, *_, **__: value)
+    with pytest.raises(RuntimeError, match="differs from its definition in fp64 by"):
+        measuring.measure_size(tiny, DEFAULT, 0.0, "cpu", every_layer=True)
+
+
 def test_a_wrong_backend_is_never_timed() -> None:
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return value + query
@@ -95,17 +143,26 @@ def test_a_model_is_given_back_as_it_was() -> None:
     teacher = RandomTeacher(SMALL, DEFAULT, "cpu")
     with torch.inference_mode():
         before = teacher.call_model()
-        with teacher.arranged(Variant(num_linear=1, kept="default")) as call:
+        with teacher.arranged(Variant(layers=(1,), kept="default")) as call:
             linear = call()
         assert torch.equal(teacher.call_model(), before)
     assert not torch.allclose(linear, before)
 
 
 def test_pairs_that_are_compared_are_measured_side_by_side() -> None:
-    plan = plan_variants(["fa2", "default"], 16, compiled=True)
-    assert [(v.num_linear, v.kept, v.is_compiled) for v in plan] == [
+    plan = plan_variants(SIZES["1.3b-480p"], ["fa2", "default"], compiled=True)
+    assert [(len(v.layers), v.kept, v.is_compiled) for v in plan] == [
         (0, "fa2", False), (16, "fa2", False), (0, "default", False), (16, "default", False),
         (0, "fa2", True), (16, "fa2", True), (0, "default", True), (16, "default", True),
+    ]  # fmt: skip
+
+
+def test_models_without_softmax_layers_are_measured_beside_the_first_backend() -> None:
+    plan = plan_variants(SIZES["14b-720p"], ["default", "fa2"], every_layer=True)
+    assert [(len(v.layers), v.tile, v.kept) for v in plan] == [
+        (0, None, "default"), (22, None, "default"),
+        (40, None, None), (40, "3x9x8", None), (40, "7x15x16", None),
+        (0, None, "fa2"), (22, None, "fa2"),
     ]  # fmt: skip
 
 
@@ -136,14 +193,13 @@ def test_ratios_are_to_the_softmax_model_of_the_same_run() -> None:
 
 def test_a_video_too_long_to_sample_is_computed_and_said_to_be() -> None:
     teacher = RandomTeacher(dataclasses.replace(SMALL, num_frames=1), DEFAULT, "cpu")
-    variant = Variant(num_linear=1, kept="default")
+    variant = Variant(layers=(1,), kept="default")
     computed = measuring.measure(teacher, variant, 0.0, "cpu")
     assert computed["video"] == COMPUTED
     assert computed["video_seconds"] == pytest.approx(100 * computed["seconds"])
     sampled = measuring.measure(teacher, variant, math.inf, "cpu")
     assert sampled["video"] == SAMPLED and sampled["video_seconds"] > 0
-    plain = teacher.weight_bytes(Variant(num_linear=0, kept="default"))
-    assert sampled["peak_gb"] > plain / 2**30
+    assert sampled["peak_gb"] > teacher.weight_bytes() / 2**30
 
 
 def test_an_unknown_size_is_refused() -> None:

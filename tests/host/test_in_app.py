@@ -34,10 +34,17 @@ def test_samplings_of_all_steps_and_of_four_are_rows_of_one_record(
     where = ["--comfyui", host.root, "--python", host.python, "--out", tmp_path]
     sampling.main([*map(str, where), "--cpu", "--steps", "2"])
     rows = read_record(tmp_path / "softmax_layers.json")["rows"]
-    found = [(row["what"], row["linear_layers"], row["steps"], row["cfg"]) for row in rows]
-    assert found == [("sampling", 0, 2, 5.0), ("sampling", 2, 2, 5.0), ("few_steps", 2, 4, 1.0)]
-    default, _, few = rows
+    names = ("what", "linear_layers", "hybrid_layers", "tile", "steps", "cfg")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("sampling", 0, 0, None, 2, 5.0),
+        ("sampling", 2, 0, None, 2, 5.0),
+        ("sampling", 0, 4, "2x4x5", 2, 5.0),
+        ("few_steps", 2, 0, None, 4, 1.0),
+        ("few_steps", 0, 4, "2x4x5", 4, 1.0),
+    ]
+    default, _, _, few, hybrid = rows
     assert few["baseline"] == "default, 50 guided steps by 2 measured"
     assert few["speedup"] == pytest.approx(25 * default["seconds"] / few["seconds"])
     assert "2 of 4 layers are linear" in few["said"]
+    assert "4 of 4 layers are hybrid" in hybrid["said"]
     assert few["baseline"] in capsys.readouterr().out
