@@ -1,7 +1,8 @@
 """Softmax within tiles and linear attention in one layer, compared: `python -m research.hybrid`.
 
 Every row of `TABLES` is a student of the embedded model, trained with several seeds to match the
-teacher's velocity at its stored states, then sampled from the teacher's own noise. `frechet` is the
+teacher's velocity at its stored states, or needs no training (Sol-Attn, PISA), then sampled from
+the teacher's own noise; `sparse_baselines` has what others published. `frechet` is the
 distance to the teacher's videos, 0 for the same ones. `cost` is the softmax attention that is
 computed, pairs of queries and keys over those of the teacher: what is linear adds nothing to it.
     python -m research.hybrid --tables forms --jobs 12
@@ -30,7 +31,19 @@ from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 
 from .declared_runs import list_cards
-from .hybrid_student import FORMS, LINEAR, SOL_ATTN, WINDOW, Case, do_run, prepare
+from .hybrid_student import (
+    FORMS,
+    LINEAR,
+    NAMES,
+    PISA,
+    PISA_BLOCKS,
+    SLA,
+    SOL_ATTN,
+    WINDOW,
+    Case,
+    do_run,
+    prepare,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +52,18 @@ Row = dict[str, Any]
 _RECORD_NAME = "hybrid.json"
 _SMALL, _FRAME = (1, 4, 4), (1, 8, 8)
 _DENSITIES = (0.1, 0.2, 0.4)
+
+
+def _untrained(form: str) -> list[Case]:
+    return [Case(form=form, density=density, steps_factor=0) for density in _DENSITIES]
+
+
+_TRAINED = (Case(form=LINEAR), Case(form=WINDOW, tile=_FRAME))
 _BASELINES = (
-    Case(form=LINEAR),
-    Case(form=WINDOW, tile=_FRAME),
-    *(Case(form=SOL_ATTN, density=density, steps_factor=0) for density in _DENSITIES),
+    *_TRAINED,
+    *_untrained(SOL_ATTN),
+    *_untrained(PISA),
+    Case(form=SLA, density=0.2),
 )
 _BEST = tuple(
     Case(form=form, tile=tile)
@@ -53,6 +74,9 @@ _BEST = tuple(
 TABLES: dict[str, list[Case]] = {
     "forms": [
         *_BASELINES,
+        *_untrained(PISA_BLOCKS),
+        # The paper's density, here one block of 28.
+        Case(form=SLA, density=0.05),
         *(Case(form=form, tile=_SMALL) for form in FORMS),
         *(Case(form=form, tile=_FRAME) for form in ("query", "moments", "moments_covariance")),
     ],
@@ -64,7 +88,7 @@ TABLES: dict[str, list[Case]] = {
     "longer": [
         dataclasses.replace(case, layers=layers, steps_factor=4)
         for layers in (5, 10)
-        for case in (*_BASELINES[:2], *_BEST)
+        for case in (*_TRAINED, *_BEST)
     ],
 }
 """Table -> its rows; rows that several tables have are of the same runs."""
@@ -99,7 +123,7 @@ class HybridConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"tables": [*TABLES], "forms": [LINEAR, WINDOW, SOL_ATTN, *FORMS]}
+        known = {"tables": [*TABLES], "forms": [*NAMES]}
         for field, names in known.items():
             given = getattr(self, field)
             if strangers := [name for name in _split(given) if name not in names]:
@@ -112,7 +136,7 @@ class HybridConfig(Settings):
     @property
     def cases(self) -> dict[str, list[Case]]:
         """Table -> the rows to make."""
-        forms = _split(self.forms) or [LINEAR, WINDOW, SOL_ATTN, *FORMS]
+        forms = _split(self.forms) or NAMES
         return {
             table: [case for case in TABLES[table] if case.form in forms]
             for table in _split(self.tables)

@@ -1,10 +1,13 @@
 """One run of `research.hybrid`: a student with hybrid layers, trained and measured."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shlex
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from linvideo_core.evaluate.sampler import Evaluator
 from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
 from linvideo_core.kernels.tiles import Size, Tiles, TokenGrid
 from linvideo_core.models.attention import LinearAttention
+from linvideo_core.models.attention_sites import install, restore, shapes_of
 from linvideo_core.models.config import ATTENTION_MASSES
+from linvideo_core.models.families import identify
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import parse
 from linvideo_core.run.context import Run
@@ -31,11 +36,19 @@ from linvideo_core.transfer.config import TRAINING_NAME, WARM_START_NAME, Transf
 from linvideo_core.transfer.student import Student, TransferTask, accelerated
 from linvideo_core.transfer.warm_start import fit_feature_maps
 
-from .softmax_quality import changed, small_blocks
+from .softmax_quality import SparseReference, small_blocks
+from .sparse_baselines import PiecewiseAttention, SparseLinearAttention
 
 Row = dict[str, Any]
 
-LINEAR, WINDOW, SOL_ATTN = "linear", "window", "sol_attn"
+LINEAR, WINDOW, SLA = "linear", "window", "sla"
+SOL_ATTN, PISA, PISA_BLOCKS = "sol_attn", "pisa", "pisa_blocks"
+UNTRAINED: dict[str, Callable[[float], nn.Module]] = {
+    SOL_ATTN: SparseReference,
+    PISA: PiecewiseAttention,
+    PISA_BLOCKS: functools.partial(PiecewiseAttention, is_blockwise=True),
+}
+"""Name -> what makes an attention of a density that needs no training."""
 FORMS = {
     "query": HybridForm(mass="query"),
     "query_covariance": HybridForm(mass="query", has_covariance=True),
@@ -43,7 +56,9 @@ FORMS = {
     "moments_covariance": HybridForm(mass="moments", has_covariance=True),
 }
 """Name -> a hybrid layer. Besides, "linear" has no softmax, "window" mixes the softmax of one frame
-in by one learned number a head, and "sol_attn" is Sol-Attn without training."""
+in by one learned number a head, and "sla" is `SparseLinearAttention`."""
+NAMES = (LINEAR, WINDOW, SLA, *UNTRAINED, *FORMS)
+"""Of all that is compared."""
 
 # Layers that training chose most often (results/evidence.json), by their number.
 _LAYERS = {5: (0, 1, 3, 4, 9), 8: (0, 1, 4, 5, 6, 7, 8, 9), 10: tuple(range(10))}
@@ -56,20 +71,20 @@ class Case:
     """What is trained: a form in some of the layers.
 
     tile: (frames, height, width) in tokens, of hybrid forms and of "window".
-    density: of "sol_attn". layers: how many are replaced, 5, 8 or 10.
+    density: of "sla" and what is untrained. layers: how many are replaced, 5, 8 or 10.
     steps_factor: times the steps of other rows; 0 for what is not trained.
     """
 
     form: str
     tile: Size | None = None
-    density: float = 1.0
+    density: float | None = None
     layers: int = 10
     steps_factor: int = 1
 
     @property
     def tile_name(self) -> str:
         """Its tile in words, such as "1x4x4"."""
-        if self.form == SOL_ATTN:
+        if self.density is not None:
             return f"density {self.density:g}"
         return "x".join(map(str, self.tile or ())) or "none"
 
@@ -84,16 +99,24 @@ class Case:
     def share_of_tokens(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in its layers, over all pairs.
 
-        Of Sol-Attn its density alone: neither the neighbours of each block, up to 7 % more, nor its
-        pooled terms, as no feature counts in linear attention either.
+        Of what has a density that alone: no pooled terms, as no feature counts in linear attention
+        either, and of Sol-Attn not the neighbours of each block, up to 7 % more.
         """
-        if self.form in (LINEAR, SOL_ATTN):
-            return 0.0 if self.form == LINEAR else self.density
+        if self.tile is None:
+            return self.density or 0.0
         return Tiles(grid=grid, tile=self.tile).share
 
     def cost(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in all layers, over those of the teacher."""
         return 1 - self.layers / _NUM_LAYERS * (1 - self.share_of_tokens(grid))
+
+    def attention(self, linear: LinearAttention, grid: Size) -> nn.Module:
+        """Return what is trained in a layer: `linear` itself, of a form that transfers have."""
+        if self.form == SLA:
+            return SparseLinearAttention(linear, self.density)
+        if self.form in FORMS and not self.flags:
+            return VariantAttention(linear, Tiles(grid=grid, tile=self.tile), FORMS[self.form])
+        return linear
 
 
 class VariantAttention(nn.Module):
@@ -151,8 +174,8 @@ def do_run(case: Case, flags: str, steps: int, seed: int, out: Path, device: str
     teacher, run = _open(config, folder)
     grid = find_grid(teacher)
     begin = time.monotonic()
-    if case.form == SOL_ATTN:
-        with small_blocks(), changed(teacher.model, is_linear=False, density=case.density):
+    if case.form in UNTRAINED:
+        with untrained(teacher.model, case):
             measures = _measure(teacher, config, run, out)
     else:
         with Student(teacher, config.student, seed=seed) as student:
@@ -173,6 +196,19 @@ def do_run(case: Case, flags: str, steps: int, seed: int, out: Path, device: str
     return row
 
 
+@contextlib.contextmanager
+def untrained(model: nn.Module, case: Case) -> Iterator[None]:
+    """Let a case's layers attend as it does without training, while the context lasts."""
+    _, sites = identify(shapes_of(model))
+    chosen = [site for site in sites if site.layer in _LAYERS[case.layers]]
+    originals = install(model, chosen, lambda _: UNTRAINED[case.form](case.density))
+    try:
+        with small_blocks():
+            yield
+    finally:
+        restore(model, chosen, originals)
+
+
 def find_grid(teacher: Teacher) -> Size:
     """Return the (frames, height, width) of a teacher's videos in tokens."""
     return teacher.model.config.find_grid(teacher.latent_shape)
@@ -180,10 +216,8 @@ def find_grid(teacher: Teacher) -> Size:
 
 def train(student: Student, teacher: Teacher, case: Case, config: TransferConfig, run: Run) -> None:
     """Fit the layers of a case to the teacher's attention, then the student to its velocity."""
-    if case.form in FORMS and not case.flags:
-        tiles = Tiles(grid=find_grid(teacher), tile=case.tile)
-        for mixed in student.mixed.values():
-            mixed.linear = VariantAttention(mixed.linear, tiles, FORMS[case.form])
+    for mixed in student.mixed.values():
+        mixed.linear = case.attention(mixed.linear, find_grid(teacher))
     with student.disabled():
         trajectories = collect(teacher, config.trajectories, run)
     fit_feature_maps(

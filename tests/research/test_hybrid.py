@@ -8,7 +8,7 @@ import pytest
 from linvideo_core.run.errors import SettingError
 from research import hybrid
 from research.hybrid import TABLES, HybridConfig, summarize
-from research.hybrid_student import FORMS, Case
+from research.hybrid_student import NAMES, Case
 
 GRID = (7, 8, 8)
 
@@ -21,6 +21,8 @@ GRID = (7, 8, 8)
         (Case(form="query", tile=(1, 4, 4)), 16 / 448, 16 / 448),
         (Case(form="query", tile=(1, 8, 8), layers=8), 1 / 7, 0.2 + 0.8 / 7),
         (Case(form="sol_attn", density=0.2), 0.2, 0.2),
+        (Case(form="pisa", density=0.2, layers=5), 0.2, 0.6),
+        (Case(form="sla", density=0.05), 0.05, 0.05),
     ],
 )
 def test_the_cost_is_the_softmax_that_is_computed(case: Case, share: float, cost: float) -> None:
@@ -31,7 +33,7 @@ def test_the_cost_is_the_softmax_that_is_computed(case: Case, share: float, cost
 def test_every_row_is_declared_once_in_its_table() -> None:
     for cases in TABLES.values():
         assert len(cases) == len(set(cases))
-    assert {case.form for case in TABLES["forms"]} == {"linear", "window", "sol_attn", *FORMS}
+    assert {case.form for case in TABLES["forms"]} == {*NAMES}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,9 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     cases = [
         Case(form="moments_covariance", tile=(1, 3, 8), layers=5),
         Case(form="moments", tile=(1, 3, 8)),
+        Case(form="sla", density=0.1),
         Case(form="sol_attn", density=0.2, steps_factor=0),
+        Case(form="pisa", density=0.2, steps_factor=0),
     ]
     monkeypatch.setitem(TABLES, "forms", cases)
     flags = (
@@ -75,16 +79,18 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     failing = HybridConfig(**how, forms="moments_covariance", flags=f"{flags} --learning-rate 1e30")
     assert hybrid.run(failing) == {"forms": []}
     config = HybridConfig(**how, flags=flags)
-    [row, whole, sparse] = hybrid.run(config)["forms"]
-    assert (row["steps"], row["layers"], row["seed"], sparse["steps"]) == (2, 5, 0, 0)
+    rows = hybrid.run(config)["forms"]
+    row, whole, sla, *sparse = rows
+    assert (row["steps"], row["layers"], row["seed"]) == (2, 5, 0)
     assert (whole["form"], whole["layers"], whole["tile"]) == ("moments", 10, "1x3x8")
+    assert (sla["form"], sla["steps"], sla["tile"]) == ("sla", 2, "density 0.1")
+    assert [(each["form"], each["steps"]) for each in sparse] == [("sol_attn", 0), ("pisa", 0)]
     assert row["cost"] == pytest.approx(cases[0].cost(GRID))
     assert row["frechet"] > 0 and 0 <= row["digit"] <= 1 and 0 <= row["motion"] <= 1
     record = json.loads((tmp_path / "hybrid.json").read_text(encoding="utf-8"))
-    assert record["details"]["parts"]["forms"]["runs"] == [row, whole, sparse]
-    means = summarize([row, whole, sparse])
-    assert record["rows"] == [{"what": "forms", **x} for x in means]
+    assert record["details"]["parts"]["forms"]["runs"] == rows
+    assert record["rows"] == [{"what": "forms", **x} for x in summarize(rows)]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")}
-    assert len(before) == 3
-    assert hybrid.run(config) == {"forms": [row, whole, sparse]}
+    assert len(before) == len(cases)
+    assert hybrid.run(config) == {"forms": rows}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("row.json")} == before
