@@ -1,6 +1,7 @@
 """Write files so that an interrupted or failed write never harms what was there before."""
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -66,12 +67,21 @@ def sweep(folder: Path, *, is_alone: bool = False) -> None:
         what is an hour old goes.
     """
     oldest = time.time() - _SECONDS_UNTIL_DEAD
-    for path in folder.rglob(_PART.format("*")):
+    for path in find_below(folder, _PART.format("*")):
         below = path.relative_to(folder).parents
         is_own = is_alone and not any((folder / at / LOCK_NAME).exists() for at in list(below)[:-1])
         with contextlib.suppress(OSError):
             if is_own or path.stat().st_mtime < oldest:
                 remove(path)
+
+
+def find_below(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield all files and folders below a folder whose name matches, while others write there.
+
+    Path.rglob fails where a folder is taken away that it has just seen.
+    """
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in fnmatch.filter([*folders, *files], pattern))
 
 
 def remove(path: Path) -> None:

@@ -23,6 +23,7 @@ from ..models.experts import HIGH, LOW
 from ..run.callbacks import Callbacks
 from ..run.context import Run
 from ..run.devices import resolve_device, resolve_precision
+from ..run.files import find_below
 from ..run.folder import CONFIG_NAME, check_place, check_run, open_run, read_metrics
 from ..run.lock import locked
 from ..run.memory import LOWER_RUN, explained
@@ -239,7 +240,7 @@ def _log_forecast(
     num_students: int = 1,
 ) -> None:
     """Log what a run takes that has not trained yet; see `forecast`."""
-    if any(config.out.glob("**/training")):
+    if any(find_below(config.out, TRAINING_NAME)):
         return
     how = {"precision": run.precision, "num_processes": run.processes.size}
     pace = time_run(teacher, config, tries_training=tries_training, **how)
@@ -369,7 +370,8 @@ def show_results(
 def describe_kept(config: RunConfig) -> str:
     """Say, in a part of a sentence, what the same command does after an interruption."""
     out, begun = config.out, config.out / CONFIG_NAME
-    places = [place for name in (WARM_START_NAME, TRAINING_NAME) for place in out.rglob(name)]
+    names = (WARM_START_NAME, TRAINING_NAME)
+    places = [place for name in names for place in find_below(out, name)]
     if any(map(finished_steps, places)):
         return "the same command continues from the last checkpoint"
     if begun.exists():

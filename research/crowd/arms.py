@@ -23,7 +23,7 @@ class Arm:
     settings: of the transfer, by the names of `TransferConfig`'s fields.
     training, second_training: what they are, by the names of `trainings.TRAININGS`.
     baseline: the arm of the same table that it is compared with seed by seed; None: with none.
-    linear_share: of all layers. is_random: which of them is drawn by the seed.
+    linear_share: of all layers; with a tile they are hybrid. is_random: the seed draws which.
     distillation: settings of the distillation, by the names of `DistillConfig`'s fields; None: the
         transfer's file is measured.
     sampler_steps: Euler steps, where they are fewer than all others'; is_guided: these few.
@@ -64,6 +64,9 @@ _POOL = {**_SPREAD, "states": "pool", "objective": "adm", "pool_videos": 64}
 _VIDEOS = (384, 96, 24, 8)
 _MOST_VIDEOS = f"stored_{max(_VIDEOS)}"
 _MAPS = {"parameters": "feature_maps"}
+# Of the 4,096 tokens, 16 x 16 x 16, a tile has 1.6 % and a frame 6 %.
+_TILE = {"tile": "1x8x8"}
+_FRAME = {"tile": "1x16x16", "attention_mass": "moments"}
 
 
 def _pool(on_policy: float) -> dict[str, Any]:
@@ -159,6 +162,14 @@ TABLES: dict[str, dict[str, Arm]] = {
         "replace_one": _selected(choice="sensitivity", sensitivity="replace-one"),
         "restore_one": _selected(choice="sensitivity", sensitivity="restore-one"),
     },
+    # Softmax within tiles beside linear attention, in half of the layers and in all.
+    "hybrid": {
+        "linear_half": Arm(settings=_pool(0)),
+        "hybrid_half": Arm(settings=_pool(0) | _TILE, baseline="linear_half"),
+        "linear_all": Arm(settings=_pool(0), linear_share=1, baseline="linear_half"),
+        "hybrid_all": Arm(settings=_pool(0) | _TILE, linear_share=1, baseline="linear_all"),
+        "hybrid_frame_all": Arm(settings=_pool(0) | _FRAME, linear_share=1, baseline="linear_all"),
+    },
     "sizes": {
         "whole": Arm(settings=_pool(0), num_frames=(WHOLE, SHORT)),
         "short": Arm(
@@ -183,7 +194,8 @@ NOT_RUN: dict[str, dict[str, str]] = {
         "linvideo_core.distill has one for few steps",
     },
     "selection": {
-        "in_cost": "a budget in cost, with hybrid layers among the choices, has no code",
+        "in_cost": "layers of a kind cost alike, so that a budget in cost is one in count, and a "
+        "third kind among softmax and hybrid ones would hardly pay (docs/kernels.md)",
     },
 }
 """Table -> what the study asks for and the product cannot do -> why it has no row."""

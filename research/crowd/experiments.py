@@ -13,6 +13,7 @@ and the seconds those of `forecast`, which are counted and not measured; two GPU
     --tables students --seeds 4 --out runs/students --record        510
     --tables few_steps --seeds 4 --out runs/few_steps --record      530
     --tables selection --seeds 4 --out runs/selection --record      480
+    --tables hybrid --seeds 4 --out runs/hybrid --record            460
     --tables sizes --seeds 4 --out runs/sizes --record              390
 Each says first what is missing and how long it takes: without `--compile` a tenth to a quarter
 more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 25 seconds:

@@ -54,6 +54,8 @@ _OF_WARM_START = (
     "more_sizes",
     "num_frames",
     "prompt_dropout",
+    "tile",
+    "attention_mass",
 )
 
 

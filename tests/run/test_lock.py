@@ -1,6 +1,7 @@
 """One run at a time works in a folder, and what a dead one has left goes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from linvideo_core.run.errors import SettingError
-from linvideo_core.run.files import sweep, write_text
+from linvideo_core.run.files import find_below, sweep, write_text
 from linvideo_core.run.lock import locked
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,16 @@ def test_what_others_may_still_be_writing_stays(tmp_path: Path) -> None:
     (tmp_path / "deep" / ".lock").unlink()
     sweep(tmp_path, is_alone=True)
     assert parts(tmp_path) == ["mine.part"]
+
+
+def test_what_is_taken_away_while_it_is_looked_through_is_passed_over(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    found = find_below(tmp_path, "*")
+    first = next(found)
+    other = tmp_path / ("b" if first.name == "a" else "a")
+    shutil.rmtree(other)
+    assert sorted(found) == sorted([other, first / "deep"])
 
 
 def test_a_folder_that_nothing_came_into_goes_again(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_fixed_choice_decides_the_artifacts_layers_and_draws_no_scores(
     assert [len(json.loads(row).get("layer_scores", [])) for row in rows] == [
         0 if layers else 3
     ] * 6
-    draw_training(config.out, found, config.selection, 6)
+    draw_training(config.out, made.header, config.selection, 6)
     assert (config.out / "losses.png").exists()
     assert (config.out / "layer_scores.png").exists() == (layers is None)
     assert not (config.out / RANKING_NAME).exists()
