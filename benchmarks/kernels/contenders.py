@@ -23,6 +23,7 @@ from linvideo_core.kernels.softmax import (
     sparse_attention,
 )
 from linvideo_core.models.wan import rotary_embedding
+from linvideo_core.run.errors import SettingError
 
 Attend = Callable[..., Tensor]
 
@@ -57,6 +58,13 @@ class Setting(NamedTuple):
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     seconds: float = 0.4
+
+
+def on_gpu(seconds: float) -> Setting:
+    """Return the setting of this machine's GPU; raise SettingError where there is none."""
+    if not torch.cuda.is_available():
+        raise SettingError("no GPU was found, and kernels of one are timed: run it on a GPU")
+    return Setting(torch.device("cuda"), seconds=seconds)
 
 
 def make_inputs(shape: Shape, ratio: int, setting: Setting) -> list[Tensor]:

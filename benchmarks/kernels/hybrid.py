@@ -21,11 +21,10 @@ from linvideo_core.kernels.softmax import softmax_attention
 from linvideo_core.kernels.tiles import Tiles
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
-from linvideo_core.run.devices import resolve_device
 
 from ..record import RESULTS_FOLDER, show_rows, write_record
 from .agreement import compare
-from .contenders import HEAD_DIM, TOLERANCE, Contender, Setting, Shape, make_inputs
+from .contenders import HEAD_DIM, TOLERANCE, Contender, Setting, Shape, make_inputs, on_gpu
 from .speed import BACKWARD, FORWARD, NUM_COPIED, floor_milliseconds, measure_copy_bandwidth
 from .timing import milliseconds
 
@@ -162,7 +161,7 @@ def _time_passes(
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, check agreement, measure, show the table."""
     config = parse(HybridBenchmarkConfig, argv, description=__doc__)
-    setting = Setting(torch.device(resolve_device("cuda")), seconds=config.seconds)
+    setting = on_gpu(config.seconds)
     error = check(CHECKED, 12, setting)
     sys.stdout.write(f"largest error against fp64: {error:.1e}\n")
     rows = measure(CASES, setting)

@@ -3,8 +3,9 @@
 No launch depends on the length, so a new length compiles nothing.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -291,7 +292,7 @@ def call(
     **settings: Any,
 ) -> Any:
     """Run a kernel with the first launch of its kind that this card has the memory for."""
-    launches = _launches(x.device, feature_map.dtype)[kind]
+    launches = launches_of(x.device, feature_map.dtype)[kind]
     key = (run, kind, x.device, feature_map.dtype, *feature_map.shape[1:])
     is_wide = feature_map.dtype == torch.float32 or 2 * feature_map.shape[2] > x.shape[3]
     first = _first_launch.get(key, int(is_wide and len(launches) > 1))
@@ -305,14 +306,32 @@ def call(
     raise AssertionError("the last launch either returns or raises")
 
 
-def _launches(device: torch.device, dtype: torch.dtype) -> dict[str, list[Launch]]:
-    """Return a card's launches by their kind."""
+def launches_of(device: torch.device, dtype: torch.dtype) -> dict[str, list[Launch]]:
+    """Return a card's launches by their kind, the fastest known first; dtype: of products."""
     architecture = _architecture(device)
     # In fp32 Blackwell's servers spill 10 KB a thread with the launches that were chosen on Hopper.
     is_as_hopper = 90 <= architecture < (100 if dtype == torch.float32 else 120)
     if IS_INTERPRETED or is_as_hopper:
         return _LAUNCHES
     return _SMALL_LAUNCHES if architecture else _AMD_LAUNCHES
+
+
+@contextlib.contextmanager
+def launched_as(
+    launch: Launch, kind: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Let a kind of kernel have one launch alone, while the context lasts.
+
+    OutOfResources is raised where the card has no memory for it.
+    """
+    launches = launches_of(device, dtype)
+    usual, launches[kind] = launches[kind], [launch]
+    _first_launch.clear()
+    try:
+        yield
+    finally:
+        launches[kind] = usual
+        _first_launch.clear()
 
 
 def _options(device: torch.device, is_backward: bool = True) -> dict[str, bool]:
