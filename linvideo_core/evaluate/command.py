@@ -61,6 +61,7 @@ KERNEL_KEYS = (
     "digit",
     "motion",
     "seconds_per_video",
+    "speedup",
 )
 FEW_STEP_KEYS = (
     "model",
@@ -71,6 +72,7 @@ FEW_STEP_KEYS = (
     "frechet",
     "diversity",
     "seconds_per_video",
+    "speedup",
 )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,11 @@ def compare(
     recipes: name -> how that student is sampled; the others as the settings say. Velocities are
         compared of the others alone, which follow the teacher's trajectories.
     softmax: what computes the students' softmax layers, where that is sparse.
+
+    Seconds that are compared are of calls that take turns, since whoever else uses the machine
+    slows some more than others: a student's calls stand beside the teacher's, before it samples and
+    after. `speedup` is the mean of these ratios, and `seconds_per_video` of a student the teacher's
+    over it.
     """
     evaluator = Evaluator(
         teacher, settings, seed=seed, precision=precision, callbacks=callbacks or Callbacks()
@@ -103,15 +109,24 @@ def compare(
         is_decoded=teacher.is_demo or reference.frames.ndim == 5,
         video_size=teacher.video_size,
     )
+    turns = [evaluator.time_video(teacher.model)]
+    speedups = [1.0]
     for name, context in students.items():
         with context as model, _softmax_of(model, softmax):
             recipe = (recipes or {}).get(name)
+            before = evaluator.time_video(model, recipe)
             samples = evaluator.sample(name, model, recipe=recipe)
             velocity_rows = [] if recipe else evaluator.compare_velocities(name, model)
+            after = evaluator.time_video(model, recipe)
+        turns.append(evaluator.time_video(teacher.model))
+        speedups.append(statistics.fmean((turns[-2] / before, turns[-1] / after)))
         evaluator.describe(samples)
         result.rows.append(evaluator.measure(samples, reference, velocity_rows))
         result.velocity_rows += velocity_rows
         result.frames[name] = samples.frames
+    for row, speedup in zip(result.rows, speedups, strict=True):
+        row["speedup"] = speedup
+        row["seconds_per_video"] = statistics.median(turns) / speedup
     return result
 
 

@@ -30,6 +30,7 @@ NUM_SHOWN = 4
 _SEED = 0x7E57_0000
 # Features are taken under noise that no sample was made from.
 _FEATURE_SEED = 0x1_0000
+_TIMED_STEPS = 5
 _NUM_STATE_SAMPLES, _NUM_STATE_LEVELS = 32, 10
 # Enough noise for the model to be at home, little enough for it to see what is there.
 FEATURE_SIGMA = 0.25
@@ -58,12 +59,16 @@ def count_comparing_calls(
     """Return what a comparison takes, in calls of the guided teacher for one video.
 
     Every model samples all videos, after a first call that is not timed; the teacher's features of
-    a video take one branch. Of students, velocities are compared at a few noise levels.
+    a video take one branch. Of students, velocities are compared at a few noise levels. A few
+    calls are timed: the teacher's at first and after each student, whose own are before and after.
     """
+    if not num_samples:
+        return 0.0
     first = min(num_samples, batch_size)
     velocities = min(first, _NUM_STATE_SAMPLES) * min(sampler_steps, _NUM_STATE_LEVELS)
     sampling = num_samples * (sampler_steps + 0.5) + first
-    return sampling + num_students * (sampling + velocities)
+    timed = (1 + 3 * num_students) * (1 + _TIMED_STEPS)
+    return sampling + num_students * (sampling + velocities) + timed
 
 
 def draw_noise(latent_shape: tuple[int, int, int, int], num_samples: int, seed: int) -> Tensor:
@@ -129,6 +134,7 @@ class Evaluator:
         self.callbacks = callbacks
         self.device = teacher.prompt_embeds.device
         self.sigmas = make_sigmas(settings.sampler_steps, settings.shift)
+        self._usual = Recipe(sigmas=self.sigmas, guidance_scale=settings.guidance_scale)
         self.prompt_index = draw_prompts(
             len(teacher.prompts), settings.num_samples, seed, repeats=settings.seeds_per_prompt
         )
@@ -160,8 +166,7 @@ class Evaluator:
 
         recipe: none: as the settings say, by Euler with guidance.
         """
-        if recipe is None:
-            recipe = Recipe(sigmas=self.sigmas, guidance_scale=self.settings.guidance_scale)
+        recipe = recipe or self._usual
         count, size = self.settings.num_samples, self.settings.batch_size
         steps, starts = len(recipe.sigmas) - 1, range(0, count, size)
         self.callbacks.on_stage("evaluation", len(starts) * steps, detail=name)
@@ -189,6 +194,27 @@ class Evaluator:
             video_measures={key: x.mean(dim=0) for key, x in _join(measured).items()},
             **_join(batches),
         )
+
+    @torch.no_grad()
+    def time_video(self, model: nn.Module, recipe: Recipe | None = None) -> float:
+        """Return the seconds of a video, told from a few of its steps, one video at a time.
+
+        recipe: as of `sample`.
+        """
+        recipe = recipe or self._usual
+        velocity_fn = self.bind(model, slice(0, 1), recipe.guidance_scale)
+        noise, sigmas = self.noise[:1].to(self.device), recipe.sigmas[:-1].to(self.device)
+        # Evenly spread: of sparse layers the first steps may be dense, and take longer.
+        picks = [(2 * i + 1) * len(sigmas) // (2 * _TIMED_STEPS) for i in range(_TIMED_STEPS)]
+        part, total = None, 0.0
+        for sigma in sigmas[picks].split(1):
+            if part is not (part := expert_at(model, sigma.item())):
+                # It may compile and tune kernels, and two experts take turns on the device.
+                velocity_fn(noise, sigma)
+            started = self._clock()
+            velocity_fn(noise, sigma)
+            total += self._clock() - started
+        return total / len(picks) * len(sigmas)
 
     def describe(self, samples: Samples) -> None:
         """Add the teacher's features of the samples.
@@ -240,7 +266,6 @@ class Evaluator:
             row["frechet"] = metrics.frechet_distance(*own, *real)
         row["seconds"] = samples.seconds
         row["steps"] = samples.steps
-        row["seconds_per_video"] = samples.seconds / len(samples.latents)
         is_teacher = samples is teacher
         row["frechet_to_teacher"] = 0.0 if is_teacher else metrics.frechet_distance(*own, *others)
         row["frechet_teacher_features"] = metrics.frechet_distance_of(

@@ -18,6 +18,7 @@ _LABELS = {
     "spatial_spectrum_db": "spatial spectrum (dB off)",
     "temporal_spectrum_db": "temporal spectrum (dB off)",
     "diversity": "diversity / teacher's",
+    "speedup": "speed / teacher's",
     "pixel_error": "pixel error (0 to 255)",
 }
 _KINDS = ("linear_layers", "hybrid_layers")

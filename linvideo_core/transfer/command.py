@@ -79,6 +79,7 @@ _SHOWN = (
     "motion_energy",
     "velocity_error",
     "seconds_per_video",
+    "speedup",
 )
 _FILES = {
     ARTIFACT_NAME: "the LINVIDEO file: what ComfyUI's nodes load",

@@ -4,12 +4,14 @@ import contextlib
 import copy
 import dataclasses
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from linvideo_core import artifact
 from linvideo_core.demo.codec import LATENT_SHAPE, decode_latents
@@ -87,6 +89,22 @@ def test_a_student_that_is_the_teacher_is_measured_as_perfect(teacher: Teacher) 
     sigmas = [row["sigma"] for row in found.velocity_rows]
     assert len(sigmas) == SETTINGS.sampler_steps
     assert sigmas[0] == 1 and sigmas == sorted(sigmas, reverse=True)
+
+
+def test_what_slows_a_student_makes_its_videos_take_longer_than_the_teachers(
+    teacher: Teacher,
+) -> None:
+    @contextlib.contextmanager
+    def slowed() -> Iterator[nn.Module]:
+        hook = teacher.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+        yield teacher.model
+        hook.remove()
+
+    few = dataclasses.replace(SETTINGS, num_samples=2, sampler_steps=2)
+    own, slow = compare(teacher, {"slow": slowed()}, few, seed=0).rows
+    assert own["speedup"] == 1 and slow["speedup"] < 0.9
+    assert own["seconds_per_video"] < slow["seconds_per_video"] > 2 * 0.05
+    assert slow["seconds_per_video"] * slow["speedup"] == pytest.approx(own["seconds_per_video"])
 
 
 def test_a_table_names_the_kinds_of_layers_that_a_model_has(teacher: Teacher) -> None:
@@ -240,9 +258,11 @@ def test_sparse_kernels_leave_the_first_steps_dense_and_the_teacher_as_it_was(
     compare_kernels(teacher, None, kernels, settings, dense_share=0.4, seed=0, callbacks=Told())
     hook.remove()
     # The call before the first step, the steps, and the noise levels at which velocities are
-    # compared: the same five again; then the teacher's own features.
+    # compared: the same five again; both models' turns of what is timed, one call first; then the
+    # teacher's own features.
     steps = ["default", "default", "sparse", "sparse", "sparse"]
-    assert [kernel for _, kernel in calls] == ["default", *steps, *steps, "default"]
+    student, teachers = ["default", *steps], 6 * ["default"]
+    assert [kernel for _, kernel in calls] == [*student, *steps, *student, *teachers, "default"]
     assert attention_at(teacher.model, identify(shapes_of(teacher.model))[1][0]) is layer
     assert not teacher.model._forward_pre_hooks
 

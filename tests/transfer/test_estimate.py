@@ -63,9 +63,10 @@ def test_each_stage_takes_its_calls() -> None:
     assert told(config_of(accumulation=3)).training == 3 * found.training
     assert told(config_of(choice="alternate")).training == 100 * 20
     assert told(config_of(), num_students=2).training == 2 * found.training
-    # Three models: videos, a first call, features of half a call; two: ten noise levels.
+    # Three models: videos, a first call, features of half a call; two: ten noise levels. Seven
+    # times six calls are timed.
     compared = told(config_of(evaluate_samples=2, evaluate_batch_size=1)).comparing
-    assert compared == 2 * (3 * (2 * 50 + 1 + 2 * 0.5) + 2 * 10)
+    assert compared == 2 * (3 * (2 * 50 + 1 + 2 * 0.5) + 2 * 10 + 7 * 6)
     begun = told(config_of(warm_start_steps=9), num_done=10)
     assert begun.training == 20 * 30 + 70 * 20 and begun.warm_start == 0
     assert told(config_of(), num_done=60).training == 40 * 20
