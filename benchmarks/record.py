@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from linvideo_core import __version__
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
+from linvideo_core.run.folder import check_place
 from linvideo_core.run.tables import format_value
 
 REPOSITORY = Path(__file__).parents[1]
@@ -82,8 +84,16 @@ def write_part(
     )
 
 
+def check_file(path: Path) -> None:
+    """Raise SettingError where a record cannot be written: before anything is measured."""
+    if path.is_dir():
+        raise SettingError(f"{path} is a folder and a file is needed: give another {{out}}", "out")
+    check_place(path.parent)
+
+
 def check_parts(path: Path, device: torch.device | str) -> None:
-    """Raise ValueError where a part of a record was measured on another device."""
+    """Raise ValueError where a part of a record was measured on another device, or has no place."""
+    check_file(path)
     device_name = describe_device(device)
     for name, source in _parts_of(read_record(path) if path.is_file() else {}).items():
         if source["device"] != device_name:

@@ -8,7 +8,7 @@ computed, pairs of queries and keys over those of the teacher: what is linear ad
     python -m research.hybrid --tables forms --jobs 12
     python -m research.hybrid --tables layers,longer --forms linear,moments --jobs 12 --record
 Repeating a command continues where it stopped; the record is written after each run, with a row a
-case, means over seeds, and all runs in its `details`.
+case, means over seeds, and all runs in its `details`. Rows of other cases stay there.
 """
 
 import concurrent.futures
@@ -24,11 +24,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.record import RESULTS_FOLDER, show_rows, write_part
+from benchmarks.record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_part
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
+from linvideo_core.run.folder import open_run
 
 from .declared_runs import list_cards
 from .hybrid_student import (
@@ -42,6 +43,7 @@ from .hybrid_student import (
     WINDOW,
     Case,
     do_run,
+    parse_flags,
     prepare,
 )
 
@@ -51,6 +53,8 @@ Row = dict[str, Any]
 
 _RECORD_NAME = "hybrid.json"
 _SMALL, _FRAME = (1, 4, 4), (1, 8, 8)
+# What a repeated command may change: none of it decides a run's numbers.
+_FREE_FIELDS = ("tables", "forms", "seeds", "steps", "jobs", "record", "out")
 _DENSITIES = (0.1, 0.2, 0.4)
 
 
@@ -132,6 +136,13 @@ class HybridConfig(Settings):
                     f"{','.join(names)} with commas between are needed",
                     field,
                 )
+        if not any(self.cases.values()):
+            raise SettingError(
+                f"{{tables}} {self.tables} and {{forms}} {self.forms or 'none'} given, which have "
+                "no row in common: give others",
+                "tables",
+                "forms",
+            )
 
     @property
     def cases(self) -> dict[str, list[Case]]:
@@ -157,6 +168,10 @@ def run(config: HybridConfig) -> dict[str, list[Row]]:
     cards = list_cards(device)
     flags = _FLAGS[device] if config.flags is None else config.flags
     out = config.out.absolute()
+    # All that can be wrong is looked at before anything long begins.
+    parse_flags(flags, 0, device, out)
+    check_parts(_path_of(config), device)
+    open_run(out, dataclasses.replace(config, flags=flags, device=device), ignore=_FREE_FIELDS)
     # Rows of several tables are run once, those of a seed one after another.
     cases = dict.fromkeys(case for table in config.cases.values() for case in table)
     runs = list(itertools.product(range(config.seeds), cases))
@@ -198,18 +213,35 @@ def _to_tables(config: HybridConfig, done: dict[tuple[int, Case], Row]) -> dict[
     }
 
 
+def _path_of(config: HybridConfig) -> Path:
+    return (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
+
+
 def _write(config: HybridConfig, device: str, done: dict[tuple[int, Case], Row]) -> None:
-    path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
+    """Put what is done into the record: rows of other cases stay."""
+    path = _path_of(config)
     for table, rows in _to_tables(config, done).items():
+        made = {_case_of(row) for row in rows}
+        _, earlier = read_part(path, table)
+        kept = [run for run in earlier.get("runs", []) if _case_of(run) not in made]
+        note = earlier.get("command_note")
+        places = [(case.form, case.tile_name, case.layers) for case in TABLES[table]]
+        order = {place: number for number, place in enumerate(places)}
+        runs = sorted([*kept, *rows], key=lambda row: order.get(_case_of(row)[:3], len(order)))
         write_part(
             path,
             table,
             title="Embedded model: softmax within tiles and linear attention in one layer",
             command=f"python -m research.hybrid {to_flags(config, without=('out', 'device'))}",
-            rows=[{"what": table, **row} for row in summarize(rows)],
+            rows=[{"what": table, **row} for row in summarize(runs)],
             device=device,
-            details={"runs": rows},
+            details={"runs": runs, **({"command_note": note} if kept and note else {})},
+            is_added_to=bool(kept),
         )
+
+
+def _case_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("form", "tile", "layers", "steps"))
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:

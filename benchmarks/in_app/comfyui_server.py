@@ -1,12 +1,15 @@
 """A real ComfyUI server with the pack in a folder of its own, driven over HTTP like a browser."""
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +27,8 @@ CPU_FLAGS = ("--cpu", "--use-pytorch-cross-attention")
 _FOLDERS = ("custom_nodes", "models/linvideo", "models/diffusion_models", "output", "user")
 _STAGE = re.compile(r"LinVideo: (\w+): (\d+) \w+ in ([\d.]+) s")
 _GRACE_SECONDS = 30
+# Of prctl, PR_SET_PDEATHSIG.
+_SET_DEATH_SIGNAL = 1
 _ERROR_LENGTH = 400
 
 Graph = Mapping[str, Mapping[str, Any]]
@@ -41,7 +46,7 @@ def read_version(root: Path) -> str:
     return found[1] if found else "of an unknown version"
 
 
-class PromptError(RuntimeError):
+class PromptError(ValueError):
     """What ComfyUI says of a graph that it refused, that failed, or that took too long."""
 
 
@@ -191,6 +196,7 @@ def run_server(
             env=_make_environment(installation),
             stdout=output,
             stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     server = Server(process, f"http://127.0.0.1:{port}", folder, log)
     try:
@@ -203,6 +209,11 @@ def run_server(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _end_with_parent() -> None:
+    """Let Linux end this process, too, when what started it is killed."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _make_environment(installation: Installation) -> dict[str, str]:
@@ -240,4 +251,7 @@ def _wait_until_it_answers(server: Server) -> None:
             server.ask("/system_stats")
             return
         time.sleep(0.2)
-    raise PromptError(f"ComfyUI did not start: {end_of(server.log)}")
+    raise PromptError(
+        f"ComfyUI did not start: {end_of(server.log)}; is --python an interpreter that has its "
+        "requirements?"
+    )

@@ -12,7 +12,7 @@ from linvideo_core.models.wan import WanConfig
 
 PROMPT_TOKENS = 512
 VIDEO_STEPS, GUIDANCE_SCALE = 50, 5.0
-_FRAME_STRIDE, _PIXEL_STRIDE = 4, 8
+FRAME_STRIDE, PIXEL_STRIDE = 4, 8
 
 # LinVideo's published choice for Wan 1.3B and 16 linear layers: 2-8, 10-13, 15, ... from 1.
 _PUBLISHED_1B = (*range(1, 8), *range(9, 13), 14, 15, 22, 24, 29)
@@ -42,8 +42,8 @@ class Size:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of the latents."""
-        frames = (self.num_frames - 1) // _FRAME_STRIDE + 1
-        sides = (self.height // _PIXEL_STRIDE, self.width // _PIXEL_STRIDE)
+        frames = (self.num_frames - 1) // FRAME_STRIDE + 1
+        sides = (self.height // PIXEL_STRIDE, self.width // PIXEL_STRIDE)
         return (self.config.in_channels, frames, *sides)
 
     @property

@@ -62,6 +62,7 @@ class SoftmaxConfig:
 
     def __post_init__(self) -> None:
         check_shapes(self.shapes)
+        self.list_densities()
         for size in self.list_sizes():
             for tile in size.tiles:
                 check_tile(LinearForm(tile=tile), [size.grid])
@@ -71,8 +72,23 @@ class SoftmaxConfig:
         sizes = [SIZES[name] for name in self.shapes.split(",")]
         if self.tile is None:
             return sizes
-        tiles = tuple(self.tile.split(","))
+        tiles = tuple(dict.fromkeys(self.tile.split(",")))
         return [dataclasses.replace(size, tiles=tiles) for size in sizes]
+
+    def list_densities(self) -> dict[str, float]:
+        """Return the densities by the names that sparse kernels have here, each once."""
+        words = [word.strip() for word in self.density.split(",")]
+        try:
+            found = {f"{SPARSE} {word}": float(word) for word in words}
+        except ValueError:
+            found = {}
+        if not found or not all(0 < density <= 1 for density in found.values()):
+            raise SettingError(
+                f"{{density}} {self.density} given; numbers above 0 and at most 1 are needed, with "
+                "a comma between two",
+                "density",
+            )
+        return found
 
     @property
     def path(self) -> Path:
@@ -94,7 +110,7 @@ def run(config: SoftmaxConfig) -> dict[str, Any]:
     if reason := why_not_sparse(torch.device(device), HEAD_DIM, DTYPES[device]):
         raise ValueError(f"sparse attention cannot be measured here: {reason}")
     softmax = _find_dense(config, device)
-    densities = {f"{SPARSE} {density}": float(density) for density in config.density.split(",")}
+    densities = config.list_densities()
     softmax |= {name: make_sparse(density) for name, density in densities.items()}
     for size in sizes:
         found = measure_size(size, softmax, 0.0, device, every_layer=True)

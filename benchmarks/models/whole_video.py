@@ -13,6 +13,7 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from torch import Tensor
 
 from linvideo_core import artifact
 from linvideo_core.evaluate.compare import swap
+from linvideo_core.evaluate.sampler import count_layers
 from linvideo_core.flow import bind_guided, make_sigmas, sample_euler
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
+from linvideo_core.run.errors import SettingError
 
 from ..kernels.timing import time_once
-from ..record import RESULTS_FOLDER, show_rows, write_record
+from ..record import RESULTS_FOLDER, check_file, show_rows, write_record
 from .random_models import draw_inputs
-from .sizes import Size, spread_layers
+from .sizes import FRAME_STRIDE, PIXEL_STRIDE, Size, spread_layers
 
 _RECORD_NAME = "whole_video.json"
 
@@ -66,15 +69,16 @@ def run(config: VideoConfig) -> list[Row]:
     model = load_wan(config.model).requires_grad_(False).to(device)
     size = find_size(config, model.config)
     made = None if config.artifact is None else artifact.load(config.artifact)
-    layers = size.layers if made is None else made.header.linear_layers
     head_dim = model.config.dim // model.config.num_heads
+    counts: dict[str, dict[str, int]] = {}
 
     def enter(name: str) -> contextlib.AbstractContextManager[object]:
         if name == "teacher":
             return contextlib.nullcontext()
-        return swap(model, layers, head_dim) if made is None else artifact.apply(made, model)
+        return swap(model, size.layers, head_dim) if made is None else artifact.apply(made, model)
 
-    def sample(steps: int) -> Tensor:
+    def sample(name: str, steps: int) -> Tensor:
+        counts[name] = count_layers(model)
         latents, prompt, negative = draw_inputs(size, device)
         how = {"precision": resolve_precision("auto", device)}
         velocity_fn = bind_guided(model, prompt, negative, config.guidance_scale, **how)
@@ -87,8 +91,7 @@ def run(config: VideoConfig) -> list[Row]:
         {
             "model": name,
             "tokens": size.tokens,
-            "linear_layers": len(layers) * (name == "student"),
-            "layers": model.config.num_layers,
+            **counts[name],
             "steps": config.steps,
             "seconds": statistics.median(each),
             "speedup": speedups[name],
@@ -101,12 +104,12 @@ def run(config: VideoConfig) -> list[Row]:
 def time_in_turns(
     config: VideoConfig,
     enter: Callable[[str], contextlib.AbstractContextManager[object]],
-    sample: Callable[[int], Tensor],
+    sample: Callable[[str, int], Tensor],
     device: str,
 ) -> dict[str, list[float]]:
     """Return the seconds of each turn of "teacher" and "student".
 
-    enter: makes the model the one of that name for a while; sample: in so many steps. A step of
+    enter: makes the model the one of that name for a while; sample: it, in so many steps. A step of
     each before the first turn, which may compile, is not timed.
     """
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
@@ -114,15 +117,33 @@ def time_in_turns(
         for name, taken in seconds.items():
             with enter(name):
                 if turn:
-                    milliseconds = time_once(lambda: sample(config.steps), torch.device(device))
+                    call = partial(sample, name, config.steps)
+                    milliseconds = time_once(call, torch.device(device))
                     taken.append(milliseconds / 1000)
                 else:
-                    sample(1)
+                    sample(name, 1)
     return seconds
 
 
 def find_size(config: VideoConfig, wan: WanConfig) -> Size:
-    """Return the video that is sampled, with `linear_layers` spread over the model's layers."""
+    """Return the video that is sampled, with `linear_layers` spread over the model's layers.
+
+    Raises SettingError for more than there are, and for sides and frames that are no whole tokens.
+    """
+    if config.artifact is None and config.linear_layers > wan.num_layers:
+        raise SettingError(
+            f"{{linear_layers}} {config.linear_layers} given; {config.model} has "
+            f"{wan.num_layers} layers",
+            "linear_layers",
+        )
+    _, height, width = wan.patch_size
+    for name, step in (("height", PIXEL_STRIDE * height), ("width", PIXEL_STRIDE * width)):
+        if (given := getattr(config, name)) % step:
+            raise SettingError(f"{{{name}}} {given} given; a multiple of {step} is needed", name)
+    if (config.num_frames - 1) % FRAME_STRIDE:
+        raise SettingError(
+            f"{{num_frames}} {config.num_frames} given; 4 n + 1 is needed, such as 61", "num_frames"
+        )
     return Size(
         name=config.model.stem,
         model=config.model.stem,
@@ -140,8 +161,9 @@ def find_size(config: VideoConfig, wan: WanConfig) -> Size:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, time both, write and show the table."""
     config = parse(VideoConfig, argv, description=__doc__)
-    rows = run(config)
     path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
+    check_file(path)
+    rows = run(config)
     write_record(
         path,
         title="Seconds of a whole video, teacher and student in turns",

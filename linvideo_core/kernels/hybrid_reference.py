@@ -201,8 +201,10 @@ def _in_tiles(attend: Callable[..., Tensor], index: TileIndex, *tensors: Tensor)
     B, _, N, D = tensors[0].shape
     T = index.tokens.shape[1]
     size = max(1, _MAX_CHUNK_SCORES // (B * N * T * max(T, D)))
-    parts = zip(index.tokens.split(size), index.is_token.split(size), strict=True)
-    found = [attend(valid, *(_take(x, tokens) for x in tensors)) for tokens, valid in parts]
+    # Taken at once: the gradient of each part alone would be as large as all tokens.
+    tiles = (_take(x, index.tokens).split(size, dim=1) for x in tensors)
+    parts = zip(index.is_token.split(size), *tiles, strict=True)
+    found = [attend(is_token, *part) for is_token, *part in parts]
     return _take(torch.cat(found, dim=1).flatten(1, 2), index.places)
 
 

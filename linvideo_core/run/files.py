@@ -68,9 +68,9 @@ def sweep(folder: Path, *, is_alone: bool = False) -> None:
     """
     oldest = time.time() - _SECONDS_UNTIL_DEAD
     for path in find_below(folder, _PART.format("*")):
-        below = path.relative_to(folder).parents
-        is_own = is_alone and not any((folder / at / LOCK_NAME).exists() for at in list(below)[:-1])
+        below = list(path.relative_to(folder).parents)[:-1]
         with contextlib.suppress(OSError):
+            is_own = is_alone and not any((folder / at / LOCK_NAME).exists() for at in below)
             if is_own or path.stat().st_mtime < oldest:
                 remove(path)
 

@@ -30,6 +30,7 @@ from benchmarks.models.sizes import SIZES, find_peak, spread_layers
 from linvideo_core.kernels.tiles import Tiles
 from linvideo_core.models.config import read_tile
 from linvideo_core.models.wan import WanModel
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 
 SMALL = measuring.shrink(SIZES["tiny"])
@@ -249,7 +250,9 @@ def test_whole_videos_of_a_file_are_timed_in_turns(tmp_path: Path) -> None:
     size = {"num_frames": 1, "height": 64, "width": 64, "linear_layers": 1, "turns": 2}
     config = whole_video.VideoConfig(model=path, steps=1, device="cpu", **size)
     teacher, student = whole_video.run(config)
-    assert (teacher["linear_layers"], student["linear_layers"], student["layers"]) == (0, 1, 2)
+    counts = ("linear_layers", "hybrid_layers", "layers")
+    assert [teacher[name] for name in counts] == [0, 0, 2]
+    assert [student[name] for name in counts] == [1, 0, 2]
     assert teacher["tokens"] == 16 and len(student["turns"]) == 2
     first, second = (x / y for x, y in zip(teacher["turns"], student["turns"], strict=True))
     assert student["speedup"] == pytest.approx((first + second) / 2)
@@ -261,5 +264,8 @@ def test_whole_videos_of_a_file_are_timed_in_turns(tmp_path: Path) -> None:
         yield
         order.append("left")
 
-    whole_video.time_in_turns(config, enter, lambda steps: torch.zeros(steps), "cpu")
+    whole_video.time_in_turns(config, enter, lambda _, steps: torch.zeros(steps), "cpu")
     assert order == 3 * ["teacher", "left", "student", "left"]
+    for name, value in (("linear_layers", 3), ("height", 50), ("width", 72), ("num_frames", 6)):
+        with pytest.raises(SettingError, match=f"--{name.replace('_', '-')} {value} given"):
+            whole_video.run(dataclasses.replace(config, **{name: value}))

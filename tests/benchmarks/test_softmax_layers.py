@@ -59,6 +59,12 @@ def test_tiles_and_kernels_that_cannot_be_measured_are_refused(tmp_path: Path) -
         SoftmaxConfig(tile="1x2")
     with pytest.raises(ValueError, match="--tile 0x6x8 given, and a video is 5 x 6 x 8 tokens"):
         SoftmaxConfig(shapes="tiny", tile="1x2x3,0x6x8")
+    for density in ("", "0.1,nan", "0", "1.5", "much"):
+        with pytest.raises(ValueError, match=f"--density {density} given; numbers above 0"):
+            SoftmaxConfig(density=density)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file and a folder is needed"):
+        softmax_layers.run(SoftmaxConfig(shapes="tiny", device="cpu", out=tmp_path / "file"))
     pytest.importorskip("comfy_kitchen")
     with pytest.raises(ValueError, match="--backends default,fa2 given, and fa2 cannot be had"):
         softmax_layers.run(

@@ -1,5 +1,6 @@
 """Hybrid layers compared: declared rows, their cost, and runs that are done once."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def test_every_row_is_declared_once_in_its_table() -> None:
     [
         ({"tables": "forms,dreams"}, "'dreams' is unknown"),
         ({"forms": "linear,guess"}, "'guess' is unknown"),
+        ({"tables": "longer", "forms": "pisa"}, "which have no row in common"),
     ],
 )
 def test_unknown_names_are_refused(settings: dict[str, str], words: str) -> None:
@@ -76,11 +78,22 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
         "--sampler-steps 2 --states-per-trajectory 2 --evaluate-samples 4"
     )
     how = {"steps": 2, "seeds": 1, "jobs": 1, "device": "cpu", "out": tmp_path}
-    failing = HybridConfig(**how, forms="moments_covariance", flags=f"{flags} --learning-rate 1e30")
-    assert hybrid.run(failing) == {"forms": []}
-    config = HybridConfig(**how, flags=flags)
+    one = HybridConfig(**how, forms="moments_covariance", flags=flags)
+    # A file stands where its folder is to be.
+    (tmp_path / "runs").touch()
+    assert hybrid.run(one) == {"forms": []}
+    (tmp_path / "runs").unlink()
+    [made] = hybrid.run(one)["forms"]
+    with pytest.raises(SettingError, match="was made with --flags"):
+        hybrid.run(HybridConfig(**how, flags=f"{flags} --batch-size 3"))
+    # Of rows that are not made now the record loses none.
+    [other] = hybrid.run(dataclasses.replace(one, forms="pisa"))["forms"]
+    found = json.loads((tmp_path / "hybrid.json").read_text(encoding="utf-8"))
+    assert found["details"]["parts"]["forms"]["runs"] == [made, other]
+    config = dataclasses.replace(one, forms="")
     rows = hybrid.run(config)["forms"]
     row, whole, sla, *sparse = rows
+    assert row == made
     assert (row["steps"], row["layers"], row["seed"]) == (2, 5, 0)
     assert (whole["form"], whole["layers"], whole["tile"]) == ("moments", 10, "1x3x8")
     assert (sla["form"], sla["steps"], sla["tile"]) == ("sla", 2, "density 0.1")
