@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact, apply, load
+from ..artifact.header import ArtifactHeader
 from ..artifact.summary import count_bytes
 from ..demo import weights_path
 from ..flow import TIMESTEP_SCALE, Recipe, make_sigmas, shift_sigmas
@@ -270,18 +271,18 @@ def load_distilled(paths: Sequence[Path], first: Artifact) -> dict[str, Artifact
     """Load files that were distilled from `first`, by their names in a comparison.
 
     Raises ArtifactError or ValueError for a damaged one, one that is not distilled, one with other
-    linear layers than `first`, and two of one name.
+    layers than `first`, and two of one name.
     """
     made: dict[str, Artifact] = {}
     for path in paths:
         artifact = load(path)
         if not artifact.header.sigmas:
             raise ValueError(f"{path} is not distilled; give a file that `distill` made")
-        mine, theirs = (list(found.header.linear_layers) for found in (artifact, first))
+        mine, theirs = (_describe_layers(found.header) for found in (artifact, first))
         if mine != theirs:
             raise SettingError(
-                f"{path} has the linear layers {mine}, the linearized file {theirs}; give the "
-                "file that it was distilled from as {artifact}",
+                f"{path} has {mine}, the linearized file {theirs}; give the file that it was "
+                "distilled from as {artifact}",
                 "artifact",
             )
         if (name := name_of(artifact)) in made:
@@ -290,6 +291,12 @@ def load_distilled(paths: Sequence[Path], first: Artifact) -> dict[str, Artifact
             )
         made[name] = artifact
     return made
+
+
+def _describe_layers(header: ArtifactHeader) -> str:
+    layers = ", ".join(map(str, header.linear_layers))
+    tile = f" of tile {header.tile}" if header.tile else ""
+    return f"the {header.form.kind} layers {layers}{tile}"
 
 
 def name_of(artifact: Artifact) -> str:

@@ -1,5 +1,6 @@
 """The files that ship with the pack do what the README says of them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from linvideo_core.evaluate.compare import (
 )
 from linvideo_core.evaluate.sampler import draw_noise, draw_prompts, read_labels
 from linvideo_core.flow import bind, sample_few_step
+from linvideo_core.run.errors import SettingError
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
 from research.demo_model.sampling import measure_clips
@@ -46,6 +48,23 @@ def test_the_shipped_few_step_file_draws_what_was_asked_in_four_calls_without_gu
         )
     found = measure_clips(load_judge(), teacher.decode(latents), digits, directions)
     assert found["digit_accuracy"] >= 7 / 8 and found["motion_accuracy"] >= 7 / 8
+
+
+def test_a_distilled_file_is_compared_with_the_file_that_it_was_made_from(
+    shipped: artifact.Artifact,
+) -> None:
+    header, linear = shipped.header, shipped.linear
+    few, names = header.linear_layers[:2], header.site_names[:2]
+    mass = {"mass_bias": torch.zeros(1), "mass_gate": torch.zeros(1, 128)}
+    for changes, tensors, words in (
+        ({"linear_layers": few, "site_names": names}, {i: linear[i] for i in few}, "linear layers"),
+        ({"tile": "1x4x4"}, {i: {**x, **mass} for i, x in linear.items()}, "hybrid layers"),
+    ):
+        other = dataclasses.replace(
+            shipped, header=dataclasses.replace(header, **changes), linear=tensors
+        )
+        with pytest.raises(SettingError, match=f"the linearized file the {words} 1, 3.*give the"):
+            load_distilled([FEW_STEP_PATH], other)
 
 
 def test_the_shipped_file_makes_half_of_the_layers_linear(shipped: artifact.Artifact) -> None:
