@@ -171,6 +171,27 @@ def test_a_command_killed_at_random_ends_in_the_same_file(
     assert found or name == "evaluate"
 
 
+def test_processes_end_with_the_torchrun_that_started_them(
+    paths: dict[str, Path], one_thread: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(COMMANDS["torchrun"].replace("--steps 10", "--steps 100000"), paths, out)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+        while not list(out.rglob("training/checkpoint*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        started = psutil.Process(process.pid).children()
+    except BaseException:
+        kill(process)
+        raise
+    process.kill()
+    _, left = psutil.wait_procs(started, timeout=3 * GRACE_SECONDS)
+    for each in left:
+        each.kill()
+    assert len(started) == 2 and left == []
+
+
 def test_an_ablation_that_is_asked_to_stop_stops_its_transfers(
     paths: dict[str, Path], one_thread: None, tmp_path: Path
 ) -> None:

@@ -17,6 +17,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,9 @@ _STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MAST
 
 # A process may sample videos for hours before the others hear of it; torchrun ends all with one.
 _TIMEOUT = datetime.timedelta(days=7)
+# At first it is torchrun that is waited for, and what was killed never answers.
+_FIRST_TIMEOUT = datetime.timedelta(minutes=10)
+_SECONDS_BETWEEN_LOOKS, _GRACE_SECONDS = 2, 60
 _FAILED = "linvideo/failed"
 _CONTINUES = "the same command continues from the last checkpoint"
 
@@ -82,6 +87,25 @@ def run_together(
         leave(0)
 
 
+def _end_with_torchrun() -> None:
+    """Let this process end when the torchrun that started it is killed, as if it was asked to stop.
+
+    Without it, it would wait for its neighbours for days, and hold the memory of a GPU.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    torchrun = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == torchrun:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _StoppedTogether(KeyboardInterrupt):
     """All processes of a process group stop after the same step."""
 
@@ -92,12 +116,15 @@ class _Ranks(ProcessGroup):
     def __init__(self) -> None:
         import torch.distributed as dist
 
+        _end_with_torchrun()
         self.dist = dist
         self.local_rank = int(os.environ["LOCAL_RANK"])
         has_cuda = torch.cuda.is_available() and dist.is_nccl_available()
         if has_cuda and self.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(self.local_rank)
-        self.store, self.rank, self.size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+        found = dist.rendezvous("env://", timeout=_FIRST_TIMEOUT)
+        self.store, self.rank, self.size = next(iter(found))
+        self.store.set_timeout(_TIMEOUT)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
             store=dist.PrefixStore("linvideo/group", self.store),

@@ -213,7 +213,9 @@ def test_a_run_is_told_beforehand_in_calls_of_the_teacher(
     found = forecast(teacher, config, Run(folder=config.out), footprint)
     call = found.sampling / (3 * 4)
     # Two models: two videos of four steps, a first call, features; the student: four noise levels.
-    assert call > 0 and found.comparing == pytest.approx((2 * (2 * 4 + 1 + 1) + 4) * call)
+    # Four times six calls are timed.
+    compared = 2 * (2 * 4 + 1 + 1) + 4 + 4 * 6
+    assert call > 0 and found.comparing == pytest.approx(compared * call)
     assert found.warm_start == 0
     step = config.training.batch_size * count_calls(config.distillation) * call
     assert found.training == pytest.approx(10 * step)
