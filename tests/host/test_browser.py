@@ -334,7 +334,13 @@ def search(page: Any, words: str) -> list[str]:
 
 def test_the_search_finds_linearize_first(page: Any) -> None:
     page.evaluate("() => app.graph.clear()")
-    page.mouse.dblclick(SCREEN["width"] // 2, SCREEN["height"] - 60)
+    page.evaluate(SETTLED)
+    # A page that is busy may take two clicks for two single ones.
+    for _ in range(5):
+        page.mouse.dblclick(SCREEN["width"] // 2, SCREEN["height"] - 60)
+        page.wait_for_timeout(1000)
+        if page.get_by_role("combobox").count():
+            break
     for words in ("linvideo", "speed up wan", "linear attention"):
         assert search(page, words)[0] == "LinVideo Linearize", words
     for words in ("sage", "teacache"):
