@@ -102,16 +102,16 @@ def hybrid_attention(
     with torch.autocast(query.device.type, enabled=False):
         state, total = _sum_features(key_map, key, value)
         level, slope, spread = estimate_mass(weights, form, tiles, key, find_moments)
-        correction = torch.zeros((), device=query.device)
+        correction = None
         if form.has_covariance:
             scale = widen(weights["covariance_scale"]) / D**0.5
-            correction = scale[:, None, None] * find_covariance(key, value)
+            correction = scale[:, None, None] * find_moments(key, value)[1]
 
         def attend(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = map(widen, (q, k, v))
             local, log_local = local_softmax(is_token, q, k, v)
             far = _attend_far(hedgehog(q.flatten(1, 2), query_map), state, total).view_as(q)
-            if form.has_covariance:
+            if correction is not None:
                 far = far + torch.einsum("bksnd,bnde->bksne", q, correction)
             slopes = slope[:, None, None]
             num_outside = (L - is_token.sum(dim=1)).view(-1, 1, 1)
@@ -164,16 +164,15 @@ def local_softmax(
     return torch.einsum("bksnt,bktnd->bksnd", weights, value), log_sum
 
 
-def find_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [B, N, D] and covariance [B, N, D, D] of x [B, L, N, D] over tokens."""
-    return x.mean(dim=1, dtype=widen_dtype(x.dtype)), find_covariance(x, x)
+def find_moments(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean [B, N, D] of x and its covariance [B, N, D, D] with y, or with itself.
 
-
-def find_covariance(x: Tensor, y: Tensor) -> Tensor:
-    """Return the covariance [B, N, D, D] of x and y [B, L, N, D] over tokens, fp32 at least."""
+    x, y: [B, L, N, D]; over tokens, fp32 at least.
+    """
     mean = x.mean(dim=1, keepdim=True, dtype=widen_dtype(x.dtype))
-    parts = chunks(x.shape[-1], x, y)
-    return sum(torch.einsum("blnd,blne->bnde", a - mean, widen(b)) for a, b in parts) / x.shape[1]
+    parts = chunks(x.shape[-1], x, x if y is None else y)
+    sums = sum(torch.einsum("blnd,blne->bnde", a - mean, widen(b)) for a, b in parts)
+    return mean.squeeze(1), sums / x.shape[1]
 
 
 def _sum_features(feature_map: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
