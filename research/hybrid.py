@@ -53,6 +53,8 @@ Row = dict[str, Any]
 
 _RECORD_NAME = "hybrid.json"
 _SMALL, _FRAME = (1, 4, 4), (1, 8, 8)
+# Of a row, what tells its case from others.
+_CASE = ("form", "tile", "layers", "steps")
 # What a repeated command may change: none of it decides a run's numbers.
 _FREE_FIELDS = ("tables", "forms", "seeds", "steps", "jobs", "record", "out")
 _DENSITIES = (0.1, 0.2, 0.4)
@@ -241,12 +243,12 @@ def _write(config: HybridConfig, device: str, done: dict[tuple[int, Case], Row])
 
 
 def _case_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("form", "tile", "layers", "steps"))
+    return tuple(row[name] for name in _CASE)
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """Return a row for all seeds of a case: means, and the spread of the Frechet distance."""
-    settings = ("form", "tile", "layers", "steps", "cost")
+    settings = (*_CASE, "cost")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in settings), []).append(row)

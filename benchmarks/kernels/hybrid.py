@@ -26,7 +26,7 @@ from ..record import RESULTS_FOLDER, show_rows, write_record
 from .agreement import compare
 from .contenders import HEAD_DIM, TOLERANCE, Contender, Setting, Shape, make_inputs, on_gpu
 from .speed import BACKWARD, FORWARD, NUM_COPIED, floor_milliseconds, measure_copy_bandwidth
-from .timing import milliseconds
+from .timing import Call, milliseconds
 
 _SMALL = [Tiles(grid=(21, 30, 52), tile=tile) for tile in ((1, 10, 11), (3, 10, 11), (3, 15, 14))]
 _LARGE = [Tiles(grid=(21, 45, 80), tile=tile) for tile in ((3, 9, 8), (3, 15, 16), (7, 15, 16))]
@@ -113,11 +113,7 @@ def _measure_shape(
     softmax = _time_passes(softmax_attention, inputs[:3], setting)
     rows = []
     for tiles in tilings:
-
-        def attend(*tensors: Tensor, tiles: Tiles = tiles) -> Tensor:
-            moved = dict(zip(weights, tensors[5:], strict=True))
-            return hybrid_attention(*tensors[:5], moved, tiles, _FORM, backend="triton")
-
+        attend = functools.partial(attend_in_tiles, tiles, [*weights])
         hybrid = _time_passes(attend, [*inputs, *weights.values()], setting)
         for step, factor in ((FORWARD, 4), (BACKWARD, 10)):
             floor = floor_milliseconds(shape, step, setting.dtype.itemsize, bandwidth)
@@ -140,19 +136,29 @@ def _measure_shape(
     return rows
 
 
-def _time_passes(
-    attend: Callable[..., Tensor], tensors: Sequence[Tensor], setting: Setting
-) -> dict[str, float]:
-    """Return the milliseconds of forward, without a graph, and of backward alone."""
+def attend_in_tiles(tiles: Tiles, names: Sequence[str], *tensors: Tensor) -> Tensor:
+    """Return a hybrid layer's output; tensors: those of `make_inputs`, then its weights by name."""
+    weights = dict(zip(names, tensors[5:], strict=True))
+    return hybrid_attention(*tensors[:5], weights, tiles, _FORM, backend="triton")
+
+
+def make_calls(attend: Callable[..., Tensor], tensors: Sequence[Tensor]) -> dict[str, Call]:
+    """Return what computes forward, without a graph, and backward alone, of all tensors."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     output = attend(*leaves)
     upstream = torch.randn_like(output)
-    calls = {
+    return {
         FORWARD: torch.no_grad()(lambda: attend(*tensors)),
         BACKWARD: lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True),
     }
+
+
+def _time_passes(
+    attend: Callable[..., Tensor], tensors: Sequence[Tensor], setting: Setting
+) -> dict[str, float]:
+    """Return the milliseconds of each of `make_calls`."""
     times = {}
-    for step, call in calls.items():
+    for step, call in make_calls(attend, tensors).items():
         call()
         times[step] = milliseconds(call, setting.device, setting.seconds)
     return times

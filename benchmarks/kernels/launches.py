@@ -20,21 +20,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from linvideo_core.kernels import hybrid_attention, linear_attention
-from linvideo_core.kernels.hybrid_reference import HybridForm
+from linvideo_core.kernels import linear_attention
 from linvideo_core.kernels.tiles import Tiles
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.errors import SettingError
 
-from ..record import show_rows, write_record
+from ..record import check_file, show_rows, write_record
 from .agreement import relative_error
 from .contenders import TOLERANCE, Setting, Shape, make_inputs, on_gpu
-from .hybrid import CASES, make_weights
+from .hybrid import CASES, attend_in_tiles, make_calls, make_weights
 from .speed import BACKWARD, FORWARD
 from .timing import Call, milliseconds
 
@@ -76,14 +74,10 @@ class LaunchesConfig(Settings):
                 )
 
     @property
-    def tiles(self) -> Tiles:
-        """The largest tile of the shape, which hybrid layers have."""
-        return {str(shape): tilings[-1] for shape, tilings in CASES.items()}[self.shape]
-
-    @property
-    def size(self) -> Shape:
-        """The shape in numbers."""
-        return next(shape for shape in CASES if str(shape) == self.shape)
+    def case(self) -> tuple[Shape, Tiles]:
+        """The shape in numbers, and its largest tile, which hybrid layers have."""
+        shape = next(shape for shape in CASES if str(shape) == self.shape)
+        return shape, CASES[shape][-1]
 
 
 def list_launches(kind: str) -> list[tuple[int, int, int, int]]:
@@ -99,20 +93,9 @@ def make_call(kind: str, shape: Shape, tiles: Tiles, setting: Setting) -> Call:
     attend = functools.partial(linear_attention, backend="triton")
     if layer == "hybrid":
         weights = make_weights(shape.heads, setting)
-        attend = functools.partial(_attend_in_tiles, tiles, [*weights])
+        attend = functools.partial(attend_in_tiles, tiles, [*weights])
         inputs = [*inputs, *weights.values()]
-    if step == FORWARD:
-        return torch.no_grad()(lambda: [attend(*inputs)])
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    output = attend(*leaves)
-    upstream = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
-
-
-def _attend_in_tiles(tiles: Tiles, names: Sequence[str], *tensors: Tensor) -> Tensor:
-    weights = dict(zip(names, tensors[5:], strict=True))
-    form = HybridForm(mass="query")
-    return hybrid_attention(*tensors[:5], weights, tiles, form, backend="triton")
+    return make_calls(attend, inputs)[step]
 
 
 def compile_launch(
@@ -132,14 +115,14 @@ def measure_kind(kind: str, shape: Shape, tiles: Tiles, setting: Setting) -> Ite
     from linvideo_core.kernels.triton_launch import launches_of
 
     call = make_call(kind, shape, tiles, setting)
-    expected = [x.detach() for x in call()]
+    expected = _list(call())
     present = tuple(launches_of(setting.device, setting.dtype)[kind][0])
     launches = dict.fromkeys([present, *list_launches(kind)])
     usual = None
     for launch in tqdm(launches, kind):
         taken = None
         with _launched_as(launch, kind, setting):
-            if _are_close(call(), expected):
+            if _are_close(_list(call()), expected):
                 taken = milliseconds(call, setting.device, setting.seconds)
         if taken is not None:
             usual = usual or taken
@@ -162,6 +145,10 @@ def _launched_as(launch: Sequence[int], kind: str, setting: Setting) -> Iterator
         yield
 
 
+def _list(found: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else [*found]
+
+
 def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     pairs = zip(found, expected, strict=True)
     return all(relative_error(x, y) < TOLERANCE for x, y in pairs)
@@ -169,7 +156,7 @@ def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 def run(config: LaunchesConfig, setting: Setting) -> list[Row]:
     """Compile all launches, then time them; return their rows, of each kind the fastest first."""
-    kinds, at = config.kinds.split(","), (config.size, config.tiles, setting)
+    kinds, at = config.kinds.split(","), (*config.case, setting)
     work = [(launch, kind, *at) for kind in kinds for launch in list_launches(kind)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool:
@@ -186,8 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, compile, time, write and show the table."""
     config = parse(LaunchesConfig, argv, description=__doc__)
     setting = on_gpu(config.seconds)
-    rows = run(config, setting)
     path = config.out / _RECORD_NAME
+    check_file(path)
+    rows = run(config, setting)
     write_record(
         path,
         title=f"Launches of the fused kernels, {config.shape}, bf16",

@@ -13,7 +13,6 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +69,22 @@ def run(config: VideoConfig) -> list[Row]:
     size = find_size(config, model.config)
     made = None if config.artifact is None else artifact.load(config.artifact)
     head_dim = model.config.dim // model.config.num_heads
-    counts: dict[str, dict[str, int]] = {}
 
     def enter(name: str) -> contextlib.AbstractContextManager[object]:
         if name == "teacher":
             return contextlib.nullcontext()
         return swap(model, size.layers, head_dim) if made is None else artifact.apply(made, model)
 
-    def sample(name: str, steps: int) -> Tensor:
-        counts[name] = count_layers(model)
+    def sample(steps: int) -> Tensor:
         latents, prompt, negative = draw_inputs(size, device)
         how = {"precision": resolve_precision("auto", device)}
         velocity_fn = bind_guided(model, prompt, negative, config.guidance_scale, **how)
         return sample_euler(velocity_fn, latents, make_sigmas(steps, config.shift))
 
+    counts = {}
+    for name in ("teacher", "student"):
+        with enter(name):
+            counts[name] = count_layers(model)
     seconds = time_in_turns(config, enter, sample, device)
     pairs = [*zip(seconds["teacher"], seconds["student"], strict=True)]
     speedups = {"teacher": 1.0, "student": statistics.median(x / y for x, y in pairs)}
@@ -104,12 +105,12 @@ def run(config: VideoConfig) -> list[Row]:
 def time_in_turns(
     config: VideoConfig,
     enter: Callable[[str], contextlib.AbstractContextManager[object]],
-    sample: Callable[[str, int], Tensor],
+    sample: Callable[[int], Tensor],
     device: str,
 ) -> dict[str, list[float]]:
     """Return the seconds of each turn of "teacher" and "student".
 
-    enter: makes the model the one of that name for a while; sample: it, in so many steps. A step of
+    enter: makes the model the one of that name for a while; sample: in so many steps. A step of
     each before the first turn, which may compile, is not timed.
     """
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
@@ -117,11 +118,10 @@ def time_in_turns(
         for name, taken in seconds.items():
             with enter(name):
                 if turn:
-                    call = partial(sample, name, config.steps)
-                    milliseconds = time_once(call, torch.device(device))
+                    milliseconds = time_once(lambda: sample(config.steps), torch.device(device))
                     taken.append(milliseconds / 1000)
                 else:
-                    sample(name, 1)
+                    sample(1)
     return seconds
 
 
