@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from linvideo_core import artifact
 from linvideo_core.artifact import Artifact
+from linvideo_core.run.files import find_below
 from linvideo_core.teacher.teacher import Teacher
 from tests.conftest import make_wan, save_inputs
 
@@ -108,6 +109,15 @@ def kill(process: subprocess.Popen) -> None:
             each.kill()
 
 
+def wait_for_training(process: subprocess.Popen, out: Path, name: str) -> Path:
+    """Return a file or folder of this name that a training has below a folder, once it is there."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (found := [x for x in find_below(out, name) if x.parent.name == "training"]):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    return found[0]
+
+
 def stop(process: subprocess.Popen, folder: Path, num_changes: int, number: int) -> str | None:
     """Send a signal once a folder has changed so often; return what the command last said.
 
@@ -176,15 +186,8 @@ def test_processes_end_with_the_torchrun_that_started_them(
 ) -> None:
     out = tmp_path / "out"
     process = start(COMMANDS["torchrun"].replace("--steps 10", "--steps 100000"), paths, out)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        while not list(out.rglob("training/checkpoint*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        started = psutil.Process(process.pid).children()
-    except BaseException:
-        kill(process)
-        raise
+    wait_for_training(process, out, "checkpoint*")
+    started = psutil.Process(process.pid).children()
     process.kill()
     _, left = psutil.wait_procs(started, timeout=3 * GRACE_SECONDS)
     for each in left:
@@ -197,10 +200,7 @@ def test_an_ablation_that_is_asked_to_stop_stops_its_transfers(
 ) -> None:
     out = tmp_path / "out"
     process = start(COMMANDS["ablation"].replace("--steps 4", "--steps 100000"), paths, out)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (found := list(out.rglob("training/checkpoint.safetensors"))):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    checkpoint = wait_for_training(process, out, "checkpoint.safetensors")
     transfers = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGTERM)
     try:
@@ -210,4 +210,4 @@ def test_an_ablation_that_is_asked_to_stop_stops_its_transfers(
             kill(process)
     assert process.returncode == 130 and "Traceback" not in errors
     assert transfers and not any(each.is_running() for each in transfers)
-    assert found[0].exists() and not list(out.rglob("linearized.safetensors"))
+    assert checkpoint.exists() and not list(out.rglob("linearized.safetensors"))
