@@ -65,9 +65,9 @@ _LAUNCHES = {
         "backward, maps frozen": ((64, 4, 1, 2), (64, 8, 1, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
         # Linear attention as a share of what has the gradient: queries alone.
         "backward, mixed": ((64, 8, 1, 1),),
-        "hybrid": ((128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        "hybrid": ((128, 8, 3, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
         "moments": ((64, 4, 2, 2), (64, 4, 1, 2), (32, 4, 1, 1)),
-        "hybrid backward": ((128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
+        "hybrid backward": ((128, 8, 1, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
 # Of NVIDIA's other cards, then AMD's, whose warps are twice as wide. None was measured: these

@@ -12,7 +12,7 @@ from .study import REFERENCES, Study, find_warm_start
 # it, by what a CPU takes for the same passes, or guessed: a warm start's 80 steps by its states, a
 # training besides its steps, timing a kind of training, the start, and what compiling takes.
 _H200_SECONDS = {
-    "guided_step": 0.134 / 30,
+    "guided_step": 0.053 / 20,
     "stored": 2.0,
     "pool": 6.0,
     "training": 3.0,
