@@ -1,4 +1,4 @@
-"""Draw results/evidence.json, every seed a dot: `python -m research.ablation_plots`."""
+"""Draw evidence.json and hybrid.json, every seed a dot: `python -m research.ablation_plots`."""
 
 import dataclasses
 import json
@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS_FOLDER
+from benchmarks.record import RESULTS_FOLDER, read_part
 from linvideo_core.evaluate.plots import (
     BLUE,
+    COLOURS,
     INK,
     VERMILION,
     Axes,
@@ -23,6 +24,16 @@ from linvideo_core.run.tables import format_value
 
 _DOTTED = (0, (1, 3))
 _EQUAL_STEPS = ("adm", "velocity", "adm_literal", "dmd")
+_HYBRID_LABELS = {
+    "sol_attn": "Sol-Attn, untrained",
+    "pisa": "PISA, untrained",
+    "pisa_blocks": "PISA with a covariance a block, untrained",
+    "sla": "SLA",
+    "linear": "linear",
+    "query": "hybrid, by the query",
+    "moments": "hybrid, by moments",
+}
+"""Form of results/hybrid.json -> its label; other forms are not drawn."""
 
 
 class Seeds:
@@ -138,6 +149,33 @@ def spread_out(place: int, count: int) -> list[float]:
     return [place - 0.25 + 0.5 * i / max(1, count - 1) for i in range(count)]
 
 
+def plot_hybrid(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the distance to the teacher against the share of softmax that is computed.
+
+    runs: of the record's `details`, of all seeds, with `form`, `tile`, `cost` and `frechet`.
+    """
+    figure = new_figure(9.0, 4.6)
+    axes = figure.subplots()
+    style_axes(axes, "share of pairs of tokens that softmax sees", "Frechet to the teacher")
+    for number, (form, label) in enumerate(_HYBRID_LABELS.items()):
+        mine = [run for run in runs if run["form"] == form and "shifted" not in run["tile"]]
+        colour = COLOURS[number % len(COLOURS)]
+        marker = "o" if number < len(COLOURS) else "s"
+        costs = sorted({run["cost"] for run in mine})
+        means = [statistics.fmean(r["frechet"] for r in mine if r["cost"] == x) for x in costs]
+        axes.plot(costs, means, color=colour, marker=marker, markersize=4, label=label)
+        axes.scatter(
+            [run["cost"] for run in mine],
+            [run["frechet"] for run in mine],
+            s=30, marker=marker, color=colour, alpha=0.5, linewidths=0,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False, fontsize=9)
+    title_axes(axes, "All ten layers of the embedded model, lower is better")
+    save_figure(figure, path)
+
+
 DRAWERS = {"target": plot_target, "objective": plot_objective, "selection": plot_selection}
 
 
@@ -154,13 +192,15 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
 class PlotsConfig:
     """Where the pictures go."""
 
-    out: Path = option(RESULTS_FOLDER, "folder of evidence_*.png, which are replaced")
+    out: Path = option(RESULTS_FOLDER, "folder of the pictures, which are replaced")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and draw."""
     config = parse(PlotsConfig, argv, description=__doc__)
     draw(json.loads((RESULTS_FOLDER / "evidence.json").read_text("utf-8")), config.out)
+    _, source = read_part(RESULTS_FOLDER / "hybrid.json", "forms")
+    plot_hybrid(source["runs"], config.out / "hybrid.png")
 
 
 if __name__ == "__main__":

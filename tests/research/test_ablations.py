@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import RESULTS_FOLDER
+from benchmarks.record import RESULTS_FOLDER, read_part
 from linvideo_core.run.config import parse
 from linvideo_core.transfer.config import TransferConfig
 from research import ablations, evaluation_record
-from research.ablation_plots import draw
+from research.ablation_plots import draw, plot_hybrid
 from research.ablations import PRESETS, TABLES, AblationConfig, list_runs, read_row
 from research.declared_runs import summarize
 
@@ -106,6 +106,8 @@ def test_the_record_is_drawn_also_where_seeds_diverged(tmp_path: Path) -> None:
     ]
     names = [path.name for path in draw(record, tmp_path)]
     assert names == ["evidence_target.png", "evidence_objective.png", "evidence_selection.png"]
+    _, hybrid = read_part(RESULTS_FOLDER / "hybrid.json", "forms")
+    plot_hybrid(hybrid["runs"], tmp_path / "hybrid.png")
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
 
 
