@@ -25,6 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_part
+from linvideo_core.models.config import ATTENTION_MASSES
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
@@ -35,7 +36,6 @@ from .declared_runs import list_cards
 from .hybrid_student import (
     FORMS,
     LINEAR,
-    NAMES,
     PISA,
     PISA_BLOCKS,
     SLA,
@@ -71,10 +71,8 @@ _BASELINES = (
     *_untrained(PISA),
     Case(form=SLA, density=0.2),
 )
-_BEST = tuple(
-    Case(form=form, tile=tile)
-    for tile in (_SMALL, _FRAME)
-    for form in ("query", "moments", "moments_covariance")
+_HYBRID = tuple(
+    Case(form=form, tile=tile) for tile in (_SMALL, _FRAME) for form in ATTENTION_MASSES
 )
 
 TABLES: dict[str, list[Case]] = {
@@ -83,18 +81,17 @@ TABLES: dict[str, list[Case]] = {
         *_untrained(PISA_BLOCKS),
         # The paper's density, here one block of 28.
         Case(form=SLA, density=0.05),
-        *(Case(form=form, tile=_SMALL) for form in FORMS),
-        *(Case(form=form, tile=_FRAME) for form in ("query", "moments", "moments_covariance")),
+        *_HYBRID,
     ],
     "layers": [
         dataclasses.replace(case, layers=layers)
         for layers in (5, 8, 10)
-        for case in (*_BASELINES, *_BEST)
+        for case in (*_BASELINES, *_HYBRID)
     ],
     "longer": [
         dataclasses.replace(case, layers=layers, steps_factor=4)
         for layers in (5, 10)
-        for case in (*_TRAINED, *_BEST)
+        for case in (*_TRAINED, *_HYBRID)
     ],
 }
 """Table -> its rows; rows that several tables have are of the same runs."""
@@ -129,7 +126,7 @@ class HybridConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"tables": [*TABLES], "forms": [*NAMES]}
+        known = {"tables": [*TABLES], "forms": [*FORMS]}
         for field, names in known.items():
             given = getattr(self, field)
             if strangers := [name for name in _split(given) if name not in names]:
@@ -149,7 +146,7 @@ class HybridConfig(Settings):
     @property
     def cases(self) -> dict[str, list[Case]]:
         """Table -> the rows to make."""
-        forms = _split(self.forms) or NAMES
+        forms = _split(self.forms) or FORMS
         return {
             table: [case for case in TABLES[table] if case.form in forms]
             for table in _split(self.tables)

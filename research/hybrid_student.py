@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import Evaluator
-from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
-from linvideo_core.kernels.tiles import Size, Tiles, TokenGrid
-from linvideo_core.models.attention import LinearAttention
+from linvideo_core.kernels.tiles import Size, Tiles
 from linvideo_core.models.attention_sites import install, restore, shapes_of
 from linvideo_core.models.config import ATTENTION_MASSES
 from linvideo_core.models.families import identify
@@ -49,16 +47,10 @@ UNTRAINED: dict[str, Callable[[float], nn.Module]] = {
     PISA_BLOCKS: functools.partial(PiecewiseAttention, is_blockwise=True),
 }
 """Name -> what makes an attention of a density that needs no training."""
-FORMS = {
-    "query": HybridForm(mass="query"),
-    "query_covariance": HybridForm(mass="query", has_covariance=True),
-    "moments": HybridForm(mass="moments"),
-    "moments_covariance": HybridForm(mass="moments", has_covariance=True),
-}
-"""Name -> a hybrid layer. Besides, "linear" has no softmax, "window" mixes the softmax of one frame
-in by one learned number a head, and "sla" is `SparseLinearAttention`."""
-NAMES = (LINEAR, WINDOW, SLA, *UNTRAINED, *FORMS)
-"""Of all that is compared."""
+FORMS = (LINEAR, WINDOW, SLA, *UNTRAINED, *ATTENTION_MASSES)
+"""All that is compared: "linear" has no softmax, "window" mixes the softmax of one frame in by one
+learned number a head, "sla" is `SparseLinearAttention`, and a hybrid layer has the name of its
+attention mass."""
 
 # Layers that training chose most often (results/evidence.json), by their number.
 _LAYERS = {5: (0, 1, 3, 4, 9), 8: (0, 1, 4, 5, 6, 7, 8, 9), 10: tuple(range(10))}
@@ -93,8 +85,8 @@ class Case:
         """Those of a transfer that has such layers, as far as it has them."""
         if self.form == WINDOW:
             return f"--window {math.prod(self.tile)}"
-        is_known = self.form in ATTENTION_MASSES
-        return f"--tile {self.tile_name} --attention-mass {self.form}" if is_known else ""
+        is_hybrid = self.form in ATTENTION_MASSES
+        return f"--tile {self.tile_name} --attention-mass {self.form}" if is_hybrid else ""
 
     def share_of_tokens(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in its layers, over all pairs.
@@ -109,33 +101,6 @@ class Case:
     def cost(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in all layers, over those of the teacher."""
         return 1 - self.layers / _NUM_LAYERS * (1 - self.share_of_tokens(grid))
-
-    def attention(self, linear: LinearAttention, grid: Size) -> nn.Module:
-        """Return what is trained in a layer: `linear` itself, of a form that transfers have."""
-        if self.form == SLA:
-            return SparseLinearAttention(linear, self.density)
-        if self.form in FORMS and not self.flags:
-            return VariantAttention(linear, Tiles(grid=grid, tile=self.tile), FORMS[self.form])
-        return linear
-
-
-class VariantAttention(nn.Module):
-    """A hybrid layer that no transfer has, with the feature maps of a linear one."""
-
-    def __init__(self, linear: LinearAttention, tiles: Tiles, form: HybridForm) -> None:
-        super().__init__()
-        self.query_map, self.key_map = linear.query_map, linear.key_map
-        num_heads, head_dim, _ = linear.query_map.shape
-        start = initial_weights(form, num_heads, head_dim)
-        for name, tensor in start.items():
-            setattr(self, name, nn.Parameter(tensor.to(self.key_map.device)))
-        self.names, self.tiles, self.form = [*start], tiles, form
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid) -> Tensor:
-        """Attend: query, key, value and the result are [B, L, N, D]."""
-        maps = self.query_map, self.key_map
-        weights = {name: getattr(self, name) for name in self.names}
-        return hybrid_attention(query, key, value, *maps, weights, self.tiles, self.form)
 
 
 def parse_flags(flags: str, seed: int, device: str, out: Path) -> TransferConfig:
@@ -172,7 +137,7 @@ def do_run(case: Case, flags: str, steps: int, seed: int, out: Path, device: str
     flags = f"{flags} --steps {max(1, steps)} {case.flags}"
     config = parse_flags(flags, seed, device, out)
     teacher, run = _open(config, folder)
-    grid = find_grid(teacher)
+    grid = teacher.model.config.find_grid(teacher.latent_shape)
     begin = time.monotonic()
     if case.form in UNTRAINED:
         with untrained(teacher.model, case):
@@ -209,15 +174,11 @@ def untrained(model: nn.Module, case: Case) -> Iterator[None]:
         restore(model, chosen, originals)
 
 
-def find_grid(teacher: Teacher) -> Size:
-    """Return the (frames, height, width) of a teacher's videos in tokens."""
-    return teacher.model.config.find_grid(teacher.latent_shape)
-
-
 def train(student: Student, teacher: Teacher, case: Case, config: TransferConfig, run: Run) -> None:
     """Fit the layers of a case to the teacher's attention, then the student to its velocity."""
-    for mixed in student.mixed.values():
-        mixed.linear = case.attention(mixed.linear, find_grid(teacher))
+    if case.form == SLA:
+        for mixed in student.mixed.values():
+            mixed.linear = SparseLinearAttention(mixed.linear, case.density)
     with student.disabled():
         trajectories = collect(teacher, config.trajectories, run)
     fit_feature_maps(

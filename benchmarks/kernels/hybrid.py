@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from linvideo_core.kernels import hybrid_attention, hybrid_reference, linear_attention
-from linvideo_core.kernels.hybrid_reference import HybridForm, initial_weights
+from linvideo_core.kernels.hybrid_reference import initial_weights
 from linvideo_core.kernels.softmax import softmax_attention
 from linvideo_core.kernels.tiles import Tiles
 from linvideo_core.run import limits
@@ -37,7 +37,7 @@ CHECKED = (
     Tiles(grid=(7, 23, 25), tile=(3, 7, 9), before=5, after=67),
     Tiles(grid=(7, 23, 25), tile=(3, 15, 13)),
 )
-_FORM = HybridForm(mass="query")
+_ATTENTION_MASS = "query"
 _RECORD_NAME = "hybrid_kernels.json"
 
 Row = dict[str, Any]
@@ -52,9 +52,9 @@ class HybridBenchmarkConfig(Settings):
 
 
 def make_weights(heads: int, setting: Setting) -> dict[str, Tensor]:
-    """Return a form's weights as they may be after training, from a fixed seed."""
+    """Return a layer's weights as they may be after training, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    start = initial_weights(_FORM, heads, HEAD_DIM).items()
+    start = initial_weights(_ATTENTION_MASS, heads, HEAD_DIM).items()
     moved = {n: x + 0.1 * torch.randn(x.shape, generator=generator) for n, x in start}
     return {name: x.to(setting.device) for name, x in moved.items()}
 
@@ -76,7 +76,7 @@ def check(
     largest = 0.0
     weights = make_weights(heads, setting)
     for tiles in tilings:
-        arguments = {"weights": weights, "tiles": tiles, "form": _FORM}
+        arguments = {"weights": weights, "tiles": tiles, "attention_mass": _ATTENTION_MASS}
         attend = functools.partial(hybrid_attention, **arguments, backend=backend)
         define = functools.partial(hybrid_reference.hybrid_attention, **arguments)
         inputs = make_inputs(Shape(tiles.num_tokens, heads), 1, setting)
@@ -139,7 +139,7 @@ def _measure_shape(
 def attend_in_tiles(tiles: Tiles, names: Sequence[str], *tensors: Tensor) -> Tensor:
     """Return a hybrid layer's output; tensors: those of `make_inputs`, then its weights by name."""
     weights = dict(zip(names, tensors[5:], strict=True))
-    return hybrid_attention(*tensors[:5], weights, tiles, _FORM, backend="triton")
+    return hybrid_attention(*tensors[:5], weights, tiles, _ATTENTION_MASS, backend="triton")
 
 
 def make_calls(attend: Callable[..., Tensor], tensors: Sequence[Tensor]) -> dict[str, Call]:

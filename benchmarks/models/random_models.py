@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linvideo_core.kernels.hybrid_reference import initial_weights
-from linvideo_core.models.attention import LinearAttention, hybrid_form
+from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.attention_sites import AttentionSite
 from linvideo_core.models.config import FrozenConfig, LinearForm
 from linvideo_core.models.quantized import place
@@ -92,7 +92,7 @@ def make_random_linear(site: AttentionSite, form: LinearForm, device: str) -> Li
     maps = make_random_maps(site.layer, N, D, device)
     weights = dict(zip(("query_map", "key_map"), maps, strict=True))
     if form.tile:
-        for name, start in initial_weights(hybrid_form(form), N, D).items():
+        for name, start in initial_weights(form.attention_mass, N, D).items():
             generator = torch.Generator(device).manual_seed(_seed_of(f"{site.layer}.{name}"))
             moved = 0.1 * torch.randn(start.shape, generator=generator, device=device)
             weights[name] = start.to(device) + moved

@@ -20,19 +20,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import custom_ops, hybrid_reference, reference
-from .hybrid_reference import HybridForm, weight_shapes
+from .hybrid_reference import weight_shapes
 from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", *custom_ops.BACKENDS)
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
+ATTENTION_MASSES = ("query", "moments")
 HEAD_DIMS, FEATURE_RATIOS = (64, 128), (1, 2)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Compiled for gfx1100 with heads of 128, each thread spills 1 to 4 KB of its registers.
 _AMD_ARCHITECTURE = "gfx942"
-_FUSED_FORMS = {f"hybrid_{mass}": HybridForm(mass=mass) for mass in ("query", "moments")}
+_HYBRID_KERNELS = {f"hybrid_{mass}": mass for mass in ATTENTION_MASSES}
 # More tokens than a block has in the larger of two.
 _FEW_TILES = Tiles(grid=(1, 1, 200), tile=(1, 1, 129))
 # Of a few tokens by the fused kernels, in any dtype: what is right in bf16 is within 0.04.
@@ -84,29 +85,34 @@ def hybrid_attention(
     key_map: Tensor,
     weights: Mapping[str, Tensor],
     tiles: Tiles,
-    form: HybridForm,
+    attention_mass: str,
     *,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax within tiles beside linear attention, `s local + (1 - s) far` of `hybrid_reference`.
 
     query, key, value: [B, L, N, D], as `linear_attention` takes them, L the tokens of `tiles`.
-    query_map, key_map: [N, D, M/2]; weights: by the names of `initial_weights`.
-    backend: as of `linear_attention`; the fused kernels know no covariance, and M <= 128; "auto"
-        leaves others to the reference.
+    query_map, key_map: [N, D, M/2]; weights: by the names of `hybrid_reference.weight_shapes`.
+    attention_mass: the estimate of what lies beyond a tile, "query" or "moments".
+    backend: as of `linear_attention`; the fused kernels know M <= 128, and "auto" leaves more to
+        the reference.
 
     Returns [B, L, N, D] in value's dtype; the gradient reaches all tensors.
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
     """
     _check_attention(query, key, value, query_map, key_map)
+    if attention_mass not in ATTENTION_MASSES:
+        known = ", ".join(ATTENTION_MASSES)
+        raise ValueError(f"attention_mass {attention_mass!r} given; one of {known} is needed")
     N, D, half = query_map.shape
     tiles.check_tokens(query, key, value)
-    _check_weights(weights, weight_shapes(form, N, D), query.device)
+    _check_weights(weights, weight_shapes(attention_mass, N, D), query.device)
     gradients = _gradients((query, key, value, *weights.values()), (query_map, key_map))
-    case = (f"hybrid_{form.mass}", D, 2 * half, value.dtype, gradients)
-    unknown = _unknown_hybrid(form, D, half, value.dtype)
+    case = (f"hybrid_{attention_mass}", D, 2 * half, value.dtype, gradients)
+    unknown = _unknown_hybrid(D, half, value.dtype)
     chosen = _choose(backend, query.device, unknown, case)
-    return _attend_in_tiles(chosen, (query, key, value, query_map, key_map), weights, tiles, form)
+    tensors = (query, key, value, query_map, key_map)
+    return _attend_in_tiles(chosen, tensors, weights, tiles, attention_mass)
 
 
 def _attend_in_tiles(
@@ -114,13 +120,13 @@ def _attend_in_tiles(
     tensors: Sequence[Tensor],
     weights: Mapping[str, Tensor],
     tiles: Tiles,
-    form: HybridForm,
+    attention_mass: str,
 ) -> Tensor:
     if backend == "reference":
-        return hybrid_reference.hybrid_attention(*tensors, weights, tiles, form)
+        return hybrid_reference.hybrid_attention(*tensors, weights, tiles, attention_mass)
     _, key, value, *_ = tensors
     level, slope, spread = hybrid_reference.estimate_mass(
-        weights, form, tiles, key.to(value.dtype), _find_moments
+        weights, attention_mass, tiles, key.to(value.dtype), _find_moments
     )
     if tiles.num_tiles == 1:
         # Where no key lies outside, all is the tile's.
@@ -180,17 +186,17 @@ def why_not_fused(
     dtype: torch.dtype,
     *,
     feature_map: str = "hedgehog",
-    mass: str = "",
+    attention_mass: str = "",
 ) -> str:
     """Return why `linear_attention` with backend "auto" leaves the fused kernels there, or "".
 
-    head_dim, num_features: D and M; dtype: value's; mass: that of `hybrid_attention` in its place.
+    head_dim, num_features: D and M; dtype: value's.
+    attention_mass: that of `hybrid_attention` in its place.
     """
     half, is_joint = num_features // 2, feature_map == "hedgehog_joint"
-    unknown = _unknown_attention(head_dim, half, dtype, is_joint)
-    if mass:
-        unknown = _unknown_hybrid(HybridForm(mass=mass), head_dim, half, dtype)
-    kernel = f"hybrid_{mass}" if mass else "linear_attention"
+    kernel, unknown = "linear_attention", _unknown_attention(head_dim, half, dtype, is_joint)
+    if attention_mass:
+        kernel, unknown = f"hybrid_{attention_mass}", _unknown_hybrid(head_dim, half, dtype)
     case = (kernel, head_dim, num_features, dtype, "")
     return _why_not_triton(device, unknown, case, is_compiling=False)
 
@@ -342,13 +348,13 @@ def _compute_few(
 ) -> list[Tensor]:
     """Return what a kernel gives for a few tokens, then the gradients asked for, all in fp32."""
     N = 2
-    is_rotary, is_hybrid = kernel == "norm_rotary", kernel in _FUSED_FORMS
+    is_rotary, is_hybrid = kernel == "norm_rotary", kernel in _HYBRID_KERNELS
     L = _FEW_TILES.num_tokens if is_hybrid else 17
     shapes = [(1, L, N * D)] if is_rotary else [(1, L, N, D)] * 3
     num_tokens = len(shapes)
     shapes += [(N * D,), (2, L, D // 2)] if is_rotary else [(N, D, M // 2)] * 2
     if is_hybrid:
-        shapes += weight_shapes(_FUSED_FORMS[kernel], N, D).values()
+        shapes += weight_shapes(_HYBRID_KERNELS[kernel], N, D).values()
     autocast = torch.autocast(device.type, enabled=False)
     # Hooks that change nothing hide what is saved from those of the caller's checkpoint.
     hidden = saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -371,10 +377,10 @@ def _call_kernel(kernel: str, backend: str, inputs: list[Tensor], num_heads: int
     if kernel == "norm_rotary":
         module = custom_ops if backend == "triton" else reference
         return module.norm_rotary(*inputs, num_heads, 1e-6)
-    form = _FUSED_FORMS[kernel]
-    names = weight_shapes(form, num_heads, inputs[0].shape[3])
+    attention_mass = _HYBRID_KERNELS[kernel]
+    names = weight_shapes(attention_mass, num_heads, inputs[0].shape[3])
     weights = dict(zip(names, inputs[5:], strict=True))
-    return _attend_in_tiles(backend, inputs[:5], weights, _FEW_TILES, form)
+    return _attend_in_tiles(backend, inputs[:5], weights, _FEW_TILES, attention_mass)
 
 
 def _make_numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -394,9 +400,7 @@ def _unknown_attention(D: int, half: int, dtype: torch.dtype, is_joint: bool) ->
     return ""
 
 
-def _unknown_hybrid(form: HybridForm, D: int, half: int, dtype: torch.dtype) -> str:
-    if form not in _FUSED_FORMS.values():
-        return "the fused kernels know hybrid layers without covariance alone"
+def _unknown_hybrid(D: int, half: int, dtype: torch.dtype) -> str:
     if 2 * half > _MOST_HYBRID_FEATURES:
         return f"the fused kernels know hybrid layers of {_MOST_HYBRID_FEATURES} features at most"
     return _unknown_attention(D, half, dtype, is_joint=False)

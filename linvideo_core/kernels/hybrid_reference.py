@@ -6,11 +6,18 @@ all others, softmax attention is a mixture of the two, each query with a share o
     o_i = s_i local_i + (1 - s_i) far_i        s_i = A_i / (A_i + F_i) = sigmoid(log A_i - log F_i)
 
 local_i, the softmax of the tile, and log A_i are exact. Linear attention stands for far_i, and an
-estimate for log F_i; `HybridForm` says which. Tiles are computed in chunks, all in fp32 at least,
-and the gradient reaches every tensor.
+estimate for log F_i, the attention mass. With T the tokens of a whole tile, n_i the keys outside,
+mu and S the mean and covariance of all keys, and N heads, it is one of two:
+
+    "query"      log F_i = 3 - 4 b - g . q_i + log T
+    "moments"    log F_i = log n_i + a + b q_i . mu / sqrt(D) + c q_i' S q_i / (2 D)
+
+"moments" is exact for Gaussian keys with a = 0, b = c = 1. What is learned of them: mass_bias [N]
+and mass_gate [N, D], b and g of "query"; mass_moments [3, N], (a, b, c) of "moments".
+
+Tiles are computed in chunks, all in fp32 at least, and the gradient reaches every tensor.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -20,63 +27,33 @@ from torch import Tensor
 from .reference import LEAST_WEIGHT, chunks, hedgehog, widen, widen_dtype
 from .tiles import TileIndex, Tiles
 
-MASSES = ("query", "moments")
-
 # Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32.
 _MAX_CHUNK_SCORES = 2**22
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HybridForm:
-    """What stands for the keys outside of a tile.
-
-    mass: the estimate of log F_i, "attention mass". With T the tokens of a whole tile and n_i the
-        keys outside,
-        "query": `3 - 4 b - g . q_i + log T`;
-        "moments": `log n_i + a + b q_i . mu / sqrt(D) + c q_i' S q_i / (2 D)`, mu and S the mean
-        and covariance of all keys: exact for jointly Gaussian ones with a = 0, b = c = 1.
-    has_covariance: far_i has `c C q_i / sqrt(D)` added, C the covariance of values and keys: with
-        the values' mean, which untrained maps come to, exact for jointly Gaussian ones.
-    """
-
-    mass: str = "query"
-    has_covariance: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mass not in MASSES:
-            raise ValueError(f"mass {self.mass!r} given; one of {', '.join(MASSES)} is needed")
-
-
 def weight_shapes(
-    form: HybridForm, num_heads: int | str, head_dim: int | str
+    attention_mass: str, num_heads: int | str, head_dim: int | str
 ) -> dict[str, list[int | str]]:
-    """Return the shapes of what a layer of this form learns besides its feature maps, by name.
+    """Return the shapes of what a hybrid layer learns besides its feature maps, by name.
 
-    mass_bias [N] and mass_gate [N, D], b and g of "query"; mass_moments [3, N], (a, b, c) of
-    "moments"; covariance_scale [N], c of the covariance.
+    attention_mass: "query" or "moments", see above.
     """
     N, D = num_heads, head_dim
-    shapes = {"mass_moments": [3, N]}
-    if form.mass == "query":
-        shapes = {"mass_bias": [N], "mass_gate": [N, D]}
-    if form.has_covariance:
-        shapes["covariance_scale"] = [N]
-    return shapes
+    if attention_mass == "query":
+        return {"mass_bias": [N], "mass_gate": [N, D]}
+    return {"mass_moments": [3, N]}
 
 
-def initial_weights(form: HybridForm, num_heads: int, head_dim: int) -> dict[str, Tensor]:
+def initial_weights(attention_mass: str, num_heads: int, head_dim: int) -> dict[str, Tensor]:
     """Return the weights of `weight_shapes` as they start.
 
-    mass_bias and mass_gate: 0. mass_moments: 0, 1, 1/2. covariance_scale: 1/2. Keys are not jointly
-    Gaussian: with tiles of 1 x 4 x 4 the layers of the embedded model start .45 off softmax so,
-    with 1 for both halves .64, without the covariance .49.
+    mass_bias and mass_gate: 0. mass_moments: 0, 1, 1/2. Keys are not Gaussian: with tiles of
+    1 x 4 x 4 the layers of the embedded model start .49 off softmax so, with c = 1 .55.
     """
-    shapes = weight_shapes(form, num_heads, head_dim)
+    shapes = weight_shapes(attention_mass, num_heads, head_dim)
     weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    if form.mass == "moments":
+    if attention_mass == "moments":
         weights["mass_moments"] += torch.tensor([[0.0], [1.0], [0.5]])
-    if form.has_covariance:
-        weights["covariance_scale"] += 0.5
     return weights
 
 
@@ -88,31 +65,25 @@ def hybrid_attention(
     key_map: Tensor,
     weights: Mapping[str, Tensor],
     tiles: Tiles,
-    form: HybridForm,
+    attention_mass: str,
 ) -> Tensor:
     """Return `s local + (1 - s) far` [B, L, N, D] in value's dtype, see above.
 
     query, key, value: [B, L, N, D], after qk-norm and RoPE, L the tokens of `tiles`.
-    query_map, key_map: [N, D, M/2]; weights: by the names of `initial_weights`.
+    query_map, key_map: [N, D, M/2]; weights: by the names of `weight_shapes`.
 
     Raises ValueError where the tokens are not those of the tiles.
     """
     tiles.check_tokens(query, key, value)
-    _, L, _, D = query.shape
+    L = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
         state, total = _sum_features(key_map, key, value)
-        level, slope, spread = estimate_mass(weights, form, tiles, key, find_moments)
-        correction = None
-        if form.has_covariance:
-            scale = widen(weights["covariance_scale"]) / D**0.5
-            correction = scale[:, None, None] * find_moments(key, value)[1]
+        level, slope, spread = estimate_mass(weights, attention_mass, tiles, key, find_moments)
 
         def attend(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = map(widen, (q, k, v))
             local, log_local = local_softmax(is_token, q, k, v)
             far = _attend_far(hedgehog(q.flatten(1, 2), query_map), state, total).view_as(q)
-            if correction is not None:
-                far = far + torch.einsum("bksnd,bnde->bksne", q, correction)
             slopes = slope[:, None, None]
             num_outside = (L - is_token.sum(dim=1)).view(-1, 1, 1)
             log_far = level
@@ -130,7 +101,7 @@ def hybrid_attention(
 
 def estimate_mass(
     weights: Mapping[str, Tensor],
-    form: HybridForm,
+    attention_mass: str,
     tiles: Tiles,
     key: Tensor,
     moments_of: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -141,7 +112,7 @@ def estimate_mass(
     key: [B, L, N, D]; moments_of: returns its mean and covariance, as `find_moments` does.
     """
     B, _, N, D = key.shape
-    if form.mass == "query":
+    if attention_mass == "query":
         level = 3 + math.log(tiles.num_slots) - 4 * widen(weights["mass_bias"])
         return level, -widen(weights["mass_gate"]).expand(B, N, D), None
     level, mean_scale, variance_scale = widen(weights["mass_moments"])
@@ -164,15 +135,12 @@ def local_softmax(
     return torch.einsum("bksnt,bktnd->bksnd", weights, value), log_sum
 
 
-def find_moments(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the mean [B, N, D] of x and its covariance [B, N, D, D] with y, or with itself.
-
-    x, y: [B, L, N, D]; over tokens, fp32 at least.
-    """
-    mean = x.mean(dim=1, keepdim=True, dtype=widen_dtype(x.dtype))
-    parts = chunks(x.shape[-1], x, x if y is None else y)
-    sums = sum(torch.einsum("blnd,blne->bnde", a - mean, widen(b)) for a, b in parts)
-    return mean.squeeze(1), sums / x.shape[1]
+def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [B, N, D] and covariance [B, N, D, D] of keys [B, L, N, D], fp32 at least."""
+    mean = key.mean(dim=1, keepdim=True, dtype=widen_dtype(key.dtype))
+    centred = (part - mean for (part,) in chunks(key.shape[-1], key))
+    sums = sum(torch.einsum("blnd,blne->bnde", x, x) for x in centred)
+    return mean.squeeze(1), sums / key.shape[1]
 
 
 def _sum_features(feature_map: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

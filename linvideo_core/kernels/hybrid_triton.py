@@ -3,10 +3,9 @@ r"""Softmax within tiles beside linear attention as Triton kernels, forward and 
 One program has some queries of one tile and one head. It goes through the tile's keys and values
 where they lie, as FlashAttention does, then takes the same queries' features times the state, which
 `triton_launch.reduce_keys` made, and mixes both: scores, features and tiles are never in memory.
-`hybrid_reference` derives the formulas. Of its forms this knows masses "query" and "moments", as
+`hybrid_reference` derives the formulas. Both of its attention masses come here as
 
-    log F_i = level + slope . q_i        and, with a spread, + q_i' spread q_i + log n_i
-
+    log F_i = level + slope . q_i        and, of "moments", + q_i' spread q_i + log n_i
 
 Backward sees one softmax: a key of the tile weighs w_ij = exp(q_i k_j / sqrt(D)) / (A_i + F_i), and
 linear attention has the share f_i = F_i / (A_i + F_i), so that with o_i the whole output

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import hybrid_attention, linear_attention
-from ..kernels.hybrid_reference import HybridForm, initial_weights, weight_shapes
+from ..kernels.hybrid_reference import initial_weights, weight_shapes
 from ..kernels.softmax import DENSITY, softmax_attention
 from ..kernels.tiles import TokenGrid
 from .config import LinearForm
@@ -54,11 +54,6 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> 
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def hybrid_form(form: LinearForm) -> HybridForm:
-    """Return what stands for the keys beyond a tile in a form that has tiles."""
-    return HybridForm(mass=form.attention_mass)
-
-
 def tensor_shapes(
     form: LinearForm, feature_dim: int, num_heads: int | str, head_dim: int | str
 ) -> dict[str, list[int | str]]:
@@ -71,7 +66,7 @@ def tensor_shapes(
     if form.window:
         shapes["window_mix"] = [num_heads]
     if form.tile:
-        shapes |= weight_shapes(hybrid_form(form), num_heads, head_dim)
+        shapes |= weight_shapes(form.attention_mass, num_heads, head_dim)
     return shapes
 
 
@@ -107,7 +102,7 @@ def attend_linearly(
                 "its sequence: use a file of linear layers with this model"
             )
         tiles = grid.tiles(form.tile_size, query.shape[1])
-        return hybrid_attention(query, key, value, *maps, weights, tiles, hybrid_form(form))
+        return hybrid_attention(query, key, value, *maps, weights, tiles, form.attention_mass)
     out = linear_attention(query, key, value, *maps, feature_map=form.feature_map)
     if form.window:
         local = window_attention(query, key, value, form.window).to(out.dtype)
@@ -135,7 +130,7 @@ class LinearAttention(nn.Module):
         for name, shape in tensor_shapes(self.form, feature_dim, num_heads, head_dim).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         if self.form.tile:
-            starts = initial_weights(hybrid_form(self.form), num_heads, head_dim)
+            starts = initial_weights(self.form.attention_mass, num_heads, head_dim)
             self.load_state_dict(starts, strict=False)
         self.init_weights()
 

@@ -33,7 +33,8 @@ def why_plain(
     header: ArtifactHeader, device: torch.device, head_dim: int, dtype: torch.dtype
 ) -> str:
     """Return why fused kernels will not compute the layers of a file there, or ""."""
-    form = {"feature_map": header.feature_map, "mass": header.attention_mass if header.tile else ""}
+    mass = header.attention_mass if header.tile else ""
+    form = {"feature_map": header.feature_map, "attention_mass": mass}
     return why_not_fused(device, head_dim, header.feature_dim, dtype, **form)
 
 

@@ -100,7 +100,7 @@ def test_features_that_no_kernel_of_hybrid_layers_is_for_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lend_a_gpu(monkeypatch, (9, 0))
-    found = kernels.why_not_fused(GPU, 128, 256, torch.bfloat16, mass="query")
+    found = kernels.why_not_fused(GPU, 128, 256, torch.bfloat16, attention_mass="query")
     assert found == "the fused kernels know hybrid layers of 128 features at most"
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvideo_core.kernels import hybrid_reference
-from linvideo_core.kernels.hybrid_reference import HybridForm, hybrid_attention, initial_weights
+from linvideo_core.kernels import ATTENTION_MASSES, hybrid_reference
+from linvideo_core.kernels.hybrid_reference import hybrid_attention, initial_weights
 from linvideo_core.kernels.tiles import Tiles
 
 # Odd sizes, ragged tiles, tokens beside the video's, one tile for all, one token a tile.
@@ -19,11 +19,6 @@ TILINGS = [
     Tiles(grid=(2, 3, 3), tile=(9, 9, 9)),
     Tiles(grid=(1, 3, 1), tile=(1, 1, 1), after=2),
     Tiles(grid=(2, 3, 2), tile=(1, 3, 2), before=20),
-]
-FORMS = [
-    HybridForm(mass=mass, has_covariance=has_covariance)
-    for mass in hybrid_reference.MASSES
-    for has_covariance in (False, True)
 ]
 # Relative error of the whole tensor against fp64, by the inputs' dtype.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -43,8 +38,8 @@ def find_tiles(tiles: Tiles) -> list[object]:
     return [*others[: tiles.before], *video, *others[tiles.before :]]
 
 
-def make_inputs(tiles: Tiles, form: HybridForm, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return tokens of two heads, both maps and moved weights of a form, batch 2."""
+def make_inputs(tiles: Tiles, attention_mass: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tokens of two heads, both maps and moved weights, batch 2."""
     generator = torch.Generator().manual_seed(0)
     N, D, half = 2, 8, 6
 
@@ -53,7 +48,7 @@ def make_inputs(tiles: Tiles, form: HybridForm, dtype: torch.dtype) -> dict[str,
 
     inputs = {name: normal(2, tiles.num_tokens, N, D) for name in ("query", "key", "value")}
     inputs |= {name: normal(N, D, half) / D**0.5 for name in ("query_map", "key_map")}
-    for name, start in initial_weights(form, N, D).items():
+    for name, start in initial_weights(attention_mass, N, D).items():
         inputs[name] = start + 0.3 * normal(*start.shape)
     return {name: x.to(dtype).requires_grad_(True) for name, x in inputs.items()}
 
@@ -64,7 +59,7 @@ def features(x: Tensor, feature_map: Tensor) -> Tensor:
     return torch.cat([p.softmax(dim=-1) for p in (projected, -projected)], dim=-1)
 
 
-def define(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
+def define(inputs: dict[str, Tensor], tiles: Tiles, attention_mass: str) -> Tensor:
     """Return the hybrid layer by its formulas over all L x L pairs, [B, L, N, D]."""
     q, k, v = (inputs[name].transpose(1, 2) for name in ("query", "key", "value"))
     L, D = q.shape[2:]
@@ -76,17 +71,14 @@ def define(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
     a, b = (features(inputs[s], inputs[f"{s}_map"]) for s in ("query", "key"))
     similarity = a @ b.transpose(2, 3)
     far = similarity @ v / similarity.sum(dim=-1, keepdim=True)
-    keys, values = (x - x.mean(dim=2, keepdim=True) for x in (k, v))
-    if form.has_covariance:
-        scale = inputs["covariance_scale"][:, None, None] / D**0.5
-        far = far + scale * (q @ (keys.transpose(2, 3) @ values / L))
     num_outside = (~is_own).sum(dim=1).double()
-    if form.mass == "query":
+    if attention_mass == "query":
         T = math.prod(map(min, tiles.tile, tiles.grid))
         log_far = 3 - 4 * inputs["mass_bias"][:, None] + math.log(T)
         log_far = log_far - (q * inputs["mass_gate"][:, None]).sum(-1)
     else:
         level, mean, variance = inputs["mass_moments"].unsqueeze(-1)
+        keys = k - k.mean(dim=2, keepdim=True)
         covariance = keys.transpose(2, 3) @ keys / L
         spread = ((q @ covariance) * q).sum(-1) / D
         log_far = level + mean * (q @ k.mean(dim=2).unsqueeze(-1)).squeeze(-1) / D**0.5
@@ -95,10 +87,10 @@ def define(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
     return (share * local + (1 - share) * far).transpose(1, 2)
 
 
-def attend(inputs: dict[str, Tensor], tiles: Tiles, form: HybridForm) -> Tensor:
+def attend(inputs: dict[str, Tensor], tiles: Tiles, attention_mass: str) -> Tensor:
     names = ("query", "key", "value", "query_map", "key_map")
     weights = {name: x for name, x in inputs.items() if name not in names}
-    return hybrid_attention(*(inputs[name] for name in names), weights, tiles, form)
+    return hybrid_attention(*(inputs[name] for name in names), weights, tiles, attention_mass)
 
 
 def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
@@ -107,13 +99,13 @@ def error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
     return float(difference) / max(float(expected.detach().norm()), scale)
 
 
-def assert_is_the_definition(tiles: Tiles, form: HybridForm, dtype: torch.dtype) -> None:
-    inputs = make_inputs(tiles, form, dtype)
+def assert_is_the_definition(tiles: Tiles, attention_mass: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(tiles, attention_mass, dtype)
     exact = {name: x.detach().double().requires_grad_(True) for name, x in inputs.items()}
-    expected = define(exact, tiles, form)
+    expected = define(exact, tiles, attention_mass)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     wanted = torch.autograd.grad(expected, [*exact.values()], upstream.double(), allow_unused=True)
-    found = attend(inputs, tiles, form)
+    found = attend(inputs, tiles, attention_mass)
     gradients = torch.autograd.grad(found, [*inputs.values()], upstream)
     assert found.dtype == dtype
     assert error(found, expected) < TOLERANCE[dtype]
@@ -123,40 +115,40 @@ def assert_is_the_definition(tiles: Tiles, form: HybridForm, dtype: torch.dtype)
         assert error(gradient, torch.zeros(()) if x is None else x, scale) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("form", FORMS, **ids)
+@pytest.mark.parametrize("attention_mass", ATTENTION_MASSES)
 @pytest.mark.parametrize("tiles", TILINGS, **ids)
-def test_it_is_the_definition_in_value_and_gradient(tiles: Tiles, form: HybridForm) -> None:
-    assert_is_the_definition(tiles, form, torch.float64)
+def test_it_is_the_definition_in_value_and_gradient(tiles: Tiles, attention_mass: str) -> None:
+    assert_is_the_definition(tiles, attention_mass, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", FORMS, **ids)
-def test_narrower_tokens_are_summed_in_fp32(form: HybridForm, dtype: torch.dtype) -> None:
-    assert_is_the_definition(TILINGS[2], form, dtype)
+@pytest.mark.parametrize("attention_mass", ATTENTION_MASSES)
+def test_narrower_tokens_are_summed_in_fp32(attention_mass: str, dtype: torch.dtype) -> None:
+    assert_is_the_definition(TILINGS[2], attention_mass, dtype)
 
 
 @pytest.mark.parametrize("size", [1, 2 * 2 * 4 * 8 * 3])
 def test_chunks_of_any_size_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hybrid_reference, "_MAX_CHUNK_SCORES", size)
-    assert_is_the_definition(TILINGS[2], FORMS[1], torch.float64)
+    assert_is_the_definition(TILINGS[2], "moments", torch.float64)
 
 
-@pytest.mark.parametrize("form", FORMS, **ids)
-def test_one_tile_for_all_is_softmax_attention(form: HybridForm) -> None:
+@pytest.mark.parametrize("attention_mass", ATTENTION_MASSES)
+def test_one_tile_for_all_is_softmax_attention(attention_mass: str) -> None:
     tiles = TILINGS[3]
-    inputs = make_inputs(tiles, form, torch.float64)
+    inputs = make_inputs(tiles, attention_mass, torch.float64)
     by_head = (inputs[name].transpose(1, 2) for name in ("query", "key", "value"))
     expected = torch.nn.functional.scaled_dot_product_attention(*by_head).transpose(1, 2)
-    torch.testing.assert_close(attend(inputs, tiles, form), expected)
+    torch.testing.assert_close(attend(inputs, tiles, attention_mass), expected)
 
 
-@pytest.mark.parametrize("form", FORMS, **ids)
-def test_sharp_scores_and_maps_stay_finite_in_value_and_gradient(form: HybridForm) -> None:
-    inputs = make_inputs(TILINGS[1], form, torch.float32)
+@pytest.mark.parametrize("attention_mass", ATTENTION_MASSES)
+def test_sharp_scores_and_maps_stay_finite_in_value_and_gradient(attention_mass: str) -> None:
+    inputs = make_inputs(TILINGS[1], attention_mass, torch.float32)
     with torch.no_grad():
         for name, x in inputs.items():
             x.mul_(30 if name in ("query", "key", "query_map", "key_map") else 1)
-    found = attend(inputs, TILINGS[1], form)
+    found = attend(inputs, TILINGS[1], attention_mass)
     gradients = torch.autograd.grad(found.sum(), [*inputs.values()])
     assert all(bool(x.isfinite().all()) for x in (found, *gradients))
 
@@ -204,9 +196,7 @@ def test_sizes_that_are_none_are_refused(settings: dict[str, object], words: str
         Tiles(**{"grid": (2, 2, 2), "tile": (1, 1, 1), **settings})
 
 
-def test_other_tokens_than_the_tiles_and_unknown_masses_are_refused() -> None:
-    inputs = make_inputs(TILINGS[0], FORMS[0], torch.float32)
+def test_other_tokens_than_the_tiles_are_refused() -> None:
+    inputs = make_inputs(TILINGS[0], "query", torch.float32)
     with pytest.raises(ValueError, match="60, 60, 60 tokens given; the tiles have 39"):
-        attend(inputs, TILINGS[2], FORMS[0])
-    with pytest.raises(ValueError, match="mass 'guess' given; one of query, moments is needed"):
-        HybridForm(mass="guess")
+        attend(inputs, TILINGS[2], "query")

@@ -16,8 +16,8 @@ from linvideo_core.artifact.summary import count_bytes, describe
 from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
 from linvideo_core.kernels.hybrid_reference import initial_weights
 from linvideo_core.kernels.tiles import TokenGrid
-from linvideo_core.models.attention import LinearAttention, hybrid_form, window_attention
-from linvideo_core.models.config import FEATURE_MAPS, LinearForm
+from linvideo_core.models.attention import LinearAttention, window_attention
+from linvideo_core.models.config import ATTENTION_MASSES, FEATURE_MAPS, LinearForm
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.context import Run
 from linvideo_core.run.errors import SettingError
@@ -92,7 +92,7 @@ def definition(
     if form.tile:
         inputs = {"query": query, "key": key, "value": value, **state}
         inputs |= {side: state[side].expand(N, -1, -1) for side in SIDES}
-        return define(inputs, GRIDS[L].tiles(form.tile_size, L), hybrid_form(form))
+        return define(inputs, GRIDS[L].tiles(form.tile_size, L), form.attention_mass)
     heads = []
     for n in range(N):
         q, k, v = (x[:, :, n] for x in (query, key, value))
@@ -157,7 +157,7 @@ def test_gate_and_window_start_as_if_they_were_not_there(part: str, dtype: torch
 @pytest.mark.parametrize("name", ["tile", "frame"])
 def test_a_hybrid_layer_starts_as_its_definition_says(name: str) -> None:
     linear = make_linear(FORMS[name], is_trained=False)
-    starts = initial_weights(hybrid_form(FORMS[name]), N, D)
+    starts = initial_weights(FORMS[name].attention_mass, N, D)
     found = dict(linear.named_parameters())
     assert found.keys() == {*SIDES, *starts}
     assert all(torch.equal(found[weight], start) for weight, start in starts.items())
@@ -447,5 +447,6 @@ def test_the_students_row_has_the_bytes_of_its_tensors(wide_teacher: Teacher) ->
     assert "bytes" not in teacher and "bytes" not in swapped
 
 
-def test_settings_know_the_feature_maps_of_the_kernels() -> None:
+def test_settings_know_the_feature_maps_and_attention_masses_of_the_kernels() -> None:
     assert FEATURE_MAPS == kernels.FEATURE_MAPS
+    assert ATTENTION_MASSES == kernels.ATTENTION_MASSES

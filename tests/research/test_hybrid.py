@@ -9,7 +9,7 @@ import pytest
 from linvideo_core.run.errors import SettingError
 from research import hybrid
 from research.hybrid import TABLES, HybridConfig, summarize
-from research.hybrid_student import NAMES, Case
+from research.hybrid_student import FORMS, Case
 
 GRID = (7, 8, 8)
 
@@ -34,7 +34,7 @@ def test_the_cost_is_the_softmax_that_is_computed(case: Case, share: float, cost
 def test_every_row_is_declared_once_in_its_table() -> None:
     for cases in TABLES.values():
         assert len(cases) == len(set(cases))
-    assert {case.form for case in TABLES["forms"]} == {*NAMES}
+    assert {case.form for case in TABLES["forms"]} == {*FORMS}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = [
-        Case(form="moments_covariance", tile=(1, 3, 8), layers=5),
+        Case(form="query", tile=(1, 3, 8), layers=5),
         Case(form="moments", tile=(1, 3, 8)),
         Case(form="sla", density=0.1),
         Case(form="sol_attn", density=0.2, steps_factor=0),
@@ -78,7 +78,7 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
         "--sampler-steps 2 --states-per-trajectory 2 --evaluate-samples 4"
     )
     how = {"steps": 2, "seeds": 1, "jobs": 1, "device": "cpu", "out": tmp_path}
-    one = HybridConfig(**how, forms="moments_covariance", flags=flags)
+    one = HybridConfig(**how, forms="query", flags=flags)
     # A file stands where its folder is to be.
     (tmp_path / "runs").touch()
     assert hybrid.run(one) == {"forms": []}
@@ -86,10 +86,12 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     [made] = hybrid.run(one)["forms"]
     with pytest.raises(SettingError, match="was made with --flags"):
         hybrid.run(HybridConfig(**how, flags=f"{flags} --batch-size 3"))
-    # Of rows that are not made now the record loses none.
+    # Of rows that are no longer declared the record loses none: they are the last.
+    monkeypatch.setitem(TABLES, "forms", cases[1:])
     [other] = hybrid.run(dataclasses.replace(one, forms="pisa"))["forms"]
+    monkeypatch.setitem(TABLES, "forms", cases)
     found = json.loads((tmp_path / "hybrid.json").read_text(encoding="utf-8"))
-    assert found["details"]["parts"]["forms"]["runs"] == [made, other]
+    assert found["details"]["parts"]["forms"]["runs"] == [other, made]
     config = dataclasses.replace(one, forms="")
     rows = hybrid.run(config)["forms"]
     row, whole, sla, *sparse = rows
