@@ -24,14 +24,13 @@ from linvideo_core.run.tables import format_value
 
 _DOTTED = (0, (1, 3))
 _EQUAL_STEPS = ("adm", "velocity", "adm_literal", "dmd")
-_HYBRID_LABELS = {
-    "sol_attn": "Sol-Attn, untrained",
-    "pisa": "PISA, untrained",
-    "pisa_blocks": "PISA with a covariance a block, untrained",
-    "sla": "SLA",
+_UNTRAINED = {"sol_attn": "Sol-Attn", "pisa": "PISA", "pisa_blocks": "PISA, a covariance a block"}
+_TRAINED = {
     "linear": "linear",
-    "query": "hybrid, by the query",
-    "moments": "hybrid, by moments",
+    "query": "hybrid, query",
+    "moments": "hybrid, moments",
+    "window": "window of a frame",
+    "sla": "SLA",
 }
 """Form of results/hybrid.json -> its label; other forms are not drawn."""
 
@@ -157,22 +156,23 @@ def plot_hybrid(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = new_figure(9.0, 4.6)
     axes = figure.subplots()
     style_axes(axes, "share of pairs of tokens that softmax sees", "Frechet to the teacher")
-    for number, (form, label) in enumerate(_HYBRID_LABELS.items()):
-        mine = [run for run in runs if run["form"] == form and "shifted" not in run["tile"]]
-        colour = COLOURS[number % len(COLOURS)]
-        marker = "o" if number < len(COLOURS) else "s"
-        costs = sorted({run["cost"] for run in mine})
-        means = [statistics.fmean(r["frechet"] for r in mine if r["cost"] == x) for x in costs]
-        axes.plot(costs, means, color=colour, marker=marker, markersize=4, label=label)
-        axes.scatter(
-            [run["cost"] for run in mine],
-            [run["frechet"] for run in mine],
-            s=30, marker=marker, color=colour, alpha=0.5, linewidths=0,
-        )  # fmt: skip
+    styles = {"without training": (_UNTRAINED, "s", "--"), "trained": (_TRAINED, "o", "")}
+    for suffix, (labels, marker, line) in styles.items():
+        for (form, label), colour in zip(labels.items(), COLOURS, strict=False):
+            mine = [run for run in runs if run["form"] == form and "shifted" not in run["tile"]]
+            distances: dict[float, list[float]] = {}
+            for run in mine:
+                distances.setdefault(run["cost"], []).append(run["frechet"])
+            means = list(map(statistics.fmean, distances.values()))
+            name, looks = f"{label}, {suffix}", {"color": colour, "linestyle": line}
+            axes.plot([*distances], means, marker=marker, markersize=7, label=name, **looks)
+            for cost, values in distances.items():
+                axes.plot([cost] * len(values), values, "_", color=colour, markersize=12)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False, fontsize=9)
-    title_axes(axes, "All ten layers of the embedded model, lower is better")
+    axes.set_yticks([0.3, 0.5, 1, 3, 10], ["0.3", "0.5", "1", "3", "10"])
+    axes.set_ylim(top=100)
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+    title_axes(axes, "All ten layers, 448 tokens, a dash a seed: lower is better")
     save_figure(figure, path)
 
 

@@ -35,7 +35,12 @@ from linvideo_core.transfer.student import Student, TransferTask, accelerated
 from linvideo_core.transfer.warm_start import fit_feature_maps
 
 from .softmax_quality import SparseReference, small_blocks
-from .sparse_baselines import PiecewiseAttention, SparseLinearAttention
+from .sparse_baselines import (
+    BLOCK,
+    PiecewiseAttention,
+    SparseLinearAttention,
+    count_exact,
+)
 
 Row = dict[str, Any]
 
@@ -91,12 +96,13 @@ class Case:
     def share_of_tokens(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in its layers, over all pairs.
 
-        Of what has a density that alone: no pooled terms, as no feature counts in linear attention
-        either, and of Sol-Attn not the neighbours of each block, up to 7 % more.
+        Of what has a density the exact blocks alone: no pooled terms, as no feature counts in
+        linear attention either, and of Sol-Attn not the neighbours of each block, up to 7 % more.
         """
-        if self.tile is None:
-            return self.density or 0.0
-        return Tiles(grid=grid, tile=self.tile).share
+        if self.density is not None:
+            num_blocks = math.ceil(math.prod(grid) / BLOCK)
+            return count_exact(self.density, num_blocks) / num_blocks
+        return Tiles(grid=grid, tile=self.tile).share if self.tile else 0.0
 
     def cost(self, grid: Size) -> float:
         """Return the pairs of tokens that softmax sees in all layers, over those of the teacher."""

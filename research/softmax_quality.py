@@ -37,8 +37,9 @@ from linvideo_core.run.progress import TerminalCallbacks
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
 
+from .sparse_baselines import BLOCK
+
 _RECORD_NAME = "softmax_quality.json"
-_BLOCK = 16
 # Of a comparison's row -> of the record's; what is no number of that name there is left out.
 _MEASURES = {"digit": "digit", "motion": "motion", "distance_to_teacher": "error"}
 
@@ -59,7 +60,7 @@ class QualityConfig(Settings):
 def small_blocks() -> Iterator[None]:
     """Let comfy-kitchen's plain PyTorch take blocks of 16 tokens."""
     module = importlib.import_module("comfy_kitchen.backends.eager.sol_attn")
-    usual, module.BLOCK = module.BLOCK, _BLOCK
+    usual, module.BLOCK = module.BLOCK, BLOCK
     try:
         yield
     finally:

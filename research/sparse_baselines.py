@@ -74,7 +74,8 @@ def piecewise_attention(
         scores = q @ k.mT / q.shape[-1] ** 0.5
         means = _average(scores)
         routes = _pool_queries(means) + _log_deviation(k, v).unsqueeze(2)
-        is_exact = _spread_pairs(_rank(routes) < _count(density, routes.shape[-1]), num_tokens)
+        num_exact = count_exact(density, routes.shape[-1])
+        is_exact = _spread_pairs(_rank(routes) < num_exact, num_tokens)
         centre = _spread(means, num_tokens)
         logits = torch.where(is_exact, scores, centre)
         weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
@@ -129,7 +130,7 @@ class SparseLinearAttention(nn.Module):
         """Return which keys [B, N, L, L] a query sees by softmax, and which by linear attention."""
         ranks = _rank(_pool_queries(_average(scores)))
         num_blocks = ranks.shape[-1]
-        num_critical = _count(self.density, num_blocks)
+        num_critical = count_exact(self.density, num_blocks)
         is_critical = ranks < num_critical
         is_kept = ranks < max(num_critical, num_blocks - round(_NEGLIGIBLE * num_blocks))
         num_tokens = scores.shape[-1]
@@ -137,7 +138,7 @@ class SparseLinearAttention(nn.Module):
         return _spread_pairs(is_critical, num_tokens), is_marginal
 
 
-def _count(density: float, num_blocks: int) -> int:
+def count_exact(density: float, num_blocks: int) -> int:
     """Return how many of the blocks a density is."""
     return min(num_blocks, max(1, round(density * num_blocks)))
 

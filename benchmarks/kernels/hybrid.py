@@ -2,8 +2,7 @@
 
 The fused kernels at Wan's shapes in bf16, forward and backward, beside the linear kernels that they
 contain and softmax over all tokens. They must agree with their definition in fp64 before anything
-is timed. A program takes 128 queries of a tile: tiles of a little less than a multiple of that are
-best.
+is timed. A program takes up to 128 queries of one tile.
 """
 
 import dataclasses

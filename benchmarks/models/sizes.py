@@ -24,7 +24,7 @@ class Size:
 
     layers: the layers that are made linear, counted from 0.
     tiles: a small and a large one for hybrid layers, in tokens as `LinearForm` spells them: about
-        0.3 and 2 % of the tokens, and a little less than a multiple of 128, as kernels take them.
+        0.3 and 2 % of the tokens.
     """
 
     name: str

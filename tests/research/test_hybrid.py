@@ -21,9 +21,9 @@ GRID = (7, 8, 8)
         (Case(form="linear", layers=5), 0, 0.5),
         (Case(form="query", tile=(1, 4, 4)), 16 / 448, 16 / 448),
         (Case(form="query", tile=(1, 8, 8), layers=8), 1 / 7, 0.2 + 0.8 / 7),
-        (Case(form="sol_attn", density=0.2), 0.2, 0.2),
-        (Case(form="pisa", density=0.2, layers=5), 0.2, 0.6),
-        (Case(form="sla", density=0.05), 0.05, 0.05),
+        (Case(form="sol_attn", density=0.2), 6 / 28, 6 / 28),
+        (Case(form="pisa", density=0.2, layers=5), 6 / 28, 0.5 + 3 / 28),
+        (Case(form="sla", density=0.05), 1 / 28, 1 / 28),
     ],
 )
 def test_the_cost_is_the_softmax_that_is_computed(case: Case, share: float, cost: float) -> None:
