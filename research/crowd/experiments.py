@@ -50,7 +50,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.record import RESULTS_FOLDER, write_part
+from benchmarks.record import RESULTS_FOLDER, check_parts, write_part
 from linvideo_core.run.config import parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.lock import locked
@@ -59,8 +59,8 @@ from ..declared_runs import list_cards
 from . import summary
 from .arms import NOT_RUN
 from .forecast import forecast
+from .rows import RECORD_NAME, RECORD_TITLE
 from .study import (
-    RECORD_NAME,
     REFERENCES,
     ROWS_NAME,
     SUMMARY_NAME,
@@ -112,15 +112,16 @@ def do_all(study: Study, device: str) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, say what is missing, make it, write and show the tables."""
     config = parse(ExperimentsConfig, argv, description=__doc__)
-    tables = run(config)
     path = RESULTS_FOLDER / RECORD_NAME if config.record else config.out / SUMMARY_NAME
+    check_parts(path, resolve_device(config.device))
+    tables = run(config)
     runs = json.loads((config.out / ROWS_NAME).read_text(encoding="utf-8"))["rows"]
     flags = to_flags(config, without=("out", "device"))
     for table, rows in tables.items():
         write_part(
             path,
             table,
-            title="crowd: students of the stored teacher on captions that no training has seen",
+            title=RECORD_TITLE,
             command=f"python -m research.crowd.experiments {flags}".strip(),
             rows=rows,
             device=resolve_device(config.device),
