@@ -8,17 +8,17 @@ In calls of at most ten minutes on one H200, the first words being
     python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.12 \
         --num-samples 128 --sampler-steps 20
 and the seconds those of `forecast`, which are counted and not measured; two GPUs take two thirds:
-    --tables objectives --seeds 2 --out runs/study             480
-    --tables objectives --seeds 4 --out runs/study --record    450, with what the first left
-    --tables students --seeds 4 --out runs/study --record      510
-    --tables few_steps --seeds 4 --out runs/study --record     530
-    --tables selection --seeds 4 --out runs/study --record     480
-    --tables hybrid --seeds 4 --out runs/study --record        460
-    --tables sizes --seeds 4 --out runs/study --record         390
+    --tables objectives --seeds 2 --out runs/study             400
+    --tables objectives --seeds 4 --out runs/study --record    370, with what the first left
+    --tables students --seeds 4 --out runs/study --record      440
+    --tables few_steps --seeds 4 --out runs/study --record     480
+    --tables selection --seeds 4 --out runs/study --record     400
+    --tables hybrid --seeds 4 --out runs/study --record        400
+    --tables sizes --seeds 4 --out runs/study --record         330
 Those are of each alone. In one folder a table finds the arms and videos that it shares with earlier
-ones: all take some 2,700 in place of 3,300.
-Each says first what is missing and how long it takes: without `--compile` a tenth to a quarter
-more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 25 seconds:
+ones: all take some 2,400 in place of 2,800.
+Each says first what is missing and how long it takes: without `--compile` up to a sixth
+more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 15 seconds:
     python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors \
         --prompts runs/study/held_out.safetensors \
