@@ -13,9 +13,16 @@ others of the same captions. So of the columns
     temporal_spectrum_db       is to `teacher_other`
     object ... pan, found, recall, position_error, speed_error   are of single videos: see `judge`
         and `tracks`; those of `real` are the best that these measures give
-With `--densities` teacher and students have rows besides with Sol-Attn in the layers that are
-softmax, at every step. A file that was distilled is sampled in its own few steps, without guidance.
-Repeating the command continues where it stopped; what was measured of a file is used again.
+    share_of_teacher   is the least share of the teacher's own figure of object ... pan and found
+    recall_share, frechet_over_floor   are recall and frechet_teacher over the teacher's own
+A student is called by its file's folder and name: `transfer-linearized` is the file above. With
+`--densities` teacher and students have rows besides with Sol-Attn in the layers that are softmax,
+at every step; a student without such layers has none. A file that was distilled is sampled in its
+own few steps, without guidance.
+Repeating the command continues where it stopped; what was measured of a file is used again. With
+`--record` the rows go to results/crowd.json, too: of 2,000 videos as `evaluation_2000`. Rows of
+other names and densities stay there if they were measured alike: of the same teacher, judge,
+captions, noise and sampler. If not, they go.
 """
 
 import contextlib
@@ -23,15 +30,14 @@ import dataclasses
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.record import show_rows, write_record
+from benchmarks.record import RESULTS_FOLDER, check_parts, show_rows, write_record
 from linvideo_core import artifact
 from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
@@ -55,7 +61,8 @@ from linvideo_core.training.trainer import seed_step
 
 from .captions import parse as parse_captions
 from .clips import NUM_FRAMES, Labels, decode_latents, encode_frames, render, stage
-from .judge import QUESTIONS, Judge, is_right, load_judge
+from .judge import Judge, is_right, load_judge
+from .rows import RECORD_NAME, RECORD_TITLE, Row, read_measures, read_rows, record
 from .tracks import measure_tracks
 from .train import SHIFT
 
@@ -63,11 +70,8 @@ _NUM_SHOWN = 4
 _OTHER_SEED = 1_000
 WHOLE = NUM_FRAMES - TIME_COMPRESSION + 1
 """Frames of a whole clip, as commands count them: 4 n + 1."""
-# A sprite's measures, and whether their median stands for them: lost sprites lie anywhere.
-_TRACK_MEASURES = {"found": False, "recall": False, "position_error": True, "speed_ratio": False}
-
-Row = dict[str, Any]
-Measured = Mapping[str, Tensor]
+# What a repeated command may change: measures are kept by the files that they are of.
+_FREE_FIELDS = ("artifacts", "densities", "model", "judge", "record", "device", "out")
 MakeLatents = Callable[[slice, int], Tensor]
 """(rows, number of the batch) -> latents"""
 
@@ -91,6 +95,7 @@ class CrowdConfig:
     num_frames: int = option(WHOLE, "frames of a video: of less than 61, rendered clips are cut")
     compile: bool = option(False, "compile the blocks of what samples: a minute, then faster")
     out: Path = option(Path("runs/crowd/evaluation"), "folder of the measures and of crowd.json")
+    record: bool = option(False, f"write results/{RECORD_NAME}, too")
     seed: int = option(0, "seed of noise and captions")
     device: str = device_option()
 
@@ -296,15 +301,31 @@ def measure_file(
     return measures
 
 
-def read_rows(folder: Path, files: Mapping[str, Path]) -> list[Row]:
-    """Return the rows of rendered clips, the teacher, and models by the folders of their measures.
+def describe_model(
+    sampling: Sampling,
+    name: str,
+    header: artifact.ArtifactHeader | None = None,
+    density: float | None = None,
+) -> Row:
+    """Return what a model is: kinds of layers, what computes softmax ones, how it is sampled.
 
-    folder: that `measure_references` filled.
+    header: of its file; none: the teacher. density: of Sol-Attn; none: softmax layers are dense.
+    Where no softmax layers are left, backend and density are none.
     """
-    folders = {name: folder / name for name in ("real", "teacher")} | dict(files)
-    found = {name: read_measures(path) for name, path in folders.items()}
-    others = [read_measures(folder / name) for name in ("real_other", "teacher_other")]
-    return [summarize(name, each, found["teacher"], *others) for name, each in found.items()]
+    num_layers = len(identify(shapes_of(sampling.teacher.model))[1])
+    count, tile = (len(header.linear_layers), header.tile) if header else (0, None)
+    recipe, is_softmax = sampling.recipe_of(header), count < num_layers
+    return {
+        "model": name,
+        "linear_layers": 0 if tile else count,
+        "hybrid_layers": count if tile else 0,
+        "tile": tile,
+        "layers": num_layers,
+        "softmax_backend": (SPARSE if density else "default") if is_softmax else None,
+        "density": (density or 1.0) if is_softmax else None,
+        "steps": len(recipe.sigmas) - 1,
+        "guidance_scale": recipe.guidance_scale,
+    }
 
 
 def compare(config: CrowdConfig, run: Run) -> list[Row]:
@@ -313,11 +334,16 @@ def compare(config: CrowdConfig, run: Run) -> list[Row]:
     # Measures are of these weights: others begin afresh.
     folder = config.out / f"of-{digest_of(config.model)}-{digest_of(config.judge)}"
     measure_references(sampling, folder)
-    paths = config.artifact_paths()
-    files = {name: measure_file(sampling, folder, name, path) for name, path in paths.items()}
+    paths = {"teacher": None, **config.artifact_paths()}
+    headers = {name: artifact.load(path).header for name, path in paths.items() if path}
+    models = {name: describe_model(sampling, name, headers.get(name)) for name in paths}
+    files = {n: measure_file(sampling, folder, n, path) for n, path in paths.items() if path}
     for density in config.read_densities():
-        for name, path in {"teacher": None, **paths}.items():
+        for name, path in paths.items():
+            if models[name]["softmax_backend"] is None:
+                continue
             sparse = f"{name}-sparse-{density:g}"
+            models[sparse] = describe_model(sampling, name, headers.get(name), density)
             files[sparse] = measure_file(sampling, folder, sparse, path, density=density)
     if not run.processes.is_first:
         return []
@@ -328,46 +354,24 @@ def compare(config: CrowdConfig, run: Run) -> list[Row]:
         [sampling.teacher.prompts[i] for i in sampling.index[shown]],
         config.out / "crowd.png",
     )
-    return read_rows(folder, files)
+    models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
+    return [models[row.pop("model")] | row for row in read_rows(folder, files)]
 
 
-def read_measures(folder: Path) -> dict[str, Tensor]:
-    """Join the measures of all batches; latents are left out."""
-    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    names = [name for name in files[0] if name != "latents"]
-    return {name: torch.cat([file[name] for file in files]) for name in names}
+def settings_of(config: CrowdConfig) -> Row:
+    """Return all that decides the measures of a model: settings, and digests of files."""
+    return {
+        **dataclasses.asdict(config.comparison),
+        "num_frames": config.num_frames,
+        "seed": config.seed,
+        **{name: digest_of(getattr(config, name)) for name in ("model", "judge", "prompts")},
+    }
 
 
-def summarize(
-    name: str, found: Measured, teacher: Measured, real_other: Measured, teacher_other: Measured
-) -> Row:
-    """Return the row of one model; see the top of this file for its columns."""
-    row: Row = {"model": name, "videos": len(found["features"])}
-    row |= {question: found[question].mean().item() for question in QUESTIONS}
-    for measure, is_median in _TRACK_MEASURES.items():
-        values = found[measure][~found[measure].isnan()]
-        if measure == "speed_ratio":
-            row["speed_error"] = (values - 1).abs().mean().item()
-        else:
-            row[measure] = (values.median() if is_median else values.mean()).item()
-    features = found["features"]
-    row["frechet_real"] = _frechet(features, real_other["features"])
-    row["frechet_teacher"] = _frechet(features, teacher_other["features"])
-    spectra = (each["spectrum"].mean(dim=0) for each in (found, teacher_other))
-    row["temporal_spectrum_db"] = metrics.log_spectral_distance(*spectra)
-    row["diversity"] = found["diversity"].nanmean().item()
-    if name not in ("real", "teacher"):
-        row["paired_frechet"] = _frechet(features, teacher["features"])
-        row["fidelity"] = found["fidelity"].mean().item()
-    # The first batch of each process also compiles kernels.
-    row["seconds_per_video"] = None if name == "real" else found["seconds"].median().item()
-    return row
-
-
-def _frechet(features: Tensor, reference: Tensor) -> float:
-    return metrics.frechet_distance(
-        *metrics.feature_statistics(features), *metrics.feature_statistics(reference)
-    )
+def command_of(config: CrowdConfig) -> str:
+    """Return the command line that measures the rows again."""
+    flags = to_flags(config, without=("out", "device"))
+    return f"python -m research.crowd.evaluate {flags}".strip()
 
 
 def digest_of(path: Path) -> str:
@@ -380,19 +384,21 @@ def main(processes: ProcessGroup) -> None:
     config = parse(CrowdConfig, None, description=__doc__)
     device = processes.place(resolve_device(config.device))
     with processes.in_turn():
-        open_run(
-            config.out, config, ignore=("artifacts", "densities", "model", "judge", "device", "out")
-        )
+        if config.record:
+            check_parts(RESULTS_FOLDER / RECORD_NAME, device)
+        open_run(config.out, config, ignore=_FREE_FIELDS)
     run = Run(device=device, precision=resolve_precision("auto", device), processes=processes)
     rows = compare(config, run)
     if processes.is_first:
         write_record(
-            config.out / "crowd.json",
-            title="crowd: the teacher and its students on captions that no training has seen",
-            command=f"python -m research.crowd.evaluate {to_flags(config)}".strip(),
+            config.out / RECORD_NAME,
+            title=RECORD_TITLE,
+            command=command_of(config),
             rows=rows,
             device=device,
         )
+        if config.record:
+            record(rows, settings_of(config), command=command_of(config), device=device)
         sys.stdout.write(show_rows(rows))
 
 

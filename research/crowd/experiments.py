@@ -8,17 +8,17 @@ In calls of at most ten minutes on one H200, the first words being
     python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.12 \
         --num-samples 128 --sampler-steps 20
 and the seconds those of `forecast`, which are counted and not measured; two GPUs take two thirds:
-    --tables objectives --seeds 2 --out runs/study             480
-    --tables objectives --seeds 4 --out runs/study --record    450, with what the first left
-    --tables students --seeds 4 --out runs/study --record      510
-    --tables few_steps --seeds 4 --out runs/study --record     530
-    --tables selection --seeds 4 --out runs/study --record     480
-    --tables hybrid --seeds 4 --out runs/study --record        460
-    --tables sizes --seeds 4 --out runs/study --record         390
+    --tables objectives --seeds 2 --out runs/study             400
+    --tables objectives --seeds 4 --out runs/study --record    370, with what the first left
+    --tables students --seeds 4 --out runs/study --record      440
+    --tables few_steps --seeds 4 --out runs/study --record     480
+    --tables selection --seeds 4 --out runs/study --record     400
+    --tables hybrid --seeds 4 --out runs/study --record        400
+    --tables sizes --seeds 4 --out runs/study --record         330
 Those are of each alone. In one folder a table finds the arms and videos that it shares with earlier
-ones: all take some 2,700 in place of 3,300.
-Each says first what is missing and how long it takes: without `--compile` a tenth to a quarter
-more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 25 seconds:
+ones: all take some 2,400 in place of 2,800.
+Each says first what is missing and how long it takes: without `--compile` up to a sixth
+more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 15 seconds:
     python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors \
         --prompts runs/study/held_out.safetensors \
@@ -50,7 +50,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.record import RESULTS_FOLDER, write_part
+from benchmarks.record import RESULTS_FOLDER, check_parts, write_part
 from linvideo_core.run.config import parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.lock import locked
@@ -59,8 +59,8 @@ from ..declared_runs import list_cards
 from . import summary
 from .arms import NOT_RUN
 from .forecast import forecast
+from .rows import RECORD_NAME, RECORD_TITLE
 from .study import (
-    RECORD_NAME,
     REFERENCES,
     ROWS_NAME,
     SUMMARY_NAME,
@@ -112,15 +112,16 @@ def do_all(study: Study, device: str) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, say what is missing, make it, write and show the tables."""
     config = parse(ExperimentsConfig, argv, description=__doc__)
-    tables = run(config)
     path = RESULTS_FOLDER / RECORD_NAME if config.record else config.out / SUMMARY_NAME
+    check_parts(path, resolve_device(config.device))
+    tables = run(config)
     runs = json.loads((config.out / ROWS_NAME).read_text(encoding="utf-8"))["rows"]
     flags = to_flags(config, without=("out", "device"))
     for table, rows in tables.items():
         write_part(
             path,
             table,
-            title="crowd: students of the stored teacher on captions that no training has seen",
+            title=RECORD_TITLE,
             command=f"python -m research.crowd.experiments {flags}".strip(),
             rows=rows,
             device=resolve_device(config.device),

@@ -32,15 +32,14 @@ from . import evaluate
 from .arms import TABLES, Arm, find_arms
 from .captions import CaptionsConfig, write_both
 from .pace import decisive, find_kind, measure_pace
+from .rows import RECORD_NAME, Row, read_rows
 from .train import SHIFT
 from .trainings import TRAININGS, alone_in
 from .workers import Worker
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-
-RECORD_NAME, ROWS_NAME, SUMMARY_NAME = "crowd.json", "crowd.json", "summary.json"
+ROWS_NAME, SUMMARY_NAME = "crowd.json", "summary.json"
 REFERENCES = "references"
 """The table of the teacher itself and of rendered clips."""
 _PACES_NAME = "paces.json"
@@ -338,7 +337,7 @@ def measure(
     if recipe is not None:
         name = f"student-{len(recipe.sigmas) - 1}"
     measures = evaluate.measure_file(sampling, folder, name, path, recipe)
-    rows = {row.pop("model"): row for row in evaluate.read_rows(folder, {"student": measures})}
+    rows = {row.pop("model"): row for row in read_rows(folder, {"student": measures})}
     floor = rows["teacher"]["frechet_teacher"]
     for row in rows.values():
         row["unpaired_frechet"], row["floor"] = row.pop("frechet_teacher"), floor

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +13,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.record import read_part, write_part
 from linvideo_core import artifact, flow
 from linvideo_core.evaluate.compare import swap
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.flow import bind
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig, WanModel
+from linvideo_core.run.config import to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.folder import read_metrics
+from linvideo_core.run.process_group import SINGLE_PROCESS
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
 from research.crowd import captions, clips, evaluate, fitting, judge, tracks, train
+from research.crowd import rows as crowd_rows
 
 TINY = WanConfig(
     dim=128, num_heads=1, num_layers=2, ffn_dim=64, text_dim=captions.TEXT_DIM, freq_dim=32
@@ -331,7 +337,9 @@ def save_student(model_path: Path, path: Path) -> None:
     artifact.save(made, path)
 
 
-def test_an_evaluation_has_floors_and_continues(teacher: Path) -> None:
+def test_an_evaluation_has_floors_continues_and_is_recorded(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     folder = teacher / "judge"
     made = judge.Judge((8, 8, 8))
@@ -352,15 +360,60 @@ def test_an_evaluation_has_floors_and_continues(teacher: Path) -> None:
     rows = evaluate.compare(config, Run())
     real, own, student, sparse, both = rows
     assert [row["videos"] for row in rows] == [4] * 5
-    assert sparse["model"] == "teacher-sparse-0.1" and sparse["fidelity"] > 0
-    assert both["model"] == f"{student['model']}-sparse-0.1"
+    assert sparse["model"] == "teacher" and sparse["fidelity"] > 0
+    assert (both["model"], both["softmax_backend"], both["density"]) == (
+        student["model"],
+        "sparse",
+        0.1,
+    )
+    assert (student["linear_layers"], student["layers"], student["density"]) == (1, 2, 1.0)
     assert both["fidelity"] != student["fidelity"]
     assert real["recall"] != own["recall"] and student["fidelity"] > 0
     assert {"frechet_teacher", "frechet_real", "temporal_spectrum_db", "diversity"} <= set(own)
     assert (config.out / "crowd.png").exists()
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
-    assert evaluate.compare(config, Run()) == rows
+    for module in (evaluate, crowd_rows):
+        monkeypatch.setattr(module, "RESULTS_FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *shlex.split(to_flags(config)), "--record"])
+    evaluate.main(SINGLE_PROCESS)
+    part, _ = read_part(tmp_path / "crowd.json", "evaluation_4")
+    # Shares of a teacher that answers nothing are not finite, and null in a file.
+    stored = json.loads(json.dumps(rows), parse_constant=lambda _: None)
+    assert part == [{"what": "evaluation_4", **row} for row in stored]
     assert before == {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
+
+
+def test_shares_are_of_the_teacher_and_the_least_counts() -> None:
+    names = (*judge.QUESTIONS, "found", "recall", "frechet_teacher")
+    best = dict.fromkeys(names, 0.8)
+    row = {**best, "motion": 0.4, "recall": 0.6, "frechet_teacher": 1.2}
+    assert crowd_rows.find_shares(row, best) == pytest.approx(
+        {"share_of_teacher": 0.5, "recall_share": 0.75, "frechet_over_floor": 1.5}
+    )
+
+
+def test_rows_that_were_measured_otherwise_do_not_stay_in_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crowd_rows, "RESULTS_FOLDER", tmp_path)
+    path, table = tmp_path / "crowd.json", {"what": "hybrid", "recall": 1.0}
+    write_part(path, "hybrid", title="other", command="experiments", rows=[table], device="cpu")
+
+    def record(recall: float, steps: int, *densities: float) -> list[tuple[float, float]]:
+        rows = [
+            {"model": "teacher", "softmax_backend": "sparse", "density": density, "recall": recall}
+            for density in densities
+        ]
+        settings = {"num_samples": 8, "sampler_steps": steps}
+        crowd_rows.record(rows, settings, command=f"evaluate {recall}", device="cpu")
+        found, _ = read_part(path, "evaluation_8")
+        return [(row["density"], row["recall"]) for row in found]
+
+    assert record(0.5, 20, 0.1, 0.2) == [(0.1, 0.5), (0.2, 0.5)]
+    assert record(0.6, 20, 0.2, 0.4) == [(0.2, 0.6), (0.4, 0.6), (0.1, 0.5)]
+    assert read_part(path, "evaluation_8")[1]["command"] == "evaluate 0.5 && evaluate 0.6"
+    assert record(0.7, 30, 0.2) == [(0.2, 0.7)]
+    assert read_part(path, "hybrid")[0] == [table]
 
 
 @pytest.mark.parametrize("densities", ["0", "0.1,1.5", "a tenth"])
