@@ -1,13 +1,12 @@
 """Draw evidence.json and hybrid.json, every seed a dot: `python -m research.ablation_plots`."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS_FOLDER, read_part
+from benchmarks.record import RESULTS_FOLDER, read_part, read_record
 from linvideo_core.evaluate.plots import (
     BLUE,
     COLOURS,
@@ -198,9 +197,9 @@ class PlotsConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and draw."""
     config = parse(PlotsConfig, argv, description=__doc__)
-    draw(json.loads((RESULTS_FOLDER / "evidence.json").read_text("utf-8")), config.out)
-    _, source = read_part(RESULTS_FOLDER / "hybrid.json", "forms")
-    plot_hybrid(source["runs"], config.out / "hybrid.png")
+    _, forms = read_part(RESULTS_FOLDER / "hybrid.json", "forms")
+    draw(read_record(RESULTS_FOLDER / "evidence.json"), config.out)
+    plot_hybrid(forms["runs"], config.out / "hybrid.png")
 
 
 if __name__ == "__main__":

@@ -245,19 +245,19 @@ def _case_of(row: Row) -> tuple[Any, ...]:
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """Return a row for all seeds of a case: means, and the spread of the Frechet distance."""
-    settings = (*_CASE, "cost")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+        groups.setdefault(_case_of(row), []).append(row)
     found = []
-    for key, runs in groups.items():
+    for case, runs in groups.items():
         means = {
             name: statistics.fmean(each[name] for each in runs)
             for name in ("frechet", "digit", "motion", "seconds")
         }
         distances = [each["frechet"] for each in runs]
         spread = statistics.stdev(distances) if len(runs) > 1 else None
-        row = {**dict(zip(settings, key, strict=True)), "seeds": len(runs), **means}
+        row = {**dict(zip(_CASE, case, strict=True)), "cost": runs[-1]["cost"]}
+        row |= {"seeds": len(runs), **means}
         found.append({**row, "frechet_spread": spread})
     return found
 

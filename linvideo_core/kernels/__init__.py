@@ -101,9 +101,6 @@ def hybrid_attention(
     Raises ValueError naming what does not fit, or why the backend asked for cannot run.
     """
     _check_attention(query, key, value, query_map, key_map)
-    if attention_mass not in ATTENTION_MASSES:
-        known = ", ".join(ATTENTION_MASSES)
-        raise ValueError(f"attention_mass {attention_mass!r} given; one of {known} is needed")
     N, D, half = query_map.shape
     tiles.check_tokens(query, key, value)
     _check_weights(weights, weight_shapes(attention_mass, N, D), query.device)

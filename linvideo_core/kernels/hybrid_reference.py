@@ -36,12 +36,18 @@ def weight_shapes(
 ) -> dict[str, list[int | str]]:
     """Return the shapes of what a hybrid layer learns besides its feature maps, by name.
 
-    attention_mass: "query" or "moments", see above.
+    attention_mass: "query" or "moments", see above; raises ValueError for another.
     """
     N, D = num_heads, head_dim
-    if attention_mass == "query":
-        return {"mass_bias": [N], "mass_gate": [N, D]}
-    return {"mass_moments": [3, N]}
+    shapes = {
+        "query": {"mass_bias": [N], "mass_gate": [N, D]},
+        "moments": {"mass_moments": [3, N]},
+    }
+    if attention_mass not in shapes:
+        raise ValueError(
+            f"attention_mass {attention_mass!r} given; one of {', '.join(shapes)} is needed"
+        )
+    return shapes[attention_mass]
 
 
 def initial_weights(attention_mass: str, num_heads: int, head_dim: int) -> dict[str, Tensor]:

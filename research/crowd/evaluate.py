@@ -22,7 +22,8 @@ own few steps, without guidance.
 Repeating the command continues where it stopped; what was measured of a file is used again. With
 `--record` the rows go to results/crowd.json, too: of 2,000 videos as `evaluation_2000`. Rows of
 other names and densities stay there if they were measured alike: of the same teacher, judge,
-captions, noise and sampler. If not, they go.
+captions, noise, sampler and versions, and of the same file where the name is the same. If not, they
+go.
 """
 
 import contextlib
@@ -37,7 +38,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS_FOLDER, check_parts, show_rows, write_record
+from benchmarks.record import (
+    RESULTS_FOLDER,
+    check_parts,
+    describe_versions,
+    show_rows,
+    write_record,
+)
 from linvideo_core import artifact
 from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
@@ -71,7 +78,7 @@ _OTHER_SEED = 1_000
 WHOLE = NUM_FRAMES - TIME_COMPRESSION + 1
 """Frames of a whole clip, as commands count them: 4 n + 1."""
 # What a repeated command may change: measures are kept by the files that they are of.
-_FREE_FIELDS = ("artifacts", "densities", "model", "judge", "record", "device", "out")
+_FREE_FIELDS = ("artifacts", "densities", "model", "judge", "prompts", "record", "device", "out")
 MakeLatents = Callable[[slice, int], Tensor]
 """(rows, number of the batch) -> latents"""
 
@@ -117,15 +124,32 @@ class CrowdConfig:
                 "most with commas between are needed",
                 "densities",
             ) from error
+        for field, names in (
+            ("artifacts", self.artifact_names()),
+            ("densities", self.density_names()),
+        ):
+            if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise SettingError(
+                    f"{{{field}}} {getattr(self, field)} given, and two rows would be called "
+                    f"{repeated[0]}; others are needed",
+                    field,
+                )
 
     def read_densities(self) -> list[float]:
         """Return the densities of sparse rows; raise ValueError for what is no number."""
         return [float(word) for word in self.densities.split(",") if word.strip()]
 
-    def artifact_paths(self) -> dict[str, Path]:
-        """Return the LINVIDEO files by their names in the table, such as "run-linearized"."""
-        paths = [Path(word.strip()) for word in self.artifacts.split(",") if word.strip()]
-        return {f"{path.absolute().parent.name}-{path.stem}": path for path in paths}
+    def density_names(self) -> list[str]:
+        """Return the densities as they are in the names of folders."""
+        return [f"{density:g}" for density in self.read_densities()]
+
+    def list_artifacts(self) -> list[Path]:
+        """Return the LINVIDEO files."""
+        return [Path(word.strip()) for word in self.artifacts.split(",") if word.strip()]
+
+    def artifact_names(self) -> list[str]:
+        """Return what they are called in the table, such as "run-linearized"."""
+        return [f"{path.absolute().parent.name}-{path.stem}" for path in self.list_artifacts()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,22 +328,25 @@ def measure_file(
 def describe_model(
     sampling: Sampling,
     name: str,
-    header: artifact.ArtifactHeader | None = None,
+    path: Path | None = None,
     density: float | None = None,
 ) -> Row:
     """Return what a model is: kinds of layers, what computes softmax ones, how it is sampled.
 
-    header: of its file; none: the teacher. density: of Sol-Attn; none: softmax layers are dense.
+    path: its file; none: the teacher. density: of Sol-Attn; none: softmax layers are dense.
     Where no softmax layers are left, backend and density are none.
     """
     num_layers = len(identify(shapes_of(sampling.teacher.model))[1])
+    header = artifact.load(path).header if path else None
     count, tile = (len(header.linear_layers), header.tile) if header else (0, None)
     recipe, is_softmax = sampling.recipe_of(header), count < num_layers
     return {
         "model": name,
+        "file": digest_of(path) if path else None,
         "linear_layers": 0 if tile else count,
         "hybrid_layers": count if tile else 0,
         "tile": tile,
+        "attention_mass": header.attention_mass if tile else None,
         "layers": num_layers,
         "softmax_backend": (SPARSE if density else "default") if is_softmax else None,
         "density": (density or 1.0) if is_softmax else None,
@@ -331,19 +358,22 @@ def describe_model(
 def compare(config: CrowdConfig, run: Run) -> list[Row]:
     """Sample and measure all models; return a row for each, in the first process alone."""
     sampling = open_sampling(config, run)
-    # Measures are of these weights: others begin afresh.
-    folder = config.out / f"of-{digest_of(config.model)}-{digest_of(config.judge)}"
+    artifacts = dict(zip(config.artifact_names(), config.list_artifacts(), strict=True))
+    for path in artifacts.values():
+        with artifact.apply(artifact.load(path), sampling.teacher.model):
+            pass  # What does not fit is told before anything is sampled.
+    paths = {"teacher": None, **artifacts}
+    models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
+    # Measures are of these weights and captions: others begin afresh.
+    folder = config.out / "-".join(["of", *digests_of(config).values()])
     measure_references(sampling, folder)
-    paths = {"teacher": None, **config.artifact_paths()}
-    headers = {name: artifact.load(path).header for name, path in paths.items() if path}
-    models = {name: describe_model(sampling, name, headers.get(name)) for name in paths}
     files = {n: measure_file(sampling, folder, n, path) for n, path in paths.items() if path}
     for density in config.read_densities():
         for name, path in paths.items():
             if models[name]["softmax_backend"] is None:
                 continue
             sparse = f"{name}-sparse-{density:g}"
-            models[sparse] = describe_model(sampling, name, headers.get(name), density)
+            models[sparse] = describe_model(sampling, name, path, density)
             files[sparse] = measure_file(sampling, folder, sparse, path, density=density)
     if not run.processes.is_first:
         return []
@@ -363,9 +393,16 @@ def settings_of(config: CrowdConfig) -> Row:
     return {
         **dataclasses.asdict(config.comparison),
         "num_frames": config.num_frames,
+        "compile": config.compile,
         "seed": config.seed,
-        **{name: digest_of(getattr(config, name)) for name in ("model", "judge", "prompts")},
+        **digests_of(config),
+        "versions": describe_versions(),
     }
+
+
+def digests_of(config: CrowdConfig) -> dict[str, str]:
+    """Return what tells the teacher, the judge and the captions from others."""
+    return {name: digest_of(getattr(config, name)) for name in ("model", "judge", "prompts")}
 
 
 def command_of(config: CrowdConfig) -> str:

@@ -8,7 +8,8 @@ from ..declared_runs import to_flags
 from .evaluate import WHOLE
 from .study import REFERENCES, Study, find_warm_start
 
-# Of one H200. A guided step of one of 40 videos together was measured. The others are counted from
+# Of one H200. A guided step of one of 40 videos together was measured on a card of its own (the
+# record's .107 seconds a video shared its card with a training). The others are counted from
 # it, by what a CPU takes for the same passes, or guessed: a warm start's 80 steps by its states, a
 # training besides its steps, timing a kind of training, the start, and what compiling takes.
 _H200_SECONDS = {

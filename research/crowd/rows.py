@@ -94,8 +94,14 @@ def record(rows: Sequence[Row], settings: Row, *, command: str, device: torch.de
     path, part = RESULTS_FOLDER / RECORD_NAME, f"evaluation_{settings['num_samples']}"
     earlier, source = read_part(path, part)
     made = {_key_of(row) for row in rows}
-    is_alike = source.get("settings") == settings
-    kept = [row for row in earlier if is_alike and _key_of(row) not in made]
+    files = {row["model"]: row["file"] for row in rows}
+    kept = [
+        row
+        for row in earlier
+        if source.get("settings") == settings
+        and _key_of(row) not in made
+        and row["file"] == files.get(row["model"], row["file"])
+    ]
     write_part(
         path,
         part,

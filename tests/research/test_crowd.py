@@ -322,10 +322,10 @@ def test_the_stored_teacher_and_judge_know_clips_and_train_on(tmp_path: Path) ->
     assert loss < 0.7
 
 
-def save_student(model_path: Path, path: Path) -> None:
-    """Write the file of a student whose second layer is linear, and that was not trained."""
+def save_student(model_path: Path, path: Path, *layers: int) -> None:
+    """Write the file of a student with linear layers, which was not trained."""
     model = load_wan(model_path).requires_grad_(False)
-    with swap(model, [1], 128) as student:
+    with swap(model, [*layers], 128) as student:
         made = artifact.extract(
             student,
             load_wan(model_path),
@@ -352,14 +352,17 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
         model=teacher / "model.safetensors",
         prompts=teacher / "held_out.safetensors",
         judge=folder / "judge.safetensors",
-        artifacts=str(teacher / "student.safetensors"),
+        artifacts=f"{teacher / 'student.safetensors'},{teacher / 'all.safetensors'}",
         densities="0.1",
         out=teacher / "evaluation",
     )
-    save_student(config.model, teacher / "student.safetensors")
+    save_student(config.model, teacher / "student.safetensors", 1)
+    save_student(config.model, teacher / "all.safetensors", 0, 1)
     rows = evaluate.compare(config, Run())
-    real, own, student, sparse, both = rows
-    assert [row["videos"] for row in rows] == [4] * 5
+    # Where all layers are linear nothing is left to be sparse.
+    real, own, student, every, sparse, both = rows
+    assert [row["videos"] for row in rows] == [4] * 6
+    assert (every["linear_layers"], every["softmax_backend"], every["density"]) == (2, None, None)
     assert sparse["model"] == "teacher" and sparse["fidelity"] > 0
     assert (both["model"], both["softmax_backend"], both["density"]) == (
         student["model"],
@@ -367,6 +370,9 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
         0.1,
     )
     assert (student["linear_layers"], student["layers"], student["density"]) == (1, 2, 1.0)
+    assert (student["hybrid_layers"], student["tile"], student["attention_mass"]) == (0, None, None)
+    assert (student["steps"], student["guidance_scale"]) == (1, config.comparison.guidance_scale)
+    assert student["file"] == both["file"] and own["file"] is None
     assert both["fidelity"] != student["fidelity"]
     assert real["recall"] != own["recall"] and student["fidelity"] > 0
     assert {"frechet_teacher", "frechet_real", "temporal_spectrum_db", "diversity"} <= set(own)
@@ -381,6 +387,13 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     stored = json.loads(json.dumps(rows), parse_constant=lambda _: None)
     assert part == [{"what": "evaluation_4", **row} for row in stored]
     assert before == {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
+    settings = evaluate.settings_of(config)
+    for change in ({"seed": 1}, {"compile": True}, {"prompts": teacher / "prompts.safetensors"}):
+        assert evaluate.settings_of(dataclasses.replace(config, **change)) != settings
+    name = "benchmarks.record.describe_device"
+    monkeypatch.setattr(name, lambda _: "another")
+    with pytest.raises(ValueError, match="has rows of evaluation_4 measured on CPU"):
+        evaluate.main(SINGLE_PROCESS)
 
 
 def test_shares_are_of_the_teacher_and_the_least_counts() -> None:
@@ -399,11 +412,11 @@ def test_rows_that_were_measured_otherwise_do_not_stay_in_a_record(
     path, table = tmp_path / "crowd.json", {"what": "hybrid", "recall": 1.0}
     write_part(path, "hybrid", title="other", command="experiments", rows=[table], device="cpu")
 
-    def record(recall: float, steps: int, *densities: float) -> list[tuple[float, float]]:
-        rows = [
-            {"model": "teacher", "softmax_backend": "sparse", "density": density, "recall": recall}
-            for density in densities
-        ]
+    def record(
+        recall: float, steps: int, *densities: float, file: str = "a"
+    ) -> list[tuple[float, float]]:
+        model = {"model": "student", "file": file, "softmax_backend": "sparse", "recall": recall}
+        rows = [{**model, "density": density} for density in densities]
         settings = {"num_samples": 8, "sampler_steps": steps}
         crowd_rows.record(rows, settings, command=f"evaluate {recall}", device="cpu")
         found, _ = read_part(path, "evaluation_8")
@@ -413,7 +426,20 @@ def test_rows_that_were_measured_otherwise_do_not_stay_in_a_record(
     assert record(0.6, 20, 0.2, 0.4) == [(0.2, 0.6), (0.4, 0.6), (0.1, 0.5)]
     assert read_part(path, "evaluation_8")[1]["command"] == "evaluate 0.5 && evaluate 0.6"
     assert record(0.7, 30, 0.2) == [(0.2, 0.7)]
+    assert record(0.8, 30, 0.1, file="b") == [(0.1, 0.8)]
     assert read_part(path, "hybrid")[0] == [table]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"artifacts": "a/x/l.safetensors,b/x/l.safetensors"}, "would be called x-l"),
+        ({"densities": "0.1,0.1000001"}, "would be called 0.1"),
+    ],
+)
+def test_rows_of_one_name_are_refused(settings: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        evaluate.CrowdConfig(**settings)
 
 
 @pytest.mark.parametrize("densities", ["0", "0.1,1.5", "a tenth"])
