@@ -58,6 +58,8 @@ _CASE = ("form", "tile", "layers", "steps")
 # What a repeated command may change: none of it decides a run's numbers.
 _FREE_FIELDS = ("tables", "forms", "seeds", "steps", "jobs", "record", "out")
 _DENSITIES = (0.1, 0.2, 0.4)
+# Flags of a transfer that rows decide.
+_OF_ROWS = ("--tile", "--window", "--attention-mass")
 
 
 def _untrained(form: str) -> list[Case]:
@@ -135,6 +137,12 @@ class HybridConfig(Settings):
                     f"{','.join(names)} with commas between are needed",
                     field,
                 )
+        given = {word.partition("=")[0] for word in (self.flags or "").split()}
+        if decided := [name for name in _OF_ROWS if name in given]:
+            raise SettingError(
+                f"{{flags}} {self.flags} given, and rows have their own {decided[0]}: leave it out",
+                "flags",
+            )
         if not any(self.cases.values()):
             raise SettingError(
                 f"{{tables}} {self.tables} and {{forms}} {self.forms or 'none'} given, which have "

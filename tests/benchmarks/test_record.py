@@ -16,6 +16,8 @@ from benchmarks.record import (
 )
 from results.tables import cell, render
 
+_SOURCE = "{'title': '', 'command': '', 'date': '', 'device': '', 'versions': {}"
+
 
 def write(path: Path, part: str, seconds: float, **details: Any) -> dict[str, Any]:
     rows = [{"what": part, "seconds": seconds}]
@@ -33,11 +35,20 @@ def test_a_record_names_its_source_and_stores_what_is_not_finite_as_null(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("{", "is not a JSON file"), ("[]", "lacks title"), ("{}", "lacks title")]
+    ("text", "reason"),
+    [
+        ("{", "is not a JSON file"),
+        ("[]", "lacks title"),
+        ("{}", "lacks title"),
+        (f"{_SOURCE}, 'rows': null}}", "rows are no list of objects"),
+        (f"{_SOURCE}, 'rows': [1]}}", "rows are no list of objects"),
+        (f"{_SOURCE}, 'rows': [], 'details': null}}", "parts do not say command, date, device"),
+        (f"{_SOURCE}, 'rows': [], 'details': {{'parts': {{'a': {{}}}}}}}}", "parts do not say"),
+    ],
 )
 def test_anything_else_is_no_record(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
-    path.write_text(text)
+    path.write_text(text.replace("'", '"'))
     with pytest.raises(ValueError, match=reason):
         read_record(path)
 

@@ -43,9 +43,10 @@ def test_every_row_is_declared_once_in_its_table() -> None:
         ({"tables": "forms,dreams"}, "'dreams' is unknown"),
         ({"forms": "linear,guess"}, "'guess' is unknown"),
         ({"tables": "longer", "forms": "pisa"}, "which have no row in common"),
+        ({"flags": "--steps 2 --tile=1x4x4"}, "rows have their own --tile: leave it out"),
     ],
 )
-def test_unknown_names_are_refused(settings: dict[str, str], words: str) -> None:
+def test_what_no_row_can_be_made_of_is_refused(settings: dict[str, str], words: str) -> None:
     with pytest.raises(SettingError, match=words):
         HybridConfig(**settings)
 
