@@ -128,11 +128,12 @@ def read_record(path: Path) -> dict[str, Any]:
     missing = [key for key in ("title", *SOURCE, "rows") if key not in keys]
     if missing:
         raise ValueError(f"{path} is not a record: it lacks {', '.join(missing)}")
-    rows, details = record["rows"], record.get("details", {})
-    parts = details.get("parts", {}) if isinstance(details, dict) else None
+    rows = record["rows"]
+    parts = _parts_of(record) if isinstance(record.get("details", {}), dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a record: its rows are no list of objects")
-    if not isinstance(parts, dict) or not all(set(SOURCE) <= {*part} for part in parts.values()):
+    sources = parts.values() if isinstance(parts, dict) else [None]
+    if not all(isinstance(source, dict) and {*SOURCE} <= {*source} for source in sources):
         raise ValueError(f"{path} is not a record: its parts do not say {', '.join(SOURCE)}")
     return record
 

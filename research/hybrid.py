@@ -137,8 +137,8 @@ class HybridConfig(Settings):
                     f"{','.join(names)} with commas between are needed",
                     field,
                 )
-        given = {word.partition("=")[0] for word in (self.flags or "").split()}
-        if decided := [name for name in _OF_ROWS if name in given]:
+        flags = {word.partition("=")[0] for word in (self.flags or "").split()}
+        if decided := [name for name in _OF_ROWS if name in flags]:
             raise SettingError(
                 f"{{flags}} {self.flags} given, and rows have their own {decided[0]}: leave it out",
                 "flags",

@@ -35,12 +35,7 @@ from linvideo_core.transfer.student import Student, TransferTask, accelerated
 from linvideo_core.transfer.warm_start import fit_feature_maps
 
 from .softmax_quality import SparseReference, small_blocks
-from .sparse_baselines import (
-    BLOCK,
-    PiecewiseAttention,
-    SparseLinearAttention,
-    count_exact,
-)
+from .sparse_baselines import BLOCK, PiecewiseAttention, SparseLinearAttention, count_exact
 
 Row = dict[str, Any]
 

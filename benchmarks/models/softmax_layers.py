@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from linvideo_core.kernels.softmax import DENSITY, SPARSE, why_not_sparse
+from linvideo_core.kernels.softmax import DENSITY, SPARSE, check_density, why_not_sparse
 from linvideo_core.models.config import LinearForm
 from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device
@@ -80,14 +80,14 @@ class SoftmaxConfig:
         words = [word.strip() for word in self.density.split(",")]
         try:
             found = {f"{SPARSE} {word}": float(word) for word in words}
-        except ValueError:
-            found = {}
-        if not found or not all(0 < density <= 1 for density in found.values()):
+            for density in found.values():
+                check_density(density)
+        except ValueError as error:
             raise SettingError(
                 f"{{density}} {self.density} given; numbers above 0 and at most 1 are needed, with "
                 "a comma between two",
                 "density",
-            )
+            ) from error
         return found
 
     @property

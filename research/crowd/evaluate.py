@@ -48,7 +48,7 @@ from benchmarks.record import (
 from linvideo_core import artifact
 from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
-from linvideo_core.evaluate.sampler import draw_prompts
+from linvideo_core.evaluate.sampler import count_layers, draw_prompts
 from linvideo_core.evaluate.videos import save_strip
 from linvideo_core.flow import Recipe, bind_guided, make_sigmas
 from linvideo_core.kernels.softmax import SPARSE, check_density
@@ -325,31 +325,26 @@ def measure_file(
     return measures
 
 
-def describe_model(
-    sampling: Sampling,
-    name: str,
-    path: Path | None = None,
-    density: float | None = None,
-) -> Row:
+def describe_model(sampling: Sampling, name: str, path: Path | None) -> Row:
     """Return what a model is: kinds of layers, what computes softmax ones, how it is sampled.
 
-    path: its file; none: the teacher. density: of Sol-Attn; none: softmax layers are dense.
-    Where no softmax layers are left, backend and density are none.
+    path: its file; none: the teacher. Where no softmax layers are left, backend and density are
+    none. Raises ArtifactError for a file that does not fit the teacher.
     """
-    num_layers = len(identify(shapes_of(sampling.teacher.model))[1])
-    header = artifact.load(path).header if path else None
-    count, tile = (len(header.linear_layers), header.tile) if header else (0, None)
-    recipe, is_softmax = sampling.recipe_of(header), count < num_layers
+    model, made = sampling.teacher.model, artifact.load(path) if path else None
+    with artifact.apply(made, model) if made else contextlib.nullcontext():
+        counts = count_layers(model)
+    header = made.header if made else None
+    tile, recipe = header.tile if header else None, sampling.recipe_of(header)
+    is_softmax = counts["linear_layers"] + counts["hybrid_layers"] < counts["layers"]
     return {
         "model": name,
         "file": digest_of(path) if path else None,
-        "linear_layers": 0 if tile else count,
-        "hybrid_layers": count if tile else 0,
+        **counts,
         "tile": tile,
         "attention_mass": header.attention_mass if tile else None,
-        "layers": num_layers,
-        "softmax_backend": (SPARSE if density else "default") if is_softmax else None,
-        "density": (density or 1.0) if is_softmax else None,
+        "softmax_backend": "default" if is_softmax else None,
+        "density": 1.0 if is_softmax else None,
         "steps": len(recipe.sigmas) - 1,
         "guidance_scale": recipe.guidance_scale,
     }
@@ -359,21 +354,20 @@ def compare(config: CrowdConfig, run: Run) -> list[Row]:
     """Sample and measure all models; return a row for each, in the first process alone."""
     sampling = open_sampling(config, run)
     artifacts = dict(zip(config.artifact_names(), config.list_artifacts(), strict=True))
-    for path in artifacts.values():
-        with artifact.apply(artifact.load(path), sampling.teacher.model):
-            pass  # What does not fit is told before anything is sampled.
     paths = {"teacher": None, **artifacts}
+    # What does not fit is told before anything is sampled.
     models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
     # Measures are of these weights and captions: others begin afresh.
     folder = config.out / "-".join(["of", *digests_of(config).values()])
     measure_references(sampling, folder)
     files = {n: measure_file(sampling, folder, n, path) for n, path in paths.items() if path}
-    for density in config.read_densities():
+    densities = zip(config.density_names(), config.read_densities(), strict=True)
+    for density_name, density in densities:
         for name, path in paths.items():
             if models[name]["softmax_backend"] is None:
                 continue
-            sparse = f"{name}-sparse-{density:g}"
-            models[sparse] = describe_model(sampling, name, path, density)
+            sparse = f"{name}-sparse-{density_name}"
+            models[sparse] = models[name] | {"softmax_backend": SPARSE, "density": density}
             files[sparse] = measure_file(sampling, folder, sparse, path, density=density)
     if not run.processes.is_first:
         return []

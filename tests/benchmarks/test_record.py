@@ -44,6 +44,7 @@ def test_a_record_names_its_source_and_stores_what_is_not_finite_as_null(tmp_pat
         (f"{_SOURCE}, 'rows': [1]}}", "rows are no list of objects"),
         (f"{_SOURCE}, 'rows': [], 'details': null}}", "parts do not say command, date, device"),
         (f"{_SOURCE}, 'rows': [], 'details': {{'parts': {{'a': {{}}}}}}}}", "parts do not say"),
+        (f"{_SOURCE}, 'rows': [], 'details': {{'parts': {{'a': 1}}}}}}", "parts do not say"),
     ],
 )
 def test_anything_else_is_no_record(text: str, reason: str, tmp_path: Path) -> None:
