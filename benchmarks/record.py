@@ -16,11 +16,14 @@ from linvideo_core import __version__
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
 from linvideo_core.run.folder import check_place
+from linvideo_core.run.lock import alone_in
 from linvideo_core.run.tables import format_value
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS_FOLDER = REPOSITORY / "results"
 SOURCE = ("command", "date", "device", "versions")
+# Beside records, locked while a part is put into one: their own folder may be in use for hours.
+_LOCK_FOLDER = ".records"
 
 Row = Mapping[str, Any]
 
@@ -58,7 +61,7 @@ def write_part(
     details: Row | None = None,
     is_added_to: bool = False,
 ) -> dict[str, Any]:
-    """Replace one part of a record that several commands fill; return the whole record.
+    """Replace one part of a record that several commands fill, one at a time; return all of it.
 
     part: the value of `what` in all these rows. The record's `details["parts"]` says of every part
         where it was measured, and holds its `details`.
@@ -66,22 +69,24 @@ def write_part(
 
     Raises ValueError where the record has parts of another device.
     """
-    check_parts(path, device)
-    earlier = read_record(path) if path.is_file() else {"rows": []}
-    parts = _parts_of(earlier)
-    if is_added_to and part in parts:
-        command = _join([*parts[part]["command"].split(" && "), command])
-    source = {**describe_source(command, device), **(details or {})}
-    parts = {name: found for name, found in parts.items() if name != part} | {part: source}
-    others = [row for row in earlier["rows"] if row["what"] in parts and row["what"] != part]
-    return write_record(
-        path,
-        title=title,
-        command=_join(found["command"] for found in parts.values()),
-        rows=[*others, *rows],
-        device=device,
-        details={"parts": parts},
-    )
+    check_file(path)
+    with alone_in(path.parent / _LOCK_FOLDER):
+        check_parts(path, device)
+        earlier = read_record(path) if path.is_file() else {"rows": []}
+        parts = _parts_of(earlier)
+        if is_added_to and part in parts:
+            command = _join([*parts[part]["command"].split(" && "), command])
+        source = {**describe_source(command, device), **(details or {})}
+        parts = {name: found for name, found in parts.items() if name != part} | {part: source}
+        others = [row for row in earlier["rows"] if row["what"] in parts and row["what"] != part]
+        return write_record(
+            path,
+            title=title,
+            command=_join(found["command"] for found in parts.values()),
+            rows=[*others, *rows],
+            device=device,
+            details={"parts": parts},
+        )
 
 
 def check_file(path: Path) -> None:

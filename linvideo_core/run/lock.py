@@ -5,6 +5,7 @@ import datetime
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Windows keeps others from reading what is locked: not where the holder's name stands.
 _LOCKED_BYTE = 2**20
+_WAIT_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -54,6 +56,19 @@ def locked(folder: Path, processes: ProcessGroup = SINGLE_PROCESS) -> Iterator[N
         with contextlib.suppress(OSError):
             for place in made:
                 place.rmdir()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until nobody works in a folder, and keep others out while the context lasts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            with contextlib.suppress(SettingError):
+                stack.enter_context(locked(folder))
+                break
+            time.sleep(_WAIT_SECONDS)
+        yield
 
 
 def _lock(file: IO[str], path: Path) -> None:

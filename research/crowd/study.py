@@ -25,6 +25,7 @@ from linvideo_core.run.devices import device_option, resolve_precision
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
 from linvideo_core.run.folder import open_run
+from linvideo_core.run.lock import alone_in
 
 from .. import declared_runs
 from ..declared_runs import ROW_NAME, place_runs
@@ -34,7 +35,7 @@ from .captions import CaptionsConfig, write_both
 from .pace import decisive, find_kind, measure_pace
 from .rows import RECORD_NAME, Row, read_rows
 from .train import SHIFT
-from .trainings import TRAININGS, alone_in
+from .trainings import TRAININGS
 from .workers import Worker
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,10 @@ a card); the others differ from them by a task of `tasks` alone. What runs of a 
 is made once, whichever of them comes first: the teacher's stored videos, and the warm start.
 """
 
-import contextlib
 import dataclasses
 import functools
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,8 @@ from linvideo_core.distill.task import DistillationTask, make_student
 from linvideo_core.run.callbacks import Callbacks, Stage
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import resolve_device, resolve_precision
-from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import open_run
-from linvideo_core.run.lock import locked
+from linvideo_core.run.lock import alone_in
 from linvideo_core.teacher.teacher import Teacher, open_teacher
 from linvideo_core.teacher.trajectories import Trajectories, collect
 from linvideo_core.training.checkpoint import finished_steps
@@ -39,8 +36,6 @@ from linvideo_core.transfer.warm_start import fit_feature_maps
 from .evaluate import compiled
 from .tasks import BlockFeatures, FromRanking, GuidedVelocity, KLPush, Regression
 
-_WAIT_SECONDS = 0.2
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
@@ -53,19 +48,6 @@ class Training:
     run: Callable[[Any, Callbacks, Path | None], None]
     stage: Stage
     result: str
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until nobody works in a folder, and keep others out while the context lasts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        while True:
-            with contextlib.suppress(SettingError):
-                stack.enter_context(locked(folder))
-                break
-            time.sleep(_WAIT_SECONDS)
-        yield
 
 
 def transfer(

@@ -1,5 +1,6 @@
 """Records say where their numbers come from, and one table never mixes two devices."""
 
+import concurrent.futures
 import json
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ def test_parts_of_two_devices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows of train measured on a card, and this is"):
         write(path, "denoise", 2.0)
     assert json.loads(path.read_text()) == record
+
+
+def test_parts_that_are_written_at_the_same_time_all_stay(tmp_path: Path) -> None:
+    path, names = tmp_path / "scale.json", ["a", "b", "c", "d"]
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(lambda name: write(path, name, 1.0), names))
+    assert sorted(row["what"] for row in read_record(path)["rows"]) == names
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from linvideo_core.run.config import parse
 from linvideo_core.run.config import to_flags as flags_of
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
-from linvideo_core.run.lock import locked
 from linvideo_core.transfer import cli as transfer_cli
 from linvideo_core.transfer.config import ARTIFACT_NAME, WARM_START_NAME
 from research.crowd import (
@@ -128,23 +127,6 @@ def test_random_layers_follow_the_seed(config: ExperimentsConfig) -> None:
     drawn = [made.settings_of(arm, seed)["transfer"]["layers"] for seed in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     assert all(len(set(layers.split(","))) == 6 for layers in drawn)
-
-
-def test_who_works_in_a_folder_is_waited_for(tmp_path: Path) -> None:
-    ended, entered = [], threading.Event()
-
-    def train() -> None:
-        with locked(tmp_path):
-            entered.set()
-            time.sleep(0.2)
-            ended.append(True)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    entered.wait()
-    with trainings.alone_in(tmp_path):
-        assert ended
-    thread.join()
 
 
 def test_a_process_passes_errors_on_and_says_when_it_ends() -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import find_below, sweep, write_text
-from linvideo_core.run.lock import locked
+from linvideo_core.run.lock import alone_in, locked
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -55,6 +56,23 @@ def test_a_folder_is_free_after_an_error(tmp_path: Path) -> None:
         raise RuntimeError
     with locked(tmp_path):
         pass
+
+
+def test_who_works_in_a_folder_is_waited_for(tmp_path: Path) -> None:
+    ended, entered = [], threading.Event()
+
+    def train() -> None:
+        with locked(tmp_path):
+            entered.set()
+            time.sleep(0.2)
+            ended.append(True)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    entered.wait()
+    with alone_in(tmp_path):
+        assert ended
+    thread.join()
 
 
 def test_what_others_may_still_be_writing_stays(tmp_path: Path) -> None:
