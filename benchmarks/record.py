@@ -67,7 +67,7 @@ def write_part(
         where it was measured, and holds its `details`.
     is_added_to: some of the rows were in the part before, so its earlier commands are kept, too.
 
-    Raises ValueError where the record has parts of another device.
+    Raises SettingError as `check_parts`.
     """
     check_file(path)
     with alone_in(path.parent / _LOCK_FOLDER):
@@ -91,21 +91,30 @@ def write_part(
 
 def check_file(path: Path) -> None:
     """Raise SettingError where a record cannot be written: before anything is measured."""
+    name, advice = _find_flag(path)
     if path.is_dir():
-        raise SettingError(f"{path} is a folder and a file is needed: give another {{out}}", "out")
-    check_place(path.parent)
+        raise SettingError(f"{path} is a folder and a file is needed; {advice} {{{name}}}", name)
+    check_place(path.parent, name, advice=advice)
 
 
 def check_parts(path: Path, device: torch.device | str) -> None:
-    """Raise ValueError where a part of a record was measured on another device, or has no place."""
+    """Raise SettingError where a part was measured on another device, or a record has no place."""
     check_file(path)
+    name, advice = _find_flag(path)
     device_name = describe_device(device)
-    for name, source in _parts_of(read_record(path) if path.is_file() else {}).items():
+    for part, source in _parts_of(read_record(path) if path.is_file() else {}).items():
         if source["device"] != device_name:
-            raise ValueError(
-                f"{path} has rows of {name} measured on {source['device']}, and this is "
-                f"{device_name}; write to another folder, or delete it and measure all here"
+            raise SettingError(
+                f"{path} has rows of {part} measured on {source['device']}, and this is "
+                f"{device_name}; {advice} {{{name}}}, or delete that file and measure all here",
+                name,
             )
+
+
+def _find_flag(path: Path) -> tuple[str, str]:
+    """Return the setting that puts a record there, and what to do with it to put it elsewhere."""
+    is_result = path.parent == RESULTS_FOLDER
+    return ("record", "leave out") if is_result else ("out", "choose another")
 
 
 def read_part(path: Path, part: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -62,19 +62,20 @@ def _shown(value: Any) -> str:
     return "none" if value is None else shown_value(value)
 
 
-def check_place(folder: Path, name: str = "out") -> None:
-    """Raise SettingError where a folder can neither be made nor written to; name: its setting."""
+def check_place(folder: Path, name: str = "out", *, advice: str = "choose another") -> None:
+    """Raise SettingError where a folder can neither be made nor written to.
+
+    name: the setting that it comes from; advice: what to do with that.
+    """
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
-        raise SettingError(
-            f"{place} is a file and a folder is needed; choose another {{{name}}}", name
-        )
+        raise SettingError(f"{place} is a file and a folder is needed; {advice} {{{name}}}", name)
     try:
         tempfile.TemporaryDirectory(prefix=".linvideo-", dir=place).cleanup()
     except OSError as error:
         raise SettingError(
-            f"{{{name}}} {folder} given, and nothing can be written to {place} "
-            f"({error.strerror}); choose another {{{name}}}",
+            f"{{{name}}} leads to {folder}, and nothing can be written to {place} "
+            f"({error.strerror}); {advice} {{{name}}}",
             name,
         ) from error
 

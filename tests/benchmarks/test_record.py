@@ -2,12 +2,14 @@
 
 import concurrent.futures
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.record import (
+    check_parts,
     describe_device,
     read_part,
     read_record,
@@ -85,6 +87,28 @@ def test_parts_that_are_written_at_the_same_time_all_stay(tmp_path: Path) -> Non
     with concurrent.futures.ThreadPoolExecutor(len(names)) as threads:
         list(threads.map(lambda name: write(path, name, 1.0), names))
     assert sorted(row["what"] for row in read_record(path)["rows"]) == names
+
+
+@pytest.mark.parametrize(
+    ("folder", "advice"), [("results", "leave out --record"), ("runs", "choose another --out")]
+)
+def test_a_record_that_cannot_be_written_says_which_flag_put_it_there(
+    folder: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.record.RESULTS_FOLDER", tmp_path / "results")
+    path = tmp_path / folder / "scale.json"
+    write(path, "train", 1.0)
+    path.write_text(path.read_text().replace(describe_device("cpu"), "a card"))
+    with pytest.raises(ValueError, match=rf"a card, and this is .*; {advice}, or delete that file"):
+        check_parts(path, "cpu")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"is a folder and a file is needed; {advice}"):
+        check_parts(path, "cpu")
+    shutil.rmtree(path.parent)
+    path.parent.touch()
+    with pytest.raises(ValueError, match=f"is a file and a folder is needed; {advice}"):
+        check_parts(path, "cpu")
 
 
 @pytest.mark.parametrize(
