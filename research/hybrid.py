@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_part
-from linvideo_core.models.config import ATTENTION_MASSES
+from linvideo_core.kernels import ATTENTION_MASSES
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device
