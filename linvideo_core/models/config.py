@@ -85,7 +85,8 @@ class LinearForm(Settings):
     @property
     def tile_size(self) -> tuple[int, int, int]:
         """The tile's frames, height and width in tokens, 0 for all of an axis."""
-        return read_tile(self.tile)
+        # No pattern: torch.compile would trace its lookup, and what it throws out of re's full cache.
+        return tuple(map(int, self.tile.split("x")))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

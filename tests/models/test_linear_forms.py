@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,13 @@ def test_a_hybrid_layer_must_be_told_its_tokens() -> None:
         linear(*make_tokens(5), TokenGrid((1, 2, 2)))
     with pytest.raises(ValueError, match="-1 tokens before"):
         linear(*make_tokens(3), TokenGrid((1, 2, 2), before=None))
+
+
+def test_a_hybrid_layer_looks_up_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in Python 3.12, a lookup replays what it threw out of re's cache, and may fail."""
+    linear = make_linear(LinearForm(tile="1x2x2"))
+    monkeypatch.delattr(re, "fullmatch")
+    linear(*make_tokens(12), TokenGrid((1, 3, 4)))
 
 
 @pytest.mark.parametrize("window", [2, 7, 63, 64, 1000])
