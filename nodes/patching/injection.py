@@ -41,6 +41,8 @@ KEY = "linvideo"
 
 _CHECK = "_linvideo_call_check"
 _PART, _FORWARD, _PREVIOUS = "_linvideo_part", "_linvideo_forward", "_linvideo_previous"
+_UNFUSED, _WAS_UNFUSED = "_full_precision_mm", "_linvideo_full_precision_mm"
+"""ComfyUI's own field of a layer, and of ours what it was before."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def eject(patcher: Any) -> None:
         check.close()
     for module in patcher.model.diffusion_model.modules():
         _restore_forward(module)
+        _restore_fusing(module)
         _restore_weight(module)
 
 
@@ -129,12 +132,34 @@ def _block_forward(self: nn.Module, *args: Any, attention: Any = None, **kwargs:
 def _change_layers(diffusion_model: nn.Module, changes: LowRankChanges) -> None:
     for name, change in zip(changes.layer_names, changes.layers, strict=True):
         layer = diffusion_model.get_submodule(name)
-        if getattr(layer.weight, "_layout_cls", None) == "TensorWiseINT8Layout":
+        layout = getattr(layer.weight, "_layout_cls", None)
+        if layout == "TensorWiseINT8Layout":
             # ComfyUI may fuse such a layer with what is before it and never call its forward. In
             # its weight the change costs it its fast 8-bit product.
             layer.weight_function = [*layer.weight_function, change.change_weight]
         else:
             _replace_forward(layer, _changed_forward, change)
+        if layout is None:
+            _forbid_fusing(layer)
+
+
+def _forbid_fusing(layer: nn.Module) -> None:
+    """Let ComfyUI call the forward of a layer whose weight is none of its quantised ones.
+
+    While PyTorch may sum in fp16, which a node may allow for one sampling, newer ones fuse it
+    otherwise. Of such a layer the field says nothing else.
+    """
+    fields = layer.__dict__
+    fields[_WAS_UNFUSED] = fields.get(_UNFUSED)
+    fields[_UNFUSED] = True
+
+
+def _restore_fusing(layer: nn.Module) -> None:
+    fields = layer.__dict__
+    if _WAS_UNFUSED in fields:
+        fields[_UNFUSED] = fields.pop(_WAS_UNFUSED)
+        if fields[_UNFUSED] is None:
+            del fields[_UNFUSED]
 
 
 def _changed_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.model_sampling
 import torch
@@ -61,6 +62,22 @@ def attention_order(device: torch.device) -> Iterator[None]:
         return
     others = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True):
+        yield
+
+
+@contextlib.contextmanager
+def host_in_training() -> Iterator[None]:
+    """Let ComfyUI take operations that have a backward pass, and leave memory to PyTorch.
+
+    The compiler of newer ones plans memory from block to block of a model, in which it takes it for
+    an error that a block of ours gives new tensors.
+    """
+    management, args = comfy.model_management, comfy.cli_args.args
+    with contextlib.ExitStack() as undo:
+        for owner, name in ((management, "in_training"), (args, "disable_comfy_compiler")):
+            if hasattr(owner, name):
+                undo.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, True)
         yield
 
 
@@ -122,14 +139,8 @@ class HostTeacher:
         beside = sum(need.num_bytes for need in needs[1:])
         with torch.inference_mode():
             comfy.model_management.load_models_gpu([self.model], memory_required=beside)
-        was_in_training = comfy.model_management.in_training
-        # ComfyUI's own way to say: operations that have a backward pass, please.
-        comfy.model_management.in_training = True
-        try:
-            with attention_order(self.device):
-                yield self._make_teacher(self.is_copied(config))
-        finally:
-            comfy.model_management.in_training = was_in_training
+        with host_in_training(), attention_order(self.device):
+            yield self._make_teacher(self.is_copied(config))
 
     def _make_teacher(self, is_copied: bool) -> Teacher:
         base_model = self.model.model

@@ -17,13 +17,16 @@ import unittest
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import comfy.model_management
+import comfy.ops
 import comfy.sample
 import comfy.sd
 import folder_paths
 import safetensors.torch
 import torch
+from comfy.quant_ops import QuantizedTensor
 from linvideo_pack.linvideo_core import artifact, flow
 from linvideo_pack.linvideo_core.artifact import Artifact
 from linvideo_pack.linvideo_core.demo import weights_path
@@ -33,6 +36,7 @@ from linvideo_pack.linvideo_core.teacher.config import TeacherConfig
 from linvideo_pack.linvideo_core.teacher.teacher import load_teacher
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes import model_folder
+from linvideo_pack.nodes.transfer.host_model import cast_weights
 from torch import Tensor, nn
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.6e-1}
@@ -75,6 +79,34 @@ def needs_cuda(why: str) -> None:
 def device() -> torch.device:
     """Return where ComfyUI computes; its nodes give and take tensors on the CPU."""
     return comfy.model_management.get_torch_device()
+
+
+_READS_FP16 = "_fp16_linear_wanted"
+as_one_graph = mock.patch.object(comfy.ops, _READS_FP16, lambda _: False, create=True)
+"""For a test that counts graphs: newer ComfyUI reads a setting here that torch.compile cannot."""
+
+
+@contextlib.contextmanager
+def fused_in_fp16() -> Iterator[None]:
+    """Compute layers as newer ComfyUI does with --fast fp16_accumulation, whatever the dtype.
+
+    Unless a layer is said to need full precision, one after an activation is not called.
+    """
+    usual = getattr(comfy.ops, "linear_input_act", None)
+    if usual is None:
+        raise unittest.SkipTest("needs a ComfyUI that fuses layers")
+
+    def fuse(layer: nn.Module, x: Tensor, activation: str, *args: Any, **kwargs: Any) -> Tensor:
+        is_quantised = isinstance(layer.weight, QuantizedTensor)
+        if is_quantised or getattr(layer, "_full_precision_mm", False):
+            return usual(layer, x, activation, *args, **kwargs)
+        with cast_weights(layer, x.dtype, x.device) as (weight, bias):
+            return nn.functional.linear(comfy.ops.INPUT_ACT_EAGER[activation](x), weight, bias)
+
+    has_own = hasattr(comfy.ops, _READS_FP16)
+    replaced = (_READS_FP16, lambda _: True) if has_own else ("linear_input_act", fuse)
+    with mock.patch.object(comfy.ops, *replaced):
+        yield
 
 
 @contextlib.contextmanager

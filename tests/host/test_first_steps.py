@@ -25,6 +25,7 @@ from stage import (
     bind_headless,
     complaint,
     demo,
+    fused_in_fp16,
     load_headless,
     merge_lora,
     own_folders,
@@ -53,6 +54,11 @@ def _expected(num_kept: int, steps: int = STEPS) -> Tensor:
 def test_the_kept_steps_are_the_original_models() -> None:
     for num_kept in (1, 3):
         assert_close(sample(_keep(num_kept)), _expected(num_kept))
+
+
+def test_what_newer_comfyui_fuses_keeps_the_same_steps() -> None:
+    with fused_in_fp16():
+        assert_close(sample(_keep(2)), _expected(2))
 
 
 def test_all_steps_kept_or_none_give_the_bits_of_either_model() -> None:

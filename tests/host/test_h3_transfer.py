@@ -10,7 +10,9 @@ import unittest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.nested_tensor
 import comfy.quant_ops
@@ -130,6 +132,18 @@ def test_the_teacher_is_comfyuis_model_for_prompts_of_any_length() -> None:
     _compare(_h3(), _inputs())
     with _uncopied():
         _compare(_h3(), _inputs())
+
+
+def test_comfyuis_compiler_rests_while_the_teacher_is_lent() -> None:
+    """It refuses the new tensors that a block gives in training."""
+    name, args = "disable_comfy_compiler", comfy.cli_args.args
+    has_it = hasattr(args, name)
+    with lend_teacher(_h3(), _inputs()):
+        assert hasattr(args, name) == has_it
+    with mock.patch.object(args, name, False, create=True):
+        with lend_teacher(_h3(), _inputs()):
+            assert getattr(args, name)
+        assert not getattr(args, name)
 
 
 def test_a_table_in_place_of_the_time_embedding_is_the_models_own() -> None:

@@ -32,6 +32,7 @@ from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
 from stage import (
     STEPS,
+    as_one_graph,
     assert_close,
     bind_headless,
     complaint,
@@ -169,12 +170,14 @@ def test_weights_that_are_streamed_give_the_same_latents() -> None:
     assert_close(latents, expected)
 
 
+@as_one_graph
 def test_compiled_as_one_graph_it_gives_the_same_latents_and_compiles_once() -> None:
     linearized = without_dynamic_memory(linearize(short_demo(), short_file()))
     set_torch_compile_wrapper(linearized, "aot_eager", fullgraph=True)
     _check_compiled(linearized)
 
 
+@as_one_graph
 def test_compiled_a_hybrid_layer_follows_a_video_that_is_turned() -> None:
     """With the guards of ComfyUI's compile node: as many tokens lie in another grid."""
     hybrid = in_form(short_file(), LinearForm(tile="1x2x3"))
@@ -190,6 +193,7 @@ def test_compiled_a_hybrid_layer_follows_a_video_that_is_turned() -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@as_one_graph
 def test_comfyuis_compile_node_compiles_it_to_machine_code_once() -> None:
     """With the node's backend and its guards; queued again, nothing is compiled."""
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):

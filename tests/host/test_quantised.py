@@ -38,6 +38,7 @@ from stage import (
     device,
     finetuned,
     finish,
+    fused_in_fp16,
     in_form,
     is_streaming,
     load_headless,
@@ -146,6 +147,24 @@ def test_a_quantised_model_comes_back_bit_for_bit() -> None:
         assert torch.equal(sample(linearized.clone(), steps=_STEPS), first)
         assert not any("forward" in m.__dict__ for m in model.model.modules())
         assert not any(getattr(m, "weight_function", []) for m in model.model.modules())
+
+
+def test_layers_that_newer_comfyui_fuses_take_the_changes_and_come_back() -> None:
+    for load in _two_ways():
+        model = load()
+        # As a layer of ComfyUI's that may be quantised has it.
+        model.model.diffusion_model.blocks[1].ffn[2]._full_precision_mm = False
+        expected = _expected(model, shipped())
+        before = _full_precision(model)
+        with fused_in_fp16():
+            linear = sample(linearize(model, shipped()), steps=_STEPS)
+            assert_close(linear, expected, tolerance_of(model))
+            sample(model, steps=1)
+        assert _full_precision(model) == before
+
+
+def _full_precision(model: Any) -> list[bool | None]:
+    return [vars(module).get("_full_precision_mm") for module in model.model.modules()]
 
 
 def test_a_users_lora_is_merged_beside_bypassed_changes() -> None:

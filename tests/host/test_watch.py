@@ -13,6 +13,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
 from stage import (
+    as_one_graph,
     collect_warnings,
     complaint,
     sample,
@@ -163,6 +164,7 @@ def test_skip_layer_guidance_before_or_after_skips_linear_layers() -> None:
     assert not torch.equal(before, _sample(_linearized()))
 
 
+@as_one_graph
 def test_compiled_as_one_graph_a_block_that_another_pack_computes_is_noticed() -> None:
     compiled = without_dynamic_memory(linearize(short_demo(), short_file()))
     set_torch_compile_wrapper(compiled, "aot_eager", fullgraph=True)
