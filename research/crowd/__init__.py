@@ -7,6 +7,7 @@ r"""`crowd`, the larger embedded model of research: textured sprites that pass b
     train     the teacher, a small Wan, and its files of prompts
     tracks    exact measures: where sprites go, and whether their textures come back
     evaluate  compares the teacher with LINVIDEO files that were made from it
+    picture  draws videos of teacher and student beside their seconds
     rows      what that says of a model, and its part of results/crowd.json
     arms      what is compared of objectives, students, few steps, selections, sizes: declared
     tasks     trainings that the product has not: other losses, another start
@@ -27,31 +28,39 @@ From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's 
 and of the stored teacher, with all that is declared:
     python -m research.crowd.experiments --tables objectives
 
-Students of the stored teacher, half linear and all hybrid, and what is recorded of them:
+Students of the stored teacher, half linear and half hybrid, and what is recorded of them:
     python -m research.crowd.captions
     python -m linvideo_core.transfer --model research/crowd/weights/model.safetensors \
         --prompts runs/crowd/prompts.safetensors --num-frames 61 --height 256 --width 256 \
-        --shift 5 --sampler-steps 20 --guidance-scale 3 --pool-videos 64 --warm-start-steps 80 \
-        --batch-size 8 --accumulation 1 --learning-rate 1e-3 --map-learning-rate 2e-3 \
-        --frozen fp32 --activation-checkpointing false --compile --checkpoint-every 500 \
-        --evaluate-samples 0 --choice alternate --steps 2500 --target 6 --out runs/crowd/half_linear
-    the same with --target 12 --tile 1x8x8 --out runs/crowd/all_hybrid
-    torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --compile --sampler-steps 20 \
-        --model research/crowd/weights/model.safetensors \
+        --shift 5 --sampler-steps 20 --guidance-scale 3 --states stored --objective velocity \
+        --num-trajectories 768 --shard-size 32 --batch-size 32 --accumulation 1 \
+        --warm-start-steps 80 --map-learning-rate 2e-3 --frozen fp32 \
+        --activation-checkpointing false --checkpoint-every 500 --evaluate-samples 0 \
+        --choice alternate --target 6 --learning-rate 1e-3 --tile 1x16x16 \
+        --attention-mass moments --steps 757 --out runs/crowd/half_hybrid
+    the same without --tile and --attention-mass, and with
+        --learning-rate 3e-4 --parameters full --compile --steps 1894 --out runs/crowd/half_full
+    torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 \
+        --num-samples 480 --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors --artifacts \
-        runs/crowd/half_linear/linearized.safetensors,runs/crowd/all_hybrid/linearized.safetensors
+        runs/crowd/half_hybrid/linearized.safetensors,runs/crowd/half_full/linearized.safetensors
     torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 \
         --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors \
-        --artifacts runs/crowd/half_linear/linearized.safetensors --densities 0.1,0.2,0.4 \
+        --artifacts runs/crowd/half_full/linearized.safetensors --densities 0.1,0.2,0.4 \
         --num-samples 480 --out runs/crowd/evaluation_sparse
-2,500 steps are meant for three minutes on one H200, by some 0.07 seconds a step. That is counted,
-not measured: of a guided call of 8 videos by the teacher and of 4 by the student, and of a training
-step of 8 as the teacher's took. The last command compiles nothing: Sol-Attn's kernel takes video by
-video, and all these calls would be compiled.
+On one H200 the first took 2.2 minutes, the second 3.7, by .17 and .12 seconds a step of 32 videos.
+Steps of 8 videos take .09 to .14 seconds, for a quarter of the states: the recorded
+`evaluation_2000` is of a half linear student of such steps, with
+        --pool-videos 64 --batch-size 8 --compile --steps 2500 --learning-rate 1e-3
+in place of all from --states to --batch-size 32, 5.7 minutes long. The last command compiles
+nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
 
-`weights` holds a judge of one minute and a teacher of 47 minutes on one H200 (1,440,160 clips,
-batch 32), of which 15.5 shared the card. Its matrices are rounded to fp8. In 320 of its videos, of
+A picture of teacher and student with their seconds, the README's:
+    OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
+
+`weights` holds the half hybrid student, a judge of one minute and a teacher of 47 minutes on one
+H200 (1,440,160 clips, batch 32), of which 15.5 shared the card. Its matrices are rounded to fp8. In 320 of its videos, of
 20 guided steps and captions that no training has seen, the judge finds, of 1: objects .954, motion
 .867, speed .973, size .980, bar 1, background 1; in rendered clips .997 or more. Sprites
 are seen in .863 of the frames in which they should be, and the texture that comes back from behind

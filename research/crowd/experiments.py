@@ -4,19 +4,20 @@ Every arm of `arms.TABLES` is a training of the stored teacher by the stages of
 `linvideo_core.transfer`, of some by those of `linvideo_core.distill` after it, with several seeds;
 `research.crowd.evaluate` measures it on captions that no training has seen.
     python -m research.crowd.experiments --tables sizes --seeds 1 --num-samples 64
-In calls of at most ten minutes on one H200, the first words being
-    python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.12 \
+In calls of at most ten minutes on two H200s, the first words being
+    python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.25 \
         --num-samples 128 --sampler-steps 20
-and the seconds those of `forecast`, which are counted and not measured; two GPUs take two thirds:
-    --tables objectives --seeds 2 --out runs/study             400
-    --tables objectives --seeds 4 --out runs/study --record    370, with what the first left
-    --tables students --seeds 4 --out runs/study --record      440
-    --tables few_steps --seeds 4 --out runs/study --record     480
-    --tables selection --seeds 4 --out runs/study --record     400
-    --tables hybrid --seeds 4 --out runs/study --record        400
-    --tables sizes --seeds 4 --out runs/study --record         330
+and the seconds those of `forecast`, which are counted: where it said 402, of `objectives` with
+batches of 8 and 0.12 minutes, 439 were taken.
+    --tables objectives --seeds 2 --out runs/study             370
+    --tables objectives --seeds 4 --out runs/study --record    320, with what the first left
+    --tables hybrid --seeds 4 --out runs/study --record        360
+    --tables selection --seeds 4 --out runs/study --record     350
+    --tables students --seeds 4 --out runs/study --record      410
+    --tables few_steps --seeds 4 --out runs/study --record     450
+    --tables sizes --seeds 4 --out runs/study --record         290
 Those are of each alone. In one folder a table finds the arms and videos that it shares with earlier
-ones: all take some 2,400 in place of 2,800.
+ones: all take some 1,800 in place of 2,600.
 Each says first what is missing and how long it takes: without `--compile` up to a sixth
 more. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 15 seconds:
     python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \

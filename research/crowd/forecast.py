@@ -8,22 +8,19 @@ from ..declared_runs import to_flags
 from .evaluate import WHOLE
 from .study import REFERENCES, Study, find_warm_start
 
-# Of one H200. A guided step of one of 40 videos together was measured on a card of its own (the
-# record's .107 seconds a video shared its card with a training). The others are counted from
-# it, by what a CPU takes for the same passes, or guessed: a warm start's 80 steps by its states, a
-# training besides its steps, timing a kind of training, the start, and what compiling takes.
+# Of one H200. A guided step of one of 40 videos together was measured on a card of its own, and what
+# compiled blocks save of it. The others are guessed, of batches of 32: a warm start's 80 steps by its
+# states, a training besides its steps, timing a kind of training, the start, and what compiling takes.
 _H200_SECONDS = {
     "guided_step": 0.053 / 20,
-    "stored": 2.0,
-    "pool": 6.0,
+    "stored": 6.0,
+    "pool": 10.0,
     "training": 3.0,
-    "pace": 6.0,
+    "pace": 8.0,
     "start": 20.0,
     "compile": 40.0,
 }
-# The time of compiled blocks as a share of others', guessed: most of it goes into reading and
-# writing what one kernel could keep.
-_COMPILED = 0.6
+_COMPILED = 0.036 / 0.053
 # Of a call's time, what is saved where all layers are linear (half of it where half are): of whole
 # clips, one at a time on a CPU.
 _SAVED = 0.47

@@ -82,7 +82,7 @@ class ExperimentsConfig(Settings):
         False, "compile the blocks of what trains and samples: a minute, then faster"
     )
     flags: str = option(
-        "--batch-size 8 --accumulation 1 --learning-rate 1e-3 --map-learning-rate 2e-3 "
+        "--batch-size 32 --accumulation 1 --learning-rate 1e-3 --map-learning-rate 2e-3 "
         "--warm-start-steps 80 --frozen fp32 --activation-checkpointing false "
         "--checkpoint-every 500 --log-every 25",
         "other flags that all trainings have; an arm's own go before",

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import read_part, write_part
+from benchmarks.record import read_part, read_record, write_part
 from linvideo_core import artifact, flow
 from linvideo_core.evaluate.compare import swap
 from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.evaluate.sampler import count_layers
 from linvideo_core.flow import bind
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig, WanModel
@@ -28,7 +29,7 @@ from linvideo_core.run.folder import read_metrics
 from linvideo_core.run.process_group import SINGLE_PROCESS
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
-from research.crowd import captions, clips, evaluate, fitting, judge, tracks, train
+from research.crowd import captions, clips, evaluate, fitting, judge, picture, tracks, train
 from research.crowd import rows as crowd_rows
 
 TINY = WanConfig(
@@ -394,6 +395,35 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     monkeypatch.setattr(name, lambda _: "another")
     with pytest.raises(ValueError, match="has rows of evaluation_4 measured on CPU"):
         evaluate.main(SINGLE_PROCESS)
+
+
+def test_a_picture_shows_teacher_and_student_and_their_seconds(
+    teacher: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    write_tensors(tmp_path / "judge.safetensors", judge.Judge((8, 8, 8)).state_dict())
+    save_student(teacher / "model.safetensors", tmp_path / "student.safetensors", 1)
+    files = {
+        "model": teacher / "model.safetensors",
+        "judge": tmp_path / "judge.safetensors",
+        "artifact": tmp_path / "student.safetensors",
+        "out": tmp_path / "picture",
+    }
+    words = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    picture.main([*words, "--num-samples", "2", "--sampler-steps", "1", "--device", "cpu"])
+    own, student = read_record(tmp_path / "picture" / "crowd_picture.json")["rows"]
+    assert (own["linear_layers"], student["linear_layers"]) == (0, 1)
+    assert len(own["turns"]) == len(student["turns"]) == 2
+    ratios = [x / y for x, y in zip(own["turns"], student["turns"], strict=True)]
+    assert min(ratios) <= student["speedup"] <= max(ratios)
+    assert (tmp_path / "picture" / "crowd.webp").stat().st_size > 1000
+
+
+def test_the_stored_student_is_of_the_stored_teacher() -> None:
+    weights = Path(train.__file__).with_name("weights")
+    model = load_wan(weights / "model.safetensors")
+    with artifact.apply(artifact.load(weights / "half_hybrid.safetensors"), model):
+        assert count_layers(model)["hybrid_layers"] == 6
 
 
 def test_shares_are_of_the_teacher_and_the_least_counts() -> None:

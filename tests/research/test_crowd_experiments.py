@@ -112,7 +112,7 @@ def test_the_calls_that_the_command_names_fit_into_ten_minutes(tmp_path: Path) -
             paces={},
             num_layers=12,
         )
-        found = forecast.predict_seconds(forecast.count_work(made), made, 1, "cuda")
+        found = forecast.predict_seconds(forecast.count_work(made), made, 2, "cuda")
         if config.seeds == 4 and config.tables == "objectives":
             # The first call has made half of it, and timed the kinds.
             found /= 2

@@ -1,0 +1,152 @@
+"""Draw videos of teacher and student with their seconds: `python -m research.crowd.picture`.
+
+They sample in turns, one guided video each of a caption that no training has seen, from the same
+noise, so that whoever else uses the machine slows both. A label is the median of a model's seconds,
+`speedup` the median over turns of the teacher's seconds over the student's. On two CPU cores, some
+ten minutes:
+    OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
+"""
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.kernels.timing import time_once
+from benchmarks.record import REPOSITORY, RESULTS_FOLDER, check_file, show_rows, write_record
+from linvideo_core import artifact
+from linvideo_core.evaluate.config import CompareConfig
+from linvideo_core.evaluate.videos import save_strip
+from linvideo_core.flow import Recipe, make_sigmas
+from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
+from linvideo_core.run.context import Run
+from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
+
+from .captions import CaptionsConfig, write_both
+from .clips import decode_latents
+from .evaluate import CrowdConfig, Sampling, describe_model, open_sampling
+from .rows import Row
+from .train import SHIFT
+
+_RECORD_NAME, _PICTURE_NAME = "crowd_picture.json", "crowd.webp"
+_WEIGHTS = Path("research/crowd/weights")
+# Of the frames, which `save_strip` thins out once more: wide enough to be read in a page.
+_SHOWN_FRAMES = slice(None, None, 5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureConfig(Settings):
+    """Which models are drawn, and of how many captions."""
+
+    comparison: CompareConfig = dataclasses.field(
+        default_factory=lambda: CompareConfig(
+            num_samples=3, seeds_per_prompt=1, shift=SHIFT, batch_size=1
+        )
+    )
+    model: Path = option(_WEIGHTS / "model.safetensors", "the teacher")
+    judge: Path = option(_WEIGHTS / "judge.safetensors", "the judge")
+    artifact: Path = option(_WEIGHTS / "half_hybrid.safetensors", "LINVIDEO file of the student")
+    out: Path = option(Path("runs/crowd_picture"), "folder of captions, picture and table")
+    record: bool = option(False, f"write results/{_RECORD_NAME} and docs/{_PICTURE_NAME}")
+    seed: int = option(0, "seed of noise and captions")
+    device: str = device_option()
+
+
+def open_models(config: PictureConfig) -> Sampling:
+    """Write captions, open the teacher and what samples them."""
+    write_both(CaptionsConfig(out=config.out))
+    crowd = CrowdConfig(
+        comparison=config.comparison,
+        model=config.model,
+        judge=config.judge,
+        prompts=config.out / "held_out.safetensors",
+        seed=config.seed,
+    )
+    device = resolve_device(config.device)
+    return open_sampling(crowd, Run(device=device, precision=resolve_precision("auto", device)))
+
+
+def sample_in_turns(
+    sampling: Sampling, path: Path
+) -> tuple[dict[str, list[Tensor]], dict[str, list[float]]]:
+    """Return "teacher" and "student" -> latents of each turn, and -> its seconds.
+
+    path: the student's file. A step of each before the first turn is not timed.
+    """
+    model, seed, made = sampling.teacher.model, sampling.config.seed, artifact.load(path)
+    contexts = {
+        "teacher": contextlib.nullcontext,
+        "student": lambda: artifact.apply(made, model),
+    }
+    first = Recipe(sigmas=make_sigmas(1, SHIFT), guidance_scale=1.0)
+    latents: dict[str, list[Tensor]] = {name: [] for name in contexts}
+    seconds: dict[str, list[float]] = {name: [] for name in contexts}
+    for number, part in enumerate(sampling.parts()):
+        for name, enter in contexts.items():
+            with enter():
+                if not number:
+                    sampling.sample(model, part, number, seed, first)
+
+                def sample(name: str = name, number: int = number, part: slice = part) -> None:
+                    latents[name].append(sampling.sample(model, part, number, seed))
+
+                seconds[name].append(time_once(sample, torch.device(sampling.run.device)) / 1000)
+    return latents, seconds
+
+
+def make_rows(sampling: Sampling, path: Path, seconds: dict[str, list[float]]) -> list[Row]:
+    """Return what each model is, its seconds of a video, and how many times as fast it is."""
+    pairs = zip(*seconds.values(), strict=True)
+    speedups = {"teacher": 1.0, "student": statistics.median(x / y for x, y in pairs)}
+    return [
+        {
+            **describe_model(sampling, name, path if name == "student" else None),
+            "seconds": statistics.median(each),
+            "speedup": speedups[name],
+            "turns": each,
+        }
+        for name, each in seconds.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, sample in turns, write the picture and the table, show it."""
+    config = parse(PictureConfig, argv, description=__doc__)
+    path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
+    check_file(path)
+    sampling = open_models(config)
+    describe_model(sampling, "student", config.artifact)
+    latents, seconds = sample_in_turns(sampling, config.artifact)
+    rows = make_rows(sampling, config.artifact, seconds)
+    labels = {row["model"]: f"{row['model']}, {row['seconds']:.0f} s" for row in rows}
+    strip = config.out / "crowd.png"
+    save_strip(
+        {labels[name]: draw(each) for name, each in latents.items()},
+        [sampling.teacher.prompts[i] for i in sampling.index],
+        strip,
+    )
+    picture = (REPOSITORY / "docs" if config.record else config.out) / _PICTURE_NAME
+    Image.open(strip).save(picture, quality=40, method=6)
+    write_record(
+        path,
+        title="crowd: seconds of a video, teacher and student in turns",
+        command=f"python -m research.crowd.picture {to_flags(config, without=('out',))}".strip(),
+        rows=rows,
+        device=resolve_device(config.device),
+    )
+    sys.stdout.write(f"{show_rows(rows)}picture: {picture}\n")
+
+
+def draw(latents: Sequence[Tensor]) -> Tensor:
+    """Return some frames [B, F, H, W] of so many single videos."""
+    return torch.cat([decode_latents(x.float())[:, _SHOWN_FRAMES] for x in latents])
+
+
+if __name__ == "__main__":
+    run_command(main)
