@@ -85,7 +85,7 @@ class LinearForm(Settings):
     @property
     def tile_size(self) -> tuple[int, int, int]:
         """The tile's frames, height and width in tokens, 0 for all of an axis."""
-        # No pattern: torch.compile would trace its lookup, and what it throws out of re's full cache.
+        # No pattern: torch.compile would trace its lookup, and fail to replay what re's cache does.
         return tuple(map(int, self.tile.split("x")))
 
 

@@ -60,11 +60,12 @@ A picture of teacher and student with their seconds, the README's:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
 
 `weights` holds the half hybrid student, a judge of one minute and a teacher of 47 minutes on one
-H200 (1,440,160 clips, batch 32), of which 15.5 shared the card. Its matrices are rounded to fp8. In 320 of its videos, of
-20 guided steps and captions that no training has seen, the judge finds, of 1: objects .954, motion
-.867, speed .973, size .980, bar 1, background 1; in rendered clips .997 or more. Sprites
-are seen in .863 of the frames in which they should be, and the texture that comes back from behind
-a bar correlates by .680 with the one that went in (rendered: .908 and .772). After 14 minutes
+H200 (1,440,160 clips, batch 32), of which 15.5 shared the card. Its matrices are rounded to fp8. In
+320 of its videos, of 20 guided steps and captions that no training has seen, the judge finds, of 1:
+objects .954, motion .867, speed .973, size .980, bar 1, background 1; in rendered clips .997 or
+more. Sprites are seen in .863 of the frames in which they should be, and the texture that comes
+back from behind a bar correlates by .680 with the one that went in (rendered: .908 and .772). After
+14 minutes
 motion was .71 and recall .45, after 22.6 .74 and .59, after 30 .79 and .63: it gains by more time
 yet. Guidance of 2, 4 or 6 instead of 3 did not help its motion (.70, .74, .74 after 22.6), nor did
 a shift of 3 or 8 instead of 5 (.796, .765 after 30). All trainings so far drew the same clips, of

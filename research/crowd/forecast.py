@@ -8,9 +8,10 @@ from ..declared_runs import to_flags
 from .evaluate import WHOLE
 from .study import REFERENCES, Study, find_warm_start
 
-# Of one H200. A guided step of one of 40 videos together was measured on a card of its own, and what
-# compiled blocks save of it. The others are guessed, of batches of 32: a warm start's 80 steps by its
-# states, a training besides its steps, timing a kind of training, the start, and what compiling takes.
+# Of one H200. A guided step of one of 40 videos together was measured on a card of its own, and
+# what compiled blocks save of it. The others are guessed, of batches of 32: a warm start's 80 steps
+# by its states, a training besides its steps, timing a kind of training, the start, and what
+# compiling takes.
 _H200_SECONDS = {
     "guided_step": 0.053 / 20,
     "stored": 6.0,
