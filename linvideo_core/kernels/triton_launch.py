@@ -66,7 +66,9 @@ _LAUNCHES = {
         # Linear attention as a share of what has the gradient: queries alone.
         "backward, mixed": ((64, 8, 1, 1),),
         "hybrid": ((128, 8, 3, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
-        "moments": ((64, 4, 2, 2), (64, 4, 1, 2), (32, 4, 1, 1)),
+        # Not pipelined: its tokens are also summed in registers, and then Triton 3.6 and 3.9 refill
+        # on Hopper the only buffer while a product still reads it (triton-lang/triton#7110).
+        "moments": ((64, 4, 1, 2),),
         "hybrid backward": ((128, 8, 1, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }

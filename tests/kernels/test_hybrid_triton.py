@@ -120,6 +120,16 @@ def test_it_is_the_reference_of_all_widths(
     assert_is_the_reference(*inputs, TILINGS[0], attention_mass)
 
 
+@pytest.mark.parametrize("D", [64, 128])
+def test_moments_of_bf16_are_as_exact_as_fp32(D: int, device: str) -> None:
+    (_, key, *_), _ = make_inputs(TILINGS[1], torch.bfloat16, device, D=D)
+    mean, products = custom_ops.moments(key)
+    exact = key.double()
+    assert error(mean, exact.mean(dim=1)) < TOLERANCE[torch.float32]
+    expected = torch.einsum("blnd,blne->bnde", exact, exact) / key.shape[1]
+    assert error(products, expected) < TOLERANCE[torch.float32]
+
+
 def test_sharp_scores_neither_overflow_nor_vanish(device: str) -> None:
     inputs, weights = make_inputs(TILINGS[1], torch.float32, device)
     sharp = [30 * x if i < 2 else x for i, x in enumerate(inputs)]
