@@ -50,13 +50,11 @@ Students of the stored teacher, half linear and half hybrid, and what is recorde
         --artifacts runs/crowd/half_full/linearized.safetensors --densities 0.1,0.2,0.4 \
         --num-samples 480 --out runs/crowd/evaluation_sparse
 On one H200 the first took 2.2 minutes, the second 3.7, by .17 and .12 seconds a step of 32 videos.
-Steps of 8 videos take .09 to .14 seconds, for a quarter of the states: the recorded
-`evaluation_2000` is of a half linear student of such steps, with
-        --pool-videos 64 --batch-size 8 --compile --steps 2500 --learning-rate 1e-3
-in place of all from --states to --batch-size 32, 5.7 minutes long. The last command compiles
-nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
+Steps of 8 videos take .09 to .16 seconds, for a quarter of the states: the recorded
+`evaluation_2000` is of a half linear student of such steps, whose command stands in
+results/crowd.json beside its time, 5.7 minutes. The last command compiles nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
 
-A picture of teacher and student with their seconds, the README's:
+A picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
 
 `weights` holds the half hybrid student, a judge of one minute and a teacher of 47 minutes on one

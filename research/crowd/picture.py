@@ -1,9 +1,9 @@
 """Draw videos of teacher and student with their seconds: `python -m research.crowd.picture`.
 
-They sample in turns, one guided video each of a caption that no training has seen, from the same
-noise, so that whoever else uses the machine slows both. A label is the median of a model's seconds,
-`speedup` the median over turns of the teacher's seconds over the student's. On two CPU cores, some
-ten minutes:
+They sample in turns, one video each of a caption that no training has seen, from the same noise, so
+that whoever else uses the machine slows both: guided, a distilled file in its own few steps. A
+label is the median of a model's seconds, `speedup` the median over turns of the teacher's seconds
+over the student's. On two CPU cores, six minutes:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
 """
 
@@ -27,6 +27,8 @@ from linvideo_core.flow import Recipe, make_sigmas
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.folder import check_place
 
 from .captions import CaptionsConfig, write_both
 from .clips import decode_latents
@@ -46,16 +48,24 @@ class PictureConfig(Settings):
 
     comparison: CompareConfig = dataclasses.field(
         default_factory=lambda: CompareConfig(
-            num_samples=3, seeds_per_prompt=1, shift=SHIFT, batch_size=1
+            num_samples=3, seeds_per_prompt=1, sampler_steps=20, shift=SHIFT, batch_size=1
         )
     )
     model: Path = option(_WEIGHTS / "model.safetensors", "the teacher")
-    judge: Path = option(_WEIGHTS / "judge.safetensors", "the judge")
     artifact: Path = option(_WEIGHTS / "half_hybrid.safetensors", "LINVIDEO file of the student")
     out: Path = option(Path("runs/crowd_picture"), "folder of captions, picture and table")
     record: bool = option(False, f"write results/{_RECORD_NAME} and docs/{_PICTURE_NAME}")
     seed: int = option(0, "seed of noise and captions")
     device: str = device_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (size := self.comparison.batch_size) != 1:
+            raise SettingError(
+                f"{{batch_size}} {size} given; 1 is needed, because the seconds of single videos "
+                "are shown",
+                "batch_size",
+            )
 
 
 def open_models(config: PictureConfig) -> Sampling:
@@ -64,7 +74,7 @@ def open_models(config: PictureConfig) -> Sampling:
     crowd = CrowdConfig(
         comparison=config.comparison,
         model=config.model,
-        judge=config.judge,
+        judge=_WEIGHTS / "judge.safetensors",
         prompts=config.out / "held_out.safetensors",
         seed=config.seed,
     )
@@ -84,6 +94,7 @@ def sample_in_turns(
         "teacher": contextlib.nullcontext,
         "student": lambda: artifact.apply(made, model),
     }
+    recipes = {"teacher": sampling.recipe_of(), "student": sampling.recipe_of(made.header)}
     first = Recipe(sigmas=make_sigmas(1, SHIFT), guidance_scale=1.0)
     latents: dict[str, list[Tensor]] = {name: [] for name in contexts}
     seconds: dict[str, list[float]] = {name: [] for name in contexts}
@@ -94,7 +105,7 @@ def sample_in_turns(
                     sampling.sample(model, part, number, seed, first)
 
                 def sample(name: str = name, number: int = number, part: slice = part) -> None:
-                    latents[name].append(sampling.sample(model, part, number, seed))
+                    latents[name].append(sampling.sample(model, part, number, seed, recipes[name]))
 
                 seconds[name].append(time_once(sample, torch.device(sampling.run.device)) / 1000)
     return latents, seconds
@@ -120,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(PictureConfig, argv, description=__doc__)
     path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
     check_file(path)
+    check_place(config.out)
     sampling = open_models(config)
     describe_model(sampling, "student", config.artifact)
     latents, seconds = sample_in_turns(sampling, config.artifact)

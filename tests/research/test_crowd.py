@@ -400,12 +400,9 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
 def test_a_picture_shows_teacher_and_student_and_their_seconds(
     teacher: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    write_tensors(tmp_path / "judge.safetensors", judge.Judge((8, 8, 8)).state_dict())
     save_student(teacher / "model.safetensors", tmp_path / "student.safetensors", 1)
     files = {
         "model": teacher / "model.safetensors",
-        "judge": tmp_path / "judge.safetensors",
         "artifact": tmp_path / "student.safetensors",
         "out": tmp_path / "picture",
     }
@@ -417,6 +414,30 @@ def test_a_picture_shows_teacher_and_student_and_their_seconds(
     ratios = [x / y for x, y in zip(own["turns"], student["turns"], strict=True)]
     assert min(ratios) <= student["speedup"] <= max(ratios)
     assert (tmp_path / "picture" / "crowd.webp").stat().st_size > 1000
+    with pytest.raises(SettingError, match="--batch-size 2 given; 1 is needed"):
+        picture.PictureConfig(comparison=CompareConfig(batch_size=2, seeds_per_prompt=1))
+
+
+def test_a_distilled_file_is_drawn_in_its_own_steps(teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "few.safetensors"
+    save_student(teacher / "model.safetensors", path, 1)
+    made = artifact.load(path)
+    header = dataclasses.replace(made.header, sigmas=(1.0, 0.9, 0.6, 0.0))
+    artifact.save(dataclasses.replace(made, header=header), path)
+    config = picture.PictureConfig(
+        comparison=CompareConfig(
+            num_samples=2, seeds_per_prompt=1, sampler_steps=1, batch_size=1, shift=train.SHIFT
+        ),
+        model=teacher / "model.safetensors",
+        out=tmp_path,
+        device="cpu",
+    )
+    sampling = picture.open_models(config)
+    latents, _ = picture.sample_in_turns(sampling, path)
+    with artifact.apply(made, sampling.teacher.model):
+        recipe = sampling.recipe_of(header)
+        expected = sampling.sample(sampling.teacher.model, sampling.parts()[1], 1, 0, recipe)
+    torch.testing.assert_close(latents["student"][1], expected)
 
 
 def test_the_stored_student_is_of_the_stored_teacher() -> None:
