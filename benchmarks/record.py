@@ -3,10 +3,12 @@
 `results/tables.py` shows them in Markdown.
 """
 
+import contextlib
 import datetime
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ RESULTS_FOLDER = REPOSITORY / "results"
 SOURCE = ("command", "date", "device", "versions")
 # Beside records, locked while a part is put into one: their own folder may be in use for hours.
 _LOCK_FOLDER = ".records"
+# The one that this thread has locked: it must not wait for itself.
+_held: ContextVar[Path | None] = ContextVar("held", default=None)
+_ADVICE = "leave out --record or choose another"
 
 Row = Mapping[str, Any]
 
@@ -69,8 +74,7 @@ def write_part(
 
     Raises SettingError as `check_parts`.
     """
-    check_file(path)
-    with alone_in(path.parent / _LOCK_FOLDER):
+    with alone_at(path):
         check_parts(path, device)
         earlier = read_record(path) if path.is_file() else {"rows": []}
         parts = _parts_of(earlier)
@@ -89,32 +93,44 @@ def write_part(
         )
 
 
+@contextlib.contextmanager
+def alone_at(path: Path) -> Iterator[None]:
+    """Keep others from a record between `read_part` and `write_part`, which then does not wait.
+
+    Raises SettingError as `check_file`.
+    """
+    check_file(path)
+    folder = path.absolute().parent / _LOCK_FOLDER
+    if _held.get() == folder:
+        yield
+        return
+    with alone_in(folder):
+        token = _held.set(folder)
+        try:
+            yield
+        finally:
+            _held.reset(token)
+
+
 def check_file(path: Path) -> None:
     """Raise SettingError where a record cannot be written: before anything is measured."""
-    name, advice = _find_flag(path)
     if path.is_dir():
-        raise SettingError(f"{path} is a folder and a file is needed; {advice} {{{name}}}", name)
-    check_place(path.parent, name, advice=advice)
+        raise SettingError(f"{path} is a folder and a file is needed; {_ADVICE} {{out}}", "out")
+    for folder in (path.parent, path.parent / _LOCK_FOLDER):
+        check_place(folder, advice=_ADVICE)
 
 
 def check_parts(path: Path, device: torch.device | str) -> None:
     """Raise SettingError where a part was measured on another device, or a record has no place."""
     check_file(path)
-    name, advice = _find_flag(path)
     device_name = describe_device(device)
     for part, source in _parts_of(read_record(path) if path.is_file() else {}).items():
         if source["device"] != device_name:
             raise SettingError(
                 f"{path} has rows of {part} measured on {source['device']}, and this is "
-                f"{device_name}; {advice} {{{name}}}, or delete that file and measure all here",
-                name,
+                f"{device_name}; {_ADVICE} {{out}}, or delete that file and measure all here",
+                "out",
             )
-
-
-def _find_flag(path: Path) -> tuple[str, str]:
-    """Return the setting that puts a record there, and what to do with it to put it elsewhere."""
-    is_result = path.parent == RESULTS_FOLDER
-    return ("record", "leave out") if is_result else ("out", "choose another")
 
 
 def read_part(path: Path, part: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

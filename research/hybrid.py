@@ -24,7 +24,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.record import RESULTS_FOLDER, check_parts, read_part, show_rows, write_part
+from benchmarks.record import (
+    RESULTS_FOLDER,
+    alone_at,
+    check_parts,
+    read_part,
+    show_rows,
+    write_part,
+)
 from linvideo_core.kernels import ATTENTION_MASSES
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
@@ -227,24 +234,25 @@ def _path_of(config: HybridConfig) -> Path:
 def _write(config: HybridConfig, device: str, done: dict[tuple[int, Case], Row]) -> None:
     """Put what is done into the record: rows of other cases stay."""
     path = _path_of(config)
-    for table, rows in _to_tables(config, done).items():
-        made = {_case_of(row) for row in rows}
-        _, earlier = read_part(path, table)
-        kept = [run for run in earlier.get("runs", []) if _case_of(run) not in made]
-        note = earlier.get("command_note")
-        places = [(case.form, case.tile_name, case.layers) for case in TABLES[table]]
-        order = {place: number for number, place in enumerate(places)}
-        runs = sorted([*kept, *rows], key=lambda row: order.get(_case_of(row)[:3], len(order)))
-        write_part(
-            path,
-            table,
-            title="Embedded model: softmax within tiles and linear attention in one layer",
-            command=f"python -m research.hybrid {to_flags(config, without=('out', 'device'))}",
-            rows=[{"what": table, **row} for row in summarize(runs)],
-            device=device,
-            details={"runs": runs, **({"command_note": note} if kept and note else {})},
-            is_added_to=bool(kept),
-        )
+    with alone_at(path):
+        for table, rows in _to_tables(config, done).items():
+            made = {_case_of(row) for row in rows}
+            _, earlier = read_part(path, table)
+            kept = [run for run in earlier.get("runs", []) if _case_of(run) not in made]
+            note = earlier.get("command_note")
+            places = [(case.form, case.tile_name, case.layers) for case in TABLES[table]]
+            order = {place: number for number, place in enumerate(places)}
+            runs = sorted([*kept, *rows], key=lambda row: order.get(_case_of(row)[:3], len(order)))
+            write_part(
+                path,
+                table,
+                title="Embedded model: softmax within tiles and linear attention in one layer",
+                command=f"python -m research.hybrid {to_flags(config, without=('out', 'device'))}",
+                rows=[{"what": table, **row} for row in summarize(runs)],
+                device=device,
+                details={"runs": runs, **({"command_note": note} if kept and note else {})},
+                is_added_to=bool(kept),
+            )
 
 
 def _case_of(row: Row) -> tuple[Any, ...]:

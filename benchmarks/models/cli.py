@@ -96,21 +96,22 @@ def _write(config: ScaleConfig, size: Size, found: dict[str, Any], device: str) 
     config = dataclasses.replace(config, device=device, shapes=size.name)
     command = f"python -m benchmarks.models {to_flags(config, without=['out', 'record'])}"
     found |= record.describe_source(command, device)
-    _, earlier = record.read_part(config.path, _PART)
-    place = (found["size"], found["where"])
-    kept = [run for run in earlier.get("runs", []) if (run["size"], run["where"]) != place]
-    order = list(SIZES)
-    runs = sorted([*kept, found], key=lambda run: order.index(run["size"]))
-    return record.write_part(
-        config.path,
-        _PART,
-        title=RECORD_TITLE,
-        command=command,
-        rows=[row for run in runs for row in to_rows(run)],
-        device=device,
-        details={"runs": runs},
-        is_added_to=bool(kept),
-    )
+    with record.alone_at(config.path):
+        _, earlier = record.read_part(config.path, _PART)
+        place = (found["size"], found["where"])
+        kept = [run for run in earlier.get("runs", []) if (run["size"], run["where"]) != place]
+        order = list(SIZES)
+        runs = sorted([*kept, found], key=lambda run: order.index(run["size"]))
+        return record.write_part(
+            config.path,
+            _PART,
+            title=RECORD_TITLE,
+            command=command,
+            rows=[row for run in runs for row in to_rows(run)],
+            device=device,
+            details={"runs": runs},
+            is_added_to=bool(kept),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

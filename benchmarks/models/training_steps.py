@@ -46,7 +46,15 @@ from linvideo_core.transfer.config import (
 )
 from linvideo_core.transfer.student import Student, TransferTask, accelerated
 
-from ..record import RESULTS_FOLDER, check_parts, describe_device, read_part, show_rows, write_part
+from ..record import (
+    RESULTS_FOLDER,
+    alone_at,
+    check_parts,
+    describe_device,
+    read_part,
+    show_rows,
+    write_part,
+)
 from .cli import RECORD_NAME, RECORD_TITLE
 from .measuring import free_memory
 from .random_models import draw_states, make_random_teacher
@@ -292,19 +300,20 @@ def run(config: StepsConfig, processes: ProcessGroup = SINGLE_PROCESS) -> dict[s
     if not processes.destroy():
         return None
     shutil.rmtree(where.folder, ignore_errors=True)
-    earlier, _ = read_part(path, _PART)
     launch = f"torchrun --nproc-per-node {processes.size}" if processes.size > 1 else "python"
     words = f"-m benchmarks.models.training_steps --size {config.size}"
     flags = to_flags(config, without=["out", "record", "size"])
-    return write_part(
-        path,
-        _PART,
-        title=RECORD_TITLE,
-        command=f"{launch} {words} {flags}".strip(),
-        rows=compare_rows(list({_key(row): row for row in [*earlier, *new]}.values())),
-        device=device,
-        is_added_to=True,
-    )
+    with alone_at(path):
+        earlier, _ = read_part(path, _PART)
+        return write_part(
+            path,
+            _PART,
+            title=RECORD_TITLE,
+            command=f"{launch} {words} {flags}".strip(),
+            rows=compare_rows(list({_key(row): row for row in [*earlier, *new]}.values())),
+            device=device,
+            is_added_to=True,
+        )
 
 
 def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def check_place(folder: Path, name: str = "out", *, advice: str = "choose anothe
         tempfile.TemporaryDirectory(prefix=".linvideo-", dir=place).cleanup()
     except OSError as error:
         raise SettingError(
-            f"{{{name}}} leads to {folder}, and nothing can be written to {place} "
+            f"{folder} is needed, and nothing can be written to {place} "
             f"({error.strerror}); {advice} {{{name}}}",
             name,
         ) from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import platform
@@ -63,10 +64,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Wait until nobody works in a folder, and keep others out while the context lasts."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        while True:
-            with contextlib.suppress(SettingError):
+        for attempt in itertools.count():
+            try:
                 stack.enter_context(locked(folder))
                 break
+            except SettingError as error:
+                if attempt == 0:
+                    logger.info("waiting: %s", error)
             time.sleep(_WAIT_SECONDS)
         yield
 
@@ -78,9 +82,9 @@ def _lock(file: IO[str], path: Path) -> None:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 raise BlockingIOError("its holder took it away as it ended")
-    except (BlockingIOError, PermissionError) as error:
+    except (BlockingIOError, FileNotFoundError, PermissionError) as error:
         file.seek(0)
         raise SettingError(
             f"{path.parent} is in use by {file.read(200).strip() or 'another process'}: wait for "

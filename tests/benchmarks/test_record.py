@@ -1,5 +1,6 @@
 """Records say where their numbers come from, and one table never mixes two devices."""
 
+import ast
 import concurrent.futures
 import json
 import shutil
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.record import (
+    REPOSITORY,
+    alone_at,
     check_parts,
     describe_device,
     read_part,
@@ -89,25 +92,53 @@ def test_parts_that_are_written_at_the_same_time_all_stay(tmp_path: Path) -> Non
     assert sorted(row["what"] for row in read_record(path)["rows"]) == names
 
 
-@pytest.mark.parametrize(
-    ("folder", "advice"), [("results", "leave out --record"), ("runs", "choose another --out")]
-)
-def test_a_record_that_cannot_be_written_says_which_flag_put_it_there(
-    folder: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("benchmarks.record.RESULTS_FOLDER", tmp_path / "results")
-    path = tmp_path / folder / "scale.json"
+def test_rows_that_are_added_to_a_part_at_the_same_time_all_stay(tmp_path: Path) -> None:
+    path = tmp_path / "scale.json"
+
+    def add(seconds: float) -> None:
+        row = {"what": "train", "seconds": seconds}
+        with alone_at(path):
+            rows = [*read_part(path, "train")[0], row]
+            write_part(path, "train", title="All", command="run", rows=rows, device="cpu")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(add, range(4)))
+    assert sorted(row["seconds"] for row in read_part(path, "train")[0]) == [0, 1, 2, 3]
+
+
+def test_nobody_else_writes_between_what_is_read_of_a_part_and_written() -> None:
+    def called(tree: ast.AST) -> set[str]:
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        return {getattr(call, "id", getattr(call, "attr", "")) for call in calls}
+
+    both, found = {"read_part", "write_part"}, 0
+    for path in [*REPOSITORY.glob("benchmarks/**/*.py"), *REPOSITORY.glob("research/**/*.py")]:
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        for function in (each for each in functions if both <= called(each)):
+            found += 1
+            blocks = [node for node in ast.walk(function) if isinstance(node, ast.With)]
+            assert any(both | {"alone_at"} <= called(block) for block in blocks), path
+    assert found
+
+
+def test_a_record_that_cannot_be_written_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    path, advice = tmp_path / "new" / "scale.json", "leave out --record or choose another --out"
     write(path, "train", 1.0)
     path.write_text(path.read_text().replace(describe_device("cpu"), "a card"))
     with pytest.raises(ValueError, match=rf"a card, and this is .*; {advice}, or delete that file"):
         check_parts(path, "cpu")
     path.unlink()
+    (path.parent / ".records").rmdir()
+    (path.parent / ".records").touch()
+    with pytest.raises(ValueError, match=f"records is a file and a folder is needed; {advice}"):
+        check_parts(path, "cpu")
     path.mkdir()
     with pytest.raises(ValueError, match=f"is a folder and a file is needed; {advice}"):
         check_parts(path, "cpu")
     shutil.rmtree(path.parent)
     path.parent.touch()
-    with pytest.raises(ValueError, match=f"is a file and a folder is needed; {advice}"):
+    with pytest.raises(ValueError, match=f"new is a file and a folder is needed; {advice}"):
         check_parts(path, "cpu")
 
 

@@ -89,7 +89,7 @@ def test_a_repeated_measurement_replaces_its_rows_and_leaves_no_trained_state(
     config = configure(tmp_path, phase="hardened")
     for _ in range(2):
         run(config)
-    assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".records", "scale.json"]
     (row,) = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert row["what"] == "train" and row["seconds"] > 0 and row["speedup"] == 1
     assert row["mfu"] is None and row["peak_gb"] is None

@@ -1,5 +1,6 @@
 """One run at a time works in a folder, and what a dead one has left goes."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -58,13 +59,16 @@ def test_a_folder_is_free_after_an_error(tmp_path: Path) -> None:
         pass
 
 
-def test_who_works_in_a_folder_is_waited_for(tmp_path: Path) -> None:
+def test_who_works_in_a_folder_is_waited_for_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     ended, entered = [], threading.Event()
 
     def train() -> None:
         with locked(tmp_path):
             entered.set()
-            time.sleep(0.2)
+            time.sleep(0.5)
             ended.append(True)
 
     thread = threading.Thread(target=train)
@@ -73,6 +77,20 @@ def test_who_works_in_a_folder_is_waited_for(tmp_path: Path) -> None:
     with alone_in(tmp_path):
         assert ended
     thread.join()
+    [told] = caplog.messages
+    assert told.startswith(f"waiting: {tmp_path} is in use by process {os.getpid()} of")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
+def test_a_lock_that_its_holder_takes_away_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lock"
+    monkeypatch.setattr("fcntl.flock", lambda file, how: path.unlink())
+    # As seen just before it went.
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    with pytest.raises(SettingError, match="in use by another process"), locked(tmp_path):
+        pass
 
 
 def test_what_others_may_still_be_writing_stays(tmp_path: Path) -> None:
