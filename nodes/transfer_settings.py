@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..linvideo_core.kernels import ATTENTION_MASSES
+from ..linvideo_core.models.config import ATTENTION_MASSES
 from ..linvideo_core.run import limits
 from ..linvideo_core.run.limits import Limits
 from ..linvideo_core.transfer.config import OBJECTIVES, PARAMETERS

@@ -32,7 +32,7 @@ from benchmarks.record import (
     show_rows,
     write_part,
 )
-from linvideo_core.kernels import ATTENTION_MASSES
+from linvideo_core.models.config import ATTENTION_MASSES
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import resolve_device

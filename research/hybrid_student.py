@@ -18,9 +18,9 @@ from torch import nn
 from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import Evaluator
-from linvideo_core.kernels import ATTENTION_MASSES
 from linvideo_core.kernels.tiles import Size, Tiles
 from linvideo_core.models.attention_sites import install, restore, shapes_of
+from linvideo_core.models.config import ATTENTION_MASSES
 from linvideo_core.models.families import identify
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import parse

@@ -13,10 +13,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..kernels import ATTENTION_MASSES, FEATURE_MAPS
 from ..models.attention import tensor_shapes
 from ..models.base_weights import SKETCH_SIZE, BaseWeights
-from ..models.config import MAP_SHARINGS, TILE_NEEDED, LinearForm, read_tile
+from ..models.config import (
+    ATTENTION_MASSES,
+    FEATURE_MAPS,
+    MAP_SHARINGS,
+    TILE_NEEDED,
+    LinearForm,
+    read_tile,
+)
 from ..run import limits
 from ..run.errors import SettingError, shown_value
 from ..run.limits import Limits

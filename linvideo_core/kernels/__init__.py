@@ -20,13 +20,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import custom_ops, hybrid_reference, reference
-from .hybrid_reference import ATTENTION_MASSES, weight_shapes
+from .hybrid_reference import weight_shapes
 from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", *custom_ops.BACKENDS)
 FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
+ATTENTION_MASSES = ("query", "moments")
 HEAD_DIMS, FEATURE_RATIOS = (64, 128), (1, 2)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -30,13 +30,6 @@ from .tiles import TileIndex, Tiles
 # Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32.
 _MAX_CHUNK_SCORES = 2**22
 
-# Attention mass -> shapes of what a layer learns of it, with N heads of D, by name.
-_WEIGHT_SHAPES = {
-    "query": lambda N, D: {"mass_bias": [N], "mass_gate": [N, D]},
-    "moments": lambda N, D: {"mass_moments": [3, N]},
-}
-ATTENTION_MASSES = tuple(_WEIGHT_SHAPES)
-
 
 def weight_shapes(
     attention_mass: str, num_heads: int | str, head_dim: int | str
@@ -45,10 +38,16 @@ def weight_shapes(
 
     attention_mass: "query" or "moments", see above; raises ValueError for another.
     """
-    if attention_mass not in ATTENTION_MASSES:
-        known = ", ".join(ATTENTION_MASSES)
-        raise ValueError(f"attention_mass {attention_mass!r} given; one of {known} is needed")
-    return _WEIGHT_SHAPES[attention_mass](num_heads, head_dim)
+    N, D = num_heads, head_dim
+    shapes = {
+        "query": {"mass_bias": [N], "mass_gate": [N, D]},
+        "moments": {"mass_moments": [3, N]},
+    }
+    if attention_mass not in shapes:
+        raise ValueError(
+            f"attention_mass {attention_mass!r} given; one of {', '.join(shapes)} is needed"
+        )
+    return shapes[attention_mass]
 
 
 def initial_weights(attention_mass: str, num_heads: int, head_dim: int) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ import dataclasses
 import re
 from pathlib import Path
 
-from ..kernels import ATTENTION_MASSES, FEATURE_MAPS
 from ..run import limits
 from ..run.config import Settings, option
 from ..run.errors import SettingError, shown_value
 from ..run.limits import Limits
 
+FEATURE_MAPS = ("hedgehog", "hedgehog_joint")
 MAP_SHARINGS = ("per_head", "shared")
+ATTENTION_MASSES = ("query", "moments")
 FROZEN = ("fp32", "bf16", "fp8")
 SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 

@@ -52,7 +52,8 @@ Students of the stored teacher, half linear and half hybrid, and what is recorde
 On one H200 the first took 2.2 minutes, the second 3.7, by .17 and .12 seconds a step of 32 videos.
 Steps of 8 videos take .09 to .16 seconds, for a quarter of the states: the recorded
 `evaluation_2000` is of a half linear student of such steps, whose command stands in
-results/crowd.json beside its time, 5.7 minutes. The last command compiles nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
+results/crowd.json beside its time, 5.7 minutes. The last command compiles
+nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
 
 A picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record

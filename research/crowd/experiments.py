@@ -18,7 +18,8 @@ batches of 8 and 0.12 minutes, 439 were taken.
     --tables sizes --seeds 4 --out runs/study --record         290
 Those are of each alone. In one folder a table finds the arms and videos that it shares with earlier
 ones: all take some 1,800 in place of 2,600.
-Each says first what is missing and how long it takes. Whether 20 steps tell models apart as 30 do, the teacher's own row says, in 15 seconds:
+Each says first what is missing and how long it takes. Whether 20 steps tell models apart as 30 do,
+the teacher's own row says, in 15 seconds:
     python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors \
         --prompts runs/study/held_out.safetensors \

@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from linvideo_core import artifact
+from linvideo_core import artifact, kernels
 from linvideo_core.artifact import Artifact, ArtifactError
 from linvideo_core.artifact.summary import count_bytes, describe
 from linvideo_core.evaluate.compare import CompareConfig, compare_artifact
 from linvideo_core.kernels.hybrid_reference import initial_weights
 from linvideo_core.kernels.tiles import TokenGrid
 from linvideo_core.models.attention import LinearAttention, window_attention
-from linvideo_core.models.config import LinearForm
+from linvideo_core.models.config import ATTENTION_MASSES, FEATURE_MAPS, LinearForm
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.context import Run
 from linvideo_core.run.errors import SettingError
@@ -453,3 +453,8 @@ def test_the_students_row_has_the_bytes_of_its_tensors(wide_teacher: Teacher) ->
     teacher, swapped, student = compare_artifact(wide_teacher, made, settings, seed=0).rows
     assert student["bytes"] == sum(count_bytes(made).values())
     assert "bytes" not in teacher and "bytes" not in swapped
+
+
+def test_settings_know_the_feature_maps_and_attention_masses_of_the_kernels() -> None:
+    assert FEATURE_MAPS == kernels.FEATURE_MAPS
+    assert ATTENTION_MASSES == kernels.ATTENTION_MASSES
