@@ -55,7 +55,7 @@ Steps of 8 videos take .09 to .16 seconds, for a quarter of the states: the reco
 results/crowd.json beside its time, 5.7 minutes. The last command compiles
 nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
 
-A picture of teacher and student with their seconds:
+The README's picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
 
 `weights` holds the half hybrid student, a judge of one minute and a teacher of 47 minutes on one
