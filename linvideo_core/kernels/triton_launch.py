@@ -53,8 +53,8 @@ class Launch(NamedTuple):
     programs: int
 
 
-# Of Hopper and Blackwell's servers. Chosen on an H200, fastest first; fp32 and M = 2D, which need
-# more shared memory, take a later one.
+# Of Hopper. Chosen on an H200, fastest first; fp32 and M = 2D, which need more shared memory, take
+# a later one.
 _LAUNCHES = {
     kind: [Launch(*row) for row in rows]
     for kind, rows in {
@@ -72,6 +72,8 @@ _LAUNCHES = {
         "hybrid backward": ((128, 8, 1, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
+# Of Blackwell's servers, where Triton 3.6 cannot compile that reduction pipelined.
+_BLACKWELL_LAUNCHES = _LAUNCHES | {"reduce keys": [Launch(64, 4, 1, 2), Launch(32, 4, 1, 2)]}
 # Of NVIDIA's other cards, then AMD's, whose warps are twice as wide. None was measured: these
 # launches fit 99 KB of shared memory and spill fewest registers (tests/kernels/test_targets.py).
 _SMALL_LAUNCHES = {kind: [Launch(32, 8, 1, 1)] for kind in _LAUNCHES}
@@ -311,10 +313,11 @@ def call(
 def launches_of(device: torch.device, dtype: torch.dtype) -> dict[str, list[Launch]]:
     """Return a card's launches by their kind, the fastest known first; dtype: of products."""
     architecture = _architecture(device)
-    # In fp32 Blackwell's servers spill 10 KB a thread with the launches that were chosen on Hopper.
-    is_as_hopper = 90 <= architecture < (100 if dtype == torch.float32 else 120)
-    if IS_INTERPRETED or is_as_hopper:
+    if IS_INTERPRETED or 90 <= architecture < 100:
         return _LAUNCHES
+    # In fp32 they spill 10 KB a thread with the launches that were chosen on Hopper.
+    if 100 <= architecture < 120 and dtype != torch.float32:
+        return _BLACKWELL_LAUNCHES
     return _SMALL_LAUNCHES if architecture else _AMD_LAUNCHES
 
 
