@@ -81,6 +81,7 @@ _SMALL_LAUNCHES["map"] = [Launch(64, 4, 1, 1)]
 _SMALL_LAUNCHES["hybrid"] = [Launch(64, 8, 1, 1), Launch(32, 8, 1, 1)]
 _SMALL_LAUNCHES["hybrid backward"] = [Launch(32, 8, 1, 1), Launch(16, 8, 1, 1)]
 _AMD_LAUNCHES = {kind: [Launch(32, 4, 1, 1)] for kind in _LAUNCHES}
+_AMD_LAUNCHES["backward, mixed"] = [Launch(16, 4, 1, 1)]
 _first_launch: dict[tuple[Any, ...], int] = {}
 
 
