@@ -10,6 +10,7 @@ feature maps, which take as long. On two CPU cores:
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from linvideo_core import artifact
 from linvideo_core.evaluate.compare import swap
@@ -75,54 +75,50 @@ def run(config: VideoConfig) -> list[Row]:
             return contextlib.nullcontext()
         return swap(model, size.layers, head_dim) if made is None else artifact.apply(made, model)
 
-    def sample(steps: int) -> Tensor:
+    def sample(name: str, turn: int | None) -> None:
         latents, prompt, negative = draw_inputs(size, device)
         how = {"precision": resolve_precision("auto", device)}
         velocity_fn = bind_guided(model, prompt, negative, config.guidance_scale, **how)
-        return sample_euler(velocity_fn, latents, make_sigmas(steps, config.shift))
+        steps = 1 if turn is None else config.steps
+        sample_euler(velocity_fn, latents, make_sigmas(steps, config.shift))
 
     counts = {}
     for name in ("teacher", "student"):
         with enter(name):
             counts[name] = count_layers(model)
-    seconds = time_in_turns(config, enter, sample, device)
-    pairs = [*zip(seconds["teacher"], seconds["student"], strict=True)]
-    speedups = {"teacher": 1.0, "student": statistics.median(x / y for x, y in pairs)}
+    timed = time_in_turns(config.turns, enter, sample, device)
     return [
-        {
-            "model": name,
-            "tokens": size.tokens,
-            **counts[name],
-            "steps": config.steps,
-            "seconds": statistics.median(each),
-            "speedup": speedups[name],
-            "turns": each,
-        }
-        for name, each in seconds.items()
+        {"model": name, "tokens": size.tokens, **counts[name], "steps": config.steps, **each}
+        for name, each in timed.items()
     ]
 
 
 def time_in_turns(
-    config: VideoConfig,
+    turns: int,
     enter: Callable[[str], contextlib.AbstractContextManager[object]],
-    sample: Callable[[int], Tensor],
+    sample: Callable[[str, int | None], None],
     device: str,
-) -> dict[str, list[float]]:
-    """Return the seconds of each turn of "teacher" and "student".
+) -> dict[str, Row]:
+    """Return `turns`, the seconds of each, of "teacher" and "student", `seconds` and `speedup`.
 
-    enter: makes the model the one of that name for a while; sample: in so many steps. A step of
-    each before the first turn, which may compile, is not timed.
+    enter: makes the model the one of that name for a while. sample: a video of it in a turn, from
+        0 on; in none, a step alone: before the first turn, as it may compile, and not timed.
     """
-    seconds: dict[str, list[float]] = {"teacher": [], "student": []}
-    for turn in range(config.turns + 1):
-        for name, taken in seconds.items():
+    taken: dict[str, list[float]] = {"teacher": [], "student": []}
+    for turn in (None, *range(turns)):
+        for name, seconds in taken.items():
+            call = functools.partial(sample, name, turn)
             with enter(name):
-                if turn:
-                    milliseconds = time_once(lambda: sample(config.steps), torch.device(device))
-                    taken.append(milliseconds / 1000)
+                if turn is None:
+                    call()
                 else:
-                    sample(1)
-    return seconds
+                    seconds.append(time_once(call, torch.device(device)) / 1000)
+    pairs = zip(*taken.values(), strict=True)
+    speedups = {"teacher": 1.0, "student": statistics.median(x / y for x, y in pairs)}
+    return {
+        name: {"seconds": statistics.median(each), "speedup": speedups[name], "turns": each}
+        for name, each in taken.items()
+    }
 
 
 def find_size(config: VideoConfig, wan: WanConfig) -> Size:

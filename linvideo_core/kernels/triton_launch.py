@@ -72,7 +72,7 @@ _LAUNCHES = {
         "hybrid backward": ((128, 8, 1, 1), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1)),
     }.items()
 }
-# Of Blackwell's servers, where Triton 3.6 cannot compile that reduction pipelined.
+# Of Blackwell's servers, where Triton 3.6 cannot compile the reduction of keys pipelined.
 _BLACKWELL_LAUNCHES = _LAUNCHES | {"reduce keys": [Launch(64, 4, 1, 2), Launch(32, 4, 1, 2)]}
 # Of NVIDIA's other cards, then AMD's, whose warps are twice as wide. None was measured: these
 # launches fit 99 KB of shared memory and spill fewest registers (tests/kernels/test_targets.py).
@@ -316,7 +316,7 @@ def launches_of(device: torch.device, dtype: torch.dtype) -> dict[str, list[Laun
     architecture = _architecture(device)
     if IS_INTERPRETED or 90 <= architecture < 100:
         return _LAUNCHES
-    # In fp32 they spill 10 KB a thread with the launches that were chosen on Hopper.
+    # In fp32 Blackwell's servers spill 10 KB a thread with the launches that were chosen on Hopper.
     if 100 <= architecture < 120 and dtype != torch.float32:
         return _BLACKWELL_LAUNCHES
     return _SMALL_LAUNCHES if architecture else _AMD_LAUNCHES

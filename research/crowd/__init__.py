@@ -7,7 +7,7 @@ r"""`crowd`, the larger embedded model of research: textured sprites that pass b
     train     the teacher, a small Wan, and its files of prompts
     tracks    exact measures: where sprites go, and whether their textures come back
     evaluate  compares the teacher with LINVIDEO files that were made from it
-    picture  draws videos of teacher and student beside their seconds
+    picture   draws videos of teacher and student beside their seconds
     rows      what that says of a model, and its part of results/crowd.json
     arms      what is compared of objectives, students, few steps, selections, sizes: declared
     tasks     trainings that the product has not: other losses, another start
@@ -52,8 +52,8 @@ Students of the stored teacher, half linear and half hybrid, and what is recorde
 On one H200 the first took 2.2 minutes, the second 3.7, by .17 and .12 seconds a step of 32 videos.
 Steps of 8 videos take .09 to .16 seconds, for a quarter of the states: the recorded
 `evaluation_2000` is of a half linear student of such steps, whose command stands in
-results/crowd.json beside its time, 5.7 minutes. The last command compiles
-nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
+results/crowd.json beside its time, 5.7 minutes. The last command compiles nothing: Sol-Attn's
+kernel takes video by video, and all these calls would be compiled.
 
 The README's picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
@@ -64,11 +64,10 @@ H200 (1,440,160 clips, batch 32), of which 15.5 shared the card. Its matrices ar
 objects .954, motion .867, speed .973, size .980, bar 1, background 1; in rendered clips .997 or
 more. Sprites are seen in .863 of the frames in which they should be, and the texture that comes
 back from behind a bar correlates by .680 with the one that went in (rendered: .908 and .772). After
-14 minutes
-motion was .71 and recall .45, after 22.6 .74 and .59, after 30 .79 and .63: it gains by more time
-yet. Guidance of 2, 4 or 6 instead of 3 did not help its motion (.70, .74, .74 after 22.6), nor did
-a shift of 3 or 8 instead of 5 (.796, .765 after 30). All trainings so far drew the same clips, of
-`--seed` 0; to train it on, give another:
+14 minutes motion was .71 and recall .45, after 22.6 .74 and .59, after 30 .79 and .63: it gains by
+more time yet. Guidance of 2, 4 or 6 instead of 3 did not help its motion (.70, .74, .74 after
+22.6), nor did a shift of 3 or 8 instead of 5 (.796, .765 after 30). All trainings so far drew the
+same clips, of `--seed` 0; to train it on, give another:
     python -m research.crowd.train --start research/crowd/weights/model.safetensors --seed 1 \
         --minutes 10 --batch-size 32 --short-share 0.2 --learning-rate 5e-4 --compile \
         --out runs/crowd_on

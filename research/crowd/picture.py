@@ -9,7 +9,6 @@ over the student's. On two CPU cores, six minutes:
 
 import contextlib
 import dataclasses
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.kernels.timing import time_once
+from benchmarks.models.whole_video import time_in_turns
 from benchmarks.record import REPOSITORY, RESULTS_FOLDER, check_file, show_rows, write_record
 from linvideo_core import artifact
 from linvideo_core.evaluate.config import CompareConfig
@@ -34,10 +33,9 @@ from .captions import CaptionsConfig, write_both
 from .clips import decode_latents
 from .evaluate import CrowdConfig, Sampling, describe_model, open_sampling
 from .rows import Row
-from .train import SHIFT
+from .train import SHIFT, WEIGHTS
 
 _RECORD_NAME, _PICTURE_NAME = "crowd_picture.json", "crowd.webp"
-_WEIGHTS = Path("research/crowd/weights")
 # Of the frames, which `save_strip` thins out once more: wide enough to be read in a page.
 _SHOWN_FRAMES = slice(None, None, 5)
 
@@ -51,8 +49,8 @@ class PictureConfig(Settings):
             num_samples=3, seeds_per_prompt=1, sampler_steps=20, shift=SHIFT, batch_size=1
         )
     )
-    model: Path = option(_WEIGHTS / "model.safetensors", "the teacher")
-    artifact: Path = option(_WEIGHTS / "half_hybrid.safetensors", "LINVIDEO file of the student")
+    model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
+    artifact: Path = option(WEIGHTS / "half_hybrid.safetensors", "LINVIDEO file of the student")
     out: Path = option(Path("runs/crowd_picture"), "folder of captions, picture and table")
     record: bool = option(False, f"write results/{_RECORD_NAME} and docs/{_PICTURE_NAME}")
     seed: int = option(0, "seed of noise and captions")
@@ -74,7 +72,7 @@ def open_models(config: PictureConfig) -> Sampling:
     crowd = CrowdConfig(
         comparison=config.comparison,
         model=config.model,
-        judge=_WEIGHTS / "judge.safetensors",
+        judge=WEIGHTS / "judge.safetensors",
         prompts=config.out / "held_out.safetensors",
         seed=config.seed,
     )
@@ -82,48 +80,31 @@ def open_models(config: PictureConfig) -> Sampling:
     return open_sampling(crowd, Run(device=device, precision=resolve_precision("auto", device)))
 
 
-def sample_in_turns(
-    sampling: Sampling, path: Path
-) -> tuple[dict[str, list[Tensor]], dict[str, list[float]]]:
-    """Return "teacher" and "student" -> latents of each turn, and -> its seconds.
+def sample_in_turns(sampling: Sampling, path: Path) -> tuple[dict[str, list[Tensor]], list[Row]]:
+    """Return "teacher" and "student" -> latents of each turn, and a row of each with its seconds.
 
-    path: the student's file. A step of each before the first turn is not timed.
+    path: the student's file. Raises ArtifactError where it does not fit the teacher.
     """
-    model, seed, made = sampling.teacher.model, sampling.config.seed, artifact.load(path)
-    contexts = {
-        "teacher": contextlib.nullcontext,
-        "student": lambda: artifact.apply(made, model),
+    model, made, parts = sampling.teacher.model, artifact.load(path), sampling.parts()
+    models = {
+        name: describe_model(sampling, name, file)
+        for name, file in (("teacher", None), ("student", path))
     }
     recipes = {"teacher": sampling.recipe_of(), "student": sampling.recipe_of(made.header)}
     first = Recipe(sigmas=make_sigmas(1, SHIFT), guidance_scale=1.0)
-    latents: dict[str, list[Tensor]] = {name: [] for name in contexts}
-    seconds: dict[str, list[float]] = {name: [] for name in contexts}
-    for number, part in enumerate(sampling.parts()):
-        for name, enter in contexts.items():
-            with enter():
-                if not number:
-                    sampling.sample(model, part, number, seed, first)
+    latents: dict[str, list[Tensor]] = {name: [] for name in models}
 
-                def sample(name: str = name, number: int = number, part: slice = part) -> None:
-                    latents[name].append(sampling.sample(model, part, number, seed, recipes[name]))
+    def enter(name: str) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if name == "teacher" else artifact.apply(made, model)
 
-                seconds[name].append(time_once(sample, torch.device(sampling.run.device)) / 1000)
-    return latents, seconds
+    def sample(name: str, turn: int | None) -> None:
+        number, recipe = (0, first) if turn is None else (turn, recipes[name])
+        found = sampling.sample(model, parts[number], number, sampling.config.seed, recipe)
+        if turn is not None:
+            latents[name].append(found)
 
-
-def make_rows(sampling: Sampling, path: Path, seconds: dict[str, list[float]]) -> list[Row]:
-    """Return what each model is, its seconds of a video, and how many times as fast it is."""
-    pairs = zip(*seconds.values(), strict=True)
-    speedups = {"teacher": 1.0, "student": statistics.median(x / y for x, y in pairs)}
-    return [
-        {
-            **describe_model(sampling, name, path if name == "student" else None),
-            "seconds": statistics.median(each),
-            "speedup": speedups[name],
-            "turns": each,
-        }
-        for name, each in seconds.items()
-    ]
+    timed = time_in_turns(len(parts), enter, sample, sampling.run.device)
+    return latents, [models[name] | each for name, each in timed.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file(path)
     check_place(config.out)
     sampling = open_models(config)
-    describe_model(sampling, "student", config.artifact)
-    latents, seconds = sample_in_turns(sampling, config.artifact)
-    rows = make_rows(sampling, config.artifact, seconds)
+    latents, rows = sample_in_turns(sampling, config.artifact)
     labels = {row["model"]: f"{row['model']}, {row['seconds']:.0f} s" for row in rows}
     strip = config.out / "crowd.png"
     save_strip(

@@ -34,7 +34,7 @@ from .arms import TABLES, Arm, find_arms
 from .captions import CaptionsConfig, write_both
 from .pace import decisive, find_kind, measure_pace
 from .rows import RECORD_NAME, Row, read_rows
-from .train import SHIFT
+from .train import SHIFT, WEIGHTS
 from .trainings import TRAININGS
 from .workers import Worker
 
@@ -44,7 +44,6 @@ ROWS_NAME, SUMMARY_NAME = "crowd.json", "summary.json"
 REFERENCES = "references"
 """The table of the teacher itself and of rendered clips."""
 _PACES_NAME = "paces.json"
-_WEIGHTS = Path("research/crowd/weights")
 # What a repeated command may change: none of it decides a row.
 _FREE_FIELDS = ("tables", "arms", "seeds", "pace_steps", "jobs", "record", "device", "out")
 _OF_WARM_START = (
@@ -88,8 +87,8 @@ class ExperimentsConfig(Settings):
         "other flags that all trainings have; an arm's own go before",
     )
     num_prompts: int = option(2000, "captions to train on, and as many held out", limits.COUNT)
-    model: Path = option(_WEIGHTS / "model.safetensors", "the teacher")
-    judge: Path = option(_WEIGHTS / "judge.safetensors", "the judge")
+    model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
+    judge: Path = option(WEIGHTS / "judge.safetensors", "the judge")
     out: Path = option(Path("runs/crowd_experiments"), "folder of the runs and the rows")
     record: bool = option(False, f"write results/{RECORD_NAME}, not {SUMMARY_NAME} in --out")
     device: str = device_option()

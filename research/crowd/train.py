@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 CROWD = WanConfig(dim=256, num_heads=2, num_layers=12, ffn_dim=768, text_dim=TEXT_DIM, freq_dim=256)
 SHIFT = 5.0
 """The warp of the noise levels, in training and sampling: Wan's own for many tokens."""
+WEIGHTS = Path("research/crowd/weights")
+"""The stored teacher, its judge and a student, from a checkout's own folder."""
 
 _SHORTER = 4
 _SHARE_OF_PEAK, _PEAK = 0.4, 989e12
