@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from linvideo_core.kernels.softmax import DENSITY
+
 from ..models.sizes import GUIDANCE_SCALE, Size
 
 Nodes = dict[str, dict[str, Any]]
@@ -13,7 +15,7 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
         "LinVideoSoftmaxBackend",
         {
             "backend": "sparse (Sol-Attn)",
-            "backend.density": 0.1,
+            "backend.density": DENSITY,
             "backend.start_percent": 0.2,
             "backend.end_percent": 1.0,
             "backend.dense_layers": "",
@@ -144,10 +146,14 @@ def apply_file(file: str) -> Nodes:
     }
 
 
-def choose_softmax(source: str, kernel: str) -> Nodes:
-    """Return a node's softmax attention by one of KERNELS, whose MODEL is `["chosen", 0]`."""
+def choose_softmax(source: str, kernel: str, start_percent: float) -> Nodes:
+    """Return a node's softmax attention by one of KERNELS, whose MODEL is `["chosen", 0]`.
+
+    start_percent: the part of sampling, 0 to 1, that comes before a sparse kernel's.
+    """
     kind, inputs = KERNELS[kernel]
-    return {"chosen": _node(kind, model=[source, 0], **inputs)}
+    starts = {name: start_percent for name in inputs if name.endswith("start_percent")}
+    return {"chosen": _node(kind, model=[source, 0], **inputs | starts)}
 
 
 def _linearize(name: str, quality: str, **sockets: Any) -> dict[str, Any]:

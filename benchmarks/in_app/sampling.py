@@ -8,7 +8,7 @@ whose seconds are told from --steps of them. Each is sampled briefly, then timed
 of one server.
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --size 14b-720p --steps 3 \
-        --kernels sparse --record
+        --kernels sparse --start-percent 0 --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --without-triton --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --cpu
 Rows of one size, ComfyUI and Triton replace earlier ones in --out or results.
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from linvideo_core.kernels.softmax import DENSITY
 from linvideo_core.models.config import LinearForm
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
@@ -63,6 +64,9 @@ class SamplingConfig(Settings):
         "",
         f"kernels beside the default: {', '.join(graphs.KERNELS)}, commas between; default: it "
         "alone; none: all",
+    )
+    start_percent: float = option(
+        0.2, "part of sampling before sparse kernels begin", limits.Limits(low=0, high=0.99)
     )
     tile: str | None = option(None, "tile of hybrid layers; none: the larger one of the size's own")
     without_triton: bool = option(False, "as on a computer without Triton, by ComfyUI's own kernel")
@@ -160,9 +164,8 @@ def run(config: SamplingConfig) -> list[Row]:
 
 
 def _known_kernels(server: Server, config: SamplingConfig) -> list[str]:
-    # A ComfyUI without its own node has no comfy-kitchen that could compute ours.
-    has_sparse = server.has_node(graphs.KERNELS["ComfyUI's sparse"][0])
-    return [name for name in config.list_kernels() if has_sparse or not name.endswith("sparse")]
+    # Of kernels by a node of ComfyUI's own, those whose node this ComfyUI has.
+    return [name for name in config.list_kernels() if server.has_node(graphs.KERNELS[name][0])]
 
 
 def list_ways(kernels: Sequence[str]) -> list[Way]:
@@ -184,11 +187,14 @@ def _write_files(folder: Path, config: SamplingConfig) -> None:
 
 def _describe(config: SamplingConfig, way: Way) -> Row:
     size, is_hybrid = config.video, way.kind == _HYBRID
+    is_sparse = way.kernel.endswith("sparse")
     return {
         "what": _FEW if way.is_few else _GUIDED,
         "model": size.model,
         "resolution": size.resolution,
         "softmax_backend": None if is_hybrid else way.kernel,
+        "density": DENSITY if way.kernel == "sparse" else None,
+        "start_percent": config.start_percent if is_sparse else None,
         "linear_layers": len(size.layers) if way.kind == _LINEAR else 0,
         "hybrid_layers": size.config.num_layers if is_hybrid else 0,
         "tile": config.hybrid_tile if is_hybrid else None,
@@ -218,7 +224,7 @@ def _sample(config: SamplingConfig, bench: Workbench, base: graphs.Nodes, way: W
         graph |= graphs.apply_file(way.file)
         source = "linear"
     if way.kernel != "default":
-        graph |= graphs.choose_softmax(source, way.kernel)
+        graph |= graphs.choose_softmax(source, way.kernel, config.start_percent)
         source = "chosen"
     deadline = time.monotonic() + _LIMIT_SECONDS
     if way.is_few:
@@ -228,7 +234,7 @@ def _sample(config: SamplingConfig, bench: Workbench, base: graphs.Nodes, way: W
         steps, cfg = config.steps, GUIDANCE_SCALE
         brief, whole = (
             graphs.sample(source, count, "sampling", cfg=cfg, seed=seed)
-            for count, seed in ((2, 1), (steps, 2))
+            for count, seed in ((1, 1), (steps, 2))
         )
     server.run(graph | brief, deadline)
     with watching(lambda: bench.read_memory(server.process.pid)) as peak:
@@ -264,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "softmax_backend",
         "linear_layers",
         "hybrid_layers",
+        "start_percent",
         "triton",
         "steps",
         "seconds",
