@@ -28,20 +28,20 @@ From nothing to a comparison; with `torchrun --nproc-per-node N -m` the crowd's 
 and of the stored teacher, with all that is declared:
     python -m research.crowd.experiments --tables objectives
 
-Students of the stored teacher, half linear and half hybrid, and what is recorded of them:
+Students of the stored teacher, half hybrid and half linear, and what is recorded of them:
     python -m research.crowd.captions
     python -m linvideo_core.transfer --model research/crowd/weights/model.safetensors \
         --prompts runs/crowd/prompts.safetensors --num-frames 61 --height 256 --width 256 \
         --shift 5 --sampler-steps 20 --guidance-scale 3 --states stored --objective velocity \
-        --num-trajectories 768 --shard-size 32 --batch-size 32 --accumulation 1 \
+        --num-trajectories 1536 --shard-size 64 --batch-size 32 --accumulation 1 \
         --warm-start-steps 80 --map-learning-rate 2e-3 --frozen fp32 \
-        --activation-checkpointing false --checkpoint-every 500 --evaluate-samples 0 \
+        --activation-checkpointing false --checkpoint-every 500 --evaluate-samples 0 --compile \
         --choice alternate --target 6 --learning-rate 1e-3 --tile 1x16x16 \
-        --attention-mass moments --steps 757 --out runs/crowd/half_hybrid
+        --attention-mass moments --steps 1400 --out runs/crowd/half_hybrid
     the same without --tile and --attention-mass, and with
-        --learning-rate 3e-4 --parameters full --compile --steps 1894 --out runs/crowd/half_full
-    torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 \
-        --num-samples 480 --model research/crowd/weights/model.safetensors \
+        --learning-rate 3e-4 --parameters full --steps 1800 --out runs/crowd/half_full
+    torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 --compile \
+        --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors --artifacts \
         runs/crowd/half_hybrid/linearized.safetensors,runs/crowd/half_full/linearized.safetensors
     torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 \
@@ -49,11 +49,11 @@ Students of the stored teacher, half linear and half hybrid, and what is recorde
         --judge research/crowd/weights/judge.safetensors \
         --artifacts runs/crowd/half_full/linearized.safetensors --densities 0.1,0.2,0.4 \
         --num-samples 480 --out runs/crowd/evaluation_sparse
-On one H200 the first took 2.2 minutes, the second 3.7, by .17 and .12 seconds a step of 32 videos.
-Steps of 8 videos take .09 to .16 seconds, for a quarter of the states: the recorded
-`evaluation_2000` is of a half linear student of such steps, whose command stands in
-results/crowd.json beside its time, 5.7 minutes. The last command compiles nothing: Sol-Attn's
-kernel takes video by video, and all these calls would be compiled.
+On one H200 the first took 3.4 minutes, the second 3.7, by .147 and .124 seconds a step of 32 videos,
+and one or two to sample the teacher's videos; the evaluation took 3.2 on two. The recorded
+`half_linear` is of steps of 8 videos, which take .09 to .16 seconds for a quarter of the states; its
+command stands in results/crowd.json. The last command, which nobody has run to its end, compiles
+nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
 
 The README's picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
