@@ -3,8 +3,9 @@
 Every row of `TABLES` is a student of the embedded model, trained with several seeds to match the
 teacher's velocity at its stored states, or needs no training (Sol-Attn, PISA), then sampled from
 the teacher's own noise; `sparse_baselines` has what others published. `frechet` is the
-distance to the teacher's videos, 0 for the same ones. `cost` is the softmax attention that is
-computed, pairs of queries and keys over those of the teacher: what is linear adds nothing to it.
+distance to the teacher's videos, 0 for the same ones, `frechet_share` that to real clips over the
+teacher's own. `cost` is the softmax attention that is computed, pairs of queries and keys over
+those of the teacher: what is linear adds nothing to it.
     python -m research.hybrid --tables forms --jobs 12
     python -m research.hybrid --tables layers,longer --forms linear,moments --jobs 12 --record
 Repeating a command continues where it stopped; the record is written after each run, with a row a
@@ -62,6 +63,7 @@ _RECORD_NAME = "hybrid.json"
 _SMALL, _FRAME = (1, 4, 4), (1, 8, 8)
 # Of a row, what tells its case from others.
 _CASE = ("form", "tile", "layers", "steps")
+_MEANS = ("frechet", "frechet_share", "digit", "motion", "seconds")
 # What a repeated command may change: none of it decides a run's numbers.
 _FREE_FIELDS = ("tables", "forms", "seeds", "steps", "jobs", "record", "out")
 _DENSITIES = (0.1, 0.2, 0.4)
@@ -266,10 +268,9 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         groups.setdefault(_case_of(row), []).append(row)
     found = []
     for case, runs in groups.items():
-        means = {
-            name: statistics.fmean(each[name] for each in runs)
-            for name in ("frechet", "digit", "motion", "seconds")
-        }
+        # Runs of earlier versions have no share.
+        names = [name for name in _MEANS if all(name in each for each in runs)]
+        means = {name: statistics.fmean(each[name] for each in runs) for name in names}
         distances = [each["frechet"] for each in runs]
         spread = statistics.stdev(distances) if len(runs) > 1 else None
         row = {**dict(zip(_CASE, case, strict=True)), "cost": runs[-1]["cost"]}

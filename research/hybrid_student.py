@@ -228,9 +228,12 @@ def _measure(teacher: Teacher, config: TransferConfig, run: Run, out: Path) -> R
     samples = evaluator.sample("student", teacher.model)
     reference = load_file(_features_path(out, run.seed))[_FEATURES]
     own, others = map(metrics.feature_statistics, (samples.features, reference))
+    real = (evaluator.judge.real_mean, evaluator.judge.real_cov)
+    student, teachers = (metrics.frechet_distance(*each, *real) for each in (own, others))
     digits, directions = evaluator.labels
     return {
         "frechet": metrics.frechet_distance(*own, *others),
+        "frechet_share": student / teachers,
         "digit": metrics.accuracy(samples.digit_logits, digits),
         "motion": metrics.accuracy(samples.motion_logits, directions),
     }

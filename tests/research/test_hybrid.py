@@ -102,7 +102,8 @@ def test_rows_are_run_once_and_one_that_fails_is_tried_again(
     assert (sla["form"], sla["steps"], sla["tile"]) == ("sla", 2, "density 0.1")
     assert [(each["form"], each["steps"]) for each in sparse] == [("sol_attn", 0), ("pisa", 0)]
     assert row["cost"] == pytest.approx(cases[0].cost(GRID))
-    assert row["frechet"] > 0 and 0 <= row["digit"] <= 1 and 0 <= row["motion"] <= 1
+    assert row["frechet"] > 0 and row["frechet_share"] > 0
+    assert 0 <= row["digit"] <= 1 and 0 <= row["motion"] <= 1
     record = json.loads((tmp_path / "hybrid.json").read_text(encoding="utf-8"))
     assert record["details"]["parts"]["forms"]["runs"] == rows
     assert record["rows"] == [{"what": "forms", **x} for x in summarize(rows)]
