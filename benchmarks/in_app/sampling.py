@@ -35,7 +35,7 @@ from linvideo_core.transfer.preflight import check_tile
 
 from ..models.sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
 from ..models.softmax_layers import RECORD_NAME, RECORD_TITLE
-from ..record import RESULTS_FOLDER, alone_at, check_parts, read_part, show_rows, write_part
+from ..record import RESULTS_FOLDER, change_part, check_parts, replacing, show_rows
 from . import graphs
 from .checkpoints import write_linear_layers
 from .cli import find_installation
@@ -283,20 +283,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _keep(path: Path, part: str, rows: Sequence[Row], config: SamplingConfig, device: str) -> None:
     """Write a part's rows in place of earlier ones of the same size, ComfyUI and Triton."""
-    place = [rows[0][name] for name in _KEY]
     hidden = ("comfyui", "python", "out", "record")
-    with alone_at(path):
-        earlier, _ = read_part(path, part)
-        write_part(
-            path,
-            part,
-            title=RECORD_TITLE,
-            command="python -m benchmarks.in_app.sampling --comfyui PATH "
-            f"{to_flags(config, without=hidden)} --record",
-            rows=[*(row for row in earlier if [row[name] for name in _KEY] != place), *rows],
-            device=device,
-            is_added_to=True,
-        )
+    change_part(
+        path,
+        part,
+        replacing(rows, _KEY, rows),
+        title=RECORD_TITLE,
+        command="python -m benchmarks.in_app.sampling --comfyui PATH "
+        f"{to_flags(config, without=hidden)} --record",
+        device=device,
+    )
 
 
 if __name__ == "__main__":
