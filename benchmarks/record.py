@@ -3,12 +3,10 @@
 `results/tables.py` shows them in Markdown.
 """
 
-import contextlib
 import datetime
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ RESULTS_FOLDER = REPOSITORY / "results"
 SOURCE = ("command", "date", "device", "versions")
 # Beside records, locked while a part is put into one: their own folder may be in use for hours.
 _LOCK_FOLDER = ".records"
-# The one that this thread has locked: it must not wait for itself.
-_held: ContextVar[Path | None] = ContextVar("held", default=None)
 _ADVICE = "leave out --record or choose another"
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
+Change = Callable[[list[Row], Row], tuple[Sequence[Row], Row]]
+"""(rows of a part, what is kept beside them) -> both as they are to be; none: of neither"""
 
 
 def write_record(
@@ -64,25 +62,35 @@ def write_part(
     rows: Sequence[Row],
     device: torch.device | str,
     details: Row | None = None,
-    is_added_to: bool = False,
 ) -> dict[str, Any]:
-    """Replace one part of a record that several commands fill, one at a time; return all of it.
+    """Replace one part of a record that several commands fill; else as `change_part`."""
+    return change_part(
+        path, part, lambda *_: (rows, details or {}), title=title, command=command, device=device
+    )
 
-    part: the value of `what` in all these rows. The record's `details["parts"]` says of every part
-        where it was measured, and holds its `details`.
-    is_added_to: some of the rows were in the part before, so its earlier commands are kept, too.
+
+def change_part(
+    path: Path, part: str, change: Change, *, title: str, command: str, device: torch.device | str
+) -> dict[str, Any]:
+    """Change one part of a record, nobody else writing meanwhile; return all of the record.
+
+    part: the value of `what` in all its rows. The record's `details["parts"]` says of every part
+        where it was measured, and holds what is kept beside its rows; without rows it goes.
+    change: what it keeps of an earlier command stands before the new one.
 
     Raises SettingError as `check_parts`.
     """
-    with alone_at(path):
+    check_file(path)
+    with alone_in(path.absolute().parent / _LOCK_FOLDER):
         check_parts(path, device)
-        earlier = read_record(path) if path.is_file() else {"rows": []}
-        parts = _parts_of(earlier)
-        if is_added_to and part in parts:
-            command = _join([*parts[part]["command"].split(" && "), command])
-        source = {**describe_source(command, device), **(details or {})}
-        parts = {name: found for name, found in parts.items() if name != part} | {part: source}
-        others = [row for row in earlier["rows"] if row["what"] in parts and row["what"] != part]
+        record = read_record(path) if path.is_file() else {"rows": []}
+        rows, details = change(*read_part(path, part))
+        earlier = details["command"].split(" && ") if "command" in details else []
+        source = describe_source(_join([*earlier, command]), device)
+        parts = {name: found for name, found in _parts_of(record).items() if name != part}
+        others = [row for row in record["rows"] if row["what"] in parts]
+        if rows:
+            parts[part] = source | {key: details[key] for key in details if key not in SOURCE}
         return write_record(
             path,
             title=title,
@@ -93,23 +101,20 @@ def write_part(
         )
 
 
-@contextlib.contextmanager
-def alone_at(path: Path) -> Iterator[None]:
-    """Keep others from a record between `read_part` and `write_part`, which then does not wait.
+def replacing(replaced: Sequence[Row], names: Sequence[str], rows: Sequence[Row]) -> Change:
+    """Return the change that puts rows in place of others; what is beside kept ones stays."""
 
-    Raises SettingError as `check_file`.
-    """
-    check_file(path)
-    folder = path.absolute().parent / _LOCK_FOLDER
-    if _held.get() == folder:
-        yield
-        return
-    with alone_in(folder):
-        token = _held.set(folder)
-        try:
-            yield
-        finally:
-            _held.reset(token)
+    def change(earlier: list[Row], source: Row) -> tuple[list[Row], Row]:
+        kept = without(earlier, replaced, names)
+        return [*kept, *rows], source if kept else {}
+
+    return change
+
+
+def without(rows: Iterable[Row], replaced: Iterable[Row], names: Sequence[str]) -> list[Row]:
+    """Return the rows that differ in some value of `names` from each that is replaced."""
+    keys = [[row[name] for name in names] for row in replaced]
+    return [row for row in rows if [row[name] for name in names] not in keys]
 
 
 def check_file(path: Path) -> None:
@@ -133,8 +138,8 @@ def check_parts(path: Path, device: torch.device | str) -> None:
             )
 
 
-def read_part(path: Path, part: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows of a part, and what `write_part` keeps beside them; none: of neither."""
+def read_part(path: Path, part: str) -> tuple[list[Row], Row]:
+    """Return the rows of a part, and what is kept beside them; none: of neither."""
     record = read_record(path) if path.is_file() else {"rows": []}
     rows = [row for row in record["rows"] if row.get("what") == part]
     return rows, _parts_of(record).get(part, {})

@@ -25,14 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.record import (
-    RESULTS_FOLDER,
-    alone_at,
-    check_parts,
-    read_part,
-    show_rows,
-    write_part,
-)
+from benchmarks.record import RESULTS_FOLDER, change_part, check_parts, show_rows, without
 from linvideo_core.models.config import ATTENTION_MASSES
 from linvideo_core.run import limits
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
@@ -210,7 +203,8 @@ def run(config: HybridConfig) -> dict[str, list[Row]]:
             seed, case = waiting[future]
             if (error := future.exception()) is None:
                 done[seed, case] = future.result()
-                _write(config, device, done)
+                for table, rows in _to_tables(config, done).items():
+                    _write(config, device, table, rows)
             else:
                 logger.warning("%s, seed %d: %s", case, seed, error)
             bar.update()
@@ -233,28 +227,25 @@ def _path_of(config: HybridConfig) -> Path:
     return (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
 
 
-def _write(config: HybridConfig, device: str, done: dict[tuple[int, Case], Row]) -> None:
-    """Put what is done into the record: rows of other cases stay."""
-    path = _path_of(config)
-    with alone_at(path):
-        for table, rows in _to_tables(config, done).items():
-            made = {_case_of(row) for row in rows}
-            _, earlier = read_part(path, table)
-            kept = [run for run in earlier.get("runs", []) if _case_of(run) not in made]
-            note = earlier.get("command_note")
-            places = [(case.form, case.tile_name, case.layers) for case in TABLES[table]]
-            order = {place: number for number, place in enumerate(places)}
-            runs = sorted([*kept, *rows], key=lambda row: order.get(_case_of(row)[:3], len(order)))
-            write_part(
-                path,
-                table,
-                title="Embedded model: softmax within tiles and linear attention in one layer",
-                command=f"python -m research.hybrid {to_flags(config, without=('out', 'device'))}",
-                rows=[{"what": table, **row} for row in summarize(runs)],
-                device=device,
-                details={"runs": runs, **({"command_note": note} if kept and note else {})},
-                is_added_to=bool(kept),
-            )
+def _write(config: HybridConfig, device: str, table: str, rows: list[Row]) -> None:
+    """Put a table's rows into the record: those of other cases stay."""
+
+    def change(_: list[Row], source: Row) -> tuple[list[Row], Row]:
+        kept = without(source.get("runs", []), rows, _CASE)
+        places = [(case.form, case.tile_name, case.layers) for case in TABLES[table]]
+        order = {place: number for number, place in enumerate(places)}
+        runs = sorted([*kept, *rows], key=lambda row: order.get(_case_of(row)[:3], len(order)))
+        shown = [{"what": table, **row} for row in summarize(runs)]
+        return shown, {**(source if kept else {}), "runs": runs}
+
+    change_part(
+        _path_of(config),
+        table,
+        change,
+        title="Embedded model: softmax within tiles and linear attention in one layer",
+        command=f"python -m research.hybrid {to_flags(config, without=('out', 'device'))}",
+        device=device,
+    )
 
 
 def _case_of(row: Row) -> tuple[Any, ...]:

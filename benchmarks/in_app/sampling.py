@@ -11,7 +11,8 @@ of one server.
         --kernels sparse --start-percent 0 --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --without-triton --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --cpu
-Rows of one size, ComfyUI and Triton replace earlier ones in --out or results.
+Each row is kept as soon as it is sampled, in --out or results; the first of a run replaces all
+earlier ones of its size, ComfyUI and Triton.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from linvideo_core.transfer.preflight import check_tile
 
 from ..models.sizes import GUIDANCE_SCALE, SIZES, VIDEO_STEPS, Size
 from ..models.softmax_layers import RECORD_NAME, RECORD_TITLE
-from ..record import RESULTS_FOLDER, alone_at, check_parts, read_part, show_rows, write_part
+from ..record import RESULTS_FOLDER, change_part, check_parts, replacing, show_rows
 from . import graphs
 from .checkpoints import write_linear_layers
 from .cli import find_installation
@@ -97,6 +98,16 @@ class SamplingConfig(Settings):
         return SIZES["tiny" if self.cpu else self.size]
 
     @property
+    def device(self) -> str:
+        """What samples."""
+        return "cpu" if self.cpu else "cuda"
+
+    @property
+    def path(self) -> Path:
+        """Where the table goes."""
+        return (RESULTS_FOLDER if self.record else self.out) / RECORD_NAME
+
+    @property
     def hybrid_tile(self) -> str:
         """The tile of hybrid layers."""
         return self.tile or self.video.tiles[-1]
@@ -128,14 +139,16 @@ def find_host(config: SamplingConfig) -> Installation:
 
 
 def run(config: SamplingConfig) -> list[Row]:
-    """Sample all ways and return a row of each.
+    """Sample all ways, write the record after each, and return a row of each.
 
-    A kernel that fails is left out, and said, as are hybrid layers. Raises ValueError for bad input
-    or a missing GPU, PromptError where ComfyUI's own way fails, or linear layers beside it.
+    A kernel that fails is left out, and said, as are hybrid layers. Raises ValueError, before
+    anything is sampled, for bad input, for a missing GPU, and where the record has rows of another
+    device; PromptError where ComfyUI's own way fails, or linear layers beside it.
     """
     installation = find_host(config)
+    check_parts(config.path, config.device)
     config.out.mkdir(parents=True, exist_ok=True)
-    bench = Workbench(installation, config.out.absolute(), "cpu" if config.cpu else "cuda")
+    bench = Workbench(installation, config.out.absolute(), config.device)
     _write_files(bench.folder / "models" / "linvideo", config)
     file, dtype = bench.checkpoint(config.video, "bf16")
     base = graphs.load_wan(file, dtype, config.video, config.video.num_frames)
@@ -156,11 +169,27 @@ def run(config: SamplingConfig) -> list[Row]:
                 continue
             row = _describe(config, way) | where | measured
             rows.append(row | compare(row, rows[0] if rows else row))
+            _keep(config, rows)
             logging.info("%s: %.1f s", way, row["seconds"])
     finally:
         bench.stop()
         shutil.rmtree(bench.folder, ignore_errors=True)
     return rows
+
+
+def _keep(config: SamplingConfig, rows: Sequence[Row]) -> None:
+    """Put a run's rows so far in place of all earlier ones of its size, ComfyUI and Triton."""
+    flags = to_flags(config, without=("comfyui", "python", "out", "record"))
+    # Few steps first: stopped in between, no ratio over another run's default is left.
+    for part in (_FEW, _GUIDED):
+        change_part(
+            config.path,
+            part,
+            replacing(rows, _KEY, [row for row in rows if row["what"] == part]),
+            title=RECORD_TITLE,
+            command=f"python -m benchmarks.in_app.sampling --comfyui PATH {flags} --record",
+            device=config.device,
+        )
 
 
 def _known_kernels(server: Server, config: SamplingConfig) -> list[str]:
@@ -256,16 +285,10 @@ def _read_words(server: Server) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line, sample, keep the rows, show them."""
+    """Read the command line, sample, show the rows."""
     config = parse(SamplingConfig, argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    find_host(config)
-    device = "cpu" if config.cpu else "cuda"
-    path = (RESULTS_FOLDER if config.record else config.out) / RECORD_NAME
-    check_parts(path, device)
     rows = run(config)
-    for part in (_GUIDED, _FEW):
-        _keep(path, part, [row for row in rows if row["what"] == part], config, device)
     columns = (
         "softmax_backend",
         "linear_layers",
@@ -279,24 +302,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "peak_gb",
     )
     sys.stdout.write(f"\n{show_rows([{name: row[name] for name in columns} for row in rows])}\n")
-
-
-def _keep(path: Path, part: str, rows: Sequence[Row], config: SamplingConfig, device: str) -> None:
-    """Write a part's rows in place of earlier ones of the same size, ComfyUI and Triton."""
-    place = [rows[0][name] for name in _KEY]
-    hidden = ("comfyui", "python", "out", "record")
-    with alone_at(path):
-        earlier, _ = read_part(path, part)
-        write_part(
-            path,
-            part,
-            title=RECORD_TITLE,
-            command="python -m benchmarks.in_app.sampling --comfyui PATH "
-            f"{to_flags(config, without=hidden)} --record",
-            rows=[*(row for row in earlier if [row[name] for name in _KEY] != place), *rows],
-            device=device,
-            is_added_to=True,
-        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 
 from .. import record
-from .measuring import check_memory, find_softmax, measure_size, to_rows
+from .measuring import Row, check_memory, find_softmax, measure_size, to_rows
 from .sizes import SIZES, Size
 
 RECORD_NAME = "scale.json"
@@ -96,22 +96,17 @@ def _write(config: ScaleConfig, size: Size, found: dict[str, Any], device: str) 
     config = dataclasses.replace(config, device=device, shapes=size.name)
     command = f"python -m benchmarks.models {to_flags(config, without=['out', 'record'])}"
     found |= record.describe_source(command, device)
-    with record.alone_at(config.path):
-        _, earlier = record.read_part(config.path, _PART)
-        place = (found["size"], found["where"])
-        kept = [run for run in earlier.get("runs", []) if (run["size"], run["where"]) != place]
+
+    def change(_: list[Row], source: Row) -> tuple[list[Row], Row]:
+        kept = record.without(source.get("runs", []), [found], ("size", "where"))
         order = list(SIZES)
         runs = sorted([*kept, found], key=lambda run: order.index(run["size"]))
-        return record.write_part(
-            config.path,
-            _PART,
-            title=RECORD_TITLE,
-            command=command,
-            rows=[row for run in runs for row in to_rows(run)],
-            device=device,
-            details={"runs": runs},
-            is_added_to=bool(kept),
-        )
+        rows = [row for run in runs for row in to_rows(run)]
+        return rows, {**(source if kept else {}), "runs": runs}
+
+    return record.change_part(
+        config.path, _PART, change, title=RECORD_TITLE, command=command, device=device
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -128,21 +128,19 @@ def _write(
 ) -> dict[str, Any]:
     """Put a size's rows into the record: those of other sizes stay."""
     flags = to_flags(config, without=("out", "record", "device"))
-    with record.alone_at(config.path):
-        earlier, source = record.read_part(config.path, _PART)
-        place = (size.model, size.resolution)
-        kept = [row for row in earlier if (row["model"], row["resolution"]) != place]
-        runs = [run for run in source.get("runs", []) if run["size"] != size.name]
-        runs.append({**found, "command": f"python -m benchmarks.models.softmax_layers {flags}"})
-        return record.write_part(
-            config.path,
-            _PART,
-            title=RECORD_TITLE,
-            command=" && ".join(dict.fromkeys(run["command"] for run in runs)),
-            rows=[*kept, *to_rows(size, found["rows"], densities)],
-            device=device,
-            details={"runs": runs},
-        )
+    command = f"python -m benchmarks.models.softmax_layers {flags}"
+    rows = to_rows(size, found["rows"], densities)
+
+    def change(earlier: list[Row], source: Row) -> tuple[list[Row], Row]:
+        kept = record.without(earlier, rows, ("model", "resolution"))
+        runs = record.without(source.get("runs", []), [found], ("size",))
+        runs.append({**found, "command": command})
+        details = {"runs": runs, "command": " && ".join(run["command"] for run in runs)}
+        return [*kept, *rows], details
+
+    return record.change_part(
+        config.path, _PART, change, title=RECORD_TITLE, command=command, device=device
+    )
 
 
 def _find_dense(config: SoftmaxConfig, device: str) -> dict[str, Contender]:

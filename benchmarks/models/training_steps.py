@@ -48,12 +48,10 @@ from linvideo_core.transfer.student import Student, TransferTask, accelerated
 
 from ..record import (
     RESULTS_FOLDER,
-    alone_at,
+    change_part,
     check_parts,
     describe_device,
-    read_part,
     show_rows,
-    write_part,
 )
 from .cli import RECORD_NAME, RECORD_TITLE
 from .measuring import free_memory
@@ -303,17 +301,17 @@ def run(config: StepsConfig, processes: ProcessGroup = SINGLE_PROCESS) -> dict[s
     launch = f"torchrun --nproc-per-node {processes.size}" if processes.size > 1 else "python"
     words = f"-m benchmarks.models.training_steps --size {config.size}"
     flags = to_flags(config, without=["out", "record", "size"])
-    with alone_at(path):
-        earlier, _ = read_part(path, _PART)
-        return write_part(
-            path,
-            _PART,
-            title=RECORD_TITLE,
-            command=f"{launch} {words} {flags}".strip(),
-            rows=compare_rows(list({_key(row): row for row in [*earlier, *new]}.values())),
-            device=device,
-            is_added_to=True,
-        )
+    return change_part(
+        path,
+        _PART,
+        lambda earlier, source: (
+            compare_rows(list({_key(row): row for row in [*earlier, *new]}.values())),
+            source,
+        ),
+        title=RECORD_TITLE,
+        command=f"{launch} {words} {flags}".strip(),
+        device=device,
+    )
 
 
 def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

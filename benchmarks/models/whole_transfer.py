@@ -33,7 +33,7 @@ from linvideo_core.transfer.config import QUALITIES, TransferConfig
 
 from ..in_app.checkpoints import write_wan
 from ..in_app.headless import write_prompts
-from ..record import RESULTS_FOLDER, alone_at, check_parts, read_part, show_rows, write_part
+from ..record import RESULTS_FOLDER, change_part, check_parts, replacing, show_rows
 from .sizes import SIZES, Size
 from .training_steps import GB, capped
 
@@ -158,19 +158,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = (RESULTS_FOLDER if config.record else config.out) / "recipe.json"
     check_parts(path, resolve_device(config.device))
     for part, rows in run(config).items():
-        keys = {tuple(row[name] for name in _KEY) for row in rows}
-        with alone_at(path):
-            earlier, _ = read_part(path, part)
-            write_part(
-                path,
-                part,
-                title="What a transfer of a model of one's own takes and learns from",
-                command="python -m benchmarks.models.whole_transfer "
-                f"{to_flags(config, without=('out', 'device'))}",
-                rows=[*(r for r in earlier if tuple(r[n] for n in _KEY) not in keys), *rows],
-                device=resolve_device(config.device),
-                is_added_to=True,
-            )
+        change_part(
+            path,
+            part,
+            replacing(rows, _KEY, rows),
+            title="What a transfer of a model of one's own takes and learns from",
+            command="python -m benchmarks.models.whole_transfer "
+            f"{to_flags(config, without=('out', 'device'))}",
+            device=resolve_device(config.device),
+        )
         sys.stdout.write(f"\n{show_rows(rows)}\n")
     sys.stdout.write(f"record: {path}\n")
 

@@ -20,10 +20,10 @@ A student is called by its file's folder and name: `transfer-linearized` is the 
 at every step; a student without such layers has none. A file that was distilled is sampled in its
 own few steps, without guidance.
 Repeating the command continues where it stopped; what was measured of a file is used again. With
-`--record` the rows go to results/crowd.json, too: of 2,000 videos as `evaluation_2000`. Rows of
-other names and densities stay there if they were measured alike: of the same teacher, judge,
-captions, noise, sampler and versions, and of the same file where the name is the same. If not, they
-go.
+`--record` the rows go to results/crowd.json, too, after each model: of 2,000 videos as
+`evaluation_2000`. Rows of other names and densities stay there if they were measured alike: of the
+same teacher, judge, captions, noise, sampler and versions, and of the same file where the name is
+the same. If not, they go.
 """
 
 import contextlib
@@ -350,17 +350,20 @@ def describe_model(sampling: Sampling, name: str, path: Path | None) -> Row:
     }
 
 
-def compare(config: CrowdConfig, run: Run) -> list[Row]:
-    """Sample and measure all models; return a row for each, in the first process alone."""
+def compare(
+    config: CrowdConfig, run: Run, on_rows: Callable[[list[Row]], None] = lambda rows: None
+) -> list[Row]:
+    """Sample and measure all models; return a row for each, in the first process alone.
+
+    on_rows: called there with the rows so far: of clips and the teacher, then after each model.
+    """
     sampling = open_sampling(config, run)
     artifacts = dict(zip(config.artifact_names(), config.list_artifacts(), strict=True))
     paths = {"teacher": None, **artifacts}
     # What does not fit is told before anything is sampled.
     models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
-    # Measures are of these weights and captions: others begin afresh.
-    folder = config.out / "-".join(["of", *digests_of(config).values()])
-    measure_references(sampling, folder)
-    files = {n: measure_file(sampling, folder, n, path) for n, path in paths.items() if path}
+    models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
+    waiting = [(name, path, None) for name, path in artifacts.items()]
     densities = zip(config.density_names(), config.read_densities(), strict=True)
     for density_name, density in densities:
         for name, path in paths.items():
@@ -368,18 +371,32 @@ def compare(config: CrowdConfig, run: Run) -> list[Row]:
                 continue
             sparse = f"{name}-sparse-{density_name}"
             models[sparse] = models[name] | {"softmax_backend": SPARSE, "density": density}
-            files[sparse] = measure_file(sampling, folder, sparse, path, density=density)
-    if not run.processes.is_first:
-        return []
-    shown = slice(0, min(_NUM_SHOWN, config.comparison.batch_size))
-    folders = {name: folder / name for name in ("real", "teacher")} | files
-    save_strip(
-        {name: read_measures(path)["frames"][shown] for name, path in folders.items()},
-        [sampling.teacher.prompts[i] for i in sampling.index[shown]],
-        config.out / "crowd.png",
-    )
-    models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
-    return [models[row.pop("model")] | row for row in read_rows(folder, files)]
+            waiting.append((sparse, path, density))
+    # Measures are of these weights and captions: others begin afresh.
+    folder = config.out / "-".join(["of", *digests_of(config).values()])
+    files: dict[str, Path] = {}
+
+    def tell() -> list[Row]:
+        if not run.processes.is_first:
+            return []
+        rows = [models[row.pop("model")] | row for row in read_rows(folder, files)]
+        on_rows(rows)
+        return rows
+
+    measure_references(sampling, folder)
+    rows = tell()
+    for name, path, density in waiting:
+        files[name] = measure_file(sampling, folder, name, path, density=density)
+        rows = tell()
+    if rows:
+        shown = slice(0, min(_NUM_SHOWN, config.comparison.batch_size))
+        folders = {name: folder / name for name in ("real", "teacher")} | files
+        save_strip(
+            {name: read_measures(path)["frames"][shown] for name, path in folders.items()},
+            [sampling.teacher.prompts[i] for i in sampling.index[shown]],
+            config.out / "crowd.png",
+        )
+    return rows
 
 
 def settings_of(config: CrowdConfig) -> Row:
@@ -411,7 +428,7 @@ def digest_of(path: Path) -> str:
 
 
 def main(processes: ProcessGroup) -> None:
-    """Read the command line, compare, write crowd.json and a picture, show the table."""
+    """Read the command line, compare, write crowd.json after each model, show the table."""
     config = parse(CrowdConfig, None, description=__doc__)
     device = processes.place(resolve_device(config.device))
     with processes.in_turn():
@@ -419,17 +436,15 @@ def main(processes: ProcessGroup) -> None:
             check_parts(RESULTS_FOLDER / RECORD_NAME, device)
         open_run(config.out, config, ignore=_FREE_FIELDS)
     run = Run(device=device, precision=resolve_precision("auto", device), processes=processes)
-    rows = compare(config, run)
-    if processes.is_first:
-        write_record(
-            config.out / RECORD_NAME,
-            title=RECORD_TITLE,
-            command=command_of(config),
-            rows=rows,
-            device=device,
-        )
+
+    def keep(rows: list[Row]) -> None:
+        source = {"command": command_of(config), "device": device}
+        write_record(config.out / RECORD_NAME, title=RECORD_TITLE, rows=rows, **source)
         if config.record:
-            record(rows, settings_of(config), command=command_of(config), device=device)
+            record(rows, settings_of(config), **source)
+
+    rows = compare(config, run, keep)
+    if processes.is_first:
         sys.stdout.write(show_rows(rows))
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.record import RESULTS_FOLDER, alone_at, read_part, write_part
+from benchmarks.record import RESULTS_FOLDER, change_part, without
 from linvideo_core.evaluate import metrics
 
 from .judge import QUESTIONS
@@ -92,28 +92,16 @@ def record(rows: Sequence[Row], settings: Row, *, command: str, device: torch.de
     settings: all that must be the same of rows of one table, `num_samples` among it.
     """
     path, part = RESULTS_FOLDER / RECORD_NAME, f"evaluation_{settings['num_samples']}"
-    with alone_at(path):
-        earlier, source = read_part(path, part)
-        made = {_key_of(row) for row in rows}
-        files = {row["model"]: row["file"] for row in rows}
+    files = {row["model"]: row["file"] for row in rows}
+
+    def change(earlier: list[Row], source: Row) -> tuple[list[Row], Row]:
         kept = [
             row
-            for row in earlier
+            for row in without(earlier, rows, ("model", "softmax_backend", "density"))
             if source.get("settings") == settings
-            and _key_of(row) not in made
             and row["file"] == files.get(row["model"], row["file"])
         ]
-        write_part(
-            path,
-            part,
-            title=RECORD_TITLE,
-            command=command,
-            rows=[*({"what": part, **row} for row in rows), *kept],
-            device=device,
-            details={"settings": settings},
-            is_added_to=bool(kept),
-        )
+        details = source if kept else {"settings": settings}
+        return [*({"what": part, **row} for row in rows), *kept], details
 
-
-def _key_of(row: Row) -> tuple[Any, ...]:
-    return row["model"], row["softmax_backend"], row["density"]
+    change_part(path, part, change, title=RECORD_TITLE, command=command, device=device)

@@ -1,5 +1,6 @@
 """The benchmark of transfers in ComfyUI: its files, its reading of a log, rows that fail."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -37,6 +38,41 @@ LinVideo: sampling_teacher: 1 videos in 12.34 s
 LinVideo: training: 8 steps in 25.30 s
 another line, training: 9 steps in 1.00 s
 """
+
+
+# What ComfyUI answers over HTTP, and that a graph failed once so many have not.
+HOST = """
+import http.server, json, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    num_graphs = 0
+
+    def do_GET(self):
+        is_good = Handler.num_graphs <= NUM_GOOD
+        failed = {"node_type": "any", "exception_type": "any", "exception_message": "no more"}
+        messages = [] if is_good else [("execution_error", failed)]
+        history = {"status": {"messages": messages}, "outputs": {}}
+        self.answer({self.path.removeprefix("/history/"): history})
+
+    def do_POST(self):
+        Handler.num_graphs += self.path == "/prompt"
+        self.answer({"prompt_id": "graph"})
+
+    def answer(self, body):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def write_host(root: Path, version: str, num_good: int) -> None:
+    """Write what looks like a ComfyUI, whose graphs fail after so many."""
+    root.mkdir(exist_ok=True)
+    (root / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    (root / "main.py").write_text(HOST.replace("NUM_GOOD", str(num_good)))
 
 
 @pytest.fixture
@@ -97,6 +133,33 @@ def test_samplings_are_refused_without_a_host_and_its_end_is_told(
     config = SamplingConfig(comfyui=broken_host, cpu=True, out=tmp_path / "out")
     with pytest.raises(PromptError, match="no such thing as a lunch"):
         sampling.run(config)
+
+
+def test_a_run_that_ends_early_leaves_its_rows_and_none_of_an_earlier_run_of_its_place(
+    tmp_path: Path,
+) -> None:
+    config = SamplingConfig(comfyui=tmp_path / "host", cpu=True, steps=2, out=tmp_path / "out")
+
+    def sample(version: str, *, num_ways: int) -> list[tuple[str, str, int]]:
+        # A graph to warm up and one that is timed.
+        write_host(config.comfyui, version, 2 * num_ways)
+        with contextlib.suppress(PromptError):
+            sampling.run(config)
+        rows = read_record(config.path)["rows"]
+        layers = [row["linear_layers"] + row["hybrid_layers"] for row in rows]
+        return [(r["where"], r["what"], n) for r, n in zip(rows, layers, strict=True)]
+
+    guided = [("sampling", n) for n in (0, 2, 4)]
+    whole = [("few_steps", 2), ("few_steps", 4), *guided]
+    other = [("ComfyUI 1.0", *row) for row in whole]
+    assert sample("1.0", num_ways=5) == other
+    assert len(sample("2.0", num_ways=5)) == 2 * len(whole)
+    before = read_record(config.path)["rows"]
+    # A run that fails at once has measured nothing.
+    sample("2.0", num_ways=0)
+    assert read_record(config.path)["rows"] == before
+    # Few steps are compared with the run's own first row: those of another run go with it.
+    assert sample("2.0", num_ways=1) == [*other, ("ComfyUI 2.0", "sampling", 0)]
 
 
 def test_the_file_that_is_sampled_with_fits_its_model(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Records say where their numbers come from, and one table never mixes two devices."""
 
-import ast
 import concurrent.futures
 import json
 import shutil
@@ -10,12 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks.record import (
-    REPOSITORY,
-    alone_at,
+    Change,
+    change_part,
     check_parts,
     describe_device,
     read_part,
     read_record,
+    replacing,
     show_rows,
     write_part,
     write_record,
@@ -97,29 +97,31 @@ def test_rows_that_are_added_to_a_part_at_the_same_time_all_stay(tmp_path: Path)
 
     def add(seconds: float) -> None:
         row = {"what": "train", "seconds": seconds}
-        with alone_at(path):
-            rows = [*read_part(path, "train")[0], row]
-            write_part(path, "train", title="All", command="run", rows=rows, device="cpu")
+        change = replacing([row], ["seconds"], [row])
+        change_part(path, "train", change, title="All", command="run", device="cpu")
 
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         list(threads.map(add, range(4)))
     assert sorted(row["seconds"] for row in read_part(path, "train")[0]) == [0, 1, 2, 3]
 
 
-def test_nobody_else_writes_between_what_is_read_of_a_part_and_written() -> None:
-    def called(tree: ast.AST) -> set[str]:
-        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        return {getattr(call, "id", getattr(call, "attr", "")) for call in calls}
+def test_commands_and_details_stay_while_rows_do_and_a_part_without_rows_goes(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "scale.json"
+    write(path, "denoise", 1.0)
+    write(path, "train", 1.0, note="of one card")
 
-    both, found = {"read_part", "write_part"}, 0
-    for path in [*REPOSITORY.glob("benchmarks/**/*.py"), *REPOSITORY.glob("research/**/*.py")]:
-        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-        for function in (each for each in functions if both <= called(each)):
-            found += 1
-            blocks = [node for node in ast.walk(function) if isinstance(node, ast.With)]
-            assert any(both | {"alone_at"} <= called(block) for block in blocks), path
-    assert found
+    def put(change: Change, command: str) -> dict[str, Any]:
+        record = change_part(path, "train", change, title="All", command=command, device="cpu")
+        return record["details"]["parts"]
+
+    row = {"what": "train", "seconds": 2.0}
+    kept = put(replacing([row], ["seconds"], [row]), "run more")["train"]
+    assert (kept["command"], kept["note"]) == ("run train && run more", "of one card")
+    kept = put(replacing([row], ["what"], [row]), "run again")["train"]
+    assert kept["command"] == "run again" and "note" not in kept
+    assert put(lambda *_: ([], {}), "run none").keys() == {"denoise"}
 
 
 def test_a_record_that_cannot_be_written_is_refused_and_says_what_to_do(tmp_path: Path) -> None:

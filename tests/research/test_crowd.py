@@ -359,6 +359,19 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     )
     save_student(config.model, teacher / "student.safetensors", 1)
     save_student(config.model, teacher / "all.safetensors", 0, 1)
+    for module in (evaluate, crowd_rows):
+        monkeypatch.setattr(module, "RESULTS_FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *shlex.split(to_flags(config)), "--record"])
+    # A file stands where the last model's folder is to be.
+    measures = config.out / "-".join(["of", *evaluate.digests_of(config).values()])
+    digest = evaluate.digest_of(teacher / "student.safetensors")
+    blocked = measures / f"{teacher.name}-student-sparse-0.1-{digest}"
+    measures.mkdir(parents=True)
+    blocked.touch()
+    with pytest.raises(FileExistsError):
+        evaluate.main(SINGLE_PROCESS)
+    early, _ = read_part(tmp_path / "crowd.json", "evaluation_4")
+    blocked.unlink()
     rows = evaluate.compare(config, Run())
     # Where all layers are linear nothing is left to be sparse.
     real, own, student, every, sparse, both = rows
@@ -379,14 +392,11 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     assert {"frechet_teacher", "frechet_real", "temporal_spectrum_db", "diversity"} <= set(own)
     assert (config.out / "crowd.png").exists()
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
-    for module in (evaluate, crowd_rows):
-        monkeypatch.setattr(module, "RESULTS_FOLDER", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *shlex.split(to_flags(config)), "--record"])
     evaluate.main(SINGLE_PROCESS)
     part, _ = read_part(tmp_path / "crowd.json", "evaluation_4")
     # Shares of a teacher that answers nothing are not finite, and null in a file.
     stored = json.loads(json.dumps(rows), parse_constant=lambda _: None)
-    assert part == [{"what": "evaluation_4", **row} for row in stored]
+    assert part == [{"what": "evaluation_4", **row} for row in stored] and early == part[:-1]
     assert before == {path: path.stat().st_mtime_ns for path in config.out.rglob("*.safetensors")}
     settings = evaluate.settings_of(config)
     for change in ({"seed": 1}, {"compile": True}, {"prompts": teacher / "prompts.safetensors"}):
