@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks.kernels.contenders import read_densities
 from benchmarks.record import RESULTS_FOLDER, show_rows, write_record
 from linvideo_core import artifact
 from linvideo_core.evaluate.compare import compare, load_linearized
@@ -54,6 +55,14 @@ class QualityConfig(Settings):
     device: str = device_option()
     out: Path = option(Path("runs/softmax-quality"), "folder of the record")
     record: bool = option(False, f"write results/{_RECORD_NAME}, not the one in --out")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.list_densities()
+
+    def list_densities(self) -> list[float]:
+        """Return the densities of the sparse rows."""
+        return [*read_densities(self.densities, "densities").values()]
 
 
 @contextlib.contextmanager
@@ -98,7 +107,7 @@ def changed(model: nn.Module, *, is_linear: bool, density: float) -> Iterator[nn
 def run(config: QualityConfig) -> list[dict[str, Any]]:
     """Return the record's rows: means over seeds, and the spread of each measure."""
     teacher = load_teacher(TeacherConfig()).to(resolve_device(config.device))
-    densities = [float(word) for word in config.densities.split(",")]
+    densities = config.list_densities()
     cases = [(False, 1.0), *((is_linear, d) for is_linear in (False, True) for d in densities)]
     cases.insert(1, (True, 1.0))
     found: dict[str, list[dict[str, Any]]] = {}

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from linvideo_core.kernels.softmax import DENSITY, SPARSE, check_density, why_not_sparse
+from linvideo_core.kernels.softmax import DENSITY, SPARSE, why_not_sparse
 from linvideo_core.models.config import LinearForm
 from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device
@@ -29,7 +29,7 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.transfer.preflight import check_tile
 
 from .. import record
-from ..kernels.contenders import HEAD_DIM, Contender, make_sparse
+from ..kernels.contenders import HEAD_DIM, Contender, make_sparse, read_densities
 from .cli import check_shapes
 from .measuring import BACKENDS, DTYPES, Row, check_memory, find_softmax, measure_size
 from .sizes import SIZES, VIDEO_STEPS, Size
@@ -76,19 +76,9 @@ class SoftmaxConfig:
         return [dataclasses.replace(size, tiles=tiles) for size in sizes]
 
     def list_densities(self) -> dict[str, float]:
-        """Return the densities by the names that sparse kernels have here, each once."""
-        words = [word.strip() for word in self.density.split(",")]
-        try:
-            found = {f"{SPARSE} {word}": float(word) for word in words}
-            for density in found.values():
-                check_density(density)
-        except ValueError as error:
-            raise SettingError(
-                f"{{density}} {self.density} given; numbers above 0 and at most 1 are needed, with "
-                "a comma between two",
-                "density",
-            ) from error
-        return found
+        """Return the densities by the names that sparse kernels have here."""
+        found = read_densities(self.density, "density")
+        return {f"{SPARSE} {name}": density for name, density in found.items()}
 
     @property
     def path(self) -> Path:

@@ -38,6 +38,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.kernels.contenders import read_densities
 from benchmarks.record import (
     RESULTS_FOLDER,
     check_parts,
@@ -51,13 +52,13 @@ from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import count_layers, draw_prompts
 from linvideo_core.evaluate.videos import save_strip
 from linvideo_core.flow import Recipe, bind_guided, make_sigmas
-from linvideo_core.kernels.softmax import SPARSE, check_density
+from linvideo_core.kernels.softmax import SPARSE
 from linvideo_core.models.attention_sites import compiled_blocks, shapes_of, softmax_by
 from linvideo_core.models.families import identify
 from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
-from linvideo_core.run.errors import SettingError, shown_value
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.folder import open_run
 from linvideo_core.run.process_group import ProcessGroup
@@ -115,33 +116,18 @@ class CrowdConfig:
                 "batch_size",
                 "seeds_per_prompt",
             )
-        try:
-            for density in self.read_densities():
-                check_density(density)
-        except ValueError as error:
+        self.list_densities()
+        names = self.artifact_names()
+        if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
             raise SettingError(
-                f"{{densities}} {shown_value(self.densities)} given; numbers above 0 and of 1 at "
-                "most with commas between are needed",
-                "densities",
-            ) from error
-        for field, names in (
-            ("artifacts", self.artifact_names()),
-            ("densities", self.density_names()),
-        ):
-            if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
-                raise SettingError(
-                    f"{{{field}}} {getattr(self, field)} given, and two rows would be called "
-                    f"{repeated[0]}; others are needed",
-                    field,
-                )
+                f"{{artifacts}} {self.artifacts} given, and two rows would be called "
+                f"{repeated[0]}; others are needed",
+                "artifacts",
+            )
 
-    def read_densities(self) -> list[float]:
-        """Return the densities of sparse rows; raise ValueError for what is no number."""
-        return [float(word) for word in self.densities.split(",") if word.strip()]
-
-    def density_names(self) -> list[str]:
-        """Return the densities as they are in the names of folders."""
-        return [f"{density:g}" for density in self.read_densities()]
+    def list_densities(self) -> dict[str, float]:
+        """Return the densities of sparse rows by their names in folders."""
+        return read_densities(self.densities, "densities") if self.densities else {}
 
     def list_artifacts(self) -> list[Path]:
         """Return the LINVIDEO files."""
@@ -364,8 +350,7 @@ def compare(
     models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
     models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
     waiting = [(name, path, None) for name, path in artifacts.items()]
-    densities = zip(config.density_names(), config.read_densities(), strict=True)
-    for density_name, density in densities:
+    for density_name, density in config.list_densities().items():
         for name, path in paths.items():
             if models[name]["softmax_backend"] is None:
                 continue

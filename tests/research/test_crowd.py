@@ -495,7 +495,7 @@ def test_rows_that_were_measured_otherwise_do_not_stay_in_a_record(
     ("settings", "words"),
     [
         ({"artifacts": "a/x/l.safetensors,b/x/l.safetensors"}, "would be called x-l"),
-        ({"densities": "0.1,0.1000001"}, "would be called 0.1"),
+        ({"densities": "0.1,0.1000001"}, "different ones are needed"),
     ],
 )
 def test_rows_of_one_name_are_refused(settings: dict[str, str], words: str) -> None:
@@ -505,7 +505,7 @@ def test_rows_of_one_name_are_refused(settings: dict[str, str], words: str) -> N
 
 @pytest.mark.parametrize("densities", ["0", "0.1,1.5", "a tenth"])
 def test_densities_that_are_none_are_refused(densities: str) -> None:
-    with pytest.raises(SettingError, match="numbers above 0 and of 1 at most"):
+    with pytest.raises(SettingError, match="numbers above 0 and at most 1"):
         evaluate.CrowdConfig(densities=densities)
 
 
