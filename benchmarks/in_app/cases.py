@@ -34,6 +34,7 @@ class Case:
     kind: which function measures it. free_gb: memory that the card has left; None: all.
     is_base_checked: whether the model is sampled before and after, to see that it comes back.
     sampling_steps: of the samplings that are timed, with and without linear layers; 0: none.
+    tile: of the layers that a transfer makes hybrid instead of linear.
     sizes: of a MiniMax-H3, by the names of its class.
     """
 
@@ -48,6 +49,7 @@ class Case:
     steps: int = 4
     is_base_checked: bool = True
     sampling_steps: int = 0
+    tile: str | None = None
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -70,6 +72,7 @@ class Case:
             "frames": self.frames,
             "where": "headless" if self.kind == "headless" else "comfyui",
             "flags": " ".join((*self.flags, *free)),
+            "tile": self.tile,
         }
 
     def on_cpu(self) -> "Case":
@@ -79,7 +82,9 @@ class Case:
             return tiny
         if self.kind == "minimax_h3":
             return dataclasses.replace(tiny, model="tiny MiniMax-H3", frames=22)
-        return dataclasses.replace(tiny, model=tiny.video.model, frames=tiny.video.num_frames)
+        video = tiny.video
+        tile = self.tile and video.tiles[-1]
+        return dataclasses.replace(tiny, model=video.model, frames=video.num_frames, tile=tile)
 
 
 def _wan(name: str, dtype: str, frames: int, *, kind: str = "transfer", **others: Any) -> Case:
@@ -99,6 +104,9 @@ def _h3(name: str, model: str, frames: int, sizes: dict[str, int], **others: Any
 _CASES = [
     Case(name="demo", kind="demo", model="embedded", dtype="fp16", frames=28),
     _wan("1.3b-bf16", "bf16", _LONG, steps=8, sampling_steps=10),
+    _wan(
+        "1.3b-hybrid", "bf16", _LONG, steps=8, sampling_steps=10, tile=SIZES["1.3b-480p"].tiles[-1]
+    ),
     _wan("1.3b-interrupt", "bf16", _SHORT, kind="interrupt", steps=6),
     *(
         _wan(f"1.3b-{dtype}", dtype, _SHORT)

@@ -5,7 +5,8 @@ kernels of softmax attention, with linear layers, and with both; and with every 
 videos in four steps without guidance by LinVideo Few-Step Sampler, with linear layers and each
 kernel, and with every layer hybrid; they are compared with the default's usual 50 guided steps,
 whose seconds are told from --steps of them. Each is sampled briefly, then timed. Ratios are those
-of one server.
+of one server. `peak_gb` is all that the card holds; of it PyTorch's pool holds `reserved_gb`, and
+gave out `allocated_gb` at once: what lies between is holes that no tensor fitted into.
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --size 14b-720p --steps 3 \
         --kernels sparse --start-percent 0 --record
@@ -271,7 +272,16 @@ def _sample(config: SamplingConfig, bench: Workbench, base: graphs.Nodes, way: W
         server.run(graph | whole, deadline)
         seconds = time.perf_counter() - begin
     row = {"steps": steps, "cfg": cfg, "seconds": seconds, "peak_gb": peak.gb}
+    row |= _read_peaks(server)
     return row if way.kind == _SOFTMAX else {**row, "said": _read_words(server)}
+
+
+def _read_peaks(server: Server) -> Row:
+    """Return what PyTorch gave out and held at most in the last sampling; None on a CPU."""
+    path = server.folder / "output" / "benchmark" / "peaks.json"
+    if not path.exists():
+        return {"allocated_gb": None, "reserved_gb": None}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_words(server: Server) -> str:
@@ -300,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "speedup",
         "baseline",
         "peak_gb",
+        "allocated_gb",
+        "reserved_gb",
     )
     sys.stdout.write(f"\n{show_rows([{name: row[name] for name in columns} for row in rows])}\n")
 

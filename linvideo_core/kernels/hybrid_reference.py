@@ -15,7 +15,7 @@ mu and S the mean and covariance of all keys, and N heads, it is one of two:
 "moments" is exact for Gaussian keys with a = 0, b = c = 1. What is learned of them: mass_bias [N]
 and mass_gate [N, D], b and g of "query"; mass_moments [3, N], (a, b, c) of "moments".
 
-Tiles are computed in chunks, all in fp32 at least, and the gradient reaches every tensor.
+Queries are computed in chunks, all in fp32 at least, and the gradient reaches every tensor.
 """
 
 import math
@@ -27,8 +27,8 @@ from torch import Tensor
 from .reference import LEAST_WEIGHT, chunks, hedgehog, widen, widen_dtype
 from .tiles import TileIndex, Tiles
 
-# Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32.
-_MAX_CHUNK_SCORES = 2**22
+# Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32; of one tile alone, 64 MB.
+_MAX_CHUNK_SCORES, _MAX_TILE_SCORES = 2**22, 2**24
 
 
 def weight_shapes(
@@ -87,7 +87,7 @@ def hybrid_attention(
         level, slope, spread = estimate_mass(weights, attention_mass, tiles, key, find_moments)
 
         def attend(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = map(widen, (q, k, v))
+            q = widen(q)
             local, log_local = local_softmax(is_token, q, k, v)
             far = _attend_far(hedgehog(q.flatten(1, 2), query_map), state, total).view_as(q)
             slopes = slope[:, None, None]
@@ -130,15 +130,19 @@ def estimate_mass(
 def local_softmax(
     is_token: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the softmax of some tiles [B, k, T, N, D] and log A [B, k, T, N].
+    """Return the softmax of some tiles' queries [B, k, S, N, D] and log A [B, k, S, N].
 
-    is_token: [k, T]; query, key, value: [B, k, T, N, D]; scores are scaled by 1 / sqrt(D).
+    is_token: [k, T], of the keys; query: [B, k, S, N, D], key and value [B, k, T, N, D]; scores are
+        scaled by 1 / sqrt(D).
     """
-    scores = torch.einsum("bksnd,bktnd->bksnt", query, key) / query.shape[-1] ** 0.5
+    # There are T scores to a query: few passes over them.
+    scores = torch.einsum("bksnd,bktnd->bksnt", query / query.shape[-1] ** 0.5, key)
     scores = scores.masked_fill(~is_token[:, None, None, :], -math.inf)
-    log_sum = scores.logsumexp(dim=-1)
-    weights = (scores - log_sum.unsqueeze(-1)).exp()
-    return torch.einsum("bksnt,bktnd->bksnd", weights, value), log_sum
+    highest = scores.detach().amax(dim=-1, keepdim=True)
+    weights = (scores - highest).exp_()
+    total = weights.sum(dim=-1)
+    local = torch.einsum("bksnt,bktnd->bksnd", weights, value) / total.unsqueeze(-1)
+    return local, highest.squeeze(-1) + total.log()
 
 
 def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,20 +169,37 @@ def _attend_far(features: Tensor, state: Tensor, total: Tensor) -> Tensor:
     return torch.einsum("blnm,bnmd->blnd", features, state) / weight.unsqueeze(-1)
 
 
-def _in_tiles(attend: Callable[..., Tensor], index: TileIndex, *tensors: Tensor) -> Tensor:
-    """Compute something of each tile, in chunks, and put it back where the tokens lie.
+def _in_tiles(
+    attend: Callable[..., Tensor], index: TileIndex, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Compute something of each query with the keys and values of its tile, in chunks.
 
-    attend: (is_token [k, T], each tensor in tiles [B, k, T, N, D]) -> a result [B, k, T, N, D].
-    tensors: [B, L, N, D]. Returns the results as [B, L, N, D].
+    attend: (is_token [k, T], some queries of each tile [B, k, S, N, D], its keys and its values
+        [B, k, T, N, D]) -> a result [B, k, S, N, D], in value's dtype.
+    query, key, value: [B, L, N, D]. Returns the results as [B, L, N, D].
     """
-    B, _, N, D = tensors[0].shape
-    T = index.tokens.shape[1]
+    B, _, N, D = query.shape
+    num_tiles, T = index.tokens.shape
     size = max(1, _MAX_CHUNK_SCORES // (B * N * T * max(T, D)))
-    # Taken at once: the gradient of each part alone would be as large as all tokens.
-    tiles = (_take(x, index.tokens).split(size, dim=1) for x in tensors)
-    parts = zip(index.is_token.split(size), *tiles, strict=True)
-    found = [attend(is_token, *part) for is_token, *part in parts]
-    return _take(torch.cat(found, dim=1).flatten(1, 2), index.places)
+    # Of one tile as few queries as there is room for.
+    slots = max(1, _MAX_TILE_SCORES // (B * N * T))
+
+    def attend_tiles(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = widen(k), widen(v)
+        return torch.cat([attend(is_token, part, k, v) for part in q.split(slots, dim=2)], dim=2)
+
+    tensors, masks = (query, key, value), index.is_token.split(size)
+    if torch.is_grad_enabled():
+        # Taken at once: the gradient of each part alone would be as large as all tokens.
+        tiles = (_take(x, index.tokens).split(size, dim=1) for x in tensors)
+        found = torch.cat([attend_tiles(*part) for part in zip(masks, *tiles, strict=True)], dim=1)
+    else:
+        # Nothing but the result is in memory as a whole.
+        found = value.new_empty(B, num_tiles, T, N, D)
+        parts = zip(found.split(size, dim=1), masks, index.tokens.split(size), strict=True)
+        for part, is_token, tokens in parts:
+            part.copy_(attend_tiles(is_token, *(_take(x, tokens) for x in tensors)))
+    return _take(found.flatten(1, 2), index.places)
 
 
 def _take(x: Tensor, tokens: Tensor) -> Tensor:

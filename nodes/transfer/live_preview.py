@@ -29,7 +29,7 @@ from ..patching.families import Video
 _STAGES = {
     "sampling_teacher": (0, 25, "the original model makes videos to learn from", "video"),
     "filling_pool": (0, 25, "the original model begins videos to learn from", "step"),
-    "warm_start": (25, 28, "the linear layers come close to the original ones", "step"),
+    "warm_start": (25, 28, "the new layers come close to the original ones", "step"),
     "ranking_layers": (28, 30, "the layers are compared", "layer"),
     "training": (30, 100, "training", "step"),
 }

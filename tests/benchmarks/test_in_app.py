@@ -219,7 +219,7 @@ def test_few_steps_are_compared_with_fifty_of_the_default_and_say_how_many_were_
 
 def test_every_row_of_the_page_can_be_measured() -> None:
     page = read_record(RESULTS_FOLDER / "in_app.json")
-    assert {row["what"] for row in page["rows"]} == {case.name for case in choose("")}
+    assert {row["what"] for row in page["rows"]} <= {case.name for case in choose("")}
     assert [case.name for case in choose("14b-81, demo")] == ["14b-81", "demo"]
     assert {case.kind for case in CASES.values()} == KINDS.keys()
 

@@ -6,6 +6,7 @@ of a layer's runs took it. On a GPU it is `_as_comfyui` that takes ComfyUI's.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,6 +108,27 @@ def _check_norm_and_rotation(backend: str) -> None:
         normed = norm(linear(x)).unflatten(-1, (2, 128))
         expected = comfy.ldm.wan.model.apply_rope1(normed, freqs)
         assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_queries_keys_and_values_are_gone_when_the_output_is_projected() -> None:
+    attention, x, freqs = _make_attention()
+    alive: list[weakref.ref[Tensor]] = []
+
+    def attend(*tensors: Tensor) -> Tensor:
+        alive.extend(map(weakref.ref, tensors))
+        return tensors[0].clone()
+
+    def see(*_: Any) -> None:
+        assert len(alive) == 3 and not any(x() is not None for x in alive)
+
+    attention.o.register_forward_pre_hook(see)
+    wan_family.BACKEND = "reference"
+    try:
+        with torch.no_grad():
+            wan_family.run_fused(attention, attend, x, freqs, transformer_options={})
+    finally:
+        wan_family.BACKEND = "auto"
+    assert alive
 
 
 def test_a_norm_gives_its_weight_in_every_dtype() -> None:

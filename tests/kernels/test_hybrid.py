@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from linvideo_core.kernels import ATTENTION_MASSES, hybrid_reference
+from linvideo_core.kernels import ATTENTION_MASSES, hybrid_reference, reference
 from linvideo_core.kernels.hybrid_reference import hybrid_attention, initial_weights
 from linvideo_core.kernels.tiles import Tiles
+from tests.allocations import peak_bytes
 
 # Odd sizes, ragged tiles, tokens beside the video's, one tile for all, one token a tile.
 TILINGS = [
@@ -127,10 +128,42 @@ def test_narrower_tokens_are_summed_in_fp32(attention_mass: str, dtype: torch.dt
     assert_is_the_definition(TILINGS[2], attention_mass, dtype)
 
 
-@pytest.mark.parametrize("size", [1, 2 * 2 * 4 * 8 * 3])
-def test_chunks_of_any_size_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid_reference, "_MAX_CHUNK_SCORES", size)
+@pytest.mark.parametrize("limit", ["_MAX_CHUNK_SCORES", "_MAX_TILE_SCORES"])
+@pytest.mark.parametrize("size", [1, 2 * 2 * 4 * 3, 2 * 2 * 4 * 8 * 3])
+def test_chunks_of_any_size_change_nothing(
+    limit: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid_reference, limit, size)
     assert_is_the_definition(TILINGS[2], "moments", torch.float64)
+
+
+@pytest.mark.parametrize("attention_mass", ATTENTION_MASSES)
+@pytest.mark.parametrize("tiles", TILINGS, **ids)
+def test_without_a_gradient_it_gives_the_same(tiles: Tiles, attention_mass: str) -> None:
+    inputs = make_inputs(tiles, attention_mass, torch.float64)
+    expected = attend(inputs, tiles, attention_mass)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(inputs, tiles, attention_mass), expected)
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 4), (8, 16, 16)])
+def test_without_a_gradient_little_but_the_result_is_in_memory(
+    tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = Tiles(grid=(8, 16, 16), tile=tile)
+    monkeypatch.setattr(hybrid_reference, "_MAX_CHUNK_SCORES", 2**14)
+    monkeypatch.setattr(hybrid_reference, "_MAX_TILE_SCORES", 2**14)
+    monkeypatch.setattr(reference, "_MAX_CHUNK_FEATURES", 2**14)
+    query, key, value = torch.randn(3, 1, tiles.num_tokens, 4, 64).unbind()
+    weights = initial_weights("query", 4, 64)
+    maps = torch.randn(2, 4, 64, 32).unbind()
+    with torch.no_grad():
+        peak = peak_bytes(
+            lambda: hybrid_attention(query, key, value, *maps, weights, tiles, "query")
+        )
+    # The result in tiles and in its place; of one large tile, also its keys and values.
+    copies = 2 if tiles.num_tiles > 1 else 6
+    assert peak < (copies + 1) * query.nbytes
 
 
 @pytest.mark.parametrize("attention_mass", ATTENTION_MASSES)

@@ -197,6 +197,9 @@ def test_compiled_or_recomputed_it_is_the_same(
         for x, y in zip(gradients_of(out, leaves), expected, strict=True):
             torch.testing.assert_close(x, y)
     assert frames.frame_count == 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*leaves, **settings), attend(*leaves, **settings))
+    assert frames.frame_count == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

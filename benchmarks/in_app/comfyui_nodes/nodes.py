@@ -69,6 +69,7 @@ class Latent(io.ComfyNode):
         streams = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
         tensors = {str(i): stream.cpu().contiguous() for i, stream in enumerate(streams)}
         safetensors.torch.save_file(tensors, _folder() / f"{tag}.safetensors")
+        keep_peaks()
         return io.NodeOutput()
 
 
@@ -130,6 +131,19 @@ def _draw(name: str, like: Tensor) -> Tensor:
 
 def _device() -> torch.device:
     return comfy.model_management.get_torch_device()
+
+
+def keep_peaks() -> None:
+    """Write down the most that PyTorch has given out and held since this was last asked."""
+    device = _device()
+    if device.type != "cuda":
+        return
+    peaks = {
+        "allocated_gb": torch.cuda.max_memory_allocated(device) / 2**30,
+        "reserved_gb": torch.cuda.max_memory_reserved(device) / 2**30,
+    }
+    (_folder() / "peaks.json").write_text(json.dumps(peaks), encoding="utf-8")
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def keep_words(server: PromptServer) -> None:

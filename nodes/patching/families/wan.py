@@ -111,10 +111,14 @@ def _run_in_one_pass(attention: nn.Module, attend: Attend, x: Tensor, freqs: Ten
         weight = norm(projected.new_full((1, 1, projected.shape[2]), _CONSTANT)).flatten()
         return norm_rotary(projected, weight, rotary, N, eps=norm.eps, backend=BACKEND)
 
-    query = project(attention.q, attention.norm_q)
-    key = project(attention.k, attention.norm_k)
-    value = attention.v(x).unflatten(-1, (N, D))
-    return attention.o(attend(query, key, value).flatten(2))
+    # No name holds queries, keys and values while the output is projected: with all layers linear,
+    # an allocator that never joins its chunks would be left with holes of their size.
+    attended = attend(
+        project(attention.q, attention.norm_q),
+        project(attention.k, attention.norm_k),
+        attention.v(x).unflatten(-1, (N, D)),
+    )
+    return attention.o(attended.flatten(2))
 
 
 def _pays(attention: nn.Module, x: Tensor, in_training: bool) -> bool:
