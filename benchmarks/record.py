@@ -75,7 +75,8 @@ def change_part(
     """Change one part of a record, nobody else writing meanwhile; return all of the record.
 
     part: the value of `what` in all its rows. The record's `details["parts"]` says of every part
-        where it was measured, and holds what is kept beside its rows; without rows it goes.
+        where it was measured, and holds what is kept beside its rows. It keeps its place among
+        them; without rows it goes.
     change: what it keeps of an earlier command stands before the new one.
 
     Raises SettingError as `check_parts`.
@@ -87,15 +88,17 @@ def change_part(
         rows, details = change(*read_part(path, part))
         earlier = details["command"].split(" && ") if "command" in details else []
         source = describe_source(_join([*earlier, command]), device)
-        parts = {name: found for name, found in _parts_of(record).items() if name != part}
-        others = [row for row in record["rows"] if row["what"] in parts]
-        if rows:
-            parts[part] = source | {key: details[key] for key in details if key not in SOURCE}
+        kept = {key: details[key] for key in details if key not in SOURCE}
+        parts = {**_parts_of(record), part: source | kept}
+        if not rows:
+            del parts[part]
+        found = {name: [row for row in record["rows"] if row["what"] == name] for name in parts}
+        found[part] = rows
         return write_record(
             path,
             title=title,
-            command=_join(found["command"] for found in parts.values()),
-            rows=[*others, *rows],
+            command=_join(each["command"] for each in parts.values()),
+            rows=[row for name in parts for row in found[name]],
             device=device,
             details={"parts": parts},
         )

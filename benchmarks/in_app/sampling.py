@@ -181,8 +181,8 @@ def run(config: SamplingConfig) -> list[Row]:
 def _keep(config: SamplingConfig, rows: Sequence[Row]) -> None:
     """Put a run's rows so far in place of all earlier ones of its size, ComfyUI and Triton."""
     flags = to_flags(config, without=("comfyui", "python", "out", "record"))
-    # Few steps first: stopped in between, no ratio over another run's default is left.
-    for part in (_FEW, _GUIDED):
+    # With the first row ratios over an earlier run's go, and before it stands there.
+    for part in (_FEW, _GUIDED) if len(rows) == 1 else (rows[-1]["what"],):
         change_part(
             config.path,
             part,

@@ -66,9 +66,9 @@ def test_a_part_replaces_its_own_rows_alone(tmp_path: Path) -> None:
     write(path, "denoise", 2.0)
     record = write(path, "train", 3.0, runs=[2])
     assert [(row["what"], row["seconds"]) for row in record["rows"]] == [
-        ("denoise", 2.0), ("train", 3.0),
+        ("train", 3.0), ("denoise", 2.0),
     ]  # fmt: skip
-    assert record["command"] == "run denoise && run train"
+    assert record["command"] == "run train && run denoise"
     rows, kept = read_part(path, "train")
     assert rows == [{"what": "train", "seconds": 3.0}] and kept["runs"] == [2]
     assert read_part(path, "none") == read_part(tmp_path / "none.json", "train") == ([], {})
