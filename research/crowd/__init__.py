@@ -49,11 +49,11 @@ Students of the stored teacher, half hybrid and half linear, and what is recorde
         --judge research/crowd/weights/judge.safetensors \
         --artifacts runs/crowd/half_full/linearized.safetensors --densities 0.1,0.2,0.4 \
         --num-samples 480 --out runs/crowd/evaluation_sparse
-On one H200 the first took 3.4 minutes, the second 3.7, by .147 and .124 seconds a step of 32 videos,
-and one or two to sample the teacher's videos; the evaluation took 3.2 on two. The recorded
-`half_linear` is of steps of 8 videos, which take .09 to .16 seconds for a quarter of the states; its
-command stands in results/crowd.json. The last command, which nobody has run to its end, compiles
-nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
+On one H200 the first took 3.4 minutes, the second 3.7, by .147 and .124 seconds a step of 32
+videos, and one or two to sample the teacher's videos; the evaluation took 3.2 on two. The recorded
+`half_linear` is of steps of 8 videos, which take .09 to .16 seconds for a quarter of the states;
+its command stands in results/crowd.json. The last command, which nobody has run to its end,
+compiles nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
 
 The README's picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record

@@ -4,7 +4,7 @@ All that arms do not declare is the same for all of a table; see `research.crowd
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from linvideo_core.evaluate.config import CompareConfig
@@ -201,6 +201,11 @@ NOT_RUN: dict[str, dict[str, str]] = {
 """Table -> what the study asks for and the product cannot do -> why it has no row."""
 
 
-def find_arms(tables: list[str]) -> dict[tuple[str, str], Arm]:
-    """Return the arms of some tables by (table, name)."""
-    return {(table, name): arm for table in tables for name, arm in TABLES[table].items()}
+def find_arms(tables: Sequence[str], names: Sequence[str] = ()) -> dict[tuple[str, str], Arm]:
+    """Return the arms of some tables by (table, name); names: of those to return, none: all."""
+    return {
+        (table, name): arm
+        for table in tables
+        for name, arm in TABLES[table].items()
+        if not names or name in names
+    }
