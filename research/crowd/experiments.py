@@ -11,7 +11,7 @@ On two H200s, the first words being
         --warm-start-steps 80 --frozen fp32 --activation-checkpointing false \
         --checkpoint-every 500 --log-every 25"
 and the seconds those of `forecast`, which are counted, the second call's after the first:
-    --tables all --seeds 4                                                             1080
+    --tables all --seeds 4                                                             1095
     --tables students,selection --seeds 8 --arms velocity,on_policy,learned,alternate,random  215
 where on_policy stands for whatever was best. Of `objectives` with 0.12 minutes it counts 447; 439
 were taken when processes still waited for each other's videos. In one folder a table finds the arms
@@ -22,13 +22,14 @@ own row says, in 15 seconds:
         --prompts runs/study/held_out.safetensors \
         --num-samples 128 --batch-size 32 --sampler-steps 20 --out runs/steps_20
 
-All trainings take equal time. Trainings know steps alone, so a short run of each kind is timed
-first, alone on the first device, and its seconds a step say how many steps fit into
-`--minutes-per-run`: those of the training itself. With `--jobs` several share a card afterwards,
-and take longer by the clock; their steps are those of a card of their own, which no neighbour
-changes. `seconds_per_video` is then of a card that is shared, too: speeds are another command's.
-What runs of a seed have in common is made once and takes none of that time: stored videos, the warm
-start of the same states, and the teacher's and rendered videos that all are compared with.
+All trainings take equal time; `velocity` of few_steps that of a transfer and a distillation
+together. Trainings know steps alone, so a short run of each kind is timed first, alone on the first
+device, and its seconds a step say how many steps fit into `--minutes-per-run`: those of the
+training itself. With `--jobs` several share a card afterwards, and take longer by the clock; their
+steps are those of a card of their own, which no neighbour changes. `seconds_per_video` is then of a
+card that is shared, too: speeds are another command's. What runs of a seed have in common is made
+once and takes none of that time: stored videos, the warm start of the same states, and the
+teacher's and rendered videos that all are compared with.
 
 A seed is one of everything: the student's, and the noise and captions of its evaluation. An arm is
 compared with its baseline seed by seed (`research.paired`), in every measure.

@@ -32,7 +32,8 @@ _SAVED = 0.47
 class Work:
     """What is missing.
 
-    trainings: how many. warm_starts: how many, by their states. kinds: of training, to be timed.
+    trainings: how many, one of two spans as two. warm_starts: how many, by their states.
+    kinds: of training, to be timed.
     videos: whole ones of the teacher that take as long as all that are sampled of students.
     shared: the teacher's own, to compare with and to learn from; stored ones count as if none were
         there.
@@ -48,19 +49,19 @@ class Work:
 def count_work(study: Study) -> Work:
     """Count what is missing of a study."""
     comparison = study.config.comparison
-    trainings, warm_starts, of_students = set(), {}, 0.0
+    trainings, warm_starts, of_students = {}, {}, 0.0
     for each in study.missing():
         place = ""
         for training, settings in each.trainings.items():
             place += " ".join([training, *to_flags(settings)])
-            trainings.add((each.seed, place))
+            trainings[each.seed, place] = each.arm.num_spans if training == each.arm.training else 1
         warm_starts[each.seed, str(each.warm_start)] = each.warm_start["states"]
         calls = each.arm.count_calls(comparison.sampler_steps) / (2 * comparison.sampler_steps)
         length = sum(each.num_frames) / WHOLE
         of_students += calls * length * (1 - _SAVED * each.arm.linear_share)
     of_teacher = 2 * sum(num_frames for _, num_frames in study.references()) / WHOLE
     return Work(
-        trainings=len(trainings),
+        trainings=sum(trainings.values()),
         warm_starts=Counter(warm_starts.values()),
         kinds=len(study.kinds()),
         videos=of_students * comparison.num_samples,

@@ -294,18 +294,16 @@ def do_training(
     config: ExperimentsConfig,
     training: str,
     settings: Row,
-    pace: float,
+    steps: int,
     seed: int,
     place: Path,
     own: list[object],
 ) -> Row:
     """Train with a seed unless it was; return `path` of the file, `steps`, `run_seconds`.
 
-    pace: seconds of a step. place: below which the run's folder lies; own: words that do not decide
-        the result.
+    place: below which the run's folder lies; own: words that do not decide the result.
     Raises ValueError or RuntimeError where it fails.
     """
-    steps = max(1, int(60 * config.minutes_per_run / pace))
     [run] = place_runs({**settings, "steps": steps}, [seed], place / training)
     chosen = TRAININGS[training]
     with alone_in(run.folder):
@@ -340,8 +338,9 @@ def make_file(
     for training, settings in each.trainings.items():
         if made:
             place, own = made["path"].parent, [*own, "--artifact", made["path"]]
-        pace = paces[find_kind(training, settings)]
-        made = do_training(config, training, settings, pace, each.seed, place, own)
+        seconds = 60 * config.minutes_per_run * (1 if made else each.arm.num_spans)
+        steps = max(1, int(seconds / paces[find_kind(training, settings)]))
+        made = do_training(config, training, settings, steps, each.seed, place, own)
     return made
 
 

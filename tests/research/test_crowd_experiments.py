@@ -35,6 +35,7 @@ from research.crowd import (
     workers,
 )
 from research.crowd.arms import SHORT, TABLES, Arm
+from research.crowd.evaluate import WHOLE
 from research.crowd.study import REFERENCES, ROWS_NAME, ExperimentsConfig, Rows, Study
 from research.declared_runs import to_flags
 
@@ -120,6 +121,30 @@ def test_the_calls_that_the_command_names_take_as_long_as_it_says(tmp_path: Path
                 rows.add({**each.row, "num_frames": num_frames})
                 teacher = {"table": REFERENCES, "name": "teacher", "num_frames": num_frames}
                 rows.add({**teacher, "seed": each.seed})
+
+
+def test_who_makes_a_warm_start_goes_before_who_shares_it(config: ExperimentsConfig) -> None:
+    made = Study(
+        config=dataclasses.replace(config, seeds=2),
+        arms=arms.find_arms([*TABLES]),
+        rows=Rows(config.out / "none.json"),
+        paces={},
+        num_layers=12,
+    )
+    keys = [(each.seed, str(each.warm_start)) for each in made.missing()]
+    num_makers = len(set(keys))
+    assert len(set(keys[:num_makers])) == num_makers and len(keys) > 2 * num_makers
+    assert [seed for seed, _ in keys] == sorted(seed for seed, _ in keys[:num_makers]) + sorted(
+        seed for seed, _ in keys[num_makers:]
+    )
+    assert made.count_stored() == {0: 384, 1: 384}
+    assert sorted(made.references()) == [(0, SHORT), (0, WHOLE), (1, SHORT), (1, WHOLE)]
+
+
+def test_few_steps_of_all_kinds_are_trained_for_equal_time() -> None:
+    for name, arm in TABLES["few_steps"].items():
+        trained = arm.num_spans + (arm.distillation is not None)
+        assert trained == (1 if name.startswith("undistilled") else 2)
 
 
 def test_random_layers_follow_the_seed(config: ExperimentsConfig) -> None:
