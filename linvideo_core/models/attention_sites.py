@@ -195,7 +195,7 @@ def compiled_blocks(models: Iterable[nn.Module], sites: list[AttentionSite]) -> 
         block: block.__dict__.get("forward") for model in models for block in blocks(model, sites)
     }
     # One entry a kind of attention, batch size and gradient mode: more than the default of 8.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for block in compiled:
         block.forward = torch.compile(block.forward, dynamic=False)
     try:

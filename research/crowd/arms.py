@@ -4,7 +4,7 @@ All that arms do not declare is the same for all of a table; see `research.crowd
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from linvideo_core.evaluate.config import CompareConfig
@@ -28,6 +28,7 @@ class Arm:
         transfer's file is measured.
     sampler_steps: Euler steps, where they are fewer than all others'; is_guided: these few.
     num_frames: of the videos that are sampled and measured, one row each.
+    num_spans: of the time of a training that its transfer takes; a distillation takes one besides.
     """
 
     settings: Mapping[str, Any]
@@ -40,6 +41,7 @@ class Arm:
     sampler_steps: int | None = None
     is_guided: bool = True
     num_frames: tuple[int, ...] = (WHOLE,)
+    num_spans: int = 1
 
     def count_calls(self, usual_steps: int) -> int:
         """Return how often its model is called for a video, twice a guided step."""
@@ -144,13 +146,14 @@ TABLES: dict[str, dict[str, Arm]] = {
                 sampler_steps=steps,
                 baseline=f"matching_and_regression_{steps}",
             ),
-            # Of one training, not two: the transfer itself learns to do without guidance.
+            # The transfer itself learns to do without guidance, in the time of the others' two.
             "velocity": Arm(
                 settings=_pool(0) | {"prompt_dropout": 0.0},
                 training="guided_velocity",
                 sampler_steps=steps,
                 is_guided=False,
-                baseline=f"undistilled_{steps}",
+                num_spans=2,
+                baseline=f"matching_and_regression_{steps}",
             ),
         }.items()
     },
@@ -201,6 +204,11 @@ NOT_RUN: dict[str, dict[str, str]] = {
 """Table -> what the study asks for and the product cannot do -> why it has no row."""
 
 
-def find_arms(tables: list[str]) -> dict[tuple[str, str], Arm]:
-    """Return the arms of some tables by (table, name)."""
-    return {(table, name): arm for table in tables for name, arm in TABLES[table].items()}
+def find_arms(tables: Sequence[str], names: Sequence[str] = ()) -> dict[tuple[str, str], Arm]:
+    """Return the arms of some tables by (table, name); names: of those to return, none: all."""
+    return {
+        (table, name): arm
+        for table in tables
+        for name, arm in TABLES[table].items()
+        if not names or name in names
+    }

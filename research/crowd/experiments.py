@@ -4,49 +4,46 @@ Every arm of `arms.TABLES` is a training of the stored teacher by the stages of
 `linvideo_core.transfer`, of some by those of `linvideo_core.distill` after it, with several seeds;
 `research.crowd.evaluate` measures it on captions that no training has seen.
     python -m research.crowd.experiments --tables sizes --seeds 1 --num-samples 64
-In calls of at most ten minutes on two H200s, the first words being
-    python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.25 \
-        --num-samples 128 --sampler-steps 20
-and the seconds those of `forecast`, which are counted: where it said 402, of `objectives` with
-batches of 8 and 0.12 minutes, 439 were taken.
-    --tables objectives --seeds 2 --out runs/study             370
-    --tables objectives --seeds 4 --out runs/study --record    320, with what the first left
-    --tables hybrid --seeds 4 --out runs/study --record        360
-    --tables selection --seeds 4 --out runs/study --record     350
-    --tables students --seeds 4 --out runs/study --record      410
-    --tables few_steps --seeds 4 --out runs/study --record     450
-    --tables sizes --seeds 4 --out runs/study --record         290
-Those are of each alone. In one folder a table finds the arms and videos that it shares with earlier
-ones: all take some 1,800 in place of 2,600.
-Each says first what is missing and how long it takes. Whether 20 steps tell models apart as 30 do,
-the teacher's own row says, in 15 seconds:
+On two H200s, the first words being
+    python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.1 \
+        --pace-steps 12 --num-samples 128 --sampler-steps 20 --out runs/study --record
+and the seconds those of `forecast`, which are counted, the second call's after the first:
+    --tables all --seeds 4                                                             1095
+    --tables students,selection --seeds 8 --arms velocity,on_policy,learned,alternate,random  215
+where on_policy stands for whatever was best. Of `objectives` with 0.12 minutes it counts 447; 439
+were taken when processes still waited for each other's videos. In one folder a table finds the arms
+and videos that it shares with others. Whether 20 steps tell models apart as 30 do, the teacher's
+own row says, in 15 seconds:
     python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors \
         --prompts runs/study/held_out.safetensors \
         --num-samples 128 --batch-size 32 --sampler-steps 20 --out runs/steps_20
 
-All trainings take equal time. Trainings know steps alone, so a short run of each kind is timed
-first, alone on the first device, and its seconds a step say how many steps fit into
-`--minutes-per-run`: those of the training itself. With `--jobs` several share a card afterwards,
-and take longer by the clock; their steps are those of a card of their own, which no neighbour
-changes. `seconds_per_video` is then of a card that is shared, too: speeds are another command's.
-What runs of a seed have in common is made once and takes none of that time: stored videos, the warm
-start of the same states, and the teacher's and rendered videos that all are compared with.
+All trainings take equal time; `velocity` of few_steps that of a transfer and a distillation
+together. Trainings know steps alone, so a short run of each kind is timed first, alone on the first
+device, and its seconds a step say how many steps fit into `--minutes-per-run`: those of the
+training itself. With `--jobs` several share a card afterwards, and take longer by the clock; their
+steps are those of a card of their own, which no neighbour changes. `seconds_per_video` is then of a
+card that is shared, too: speeds are another command's. What runs of a seed have in common is made
+once and takes none of that time: stored videos, the warm start of the same states, and the
+teacher's and rendered videos that all are compared with.
 
 A seed is one of everything: the student's, and the noise and captions of its evaluation. An arm is
 compared with its baseline seed by seed (`research.paired`), in every measure.
-Seeds are made one after another, by whichever process is free. Repeating the command continues
-where it stopped, also with more tables, arms or seeds; killed, it loses the arms that were being
-made. On another machine config.json, paces.json and crowd.json of `--out` are enough to go on to
-what has no row; the teacher's videos of the seeds that are not done are sampled there again.
+The teacher's videos of all seeds are sampled first, on the other cards while one times. Then seeds
+are made one after another, by whichever process is free. Repeating the command continues where it
+stopped, also with more tables, arms or seeds; killed, it loses the arms that were being made. It
+records its tables in the end: with as few tables and seeds as are done, at once. On another machine
+config.json, paces.json and crowd.json of `--out` are enough to go on to what has no row; the
+teacher's videos of the seeds that are not done are sampled there again.
 crowd.json has a row an arm and seed; the tables go to summary.json there or, with `--record`, into
 results/crowd.json: `unpaired_frechet` is to the teacher of other noise, `floor` the teacher's own.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import json
+import queue
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +65,9 @@ from .study import (
     ExperimentsConfig,
     Study,
     do_arm,
+    measure_references,
     open_study,
+    store_videos,
 )
 from .workers import Worker, started
 
@@ -85,28 +84,43 @@ def run(config: ExperimentsConfig) -> dict[str, list[Row]]:
 def do_all(study: Study, device: str) -> list[Row]:
     """Say what is missing of a study, make it on all devices of a kind, return all rows."""
     config, cards = study.config, list_cards(device)
+    if not study.missing():
+        return study.rows.read()
     sys.stdout.write(f"{forecast(study, len(cards), device)}\n")
-    # Whoever is free takes the next: seeds end one after another.
-    waiting = collections.deque(study.missing())
     places = config.jobs * cards
-
-    def work(worker: Worker, card: str) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                for row in worker.call(do_arm, config, waiting.popleft(), study.paces, card):
-                    study.rows.add(row)
-
-    threads = concurrent.futures.ThreadPoolExecutor(len(places))
+    calls: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    for each in study.count_stored().items():
+        calls.put((store_videos, *each))
+    for each in study.references():
+        calls.put((measure_references, *each))
+    # A thread a process, and one that times.
+    threads = concurrent.futures.ThreadPoolExecutor(1 + len(places))
     with threads, started(places) as workers:
-        # Alone on its card: what else runs there must not make a training shorter.
-        study.find_paces(workers[0], cards[0])
-        try:
-            futures = [threads.submit(work, *each) for each in zip(workers, places, strict=True)]
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            waiting.clear()
-            raise
+
+        def time_kinds() -> None:
+            study.find_paces(workers[0], cards[0])
+            for each in study.missing():
+                calls.put((do_arm, each, study.paces))
+
+        def work(worker: Worker, card: str) -> None:
+            # Alone on its card: what else runs there must not make a training shorter.
+            if card != cards[0]:
+                take_calls(worker, card)
+            timing.result()
+            take_calls(worker, card)
+
+        def take_calls(worker: Worker, card: str) -> None:
+            # Whoever is free takes the next.
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    function, *args = calls.get_nowait()
+                    for row in worker.call(function, config, *args, card) or ():
+                        study.rows.add(row)
+
+        timing = threads.submit(time_kinds)
+        futures = [threads.submit(work, *each) for each in zip(workers, places, strict=True)]
+        for future in concurrent.futures.as_completed([timing, *futures]):
+            future.result()
     return study.rows.read()
 
 

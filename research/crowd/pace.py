@@ -12,7 +12,7 @@ from linvideo_core.run.callbacks import Callbacks, Stage
 from ..declared_runs import to_flags
 from .trainings import TRAININGS
 
-# A step that compiles, allocates or saves counts as so many usual ones at most.
+# A step that takes longer than so many usual ones compiles, allocates or saves, and is left out.
 _MOST = 4
 # How much is sampled first changes no step, nor which layers are linear if training chooses none.
 _TIMELESS = ("num_trajectories", "layers")
@@ -71,6 +71,6 @@ def measure_pace(
 
 
 def mean_seconds(durations: Sequence[float]) -> float:
-    """Return the mean of steps' seconds, where none counts as more than four times the median."""
+    """Return the mean of steps' seconds, without those above four times the median."""
     most = _MOST * statistics.median(durations)
-    return statistics.fmean(min(duration, most) for duration in durations)
+    return statistics.fmean(duration for duration in durations if duration <= most)

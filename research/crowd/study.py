@@ -26,10 +26,11 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
 from linvideo_core.run.folder import open_run
 from linvideo_core.run.lock import alone_in
+from linvideo_core.transfer import cli as transfer_cli
 
 from .. import declared_runs
 from ..declared_runs import ROW_NAME, place_runs
-from . import evaluate
+from . import evaluate, trainings
 from .arms import TABLES, Arm, find_arms
 from .captions import CaptionsConfig, write_both
 from .pace import decisive, find_kind, measure_pace
@@ -187,6 +188,11 @@ class Missing:
         """What tells its rows from others, all but the number of frames."""
         return {"table": self.table, "name": self.name, "seed": self.seed}
 
+    @property
+    def warm_start(self) -> Row:
+        """Those of its transfer's settings that decide its warm start, which others share."""
+        return find_warm_start(self.trainings[self.arm.training])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
@@ -214,8 +220,16 @@ class Study:
             found[arm.second_training] = dict(arm.distillation)
         return found
 
-    def missing(self) -> Iterator[Missing]:
-        """Yield what has no row yet, seed by seed."""
+    def missing(self) -> list[Missing]:
+        """Return what has no row yet, seed by seed, but first who makes a warm start.
+
+        Those go before the rest of the seed before, too: who shares one need not wait for it.
+        """
+        found = [*self._list_missing()]
+        makers = {(each.seed, str(each.warm_start)): each.row for each in reversed(found)}.values()
+        return sorted(found, key=lambda each: each.seed - 1.5 * (each.row in makers))
+
+    def _list_missing(self) -> Iterator[Missing]:
         for seed in range(self.config.seeds):
             for (table, name), arm in self.arms.items():
                 key = {"table": table, "name": name, "seed": seed}
@@ -223,6 +237,20 @@ class Study:
                 if absent:
                     trainings = self.settings_of(arm, seed)
                     yield Missing(**key, arm=arm, trainings=trainings, num_frames=absent)
+
+    def count_stored(self) -> dict[int, int]:
+        """Return how many of the teacher's stored videos the missing trainings need, by seed."""
+        stored = dict.fromkeys(range(self.config.seeds), 0)
+        for each in self.missing():
+            counts = [own.get("num_trajectories", 0) for own in each.trainings.values()]
+            stored[each.seed] = max(stored[each.seed], *counts)
+        return {seed: count for seed, count in stored.items() if count}
+
+    def references(self) -> list[tuple[int, int]]:
+        """Return of which seeds and numbers of frames the teacher's own row is missing."""
+        key = {"table": REFERENCES, "name": "teacher"}
+        wanted = dict.fromkeys((each.seed, n) for each in self.missing() for n in each.num_frames)
+        return [(s, n) for s, n in wanted if not self.rows.is_done(**key, seed=s, num_frames=n)]
 
     def kinds(self) -> set[str]:
         """Return the kinds of training that are missing and whose pace is not known."""
@@ -236,7 +264,8 @@ class Study:
     def find_paces(self, worker: Worker, card: str) -> None:
         """Time a short run of every kind of training that is missing; keep its seconds a step."""
         config, below = self.config, self.config.out.absolute() / "pace"
-        words = [*config.list_words(), "--device", card]
+        # Its own videos: those of the seeds may be in the making.
+        words = [*config.list_words(), "--teacher-folder", str(below), "--device", card]
         for each in self.missing():
             kinds = {name: find_kind(name, own) for name, own in each.trainings.items()}
             if set(kinds.values()) <= set(self.paces):
@@ -265,18 +294,16 @@ def do_training(
     config: ExperimentsConfig,
     training: str,
     settings: Row,
-    pace: float,
+    steps: int,
     seed: int,
     place: Path,
     own: list[object],
 ) -> Row:
     """Train with a seed unless it was; return `path` of the file, `steps`, `run_seconds`.
 
-    pace: seconds of a step. place: below which the run's folder lies; own: words that do not decide
-        the result.
+    place: below which the run's folder lies; own: words that do not decide the result.
     Raises ValueError or RuntimeError where it fails.
     """
-    steps = max(1, int(60 * config.minutes_per_run / pace))
     [run] = place_runs({**settings, "steps": steps}, [seed], place / training)
     chosen = TRAININGS[training]
     with alone_in(run.folder):
@@ -292,6 +319,17 @@ def do_training(
     return {"path": run.folder / chosen.result, "steps": steps, **known}
 
 
+def store_videos(config: ExperimentsConfig, seed: int, count: int, card: str) -> None:
+    """Sample the stored videos that a seed's trainings share."""
+    own = {"states": "stored", "num_trajectories": count, "seed": seed, "device": card}
+    trainings.store(transfer_cli.read([*config.list_words(), *declared_runs.to_flags(own)]))
+
+
+def measure_references(config: ExperimentsConfig, seed: int, num_frames: int, card: str) -> None:
+    """Sample and measure what a seed's models are compared with."""
+    open_sampling(config, seed, num_frames, card)
+
+
 def make_file(
     config: ExperimentsConfig, each: Missing, paces: Mapping[str, float], card: str
 ) -> Row:
@@ -300,8 +338,9 @@ def make_file(
     for training, settings in each.trainings.items():
         if made:
             place, own = made["path"].parent, [*own, "--artifact", made["path"]]
-        pace = paces[find_kind(training, settings)]
-        made = do_training(config, training, settings, pace, each.seed, place, own)
+        seconds = 60 * config.minutes_per_run * (1 if made else each.arm.num_spans)
+        steps = max(1, int(seconds / paces[find_kind(training, settings)]))
+        made = do_training(config, training, settings, steps, each.seed, place, own)
     return made
 
 
@@ -375,11 +414,7 @@ def open_study(config: ExperimentsConfig) -> Study:
     path = config.out / _PACES_NAME
     return Study(
         config=config,
-        arms={
-            key: arm
-            for key, arm in find_arms(config.chosen).items()
-            if not config.arms or key[1] in config.chosen_arms
-        },
+        arms=find_arms(config.chosen, config.chosen_arms),
         rows=Rows(config.out / ROWS_NAME),
         paces=json.loads(path.read_text(encoding="utf-8")) if path.exists() else {},
         num_layers=load_wan(config.model).config.num_layers,

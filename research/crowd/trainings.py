@@ -84,6 +84,12 @@ def distill(
         distill_pipeline.distill(student, teacher, first, config, run, task_type=task_type)
 
 
+def store(config: RunConfig) -> None:
+    """Sample the teacher's videos that runs of a seed share."""
+    run = _begin(config, Callbacks())
+    _store(open_teacher(config.teacher).load(run).to(run.device), config, run)
+
+
 def _begin(config: RunConfig, callbacks: Callbacks) -> Run:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
