@@ -99,7 +99,8 @@ def override_self_attention(
 
     Attention to a prompt, and what has a mask or a scale, stays what it was.
 
-    kernel: what `name_kernel` calls it.
+    kernel: what `name_kernel` calls it. While `is_resting` of the override is set, its kernel does
+        not compute.
     """
     options = model.model_options.setdefault("transformer_options", {})
     previous = options.get("optimized_attention_override")
@@ -127,9 +128,15 @@ def override_self_attention(
         )
         return serve(call)
 
-    override.kernel = kernel
+    override.kernel, override.is_resting = kernel, False
     options["optimized_attention_override"] = override
     return override
+
+
+def is_resting(transformer_options: Mapping[str, Any]) -> bool:
+    """Say whether what answers attention calls leaves them as they were, in this call alone."""
+    override = transformer_options.get("optimized_attention_override")
+    return getattr(override, "is_resting", False)
 
 
 PYTORCH = "ComfyUI's pytorch attention"

@@ -19,7 +19,7 @@ from ...linvideo_core.artifact import ArtifactHeader
 from ...linvideo_core.artifact.summary import LayerTimes, describe_times
 from ...linvideo_core.kernels import why_not_fused
 from ...linvideo_core.models.attention_sites import AttentionSite
-from .attention_override import PYTORCH, name_kernel
+from .attention_override import PYTORCH, is_resting, name_kernel
 
 CLOCK = "linvideo_clock"
 """The name of a ModelPatcher's LayerClock among its attachments."""
@@ -83,9 +83,10 @@ class LayerClock:
     def measure(self, diffusion_model: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
         """Measure the layers that run within, if a call is to be measured still.
 
-        options: the call's `transformer_options`.
+        options: the call's `transformer_options`. One in which the kernel of softmax layers rests
+            is not measured: it would stand for those in which it computes.
         """
-        is_wanted = self._device is not None and not self._moments
+        is_wanted = self._device is not None and not self._moments and not is_resting(options)
         with contextlib.ExitStack() as undo:
             for site in (*self._linear, *self._softmax) if is_wanted else ():
                 layer = diffusion_model.get_submodule(site.name)

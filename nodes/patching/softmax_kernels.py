@@ -207,14 +207,13 @@ class _Sparse:
     def __init__(self, settings: SparseSettings, host: HostFamily | None, words: Words) -> None:
         self.override: Any = None
         self._settings, self._host, self._words = settings, host, words
-        self._is_resting = False
 
     def watch(self, executor: Any, x: Any, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the model, ComfyUI's `apply_model`, at a noise level [B]."""
         sampling, settings = executor.class_obj.model_sampling, self._settings
         percents = (settings.start_percent, settings.end_percent)
         start, end = (float(sampling.percent_to_sigma(percent)) for percent in percents)
-        self._is_resting = not end <= float(sigma.max()) <= start
+        self.override.is_resting = not end <= float(sigma.max()) <= start
         inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, dict)]
         asked = [each[_SLOT] for each in inputs if _SLOT in each]
         if self.override not in asked:
@@ -225,7 +224,7 @@ class _Sparse:
     def serve(self, call: Call) -> Tensor:
         """Answer a call sparsely, or as it was answered before where layers stay dense."""
         settings = self._settings
-        if self._is_resting or self._is_kept_dense(call):
+        if self.override.is_resting or self._is_kept_dense(call):
             return call.own()
         tokens = call.query.shape[-2]
         sinks = self._host.find_sinks(call.options, tokens) if self._host else {}

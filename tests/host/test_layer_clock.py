@@ -79,6 +79,25 @@ def test_another_size_or_clone_is_measured_anew_with_what_computes_it() -> None:
         assert "(PyTorch's FlashAttention)" in _told(chosen)[0]
 
 
+def test_a_call_in_which_the_kernel_of_softmax_layers_rests_is_not_measured() -> None:
+    linearized = _linearized()
+
+    def override(function: Any, *args: Any, **settings: Any) -> Any:
+        return function(*args, **settings)
+
+    override.kernel, override.is_resting = "a kernel", True
+    options = linearized.model_options.setdefault("transformer_options", {})
+    options["optimized_attention_override"] = override
+
+    def begin(step: int, *_: Any) -> None:
+        override.is_resting = step < 3
+
+    sample(linearized, steps=3, on_step=begin)
+    assert not _told(linearized)
+    sample(linearized, steps=5, on_step=begin)
+    assert "(a kernel)" in _told(linearized)[0]
+
+
 def test_an_interrupted_sampling_tells_nothing_and_leaves_nothing() -> None:
     linearized = _linearized()
 

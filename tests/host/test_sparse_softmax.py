@@ -11,6 +11,7 @@ import torch
 from linvideo_pack.linvideo_core.kernels.softmax import why_not_sparse
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.families.minimax_h3 import find_sinks
+from linvideo_pack.nodes.patching.injection import KEY
 from linvideo_pack.nodes.softmax_backend import SPARSE, LinVideoSoftmaxBackend
 from stage import assert_close, complaint, demo, device, needs_cpu, sample, shipped
 from torch import Tensor
@@ -68,6 +69,9 @@ def test_it_begins_and_ends_where_it_is_told() -> None:
         found = watch(_sparse(demo()[0], start_percent=start, end_percent=end))
         alike = [torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
         assert alike == [True] * first + [False] * (8 - first), (start, end, alike)
+    late = _linearized(_sparse(demo()[0], start_percent=0.5))
+    watch(late)
+    assert "sparse attention, 10%" in late.get_attachment(KEY).times[0]
 
 
 def test_what_it_cannot_do_is_refused_in_a_sentence() -> None:
