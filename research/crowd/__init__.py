@@ -49,10 +49,10 @@ Students of the stored teacher, half hybrid and half linear, and what is recorde
         --judge research/crowd/weights/judge.safetensors \
         --artifacts runs/crowd/half_full/linearized.safetensors --densities 0.1,0.2,0.4 \
         --num-samples 480 --out runs/crowd/evaluation_sparse
-On one H200 the first took 3.4 minutes, the second 3.7, by .147 and .124 seconds a step of 32, and
-one or two to sample the teacher's videos; the evaluation took 3.2 on two. The recorded
-`half_linear` is of steps of 8 videos, which take .09 to .16 seconds for a quarter of the states;
-its command stands in results/crowd.json. The last command, which nobody has run to its end,
+On one H200 half_hybrid's steps took 3.4 minutes and half_full's 3.7, at .147 and .124 seconds a
+step of 32 videos, and the teacher's videos one or two minutes besides; the evaluation took 3.2
+minutes on two H200s. The recorded `half_linear` is of 2,500 steps of 8 videos, at .137 seconds
+each; its command stands in results/crowd.json. The last command, which nobody has run to its end,
 compiles nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
 
 The README's picture of teacher and student with their seconds:
@@ -60,10 +60,10 @@ The README's picture of teacher and student with their seconds:
 
 `weights` holds the half hybrid student, a judge of one minute and a teacher of 47 minutes on one
 H200 (1,440,160 clips, batch 32), of which 15.5 shared the card. Its matrices are rounded to fp8. In
-320 of its videos, of 20 guided steps and captions that no training has seen, the judge finds, of 1:
-objects .954, motion .867, speed .973, size .980, bar 1, background 1; in rendered clips .997 or
-more. Sprites are seen in .863 of the frames in which they should be, and the texture that comes
-back from behind a bar correlates by .680 with the one that went in (rendered: .908 and .772). After
+2,000 of its videos, of 20 guided steps and captions that no training has seen, the judge finds, of
+1: objects .950, motion .855, speed .970, size .979, bar 1, background 1; in rendered clips .996 or
+more. Sprites are seen in .858 of the frames in which they should be, and the texture that comes
+back from behind a bar correlates by .639 with the one that went in (rendered: .900 and .766). After
 14 minutes motion was .71 and recall .45, after 22.6 .74 and .59, after 30 .79 and .63: it gains by
 more time yet. Guidance of 2, 4 or 6 instead of 3 did not help its motion (.70, .74, .74 after
 22.6), nor did a shift of 3 or 8 instead of 5 (.796, .765 after 30). All trainings so far drew the
