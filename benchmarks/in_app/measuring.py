@@ -185,7 +185,9 @@ def _measure_in_server(
     if case.is_base_checked:
         made = graphs.apply_file(f"{case.name}.safetensors")
         server.run({**graph, **made, **graphs.sample("linear", 2, applied)}, bench.deadline)
-        error = max(map(relative_error, _read_latents(server, applied), latents))
+        again = _read_latents(server, applied)
+        error = max(map(relative_error, again, latents))
+        is_finite &= all(bool(x.isfinite().all()) for x in again)
         before = _read_latents(server, base)
         server.run(graphs.again({**graph, **graphs.sample("model", 2, base)}, 3), bench.deadline)
         is_restored = all(map(torch.equal, before, _read_latents(server, base)))

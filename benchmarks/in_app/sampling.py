@@ -89,7 +89,7 @@ class SamplingConfig(Settings):
     def list_kernels(self) -> list[str]:
         """Return the kernels beside the default that are to be sampled with."""
         if self.kernels:
-            names = (name.strip() for name in self.kernels.split(","))
+            names = dict.fromkeys(name.strip() for name in self.kernels.split(","))
             return [name for name in names if name != "default"]
         return [] if self.cpu or self.without_triton else [*graphs.KERNELS]
 

@@ -83,6 +83,8 @@ def hybrid_attention(
     tiles.check_tokens(query, key, value)
     L = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
+        # Here, not in each chunk: the chunks' gradients are summed in this dtype.
+        query_map, key_map = widen(query_map), widen(key_map)
         state, total = _sum_features(key_map, key, value)
         level, slope, spread = estimate_mass(weights, attention_mass, tiles, key, find_moments)
 

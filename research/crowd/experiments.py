@@ -78,7 +78,9 @@ def run(config: ExperimentsConfig) -> dict[str, list[Row]]:
     """Make and measure what `config.out` has no row for; return the rows of all tables by name."""
     with locked(config.out):
         rows = do_all(open_study(config), resolve_device(config.device))
-    return {table: summary.tabulate(rows, table) for table in [REFERENCES, *config.chosen]}
+    tables = {table: summary.tabulate(rows, table) for table in [REFERENCES, *config.chosen]}
+    # A table of which no arm was chosen has nothing to say, and keeps its part of a record.
+    return {table: found for table, found in tables.items() if found}
 
 
 def do_all(study: Study, device: str) -> list[Row]:
@@ -99,7 +101,7 @@ def do_all(study: Study, device: str) -> list[Row]:
 
         def time_kinds() -> None:
             study.find_paces(workers[0], cards[0])
-            for each in study.missing():
+            for each in filter(study.has_paces, study.missing()):
                 calls.put((do_arm, each, study.paces))
 
         def work(worker: Worker, card: str) -> None:
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "runs": [row for row in runs if row["table"] == table],
             },
         )
-    for table in config.chosen:
+    for table in [name for name in config.chosen if name in tables]:
         sys.stdout.write(f"\n{summary.show(table, tables[table], tables[REFERENCES])}")
     sys.stdout.write(f"\nall of it: {path}\n")
 

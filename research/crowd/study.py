@@ -8,7 +8,7 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_json
 from linvideo_core.run.folder import open_run
 from linvideo_core.run.lock import alone_in
+from linvideo_core.run.reading import read_json
 from linvideo_core.transfer import cli as transfer_cli
 
 from .. import declared_runs
@@ -141,12 +142,41 @@ class ExperimentsConfig(Settings):
         return [*declared_runs.to_flags(sampler | shared), *shlex.split(self.flags)]
 
 
+def read_kept(path: Path, empty: Row, is_whole: Callable[[Any], bool]) -> Row:
+    """Return what a JSON file of a study has; empty: where there is none.
+
+    Raises SettingError for a damaged one.
+    """
+    if not path.exists():
+        return empty
+    try:
+        found = read_json(path)
+    except ValueError:
+        found = None
+    if not is_whole(found):
+        raise SettingError(
+            f"{path} is damaged: delete it, and what it had is made again, or give another {{out}}",
+            "out",
+        )
+    return found
+
+
+def _are_rows(found: Any) -> bool:
+    rows = found.get("rows") if isinstance(found, dict) else None
+    key = {"table", "name", "seed", "num_frames"}
+    return isinstance(rows, list) and all(isinstance(row, dict) and key <= {*row} for row in rows)
+
+
+def _are_paces(found: Any) -> bool:
+    return isinstance(found, dict) and all(map(limits.POSITIVE.takes, found.values()))
+
+
 class Rows:
     """The rows of `<out>/crowd.json`, which is written anew, whole, with each that is added."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
-        found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        found = read_kept(path, {"rows": []}, _are_rows)["rows"]
         self._rows = {self._key(**row): row for row in found}
 
     @staticmethod
@@ -187,6 +217,11 @@ class Missing:
     def row(self) -> Row:
         """What tells its rows from others, all but the number of frames."""
         return {"table": self.table, "name": self.name, "seed": self.seed}
+
+    def tell(self, error: Exception) -> list[Row]:
+        """Return rows that say why it could not be made, and log it."""
+        logger.warning("%s: %s", self.row, error)
+        return [{**self.row, "num_frames": n, "error": str(error)} for n in self.num_frames]
 
     @property
     def warm_start(self) -> Row:
@@ -261,27 +296,45 @@ class Study:
         }
         return found - set(self.paces)
 
+    def has_paces(self, each: Missing) -> bool:
+        """Say whether the pace of all trainings of an arm is known."""
+        return all(find_kind(name, own) in self.paces for name, own in each.trainings.items())
+
     def find_paces(self, worker: Worker, card: str) -> None:
-        """Time a short run of every kind of training that is missing; keep its seconds a step."""
+        """Time a short run of every kind of training that is missing; keep its seconds a step.
+
+        Arms of a kind that fails get rows of its error.
+        """
         config, below = self.config, self.config.out.absolute() / "pace"
         # Its own videos: those of the seeds may be in the making.
         words = [*config.list_words(), "--teacher-folder", str(below), "--device", card]
+        failed: dict[str, Exception] = {}
         for each in self.missing():
-            kinds = {name: find_kind(name, own) for name, own in each.trainings.items()}
-            if set(kinds.values()) <= set(self.paces):
+            if self.has_paces(each):
                 continue
             made = {}
             for training, settings in each.trainings.items():
                 [place] = place_runs(decisive(settings), [0], below / training)
-                result, kind = place.folder / TRAININGS[training].result, kinds[training]
+                result, kind = (
+                    place.folder / TRAININGS[training].result,
+                    find_kind(training, settings),
+                )
                 # A distillation starts from the file of a transfer as short as itself.
-                if kind not in self.paces or not result.exists():
+                if kind not in failed and (kind not in self.paces or not result.exists()):
                     shutil.rmtree(place.folder, ignore_errors=True)
                     own = {**settings, **made}
                     how = (training, words, own, place.folder, config.pace_steps)
-                    self.paces.setdefault(kind, worker.call(measure_pace, *how))
-                    write_json(config.out / _PACES_NAME, self.paces)
-                    logger.info("%.4f seconds a step: %s", self.paces[kind], kind)
+                    try:
+                        self.paces.setdefault(kind, worker.call(measure_pace, *how))
+                    except (ValueError, RuntimeError) as error:
+                        failed[kind] = error
+                    else:
+                        write_json(config.out / _PACES_NAME, self.paces)
+                        logger.info("%.4f seconds a step: %s", self.paces[kind], kind)
+                if kind in failed:
+                    for row in each.tell(failed[kind]):
+                        self.rows.add(row)
+                    break
                 made = {"artifact": result}
 
 
@@ -354,8 +407,7 @@ def do_arm(
     try:
         made = make_file(config, each, paces, card)
     except (ValueError, RuntimeError) as error:
-        logger.warning("%s: %s", each.row, error)
-        return [{**each.row, "num_frames": n, "error": str(error)} for n in each.num_frames]
+        return each.tell(error)
     path, rows = made.pop("path"), []
     for num_frames in each.num_frames:
         found = measure(config, each, path, num_frames, card)
@@ -416,6 +468,6 @@ def open_study(config: ExperimentsConfig) -> Study:
         config=config,
         arms=find_arms(config.chosen, config.chosen_arms),
         rows=Rows(config.out / ROWS_NAME),
-        paces=json.loads(path.read_text(encoding="utf-8")) if path.exists() else {},
+        paces=read_kept(path, {}, _are_paces),
         num_layers=load_wan(config.model).config.num_layers,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -58,6 +59,9 @@ def _serve(pipe: Connection, card: str, num_threads: int) -> None:
             try:
                 outcome = function(*args), None
             except (Exception, SystemExit) as error:
+                # Where it was is lost on the way; of an error that speaks for itself nobody asks.
+                if not isinstance(error, ValueError | RuntimeError | SystemExit):
+                    traceback.print_exc()
                 outcome = None, error
             pipe.send(outcome)
 

@@ -129,6 +129,21 @@ def test_narrower_tokens_are_summed_in_fp32(attention_mass: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("limit", ["_MAX_CHUNK_SCORES", "_MAX_TILE_SCORES"])
+def test_gradients_of_narrow_maps_are_summed_over_chunks_in_fp32(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(TILINGS[2], "query", torch.bfloat16)
+
+    def differentiate() -> Tensor:
+        found = attend(inputs, TILINGS[2], "query").float().square().sum()
+        return torch.autograd.grad(found, inputs["query_map"])[0]
+
+    at_once = differentiate()
+    monkeypatch.setattr(hybrid_reference, limit, 1)
+    assert error(differentiate(), at_once) < 4e-3
+
+
+@pytest.mark.parametrize("limit", ["_MAX_CHUNK_SCORES", "_MAX_TILE_SCORES"])
 @pytest.mark.parametrize("size", [1, 2 * 2 * 4 * 3, 2 * 2 * 4 * 8 * 3])
 def test_chunks_of_any_size_change_nothing(
     limit: str, size: int, monkeypatch: pytest.MonkeyPatch

@@ -36,7 +36,7 @@ from research.crowd import (
 )
 from research.crowd.arms import SHORT, TABLES, Arm
 from research.crowd.evaluate import WHOLE
-from research.crowd.study import REFERENCES, ROWS_NAME, ExperimentsConfig, Rows, Study
+from research.crowd.study import REFERENCES, ROWS_NAME, ExperimentsConfig, Rows, Study, open_study
 from research.declared_runs import to_flags
 
 TINY = WanConfig(
@@ -270,6 +270,33 @@ def test_two_arms_of_two_seeds_are_compared_and_nothing_is_done_twice(
     assert (
         len(parts["students"]["runs"]) == 4 and parts["students"]["note"] in capsys.readouterr().out
     )
+
+
+@pytest.mark.slow
+def test_an_arm_that_cannot_be_timed_has_a_row_of_its_error_and_the_others_are_made(
+    config: ExperimentsConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn = Arm(settings=STORED, is_random=True, num_frames=(SHORT,))
+    diverging = Arm(settings={**STORED, "learning_rate": 1e30}, num_frames=(SHORT,))
+    monkeypatch.setitem(TABLES, "students", {"diverging": diverging, "drawn": drawn})
+    config = dataclasses.replace(config, tables="students,selection", arms="diverging,drawn")
+    config = dataclasses.replace(config, out=tmp_path)
+    tables = experiments.run(config)
+    # Of a table of which no arm was chosen nothing is said.
+    assert [*tables] == ["references", "students"]
+    rows = json.loads((tmp_path / ROWS_NAME).read_text())["rows"]
+    found = {row["name"]: row.get("error") for row in rows if row["table"] == "students"}
+    assert "became" in found["diverging"] and found["drawn"] is None
+
+
+@pytest.mark.parametrize("name", [ROWS_NAME, "paces.json"])
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": [1]}', '{"a kind": -1}'])
+def test_a_damaged_file_of_a_study_is_named(
+    config: ExperimentsConfig, tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingError, match=f"{name} is damaged: delete it"):
+        open_study(dataclasses.replace(config, out=tmp_path))
 
 
 def make_rows(**values: list[float]) -> list[dict[str, object]]:
