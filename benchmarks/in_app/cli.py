@@ -11,7 +11,6 @@ of the same name replace earlier ones in --out, or with --record in results.
 
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from ..record import RESULTS_FOLDER, check_parts, read_record, show_rows, write_
 from .cases import Case, choose
 from .comfyui_server import Installation, read_version
 from .measuring import KINDS
-from .workbench import UnavailableError, Workbench
+from .workbench import UnavailableError, Workbench, opened
 
 TITLE = "Transfers in a real ComfyUI server, and the same by the core alone, with random weights"
 LIMIT_SECONDS = 300.0
@@ -90,12 +89,10 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
         raise SettingError("no GPU was found; give {cpu} to measure tiny models", "cpu")
     path = (RESULTS_FOLDER if config.record else config.out) / "in_app.json"
     check_parts(path, device)
-    config.out.mkdir(parents=True, exist_ok=True)
     hidden = ["comfyui", "python", "gguf_pack", "rows", "out", "record"]
     flags = to_flags(config, without=hidden)
-    bench = Workbench(installation, config.out.absolute(), device)
     measured: dict[str, Row] = {}
-    try:
+    with opened(installation, config.out, device) as bench:
         for case in config.cases:
             row, details = measure(case, bench)
             measured[case.name] = row
@@ -111,9 +108,6 @@ def run(config: InAppConfig, on_row: Callable[[Row], None] = lambda row: None) -
             )
             on_row(row)
             bench.tidy()
-    finally:
-        bench.stop()
-        shutil.rmtree(bench.folder, ignore_errors=True)
     return read_record(path)
 
 

@@ -19,7 +19,6 @@ earlier ones of its size, ComfyUI and Triton.
 import dataclasses
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ from . import graphs
 from .checkpoints import write_linear_layers
 from .cli import find_installation
 from .comfyui_server import Installation, PromptError, Server, read_version
-from .workbench import Workbench, watching
+from .workbench import Workbench, opened, watching
 
 _GUIDED, _FEW = "sampling", "few_steps"
 # What a model's self-attention is, in all layers or in those of its size.
@@ -148,19 +147,16 @@ def run(config: SamplingConfig) -> list[Row]:
     """
     installation = find_host(config)
     check_parts(config.path, config.device)
-    config.out.mkdir(parents=True, exist_ok=True)
-    bench = Workbench(installation, config.out.absolute(), config.device)
-    _write_files(bench.folder / "models" / "linvideo", config)
-    file, dtype = bench.checkpoint(config.video, "bf16")
-    base = graphs.load_wan(file, dtype, config.video, config.video.num_frames)
     where = {
         "where": f"ComfyUI {read_version(installation.root)}",
         "triton": not config.without_triton,
     }
     rows: list[Row] = []
-    try:
-        server = bench.server()
-        for way in list_ways(_known_kernels(server, config)):
+    with opened(installation, config.out, config.device) as bench:
+        _write_files(bench.folder / "models" / "linvideo", config)
+        file, dtype = bench.checkpoint(config.video, "bf16")
+        base = graphs.load_wan(file, dtype, config.video, config.video.num_frames)
+        for way in list_ways(_known_kernels(bench.server(), config)):
             try:
                 measured = _sample(config, bench, base, way)
             except PromptError as error:
@@ -172,9 +168,6 @@ def run(config: SamplingConfig) -> list[Row]:
             rows.append(row | compare(row, rows[0] if rows else row))
             _keep(config, rows)
             logging.info("%s: %.1f s", way, row["seconds"])
-    finally:
-        bench.stop()
-        shutil.rmtree(bench.folder, ignore_errors=True)
     return rows
 
 

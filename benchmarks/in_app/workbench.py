@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from linvideo_core.run.lock import locked
 
 from ..models.sizes import Size
 from . import checkpoints
@@ -93,6 +95,22 @@ def smaller_card(free_gb: float | None) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+@contextlib.contextmanager
+def opened(installation: Installation, out: Path, device: str) -> Iterator["Workbench"]:
+    """Set up a workbench in a folder where no other run is at work; take it away in the end.
+
+    What a killed run has left of its own, which may be a large checkpoint, goes first.
+    Raises SettingError where another run is at work.
+    """
+    with locked(out):
+        bench = Workbench(installation, out.absolute(), device)
+        try:
+            yield bench
+        finally:
+            bench.stop()
+            shutil.rmtree(bench.folder, ignore_errors=True)
+
+
 class Workbench:
     """A folder with a server's models and results, and the server, started when it is needed.
 
@@ -102,7 +120,10 @@ class Workbench:
 
     def __init__(self, installation: Installation, out: Path, device: str) -> None:
         self.installation, self.out, self.device = installation, out, device
-        self.folder = Path(tempfile.mkdtemp(prefix="comfyui-", dir=out))
+        # A name that nobody else gives a folder: what is there is removed.
+        self.folder = out / "linvideo-benchmark-server"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
         self.models = self.folder / "models" / "diffusion_models"
         self.deadline = time.monotonic()
         self._running = contextlib.ExitStack()

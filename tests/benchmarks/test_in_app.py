@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,11 @@ from benchmarks.in_app import sampling
 from benchmarks.in_app.cases import CASES, choose
 from benchmarks.in_app.checkpoints import write_linear_layers, write_wan
 from benchmarks.in_app.cli import InAppConfig
-from benchmarks.in_app.comfyui_server import PromptError, Server, Stage
+from benchmarks.in_app.comfyui_server import Installation, PromptError, Server, Stage
 from benchmarks.in_app.headless import describe_transfer, train, write_prompts
 from benchmarks.in_app.measuring import KINDS
 from benchmarks.in_app.sampling import SamplingConfig
-from benchmarks.in_app.workbench import resident, watching
+from benchmarks.in_app.workbench import opened, resident, watching
 from benchmarks.models.random_models import draw_inputs
 from benchmarks.models.sizes import SIZES
 from benchmarks.record import RESULTS_FOLDER, read_record
@@ -29,6 +30,7 @@ from linvideo_core import artifact
 from linvideo_core.models.attention import LinearAttention
 from linvideo_core.models.wan import WanModel
 from linvideo_core.run.config import override
+from linvideo_core.run.errors import SettingError
 from linvideo_core.transfer.config import TransferConfig
 
 TINY = SIZES["tiny"]
@@ -158,6 +160,20 @@ def test_a_run_that_ends_early_leaves_its_rows_and_none_of_an_earlier_run_of_its
     assert read_record(config.path)["rows"] == before
     # Few steps are compared with the run's own first row: those of another run go with it.
     assert sample("2.0", num_ways=1) == [*guided, ("ComfyUI 2.0", "sampling", 0), *few]
+
+
+def test_what_a_killed_run_has_left_is_taken_away_and_two_runs_do_not_share_a_folder(
+    broken_host: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / "linvideo-benchmark-server" / "models" / "large.safetensors"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    installation = Installation(root=broken_host, python=Path(sys.executable))
+    with opened(installation, tmp_path, "cpu") as bench:
+        assert bench.folder.is_dir() and not left.exists()
+        with pytest.raises(SettingError, match="is in use by"), opened(installation, tmp_path, "cpu"):
+            pass
+    assert not [*tmp_path.glob("linvideo*")]
 
 
 def test_the_file_that_is_sampled_with_fits_its_model(tmp_path: Path) -> None:

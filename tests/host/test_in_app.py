@@ -28,7 +28,7 @@ def test_the_benchmark_makes_a_file_in_the_app_and_headless(host: Host, tmp_path
     assert in_the_app["peak_gb"] > 0.1 and headless["peak_gb"] > 0.1
     stages = record["details"]["parts"]["1.3b-bf16"]["stages"]
     assert [stage["name"] for stage in stages][-1] == "training"
-    assert not (tmp_path / "comfyui").exists()
+    assert not (tmp_path / "linvideo-benchmark-server").exists()
 
 
 def test_samplings_of_all_steps_and_of_four_are_rows_of_one_record(
