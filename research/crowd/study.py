@@ -315,10 +315,8 @@ class Study:
             made = {}
             for training, settings in each.trainings.items():
                 [place] = place_runs(decisive(settings), [0], below / training)
-                result, kind = (
-                    place.folder / TRAININGS[training].result,
-                    find_kind(training, settings),
-                )
+                result = place.folder / TRAININGS[training].result
+                kind = find_kind(training, settings)
                 # A distillation starts from the file of a transfer as short as itself.
                 if kind not in failed and (kind not in self.paces or not result.exists()):
                     shutil.rmtree(place.folder, ignore_errors=True)
