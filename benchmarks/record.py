@@ -83,9 +83,9 @@ def change_part(
     """
     check_file(path)
     with alone_in(path.absolute().parent / _LOCK_FOLDER):
-        check_parts(path, device)
-        record = read_record(path) if path.is_file() else {"rows": []}
-        rows, details = change(*read_part(path, part))
+        record = _read(path)
+        _check_devices(record, path, device)
+        rows, details = change(*_find_part(record, part))
         earlier = details["command"].split(" && ") if "command" in details else []
         source = describe_source(_join([*earlier, command]), device)
         kept = {key: details[key] for key in details if key not in SOURCE}
@@ -131,8 +131,12 @@ def check_file(path: Path) -> None:
 def check_parts(path: Path, device: torch.device | str) -> None:
     """Raise SettingError where a part was measured on another device, or a record has no place."""
     check_file(path)
+    _check_devices(_read(path), path, device)
+
+
+def _check_devices(record: Row, path: Path, device: torch.device | str) -> None:
     device_name = describe_device(device)
-    for part, source in _parts_of(read_record(path) if path.is_file() else {}).items():
+    for part, source in _parts_of(record).items():
         if source["device"] != device_name:
             raise SettingError(
                 f"{path} has rows of {part} measured on {source['device']}, and this is "
@@ -143,9 +147,16 @@ def check_parts(path: Path, device: torch.device | str) -> None:
 
 def read_part(path: Path, part: str) -> tuple[list[Row], Row]:
     """Return the rows of a part, and what is kept beside them; none: of neither."""
-    record = read_record(path) if path.is_file() else {"rows": []}
+    return _find_part(_read(path), part)
+
+
+def _find_part(record: Row, part: str) -> tuple[list[Row], Row]:
     rows = [row for row in record["rows"] if row.get("what") == part]
     return rows, _parts_of(record).get(part, {})
+
+
+def _read(path: Path) -> Row:
+    return read_record(path) if path.is_file() else {"rows": []}
 
 
 def _parts_of(record: Row) -> dict[str, Any]:

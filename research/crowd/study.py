@@ -305,35 +305,40 @@ class Study:
 
         Arms of a kind that fails get rows of its error.
         """
-        config, below = self.config, self.config.out.absolute() / "pace"
-        # Its own videos: those of the seeds may be in the making.
-        words = [*config.list_words(), "--teacher-folder", str(below), "--device", card]
         failed: dict[str, Exception] = {}
         for each in self.missing():
             if self.has_paces(each):
                 continue
-            made = {}
-            for training, settings in each.trainings.items():
-                [place] = place_runs(decisive(settings), [0], below / training)
-                result = place.folder / TRAININGS[training].result
-                kind = find_kind(training, settings)
-                # A distillation starts from the file of a transfer as short as itself.
-                if kind not in failed and (kind not in self.paces or not result.exists()):
-                    shutil.rmtree(place.folder, ignore_errors=True)
-                    own = {**settings, **made}
-                    how = (training, words, own, place.folder, config.pace_steps)
-                    try:
-                        self.paces.setdefault(kind, worker.call(measure_pace, *how))
-                    except (ValueError, RuntimeError) as error:
-                        failed[kind] = error
-                    else:
-                        write_json(config.out / _PACES_NAME, self.paces)
-                        logger.info("%.4f seconds a step: %s", self.paces[kind], kind)
-                if kind in failed:
-                    for row in each.tell(failed[kind]):
-                        self.rows.add(row)
-                    break
-                made = {"artifact": result}
+            try:
+                self._time(each, worker, card, failed)
+            except (ValueError, RuntimeError) as error:
+                for row in each.tell(error):
+                    self.rows.add(row)
+
+    def _time(self, each: Missing, worker: Worker, card: str, failed: dict[str, Exception]) -> None:
+        """Time the kinds of an arm; failed: those that none tries again, and why."""
+        config, below = self.config, self.config.out.absolute() / "pace"
+        # Its own videos: those of the seeds may be in the making.
+        words = [*config.list_words(), "--teacher-folder", str(below), "--device", card]
+        made = {}
+        for training, settings in each.trainings.items():
+            kind = find_kind(training, settings)
+            if kind in failed:
+                raise failed[kind]
+            [place] = place_runs(decisive(settings), [0], below / training)
+            result = place.folder / TRAININGS[training].result
+            # A distillation starts from the file of a transfer as short as itself.
+            if kind not in self.paces or not result.exists():
+                shutil.rmtree(place.folder, ignore_errors=True)
+                how = (training, words, {**settings, **made}, place.folder, config.pace_steps)
+                try:
+                    self.paces.setdefault(kind, worker.call(measure_pace, *how))
+                except (ValueError, RuntimeError) as error:
+                    failed[kind] = error
+                    raise
+                write_json(config.out / _PACES_NAME, self.paces)
+                logger.info("%.4f seconds a step: %s", self.paces[kind], kind)
+            made = {"artifact": result}
 
 
 def find_warm_start(settings: Row) -> Row:
