@@ -38,6 +38,12 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def is_same_kind(one: str, other: str) -> bool:
+    """Say whether two names may stand for devices of a kind, whichever of several: cuda or cpu."""
+    kinds = {name.partition(":")[0] for name in (one, other)}
+    return len(kinds - {"auto"}) < 2
+
+
 def count_device_bytes(device: str) -> int | None:
     """Return the memory of a GPU in bytes; None for what is no GPU."""
     import torch

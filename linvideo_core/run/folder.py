@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import to_json
+from .devices import is_same_kind
 from .errors import SettingError, shown_value
 from .files import write_text
 from .limits import COUNT_OR_NONE
@@ -38,7 +39,8 @@ def check_run(
     ignore: field names that may differ between the first call and a later one.
     new_run: what another folder would still have of this one, to be told.
 
-    A run that does not name a setting is older than it, and was made as its default says.
+    A run that does not name a setting is older than it, and was made as its default says. It may
+    continue on another device of the same kind, which computes the same.
 
     Raises OtherRunError naming the first setting that differs, and SettingError as `check_place`.
     """
@@ -48,7 +50,7 @@ def check_run(
         return
     found = {**dict(_defaults(config)), **read_settings(folder)}
     for name, value in _leaves(json.loads(to_json(config))):
-        if name not in ignore and found.get(name) != value:
+        if name not in ignore and not _agree(name, found.get(name), value):
             raise OtherRunError(
                 f"{folder} was made with {{{name}}} {_shown(found.get(name))} and this run has "
                 f"{_shown(value)}; choose another {{out}}{new_run}, or give what it was made with "
@@ -56,6 +58,11 @@ def check_run(
                 name,
                 "out",
             )
+
+
+def _agree(name: str, one: Any, other: Any) -> bool:
+    is_device = name == "device" and isinstance(one, str) and isinstance(other, str)
+    return is_same_kind(one, other) if is_device else one == other
 
 
 def _shown(value: Any) -> str:

@@ -280,6 +280,11 @@ def measure_references(sampling: Sampling, folder: Path) -> None:
     sampling.measure_all(folder / "teacher_other", lambda p, i: sampling.sample(model, p, i, other))
 
 
+def place_measures(folder: Path, name: str, path: Path | None) -> Path:
+    """Return where below `folder` the measures of a LINVIDEO file lie; path: none: the teacher."""
+    return folder / "-".join([name, *([digest_of(path)] if path else [])])
+
+
 def measure_file(
     sampling: Sampling,
     folder: Path,
@@ -296,7 +301,7 @@ def measure_file(
     model, seed = sampling.teacher.model, sampling.config.seed
     made = artifact.load(path) if path else None
     recipe = recipe or sampling.recipe_of(made.header if made else None)
-    measures = folder / "-".join([name, *([digest_of(path)] if path else [])])
+    measures = place_measures(folder, name, path)
     with contextlib.ExitStack() as stack:
         if made is not None:
             stack.enter_context(artifact.apply(made, model))

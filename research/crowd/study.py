@@ -46,6 +46,8 @@ ROWS_NAME, SUMMARY_NAME = "crowd.json", "summary.json"
 REFERENCES = "references"
 """The table of the teacher itself and of rendered clips."""
 _PACES_NAME = "paces.json"
+_FAILURES = (ValueError, RuntimeError, OSError)
+"""What becomes a row of its error, and keeps no other row from being made."""
 # What a repeated command may change: none of it decides a row.
 _FREE_FIELDS = ("tables", "arms", "seeds", "pace_steps", "jobs", "record", "device", "out")
 _OF_WARM_START = (
@@ -311,7 +313,10 @@ class Study:
                 continue
             try:
                 self._time(each, worker, card, failed)
-            except (ValueError, RuntimeError) as error:
+            except ChildProcessError:
+                # Nobody is there any more to time the others.
+                raise
+            except _FAILURES as error:
                 for row in each.tell(error):
                     self.rows.add(row)
 
@@ -333,7 +338,7 @@ class Study:
                 how = (training, words, {**settings, **made}, place.folder, config.pace_steps)
                 try:
                     self.paces.setdefault(kind, worker.call(measure_pace, *how))
-                except (ValueError, RuntimeError) as error:
+                except _FAILURES as error:
                     failed[kind] = error
                     raise
                 write_json(config.out / _PACES_NAME, self.paces)
@@ -358,7 +363,7 @@ def do_training(
     """Train with a seed unless it was; return `path` of the file, `steps`, `run_seconds`.
 
     place: below which the run's folder lies; own: words that do not decide the result.
-    Raises ValueError or RuntimeError where it fails.
+    Raises one of `_FAILURES` where it fails.
     """
     [run] = place_runs({**settings, "steps": steps}, [seed], place / training)
     chosen = TRAININGS[training]
@@ -405,15 +410,20 @@ def do_arm(
 ) -> list[Row]:
     """Make and measure what is missing of an arm on one device; return its rows.
 
-    Beside them, those of the teacher of this seed. A training that fails makes rows of its error.
+    Beside them, those of the teacher of this seed. A training that fails makes rows of its error,
+    a measurement one.
     """
     try:
         made = make_file(config, each, paces, card)
-    except (ValueError, RuntimeError) as error:
+    except _FAILURES as error:
         return each.tell(error)
     path, rows = made.pop("path"), []
     for num_frames in each.num_frames:
-        found = measure(config, each, path, num_frames, card)
+        try:
+            found = measure(config, each, path, num_frames, card)
+        except _FAILURES as error:
+            rows += dataclasses.replace(each, num_frames=[num_frames]).tell(error)
+            continue
         own = {"num_frames": num_frames, "jobs": config.jobs, **made, **found.pop("student")}
         key = {"table": REFERENCES, "seed": each.seed, "num_frames": num_frames}
         # The arm's own last: where it is there, nothing is asked for again.
@@ -430,7 +440,10 @@ def measure(
     recipe, name = each.arm.find_recipe(config.comparison), "student"
     if recipe is not None:
         name = f"student-{len(recipe.sigmas) - 1}"
-    measures = evaluate.measure_file(sampling, folder, name, path, recipe)
+    # Its own lock: who has the seed's takes what is half written below for that of a dead process.
+    # And of tables that share a file the second waits, and finds its measures.
+    with alone_in(evaluate.place_measures(folder, name, path)):
+        measures = evaluate.measure_file(sampling, folder, name, path, recipe)
     rows = {row.pop("model"): row for row in read_rows(folder, {"student": measures})}
     floor = rows["teacher"]["frechet_teacher"]
     for row in rows.values():

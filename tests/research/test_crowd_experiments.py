@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.models.wan import WanConfig, WanModel
@@ -20,6 +20,7 @@ from linvideo_core.run.config import parse
 from linvideo_core.run.config import to_flags as flags_of
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
+from linvideo_core.run.lock import alone_in
 from linvideo_core.transfer import cli as transfer_cli
 from linvideo_core.transfer.config import ARTIFACT_NAME, WARM_START_NAME
 from research.crowd import (
@@ -36,7 +37,16 @@ from research.crowd import (
 )
 from research.crowd.arms import SHORT, TABLES, Arm
 from research.crowd.evaluate import WHOLE
-from research.crowd.study import REFERENCES, ROWS_NAME, ExperimentsConfig, Rows, Study, open_study
+from research.crowd.study import (
+    REFERENCES,
+    ROWS_NAME,
+    ExperimentsConfig,
+    Missing,
+    Rows,
+    Study,
+    do_arm,
+    open_study,
+)
 from research.declared_runs import to_flags
 
 TINY = WanConfig(
@@ -270,6 +280,50 @@ def test_two_arms_of_two_seeds_are_compared_and_nothing_is_done_twice(
     assert (
         len(parts["students"]["runs"]) == 4 and parts["students"]["note"] in capsys.readouterr().out
     )
+
+
+def do_pool(config: ExperimentsConfig, num_frames: list[int]) -> list[dict[str, object]]:
+    """Make an arm of seed 0 and return its rows at these sizes."""
+    captions.write_both(captions.CaptionsConfig(num_prompts=4, out=config.out))
+    settings = {"states": "pool", "pool_videos": 2, "target": 1, "num_frames": SHORT}
+    missing = Missing(
+        table="sizes",
+        name="pool",
+        seed=0,
+        arm=Arm(settings=settings),
+        trainings={"transfer": settings},
+        num_frames=num_frames,
+    )
+    rows = do_arm(config, missing, {pace.find_kind("transfer", settings): 1.0}, "cpu")
+    return [row for row in rows if row["table"] == "sizes"]
+
+
+def test_measures_are_written_while_another_process_opens_the_seed(
+    config: ExperimentsConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened = []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, **how: object) -> None:
+        measures = path.parents[1]
+        if measures.name.startswith("student-"):
+            with alone_in(measures.parent):
+                opened.append(measures)
+        save_file(tensors, path, **how)
+
+    monkeypatch.setattr("linvideo_core.run.files.save_file", save)
+    [row] = do_pool(dataclasses.replace(config, out=tmp_path), [SHORT])
+    assert len(opened) == 1 and "error" not in row
+
+
+def test_an_arm_that_cannot_be_measured_at_one_size_has_a_row_of_its_error_there_alone(
+    config: ExperimentsConfig, tmp_path: Path
+) -> None:
+    taken = tmp_path / "evaluation" / f"frames-{WHOLE}"
+    taken.parent.mkdir()
+    taken.touch()
+    failed, made = do_pool(dataclasses.replace(config, out=tmp_path), [WHOLE, SHORT])
+    assert failed["num_frames"] == WHOLE and taken.name in failed["error"]
+    assert made["num_frames"] == SHORT and made["fidelity"] > 0
 
 
 @pytest.mark.slow

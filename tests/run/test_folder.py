@@ -70,6 +70,14 @@ def test_another_config_is_refused_by_the_setting_that_differs(
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("device", ["cuda:1", "cuda", "auto"])
+def test_a_run_continues_on_any_device_of_its_kind(device: str, tmp_path: Path) -> None:
+    open_run(tmp_path, Run(device="cuda:0"))
+    open_run(tmp_path, Run(device=device))
+    with pytest.raises(OtherRunError, match="device cuda:0 and this run has cpu"):
+        open_run(tmp_path, Run(device="cpu"))
+
+
 @pytest.mark.parametrize("name", ["taken", "taken/run"])
 def test_a_file_in_the_folders_place_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
