@@ -9,11 +9,11 @@ of one server. `peak_gb` is all that the card holds; of it PyTorch's pool holds 
 gave out `allocated_gb` at once: what lies between is holes that no tensor fitted into.
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --size 14b-720p --steps 3 \
-        --kernels sparse --start-percent 0 --record
+        --kernels sparse --start-percent 0 --rows 'sparse linear few steps' --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --without-triton --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --cpu
 Each row is kept as soon as it is sampled, in --out or results; the first of a run replaces all
-earlier ones of its size, ComfyUI and Triton.
+earlier ones of its size, ComfyUI and Triton. Of --rows each replaces itself alone.
 """
 
 import dataclasses
@@ -45,9 +45,10 @@ from .workbench import Workbench, opened, watching
 
 _GUIDED, _FEW = "sampling", "few_steps"
 # What a model's self-attention is, in all layers or in those of its size.
-_SOFTMAX, _LINEAR, _HYBRID = "softmax", "linear layers", "hybrid layers"
+_SOFTMAX, _LINEAR, _HYBRID = "softmax", "linear", "hybrid"
 _FEW_STEPS = 4
 _KEY = ("model", "resolution", "where", "triton")
+_WAY = ("softmax_backend", "linear_layers", "hybrid_layers")
 _LIMIT_SECONDS = 600.0
 
 Row = dict[str, Any]
@@ -66,6 +67,11 @@ class SamplingConfig(Settings):
         f"kernels beside the default: {', '.join(graphs.KERNELS)}, commas between; default: it "
         "alone; none: all",
     )
+    rows: str = option(
+        "",
+        "rows to sample beside the first, such as 'sparse linear few steps', commas between; "
+        "none: all",
+    )
     start_percent: float = option(
         0.2, "part of sampling before sparse kernels begin", limits.Limits(low=0, high=0.99)
     )
@@ -83,6 +89,13 @@ class SamplingConfig(Settings):
                 f"is none: some of {', '.join(graphs.KERNELS)} are needed",
                 "kernels",
             )
+        known = [str(way) for way in list_ways(self.list_kernels())]
+        if strangers := [name for name in self.list_rows() if name not in known]:
+            raise SettingError(
+                f"{{rows}} {shown_value(self.rows)} given, and {shown_value(strangers[0])} is "
+                f"none: some of {', '.join(known)} are needed",
+                "rows",
+            )
         check_tile(LinearForm(tile=self.hybrid_tile), [self.video.grid])
 
     def list_kernels(self) -> list[str]:
@@ -91,6 +104,10 @@ class SamplingConfig(Settings):
             names = dict.fromkeys(name.strip() for name in self.kernels.split(","))
             return [name for name in names if name != "default"]
         return [] if self.cpu or self.without_triton else [*graphs.KERNELS]
+
+    def list_rows(self) -> list[str]:
+        """Return the rows that are to be sampled beside the first; none: all."""
+        return [name.strip() for name in self.rows.split(",")] if self.rows else []
 
     @property
     def video(self) -> Size:
@@ -122,12 +139,12 @@ class Way:
     is_few: bool = False
 
     def __str__(self) -> str:
-        return ", ".join([self.kernel, self.kind, *(["few steps"] if self.is_few else [])])
+        return " ".join([self.kernel, self.kind, *(["few steps"] if self.is_few else [])])
 
     @property
     def file(self) -> str:
         """Name of the file that makes its layers."""
-        return f"random-{self.kind.split()[0]}-{_FEW if self.is_few else _GUIDED}.safetensors"
+        return f"random-{self.kind}-{_FEW if self.is_few else _GUIDED}.safetensors"
 
 
 def find_host(config: SamplingConfig) -> Installation:
@@ -156,7 +173,7 @@ def run(config: SamplingConfig) -> list[Row]:
         _write_files(bench.folder / "models" / "linvideo", config)
         file, dtype = bench.checkpoint(config.video, "bf16")
         base = graphs.load_wan(file, dtype, config.video, config.video.num_frames)
-        for way in list_ways(_known_kernels(bench.server(), config)):
+        for way in _choose(list_ways(_known_kernels(bench.server(), config)), config):
             try:
                 measured = _sample(config, bench, base, way)
             except PromptError as error:
@@ -171,15 +188,30 @@ def run(config: SamplingConfig) -> list[Row]:
     return rows
 
 
+def _choose(ways: Sequence[Way], config: SamplingConfig) -> list[Way]:
+    """Return ComfyUI's own way and those that are chosen."""
+    chosen = config.list_rows()
+    return [way for way in ways if not chosen or way is ways[0] or str(way) in chosen]
+
+
 def _keep(config: SamplingConfig, rows: Sequence[Row]) -> None:
-    """Put a run's rows so far in place of all earlier ones of its size, ComfyUI and Triton."""
+    """Put a run's rows so far in place of all earlier ones of its size, ComfyUI and Triton.
+
+    Of chosen rows each is put in place of itself, and the first, which stands for another run's,
+    is not kept: the seconds that they are compared with are their own.
+    """
     flags = to_flags(config, without=("comfyui", "python", "out", "record"))
-    # With the first row ratios over an earlier run's go, and before it stands there.
-    for part in (_FEW, _GUIDED) if len(rows) == 1 else (rows[-1]["what"],):
+    key, parts = _KEY, (rows[-1]["what"],)
+    if config.rows:
+        rows, key = rows[1:], (*_KEY, *_WAY)
+    elif len(rows) == 1:
+        # With the first row ratios over an earlier run's go, and before it stands there.
+        parts = (_FEW, _GUIDED)
+    for part in parts if rows else ():
         change_part(
             config.path,
             part,
-            replacing(rows, _KEY, [row for row in rows if row["what"] == part]),
+            replacing(rows, key, [row for row in rows if row["what"] == part]),
             title=RECORD_TITLE,
             command=f"python -m benchmarks.in_app.sampling --comfyui PATH {flags} --record",
             device=config.device,
@@ -226,7 +258,7 @@ def _describe(config: SamplingConfig, way: Way) -> Row:
 
 
 def compare(row: Row, default: Row) -> Row:
-    """Return a row's speed-up and over what; default: the row of ComfyUI's own way.
+    """Return a row's speed-up, over what, and its seconds; default: the row of ComfyUI's own way.
 
     Few steps are compared with a usual video of the default, told from its measured steps.
     """
@@ -236,7 +268,11 @@ def compare(row: Row, default: Row) -> Row:
         baseline = f"default, {VIDEO_STEPS} guided steps"
         if default["steps"] != VIDEO_STEPS:
             baseline = f"{baseline} by {default['steps']} measured"
-    return {"baseline": baseline, "speedup": seconds / row["seconds"]}
+    return {
+        "baseline": baseline,
+        "baseline_seconds": seconds,
+        "speedup": seconds / row["seconds"],
+    }
 
 
 def _sample(config: SamplingConfig, bench: Workbench, base: graphs.Nodes, way: Way) -> Row:

@@ -98,6 +98,10 @@ def _distilled(num_steps: int, regression_weight: float, **more: Any) -> Arm:
     return Arm(settings=_pool(0), distillation=settings, **more)
 
 
+def _long(arm: Arm) -> Arm:
+    return dataclasses.replace(arm, num_spans=6)
+
+
 TABLES: dict[str, dict[str, Arm]] = {
     "objectives": {
         "pool": Arm(settings=_pool(0), baseline=_MOST_VIDEOS),
@@ -113,6 +117,12 @@ TABLES: dict[str, dict[str, Arm]] = {
             f"adm_{n}": Arm(settings=_stored(n, objective="adm"), baseline=f"stored_{n}")
             for n in _VIDEOS
         },
+    },
+    # Who begins slower may end nearer: six times as long.
+    "longer": {
+        "pool": _long(Arm(settings=_pool(0))),
+        "on_policy_half": _long(Arm(settings=_pool(0.5), baseline="pool")),
+        "stored": _long(Arm(settings=_stored(max(_VIDEOS)), baseline="pool")),
     },
     # A student that cannot represent its teacher: every layer linear, as few features as there are.
     "students": {

@@ -8,7 +8,7 @@ On two H200s, the first words being
     python -m research.crowd.experiments --compile --jobs 4 --minutes-per-run 0.1 \
         --pace-steps 12 --num-samples 128 --sampler-steps 20 --out runs/study --record
 and the seconds those of `forecast`, which are counted, the second call's after the first:
-    --tables all --seeds 4                                                             1095
+    --tables all --seeds 4                                                             1252
     --tables students,selection --seeds 8 --arms velocity,on_policy,learned,alternate,random  215
 where on_policy stands for whatever was best. Of `objectives` with 0.12 minutes it counts 447; 439
 were taken when processes still waited for each other's videos. In one folder a table finds the arms

@@ -129,6 +129,8 @@ def test_samplings_are_refused_without_a_host_and_its_end_is_told(
         SamplingConfig(steps=0)
     with pytest.raises(ValueError, match="--kernels sparse,fast given, and fast is none: some of"):
         SamplingConfig(kernels="sparse,fast")
+    with pytest.raises(ValueError, match="--rows 'sparse linear' given, and 'sparse linear' is none"):
+        SamplingConfig(kernels="cuDNN", rows="sparse linear")
     with pytest.raises(ValueError, match="--comfyui was not given"):
         sampling.run(SamplingConfig(cpu=True, out=tmp_path / "out"))
     config = SamplingConfig(comfyui=broken_host, cpu=True, out=tmp_path / "out")
@@ -139,17 +141,16 @@ def test_samplings_are_refused_without_a_host_and_its_end_is_told(
 def test_a_run_that_ends_early_leaves_its_rows_and_none_of_an_earlier_run_of_its_place(
     tmp_path: Path,
 ) -> None:
-    config = SamplingConfig(comfyui=tmp_path / "host", cpu=True, steps=2, out=tmp_path / "out")
-
-    def sample(version: str, *, num_ways: int) -> list[tuple[str, str, int]]:
+    def sample(version: str, *, num_ways: int, rows: str = "") -> list[tuple[str, str, int]]:
         # A graph to warm up and one that is timed.
         write_host(config.comfyui, version, 2 * num_ways)
         with contextlib.suppress(PromptError):
-            sampling.run(config)
-        rows = read_record(config.path)["rows"]
-        layers = [row["linear_layers"] + row["hybrid_layers"] for row in rows]
-        return [(r["where"], r["what"], n) for r, n in zip(rows, layers, strict=True)]
+            sampling.run(dataclasses.replace(config, rows=rows))
+        found = read_record(config.path)["rows"]
+        layers = [row["linear_layers"] + row["hybrid_layers"] for row in found]
+        return [(r["where"], r["what"], n) for r, n in zip(found, layers, strict=True)]
 
+    config = SamplingConfig(comfyui=tmp_path / "host", cpu=True, steps=2, out=tmp_path / "out")
     guided = [("ComfyUI 1.0", "sampling", n) for n in (0, 2, 4)]
     few = [("ComfyUI 1.0", "few_steps", n) for n in (2, 4)]
     assert sample("1.0", num_ways=5) == [*guided, *few]
@@ -159,7 +160,14 @@ def test_a_run_that_ends_early_leaves_its_rows_and_none_of_an_earlier_run_of_its
     sample("2.0", num_ways=0)
     assert read_record(config.path)["rows"] == before
     # Few steps are compared with the run's own first row: those of another run go with it.
-    assert sample("2.0", num_ways=1) == [*guided, ("ComfyUI 2.0", "sampling", 0), *few]
+    mixed = [*guided, ("ComfyUI 2.0", "sampling", 0), *few]
+    assert sample("2.0", num_ways=1) == mixed
+    # A chosen row is put in place of itself alone, with the seconds that it is compared with.
+    chosen = ("ComfyUI 2.0", "few_steps", 2)
+    for _ in range(2):
+        assert sample("2.0", num_ways=2, rows="default linear few steps") == [*mixed, chosen]
+    row = read_record(config.path)["rows"][-1]
+    assert row["speedup"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
 
 
 def test_what_a_killed_run_has_left_is_taken_away_and_two_runs_do_not_share_a_folder(
@@ -205,10 +213,8 @@ def test_a_file_of_few_steps_has_the_noise_levels_of_its_model(tmp_path: Path) -
 
 def test_hybrid_layers_are_sampled_by_the_default_alone_in_all_steps_and_in_few() -> None:
     assert [str(way) for way in sampling.list_ways(["cuDNN"])] == [
-        "default, softmax", "default, linear layers", "default, hybrid layers",
-        "cuDNN, softmax", "cuDNN, linear layers",
-        "default, linear layers, few steps", "default, hybrid layers, few steps",
-        "cuDNN, linear layers, few steps",
+        "default softmax", "default linear", "default hybrid", "cuDNN softmax", "cuDNN linear",
+        "default linear few steps", "default hybrid few steps", "cuDNN linear few steps",
     ]  # fmt: skip
     assert SamplingConfig(kernels="default").list_kernels() == []
     assert SamplingConfig(size="14b-720p").hybrid_tile == "7x15x16"
@@ -226,9 +232,12 @@ def test_few_steps_are_compared_with_fifty_of_the_default_and_say_how_many_were_
 ) -> None:
     default = {"what": "sampling", "steps": steps, "seconds": 100.0}
     few = {"what": "few_steps", "steps": 4, "seconds": 4.0}
-    assert sampling.compare(few, default) == {"baseline": baseline, "speedup": speedup}
+    found = sampling.compare(few, default)
+    told = {"baseline": baseline, "baseline_seconds": 4 * speedup, "speedup": speedup}
+    assert found == told
     guided = default | {"seconds": 50.0}
-    assert sampling.compare(guided, default) == {"baseline": "default", "speedup": 2}
+    told = {"baseline": "default", "baseline_seconds": 100, "speedup": 2}
+    assert sampling.compare(guided, default) == told
 
 
 def test_every_row_of_the_page_can_be_measured() -> None:
