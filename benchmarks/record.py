@@ -115,9 +115,12 @@ def replacing(replaced: Sequence[Row], names: Sequence[str], rows: Sequence[Row]
 
 
 def without(rows: Iterable[Row], replaced: Iterable[Row], names: Sequence[str]) -> list[Row]:
-    """Return the rows that differ in some value of `names` from each that is replaced."""
-    keys = [[row[name] for name in names] for row in replaced]
-    return [row for row in rows if [row[name] for name in names] not in keys]
+    """Return the rows that differ in some value of `names` from each that is replaced.
+
+    A row of an earlier time may lack a name that rows have today: there it has None.
+    """
+    keys = [[row.get(name) for name in names] for row in replaced]
+    return [row for row in rows if [row.get(name) for name in names] not in keys]
 
 
 def check_file(path: Path) -> None:
