@@ -50,7 +50,8 @@ RESULT_NAME = "ablation.json"
 
 # A step of ADM takes so many times one of velocity matching (results/evidence.json, `plan`).
 _EQUAL_TIME = 239 / 200
-_VELOCITY = {"objective": "velocity", "steps_factor": _EQUAL_TIME}
+_ADM = {"objective": "adm"}
+_VELOCITY = {"steps_factor": _EQUAL_TIME}
 
 _SHOWN = ("table", "name", "seeds", "digit", "motion", "frechet_share", "frechet_teacher", "error")
 
@@ -58,17 +59,17 @@ Row = dict[str, Any]
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "objective": {
-        "adm": {},
+        "adm": _ADM,
         "velocity_equal_time": _VELOCITY,
-        "velocity": {"objective": "velocity"},
+        "velocity": {},
         # All noise levels seen alike, however far the teacher's flow carries an error from there.
-        "adm_even_levels": {"levels": "even"},
+        "adm_even_levels": {**_ADM, "levels": "even"},
         "velocity_even_levels": {**_VELOCITY, "levels": "even"},
         # Every layer linear: where the student's own states lie furthest from the stored ones.
-        "adm_all_layers": {"target": 10},
+        "adm_all_layers": {**_ADM, "target": 10},
         "velocity_all_layers": {**_VELOCITY, "target": 10},
         # Nothing but feature maps moves: what the student cannot represent stays large.
-        "adm_maps_alone": {"parameters": "feature_maps"},
+        "adm_maps_alone": {**_ADM, "parameters": "feature_maps"},
         "velocity_maps_alone": {**_VELOCITY, "parameters": "feature_maps"},
     },
     "selection": {
@@ -100,9 +101,9 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "feature_maps": {"parameters": "feature_maps"},
     },
     "best": {
-        "steps_x2": {"steps_factor": 2.0},
-        "steps_x4": {"steps_factor": 4.0},
-        "velocity_x4": {"objective": "velocity", "steps_factor": 4.0 * _EQUAL_TIME},
+        "steps_x2": {**_ADM, "steps_factor": 2.0},
+        "steps_x4": {**_ADM, "steps_factor": 4.0},
+        "velocity_x4": {"steps_factor": 4.0 * _EQUAL_TIME},
     },
 }
 """Table -> row -> what it changes of a transfer's settings, and `steps_factor` of its steps."""

@@ -232,7 +232,7 @@ def measure_steps(teacher: Teacher, phase: str, config: StepsConfig, run: Run) -
             draw_states(size, run.folder / f"states-{processes.rank}.safetensors"),
             selection=SelectionConfig(target=len(size.layers), layers=listed, selection_share=1.0),
             # Every video moves on: of a batch of one, half of the steps would otherwise be cheap.
-            objective=ObjectiveConfig(anchor_share=0.0),
+            objective=ObjectiveConfig(objective="adm", anchor_share=0.0),
             training=training,
             run=run,
             linear_layers=size.layers if is_hardened else None,

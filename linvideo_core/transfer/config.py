@@ -22,7 +22,7 @@ TRAINING_NAME = "training"
 PARAMETERS = ("full", "lora", "feature_maps")
 CHOICES = ("learned", "alternate", "sensitivity")
 MEASURES = ("replace-one", "restore-one")
-OBJECTIVES = ("adm", "velocity")
+OBJECTIVES = ("velocity", "adm")
 LEVELS = ("even", "flow")
 QUALITIES = ("draft", "standard", "best")
 
@@ -156,8 +156,8 @@ class ObjectiveConfig(Settings):
     """Which states the student is trained at; the loss is always the velocity's squared error."""
 
     objective: str = option(
-        "adm",
-        "train at stored states and at those the student reaches, or at stored ones alone",
+        "velocity",
+        "train at the teacher's states alone, or also at those that the student reaches",
         choices=OBJECTIVES,
     )
     max_jump: int = option(

@@ -31,13 +31,11 @@ from .student import Student, TransferTask, make_pool
 
 logger = logging.getLogger(__name__)
 
-# In calls of the guided teacher, all of one video. A training step's pass, while layers are chosen
-# and after: `adm` with recomputed activations on an H100 (results/scale.json): 8.8 and 6.3 for Wan
-# 1.3B, 7.8 while choosing for 14B. A step of the warm start: one branch, and linear attention there
-# and back.
-_SELECTING, _HARDENED, WARM_START = 8.3, 6.0, 0.7
-# What is left of it without the moves of `adm`, three halves of a call: a pass there and back.
-LEARNING = 4.5
+# In calls of the guided teacher, all of one video. A training step's pass there and back, while
+# layers are chosen and after, and what the moves of `adm` add: with recomputed activations on an
+# H100 all of it takes 8.8 and 6.3 for Wan 1.3B, 7.8 while choosing for 14B (results/scale.json). A
+# step of the warm start: one branch, and linear attention there and back.
+_SELECTING, LEARNING, _MOVES, WARM_START = 6.8, 4.5, 1.5, 0.7
 # What Adam and the average add to the gradient and the number itself.
 _OPTIMISER = 3 * FP32
 # Of a trained number a checkpoint holds four: itself, its average, both averages of Adam. The next
@@ -73,10 +71,11 @@ class Pace:
     main_call: float | None = None
 
     @classmethod
-    def from_call(cls, seconds: float, batch_size: int) -> "Pace":
+    def from_call(cls, seconds: float, batch_size: int, objective: str) -> "Pace":
         """Tell a pass's seconds from those of a call; batch_size: of this process."""
-        of_batch = seconds * batch_size
-        return cls(call=seconds, selecting=_SELECTING * of_batch, hardened=_HARDENED * of_batch)
+        of_batch, moves = seconds * batch_size, _MOVES if objective == "adm" else 0.0
+        selecting, hardened = (of_batch * (calls + moves) for calls in (_SELECTING, LEARNING))
+        return cls(call=seconds, selecting=selecting, hardened=hardened)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,7 +308,8 @@ def _time_size(
         torch.cuda.reset_peak_memory_stats(device)
     call = time_teacher(teacher, config.trajectories, precision)
     if not tries_training:
-        return Pace.from_call(call, config.training.batch_size // num_processes)
+        batch_size = config.training.batch_size // num_processes
+        return Pace.from_call(call, batch_size, config.objective.objective)
     try:
         pace = _time_training(teacher, config, precision, call)
     finally:

@@ -15,7 +15,7 @@ from ..run.config import override
 from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
 from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig, check_embedded
-from .config import QUALITIES, RecipeConfig, RunConfig, TransferConfig
+from .config import QUALITIES, ObjectiveConfig, RecipeConfig, RunConfig, TransferConfig
 
 if TYPE_CHECKING:
     from ..teacher.teacher import TeacherCheckpoint
@@ -121,7 +121,7 @@ def find_settings(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         values |= PRESETS[preset]
         if given.get("states") == "pool":
             values["levels"] = "even"
-        _check_states(given.get("states", PoolConfig().states), given)
+        _check_used(given.get("states", PoolConfig().states), given)
         return values | settings_by_steps(given.get("steps", values["steps"]))
     return _settings_of_own(quality, given)
 
@@ -163,7 +163,7 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
         values["states_per_trajectory"] = max(1, min(most, given["sampler_steps"]))
     needs_stored = given.get("low_noise_model") or given.get("choice") == "sensitivity"
     values["states"] = "stored" if needs_stored else "pool"
-    _check_states(given.get("states", values["states"]), given)
+    _check_used(given.get("states", values["states"]), given)
     return fit_card(
         teacher,
         TransferConfig(),
@@ -174,15 +174,21 @@ def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _check_states(states: str, given: Mapping[str, Any]) -> None:
-    """Raise SettingError for a flag that was given of the states that are not learned from."""
-    for other, name in (("stored", "num_trajectories"), ("pool", "pool_videos")):
-        if other != states and name in given:
+def _check_used(states: str, given: Mapping[str, Any]) -> None:
+    """Raise SettingError for a flag that was given of states or an objective that are not used."""
+    objective = given.get("objective", ObjectiveConfig().objective)
+    for what, used, other, name in (
+        ("states", states, "stored", "num_trajectories"),
+        ("states", states, "pool", "pool_videos"),
+        ("objective", objective, "adm", "anchor_share"),
+        ("objective", objective, "adm", "max_jump"),
+    ):
+        if other != used and name in given:
             raise SettingError(
-                f"{{{name}}} {given[name]} given, which is for {{states}} {other}, and {{states}} "
-                f"is {states} here: give {{states}} {other}, or leave {{{name}}} out",
+                f"{{{name}}} {given[name]} given, which is for {{{what}}} {other}, and {{{what}}} "
+                f"is {used} here: give {{{what}}} {other}, or leave {{{name}}} out",
                 name,
-                "states",
+                what,
             )
 
 

@@ -17,6 +17,7 @@ from benchmarks.record import (
     read_record,
     replacing,
     show_rows,
+    without,
     write_part,
     write_record,
 )
@@ -103,6 +104,11 @@ def test_rows_that_are_added_to_a_part_at_the_same_time_all_stay(tmp_path: Path)
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         list(threads.map(add, range(4)))
     assert sorted(row["seconds"] for row in read_part(path, "train")[0]) == [0, 1, 2, 3]
+
+
+def test_an_earlier_row_may_lack_a_name_that_todays_have() -> None:
+    older, mine = {"model": "a"}, {"model": "a", "layers": 3}
+    assert without([older, mine], [mine], ["model", "layers"]) == [older]
 
 
 def test_commands_and_details_stay_while_rows_do_and_a_part_without_rows_goes(

@@ -77,7 +77,7 @@ MODES = {
 AUTO = {
     **dict.fromkeys(SETTINGS, 0),
     "parameters": "lora",
-    "objective": "adm",
+    "objective": "velocity",
     "tile": "",
     "attention_mass": "query",
 }

@@ -195,7 +195,7 @@ def test_states_that_the_student_moves_first_are_refused(
         teacher,
         stored,
         selection=SelectionConfig(target=2),
-        objective=ObjectiveConfig(levels="even", anchor_share=0.0),
+        objective=ObjectiveConfig(objective="adm", levels="even", anchor_share=0.0),
         training=TRAINING,
         run=Run(),
         linear_layers=[0, 1],

@@ -77,10 +77,11 @@ def test_each_stage_takes_its_calls() -> None:
 
 
 def test_a_step_that_was_not_tried_is_counted_in_calls() -> None:
-    pace = Pace.from_call(0.5, 2)
-    # Wan 1.3B on an H100: a call takes 0.505 s, a pass of two videos 8.8 s and 6.1 s.
+    pace, plain = (Pace.from_call(0.5, 2, objective) for objective in ("adm", "velocity"))
+    # Wan 1.3B on an H100: a call takes 0.505 s, a pass of two videos that move 8.8 s and 6.1 s.
     assert pace.selecting == pytest.approx(8.8, rel=0.1)
     assert pace.hardened == pytest.approx(6.1, rel=0.1)
+    assert plain.selecting < pace.selecting and plain.hardened < pace.hardened
 
 
 def test_the_sentence_says_hours_and_sizes_in_units_that_can_be_read() -> None:

@@ -301,7 +301,8 @@ def test_a_batch_trains_each_row_in_one_guidance_branch(
 def test_rows_that_are_not_stored_move_on_and_count_as_their_level_is_drawn(
     share: float, num_stored: int, teacher: Teacher, trajectories: Trajectories
 ) -> None:
-    batches = Batches(teacher, trajectories, ObjectiveConfig(anchor_share=share), 12)
+    objective = ObjectiveConfig(objective="adm", anchor_share=share)
+    batches = Batches(teacher, trajectories, objective, 12)
     batch = batches.draw(seed_step(0, 0))
     assert int(batch.is_stored.sum()) == num_stored and batch.any_moves == (num_stored < 12)
     stays, moves = batch.is_stored, ~batch.is_stored
@@ -319,7 +320,8 @@ def test_the_processes_rows_make_up_the_batch_of_one(
     def draw(rank: int, size: int) -> Batch:
         processes = ProcessGroup()
         processes.rank, processes.size = rank, size
-        return Batches(teacher, trajectories, ObjectiveConfig(), 6, processes).draw(seed_step(1, 2))
+        objective = ObjectiveConfig(objective="adm")
+        return Batches(teacher, trajectories, objective, 6, processes).draw(seed_step(1, 2))
 
     whole, parts = draw(0, 1), [draw(rank, size) for rank in range(size)]
     for field in dataclasses.fields(Batch):
