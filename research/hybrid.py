@@ -16,7 +16,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import logging
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import open_run
 
+from . import workers
 from .declared_runs import list_cards
 from .hybrid_student import (
     FORMS,
@@ -185,26 +185,22 @@ def run(config: HybridConfig) -> dict[str, list[Row]]:
     cases = dict.fromkeys(case for table in config.cases.values() for case in table)
     runs = list(itertools.product(range(config.seeds), cases))
     done: dict[tuple[int, Case], Row] = {}
-    context = multiprocessing.get_context("spawn")
-    with (
-        concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool,
-        tqdm(total=len(runs)) as bar,
-    ):
-        places = itertools.cycle(cards)
-        shared = [pool.submit(prepare, flags, s, out, next(places)) for s in range(config.seeds)]
-        for future in shared:
+    with workers.pool(cards, config.jobs) as submit, tqdm(total=len(runs)) as bar:
+        for future in [submit(prepare, flags, seed, out) for seed in range(config.seeds)]:
             future.result()
-        waiting = {}
-        for seed, case in runs:
-            place = next(places)
-            future = pool.submit(do_run, case, flags, config.steps, seed, out, place)
-            waiting[future] = (seed, case)
+        waiting = {
+            submit(do_run, case, flags, config.steps, seed, out): (seed, case)
+            for seed, case in runs
+        }
         for future in concurrent.futures.as_completed(waiting):
             seed, case = waiting[future]
             if (error := future.exception()) is None:
                 done[seed, case] = future.result()
                 for table, rows in _to_tables(config, done).items():
                     _write(config, device, table, rows)
+            elif isinstance(error, ChildProcessError):
+                # Of the processes one is gone, and what the others do is not waited for.
+                raise error
             else:
                 logger.warning("%s, seed %d: %s", case, seed, error)
             bar.update()

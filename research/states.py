@@ -13,9 +13,7 @@ start that goes before, `layer_error` is the mean over layers and its last steps
 
 import concurrent.futures
 import dataclasses
-import itertools
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -50,6 +48,7 @@ from linvideo_core.transfer.config import WARM_START_NAME, TransferConfig
 from linvideo_core.transfer.pipeline import linearize
 from linvideo_core.transfer.student import Student
 
+from . import workers
 from .declared_runs import list_cards
 from .paired import compare_paired
 
@@ -241,21 +240,15 @@ def compare(
 def run(config: StatesConfig) -> dict[str, list[Row]]:
     """Do all runs; return the rows by table."""
     device = resolve_device(config.device)
-    cards = list_cards(device)
     tables = {table: TABLES[table] for table in config.tables.split(",")}
     every = {name: row for rows in tables.values() for name, row in rows.items()}
     jobs = [(seed, name) for seed in range(config.seeds) for name in every]
-    context = multiprocessing.get_context("spawn")
     found: dict[str, list[Row]] = {}
-    with (
-        concurrent.futures.ProcessPoolExecutor(config.jobs, context) as pool,
-        tqdm(total=len(jobs)) as bar,
-    ):
+    with workers.pool(list_cards(device), config.jobs) as submit, tqdm(total=len(jobs)) as bar:
         waiting = {}
-        for (seed, name), card in zip(jobs, itertools.cycle(cards), strict=False):
+        for seed, name in jobs:
             settings = {**_COMMON, "steps": config.steps, **every[name]}
-            out = config.out.absolute()
-            waiting[pool.submit(do_run, name, settings, seed, out, card)] = name
+            waiting[submit(do_run, name, settings, seed, config.out.absolute())] = name
         for future in concurrent.futures.as_completed(waiting):
             found.setdefault(waiting[future], []).append(future.result())
             bar.update()

@@ -57,6 +57,11 @@ COMMANDS = {
 COMMANDS = {
     name: command if OWN in command else f"{command} {OWN}" for name, command in COMMANDS.items()
 }
+HYBRID = (
+    "research.hybrid --forms linear --seeds 1 --jobs 2 --steps 100000 --device cpu --flags "
+    "'--batch-size 2 --warm-start-steps 2 --num-trajectories 2 --shard-size 2 --sampler-steps 2 "
+    "--states-per-trajectory 2 --evaluate-samples 4 --checkpoint-every 2'"
+)
 MOST_CHANGES = {"evaluate": 6, "ablation": 90}
 """Of the folders, before a command is stopped; 40 of others."""
 
@@ -107,6 +112,11 @@ def kill(process: subprocess.Popen) -> None:
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    """Say whether a process computes, which multiprocessing's own tracker does not."""
+    return process.is_running() and not any("resource_tracker" in x for x in process.cmdline())
 
 
 def wait_for_training(process: subprocess.Popen, out: Path, name: str) -> Path:
@@ -195,19 +205,29 @@ def test_processes_end_with_the_torchrun_that_started_them(
     assert len(started) == 2 and left == []
 
 
-def test_an_ablation_that_is_asked_to_stop_stops_its_transfers(
-    paths: dict[str, Path], one_thread: None, tmp_path: Path
+@pytest.mark.parametrize(
+    ("command", "numbers"),
+    [
+        (COMMANDS["ablation"].replace("--steps 4", "--steps 100000"), [signal.SIGTERM]),
+        # As `timeout` sends it.
+        (HYBRID, [signal.SIGINT, signal.SIGINT]),
+    ],
+    ids=["ablation", "hybrid"],
+)
+def test_a_command_that_is_asked_to_stop_stops_its_processes(
+    command: str, numbers: list[int], paths: dict[str, Path], one_thread: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = start(COMMANDS["ablation"].replace("--steps 4", "--steps 100000"), paths, out)
+    process = start(command, paths, out)
     checkpoint = wait_for_training(process, out, "checkpoint.safetensors")
-    transfers = psutil.Process(process.pid).children()
-    process.send_signal(signal.SIGTERM)
+    started = [each for each in psutil.Process(process.pid).children() if is_at_work(each)]
+    for number in numbers:
+        process.send_signal(number)
     try:
         _, errors = process.communicate(timeout=GRACE_SECONDS)
     finally:
         if process.poll() is None:
             kill(process)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert transfers and not any(each.is_running() for each in transfers)
+    assert started and not any(map(is_at_work, started))
     assert checkpoint.exists() and not list(out.rglob("linearized.safetensors"))

@@ -54,6 +54,7 @@ from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.lock import locked
 
 from ..declared_runs import list_cards
+from ..workers import Worker, started
 from . import summary
 from .arms import NOT_RUN
 from .forecast import forecast
@@ -69,7 +70,6 @@ from .study import (
     open_study,
     store_videos,
 )
-from .workers import Worker, started
 
 Row = dict[str, Any]
 

@@ -31,6 +31,7 @@ from linvideo_core.transfer import cli as transfer_cli
 
 from .. import declared_runs
 from ..declared_runs import ROW_NAME, place_runs
+from ..workers import Worker
 from . import evaluate, trainings
 from .arms import TABLES, Arm, find_arms
 from .captions import CaptionsConfig, write_both
@@ -38,7 +39,6 @@ from .pace import decisive, find_kind, measure_pace
 from .rows import RECORD_NAME, Row, read_rows
 from .train import SHIFT, WEIGHTS
 from .trainings import TRAININGS
-from .workers import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
 import shlex
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +30,6 @@ from research.crowd import (
     summary,
     train,
     trainings,
-    workers,
 )
 from research.crowd.arms import SHORT, TABLES, Arm
 from research.crowd.evaluate import WHOLE
@@ -165,33 +161,6 @@ def test_random_layers_follow_the_seed(config: ExperimentsConfig) -> None:
     drawn = [made.settings_of(arm, seed)["transfer"]["layers"] for seed in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     assert all(len(set(layers.split(","))) == 6 for layers in drawn)
-
-
-def test_a_process_passes_errors_on_and_says_when_it_ends() -> None:
-    with workers.started(["cpu"]) as [worker]:
-        assert worker.call(divmod, 7, 2) == (3, 1)
-        with pytest.raises(ZeroDivisionError):
-            worker.call(divmod, 7, 0)
-        with pytest.raises(ChildProcessError, match="ended before its work was done"):
-            worker.call(os._exit, 1)
-
-
-def test_processes_end_in_the_midst_of_their_work_when_the_study_does() -> None:
-    with pytest.raises(KeyboardInterrupt), workers.started(["cpu"]) as [worker]:
-        thread = threading.Thread(target=lambda: ended.append(_call(worker, time.sleep, 300)))
-        ended: list[Exception] = []
-        thread.start()
-        raise KeyboardInterrupt
-    thread.join()
-    assert not worker.process.is_alive() and isinstance(ended[0], ChildProcessError)
-
-
-def _call(worker: workers.Worker, *work: object) -> Exception | None:
-    try:
-        worker.call(*work)
-    except ChildProcessError as error:
-        return error
-    return None
 
 
 def test_the_time_of_a_step_is_its_kind_s_alone() -> None:

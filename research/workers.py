@@ -1,7 +1,11 @@
-"""Processes that work for a study, each on one device, and keep what they have imported."""
+"""Processes that work for a command, each on one device, and keep what they have imported."""
 
+import concurrent.futures
 import contextlib
+import functools
+import itertools
 import multiprocessing
+import queue
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +39,7 @@ class Worker:
             found, error = self._pipe.recv()
         except (EOFError, OSError):
             raise ChildProcessError(
-                "a process of the study ended before its work was done; repeat the command to "
-                "continue"
+                "a process ended before its work was done; repeat the command to continue"
             ) from None
         if error is not None:
             raise error
@@ -48,7 +51,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, card: str, num_threads: int) -> None:
-    # Ctrl+C is the study's, which ends its processes.
+    # Ctrl+C is the command's, which ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(num_threads)
     if card.startswith("cuda"):
@@ -60,7 +63,7 @@ def _serve(pipe: Connection, card: str, num_threads: int) -> None:
                 outcome = function(*args), None
             except (Exception, SystemExit) as error:
                 # Where it was is lost on the way; of an error that speaks for itself nobody asks.
-                if not isinstance(error, ValueError | RuntimeError | SystemExit):
+                if not isinstance(error, ValueError | RuntimeError | OSError | SystemExit):
                     traceback.print_exc()
                 outcome = None, error
             pipe.send(outcome)
@@ -85,3 +88,27 @@ def started(cards: Sequence[str]) -> Iterator[list[Worker]]:
             worker.close()
         for worker in workers:
             worker.process.join()
+
+
+@contextlib.contextmanager
+def pool(cards: Sequence[str], jobs: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
+    """Start so many processes over all cards; yield what calls a function in one that is free.
+
+    The function gets the process's card after its own arguments; its future has what `Worker.call`
+    returns or raises. Wait for all futures in the context: left by an error or an interruption, the
+    processes are ended in the midst of their work.
+    """
+    places = [*itertools.islice(itertools.cycle(cards), jobs)]
+    free: queue.SimpleQueue[tuple[Worker, str]] = queue.SimpleQueue()
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        worker, card = free.get()
+        try:
+            return worker.call(function, *args, card)
+        finally:
+            free.put((worker, card))
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as threads, started(places) as workers:
+        for each in zip(workers, places, strict=True):
+            free.put(each)
+        yield functools.partial(threads.submit, call)
