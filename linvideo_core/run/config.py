@@ -161,12 +161,13 @@ def run_command(main: Callable[[], None]) -> None:
 
     Also shows the core's log on stderr; `-X dev` adds where the error was raised. SIGTERM, by which
     a container or a queue ends a process, interrupts as Ctrl+C does: the finished steps are kept.
-    What a KeyboardInterrupt says of itself becomes the last line.
+    What a KeyboardInterrupt says of itself becomes the last line. A second interruption changes
+    nothing: what the first began comes to its end; Ctrl+\\ ends a process as it is.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler()])
     if os.environ.get("WORLD_SIZE", "1") == "1":
         # Of several processes torchrun ends those that wait for one that failed.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _heed(_interrupt)
     try:
         main()
     except KeyboardInterrupt as interruption:
@@ -178,6 +179,17 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def _heed(handler: Callable[..., None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    # `timeout` sends its signal twice. No SIG_IGN: of one on its way Python would complain.
+    _heed(lambda *_: None)
+    raise KeyboardInterrupt
 
 
 def leave(code: int) -> NoReturn:

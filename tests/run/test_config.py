@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +213,31 @@ def test_what_a_user_can_put_right_ends_in_one_sentence(
         run_command(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: put it right\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_a_second_interruption_does_not_break_what_the_first_began() -> None:
+    program = """
+import time
+from linvideo_core.run.config import run_command
+
+def main():
+    try:
+        print("runs", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)
+        print("kept", flush=True)
+
+run_command(main)
+"""
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes, text=True)
+    assert process.stdout.readline() == "runs\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=10)
+    assert (process.returncode, said.strip()) == (130, "kept") and "Traceback" not in errors
 
 
 def test_a_fault_of_the_program_keeps_its_trace() -> None:

@@ -490,8 +490,6 @@ def test_help_says_whose_defaults_it_shows(
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_continue(number: int, files: Path, tmp_path: Path) -> None:
-    # A shell ignores SIGINT for what it starts in the background, and children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = tmp_path / "out"
     endless = {**SHORT, "steps": 10**6, "checkpoint_every": 2, "out": out}
     process = start(arguments(files, **endless))
