@@ -287,21 +287,20 @@ def place_measures(folder: Path, name: str, path: Path | None) -> Path:
 
 def measure_file(
     sampling: Sampling,
-    folder: Path,
-    name: str,
+    measures: Path,
     path: Path | None,
     recipe: Recipe | None = None,
     density: float | None = None,
-) -> Path:
-    """Sample and measure the model of a LINVIDEO file; return the folder of its measures.
+) -> None:
+    """Sample and measure the model of a LINVIDEO file.
 
-    folder: that `measure_references` filled. path: none: the teacher. recipe: how it is sampled;
-    none: as the file says. density: of Sol-Attn in its softmax layers; none: they are dense.
+    measures: as `place_measures` says, below the folder that `measure_references` filled. path:
+    none: the teacher. recipe: how it is sampled; none: as the file says. density: of Sol-Attn in
+    its softmax layers; none: they are dense.
     """
     model, seed = sampling.teacher.model, sampling.config.seed
     made = artifact.load(path) if path else None
     recipe = recipe or sampling.recipe_of(made.header if made else None)
-    measures = place_measures(folder, name, path)
     with contextlib.ExitStack() as stack:
         if made is not None:
             stack.enter_context(artifact.apply(made, model))
@@ -311,9 +310,8 @@ def measure_file(
         sampling.measure_all(
             measures,
             lambda p, i: sampling.sample(model, p, i, seed, recipe),
-            paired_with=folder / "teacher",
+            paired_with=measures.parent / "teacher",
         )
-    return measures
 
 
 def describe_model(sampling: Sampling, name: str, path: Path | None) -> Row:
@@ -376,7 +374,8 @@ def compare(
     measure_references(sampling, folder)
     rows = tell()
     for name, path, density in waiting:
-        files[name] = measure_file(sampling, folder, name, path, density=density)
+        files[name] = place_measures(folder, name, path)
+        measure_file(sampling, files[name], path, density=density)
         rows = tell()
     if rows:
         shown = slice(0, min(_NUM_SHOWN, config.comparison.batch_size))

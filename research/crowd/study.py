@@ -442,8 +442,9 @@ def measure(
         name = f"student-{len(recipe.sigmas) - 1}"
     # Its own lock: who has the seed's takes what is half written below for that of a dead process.
     # And of tables that share a file the second waits, and finds its measures.
-    with alone_in(evaluate.place_measures(folder, name, path)):
-        measures = evaluate.measure_file(sampling, folder, name, path, recipe)
+    measures = evaluate.place_measures(folder, name, path)
+    with alone_in(measures):
+        evaluate.measure_file(sampling, measures, path, recipe)
     rows = {row.pop("model"): row for row in read_rows(folder, {"student": measures})}
     floor = rows["teacher"]["frechet_teacher"]
     for row in rows.values():
