@@ -62,6 +62,7 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.folder import open_run
 from linvideo_core.run.process_group import ProcessGroup
+from linvideo_core.run.progress import TerminalCallbacks
 from linvideo_core.teacher.config import TIME_COMPRESSION, TeacherConfig
 from linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_core.training.fsdp import run_together
@@ -215,10 +216,14 @@ class Sampling:
         """
         folder.mkdir(parents=True, exist_ok=True)
         own = slice(self.run.processes.rank, None, self.run.processes.size)
-        for number, part in [*enumerate(self.parts())][own]:
-            path = folder / f"{number:05d}.safetensors"
-            if path.exists():
-                continue
+        batches = [
+            (folder / f"{number:05d}.safetensors", number, part)
+            for number, part in [*enumerate(self.parts())][own]
+        ]
+        missing = [each for each in batches if not each[0].exists()]
+        num_kept, callbacks = len(batches) - len(missing), self.run.callbacks
+        callbacks.on_stage("evaluation", len(batches), num_kept, detail=folder.name)
+        for num_done, (path, number, part) in enumerate(missing, num_kept + 1):
             begin = self._clock()
             latents = make(part, number)
             seconds = torch.tensor([(self._clock() - begin) / len(latents)])
@@ -229,6 +234,7 @@ class Sampling:
                 reference = load_file(paired_with / path.name)["latents"].to(latents)
                 found["fidelity"] = metrics.sample_distance(latents, reference)
             write_tensors(path, found)
+            callbacks.on_step_end(num_done)
         self.run.processes.wait()
 
     def _clock(self) -> float:
@@ -417,14 +423,14 @@ def digest_of(path: Path) -> str:
 
 
 def main(processes: ProcessGroup) -> None:
-    """Read the command line, compare, write crowd.json after each model, show the table."""
+    """Read the command line, compare with bars, write crowd.json after each model, show it."""
     config = parse(CrowdConfig, None, description=__doc__)
     device = processes.place(resolve_device(config.device))
     with processes.in_turn():
         if config.record:
             check_parts(RESULTS_FOLDER / RECORD_NAME, device)
         open_run(config.out, config, ignore=_FREE_FIELDS)
-    run = Run(device=device, precision=resolve_precision("auto", device), processes=processes)
+    precision = resolve_precision("auto", device)
 
     def keep(rows: list[Row]) -> None:
         source = {"command": command_of(config), "device": device}
@@ -432,7 +438,9 @@ def main(processes: ProcessGroup) -> None:
         if config.record:
             record(rows, settings_of(config), **source)
 
-    rows = compare(config, run, keep)
+    with TerminalCallbacks(is_shown=processes.is_first) as callbacks:
+        how = {"precision": precision, "callbacks": callbacks, "processes": processes}
+        rows = compare(config, Run(device=device, **how), keep)
     if processes.is_first:
         sys.stdout.write(show_rows(rows))
 

@@ -31,6 +31,7 @@ from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
 from research.crowd import captions, clips, evaluate, fitting, judge, picture, tracks, train
 from research.crowd import rows as crowd_rows
+from tests.conftest import Recorder
 
 TINY = WanConfig(
     dim=128, num_heads=1, num_layers=2, ffn_dim=64, text_dim=captions.TEXT_DIM, freq_dim=32
@@ -372,7 +373,11 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
         evaluate.main(SINGLE_PROCESS)
     early, _ = read_part(tmp_path / "crowd.json", "evaluation_4")
     blocked.unlink()
-    rows = evaluate.compare(config, Run())
+    rows = evaluate.compare(config, Run(callbacks=(recorder := Recorder())))
+    assert recorder.stages[0] == "real: evaluation" and len(recorder.stages) == 8
+    # What was made before counts as done.
+    assert recorder.seen[:3] == 3 * [("evaluation", 2)]
+    assert recorder.seen[-3:] == [("evaluation", number) for number in range(3)]
     # Where all layers are linear nothing is left to be sparse.
     real, own, student, every, sparse, both = rows
     assert [row["videos"] for row in rows] == [4] * 6
