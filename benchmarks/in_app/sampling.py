@@ -9,7 +9,8 @@ of one server. `peak_gb` is all that the card holds; of it PyTorch's pool holds 
 gave out `allocated_gb` at once: what lies between is holes that no tensor fitted into.
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --size 14b-720p --steps 3 \
-        --kernels sparse --start-percent 0 --rows 'sparse linear few steps' --record
+        --kernels sparse --start-percent 0 --record
+    python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --rows 'sparse linear' --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --without-triton --record
     python -m benchmarks.in_app.sampling --comfyui ~/ComfyUI --cpu
 Each row is kept as soon as it is sampled, in --out or results; the first of a run replaces all
@@ -47,8 +48,9 @@ _GUIDED, _FEW = "sampling", "few_steps"
 # What a model's self-attention is, in all layers or in those of its size.
 _SOFTMAX, _LINEAR, _HYBRID = "softmax", "linear", "hybrid"
 _FEW_STEPS = 4
-_KEY = ("model", "resolution", "where", "triton")
-_WAY = ("softmax_backend", "linear_layers", "hybrid_layers")
+# What is the same in all rows of a run, and what tells a row from all others.
+_RUN = ("model", "resolution", "where", "triton")
+_ROW = (*_RUN, "what", "softmax_backend", "linear_layers", "hybrid_layers")
 _LIMIT_SECONDS = 600.0
 
 Row = dict[str, Any]
@@ -183,7 +185,9 @@ def run(config: SamplingConfig) -> list[Row]:
                 continue
             row = _describe(config, way) | where | measured
             rows.append(row | compare(row, rows[0] if rows else row))
-            _keep(config, rows)
+            # The first of chosen rows stands for another run's, and the others have its seconds.
+            if len(rows) > 1 or not config.rows:
+                _keep(config, rows[-1], _ROW if len(rows) > 1 else _RUN)
             logging.info("%s: %.1f s", way, row["seconds"])
     return rows
 
@@ -194,24 +198,15 @@ def _choose(ways: Sequence[Way], config: SamplingConfig) -> list[Way]:
     return [way for way in ways if not chosen or way is ways[0] or str(way) in chosen]
 
 
-def _keep(config: SamplingConfig, rows: Sequence[Row]) -> None:
-    """Put a run's rows so far in place of all earlier ones of its size, ComfyUI and Triton.
-
-    Of chosen rows each is put in place of itself, and the first, which stands for another run's,
-    is not kept: the seconds that they are compared with are their own.
-    """
+def _keep(config: SamplingConfig, row: Row, key: Sequence[str]) -> None:
+    """Put a row in place of all earlier ones that have the same values of `key`."""
     flags = to_flags(config, without=("comfyui", "python", "out", "record"))
-    key, parts = _KEY, (rows[-1]["what"],)
-    if config.rows:
-        rows, key = rows[1:], (*_KEY, *_WAY)
-    elif len(rows) == 1:
-        # With the first row ratios over an earlier run's go, and before it stands there.
-        parts = (_FEW, _GUIDED)
-    for part in parts if rows else ():
+    # Of few steps first: their ratios are over a guided row that goes.
+    for part in (row["what"],) if "what" in key else (_FEW, _GUIDED):
         change_part(
             config.path,
             part,
-            replacing(rows, key, [row for row in rows if row["what"] == part]),
+            replacing([row], key, [row] if row["what"] == part else []),
             title=RECORD_TITLE,
             command=f"python -m benchmarks.in_app.sampling --comfyui PATH {flags} --record",
             device=config.device,
