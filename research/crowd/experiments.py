@@ -11,9 +11,12 @@ and the seconds those of `forecast`, which are counted, the second call's after 
     --tables all --seeds 4                                                             1252
     --tables students,selection --seeds 8 --arms velocity,on_policy,learned,alternate,random  215
 where on_policy stands for whatever was best. Of `objectives` with 0.12 minutes it counts 447; 439
-were taken when processes still waited for each other's videos. In one folder a table finds the arms
-and videos that it shares with others. Whether 20 steps tell models apart as 30 do, the teacher's
-own row says, in 15 seconds:
+were taken when processes still waited for each other's videos. All tables took 1.3 to 1.4 times
+what is counted on a machine that had compiled nothing yet: besides its steps a training of hybrid,
+sizes or few_steps takes 6 to 9 seconds of a card, compiling among them, one of objectives, students
+or selection 2 to 3, and 0.75 and warm starts are counted. In one folder a table finds the arms and
+videos that it shares with others. Whether 20 steps tell models apart as 30 do, the teacher's own
+row says, in 15 seconds:
     python -m research.crowd.evaluate --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors \
         --prompts runs/study/held_out.safetensors \
