@@ -1,7 +1,7 @@
 """Launching the fused kernels: how tokens are split, how large blocks are, what is allocated.
 
-No launch depends on the length. Of lengths that 16 divides the first makes Triton compile, for 2 to
-4 seconds; of the others, too.
+No launch depends on the length. Triton compiles at the first length that 16 divides and at the
+first that it does not, 2 to 4 seconds each, and never again.
 """
 
 import contextlib
