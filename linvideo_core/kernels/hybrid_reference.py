@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .reference import LEAST_WEIGHT, chunks, hedgehog, widen, widen_dtype
+from .reference import LEAST_WEIGHT, by_head, chunks, to_features, widen, widen_dtype
 from .tiles import TileIndex, Tiles
 
 # Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32; of one tile alone, 64 MB.
@@ -87,22 +87,22 @@ def hybrid_attention(
         query_map, key_map = widen(query_map), widen(key_map)
         state, total = _sum_features(key_map, key, value)
         level, slope, spread = estimate_mass(weights, attention_mass, tiles, key, find_moments)
+        level, slope = level.view(-1, 1, 1), slope.unsqueeze(2)
 
         def attend(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = widen(q)
             local, log_local = local_softmax(is_token, q, k, v)
-            far = _attend_far(hedgehog(q.flatten(1, 2), query_map), state, total).view_as(q)
-            slopes = slope[:, None, None]
-            num_outside = (L - is_token.sum(dim=1)).view(-1, 1, 1)
-            log_far = level
+            # The tiles' queries, one after another.
+            rows = q.flatten(2, 3)
+            far = _attend_far(to_features(rows @ query_map, is_joint=False), state, total)
+            slopes = slope if spread is None else slope + rows @ spread
+            log_far = level + (rows * slopes).sum(dim=-1).view_as(log_local)
+            num_outside = (L - is_token.sum(dim=1)).unsqueeze(-1)
             if spread is not None:
-                slopes = slopes + torch.einsum("bksnd,bnde->bksne", q, spread)
-                log_far = level + num_outside.to(q).log()
-            log_far = log_far + (q * slopes).sum(dim=-1)
+                log_far = log_far + num_outside.to(q).log()
             # Where no key lies outside, all is the tile's.
             log_far = torch.where(num_outside > 0, log_far, -math.inf)
             share = torch.sigmoid(log_local - log_far).unsqueeze(-1)
-            return (share * local + (1 - share) * far).to(value.dtype)
+            return torch.lerp(far.view_as(local), local, share).to(value.dtype)
 
         return _in_tiles(attend, tiles.index(query.device), query, key, value)
 
@@ -132,26 +132,25 @@ def estimate_mass(
 def local_softmax(
     is_token: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the softmax of some tiles' queries [B, k, S, N, D] and log A [B, k, S, N].
+    """Return the softmax of some tiles' queries [B, N, k, S, D] and log A [B, N, k, S].
 
-    is_token: [k, T], of the keys; query: [B, k, S, N, D], key and value [B, k, T, N, D]; scores are
+    is_token: [k, T], of the keys; query: [B, N, k, S, D], key and value [B, N, k, T, D]; scores are
         scaled by 1 / sqrt(D).
     """
     # There are T scores to a query: few passes over them.
-    scores = torch.einsum("bksnd,bktnd->bksnt", query / query.shape[-1] ** 0.5, key)
-    scores = scores.masked_fill(~is_token[:, None, None, :], -math.inf)
+    scores = (query / query.shape[-1] ** 0.5) @ key.mT
+    scores.masked_fill_(~is_token.unsqueeze(1), -math.inf)
     highest = scores.detach().amax(dim=-1, keepdim=True)
-    weights = (scores - highest).exp_()
+    weights = scores.sub_(highest).exp_()
     total = weights.sum(dim=-1)
-    local = torch.einsum("bksnt,bktnd->bksnd", weights, value) / total.unsqueeze(-1)
-    return local, highest.squeeze(-1) + total.log()
+    return weights @ value / total.unsqueeze(-1), highest.squeeze(-1) + total.log()
 
 
 def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean [B, N, D] and covariance [B, N, D, D] of keys [B, L, N, D], fp32 at least."""
     mean = key.mean(dim=1, keepdim=True, dtype=widen_dtype(key.dtype))
     centred = (part - mean for (part,) in chunks(key.shape[-1], key))
-    sums = sum(torch.einsum("blnd,blne->bnde", x, x) for x in centred)
+    sums = sum(x.mT @ x for x in map(by_head, centred))
     return mean.squeeze(1), sums / key.shape[1]
 
 
@@ -159,16 +158,15 @@ def _sum_features(feature_map: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
     """Return the means over tokens of phi(k) v' [B, N, M, D] and of phi(k) [B, N, M]."""
     state = total = torch.zeros((), device=key.device)
     for k, v in chunks(2 * feature_map.shape[2], key, value):
-        features = hedgehog(k, feature_map)
-        state = state + torch.einsum("blnm,blnd->bnmd", features, widen(v))
-        total = total + features.sum(dim=1)
+        features = to_features(by_head(k) @ feature_map, is_joint=False)
+        state = state + features.mT @ by_head(v)
+        total = total + features.sum(dim=2)
     return state / key.shape[1], total / key.shape[1]
 
 
 def _attend_far(features: Tensor, state: Tensor, total: Tensor) -> Tensor:
-    """Return linear attention [B, L, N, D] of queries' features [B, L, N, M]."""
-    weight = torch.einsum("blnm,bnm->bln", features, total).clamp_min(LEAST_WEIGHT)
-    return torch.einsum("blnm,bnmd->blnd", features, state) / weight.unsqueeze(-1)
+    """Return linear attention [B, N, L, D] of queries' features [B, N, L, M]."""
+    return features @ state / (features @ total.unsqueeze(-1)).clamp_min(LEAST_WEIGHT)
 
 
 def _in_tiles(
@@ -176,8 +174,8 @@ def _in_tiles(
 ) -> Tensor:
     """Compute something of each query with the keys and values of its tile, in chunks.
 
-    attend: (is_token [k, T], some queries of each tile [B, k, S, N, D], its keys and its values
-        [B, k, T, N, D]) -> a result [B, k, S, N, D], in value's dtype.
+    attend: (is_token [k, T], some queries of each tile [B, N, k, S, D], its keys and its values
+        [B, N, k, T, D], all widened) -> a result [B, N, k, S, D], in value's dtype.
     query, key, value: [B, L, N, D]. Returns the results as [B, L, N, D].
     """
     B, _, N, D = query.shape
@@ -188,12 +186,13 @@ def _in_tiles(
 
     def attend_tiles(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = widen(k), widen(v)
-        return torch.cat([attend(is_token, part, k, v) for part in q.split(slots, dim=2)], dim=2)
+        parts = [attend(is_token, widen(part), k, v) for part in q.split(slots, dim=3)]
+        return torch.cat(parts, dim=3).permute(0, 2, 3, 1, 4)
 
     tensors, masks = (query, key, value), index.is_token.split(size)
     if torch.is_grad_enabled():
         # Taken at once: the gradient of each part alone would be as large as all tokens.
-        tiles = (_take(x, index.tokens).split(size, dim=1) for x in tensors)
+        tiles = (_take(x, index.tokens).split(size, dim=2) for x in tensors)
         found = torch.cat([attend_tiles(*part) for part in zip(masks, *tiles, strict=True)], dim=1)
     else:
         # Nothing but the result is in memory as a whole.
@@ -201,9 +200,12 @@ def _in_tiles(
         parts = zip(found.split(size, dim=1), masks, index.tokens.split(size), strict=True)
         for part, is_token, tokens in parts:
             part.copy_(attend_tiles(is_token, *(_take(x, tokens) for x in tensors)))
-    return _take(found.flatten(1, 2), index.places)
+    return found.flatten(1, 2).index_select(1, index.places)
 
 
 def _take(x: Tensor, tokens: Tensor) -> Tensor:
-    """Return x[:, tokens], whose gradient so takes a GPU no sorting."""
-    return x.index_select(1, tokens.flatten()).unflatten(1, tokens.shape)
+    """Return x [B, L, N, D] in tiles of tokens [k, T], as [B, N, k, T, D].
+
+    The gradient of a selection so made takes a GPU no sorting.
+    """
+    return x.transpose(1, 2).index_select(2, tokens.flatten()).unflatten(2, tokens.shape)

@@ -24,7 +24,7 @@ def hedgehog(x: Tensor, feature_map: Tensor, *, is_joint: bool = False) -> Tenso
     over the feature axis and the usual 1/sqrt(D) is part of W. If joint, `softmax(x W ++ -x W)`:
     one softmax over all M, so that one side may outweigh the other.
     """
-    return _to_features(torch.einsum("blnd,ndm->blnm", widen(x), widen(feature_map)), is_joint)
+    return to_features(torch.einsum("blnd,ndm->blnm", widen(x), widen(feature_map)), is_joint)
 
 
 def linear_attention(
@@ -63,15 +63,15 @@ def forward(
     with torch.autocast(query.device.type, enabled=False):
         state, total = torch.zeros((), device=key.device), torch.zeros((), device=key.device)
         for k, v in chunks(2 * key_map.shape[2], key, value):
-            features = _to_features(_by_head(k) @ widen(key_map), is_joint)
-            state = state + features.mT @ _by_head(v)
+            features = to_features(by_head(k) @ widen(key_map), is_joint)
+            state = state + features.mT @ by_head(v)
             total = total + features.sum(dim=2)
         means, normaliser = _divide(state, total), total / key.shape[1]
         terms, sums = normaliser.unsqueeze(-1) * means, normaliser.unsqueeze(-1)
         # Chunks are written in place: joined in the end they would be in memory twice.
         out = torch.empty_like(query, dtype=value.dtype)
         for q, part in chunks(2 * query_map.shape[2], query, out):
-            features = _to_features(_by_head(q) @ widen(query_map), is_joint)
+            features = to_features(by_head(q) @ widen(query_map), is_joint)
             weight = (features @ sums).clamp_min(LEAST_WEIGHT)
             part.copy_((features @ terms / weight).transpose(1, 2))
         return out, means, normaliser
@@ -151,12 +151,12 @@ def chunks(width: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.split(size, dim=1) for x in tensors), strict=True))
 
 
-def _by_head(x: Tensor) -> Tensor:
+def by_head(x: Tensor) -> Tensor:
     """Return x [B, L, N, D] as [B, N, L, D], widened: one copy, and products need no other."""
     return widen(x.transpose(1, 2)).contiguous()
 
 
-def _to_features(projected: Tensor, is_joint: bool) -> Tensor:
+def to_features(projected: Tensor, is_joint: bool) -> Tensor:
     """Return the features [..., M] of x W [..., M/2]; see `hedgehog`."""
     if is_joint:
         return torch.cat([projected, -projected], dim=-1).softmax(dim=-1)
