@@ -150,7 +150,7 @@ def _tiles() -> list[io.Input]:
             "tile",
             {"default": "", "optional": True},
             "Makes the chosen layers hybrid: softmax attention within tiles of frames x height x "
-            "width tokens, such as 1x10x11 (0 is all of an axis), linear attention beyond. Slower "
+            "width tokens, such as 3x15x14 (0 is all of an axis), linear attention beyond. Slower "
             "than linear layers and closer to the original. Empty: linear layers.",
         ),
         make_input(

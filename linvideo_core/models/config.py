@@ -16,11 +16,11 @@ FROZEN = ("fp32", "bf16", "fp8")
 SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 
 
-TILE_NEEDED = "frames x height x width in tokens, 0 to 9999 each and not all 0, such as 1x10x11,"
+TILE_NEEDED = "frames x height x width in tokens, 0 to 9999 each and not all 0, such as 3x15x14,"
 
 
 def read_tile(text: object) -> tuple[int, int, int] | None:
-    """Return the frames, height and width that "1x10x11" says; None for what says no tile."""
+    """Return the frames, height and width that "3x15x14" says; None for what says no tile."""
     is_tile = isinstance(text, str) and re.fullmatch("x".join(3 * ["(0|[1-9][0-9]{0,3})"]), text)
     size = tuple(map(int, text.split("x"))) if is_tile else (0, 0, 0)
     return size if any(size) else None
@@ -43,7 +43,7 @@ class LinearForm(Settings):
     )
     tile: str | None = option(
         None,
-        "softmax within tiles of frames x height x width tokens, such as 1x10x11, and linear "
+        "softmax within tiles of frames x height x width tokens, such as 3x15x14, and linear "
         "attention for all beyond them; 0 along an axis is all of it; none: linear attention alone",
     )
     attention_mass: str = option(
