@@ -26,7 +26,12 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, card, num_threads))
-        self.process.start()
+        # Ctrl+C is the command's, which ends its processes: they begin by ignoring it.
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, usual)
         theirs.close()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -51,8 +56,6 @@ class Worker:
 
 
 def _serve(pipe: Connection, card: str, num_threads: int) -> None:
-    # Ctrl+C is the command's, which ends its processes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(num_threads)
     if card.startswith("cuda"):
         torch.cuda.set_device(card)

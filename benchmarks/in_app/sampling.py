@@ -91,7 +91,8 @@ class SamplingConfig(Settings):
                 f"is none: some of {', '.join(graphs.KERNELS)} are needed",
                 "kernels",
             )
-        known = [str(way) for way in list_ways(self.list_kernels())]
+        # The first is sampled in any case, and not kept beside chosen ones.
+        known = [str(way) for way in list_ways(self.list_kernels())[1:]]
         if strangers := [name for name in self.list_rows() if name not in known]:
             raise SettingError(
                 f"{{rows}} {shown_value(self.rows)} given, and {shown_value(strangers[0])} is "

@@ -165,8 +165,9 @@ def run_command(main: Callable[[], None]) -> None:
     nothing: what the first began comes to its end; Ctrl+\\ ends a process as it is.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler()])
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        # Of several processes torchrun ends those that wait for one that failed.
+    # Of several processes torchrun ends those that wait for one that failed.
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if is_alone:
         _heed(_interrupt)
     try:
         main()
@@ -179,17 +180,27 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    if is_alone:
+        # All is done, and Python's own end would tell of an interruption as of an error.
+        _heed(_pass_over)
 
 
 def _heed(handler: Callable[..., None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+        # A shell lets what runs beside it ignore Ctrl+C.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _interrupt(*_: object) -> NoReturn:
-    # `timeout` sends its signal twice. No SIG_IGN: of one on its way Python would complain.
-    _heed(lambda *_: None)
+    # `timeout` sends its signal twice.
+    _heed(_pass_over)
     raise KeyboardInterrupt
+
+
+def _pass_over(*_: object) -> None:
+    # Not SIG_IGN: of a signal on its way Python would complain.
+    pass
 
 
 def leave(code: int) -> NoReturn:

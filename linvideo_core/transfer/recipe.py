@@ -182,6 +182,7 @@ def _check_used(states: str, given: Mapping[str, Any]) -> None:
         ("states", states, "pool", "pool_videos"),
         ("objective", objective, "adm", "anchor_share"),
         ("objective", objective, "adm", "max_jump"),
+        ("states", states, "stored", "max_jump"),
     ):
         if other != used and name in given:
             raise SettingError(

@@ -240,6 +240,19 @@ run_command(main)
     assert (process.returncode, said.strip()) == (130, "kept") and "Traceback" not in errors
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_what_a_shell_lets_ignore_ctrl_c_goes_on_ignoring_it() -> None:
+    program = """
+import os, signal
+from linvideo_core.run.config import run_command
+
+run_command(lambda: os.kill(os.getpid(), signal.SIGINT))
+print("done")
+"""
+    command = f"trap '' INT; exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
+    assert subprocess.check_output(["sh", "-c", command], text=True) == "done\n"
+
+
 def test_a_fault_of_the_program_keeps_its_trace() -> None:
     def main() -> None:
         raise KeyError("ours")

@@ -142,9 +142,17 @@ def test_a_model_of_ones_own_learns_from_a_pool_unless_stored_videos_are_needed(
         (None, {"pool_videos": 8, "states": "pool"}, ""),
         (None, {"num_trajectories": 8, "states": "pool"}, "--num-trajectories 8 given"),
         (None, {"num_trajectories": 8}, ""),
+        (None, {"anchor_share": 0.25}, "--anchor-share 0.25 given, which is for --objective adm"),
+        (None, {"max_jump": 3}, "--max-jump 3 given, which is for --objective adm"),
+        (None, {"max_jump": 3, "objective": "adm"}, ""),
+        (
+            "1.3b-480p",
+            {"max_jump": 3, "objective": "adm"},
+            "--max-jump 3 given, which is for --states stored",
+        ),
     ],
 )
-def test_how_many_videos_there_are_of_other_states_is_refused(
+def test_what_is_for_other_states_or_another_objective_is_refused(
     model: str | None, given: dict[str, Any], refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def find() -> dict[str, Any]:
