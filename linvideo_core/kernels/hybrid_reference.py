@@ -24,7 +24,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .reference import LEAST_WEIGHT, by_head, chunks, to_features, widen, widen_dtype
+from .reference import (
+    attend_features,
+    by_head,
+    chunks,
+    sum_features,
+    to_features,
+    widen,
+    widen_dtype,
+)
 from .tiles import TileIndex, Tiles
 
 # Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32; of one tile alone, 64 MB.
@@ -85,7 +93,8 @@ def hybrid_attention(
     with torch.autocast(query.device.type, enabled=False):
         # Here, not in each chunk: the chunks' gradients are summed in this dtype.
         query_map, key_map = widen(query_map), widen(key_map)
-        state, total = _sum_features(key_map, key, value)
+        # Means, not sums: long videos cannot overflow.
+        state, total = (x / L for x in sum_features(key_map, key, value))
         level, slope, spread = estimate_mass(weights, attention_mass, tiles, key, find_moments)
         level, slope = level.view(-1, 1, 1), slope.unsqueeze(2)
 
@@ -93,7 +102,7 @@ def hybrid_attention(
             local, log_local = local_softmax(is_token, q, k, v)
             # The tiles' queries, one after another.
             rows = q.flatten(2, 3)
-            far = _attend_far(to_features(rows @ query_map, is_joint=False), state, total)
+            far = attend_features(to_features(rows @ query_map, is_joint=False), state, total)
             slopes = slope if spread is None else slope + rows @ spread
             log_far = level + (rows * slopes).sum(dim=-1).view_as(log_local)
             num_outside = (L - is_token.sum(dim=1)).unsqueeze(-1)
@@ -152,21 +161,6 @@ def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
     centred = (part - mean for (part,) in chunks(key.shape[-1], key))
     sums = sum(x.mT @ x for x in map(by_head, centred))
     return mean.squeeze(1), sums / key.shape[1]
-
-
-def _sum_features(feature_map: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means over tokens of phi(k) v' [B, N, M, D] and of phi(k) [B, N, M]."""
-    state = total = torch.zeros((), device=key.device)
-    for k, v in chunks(2 * feature_map.shape[2], key, value):
-        features = to_features(by_head(k) @ feature_map, is_joint=False)
-        state = state + features.mT @ by_head(v)
-        total = total + features.sum(dim=2)
-    return state / key.shape[1], total / key.shape[1]
-
-
-def _attend_far(features: Tensor, state: Tensor, total: Tensor) -> Tensor:
-    """Return linear attention [B, N, L, D] of queries' features [B, N, L, M]."""
-    return features @ state / (features @ total.unsqueeze(-1)).clamp_min(LEAST_WEIGHT)
 
 
 def _in_tiles(

@@ -61,20 +61,38 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [B, L, N, D], means [B, N, M, D] and normaliser [B, N, M], without a graph."""
     with torch.autocast(query.device.type, enabled=False):
-        state, total = torch.zeros((), device=key.device), torch.zeros((), device=key.device)
-        for k, v in chunks(2 * key_map.shape[2], key, value):
-            features = to_features(by_head(k) @ widen(key_map), is_joint)
-            state = state + features.mT @ by_head(v)
-            total = total + features.sum(dim=2)
+        state, total = sum_features(key_map, key, value, is_joint=is_joint)
         means, normaliser = _divide(state, total), total / key.shape[1]
-        terms, sums = normaliser.unsqueeze(-1) * means, normaliser.unsqueeze(-1)
+        terms = normaliser.unsqueeze(-1) * means
         # Chunks are written in place: joined in the end they would be in memory twice.
         out = torch.empty_like(query, dtype=value.dtype)
         for q, part in chunks(2 * query_map.shape[2], query, out):
             features = to_features(by_head(q) @ widen(query_map), is_joint)
-            weight = (features @ sums).clamp_min(LEAST_WEIGHT)
-            part.copy_((features @ terms / weight).transpose(1, 2))
+            part.copy_(attend_features(features, terms, normaliser).transpose(1, 2))
         return out, means, normaliser
+
+
+def sum_features(
+    feature_map: Tensor, key: Tensor, value: Tensor, *, is_joint: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the sums over tokens of phi(k) v' [B, N, M, D] and of phi(k) [B, N, M].
+
+    feature_map: [N, D, M/2]; key and value: [B, L, N, D].
+    """
+    state = total = torch.zeros((), device=key.device)
+    for k, v in chunks(2 * feature_map.shape[2], key, value):
+        features = to_features(by_head(k) @ widen(feature_map), is_joint)
+        state = state + features.mT @ by_head(v)
+        total = total + features.sum(dim=2)
+    return state, total
+
+
+def attend_features(features: Tensor, state: Tensor, total: Tensor) -> Tensor:
+    """Return linear attention [B, N, L, D] of queries' features [B, N, L, M].
+
+    state, total: as `sum_features` returns them, or both times the same number.
+    """
+    return features @ state / (features @ total.unsqueeze(-1)).clamp_min(LEAST_WEIGHT)
 
 
 def backward(
