@@ -1,6 +1,7 @@
 """The debug model that the method's tests run on: a tiny, random Wan with everything around it."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,12 @@ from linvideo_core.transfer.student import Student
 
 LATENT_SHAPE = (4, 2, 6, 4)
 TEXT_DIM = 16
+
+
+def pytest_configure() -> None:
+    """Let tests and what they start heed Ctrl+C, also where a shell runs them in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -220,6 +227,8 @@ def small_transfer(model_path: Path, **changes: Any) -> TransferConfig:
         "batch_size": 2,
         "target": 1,
         "lora_rank": 2,
+        # Not the default: its student moves, too, so that more can go wrong.
+        "objective": "adm",
         "evaluate_samples": 2,
         "checkpoint_every": 1,
         "device": "cpu",

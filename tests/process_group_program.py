@@ -37,6 +37,7 @@ from linvideo_core.training import fsdp
 from linvideo_core.training.config import TrainingConfig
 from linvideo_core.transfer import command
 from linvideo_core.transfer.config import (
+    ObjectiveConfig,
     SelectionConfig,
     SensitivityConfig,
     StudentConfig,
@@ -54,6 +55,7 @@ TRANSFER = TransferConfig(
     student=StudentConfig(lora_rank=2),
     warm_start=WarmStartConfig(warm_start_steps=3),
     selection=SelectionConfig(target=1, selection_share=0.6),
+    objective=ObjectiveConfig(objective="adm"),
     training=TrainingConfig(
         steps=6, batch_size=4, warmup_steps=2, checkpoint_every=100, log_every=1, ema_decay=0.9
     ),

@@ -42,7 +42,10 @@ COMMON = (
     "--precision fp32 --checkpoint-every 2 --log-every 1 --evaluate-samples 0"
 )
 OWN = "--model {model} --prompts {prompts}"
-TRANSFER = f"linvideo_core.transfer {COMMON} --target 1 --warm-start-steps 4 --states stored"
+TRANSFER = (
+    f"linvideo_core.transfer {COMMON} --target 1 --warm-start-steps 4 --states stored "
+    "--objective adm"
+)
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 -m"
 COMMANDS = {
     "transfer": TRANSFER,

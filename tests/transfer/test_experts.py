@@ -106,7 +106,7 @@ def test_an_expert_has_the_states_of_its_own_levels_and_meets_no_others(
         return latents * 0.5
 
     asks = dict.fromkeys(("student", "student_guided", "teacher"), velocity)
-    batches = Batches(pair, states, ObjectiveConfig(max_jump=9), 8)
+    batches = Batches(pair, states, ObjectiveConfig(objective="adm", max_jump=9), 8)
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         adm_loss(batches.draw(generator), states.sigmas, **asks)
