@@ -15,18 +15,22 @@ mu and S the mean and covariance of all keys, and N heads, it is one of two:
 "moments" is exact for Gaussian keys with a = 0, b = c = 1. What is learned of them: mass_bias [N]
 and mass_gate [N, D], b and g of "query"; mass_moments [3, N], (a, b, c) of "moments".
 
-Queries are computed in chunks, all in fp32 at least, and the gradient reaches every tensor.
+Softmax attention's own kernels compute s_i local_i: they get one more key a query, whose score is
+log F_i and whose value is 0, and so weigh it beside the tile's; what they give it is 1 - s_i.
+The rest is computed in fp32 at least, and the gradient reaches every tensor.
 """
 
 import math
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import (
     attend_features,
     by_head,
+    chunk_size,
     chunks,
     sum_features,
     to_features,
@@ -35,8 +39,8 @@ from .reference import (
 )
 from .tiles import TileIndex, Tiles
 
-# Scores of a chunk of tiles, in all heads and videos: 16 MB in fp32; of one tile alone, 64 MB.
-_MAX_CHUNK_SCORES, _MAX_TILE_SCORES = 2**22, 2**24
+# A score that has no weight, and no more than half of what fp16 can be.
+_NO_SCORE = -(2.0**15)
 
 
 def weight_shapes(
@@ -96,22 +100,21 @@ def hybrid_attention(
         # Means, not sums: long videos cannot overflow.
         state, total = (x / L for x in sum_features(key_map, key, value))
         level, slope, spread = estimate_mass(weights, attention_mass, tiles, key, find_moments)
-        level, slope = level.view(-1, 1, 1), slope.unsqueeze(2)
+        level, slope = level.unsqueeze(1), slope.unsqueeze(2)
 
         def attend(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            local, log_local = local_softmax(is_token, q, k, v)
             # The tiles' queries, one after another.
-            rows = q.flatten(2, 3)
-            far = attend_features(to_features(rows @ query_map, is_joint=False), state, total)
+            rows = widen(q.flatten(2, 3))
             slopes = slope if spread is None else slope + rows @ spread
-            log_far = level + (rows * slopes).sum(dim=-1).view_as(log_local)
+            log_far = (level + (rows * slopes).sum(dim=-1)).unflatten(2, q.shape[2:4])
             num_outside = (L - is_token.sum(dim=1)).unsqueeze(-1)
             if spread is not None:
-                log_far = log_far + num_outside.to(q).log()
+                log_far = log_far + num_outside.to(log_far).log()
             # Where no key lies outside, all is the tile's.
             log_far = torch.where(num_outside > 0, log_far, -math.inf)
-            share = torch.sigmoid(log_local - log_far).unsqueeze(-1)
-            return torch.lerp(far.view_as(local), local, share).to(value.dtype)
+            near, share = softmax_beside(is_token, q, k, v, log_far)
+            far = attend_features(to_features(rows @ query_map, is_joint=False), state, total)
+            return torch.addcmul(near, share, far.view_as(near)).to(value.dtype)
 
         return _in_tiles(attend, tiles.index(query.device), query, key, value)
 
@@ -138,21 +141,30 @@ def estimate_mass(
     return level, slope, variance_scale[:, None, None] * covariance / (2 * D)
 
 
-def local_softmax(
-    is_token: Tensor, query: Tensor, key: Tensor, value: Tensor
+def softmax_beside(
+    is_token: Tensor, query: Tensor, key: Tensor, value: Tensor, log_far: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the softmax of some tiles' queries [B, N, k, S, D] and log A [B, N, k, S].
+    """Return s local [B, N, k, T, D] and 1 - s [B, N, k, T, 1] of some tiles, fp32 at least.
 
-    is_token: [k, T], of the keys; query: [B, N, k, S, D], key and value [B, N, k, T, D]; scores are
-        scaled by 1 / sqrt(D).
+    is_token: [k, T], of the keys; query, key, value: [B, N, k, T, D]; log_far: log F [B, N, k, T].
     """
-    # There are T scores to a query: few passes over them.
-    scores = (query / query.shape[-1] ** 0.5) @ key.mT
-    scores.masked_fill_(~is_token.unsqueeze(1), -math.inf)
-    highest = scores.detach().amax(dim=-1, keepdim=True)
-    weights = scores.sub_(highest).exp_()
-    total = weights.sum(dim=-1)
-    return weights @ value / total.unsqueeze(-1), highest.squeeze(-1) + total.log()
+    T, D = query.shape[-2:]
+    # Three channels more say log F, its rest in a narrow dtype, and whether a slot is empty;
+    # kernels want a multiple of 8.
+    more = 3 + -(D + 3) % 8
+    query, key, value = (x.to(value.dtype) for x in (query, key, value))
+    score = (log_far * D**0.5).clamp(_NO_SCORE, -_NO_SCORE)
+    rounded = score.detach().to(query.dtype)
+    query = F.pad(query, (0, more))
+    query[..., D], query[..., D + 1], query[..., D + 2] = rounded, score - rounded, 1
+    key, value = F.pad(key, (0, more, 0, 1)), F.pad(value, (0, more, 0, 1))
+    key[..., :T, D + 2] = torch.where(is_token, 0.0, _NO_SCORE)
+    key[..., T, D : D + 2] = 1
+    value[..., T, D] = 1
+    flat = (x.flatten(0, 1) for x in (query, key, value))
+    found = F.scaled_dot_product_attention(*flat, scale=D**-0.5)
+    found = widen(found.unflatten(0, log_far.shape[:2]))
+    return found[..., :D], found[..., D : D + 1]
 
 
 def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,34 +178,26 @@ def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
 def _in_tiles(
     attend: Callable[..., Tensor], index: TileIndex, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """Compute something of each query with the keys and values of its tile, in chunks.
+    """Compute something of each query with the keys and values of its tile.
 
-    attend: (is_token [k, T], some queries of each tile [B, N, k, S, D], its keys and its values
-        [B, N, k, T, D], all widened) -> a result [B, N, k, S, D], in value's dtype.
+    attend: (is_token [k, T]; queries, keys and values [B, N, k, T, D] of some tiles) -> a result
+        [B, N, k, T, D], in value's dtype.
     query, key, value: [B, L, N, D]. Returns the results as [B, L, N, D].
     """
     B, _, N, D = query.shape
     num_tiles, T = index.tokens.shape
-    size = max(1, _MAX_CHUNK_SCORES // (B * N * T * max(T, D)))
-    # Of one tile as few queries as there is room for.
-    slots = max(1, _MAX_TILE_SCORES // (B * N * T))
-
-    def attend_tiles(is_token: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = widen(k), widen(v)
-        parts = [attend(is_token, widen(part), k, v) for part in q.split(slots, dim=3)]
-        return torch.cat(parts, dim=3).permute(0, 2, 3, 1, 4)
-
-    tensors, masks = (query, key, value), index.is_token.split(size)
     if torch.is_grad_enabled():
-        # Taken at once: the gradient of each part alone would be as large as all tokens.
-        tiles = (_take(x, index.tokens).split(size, dim=2) for x in tensors)
-        found = torch.cat([attend_tiles(*part) for part in zip(masks, *tiles, strict=True)], dim=1)
+        # At once: the gradient of each part alone would be as large as all tokens.
+        tensors = (_take(x, index.tokens) for x in (query, key, value))
+        found = attend(index.is_token, *tensors).permute(0, 2, 3, 1, 4)
     else:
         # Nothing but the result is in memory as a whole.
         found = value.new_empty(B, num_tiles, T, N, D)
-        parts = zip(found.split(size, dim=1), masks, index.tokens.split(size), strict=True)
-        for part, is_token, tokens in parts:
-            part.copy_(attend_tiles(is_token, *(_take(x, tokens) for x in tensors)))
+        size = max(1, chunk_size(D, query) // T)
+        parts = (x.split(size) for x in (index.is_token, index.tokens))
+        for part, is_token, tokens in zip(found.split(size, dim=1), *parts, strict=True):
+            tensors = (_take(x, tokens) for x in (query, key, value))
+            part.copy_(attend(is_token, *tensors).permute(0, 2, 3, 1, 4))
     return found.flatten(1, 2).index_select(1, index.places)
 
 

@@ -155,6 +155,8 @@ class Tiles:
         found = self.token_at(tile, torch.arange(self.num_slots, device=device))
         is_token = found >= 0
         places = self.place_of(torch.arange(self.num_tokens, device=device))
+        # Inductor finds no bounds by itself where tokens lie before the video's, and fails.
+        places = places.clamp(0, self.num_tiles * self.num_slots - 1)
         return TileIndex(torch.where(is_token, found, found[:, :1]), is_token, places)
 
 
