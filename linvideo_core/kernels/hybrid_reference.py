@@ -15,9 +15,11 @@ mu and S the mean and covariance of all keys, and N heads, it is one of two:
 "moments" is exact for Gaussian keys with a = 0, b = c = 1. What is learned of them: mass_bias [N]
 and mass_gate [N, D], b and g of "query"; mass_moments [3, N], (a, b, c) of "moments".
 
-Softmax attention's own kernels compute s_i local_i: they get one more key a query, whose score is
-log F_i and whose value is 0, and so weigh it beside the tile's; what they give it is 1 - s_i.
-The rest is computed in fp32 at least, and the gradient reaches every tensor.
+PyTorch's kernels of softmax attention compute s_i local_i, in value's dtype: a tile has one key
+more, whose value is 0, and each query's score to it is log F_i, so that it is weighed as all other
+keys would be. All else is computed in fp32 at least, and the gradient reaches every tensor, once.
+Where PyTorch has no such kernel, as for bf16 on NVIDIA's cards before the RTX 30 series or on
+Apple's, the scores of some tiles are in memory. In fp16 log F_i is no more than 32752 / sqrt(D).
 """
 
 import math
@@ -39,8 +41,8 @@ from .reference import (
 )
 from .tiles import TileIndex, Tiles
 
-# A score that has no weight, and no more than half of what fp16 can be.
-_NO_SCORE = -(2.0**15)
+# Kernels multiply scores and subtract them: in between, too, they must stay finite.
+_MOST_SCORE = 2.0**100
 
 
 def weight_shapes(
@@ -112,11 +114,12 @@ def hybrid_attention(
                 log_far = log_far + num_outside.to(log_far).log()
             # Where no key lies outside, all is the tile's.
             log_far = torch.where(num_outside > 0, log_far, -math.inf)
-            near, share = softmax_beside(is_token, q, k, v, log_far)
+            near, far_share = softmax_beside(is_token, q, k, v, log_far)
             far = attend_features(to_features(rows @ query_map, is_joint=False), state, total)
-            return torch.addcmul(near, share, far.view_as(near)).to(value.dtype)
+            return torch.addcmul(near, far_share, far.view_as(near)).to(value.dtype)
 
-        return _in_tiles(attend, tiles.index(query.device), query, key, value)
+        width = 2 * query_map.shape[2]
+        return _in_tiles(attend, tiles.index(query.device), query, key, value, width)
 
 
 def estimate_mass(
@@ -147,24 +150,29 @@ def softmax_beside(
     """Return s local [B, N, k, T, D] and 1 - s [B, N, k, T, 1] of some tiles, fp32 at least.
 
     is_token: [k, T], of the keys; query, key, value: [B, N, k, T, D]; log_far: log F [B, N, k, T].
+
+    A tile has one key more, of value 0, to which each query's score is log F. Queries and keys have
+    channels more for that: log F in value's dtype, the rest of it, and what keeps empty slots out.
+    A channel of the values is 1 in the tile, and sums up to s. One that is 1 beyond it would sum up
+    to nearly 1 where s is small, and bf16 would round off much of its gradient.
     """
-    T, D = query.shape[-2:]
-    # Three channels more say log F, its rest in a narrow dtype, and whether a slot is empty;
-    # kernels want a multiple of 8.
-    more = 3 + -(D + 3) % 8
-    query, key, value = (x.to(value.dtype) for x in (query, key, value))
-    score = (log_far * D**0.5).clamp(_NO_SCORE, -_NO_SCORE)
-    rounded = score.detach().to(query.dtype)
-    query = F.pad(query, (0, more))
-    query[..., D], query[..., D + 1], query[..., D + 2] = rounded, score - rounded, 1
-    key, value = F.pad(key, (0, more, 0, 1)), F.pad(value, (0, more, 0, 1))
-    key[..., :T, D + 2] = torch.where(is_token, 0.0, _NO_SCORE)
-    key[..., T, D : D + 2] = 1
-    value[..., T, D] = 1
-    flat = (x.flatten(0, 1) for x in (query, key, value))
-    found = F.scaled_dot_product_attention(*flat, scale=D**-0.5)
+    dtype, (T, D) = value.dtype, query.shape[-2:]
+    coarse, rest, empty = range(D, D + 3)
+    # Kernels want channels in eights.
+    more = -(-(D + 3) // 8) * 8 - D
+    most = min(torch.finfo(dtype).max / 2, _MOST_SCORE)
+    score = (log_far * D**0.5).clamp(-most, most)
+    rounded = score.detach().to(dtype)
+    query = F.pad(query.to(dtype), (0, more))
+    query[..., coarse], query[..., rest], query[..., empty] = rounded, score - rounded, 1
+    key, value = (F.pad(x.to(dtype), (0, more, 0, 1)) for x in (key, value))
+    key[..., T, coarse : rest + 1] = 1
+    key[..., :T, empty] = torch.where(is_token, 0.0, -most)
+    value[..., :T, D] = 1
+    tensors = (x.flatten(0, 1) for x in (query, key, value))
+    found = F.scaled_dot_product_attention(*tensors, scale=D**-0.5)
     found = widen(found.unflatten(0, log_far.shape[:2]))
-    return found[..., :D], found[..., D : D + 1]
+    return found[..., :D], 1 - found[..., D : D + 1]
 
 
 def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,13 +184,18 @@ def find_moments(key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_tiles(
-    attend: Callable[..., Tensor], index: TileIndex, query: Tensor, key: Tensor, value: Tensor
+    attend: Callable[..., Tensor],
+    index: TileIndex,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
 ) -> Tensor:
-    """Compute something of each query with the keys and values of its tile.
+    """Compute something of each query with its tile, in chunks of tiles where no gradient is.
 
     attend: (is_token [k, T]; queries, keys and values [B, N, k, T, D] of some tiles) -> a result
         [B, N, k, T, D], in value's dtype.
-    query, key, value: [B, L, N, D]. Returns the results as [B, L, N, D].
+    query, key, value: [B, L, N, D]; width: of `chunk_size`. Returns the results as [B, L, N, D].
     """
     B, _, N, D = query.shape
     num_tiles, T = index.tokens.shape
@@ -193,7 +206,7 @@ def _in_tiles(
     else:
         # Nothing but the result is in memory as a whole.
         found = value.new_empty(B, num_tiles, T, N, D)
-        size = max(1, chunk_size(D, query) // T)
+        size = max(1, chunk_size(width, query) // T)
         parts = (x.split(size) for x in (index.is_token, index.tokens))
         for part, is_token, tokens in zip(found.split(size, dim=1), *parts, strict=True):
             tensors = (_take(x, tokens) for x in (query, key, value))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# Features of a chunk, in all heads and videos: 8 MB in fp32 stay in a CPU's cache; a GPU would wait
-# for its next call, which takes the same time whatever its size, and has four times as many.
+# Features of a chunk, in all heads and videos: 8 MB in fp32, which stay in a CPU's cache. What is
+# not a CPU has more, to be busy while the CPU starts its next call.
 _MAX_CHUNK_FEATURES = 2**21
 _GPU_FACTOR = 4
 

@@ -40,6 +40,8 @@ Students of the stored teacher, half hybrid and half linear, and what is recorde
         --attention-mass moments --steps 1400 --out runs/crowd/half_hybrid
     the same without --tile and --attention-mass, and with
         --learning-rate 3e-4 --parameters full --steps 1800 --out runs/crowd/half_full
+    the same with --num-trajectories 2048 and --steps 4000 --out runs/crowd/half_long, or
+        --target 12 --steps 1600 --out runs/crowd/all_hybrid
     torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 --compile \
         --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors --artifacts \
