@@ -17,9 +17,9 @@ and mass_gate [N, D], b and g of "query"; mass_moments [3, N], (a, b, c) of "mom
 
 PyTorch's kernels of softmax attention compute s_i local_i, in value's dtype: a tile has one key
 more, whose value is 0, and each query's score to it is log F_i, so that it is weighed as all other
-keys would be. All else is computed in fp32 at least, and the gradient reaches every tensor, once.
-Where PyTorch has no such kernel, as for bf16 on NVIDIA's cards before the RTX 30 series or on
-Apple's, the scores of some tiles are in memory. In fp16 log F_i is no more than 32752 / sqrt(D).
+keys would be. All else is computed in fp32 at least, and the gradient reaches every tensor; it
+has none itself. Where PyTorch has no such kernel, as for bf16 on NVIDIA's cards before the RTX 30
+series or on Apple's, scores of tiles are in memory. In fp16 log F_i is at most 32752 / sqrt(D).
 """
 
 import math
