@@ -1,8 +1,8 @@
 """Which tile holds the most attention: `python -m research.tile_mass`.
 
     python -m research.tile_mass --num-samples 8 --record
-    python -m research.tile_mass --model wan2.1_t2v_1.3B_bf16.safetensors --prompts prompts.txt \
-        --share 0.02 --num-samples 1
+    python -m research.tile_mass --model wan2.1_t2v_1.3B_bf16.safetensors \
+        --prompts prompts.safetensors --share 0.02 --num-samples 2
 While a model samples videos, its layers are asked how much of their attention lies within tiles of
 the same share of the tokens and other shapes, from flat ones of one frame to ones of all frames: a
 few random queries of every layer, in every step and branch of guidance. No training is needed, and
