@@ -5,8 +5,8 @@
         --prompts prompts.safetensors --share 0.02 --num-samples 2
 While a model samples videos, its layers are asked how much of their attention lies within tiles of
 the same share of the tokens and other shapes, from flat ones of one frame to ones of all frames: a
-few random queries of every layer, in every step and branch of guidance. No training is needed, and
-it says beforehand what a `--tile` leaves to linear attention. Columns:
+few random queries of every layer, in every step and branch of guidance, in the first step twice. No
+training is needed, and it says beforehand what a `--tile` leaves to linear attention. Columns:
     mass   the share of a query's softmax attention that its own tile holds, mean over queries,
            heads, layers
     error  of a layer's output where the mean of the values beyond a tile stands for what attention

@@ -22,14 +22,15 @@ TILINGS = [
     Tiles(grid=(1, 3, 1), tile=(1, 1, 1), after=2),
     Tiles(grid=(2, 3, 2), tile=(1, 3, 2), before=20),
 ]
-# Relative error of the whole tensor against fp64, by the inputs' dtype: softmax's kernels round its
-# weights and their gradients to it.
+# Relative error of the whole tensor against fp64, by the inputs' dtype.
 TOLERANCE = {
     torch.float64: 1e-11,
     torch.float32: 2e-5,
     torch.float16: 2e-3,
-    torch.bfloat16: 1.5e-2,
+    torch.bfloat16: 1e-2,
 }
+# What tells the mass is few numbers, whose gradient sums what softmax's kernels round to bf16.
+MASS_TOLERANCE = {**TOLERANCE, torch.bfloat16: 1.5e-2}
 ids = {"ids": lambda x: str(x).replace(" ", "")}
 
 
@@ -124,7 +125,8 @@ def assert_is_the_definition(
     # Where all keys are one tile's, what estimates the others has no gradient and no scale.
     scale = max(float(x.norm()) for x in wanted if x is not None) * 1e-2
     for name, gradient, x in zip(inputs, gradients, wanted, strict=True):
-        assert error(gradient, torch.zeros(()) if x is None else x, scale) < TOLERANCE[dtype], name
+        most = (MASS_TOLERANCE if name.startswith("mass") else TOLERANCE)[dtype]
+        assert error(gradient, torch.zeros(()) if x is None else x, scale) < most, name
 
 
 @pytest.mark.parametrize("attention_mass", ATTENTION_MASSES)
