@@ -38,10 +38,11 @@ Students of the stored teacher, half hybrid and half linear, and what is recorde
         --activation-checkpointing false --checkpoint-every 500 --evaluate-samples 0 --compile \
         --choice alternate --target 6 --learning-rate 1e-3 --tile 1x16x16 \
         --attention-mass moments --steps 1400 --out runs/crowd/half_hybrid
-    the same without --tile and --attention-mass, and with
+    the same with --tile none instead of both, and with
         --learning-rate 3e-4 --parameters full --steps 1800 --out runs/crowd/half_full
-    the same with --num-trajectories 2048 and --steps 4000 --out runs/crowd/half_long, or
-        --target 12 --steps 1600 --out runs/crowd/all_hybrid
+    the first with --num-trajectories 2048 and --steps 4000 --out runs/crowd/half_long, or
+        --target 12 --steps 1600 --out runs/crowd/all_hybrid; with --num-trajectories 1024,
+        --tile 0x4x4 and the same steps --out runs/crowd/half_tube and runs/crowd/all_tube
     torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 --compile \
         --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors --artifacts \
@@ -49,18 +50,19 @@ Students of the stored teacher, half hybrid and half linear, and what is recorde
     torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 \
         --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors \
-        --artifacts runs/crowd/half_full/linearized.safetensors --densities 0.1,0.2,0.4 \
-        --num-samples 480 --out runs/crowd/evaluation_sparse
+        --artifacts runs/crowd/half_long/linearized.safetensors --densities 0.1,0.2 \
+        --num-samples 128 --batch-size 32 --out runs/crowd/evaluation_sparse
 On one H200 half_hybrid's steps took 3.4 minutes and half_full's 3.7, at .147 and .124 seconds a
 step of 32 videos, and the teacher's videos one or two minutes besides; the evaluation took 3.2
 minutes on two H200s. The recorded `half_linear` is of 2,500 steps of 8 videos, at .137 seconds
-each; its command stands in results/crowd.json. The last command, which nobody has run to its end,
-compiles nothing: Sol-Attn's kernel takes video by video, and all these calls would be compiled.
+each; its command stands in results/crowd.json. The last command compiles nothing: Sol-Attn's kernel
+takes video by video, and all these calls would be compiled. Recorded with five students, it was
+stopped before its last two rows.
 
 The README's picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
 
-`weights` holds the half hybrid student, a judge of one minute and a teacher of 47 minutes on one
+`weights` holds the student half_long, a judge of one minute and a teacher of 47 minutes on one
 H200 (1,440,160 clips, batch 32), of which 15.5 shared the card. Its matrices are rounded to fp8. In
 2,000 of its videos, of 20 guided steps and captions that no training has seen, the judge finds, of
 1: objects .950, motion .855, speed .970, size .979, bar 1, background 1; in rendered clips .996 or

@@ -50,7 +50,7 @@ class PictureConfig(Settings):
         )
     )
     model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
-    artifact: Path = option(WEIGHTS / "half_hybrid.safetensors", "LINVIDEO file of the student")
+    artifact: Path = option(WEIGHTS / "half_long.safetensors", "LINVIDEO file of the student")
     out: Path = option(Path("runs/crowd_picture"), "folder of captions, picture and table")
     record: bool = option(False, f"write results/{_RECORD_NAME} and docs/{_PICTURE_NAME}")
     seed: int = option(0, "seed of noise and captions")

@@ -458,7 +458,7 @@ def test_a_distilled_file_is_drawn_in_its_own_steps(teacher: Path, tmp_path: Pat
 def test_the_stored_student_is_of_the_stored_teacher() -> None:
     weights = Path(train.__file__).with_name("weights")
     model = load_wan(weights / "model.safetensors")
-    with artifact.apply(artifact.load(weights / "half_hybrid.safetensors"), model):
+    with artifact.apply(artifact.load(weights / "half_long.safetensors"), model):
         assert count_layers(model)["hybrid_layers"] == 6
 
 
