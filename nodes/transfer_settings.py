@@ -49,8 +49,8 @@ def _training() -> list[io.Input]:
         _auto(
             "target",
             limits.LAYERS,
-            "How many layers become linear; training finds out which. Auto is about half of the "
-            "model's layers (Wan 1.3B: 16 of 30).",
+            "How many layers become linear or hybrid; training finds out which. Auto is about half "
+            "of the model's layers (Wan 1.3B: 16 of 30).",
         ),
         _auto("steps", limits.COUNT, "Training steps. Auto follows quality."),
         _auto(
@@ -151,7 +151,8 @@ def _tiles() -> list[io.Input]:
             {"default": "", "optional": True},
             "Makes the chosen layers hybrid: softmax attention within tiles of frames x height x "
             "width tokens, such as 3x15x14 (0 is all of an axis), linear attention beyond. Slower "
-            "than linear layers and closer to the original. Empty: linear layers.",
+            "than linear layers and closer to the original. Empty is auto: a quarter of the video "
+            "along each axis, linear layers for the demo model. none: linear layers.",
         ),
         make_input(
             io.Combo,

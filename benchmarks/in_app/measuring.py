@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from linvideo_core.models.config import NO_TILE
+
 from ..kernels.agreement import relative_error
 from . import graphs, headless
 from .cases import Case
@@ -99,7 +101,7 @@ def measure_headless(case: Case, bench: Workbench, found: Found) -> None:
     out.mkdir(parents=True)
     prompts = out / "prompts.safetensors"
     headless.write_prompts(prompts, case.video)
-    settings = _lengths(case.steps) | {"target": len(case.video.layers), "lora_rank": 32}
+    settings = _short(case, case.steps) | {"target": len(case.video.layers), "lora_rank": 32}
     values = headless.describe_transfer(case.video, case.frames, settings) | {
         "frozen": case.dtype if bench.device == "cuda" else "fp32",
         "model": bench.models / file,
@@ -236,13 +238,13 @@ def _seconds_per_step(stages: list[Stage]) -> float | None:
     return trained[-1].seconds / trained[-1].count if trained else None
 
 
-def _lengths(steps: int) -> dict[str, int]:
-    return {"steps": steps, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2}
+def _short(case: Case, steps: int) -> dict[str, int | str]:
+    lengths = {"steps": steps, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2}
+    return {**lengths, "tile": case.tile or NO_TILE}
 
 
 def _transfer(case: Case, server: Server, steps: int, target: int) -> graphs.Nodes:
-    settings = {"target": target, "learning_rate": 1e-4, **_lengths(steps)}
-    settings |= {"tile": case.tile} if case.tile else {}
+    settings = {"target": target, "learning_rate": 1e-4, **_short(case, steps)}
     return graphs.transfer(case.name, _settings(server), settings)
 
 

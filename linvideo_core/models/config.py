@@ -15,7 +15,9 @@ ATTENTION_MASSES = ("query", "moments")
 FROZEN = ("fp32", "bf16", "fp8")
 SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 
-
+NO_TILE = "none"
+WITHOUT_TILES = ("feature_map", "output_gate", "window")
+"""Parts of a linear layer that a hybrid one has not."""
 TILE_NEEDED = "frames x height x width in tokens, 0 to 9999 each and not all 0, such as 3x15x14,"
 
 
@@ -31,6 +33,7 @@ class LinearForm(Settings):
     """What linear attention is made of, beside the number of its features.
 
     The default is the paper's; each part added starts as if it were not there, all but tiles.
+    A tile "none" is None.
     """
 
     feature_map: str = option(
@@ -44,7 +47,8 @@ class LinearForm(Settings):
     tile: str | None = option(
         None,
         "softmax within tiles of frames x height x width tokens, such as 3x15x14, and linear "
-        "attention for all beyond them; 0 along an axis is all of it; none: linear attention alone",
+        "attention for all beyond them; 0 along an axis is all of it, none: no tiles; of a --model "
+        "of one's own a quarter of each axis is the default",
     )
     attention_mass: str = option(
         "query",
@@ -55,21 +59,23 @@ class LinearForm(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tile == NO_TILE:
+            object.__setattr__(self, "tile", None)
         if self.tile is None:
             if self.attention_mass != "query":
                 raise SettingError(
-                    f"{{attention_mass}} {self.attention_mass} given without {{tile}}, which it is "
-                    "for: give {tile} too, or leave it out",
+                    f"{{attention_mass}} {self.attention_mass} given without a {{tile}}, which it "
+                    "is for: give a {tile} such as 3x15x14, or leave {attention_mass} out",
                     "attention_mass",
                     "tile",
                 )
             return
         if read_tile(self.tile) is None:
             raise SettingError(
-                f"{{tile}} {shown_value(self.tile)} given; {TILE_NEEDED} is needed", "tile"
+                f"{{tile}} {shown_value(self.tile)} given; {TILE_NEEDED} or none, is needed", "tile"
             )
         usual = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("feature_map", "output_gate", "window"):
+        for name in WITHOUT_TILES:
             if (value := getattr(self, name)) != usual[name]:
                 raise SettingError(
                     f"{{tile}} {self.tile} and {{{name}}} {value} given; they do not work "

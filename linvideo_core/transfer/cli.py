@@ -39,6 +39,7 @@ SHOWN = (
     "num_trajectories",
     "target",
     "layers",
+    "tile",
     "steps",
     "batch_size",
     "accumulation",

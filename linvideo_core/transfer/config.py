@@ -70,12 +70,12 @@ def _read_speedup(value: object) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionConfig(Settings):
-    """Which layers become linear."""
+    """Which layers become linear or hybrid."""
 
     target: int | str = option(
         5,
-        "layers to make linear; or how many times as fast a call of the model is to be, such as "
-        "1.6x: as few layers as that needs, measured first, beside softmax layers by "
+        "layers to make linear or hybrid; or how many times as fast a call of the model is to be, "
+        "such as 1.6x: as few layers as that needs, measured first, beside softmax layers by "
         "--softmax-kernel",
         _Target(**dataclasses.asdict(limits.LAYERS)),
     )

@@ -71,7 +71,7 @@ class LayerCosts:
         Raises SettingError where all layers are too few.
         """
         if speedup > self.softmax / self.linear:
-            raise SettingError(self._refuse(speedup), "target")
+            raise SettingError(self._refuse(speedup), "target", "tile")
         needed = (self.softmax - self.softmax / speedup) / (self.softmax - self.linear)
         # A count that is met exactly is not to be missed by rounding.
         return min(self.num_layers, math.ceil(self.num_layers * needed - 1e-9))
@@ -97,7 +97,7 @@ class LayerCosts:
         return (
             f"{{target}} {speedup:g}x given, and with all {self.num_layers} layers {self._kind} a "
             f"call of the model is {most:g} times as fast here ({self._describe_layers()}): give "
-            f"{advice} a number of layers"
+            f"{advice} a number of layers{', or {tile} none' if self.is_hybrid else ''}"
         )
 
 

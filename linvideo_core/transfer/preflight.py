@@ -1,9 +1,12 @@
 """What a run can be refused for by headers and arithmetic alone, before anything long begins."""
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+
+import torch
 
 from ..kernels.tiles import Size
 from ..models import lora
@@ -30,6 +33,9 @@ from .layer_selection import check_layers
 # Activations take so many times the least that arithmetic counts (docs/home.md), and a card is not
 # all a run's.
 _ACTIVATIONS, _USABLE = 1.5, 0.9
+# In plain PyTorch hybrid layers take so many times what linear ones do: 1.4 to 1.5 was measured, at
+# a Wan's proportions and 3,072 and 12,288 tokens.
+_OF_PLAIN_HYBRID = 1.5
 _BLOCKS_AT_ONCE = 4
 
 
@@ -58,7 +64,7 @@ def check_transfer(
     Raises ValueError, in one sentence, when it cannot work.
     """
     check_layers(config.selection, [site.layer for site in identify(teacher.shapes)[1]])
-    check_tile(config.student.form, _find_grids(teacher))
+    check_tile(config.student.form, find_grids(teacher))
     return check_footprint(
         teacher,
         config,
@@ -81,12 +87,12 @@ def check_tile(form: LinearForm, grids: Iterable[Size]) -> None:
             size = " x ".join(map(str, grid))
             raise SettingError(
                 f"{{tile}} {form.tile} given, and a video is {size} tokens, all of them one tile, "
-                "which leaves nothing to linear attention: give a smaller {tile}",
+                "which leaves nothing to linear attention: give a smaller {tile}, or none",
                 "tile",
             )
 
 
-def _find_grids(teacher: TeacherCheckpoint) -> list[Size]:
+def find_grids(teacher: TeacherCheckpoint) -> list[Size]:
     """Return the grid of tokens of every size of a teacher's videos."""
     shapes = [teacher.latent_shape, *teacher.more_shapes]
     return [teacher.checkpoint.config.find_grid(shape) for shape in shapes]
@@ -118,14 +124,22 @@ def find_batch(
     frozen = config.teacher.frozen_weights.frozen
     precision = "bf16" if config.precision == "auto" else config.precision
     offloads = sorted({*range(0, most, _BLOCKS_AT_ONCE), most})
+    times_least = _ACTIVATIONS * (_OF_PLAIN_HYBRID if _has_plain_hybrid(config) else 1)
     for offload_blocks, size in itertools.product(offloads, sizes):
         plan = _make_plan(teacher, config, num_trained, size, precision, num_processes)
         frozen_weights = FrozenConfig(frozen=frozen, offload_blocks=offload_blocks)
         weights, *others = plan.needs(frozen_weights, config.training.activation_checkpointing)
-        expected = weights.num_bytes + _ACTIVATIONS * sum(need.num_bytes for need in others)
+        expected = weights.num_bytes + times_least * sum(need.num_bytes for need in others)
         if expected <= _USABLE * card_gb * 2**30:
             break
     return size, offload_blocks, expected / 2**30
+
+
+def _has_plain_hybrid(config: RunConfig) -> bool:
+    """Say whether plain PyTorch computes hybrid layers: on this machine's GPU, without Triton."""
+    is_hybrid = isinstance(config, TransferConfig) and config.student.form.tile
+    has_triton = importlib.util.find_spec("triton") is not None
+    return bool(is_hybrid and torch.cuda.is_available() and not has_triton)
 
 
 def count_trained(teacher: TeacherCheckpoint, student: StudentConfig) -> int:
@@ -290,7 +304,7 @@ def _make_plan(
     return Plan(
         config=model,
         shapes=teacher.shapes,
-        num_tokens=max(map(math.prod, _find_grids(teacher))),
+        num_tokens=max(map(math.prod, find_grids(teacher))),
         num_trained=num_trained,
         batch_size=batch_size // num_processes,
         num_processes=num_processes,

@@ -7,10 +7,11 @@ memory allows; steps, videos and learning rates are a guess that nobody has trie
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.config import NO_TILE, WITHOUT_TILES, LinearForm
 from ..run.config import override
 from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
@@ -18,10 +19,14 @@ from ..teacher.config import PoolConfig, TeacherConfig, TrajectoryConfig, check_
 from .config import QUALITIES, ObjectiveConfig, RecipeConfig, RunConfig, TransferConfig
 
 if TYPE_CHECKING:
+    from ..kernels.tiles import Size
     from ..teacher.teacher import TeacherCheckpoint
 
 logger = logging.getLogger(__name__)
 
+# Each axis in so many: 1.6 to 2 % of the tokens, as whole Wans were timed with. On both models that
+# were trained half of the layers hybrid came nearer than half linear (docs/training.md says how).
+_TILES_OF_AXIS = 4
 # Published: 16 of 30 layers of Wan 1.3B, 22 of 40 of Wan 14B (arXiv 2510.08318).
 _LINEAR_SHARE = 0.54
 
@@ -97,6 +102,22 @@ def settings_for(quality: str, *, is_embedded: bool, num_layers: int) -> dict[st
     return {**usual, **lengths[quality], "target": max(1, round(_LINEAR_SHARE * num_layers))}
 
 
+def tile_for(grids: Iterable["Size"], given: Mapping[str, Any]) -> str:
+    """Return the tile of a model of one's own, as `LinearForm` spells it, for hybrid layers.
+
+    It is a quarter of the smallest video along each axis; none where that is all of a video, and
+    beside what goes with linear layers alone.
+
+    grids: (frames, height, width) of the videos in tokens. given: settings that were given.
+    """
+    smallest = [*map(min, zip(*grids, strict=True))]
+    usual = {name: getattr(LinearForm(), name) for name in WITHOUT_TILES}
+    is_linear = any(given.get(name, value) != value for name, value in usual.items())
+    if is_linear or max(smallest) == 1:
+        return NO_TILE
+    return "x".join(str(-(-length // _TILES_OF_AXIS)) for length in smallest)
+
+
 def settings_by_steps(steps: int) -> dict[str, Any]:
     """Return what follows from a training's length, by the names of `TransferConfig`'s fields."""
     return {
@@ -150,13 +171,14 @@ def is_embedded(preset: str, presets: Mapping[str, object], given: Mapping[str, 
 def _settings_of_own(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     # PyTorch is imported here, when it is needed.
     from ..teacher.teacher import open_teacher
-    from .preflight import count_trained
+    from .preflight import count_trained, find_grids
 
     more_sizes = override(PoolConfig(), given).sizes
     teacher = open_teacher(override(TeacherConfig(), given), more_sizes)
     num_layers = teacher.checkpoint.config.num_layers
     values = settings_for(quality, is_embedded=False, num_layers=num_layers)
     values |= settings_by_steps(given.get("steps", values["steps"]))
+    values["tile"] = tile_for(find_grids(teacher), given)
     if "sampler_steps" in given:
         # A state a step at most.
         most = TrajectoryConfig().states_per_trajectory

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...linvideo_core.demo.codec import decode_latents
 from ...linvideo_core.flow import TIMESTEP_SCALE
+from ...linvideo_core.kernels.tiles import Size
 from ...linvideo_core.models import attention_sites
 from ...linvideo_core.models.base_weights import digested_weights, keep_base_weights
 from ...linvideo_core.models.families import identify
@@ -114,6 +115,18 @@ class HostTeacher:
             width=prompts and prompts[1],
             refines_prompts=self.family.refines_prompts,
         )
+
+    @property
+    def grid(self) -> Size:
+        """The (frames, height, width) in tokens of its videos, where `has_known_grid`."""
+        size = self.video.picture_shape[1:]
+        inputs = self.conditions.inputs
+        return self.family.find_grid(self.model.model.diffusion_model, size, inputs).size
+
+    @property
+    def has_known_grid(self) -> bool:
+        """Whether LinVideo knows where the model has the video's tokens."""
+        return self.family.knows_grid(self.model.model.diffusion_model)
 
     def weights_digest(self) -> str:
         """Return 16 hex digits that tell these weights, and patches on them, from others."""

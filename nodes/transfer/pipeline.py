@@ -21,6 +21,7 @@ import torch
 from ...linvideo_core import artifact
 from ...linvideo_core.artifact import ArtifactError
 from ...linvideo_core.artifact.file import check_name
+from ...linvideo_core.models.config import NO_TILE
 from ...linvideo_core.run.config import override
 from ...linvideo_core.run.context import Run
 from ...linvideo_core.run.errors import SettingError
@@ -37,7 +38,7 @@ from ...linvideo_core.transfer.estimate import forecast, time_run
 from ...linvideo_core.transfer.layer_selection import check_target
 from ...linvideo_core.transfer.pipeline import linearize
 from ...linvideo_core.transfer.preflight import check_tile
-from ...linvideo_core.transfer.recipe import settings_by_steps, settings_for
+from ...linvideo_core.transfer.recipe import settings_by_steps, settings_for, tile_for
 from ...linvideo_core.transfer.student import Student
 from ..model_folder import FOLDER
 from .host_teacher import HostTeacher
@@ -88,11 +89,8 @@ def run(model: Any, inputs: dict[str, Any], guidance_scale: float | None = None)
         config = make_config(inputs, host, guidance_scale)
         check_target(config.selection, len(host.sites))
         if config.student.form.tile:
-            diffusion_model = model.model.diffusion_model
-            host.family.check_grid(diffusion_model)
-            size = host.video.picture_shape[1:]
-            grid = host.family.find_grid(diffusion_model, size, host.conditions.inputs)
-            check_tile(config.student.form, [grid.size])
+            host.family.check_grid(model.model.diffusion_model)
+            check_tile(config.student.form, [host.grid])
         identity = HostRun(
             weights=host.weights_digest(),
             conditions=host.conditions.digest(),
@@ -121,13 +119,16 @@ def make_config(
     values = settings_for(inputs["quality"], is_embedded=host.is_demo, num_layers=len(host.sites))
     out = Path(folder_paths.get_output_directory()) / FOLDER / name
     # A run that was begun keeps its guidance, whatever its result is tried with since.
-    guidance_scale = _begun_with(out) or guidance_scale
+    begun = _begun_with(out)
+    guidance_scale = begun.get("guidance_scale") or guidance_scale
     if guidance_scale is not None:
         values["guidance_scale"] = guidance_scale
     expert = inputs["settings"] or {}
     given = {n: value for n, value in expert.items() if n not in _SIZES and value not in (0, "")}
     if not host.is_demo and "num_videos" not in given:
         values["states"] = "pool"
+    if not host.is_demo and host.has_known_grid:
+        values["tile"] = begun.get("tile") or tile_for([host.grid], given)
     values |= {_FIELDS.get(name, name): value for name, value in given.items()}
     values |= {
         **settings_by_steps(values["steps"]),
@@ -153,13 +154,17 @@ def make_config(
     return override(config, by_size)
 
 
-def _begun_with(folder: Path) -> float | None:
-    """Return the guidance of the run that a folder holds, None where it holds none to be read."""
+def _begun_with(folder: Path) -> dict[str, Any]:
+    """Return what the run that a folder holds keeps by the fields' names; {}: none can be read."""
     try:
-        config = read_json(folder / CONFIG_NAME)
-        return float(config["transfer"]["trajectories"]["guidance_scale"])
+        transfer = read_json(folder / CONFIG_NAME)["transfer"]
+        tile = transfer["student"]["form"]["tile"]
+        return {
+            "guidance_scale": float(transfer["trajectories"]["guidance_scale"]),
+            "tile": NO_TILE if tile is None else tile,
+        }
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def _check_run(identity: HostRun) -> None:

@@ -17,6 +17,7 @@ import torch
 from linvideo_core import artifact
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.models.checkpoint import load_wan
+from linvideo_core.models.config import NO_TILE
 from linvideo_core.run import limits
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import Settings, option
@@ -248,7 +249,7 @@ class Study:
     def settings_of(self, arm: Arm, seed: int) -> dict[str, Row]:
         """Return the settings of an arm's trainings, by their names, all but their steps."""
         target = max(1, round(arm.linear_share * self.num_layers))
-        first = {**arm.settings, "target": target}
+        first = {"tile": NO_TILE, **arm.settings, "target": target}
         if arm.is_random:
             order = torch.randperm(self.num_layers, generator=torch.Generator().manual_seed(seed))
             first["layers"] = ",".join(map(str, sorted(order[:target].tolist())))

@@ -342,14 +342,15 @@ def test_a_transfer_gives_a_file_that_applies_and_leaves_the_model_as_it_was() -
     model = _h3()
     before = _sample(model)
     weights = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    for lends, name, tile in (
-        (contextlib.nullcontext, "copied", ""),
-        (_uncopied, "beside", "1x3x2"),
+    for lends, name, tile, expected in (
+        (contextlib.nullcontext, "copied", "none", None),
+        (contextlib.nullcontext, "auto", "", "1x1x1"),
+        (_uncopied, "beside", "1x3x2", "1x3x2"),
     ):
         with own_folders(), lends():
             path = run(model, _inputs(name=name, tile=tile))
             made = artifact.load(Path(path))
-            assert (made.header.tile or "") == tile
+            assert made.header.tile == expected
             assert made.header.family == "minimax_h3" and len(made.header.linear_layers) == 1
             usage = made.header.usage
             assert (usage.width, usage.height, usage.num_frames) == (128, 128, 5)

@@ -7,6 +7,7 @@ learned; what is kept, continued, given back and refused is all there is.
 import contextlib
 import functools
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
+import folder_paths
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from linvideo_pack.linvideo_core import artifact
@@ -358,6 +360,31 @@ def test_a_text_to_video_wan_computed_in_bf16_is_trained_at_the_size_that_is_ask
         made = artifact.load(run(model, _wan_inputs()))
         assert made.header.provenance["model"] == "wan"
         assert linearize(model, made)
+
+
+def test_layers_of_a_model_of_ones_own_are_hybrid_where_its_grid_is_known() -> None:
+    def tile_of(**settings: Any) -> str | None:
+        inputs = _wan_inputs(**settings)
+        return make_config(inputs, HostTeacher(model, inputs)).student.form.tile
+
+    with own_folders() as folder:
+        model = _make_wan(folder, torch.float32)
+        assert (tile_of(width=128), tile_of(tile="3x2x0"), tile_of(tile="none")) == (
+            "1x1x2",
+            "3x2x0",
+            None,
+        )
+        assert tile_of(width=16, height=16, frames=1) is None
+        folder = Path(folder_paths.get_output_directory()) / "linvideo" / _inputs()["name"]
+        for begun in ("3x3x3", None):
+            transfer = {"student": {"form": {"tile": begun}}, "trajectories": {"guidance_scale": 2}}
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps({"transfer": transfer}))
+            assert tile_of() == begun and tile_of(tile="1x2x2") == "1x2x2"
+        shutil.rmtree(folder)
+        diffusion_model = model.model.diffusion_model
+        diffusion_model.__class__ = type("WanModel_Other", (type(diffusion_model),), {})
+        assert tile_of() is None
 
 
 def test_a_model_of_ones_own_learns_from_a_pool_continues_with_it_and_keeps_no_videos() -> None:

@@ -214,7 +214,7 @@ def test_an_impossible_window_is_refused_by_flag(window: int) -> None:
         ({"tile": "1x2x4", "window": 5}, "--tile 1x2x4 and --window 5 given"),
         ({"tile": "1x2x4", "output_gate": True}, "--output-gate True given"),
         ({"tile": "1x2x4", "feature_map": "hedgehog_joint"}, "--feature-map hedgehog_joint given"),
-        ({"attention_mass": "moments"}, "--attention-mass moments given without --tile"),
+        ({"attention_mass": "moments"}, "--attention-mass moments given without a --tile"),
         ({"tile": "1x2x4", "attention_mass": "features"}, "one of query, moments is needed"),
     ],
 )

@@ -94,6 +94,7 @@ def test_every_arm_is_a_transfer_that_the_command_line_takes(config: Experiments
         settings = made.settings_of(arm, 1)[arm.training]
         found = transfer_cli.read([*config.list_words(), *to_flags(settings)])
         assert found.selection.target == round(2 * arm.linear_share), name
+        assert found.student.form.tile == arm.settings.get("tile"), name
         assert found.trajectories.sampler_steps == config.comparison.sampler_steps
 
 

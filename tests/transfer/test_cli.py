@@ -91,6 +91,7 @@ def arguments(files: Path, **changes: object) -> list[str]:
         "checkpoint_every": 3,
         "log_every": 1,
         "selection_share": 0.4,
+        "tile": "none",
         "device": "cpu",
         "precision": "fp32",
         **changes,
@@ -458,17 +459,23 @@ def test_a_damaged_result_says_what_brings_it_back(size: int, finished: Path, fi
     torch.testing.assert_close(after.linear, before.linear, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("tile", "kind"), [(None, "linear"), ("1x2x2", "hybrid")])
-def test_the_comparison_can_be_left_out_and_layers_made_hybrid(
-    tile: str | None, kind: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("tile", "expected"), [("none", None), (None, "1x1x1"), ("1x2x2", "1x2x2")]
+)
+def test_the_comparison_can_be_left_out_and_layers_are_hybrid_unless_made_linear(
+    tile: str | None,
+    expected: str | None,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "out"
+    out, kind = tmp_path / "out", "hybrid" if expected else "linear"
     cli.main(arguments(files, **SHORT, tile=tile, evaluate_samples=0, out=out))
     evidence = {"layer_scores.png", "losses.png", "README.md"}
     assert times(out).keys() == {"linearized.safetensors", "config.json", *evidence}
     shown = capsys.readouterr().out
     assert "samples.png" not in shown and f"1 of 3 layers are {kind}" in shown
-    assert artifact.load(out / "linearized.safetensors").header.tile == tile
+    assert artifact.load(out / "linearized.safetensors").header.tile == expected
 
 
 def test_a_tile_that_has_the_whole_video_is_refused(files: Path, tmp_path: Path) -> None:

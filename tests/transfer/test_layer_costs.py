@@ -63,6 +63,8 @@ def test_a_speedup_that_all_layers_do_not_reach_is_refused_with_what_they_reach(
         dataclasses.replace(COSTS, linear=linear).count_for(2.72)
     assert str(caught.value).startswith("--target 2.72x given, and with all 30 layers linear")
     assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(SettingError, match=r"a number of layers, or --tile none$"):
+        dataclasses.replace(COSTS, linear=linear, is_hybrid=True).count_for(2.72)
 
 
 @pytest.fixture

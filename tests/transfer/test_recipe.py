@@ -1,15 +1,21 @@
 """What a transfer is set to by the model, the quality and the card."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.models.sizes import SIZES
+from linvideo_core.kernels.tiles import Size
+from linvideo_core.models.config import LinearForm
+from linvideo_core.run.config import override
 from linvideo_core.run.errors import SettingError
 from linvideo_core.transfer import recipe
-from linvideo_core.transfer.config import QUALITIES
+from linvideo_core.transfer.config import QUALITIES, TransferConfig
+from linvideo_core.transfer.preflight import check_tile
 from linvideo_core.transfer.recipe import find_settings
 from tests.conftest import assert_fitted, open_headers
 
@@ -93,6 +99,55 @@ def test_a_cpu_keeps_the_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
     found = settings_of(monkeypatch, "1.3b-480p", device="cpu")
     assert not {"frozen", "activation_checkpointing", "offload_blocks"} & set(found)
     assert found["steps"] == 3000 and found["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(("size", "tile"), [((480, 832), "6x8x13"), ((720, 1280), "6x12x20")])
+def test_layers_of_a_model_of_ones_own_are_hybrid_unless_a_part_goes_without_tiles(
+    size: tuple[int, int], tile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = dict(zip(("height", "width"), size, strict=True))
+
+    def tile_of(**more: Any) -> str | None:
+        given = {"device": "cpu", **sides, **more}
+        found = settings_of(monkeypatch, "1.3b-480p", **given) | {"model": Path("wan")}
+        return override(TransferConfig(), {**found, **given}).student.form.tile
+
+    assert tile_of() == tile_of(map_sharing="shared", attention_mass="moments") == tile
+    assert tile_of(tile="3x15x14") == "3x15x14"
+    assert tile_of(window=0, output_gate=False, feature_map="hedgehog") == tile
+    for without in (
+        {"tile": "none"},
+        {"window": 32},
+        {"output_gate": True},
+        {"feature_map": "hedgehog_joint"},
+    ):
+        assert tile_of(**without) is None, without
+    assert "tile" not in find_settings("demo", {})
+
+
+def test_hybrid_layers_in_plain_pytorch_are_given_more_of_a_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def batch_of(**given: Any) -> int:
+        return settings_of(monkeypatch, "1.3b-480p", card=24, **given)["batch_size"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert (batch_of(), batch_of(tile="none")) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("grids", "tile"),
+    [
+        ([(21, 30, 52), (6, 8, 13)], "2x2x4"),
+        ([(21, 30, 52), (1, 45, 80)], "1x8x13"),
+        ([(21, 30, 52), (1, 1, 1)], "none"),
+    ],
+)
+def test_a_tile_is_a_part_of_the_smallest_video(grids: list[Size], tile: str) -> None:
+    assert recipe.tile_for(grids, {}) == tile
+    for grid in grids:
+        check_tile(LinearForm(tile=tile), [grid])
 
 
 @pytest.mark.parametrize("is_embedded", [True, False])

@@ -159,10 +159,14 @@ class HostFamily:
                 f"layers are {self.attention_class}"
             )
 
+    def knows_grid(self, diffusion_model: nn.Module) -> bool:
+        """Say whether it is known how a model lays its tokens out."""
+        return type(diffusion_model).__name__ in self.of_known_grid
+
     def check_grid(self, diffusion_model: nn.Module) -> None:
         """Raise ArtifactError where it is not known how a model lays its tokens out."""
-        name = type(diffusion_model).__name__
-        if name not in self.of_known_grid:
+        if not self.knows_grid(diffusion_model):
+            name = type(diffusion_model).__name__
             raise ArtifactError(
                 "hybrid layers work within tiles of the video, and LinVideo does not know where "
                 f"{name} has the video's tokens: use a file of linear layers with this model"
