@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from linvideo_core import artifact
 from linvideo_core.models.config import NO_TILE
 
 from ..kernels.agreement import relative_error
@@ -166,7 +167,8 @@ def _measure_in_server(
 ) -> None:
     """Sample the model, make a file of it, sample with that, sample the model again.
 
-    Where the model is sampled again, so is the file before, applied in a graph of its own.
+    Where the model is sampled again, so is the file before, applied in a graph of its own. The tile
+    is the file's.
 
     graph: what gives `model`, `positive`, `negative` and `latent`.
     """
@@ -180,13 +182,15 @@ def _measure_in_server(
     sampled = {**graph, **training, **graphs.sample("linear", 2, linear)}
     found["steps"] = case.steps
     _train(server, sampled, bench, found)
+    made = server.folder / "models" / "linvideo" / f"{case.name}.safetensors"
+    found["tile"] = artifact.load(made).header.tile
     latents = _read_latents(server, linear)
     if case.sampling_steps:
         _time_sampling(case, server, {**graph, **training}, bench.deadline, found)
     found["ok"] = is_finite = all(bool(x.isfinite().all()) for x in latents)
     if case.is_base_checked:
-        made = graphs.apply_file(f"{case.name}.safetensors")
-        server.run({**graph, **made, **graphs.sample("linear", 2, applied)}, bench.deadline)
+        file = graphs.apply_file(made.name)
+        server.run({**graph, **file, **graphs.sample("linear", 2, applied)}, bench.deadline)
         again = _read_latents(server, applied)
         error = max(map(relative_error, again, latents))
         is_finite &= all(bool(x.isfinite().all()) for x in again)
