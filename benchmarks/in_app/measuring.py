@@ -65,7 +65,7 @@ def measure_demo(case: Case, bench: Workbench, found: Found) -> None:
     nodes = json.loads(TEMPLATE.read_text(encoding="utf-8"))["nodes"]
     (values,) = (node["widgets_values"] for node in nodes if node["type"] == "LinVideo")
     _train(server, graphs.transfer_demo("demo", values[2], settings), bench, found)
-    made = server.folder / "models" / "linvideo" / "demo.safetensors"
+    made = _file_of(server, "demo")
     found |= judge(made, bench, is_short=is_short)
 
 
@@ -182,7 +182,7 @@ def _measure_in_server(
     sampled = {**graph, **training, **graphs.sample("linear", 2, linear)}
     found["steps"] = case.steps
     _train(server, sampled, bench, found)
-    made = server.folder / "models" / "linvideo" / f"{case.name}.safetensors"
+    made = _file_of(server, case.name)
     found["tile"] = artifact.load(made).header.tile
     latents = _read_latents(server, linear)
     if case.sampling_steps:
@@ -240,6 +240,10 @@ def _train(server: Server, graph: graphs.Nodes, bench: Workbench, found: Found) 
 def _seconds_per_step(stages: list[Stage]) -> float | None:
     trained = [stage for stage in stages if stage.name == _TRAINING]
     return trained[-1].seconds / trained[-1].count if trained else None
+
+
+def _file_of(server: Server, name: str) -> Path:
+    return server.folder / "models" / "linvideo" / f"{name}.safetensors"
 
 
 def _short(case: Case, steps: int) -> dict[str, int | str]:

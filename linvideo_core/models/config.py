@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..run import limits
 from ..run.config import Settings, option
@@ -16,8 +18,6 @@ FROZEN = ("fp32", "bf16", "fp8")
 SOFTMAX_KERNELS = ("default", "flash", "cudnn", "sparse")
 
 NO_TILE = "none"
-WITHOUT_TILES = ("feature_map", "output_gate", "window")
-"""Parts of a linear layer that a hybrid one has not."""
 TILE_NEEDED = "frames x height x width in tokens, 0 to 9999 each and not all 0, such as 3x15x14,"
 
 
@@ -74,15 +74,20 @@ class LinearForm(Settings):
             raise SettingError(
                 f"{{tile}} {shown_value(self.tile)} given; {TILE_NEEDED} or none, is needed", "tile"
             )
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in WITHOUT_TILES:
-            if (value := getattr(self, name)) != usual[name]:
-                raise SettingError(
-                    f"{{tile}} {self.tile} and {{{name}}} {value} given; they do not work "
-                    "together: leave one of them out",
-                    "tile",
-                    name,
-                )
+        for name, value in self.parts_of_linear_layers(vars(self)).items():
+            raise SettingError(
+                f"{{tile}} {self.tile} and {{{name}}} {value} given; they do not work "
+                "together: leave one of them out",
+                "tile",
+                name,
+            )
+
+    @classmethod
+    def parts_of_linear_layers(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the settings given, by name, that add what a hybrid layer cannot have."""
+        usual = {field.name: field.default for field in dataclasses.fields(cls)}
+        names = ("feature_map", "output_gate", "window")
+        return {name: given[name] for name in names if given.get(name, usual[name]) != usual[name]}
 
     @property
     def kind(self) -> str:

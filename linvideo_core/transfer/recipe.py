@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.config import NO_TILE, WITHOUT_TILES, LinearForm
+from ..models.config import NO_TILE, LinearForm
 from ..run.config import override
 from ..run.devices import count_device_bytes, resolve_device
 from ..run.errors import SettingError
@@ -111,9 +111,7 @@ def tile_for(grids: Iterable["Size"], given: Mapping[str, Any]) -> str:
     grids: (frames, height, width) of the videos in tokens. given: settings that were given.
     """
     smallest = [*map(min, zip(*grids, strict=True))]
-    usual = {name: getattr(LinearForm(), name) for name in WITHOUT_TILES}
-    is_linear = any(given.get(name, value) != value for name, value in usual.items())
-    if is_linear or max(smallest) == 1:
+    if LinearForm.parts_of_linear_layers(given) or max(smallest) == 1:
         return NO_TILE
     return "x".join(str(-(-length // _TILES_OF_AXIS)) for length in smallest)
 

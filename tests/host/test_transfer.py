@@ -19,7 +19,6 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from linvideo_pack.linvideo_core import artifact
@@ -375,13 +374,13 @@ def test_layers_of_a_model_of_ones_own_are_hybrid_where_its_grid_is_known() -> N
             None,
         )
         assert tile_of(width=16, height=16, frames=1) is None
-        folder = Path(folder_paths.get_output_directory()) / "linvideo" / _inputs()["name"]
+        run_folder = _run_folder(folder)
+        run_folder.mkdir(parents=True)
         for begun in ("3x3x3", None):
             transfer = {"student": {"form": {"tile": begun}}, "trajectories": {"guidance_scale": 2}}
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps({"transfer": transfer}))
+            (run_folder / "config.json").write_text(json.dumps({"transfer": transfer}))
             assert tile_of() == begun and tile_of(tile="1x2x2") == "1x2x2"
-        shutil.rmtree(folder)
+        shutil.rmtree(run_folder)
         diffusion_model = model.model.diffusion_model
         diffusion_model.__class__ = type("WanModel_Other", (type(diffusion_model),), {})
         assert tile_of() is None
