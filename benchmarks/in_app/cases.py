@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from linvideo_core.models.config import NO_TILE
 from linvideo_core.run.errors import SettingError
 
 from ..models.sizes import SIZES, Size
@@ -34,7 +35,8 @@ class Case:
     kind: which function measures it. free_gb: memory that the card has left; None: all.
     is_base_checked: whether the model is sampled before and after, to see that it comes back.
     sampling_steps: of the samplings that are timed, with and without linear layers; 0: none.
-    tile: of the layers that a transfer makes hybrid instead of linear.
+    tile: of the layers that a transfer makes hybrid; "": as it finds one by itself; none: they are
+        linear.
     sizes: of a MiniMax-H3, by the names of its class.
     """
 
@@ -49,7 +51,7 @@ class Case:
     steps: int = 4
     is_base_checked: bool = True
     sampling_steps: int = 0
-    tile: str | None = None
+    tile: str = ""
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -72,7 +74,7 @@ class Case:
             "frames": self.frames,
             "where": "headless" if self.kind == "headless" else "comfyui",
             "flags": " ".join((*self.flags, *free)),
-            "tile": self.tile,
+            "tile": None,
         }
 
     def on_cpu(self) -> "Case":
@@ -83,7 +85,7 @@ class Case:
         if self.kind == "minimax_h3":
             return dataclasses.replace(tiny, model="tiny MiniMax-H3", frames=22)
         video = tiny.video
-        tile = self.tile and video.tiles[-1]
+        tile = self.tile if self.tile in ("", NO_TILE) else video.tiles[-1]
         return dataclasses.replace(tiny, model=video.model, frames=video.num_frames, tile=tile)
 
 
@@ -104,6 +106,7 @@ def _h3(name: str, model: str, frames: int, sizes: dict[str, int], **others: Any
 _CASES = [
     Case(name="demo", kind="demo", model="embedded", dtype="fp16", frames=28),
     _wan("1.3b-bf16", "bf16", _LONG, steps=8, sampling_steps=10),
+    _wan("1.3b-linear", "bf16", _LONG, steps=8, sampling_steps=10, tile=NO_TILE),
     _wan(
         "1.3b-hybrid", "bf16", _LONG, steps=8, sampling_steps=10, tile=SIZES["1.3b-480p"].tiles[-1]
     ),

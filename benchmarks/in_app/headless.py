@@ -1,5 +1,6 @@
 """The same transfer by the core alone, in a process of its own."""
 
+import dataclasses
 import json
 import multiprocessing
 import statistics
@@ -17,7 +18,7 @@ from linvideo_core.run.files import write_json, write_tensors
 from linvideo_core.teacher.teacher import load_teacher
 from linvideo_core.transfer.config import TransferConfig
 from linvideo_core.transfer.pipeline import linearize
-from linvideo_core.transfer.recipe import settings_by_steps, settings_for
+from linvideo_core.transfer.recipe import settings_by_steps, settings_for, tile_for
 from linvideo_core.transfer.student import Student
 
 from ..models.sizes import GUIDANCE_SCALE, Size
@@ -28,9 +29,11 @@ from .workbench import Peak, watching
 def describe_transfer(size: Size, frames: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat settings of the transfer that the node runs with `settings`, its names."""
     renamed = {"num_videos": "num_trajectories"}
+    grid = dataclasses.replace(size, num_frames=frames).grid
     return {
         **settings_for("draft", is_embedded=False, num_layers=size.config.num_layers),
         **{renamed.get(name, name): value for name, value in settings.items()},
+        "tile": settings["tile"] or tile_for([grid], settings),
         **settings_by_steps(settings["steps"]),
         "guidance_scale": GUIDANCE_SCALE,
         "shift": size.shift,

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from linvideo_core import artifact
-from linvideo_core.models.config import NO_TILE
 
 from ..kernels.agreement import relative_error
 from . import graphs, headless
@@ -115,7 +114,7 @@ def measure_headless(case: Case, bench: Workbench, found: Found) -> None:
     result = out / "result.json"
     seconds, peak = headless.measure(values, result, bench.read_memory, bench.deadline)
     found |= {"seconds_per_step": seconds, "peak_gb": peak.gb, "ok": True, "steps": case.steps}
-    found["seconds"] = time.monotonic() - begin
+    found |= {"tile": values["tile"], "seconds": time.monotonic() - begin}
 
 
 KINDS = {
@@ -248,7 +247,7 @@ def _file_of(server: Server, name: str) -> Path:
 
 def _short(case: Case, steps: int) -> dict[str, int | str]:
     lengths = {"steps": steps, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2}
-    return {**lengths, "tile": case.tile or NO_TILE}
+    return {**lengths, "tile": case.tile}
 
 
 def _transfer(case: Case, server: Server, steps: int, target: int) -> graphs.Nodes:

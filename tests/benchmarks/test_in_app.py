@@ -299,13 +299,14 @@ def test_the_memory_of_a_process_is_told_where_the_system_does() -> None:
 
 
 def test_the_headless_transfer_has_the_settings_of_the_nodes_and_runs(tmp_path: Path) -> None:
-    settings = {"steps": 8, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2}
+    settings = {"steps": 8, "sampler_steps": 8, "num_videos": 1, "warm_start_steps": 2, "tile": ""}
     values = describe_transfer(TINY, 17, {**settings, "target": 2, "lora_rank": 32})
     config = override(TransferConfig(), values)
     assert (config.training.steps, config.training.batch_size) == (8, 1)
     assert config.trajectories.num_trajectories == 1 and config.trajectories.sampler_steps == 8
     assert config.training.activation_checkpointing and config.trajectories.shift == TINY.shift
     assert config.selection.target == 2 and config.teacher.num_frames == 17
+    assert config.student.form.tile == "2x2x2"
     paths = {name: tmp_path / f"{name}.safetensors" for name in ("model", "prompts")}
     write_wan(paths["model"], TINY, "bf16", "cpu")
     write_prompts(paths["prompts"], TINY)
