@@ -273,8 +273,8 @@ def _is_recorded(device: torch.device) -> bool:
     return is_captured or _get_current_dispatch_mode() is not None
 
 
-@functools.cache
-def _refuse_device(device: torch.device) -> str:
+def refuse_device(device: torch.device) -> str:
+    """Return why no fused kernel runs on a device, whatever it is given, or ""."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the fused kernels are for NVIDIA's and AMD's GPUs, not for {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -282,6 +282,10 @@ def _refuse_device(device: torch.device) -> str:
         where = ", which PyTorch for ROCm comes with" if torch.version.hip else ""
         return f"Triton is not installed{where or f' (pip install {package})'}"
     return _refuse_card(device) if device.type == "cuda" else ""
+
+
+# Asked at every call of a layer.
+_refuse_device = functools.cache(refuse_device)
 
 
 def _refuse_card(device: torch.device) -> str:

@@ -22,7 +22,7 @@ TRAINING_NAME = "training"
 PARAMETERS = ("full", "lora", "feature_maps")
 CHOICES = ("learned", "alternate", "sensitivity")
 MEASURES = ("replace-one", "restore-one")
-OBJECTIVES = ("velocity", "guided", "adm")
+OBJECTIVES = ("velocity", "adm")
 LEVELS = ("even", "flow")
 QUALITIES = ("draft", "standard", "best")
 
@@ -157,8 +157,7 @@ class ObjectiveConfig(Settings):
 
     objective: str = option(
         "velocity",
-        "what is matched: the velocity of one guidance branch, of both as guidance combines them, "
-        "or also where the student leads to",
+        "train at the teacher's states alone, or also at those that the student reaches",
         choices=OBJECTIVES,
     )
     max_jump: int = option(

@@ -36,7 +36,7 @@ thousandfold near s = 1, where what is drawn is decided.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Batch:
 
     latents, velocity: [B, C, F, H, W], a state as it was drawn and the teacher's velocity there,
         in the row's guidance branch.
-    conditional, unconditional: [B, C, F, H, W], the teacher's velocities there in both branches.
+    unconditional: [B, C, F, H, W], the teacher's velocity there in the branch without the prompt.
     step: [B] int64, the state's index into the sampling grid.
     is_stored: [B] bool on the CPU, whether the student is trained at the stored state itself; if
         not, it first moves by one step of its own. Stored rows come first.
@@ -72,7 +72,6 @@ class Batch:
 
     latents: Tensor
     velocity: Tensor
-    conditional: Tensor
     unconditional: Tensor
     step: Tensor
     is_stored: Tensor
@@ -147,7 +146,6 @@ class Batches:
         return Batch(
             latents=states.latents,
             velocity=velocity,
-            conditional=states.conditional,
             unconditional=states.unconditional,
             step=states.step,
             is_stored=is_stored[own],
@@ -245,9 +243,6 @@ def level_density(sigmas: Tensor, levels: str) -> Tensor:
     return weights / weights.sum()
 
 
-BranchVelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(latents [B, C, F, H, W], sigma [B], prompts [B, S, T]) -> velocity`."""
-
 BatchVelocityFn = Callable[[Tensor, Tensor, Batch], Tensor]
 """`(latents [B, C, F, H, W], sigma [B], batch) -> velocity`; the batch's rows have the prompts."""
 
@@ -275,48 +270,6 @@ def adm_loss(
         latents, target = _move(batch, sigmas, student_guided, teacher)
     error = student(latents, sigmas[batch.step_to], batch) - target
     return (batch.weight * error.float().square().flatten(1).mean(dim=1)).mean()
-
-
-def guidance_weights(guidance_scale: float) -> tuple[float, float, float]:
-    """Return the weights (a, b, c) of both branches' errors in the error that guidance makes.
-
-    With e and n the errors with and without the prompt, that at scale g is `g e - (g - 1) n`. Its
-    square, averaged over all scales from 1 to 2 g - 1, so that a file serves more than its own, is
-    proportional to `a e^2 + b n^2 - 2 c e n`; a + b = 1.
-    """
-    more = guidance_scale - 1
-    spread = more**2 / 3
-    own, other = guidance_scale**2 + spread, more**2 + spread
-    both, total = guidance_scale * more + spread, own + other
-    return own / total, other / total, both / total
-
-
-def guided_losses(
-    batch: Batch, sigmas: Tensor, guidance_scale: float, student: BranchVelocityFn
-) -> Iterator[Tensor]:
-    """Yield two scalars whose sum is the mean squared error of the student's guided velocity.
-
-    Its weights are those of `guidance_weights`. Each has the gradient through one branch, the other
-    one held: what is in memory at a time is one branch's graph. For that the branch without the
-    prompt is asked twice, first without a gradient.
-
-    sigmas: the sampling grid [steps + 1]. student: see `BranchVelocityFn`.
-    """
-    sigma = sigmas.to(batch.latents.device)[batch.step]
-    own, other, both = guidance_weights(guidance_scale)
-
-    def error(embeds: Tensor, target: Tensor) -> Tensor:
-        return (student(batch.latents, sigma, embeds) - target).float()
-
-    with torch.no_grad():
-        held = error(batch.negative_embeds, batch.unconditional)
-    conditional = error(batch.prompt_embeds, batch.conditional)
-    cross = 2 * both * (conditional * held).mean()
-    yield own * conditional.square().mean() - cross
-    conditional, cross = conditional.detach(), cross.detach()
-    unconditional = error(batch.negative_embeds, batch.unconditional)
-    crossed = 2 * both * (conditional * unconditional).mean()
-    yield other * unconditional.square().mean() - crossed + cross
 
 
 @torch.no_grad()

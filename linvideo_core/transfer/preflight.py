@@ -1,13 +1,13 @@
 """What a run can be refused for by headers and arithmetic alone, before anything long begins."""
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
+from .. import kernels
 from ..kernels.tiles import Size
 from ..models import lora
 from ..models.attention_sites import AttentionSite, ModelFamily, Shapes
@@ -136,10 +136,11 @@ def find_batch(
 
 
 def _has_plain_hybrid(config: RunConfig) -> bool:
-    """Say whether plain PyTorch computes hybrid layers: on this machine's GPU, without Triton."""
+    """Say whether plain PyTorch computes hybrid layers on this machine's GPU."""
     is_hybrid = isinstance(config, TransferConfig) and config.student.form.tile
-    has_triton = importlib.util.find_spec("triton") is not None
-    return bool(is_hybrid and torch.cuda.is_available() and not has_triton)
+    return bool(
+        is_hybrid and torch.cuda.is_available() and kernels.refuse_device(torch.device("cuda"))
+    )
 
 
 def count_trained(teacher: TeacherCheckpoint, student: StudentConfig) -> int:

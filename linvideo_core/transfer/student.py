@@ -48,7 +48,7 @@ from ..training.config import TrainingConfig
 from ..training.trainer import ParameterGroup, Task
 from .config import ObjectiveConfig, SelectionConfig, StudentConfig, TransferConfig
 from .layer_selection import count_selection_steps
-from .objective import Batch, Batches, adm_loss, guided_losses
+from .objective import Batch, Batches, adm_loss
 from .warm_start import feature_maps
 
 logger = logging.getLogger(__name__)
@@ -346,36 +346,10 @@ class TransferTask(Task):
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the objective on a fresh batch plus the selection losses."""
         objective_loss = self.objective_loss(self.batches.draw(generator, self.guided))
-        metrics = {"objective_loss": objective_loss.detach(), **self._told_scores()}
+        metrics = {"objective_loss": objective_loss.detach()}
+        if self.selection.is_learned:
+            metrics["layer_scores"] = self.selection.layer_scores().detach().clone()
         return objective_loss + self.selection.loss(step), metrics
-
-    def _told_scores(self) -> dict[str, Tensor]:
-        if not self.selection.is_learned:
-            return {}
-        return {"layer_scores": self.selection.layer_scores().detach().clone()}
-
-    def losses(
-        self, step: int, generator: torch.Generator, accumulation: int
-    ) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-        """Yield the terms of a step's loss: of both guidance branches one after the other."""
-        if self.batches.config.objective != "guided":
-            yield from super().losses(step, generator, accumulation)
-            return
-        for _ in range(accumulation):
-            batch, objective_loss = self.batches.draw(generator), torch.zeros(())
-            other = self.selection.loss(step)
-            for term in guided_losses(
-                batch,
-                self.trajectories.sigmas,
-                self.trajectories.guidance_scale,
-                self._branch_velocity,
-            ):
-                objective_loss = objective_loss.to(term.device) + term.detach()
-                yield (
-                    (term + other) / accumulation,
-                    {"objective_loss": objective_loss, **self._told_scores()},
-                )
-                other = torch.zeros((), device=term.device)
 
     def objective_loss(self, batch: Batch) -> Tensor:
         """Return the objective on a batch, a scalar: what a task of another objective overrides."""
@@ -389,10 +363,8 @@ class TransferTask(Task):
 
     def student_velocity(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """Return the student's velocity in each row's own branch; see `BatchVelocityFn`."""
-        return self._branch_velocity(latents, sigma, batch.branch_embeds)
-
-    def _branch_velocity(self, latents: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
-        return bind(self.student.model, embeds, precision=self.precision)(latents, sigma)
+        velocity = bind(self.student.model, batch.branch_embeds, precision=self.precision)
+        return velocity(latents, sigma)
 
     def _student_guided(self, latents: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         return self.guided(latents, sigma, batch.prompt_embeds, batch.negative_embeds)

@@ -68,12 +68,13 @@ from linvideo_core.teacher.teacher import Teacher, load_teacher
 from linvideo_core.training.fsdp import run_together
 from linvideo_core.training.trainer import seed_step
 
+from .captions import CaptionsConfig, write_both
 from .captions import parse as parse_captions
 from .clips import NUM_FRAMES, Labels, decode_latents, encode_frames, render, stage
 from .judge import Judge, is_right, load_judge
 from .rows import RECORD_NAME, RECORD_TITLE, Row, read_measures, read_rows, record
 from .tracks import measure_tracks
-from .train import SHIFT
+from .train import SHIFT, WEIGHTS
 
 _NUM_SHOWN = 4
 _OTHER_SEED = 1_000
@@ -170,8 +171,7 @@ class Sampling:
         """Sample one batch; its noise comes from (seed, number). recipe: none for the teacher's."""
         recipe = recipe or self.recipe_of()
         embeds = self.teacher.prompt_embeds[self.index[part]]
-        size = (len(embeds), *self.teacher.latent_shape)
-        noise = torch.randn(size, generator=seed_step(seed, number)).to(self.run.device)
+        noise = self.draw_noise(part, number, seed)
         velocity_fn = bind_guided(
             model,
             embeds,
@@ -181,6 +181,11 @@ class Sampling:
         )
         with compiled(model, is_on=self.config.compile):
             return recipe.sample(velocity_fn, noise, seed=number, on_step=lambda *_: None)
+
+    def draw_noise(self, part: slice, number: int, seed: int) -> Tensor:
+        """Return the noise that a batch is sampled from; it comes from (seed, number)."""
+        size = (len(self.index[part]), *self.teacher.latent_shape)
+        return torch.randn(size, generator=seed_step(seed, number)).to(self.run.device)
 
     def render(self, part: slice, number: int, seed: int) -> Tensor:
         """Render one batch of the captions as latents, cut at random where videos are shorter."""
@@ -273,6 +278,22 @@ def open_sampling(config: CrowdConfig, run: Run) -> Sampling:
         index=index,
         labels=parse_captions([teacher.prompts[i] for i in index]),
     )
+
+
+def open_with_captions(
+    comparison: CompareConfig, model: Path, folder: Path, seed: int, device: str
+) -> Sampling:
+    """Write captions to a folder, open a teacher, the stored judge and what samples them."""
+    write_both(CaptionsConfig(out=folder))
+    config = CrowdConfig(
+        comparison=comparison,
+        model=model,
+        judge=WEIGHTS / "judge.safetensors",
+        prompts=folder / "held_out.safetensors",
+        seed=seed,
+    )
+    device = resolve_device(device)
+    return open_sampling(config, Run(device=device, precision=resolve_precision("auto", device)))
 
 
 def measure_references(sampling: Sampling, folder: Path) -> None:

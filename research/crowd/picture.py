@@ -24,14 +24,12 @@ from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.videos import save_strip
 from linvideo_core.flow import Recipe, make_sigmas
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
-from linvideo_core.run.context import Run
-from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
+from linvideo_core.run.devices import device_option, resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 
-from .captions import CaptionsConfig, write_both
 from .clips import decode_latents
-from .evaluate import CrowdConfig, Sampling, describe_model, open_sampling
+from .evaluate import Sampling, describe_model, open_with_captions
 from .rows import Row
 from .train import SHIFT, WEIGHTS
 
@@ -64,20 +62,6 @@ class PictureConfig(Settings):
                 "are shown",
                 "batch_size",
             )
-
-
-def open_models(config: PictureConfig) -> Sampling:
-    """Write captions, open the teacher and what samples them."""
-    write_both(CaptionsConfig(out=config.out))
-    crowd = CrowdConfig(
-        comparison=config.comparison,
-        model=config.model,
-        judge=WEIGHTS / "judge.safetensors",
-        prompts=config.out / "held_out.safetensors",
-        seed=config.seed,
-    )
-    device = resolve_device(config.device)
-    return open_sampling(crowd, Run(device=device, precision=resolve_precision("auto", device)))
 
 
 def sample_in_turns(sampling: Sampling, path: Path) -> tuple[dict[str, list[Tensor]], list[Row]]:
@@ -113,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
     check_file(path)
     check_place(config.out)
-    sampling = open_models(config)
+    sampling = open_with_captions(
+        config.comparison, config.model, config.out, config.seed, config.device
+    )
     latents, rows = sample_in_turns(sampling, config.artifact)
     labels = {row["model"]: f"{row['model']}, {row['seconds']:.0f} s" for row in rows}
     strip = config.out / "crowd.png"

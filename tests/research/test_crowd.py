@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import read_part, read_record, write_part
 from linvideo_core import artifact, flow
+from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.compare import swap
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import count_layers
@@ -29,7 +30,7 @@ from linvideo_core.run.folder import read_metrics
 from linvideo_core.run.process_group import SINGLE_PROCESS
 from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
-from research.crowd import captions, clips, evaluate, fitting, judge, picture, tracks, train
+from research.crowd import captions, clips, errors, evaluate, fitting, judge, picture, tracks, train
 from research.crowd import rows as crowd_rows
 from tests.conftest import Recorder
 
@@ -439,20 +440,68 @@ def test_a_distilled_file_is_drawn_in_its_own_steps(teacher: Path, tmp_path: Pat
     made = artifact.load(path)
     header = dataclasses.replace(made.header, sigmas=(1.0, 0.9, 0.6, 0.0))
     artifact.save(dataclasses.replace(made, header=header), path)
-    config = picture.PictureConfig(
-        comparison=CompareConfig(
-            num_samples=2, seeds_per_prompt=1, sampler_steps=1, batch_size=1, shift=train.SHIFT
-        ),
-        model=teacher / "model.safetensors",
-        out=tmp_path,
-        device="cpu",
+    comparison = CompareConfig(
+        num_samples=2, seeds_per_prompt=1, sampler_steps=1, batch_size=1, shift=train.SHIFT
     )
-    sampling = picture.open_models(config)
+    sampling = evaluate.open_with_captions(
+        comparison, teacher / "model.safetensors", tmp_path, 0, "cpu"
+    )
     latents, _ = picture.sample_in_turns(sampling, path)
     with artifact.apply(made, sampling.teacher.model):
         recipe = sampling.recipe_of(header)
         expected = sampling.sample(sampling.teacher.model, sampling.parts()[1], 1, 0, recipe)
     torch.testing.assert_close(latents["student"][1], expected)
+
+
+def test_a_student_is_asked_at_every_state_of_the_teacher_and_takes_over(
+    teacher: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "student.safetensors"
+    save_student(teacher / "model.safetensors", path, 1)
+    files = {"model": teacher / "model.safetensors", "artifacts": path, "out": tmp_path / "errors"}
+    words = [word for name, file in files.items() for word in (f"--{name}", str(file))]
+    counts = {"num-samples": 2, "batch-size": 1, "sampler-steps": 2, "taken-over": "0,1"}
+    words += [word for name, count in counts.items() for word in (f"--{name}", str(count))]
+    errors.main([*words, "--device", "cpu"])
+    rows = read_record(tmp_path / "errors" / "crowd_errors.json")["rows"]
+    assert [(row["what"], row["step"]) for row in rows] == [
+        ("levels", 0),
+        ("levels", 1),
+        ("taken_over", 0),
+        ("taken_over", 1),
+    ]
+    assert all(row["linear_layers"] == 1 and row["videos"] == 2 for row in rows)
+    assert min(row["guided_error"] for row in rows[:2]) > 0
+    comparison = errors.ErrorsConfig().comparison
+    comparison = dataclasses.replace(comparison, num_samples=2, batch_size=1, sampler_steps=2)
+    how = (comparison, files["model"], tmp_path / "captions", 0, "cpu")
+    sampling = evaluate.open_with_captions(*how)
+    model, made, distances = sampling.teacher.model, artifact.load(path), []
+    for number, part in enumerate(sampling.parts()):
+        expected = sampling.sample(model, part, number, 0)
+        with artifact.apply(made, model):
+            found = sampling.sample(model, part, number, 0)
+        distances.append(metrics.sample_distance(found, expected))
+    assert rows[2]["fidelity"] == pytest.approx(torch.cat(distances).mean().item(), rel=1e-5)
+    assert 0 < rows[3]["fidelity"] != rows[2]["fidelity"]
+    with pytest.raises(SettingError, match="--taken-over 2 given; numbers below --sampler-steps 2"):
+        errors.ErrorsConfig(comparison=comparison, taken_over="2")
+
+
+def test_the_errors_of_both_branches_are_weighed_as_guidance_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    conditional, unconditional, error = torch.randn(3, 1, 2, 3, 4, 4, generator=generator)
+    theirs = (conditional, unconditional)
+    whole = (3 * conditional - 2 * unconditional).square().mean().item()
+    alike = errors.compare((conditional + error, unconditional + error), theirs, 3.0)
+    assert alike["correlation"] == pytest.approx(1)
+    one, square = alike["conditional_error"], error.square().mean().item()
+    assert alike["guided_error"] == pytest.approx(one, rel=1e-5) == square / whole
+    opposed = errors.compare((conditional + error, unconditional - error), theirs, 3.0)
+    assert opposed["correlation"] == pytest.approx(-1)
+    assert opposed["guided_error"] == pytest.approx(25 * one, rel=1e-5)
+    flat = errors.compare((conditional / 2, unconditional / 2), theirs, 3.0)
+    assert flat["energy"] == pytest.approx(0.25, rel=1e-5)
 
 
 def test_the_stored_student_is_of_the_stored_teacher() -> None:

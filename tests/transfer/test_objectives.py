@@ -5,7 +5,6 @@ Gaussian too. Every expectation here is of a quadratic in x, so the two nodes m'
 as a batch make it exact.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,6 @@ from linvideo_core.transfer.objective import (
     adm_loss,
     count_stored,
     fitted_gain,
-    guidance_weights,
-    guided_losses,
     level_density,
     level_weights,
     move,
@@ -80,7 +77,6 @@ def make_batch(step: int, step_to: int | None = None, latents: Tensor | None = N
     return Batch(
         latents=latents,
         velocity=teacher(latents, SIGMAS[steps]),
-        conditional=teacher(latents, SIGMAS[steps]),
         unconditional=teacher(latents, SIGMAS[steps]),
         step=steps,
         is_stored=torch.full((B,), step_to is None),
@@ -235,46 +231,3 @@ def test_the_fitted_gain_falls_with_the_noise_and_ends_at_one() -> None:
     gain = fitted_gain(torch.linspace(1, 0, 101))
     assert bool((gain.diff() <= 0).all())
     assert gain[0] == 1600 and gain[-1] == 1
-
-
-def branches(batch: Batch) -> tuple[Callable, tuple[Tensor, Tensor]]:
-    """Return a student whose branches share a parameter, as both do in a model, and parameters."""
-    slope, offset = parameters(0.4, -0.2)
-
-    def student(x: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
-        return slope * x + (offset + slope) * embeds.view(-1, 1, 1, 1, 1)
-
-    return student, (slope, offset)
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0, 5.0])
-def test_the_guided_loss_is_the_error_over_scales_and_so_is_its_gradient(scale: float) -> None:
-    batch = make_batch(1)
-    batch = dataclasses.replace(
-        batch, conditional=batch.latents**2, negative_embeds=-batch.prompt_embeds - 1
-    )
-    student, weights = branches(batch)
-    sigma = SIGMAS[batch.step]
-    prompted = student(batch.latents, sigma, batch.prompt_embeds) - batch.conditional
-    other = student(batch.latents, sigma, batch.negative_embeds) - batch.unconditional
-    # Two points that make the mean of a quadratic over all scales exact.
-    scales = [scale + sign * (scale - 1) / 3**0.5 for sign in (-1, 1)]
-    of_scales = [(s * prompted - (s - 1) * other).square().mean() for s in scales]
-    own, rest, both = guidance_weights(scale)
-    expected = own * prompted.square().mean() + rest * other.square().mean()
-    expected = expected - 2 * both * (prompted * other).mean()
-    whole = torch.stack(of_scales).mean() / (own_and_other(scale))
-    torch.testing.assert_close(expected, whole, rtol=1e-9, atol=0)
-    terms = list(guided_losses(batch, SIGMAS, scale, student))
-    torch.testing.assert_close(sum(terms).double(), expected, rtol=1e-5, atol=0)
-    found = [
-        sum(parts) for parts in zip(*(torch.autograd.grad(t, weights) for t in terms), strict=True)
-    ]
-    torch.testing.assert_close(
-        found, list(torch.autograd.grad(expected, weights)), rtol=1e-5, atol=1e-7
-    )
-
-
-def own_and_other(scale: float) -> float:
-    """Return what the weights were divided by: the sum of both branches' before."""
-    return scale**2 + (scale - 1) ** 2 + 2 * (scale - 1) ** 2 / 3

@@ -125,14 +125,20 @@ def test_layers_of_a_model_of_ones_own_are_hybrid_unless_a_part_goes_without_til
     assert "tile" not in find_settings("demo", {})
 
 
+@pytest.mark.parametrize("lacks", ["Triton", "a card of these years"])
 def test_hybrid_layers_in_plain_pytorch_are_given_more_of_a_card(
-    monkeypatch: pytest.MonkeyPatch,
+    lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def batch_of(**given: Any) -> int:
         return settings_of(monkeypatch, "1.3b-480p", card=24, **given)["batch_size"]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if lacks == "Triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
     assert (batch_of(), batch_of(tile="none")) == (1, 2)
 
 
