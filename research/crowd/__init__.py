@@ -43,7 +43,8 @@ Students of the stored teacher, half hybrid and half linear, and what is recorde
         --learning-rate 3e-4 --parameters full --steps 1800 --out runs/crowd/half_full
     the first with --num-trajectories 2048 and --steps 4000 --out runs/crowd/half_long, or
         --target 12 --steps 1600 --out runs/crowd/all_hybrid; with --num-trajectories 1024,
-        --tile 0x4x4 and the same steps --out runs/crowd/half_tube and runs/crowd/all_tube
+        --tile 0x4x4 and the same steps --out runs/crowd/half_tube and runs/crowd/all_tube;
+        half_long without --tile and --attention-mass --out runs/crowd/half_cube
     torchrun --nproc-per-node 2 -m research.crowd.evaluate --record --sampler-steps 20 --compile \
         --model research/crowd/weights/model.safetensors \
         --judge research/crowd/weights/judge.safetensors --artifacts \

@@ -30,11 +30,10 @@ from linvideo_core.flow import VelocityFn, bind_guided, euler_step, guide, make_
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device
-from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 from linvideo_core.run.progress import TerminalCallbacks
 
-from .evaluate import Sampling, describe_model, open_with_captions
+from .evaluate import Sampling, describe_model, open_with_captions, read_steps
 from .rows import Row
 from .train import SHIFT, WEIGHTS
 
@@ -75,15 +74,7 @@ class ErrorsConfig(Settings):
 
     def list_starts(self) -> list[int]:
         """Return how many steps the teacher makes; raise SettingError where there are fewer."""
-        words, most = self.taken_over.split(",") if self.taken_over else [], self.comparison
-        if not all(word.isdecimal() and int(word) < most.sampler_steps for word in words):
-            raise SettingError(
-                f"{{taken_over}} {self.taken_over} given; numbers below {{sampler_steps}} "
-                f"{most.sampler_steps} with commas between are needed",
-                "taken_over",
-                "sampler_steps",
-            )
-        return [*map(int, words)]
+        return read_steps(self.taken_over, self.comparison.sampler_steps, "taken_over")
 
 
 class Walk:

@@ -3,7 +3,7 @@
     python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors
     torchrun --nproc-per-node 4 -m research.crowd.evaluate --num-samples 2000
     python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors \
-        --densities 0.1,0.2,0.4
+        --densities 0.1,0.2,0.4 --keep-first-steps 4,8
 Every model samples the same captions, which no training has seen. `teacher` and the students start
 from the same noise, `teacher_other` from other noise; `real` are rendered clips, `real_other` are
 others of the same captions. So of the columns
@@ -17,8 +17,9 @@ others of the same captions. So of the columns
     recall_share, frechet_over_floor   are recall and frechet_teacher over the teacher's own
 A student is called by its file's folder and name: `transfer-linearized` is the file above. With
 `--densities` teacher and students have rows besides with Sol-Attn in the layers that are softmax,
-at every step; a student without such layers has none. A file that was distilled is sampled in its
-own few steps, without guidance.
+at every step; a student without such layers has none. With `--keep-first-steps` students have rows
+besides whose first steps are the teacher's, as by the node's input of that name. A file that was
+distilled is sampled in its own few steps, without guidance, and keeps none of the teacher's.
 Repeating the command continues where it stopped; what was measured of a file is used again. With
 `--record` the rows go to results/crowd.json, too, after each model: of 2,000 videos as
 `evaluation_2000`. Rows of other names and densities stay there if they were measured alike: of the
@@ -27,6 +28,7 @@ the same. If not, they go.
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import sys
@@ -81,7 +83,17 @@ _OTHER_SEED = 1_000
 WHOLE = NUM_FRAMES - TIME_COMPRESSION + 1
 """Frames of a whole clip, as commands count them: 4 n + 1."""
 # What a repeated command may change: measures are kept by the files that they are of.
-_FREE_FIELDS = ("artifacts", "densities", "model", "judge", "prompts", "record", "device", "out")
+_FREE_FIELDS = (
+    "artifacts",
+    "densities",
+    "keep_first_steps",
+    "model",
+    "judge",
+    "prompts",
+    "record",
+    "device",
+    "out",
+)
 MakeLatents = Callable[[slice, int], Tensor]
 """(rows, number of the batch) -> latents"""
 
@@ -102,6 +114,10 @@ class CrowdConfig:
     densities: str = option(
         "", "shares of exact blocks of sparse softmax layers, such as 0.1,0.2; none: no such rows"
     )
+    keep_first_steps: str = option(
+        "",
+        "first steps of students' videos that the teacher makes, such as 4,8; none: no such rows",
+    )
     num_frames: int = option(WHOLE, "frames of a video: of less than 61, rendered clips are cut")
     compile: bool = option(False, "compile the blocks of what samples: a minute, then faster")
     out: Path = option(Path("runs/crowd/evaluation"), "folder of the measures and of crowd.json")
@@ -119,6 +135,7 @@ class CrowdConfig:
                 "seeds_per_prompt",
             )
         self.list_densities()
+        self.list_first_steps()
         names = self.artifact_names()
         if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
             raise SettingError(
@@ -131,6 +148,12 @@ class CrowdConfig:
         """Return the densities of sparse rows by their names in folders."""
         return read_densities(self.densities, "densities") if self.densities else {}
 
+    def list_first_steps(self) -> list[int]:
+        """Return how many first steps the teacher makes in rows of their own."""
+        return read_steps(
+            self.keep_first_steps, self.comparison.sampler_steps, "keep_first_steps", least=1
+        )
+
     def list_artifacts(self) -> list[Path]:
         """Return the LINVIDEO files."""
         return [Path(word.strip()) for word in self.artifacts.split(",") if word.strip()]
@@ -138,6 +161,22 @@ class CrowdConfig:
     def artifact_names(self) -> list[str]:
         """Return what they are called in the table, such as "run-linearized"."""
         return [f"{path.absolute().parent.name}-{path.stem}" for path in self.list_artifacts()]
+
+
+def read_steps(words: str, num_steps: int, field: str, least: int = 0) -> list[int]:
+    """Return the steps of a list such as "4,8", of a sampling of `num_steps`; none of "".
+
+    Raises SettingError, about `field`, for what is none from `least` on.
+    """
+    found = [word.strip() for word in words.split(",")] if words else []
+    if not all(word.isdecimal() and least <= int(word) < num_steps for word in found):
+        raise SettingError(
+            f"{{{field}}} {words} given; numbers from {least} to {num_steps - 1}, below "
+            f"{{sampler_steps}}, with commas between are needed",
+            field,
+            "sampler_steps",
+        )
+    return [*map(int, found)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,20 +205,36 @@ class Sampling:
         return Recipe(sigmas=sigmas, guidance_scale=settings.guidance_scale)
 
     def sample(
-        self, model: nn.Module, part: slice, number: int, seed: int, recipe: Recipe | None = None
+        self,
+        model: nn.Module,
+        part: slice,
+        number: int,
+        seed: int,
+        recipe: Recipe | None = None,
+        *,
+        first: nn.Module | None = None,
+        first_steps: int = 0,
     ) -> Tensor:
-        """Sample one batch; its noise comes from (seed, number). recipe: none for the teacher's."""
+        """Sample one batch; its noise comes from (seed, number).
+
+        recipe: none for the teacher's. first: the model of so many first steps.
+        """
         recipe = recipe or self.recipe_of()
         embeds = self.teacher.prompt_embeds[self.index[part]]
         noise = self.draw_noise(part, number, seed)
-        velocity_fn = bind_guided(
-            model,
-            embeds,
-            self.teacher.negatives_for(embeds),
-            recipe.guidance_scale,
-            precision=self.run.precision,
-        )
-        with compiled(model, is_on=self.config.compile):
+        negatives, how = self.teacher.negatives_for(embeds), {"precision": self.run.precision}
+        velocities = [
+            bind_guided(each, embeds, negatives, recipe.guidance_scale, **how)
+            for each in (model, first or model)
+        ]
+
+        def velocity_fn(latents: Tensor, sigma: Tensor) -> Tensor:
+            is_first = first_steps > 0 and bool(sigma[0] > recipe.sigmas[first_steps])
+            return velocities[is_first](latents, sigma)
+
+        with contextlib.ExitStack() as stack:
+            for each in {model, first or model}:
+                stack.enter_context(compiled(each, is_on=self.config.compile))
             return recipe.sample(velocity_fn, noise, seed=number, on_step=lambda *_: None)
 
     def draw_noise(self, part: slice, number: int, seed: int) -> Tensor:
@@ -318,16 +373,18 @@ def measure_file(
     path: Path | None,
     recipe: Recipe | None = None,
     density: float | None = None,
+    first_steps: int = 0,
 ) -> None:
     """Sample and measure the model of a LINVIDEO file.
 
     measures: as `place_measures` says, below the folder that `measure_references` filled. path:
     none: the teacher. recipe: how it is sampled; none: as the file says. density: of Sol-Attn in
-    its softmax layers; none: they are dense.
+    its softmax layers; none: they are dense. first_steps: so many are the teacher's.
     """
     model, seed = sampling.teacher.model, sampling.config.seed
     made = artifact.load(path) if path else None
     recipe = recipe or sampling.recipe_of(made.header if made else None)
+    first = {"first": copy.deepcopy(model), "first_steps": first_steps} if first_steps else {}
     with contextlib.ExitStack() as stack:
         if made is not None:
             stack.enter_context(artifact.apply(made, model))
@@ -336,7 +393,7 @@ def measure_file(
             stack.enter_context(softmax_by(model, sites, SPARSE, density))
         sampling.measure_all(
             measures,
-            lambda p, i: sampling.sample(model, p, i, seed, recipe),
+            lambda p, i: sampling.sample(model, p, i, seed, recipe, **first),
             paired_with=measures.parent / "teacher",
         )
 
@@ -379,14 +436,21 @@ def compare(
     # What does not fit is told before anything is sampled.
     models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
     models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
-    waiting = [(name, path, None) for name, path in artifacts.items()]
+    waiting = [(name, path, {}) for name, path in artifacts.items()]
+    for first_steps in config.list_first_steps():
+        for name, path in artifacts.items():
+            if artifact.load(path).header.sigmas:
+                continue
+            kept = f"{name}-first-{first_steps}"
+            models[kept] = models[name] | {"keep_first_steps": first_steps}
+            waiting.append((kept, path, {"first_steps": first_steps}))
     for density_name, density in config.list_densities().items():
         for name, path in paths.items():
             if models[name]["softmax_backend"] is None:
                 continue
             sparse = f"{name}-sparse-{density_name}"
             models[sparse] = models[name] | {"softmax_backend": SPARSE, "density": density}
-            waiting.append((sparse, path, density))
+            waiting.append((sparse, path, {"density": density}))
     # Measures are of these weights and captions: others begin afresh.
     folder = config.out / "-".join(["of", *digests_of(config).values()])
     files: dict[str, Path] = {}
@@ -400,9 +464,9 @@ def compare(
 
     measure_references(sampling, folder)
     rows = tell()
-    for name, path, density in waiting:
+    for name, path, how in waiting:
         files[name] = place_measures(folder, name, path)
-        measure_file(sampling, files[name], path, density=density)
+        measure_file(sampling, files[name], path, **how)
         rows = tell()
     if rows:
         shown = slice(0, min(_NUM_SHOWN, config.comparison.batch_size))

@@ -18,6 +18,9 @@ RECORD_TITLE = "crowd: the teacher and its students on captions that no training
 # A sprite's measures, and whether their median stands for them: lost sprites lie anywhere.
 _TRACK_MEASURES = {"found": False, "recall": False, "position_error": True, "speed_ratio": False}
 
+# What tells a model's row from its others.
+_KEY = ("model", "softmax_backend", "density", "keep_first_steps")
+
 Row = dict[str, Any]
 Measured = Mapping[str, Tensor]
 
@@ -100,7 +103,7 @@ def record(rows: Sequence[Row], settings: Row, *, command: str, device: torch.de
     def change(earlier: list[Row], source: Row) -> tuple[list[Row], Row]:
         kept = [
             row
-            for row in without(earlier, rows, ("model", "softmax_backend", "density"))
+            for row in without(earlier, rows, _KEY)
             if source.get("settings") == settings
             and row["file"] == files.get(row["model"], row["file"])
         ]

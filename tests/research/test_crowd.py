@@ -1,5 +1,6 @@
 """crowd: clips are what their captions say, measures find the truth, training trains."""
 
+import copy
 import dataclasses
 import json
 import shlex
@@ -350,13 +351,14 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     write_tensors(folder / "judge.safetensors", made.state_dict())
     config = evaluate.CrowdConfig(
         comparison=CompareConfig(
-            num_samples=4, seeds_per_prompt=2, sampler_steps=1, batch_size=2, shift=train.SHIFT
+            num_samples=4, seeds_per_prompt=2, sampler_steps=2, batch_size=2, shift=train.SHIFT
         ),
         model=teacher / "model.safetensors",
         prompts=teacher / "held_out.safetensors",
         judge=folder / "judge.safetensors",
         artifacts=f"{teacher / 'student.safetensors'},{teacher / 'all.safetensors'}",
         densities="0.1",
+        keep_first_steps="1",
         out=teacher / "evaluation",
     )
     save_student(config.model, teacher / "student.safetensors", 1)
@@ -375,13 +377,15 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     early, _ = read_part(tmp_path / "crowd.json", "evaluation_4")
     blocked.unlink()
     rows = evaluate.compare(config, Run(callbacks=(recorder := Recorder())))
-    assert recorder.stages[0] == "real: evaluation" and len(recorder.stages) == 8
+    assert recorder.stages[0] == "real: evaluation" and len(recorder.stages) == 10
     # What was made before counts as done.
     assert recorder.seen[:3] == 3 * [("evaluation", 2)]
     assert recorder.seen[-3:] == [("evaluation", number) for number in range(3)]
     # Where all layers are linear nothing is left to be sparse.
-    real, own, student, every, sparse, both = rows
-    assert [row["videos"] for row in rows] == [4] * 6
+    real, own, student, every, kept, _, sparse, both = rows
+    assert [row["videos"] for row in rows] == [4] * 8
+    assert (kept["model"], kept["keep_first_steps"]) == (student["model"], 1)
+    assert 0 < kept["fidelity"] != student["fidelity"]
     assert (every["linear_layers"], every["softmax_backend"], every["density"]) == (2, None, None)
     assert sparse["model"] == "teacher" and sparse["fidelity"] > 0
     assert (both["model"], both["softmax_backend"], both["density"]) == (
@@ -391,7 +395,7 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     )
     assert (student["linear_layers"], student["layers"], student["density"]) == (1, 2, 1.0)
     assert (student["hybrid_layers"], student["tile"], student["attention_mass"]) == (0, None, None)
-    assert (student["steps"], student["guidance_scale"]) == (1, config.comparison.guidance_scale)
+    assert (student["steps"], student["guidance_scale"]) == (2, config.comparison.guidance_scale)
     assert student["file"] == both["file"] and own["file"] is None
     assert both["fidelity"] != student["fidelity"]
     assert real["recall"] != own["recall"] and student["fidelity"] > 0
@@ -476,15 +480,19 @@ def test_a_student_is_asked_at_every_state_of_the_teacher_and_takes_over(
     comparison = dataclasses.replace(comparison, num_samples=2, batch_size=1, sampler_steps=2)
     how = (comparison, files["model"], tmp_path / "captions", 0, "cpu")
     sampling = evaluate.open_with_captions(*how)
-    model, made, distances = sampling.teacher.model, artifact.load(path), []
-    for number, part in enumerate(sampling.parts()):
-        expected = sampling.sample(model, part, number, 0)
-        with artifact.apply(made, model):
-            found = sampling.sample(model, part, number, 0)
-        distances.append(metrics.sample_distance(found, expected))
-    assert rows[2]["fidelity"] == pytest.approx(torch.cat(distances).mean().item(), rel=1e-5)
+    model, first = sampling.teacher.model, copy.deepcopy(sampling.teacher.model)
+    for steps, row in enumerate(rows[2:]):
+        distances = []
+        for number, part in enumerate(sampling.parts()):
+            expected = sampling.sample(first, part, number, 0)
+            with artifact.apply(artifact.load(path), model):
+                found = sampling.sample(model, part, number, 0, first=first, first_steps=steps)
+            distances.append(metrics.sample_distance(found, expected))
+        assert row["fidelity"] == pytest.approx(torch.cat(distances).mean().item(), rel=1e-5)
     assert 0 < rows[3]["fidelity"] != rows[2]["fidelity"]
-    with pytest.raises(SettingError, match="--taken-over 2 given; numbers below --sampler-steps 2"):
+    with pytest.raises(
+        SettingError, match="--taken-over 2 given; numbers from 0 to 1, below --sampler"
+    ):
         errors.ErrorsConfig(comparison=comparison, taken_over="2")
 
 
