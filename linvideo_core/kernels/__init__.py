@@ -254,7 +254,7 @@ _tried: dict[tuple[torch.device, _Case], str] = {}
 
 def _why_not_triton(device: torch.device, unknown: str, case: _Case, is_compiling: bool) -> str:
     """Return why no fused kernel can run here, "" where they can or cannot be tried now."""
-    if reason := _refuse_device(device) or unknown or _refuse_wide(device, case):
+    if reason := _refuse_device_once(device) or unknown or _refuse_wide(device, case):
         return reason
     key = device, case
     if key not in _tried:
@@ -284,8 +284,8 @@ def refuse_device(device: torch.device) -> str:
     return _refuse_card(device) if device.type == "cuda" else ""
 
 
-# Asked at every call of a layer.
-_refuse_device = functools.cache(refuse_device)
+# Asked at every call of a layer; what a command asks may have changed since.
+_refuse_device_once = functools.cache(refuse_device)
 
 
 def _refuse_card(device: torch.device) -> str:

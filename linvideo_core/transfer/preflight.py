@@ -136,7 +136,7 @@ def find_batch(
 
 
 def _has_plain_hybrid(config: RunConfig) -> bool:
-    """Say whether plain PyTorch computes hybrid layers on this machine's GPU."""
+    """Say whether hybrid layers are made on a GPU on which no fused kernel runs at all."""
     is_hybrid = isinstance(config, TransferConfig) and config.student.form.tile
     return bool(
         is_hybrid and torch.cuda.is_available() and kernels.refuse_device(torch.device("cuda"))

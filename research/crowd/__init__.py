@@ -7,9 +7,9 @@ r"""`crowd`, the larger embedded model of research: textured sprites that pass b
     train     the teacher, a small Wan, and its files of prompts
     tracks    exact measures: where sprites go, and whether their textures come back
     evaluate  compares the teacher with LINVIDEO files that were made from it
+    rows      what that says of a model, and its part of results/crowd.json
     picture   draws videos of teacher and student beside their seconds
     errors    where a student's velocity is wrong, level by level
-    rows      what that says of a model, and its part of results/crowd.json
     arms      what is compared of objectives, students, few steps, selections, sizes: declared
     tasks     trainings that the product has not: other losses, another start
     trainings the trainings of arms by name, and what runs of a seed share

@@ -1,22 +1,22 @@
 """Where a student's velocity is wrong, level by level: `python -m research.crowd.errors`.
 
 The teacher samples captions that no training has seen, and each student is asked at every state on
-the way. Mean squares over all of a state's numbers, as shares of the teacher's guided velocity's:
-    conditional_error, unconditional_error   of both branches
-    guided_error   of the two as guidance combines them, which is what moves a video
-    correlation    of both branches' errors: the more alike, the less guidance makes of them
-    energy         of the student's guided velocity itself; below 1 it is flatter than the teacher's
-Rows of `taken_over` are of videos whose first steps are the teacher's: how far their ends are from
-its own (`fidelity`, see `linvideo_core.evaluate.metrics.sample_distance`). On two CPU cores, some
-five minutes a student and as long for every start:
-    OMP_NUM_THREADS=2 python -m research.crowd.errors --device cpu --record
+the way. As shares of the mean square of the teacher's guided velocity there:
+    conditional_error, unconditional_error   the mean squared errors of both branches
+    guided_error   that of the two as guidance combines them, which is what moves a video
+    energy         the mean square of the student's guided velocity: below 1 it is the flatter one
+and `correlation`, of both branches' errors: the more alike they are, the less guidance makes of
+them. With `--keep-first-steps` students sample, too, once alone and then after so many steps of the
+teacher; `fidelity` is how far their videos are from its own, as in `evaluate`. Three students at
+three videos took 40 minutes of two CPU cores:
+    OMP_NUM_THREADS=2 python -m research.crowd.errors --device cpu --keep-first-steps 4,8
 """
 
+import copy
 import dataclasses
 import itertools
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,14 +26,15 @@ from benchmarks.record import RESULTS_FOLDER, check_file, show_rows, write_recor
 from linvideo_core import artifact
 from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
-from linvideo_core.flow import VelocityFn, bind_guided, euler_step, guide, make_sigmas
+from linvideo_core.flow import bind_guided, guide, sample_euler
 from linvideo_core.run.callbacks import Callbacks
 from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
 from linvideo_core.run.devices import device_option, resolve_device
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 from linvideo_core.run.progress import TerminalCallbacks
 
-from .evaluate import Sampling, describe_model, open_with_captions, read_steps
+from .evaluate import Sampling, describe_model, open_with_captions, read_artifacts, read_steps
 from .rows import Row
 from .train import SHIFT, WEIGHTS
 
@@ -48,7 +49,7 @@ class ErrorsConfig(Settings):
 
     comparison: CompareConfig = dataclasses.field(
         default_factory=lambda: CompareConfig(
-            num_samples=4, seeds_per_prompt=1, sampler_steps=20, shift=SHIFT, batch_size=4
+            num_samples=3, seeds_per_prompt=1, sampler_steps=20, shift=SHIFT, batch_size=3
         )
     )
     model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
@@ -56,8 +57,8 @@ class ErrorsConfig(Settings):
         str(WEIGHTS / "half_long.safetensors"),
         "LINVIDEO files, such as a.safetensors,b.safetensors",
     )
-    taken_over: str = option(
-        "0,2,4,8", "steps of the teacher before a student's; none: no such rows"
+    keep_first_steps: str = option(
+        "", "first steps that the teacher makes, such as 4,8; none: students do not sample"
     )
     out: Path = option(Path("runs/crowd_errors"), "folder of captions and table")
     record: bool = option(False, f"write results/{_RECORD_NAME}")
@@ -66,131 +67,140 @@ class ErrorsConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.list_starts()
+        self.list_first_steps()
+        if not read_artifacts(self.artifacts):
+            raise SettingError("{artifacts} names no file; give a student's", "artifacts")
 
-    def list_artifacts(self) -> list[Path]:
-        """Return the students' files."""
-        return [Path(name) for name in self.artifacts.split(",")]
-
-    def list_starts(self) -> list[int]:
-        """Return how many steps the teacher makes; raise SettingError where there are fewer."""
-        return read_steps(self.taken_over, self.comparison.sampler_steps, "taken_over")
+    def list_first_steps(self) -> list[int]:
+        """Return how many first steps are the teacher's, 0 before others; none: none were given."""
+        found = read_steps(self.keep_first_steps, self.comparison.sampler_steps)
+        return [0, *found] if found else []
 
 
-class Walk:
-    """The teacher's way from noise to videos: its states and both branches' velocities there."""
+def load_students(config: ErrorsConfig) -> dict[str, artifact.Artifact]:
+    """Return the students by name; raise ValueError for a file that is none or was distilled."""
+    paths = read_artifacts(config.artifacts)
+    students = {name: artifact.load(path) for name, path in paths.items()}
+    for name, student in students.items():
+        if student.header.sigmas:
+            raise SettingError(
+                f"{{artifacts}} {paths[name]} given, which was distilled: it knows few levels and "
+                "no guidance; give the file of a transfer",
+                "artifacts",
+            )
+    return students
 
-    def __init__(
-        self, sampling: Sampling, part: slice, number: int, on_step: Callable[[], None]
-    ) -> None:
-        """part, number: a batch of captions, and of the noise."""
-        self.model = sampling.teacher.model
-        self.embeds = sampling.teacher.prompt_embeds[sampling.index[part]]
-        self.negatives = sampling.teacher.negatives_for(self.embeds)
-        settings, self.precision = sampling.config.comparison, sampling.run.precision
-        self.scale = settings.guidance_scale
-        self.sigmas = make_sigmas(settings.sampler_steps, settings.shift).to(sampling.run.device)
-        noise = sampling.draw_noise(part, number, sampling.config.seed)
-        self.states: list[Tensor] = [noise]
+
+class Asked:
+    """A model's guided velocity that keeps both branches of every call, for one batch."""
+
+    def __init__(self, sampling: Sampling, part: slice) -> None:
+        """part: the batch's captions. The model is the teacher's, with what is applied to it."""
+        embeds = sampling.teacher.prompt_embeds[sampling.index[part]]
         self.branches: list[Branches] = []
-        velocity = self.bind(self.branches)
-        for step in range(settings.sampler_steps):
-            self.states.append(self.advance(velocity, self.states[-1], step))
-            on_step()
-
-    def bind(self, branches: list[Branches]) -> VelocityFn:
-        """Return the model's guided velocity as it is now; branches: where those of calls go."""
-        return bind_guided(
-            self.model,
-            self.embeds,
-            self.negatives,
-            self.scale,
-            precision=self.precision,
-            on_branches=lambda *pair: branches.append(pair),
+        self.sigmas = sampling.recipe_of().sigmas.to(sampling.run.device)
+        self.velocity = bind_guided(
+            sampling.teacher.model,
+            embeds,
+            sampling.teacher.negatives_for(embeds),
+            sampling.config.comparison.guidance_scale,
+            precision=sampling.run.precision,
+            on_branches=lambda *branches: self.branches.append(branches),
         )
 
-    def describe(self, step: int) -> Row:
-        """Return what tells a state from the others."""
-        return {"step": step, "sigma": self.sigmas[step].item()}
+    def walk(self, noise: Tensor) -> list[Tensor]:
+        """Return the states [B, C, F, H, W] from noise to videos."""
+        states: list[Tensor] = []
+        end = sample_euler(
+            self.velocity, noise, self.sigmas, on_step=lambda step, x, u: states.append(x)
+        )
+        return [*states, end]
 
     @torch.no_grad()
-    def advance(self, velocity: VelocityFn, latents: Tensor, step: int) -> Tensor:
-        """Return the state after a step."""
-        start, end = (self.sigmas[i].expand(len(latents)) for i in (step, step + 1))
-        return euler_step(latents, velocity(latents, start), start, end)
+    def visit(self, states: Sequence[Tensor]) -> None:
+        """Ask at every state but the last."""
+        for latents, sigma in zip(states[:-1], self.sigmas[:-1], strict=True):
+            self.velocity(latents, sigma.expand(len(latents)))
 
 
-def measure_levels(walk: Walk, on_step: Callable[[], None]) -> list[Row]:
-    """Return a row for each state on the way, of the model as it is now."""
-    found: list[Branches] = []
-    velocity, rows = walk.bind(found), []
-    for step, theirs in enumerate(walk.branches):
-        walk.advance(velocity, walk.states[step], step)
-        rows.append(walk.describe(step) | compare(found[-1], theirs, walk.scale))
-        on_step()
-    return rows
-
-
-def compare(own: Branches, theirs: Branches, scale: float) -> Row:
-    """Return the measures of one state: see the module; scale: of guidance."""
-    errors = [(a - b).double() for a, b in zip(own, theirs, strict=True)]
+def square(own: Branches, theirs: Branches, scale: float) -> Tensor:
+    """Return the mean squares at one state that `describe` takes, [6] fp64; scale: of guidance."""
+    first, second = ((a - b).double() for a, b in zip(own, theirs, strict=True))
     guided, target = (guide(*pair, scale).double() for pair in (own, theirs))
-    whole = target.square().mean()
-    conditional, unconditional = (error.square().mean() for error in errors)
-    shared = (errors[0] * errors[1]).mean() / (conditional * unconditional).sqrt()
-    measured = {
+    products = [
+        (first, first),
+        (second, second),
+        (first, second),
+        (guided - target, guided - target),
+        (guided, guided),
+        (target, target),
+    ]
+    return torch.stack([(a * b).mean() for a, b in products])
+
+
+def describe(squares: Tensor) -> Row:
+    """Return the measures of one level, see the module; squares: of `square`, over all videos."""
+    conditional, unconditional, both, guided, own, whole = squares.tolist()
+    return {
         "conditional_error": conditional / whole,
         "unconditional_error": unconditional / whole,
-        "guided_error": (guided - target).square().mean() / whole,
-        "correlation": shared,
-        "energy": guided.square().mean() / whole,
+        "guided_error": guided / whole,
+        "correlation": both / (conditional * unconditional) ** 0.5,
+        "energy": own / whole,
     }
-    return {name: value.item() for name, value in measured.items()}
 
 
-def take_over(walk: Walk, start: int, on_step: Callable[[], None]) -> Tensor:
-    """Return the videos [B, C, F, H, W] of the model as it is now, from a state on the way."""
-    velocity, latents = walk.bind([]), walk.states[start]
-    for step in range(start, len(walk.branches)):
-        latents = walk.advance(velocity, latents, step)
-        on_step()
-    return latents
-
-
-def measure(sampling: Sampling, config: ErrorsConfig, callbacks: Callbacks) -> list[Row]:
-    """Return the rows of all students: means over batches of captions."""
-    parts, paths, starts = sampling.parts(), config.list_artifacts(), config.list_starts()
-    # What does not fit is told before anything is sampled.
-    about = {path: describe_model(sampling, path.stem, path) for path in paths}
-    num_steps = config.comparison.sampler_steps
-    of_student = num_steps + sum(num_steps - start for start in starts)
-    batches: list[list[Row]] = []
-    for number, part in enumerate(parts):
-        total, detail = num_steps + len(paths) * of_student, f"{number + 1} of {len(parts)}"
-        callbacks.on_stage("evaluation", total, 0, detail=detail)
-        count = itertools.count(1)
-
-        def on_step(count: Iterator[int] = count) -> None:
-            callbacks.on_step_end(next(count))
-
-        walk, rows = Walk(sampling, part, number, on_step), []
-        for path in paths:
-            with artifact.apply(artifact.load(path), walk.model):
-                of_levels = measure_levels(walk, on_step)
-                rows += [{"what": "levels", **about[path], **row} for row in of_levels]
-                for start in starts:
-                    end = take_over(walk, start, on_step)
-                    distance = metrics.sample_distance(end, walk.states[-1]).mean().item()
-                    row = walk.describe(start) | {"fidelity": distance}
-                    rows.append({"what": "taken_over", **about[path], **row})
-        batches.append(rows)
-    return [_mean(rows) for rows in zip(*batches, strict=True)]
-
-
-def _mean(rows: Sequence[Row]) -> Row:
-    """Return the rows of one state of all batches as one, of the means of its numbers."""
-    numbers = [name for name, value in rows[0].items() if isinstance(value, float)]
-    return {**rows[0], **{name: statistics.fmean(row[name] for row in rows) for name in numbers}}
+def measure(
+    sampling: Sampling,
+    students: Mapping[str, artifact.Artifact],
+    first_steps: Sequence[int],
+    callbacks: Callbacks,
+) -> dict[str, list[Row]]:
+    """Return the rows of each student, of its levels and of its samplings."""
+    model, first = sampling.teacher.model, copy.deepcopy(sampling.teacher.model)
+    settings, seed = sampling.config.comparison, sampling.config.seed
+    levels = sampling.recipe_of().sigmas[:-1].tolist()
+    squares: dict[str, Tensor] = dict.fromkeys(students, torch.zeros(()))
+    distances: dict[tuple[str, int], list[Tensor]] = {}
+    total = len(sampling.parts()) * (1 + len(students) * (1 + len(first_steps)))
+    callbacks.on_stage("evaluation", total)
+    num_done = itertools.count(1)
+    for number, part in enumerate(sampling.parts()):
+        teacher = Asked(sampling, part)
+        states = teacher.walk(sampling.draw_noise(part, number, seed))
+        callbacks.on_step_end(next(num_done))
+        for name, student in students.items():
+            with artifact.apply(student, model):
+                asked = Asked(sampling, part)
+                asked.visit(states)
+                pairs = zip(asked.branches, teacher.branches, strict=True)
+                found = [square(*pair, settings.guidance_scale) for pair in pairs]
+                squares[name] = squares[name] + len(states[0]) * torch.stack(found).cpu()
+                callbacks.on_step_end(next(num_done))
+                for count in first_steps:
+                    how = {"first": first, "first_steps": count}
+                    videos = sampling.sample(model, part, number, seed, **how)
+                    distance = metrics.sample_distance(videos, states[-1])
+                    distances.setdefault((name, count), []).append(distance.cpu())
+                    callbacks.on_step_end(next(num_done))
+    return {
+        name: [
+            *(
+                {"what": "levels", "step": step, "sigma": sigma} | describe(squares[name][step])
+                for step, sigma in enumerate(levels)
+            ),
+            *(
+                {
+                    "what": "samplings",
+                    "keep_first_steps": count,
+                    "fidelity": torch.cat(each).mean().item(),
+                }
+                for (whose, count), each in distances.items()
+                if whose == name
+            ),
+        ]
+        for name in students
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -199,20 +209,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
     check_file(path)
     check_place(config.out)
+    students = load_students(config)
     sampling = open_with_captions(
         config.comparison, config.model, config.out, config.seed, config.device
     )
+    # What does not fit is told before anything is sampled.
+    files = read_artifacts(config.artifacts).items()
+    about = {name: describe_model(sampling, name, file) for name, file in files}
     with TerminalCallbacks() as callbacks:
-        rows = measure(sampling, config, callbacks)
+        found = measure(sampling, students, config.list_first_steps(), callbacks)
+    videos = {"videos": config.comparison.num_samples}
+    rows = [row | about[name] | videos for name, each in found.items() for row in each]
     flags = to_flags(config, without=("out", "device"))
     write_record(
         path,
         title="crowd: where the students' velocities are wrong",
         command=f"python -m research.crowd.errors {flags}".strip(),
-        rows=[{**row, "videos": config.comparison.num_samples} for row in rows],
+        rows=rows,
         device=resolve_device(config.device),
     )
-    shown = ("what", "model", "step", "sigma", "guided_error", "energy", "fidelity")
+    shown = ("model", "step", "sigma", "guided_error", "energy", "keep_first_steps", "fidelity")
     sys.stdout.write(show_rows([{name: row.get(name) for name in shown} for row in rows]))
 
 

@@ -18,19 +18,21 @@ others of the same captions. So of the columns
 A student is called by its file's folder and name: `transfer-linearized` is the file above. With
 `--densities` teacher and students have rows besides with Sol-Attn in the layers that are softmax,
 at every step; a student without such layers has none. With `--keep-first-steps` students have rows
-besides whose first steps are the teacher's, as by the node's input of that name. A file that was
-distilled is sampled in its own few steps, without guidance, and keeps none of the teacher's.
+besides whose first steps are the teacher's, as by the node's input of that name (which takes files
+of LoRA alone). A file that was distilled is sampled in its own few steps, without guidance, and
+keeps none of the teacher's.
 Repeating the command continues where it stopped; what was measured of a file is used again. With
 `--record` the rows go to results/crowd.json, too, after each model: of 2,000 videos as
-`evaluation_2000`. Rows of other names and densities stay there if they were measured alike: of the
-same teacher, judge, captions, noise, sampler and versions, and of the same file where the name is
-the same. If not, they go.
+`evaluation_2000`. Rows of other names, densities and kept steps stay there if they were measured
+alike: of the same teacher, judge, captions, noise, sampler and versions, and of the same file where
+the name is the same. If not, they go.
 """
 
 import contextlib
 import copy
 import dataclasses
 import hashlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -60,7 +62,7 @@ from linvideo_core.models.families import identify
 from linvideo_core.run.config import option, parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import device_option, resolve_device, resolve_precision
-from linvideo_core.run.errors import SettingError
+from linvideo_core.run.errors import SettingError, shown_value
 from linvideo_core.run.files import write_tensors
 from linvideo_core.run.folder import open_run
 from linvideo_core.run.process_group import ProcessGroup
@@ -136,11 +138,11 @@ class CrowdConfig:
             )
         self.list_densities()
         self.list_first_steps()
-        names = self.artifact_names()
-        if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        if not self.list_artifacts() and self.keep_first_steps:
             raise SettingError(
-                f"{{artifacts}} {self.artifacts} given, and two rows would be called "
-                f"{repeated[0]}; others are needed",
+                f"{{keep_first_steps}} {self.keep_first_steps} given, which is of students: name "
+                "their files by {artifacts}",
+                "keep_first_steps",
                 "artifacts",
             )
 
@@ -150,33 +152,48 @@ class CrowdConfig:
 
     def list_first_steps(self) -> list[int]:
         """Return how many first steps the teacher makes in rows of their own."""
-        return read_steps(
-            self.keep_first_steps, self.comparison.sampler_steps, "keep_first_steps", least=1
-        )
+        return read_steps(self.keep_first_steps, self.comparison.sampler_steps)
 
-    def list_artifacts(self) -> list[Path]:
-        """Return the LINVIDEO files."""
-        return [Path(word.strip()) for word in self.artifacts.split(",") if word.strip()]
-
-    def artifact_names(self) -> list[str]:
-        """Return what they are called in the table, such as "run-linearized"."""
-        return [f"{path.absolute().parent.name}-{path.stem}" for path in self.list_artifacts()]
+    def list_artifacts(self) -> dict[str, Path]:
+        """Return the LINVIDEO files by their names, see `read_artifacts`."""
+        return read_artifacts(self.artifacts)
 
 
-def read_steps(words: str, num_steps: int, field: str, least: int = 0) -> list[int]:
-    """Return the steps of a list such as "4,8", of a sampling of `num_steps`; none of "".
+def read_artifacts(words: str) -> dict[str, Path]:
+    """Return the files of a list such as "run/linearized.safetensors,b.safetensors".
 
-    Raises SettingError, about `field`, for what is none from `least` on.
+    They are called by their folder's and their own name, such as "run-linearized". Raises
+    SettingError where two are called alike.
+    """
+    paths = [Path(word.strip()) for word in words.split(",") if word.strip()]
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = f"{path.absolute().parent.name}-{path.stem}"
+        if name in found:
+            raise SettingError(
+                f"{{artifacts}} {shown_value(words)} given, and two rows would be called {name}; "
+                "others are needed",
+                "artifacts",
+            )
+        found[name] = path
+    return found
+
+
+def read_steps(words: str, num_steps: int) -> list[int]:
+    """Return the numbers of first steps of a list such as "4,8"; none of "".
+
+    Raises SettingError for what is no number from 1 on, below `num_steps`, or stands twice.
     """
     found = [word.strip() for word in words.split(",")] if words else []
-    if not all(word.isdecimal() and least <= int(word) < num_steps for word in found):
+    steps = [int(word) for word in found if re.fullmatch("[0-9]{1,4}", word)]
+    if len({*steps}) < len(found) or not all(0 < step < num_steps for step in steps):
         raise SettingError(
-            f"{{{field}}} {words} given; numbers from {least} to {num_steps - 1}, below "
-            f"{{sampler_steps}}, with commas between are needed",
-            field,
+            f"{{keep_first_steps}} {shown_value(words)} given; numbers from 1 on, below "
+            f"{{sampler_steps}} {num_steps}, each once and with commas between, are needed",
+            "keep_first_steps",
             "sampler_steps",
         )
-    return [*map(int, found)]
+    return steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -431,7 +448,7 @@ def compare(
     on_rows: called there with the rows so far: of clips and the teacher, then after each model.
     """
     sampling = open_sampling(config, run)
-    artifacts = dict(zip(config.artifact_names(), config.list_artifacts(), strict=True))
+    artifacts = config.list_artifacts()
     paths = {"teacher": None, **artifacts}
     # What does not fit is told before anything is sampled.
     models = {name: describe_model(sampling, name, path) for name, path in paths.items()}

@@ -21,7 +21,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def _nothing_is_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_refuse_device", kernels._refuse_device.__wrapped__)
+    monkeypatch.setattr(kernels, "_refuse_device_once", kernels.refuse_device)
     monkeypatch.setattr(kernels, "_tried", {})
 
 

@@ -20,7 +20,7 @@ from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.compare import swap
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import count_layers
-from linvideo_core.flow import bind
+from linvideo_core.flow import bind, bind_guided
 from linvideo_core.models.checkpoint import load_wan
 from linvideo_core.models.wan import WanConfig, WanModel
 from linvideo_core.run.config import to_flags
@@ -457,59 +457,95 @@ def test_a_distilled_file_is_drawn_in_its_own_steps(teacher: Path, tmp_path: Pat
     torch.testing.assert_close(latents["student"][1], expected)
 
 
-def test_a_student_is_asked_at_every_state_of_the_teacher_and_takes_over(
+def test_a_student_is_asked_at_every_state_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    path, model = tmp_path / "student.safetensors", teacher / "model.safetensors"
+    save_student(model, path, 1)
+    files = {"model": model, "artifacts": path, "out": tmp_path / "errors", "device": "cpu"}
+    counts = {"num-samples": 3, "batch-size": 2, "sampler-steps": 2, "keep-first-steps": 1}
+    words = [word for name, value in (files | counts).items() for word in (f"--{name}", str(value))]
+    errors.main(words)
+    rows = read_record(tmp_path / "errors" / "crowd_errors.json")["rows"]
+    *levels, alone, kept = rows
+    assert [row["step"] for row in levels] == [0, 1]
+    assert (alone["keep_first_steps"], kept["keep_first_steps"]) == (0, 1)
+    assert all(row["linear_layers"] == 1 and row["videos"] == 3 for row in rows)
+    assert all(row["model"] == f"{tmp_path.name}-student" for row in rows)
+    # Three videos, of batches of two and one, count alike.
+    comparison = CompareConfig(
+        num_samples=3, seeds_per_prompt=1, sampler_steps=2, shift=train.SHIFT, batch_size=2
+    )
+    sampling = evaluate.open_with_captions(comparison, model, tmp_path / "captions", 0, "cpu")
+    first, made = copy.deepcopy(sampling.teacher.model), artifact.load(path)
+    student, sizes = sampling.teacher.model, []
+    distances: list[list[torch.Tensor]] = [[], []]
+    for number, part in enumerate(sampling.parts()):
+        expected = sampling.sample(first, part, number, 0)
+        noise = sampling.draw_noise(part, number, 0)
+        embeds = sampling.teacher.prompt_embeds[sampling.index[part]]
+        prompts = (embeds, sampling.teacher.negatives_for(embeds), 3.0)
+        guided = [bind_guided(first, *prompts)(noise, torch.ones(len(noise)))]
+        with artifact.apply(made, student):
+            guided.append(bind_guided(student, *prompts)(noise, torch.ones(len(noise))))
+            for steps, found in enumerate(distances):
+                how = {"first": first, "first_steps": steps}
+                videos = sampling.sample(student, part, number, 0, **how)
+                found.append(metrics.sample_distance(videos, expected))
+        target, own = (x.double().square().sum().item() for x in guided)
+        wrong = (guided[1] - guided[0]).double().square().sum().item()
+        sizes.append((target, own, wrong))
+    for row, found in zip((alone, kept), distances, strict=True):
+        assert row["fidelity"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
+    assert 0 < kept["fidelity"] != alone["fidelity"]
+    target, own, wrong = (sum(each) for each in zip(*sizes, strict=True))
+    assert levels[0]["energy"] == pytest.approx(own / target, rel=1e-5)
+    assert levels[0]["guided_error"] == pytest.approx(wrong / target, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"keep_first_steps": "2"}, "--keep-first-steps 2 given; numbers from 1 on, below --sampl"),
+        ({"keep_first_steps": "1,1"}, "each once and with commas between"),
+        ({"keep_first_steps": "9" * 5000}, "numbers from 1 on"),
+        ({"artifacts": " ,"}, "--artifacts names no file"),
+        ({"artifacts": "a/b.safetensors, a/b.safetensors"}, "two rows would be called a-b"),
+    ],
+)
+def test_what_is_asked_of_students_must_be_there(given: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        errors.ErrorsConfig(comparison=CompareConfig(sampler_steps=2), **given)
+
+
+def test_a_distilled_file_is_not_asked_at_levels_that_it_does_not_know(
     teacher: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "student.safetensors"
+    path = tmp_path / "few.safetensors"
     save_student(teacher / "model.safetensors", path, 1)
-    files = {"model": teacher / "model.safetensors", "artifacts": path, "out": tmp_path / "errors"}
-    words = [word for name, file in files.items() for word in (f"--{name}", str(file))]
-    counts = {"num-samples": 2, "batch-size": 1, "sampler-steps": 2, "taken-over": "0,1"}
-    words += [word for name, count in counts.items() for word in (f"--{name}", str(count))]
-    errors.main([*words, "--device", "cpu"])
-    rows = read_record(tmp_path / "errors" / "crowd_errors.json")["rows"]
-    assert [(row["what"], row["step"]) for row in rows] == [
-        ("levels", 0),
-        ("levels", 1),
-        ("taken_over", 0),
-        ("taken_over", 1),
-    ]
-    assert all(row["linear_layers"] == 1 and row["videos"] == 2 for row in rows)
-    assert min(row["guided_error"] for row in rows[:2]) > 0
-    comparison = errors.ErrorsConfig().comparison
-    comparison = dataclasses.replace(comparison, num_samples=2, batch_size=1, sampler_steps=2)
-    how = (comparison, files["model"], tmp_path / "captions", 0, "cpu")
-    sampling = evaluate.open_with_captions(*how)
-    model, first = sampling.teacher.model, copy.deepcopy(sampling.teacher.model)
-    for steps, row in enumerate(rows[2:]):
-        distances = []
-        for number, part in enumerate(sampling.parts()):
-            expected = sampling.sample(first, part, number, 0)
-            with artifact.apply(artifact.load(path), model):
-                found = sampling.sample(model, part, number, 0, first=first, first_steps=steps)
-            distances.append(metrics.sample_distance(found, expected))
-        assert row["fidelity"] == pytest.approx(torch.cat(distances).mean().item(), rel=1e-5)
-    assert 0 < rows[3]["fidelity"] != rows[2]["fidelity"]
-    with pytest.raises(
-        SettingError, match="--taken-over 2 given; numbers from 0 to 1, below --sampler"
-    ):
-        errors.ErrorsConfig(comparison=comparison, taken_over="2")
+    made = artifact.load(path)
+    header = dataclasses.replace(made.header, sigmas=(1.0, 0.9, 0.6, 0.0))
+    artifact.save(dataclasses.replace(made, header=header), path)
+    with pytest.raises(SettingError, match="which was distilled"):
+        errors.load_students(errors.ErrorsConfig(artifacts=str(path)))
 
 
 def test_the_errors_of_both_branches_are_weighed_as_guidance_does() -> None:
     generator = torch.Generator().manual_seed(0)
     conditional, unconditional, error = torch.randn(3, 1, 2, 3, 4, 4, generator=generator)
     theirs = (conditional, unconditional)
+
+    def measure(*own: torch.Tensor) -> dict[str, float]:
+        return errors.describe(errors.square(own, theirs, 3.0))
+
     whole = (3 * conditional - 2 * unconditional).square().mean().item()
-    alike = errors.compare((conditional + error, unconditional + error), theirs, 3.0)
+    alike = measure(conditional + error, unconditional + error)
     assert alike["correlation"] == pytest.approx(1)
-    one, square = alike["conditional_error"], error.square().mean().item()
-    assert alike["guided_error"] == pytest.approx(one, rel=1e-5) == square / whole
-    opposed = errors.compare((conditional + error, unconditional - error), theirs, 3.0)
+    one = alike["conditional_error"]
+    assert one == pytest.approx(error.square().mean().item() / whole, rel=1e-5)
+    assert alike["guided_error"] == pytest.approx(one, rel=1e-5)
+    opposed = measure(conditional + error, unconditional - error)
     assert opposed["correlation"] == pytest.approx(-1)
     assert opposed["guided_error"] == pytest.approx(25 * one, rel=1e-5)
-    flat = errors.compare((conditional / 2, unconditional / 2), theirs, 3.0)
-    assert flat["energy"] == pytest.approx(0.25, rel=1e-5)
+    assert measure(conditional / 2, unconditional / 2)["energy"] == pytest.approx(0.25, rel=1e-5)
 
 
 def test_the_stored_student_is_of_the_stored_teacher() -> None:
