@@ -34,7 +34,7 @@ class Case:
 
     kind: which function measures it. free_gb: memory that the card has left; None: all.
     is_base_checked: whether the model is sampled before and after, to see that it comes back.
-    sampling_steps: of the samplings that are timed, with and without linear layers; 0: none.
+    sampling_steps: of the samplings that are timed, of the model and of its student; 0: none.
     tile: of the layers that a transfer makes hybrid; "": as it finds one by itself; none: they are
         linear.
     sizes: of a MiniMax-H3, by the names of its class.

@@ -15,13 +15,14 @@ pytestmark = pytest.mark.host
 
 def test_the_benchmark_makes_a_file_in_the_app_and_headless(host: Host, tmp_path: Path) -> None:
     where = {"comfyui": host.root, "python": host.python, "out": tmp_path, "cpu": True}
-    names = "1.3b-bf16,1.3b-linear,1.3b-headless"
+    names = "1.3b-bf16,1.3b-linear,1.3b-hybrid,1.3b-headless"
     record = in_app.run(InAppConfig(rows=names, steps=2, frames=5, **where))
-    in_the_app, linear, headless = record["rows"]
+    in_the_app, linear, given, headless = record["rows"]
     assert all(row["ok"] for row in record["rows"]), record["rows"]
-    for row in (in_the_app, linear):
+    for row in (in_the_app, linear, given):
         assert row["base_restored"] and row["change"] > row["applied_error"] == 0
-    assert (in_the_app["tile"], linear["tile"], headless["tile"]) == ("1x2x2", None, "1x2x2")
+    assert (in_the_app["tile"], headless["tile"]) == ("1x2x2", "1x2x2")
+    assert (linear["tile"], given["tile"]) == (None, "2x4x5")
     assert in_the_app["steps"] == headless["steps"] == 2
     ratio = in_the_app["seconds_per_step"] / headless["seconds_per_step"]
     assert headless["app_over_headless"] == pytest.approx(ratio)
