@@ -61,6 +61,10 @@ each; its command stands in results/crowd.json. The last command compiles nothin
 takes video by video, and all these calls would be compiled. Recorded with five students, it was
 stopped before its last two rows.
 
+Where the students' velocities are wrong, 40 minutes of two CPU cores:
+    OMP_NUM_THREADS=2 python -m research.crowd.errors --device cpu --record \
+        --keep-first-steps 4,8 --artifacts research/crowd/weights/half_long.safetensors
+
 The README's picture of teacher and student with their seconds:
     OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
 
