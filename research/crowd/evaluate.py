@@ -3,7 +3,7 @@
     python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors
     torchrun --nproc-per-node 4 -m research.crowd.evaluate --num-samples 2000
     python -m research.crowd.evaluate --artifacts runs/transfer/linearized.safetensors \
-        --densities 0.1,0.2,0.4 --keep-first-steps 4,8
+        --densities 0.1,0.2,0.4 --keep-first-steps 4,8 --student-guidance 3.2,3.5
 Every model samples the same captions, which no training has seen. `teacher` and the students start
 from the same noise, `teacher_other` from other noise; `real` are rendered clips, `real_other` are
 others of the same captions. So of the columns
@@ -19,8 +19,8 @@ A student is called by its file's folder and name: `transfer-linearized` is the 
 `--densities` teacher and students have rows besides with Sol-Attn in the layers that are softmax,
 at every step; a student without such layers has none. With `--keep-first-steps` students have rows
 besides whose first steps are the teacher's, as by the node's input of that name (which takes files
-of LoRA alone). A file that was distilled is sampled in its own few steps, without guidance, and
-keeps none of the teacher's.
+of LoRA alone), and with `--student-guidance` rows of other guidance scales than the teacher's. A
+file that was distilled is sampled in its own few steps, without guidance, and has no such rows.
 Repeating the command continues where it stopped; what was measured of a file is used again. With
 `--record` the rows go to results/crowd.json, too, after each model: of 2,000 videos as
 `evaluation_2000`. Rows of other names, densities and kept steps stay there if they were measured
@@ -89,6 +89,7 @@ _FREE_FIELDS = (
     "artifacts",
     "densities",
     "keep_first_steps",
+    "student_guidance",
     "model",
     "judge",
     "prompts",
@@ -120,6 +121,9 @@ class CrowdConfig:
         "",
         "first steps of students' videos that the teacher makes, such as 4,8; none: no such rows",
     )
+    student_guidance: str = option(
+        "", "guidance scales of students in rows of their own, such as 3.2,3.5; none: no such rows"
+    )
     num_frames: int = option(WHOLE, "frames of a video: of less than 61, rendered clips are cut")
     compile: bool = option(False, "compile the blocks of what samples: a minute, then faster")
     out: Path = option(Path("runs/crowd/evaluation"), "folder of the measures and of crowd.json")
@@ -138,13 +142,15 @@ class CrowdConfig:
             )
         self.list_densities()
         self.list_first_steps()
-        if not self.list_artifacts() and self.keep_first_steps:
-            raise SettingError(
-                f"{{keep_first_steps}} {self.keep_first_steps} given, which is of students: name "
-                "their files by {artifacts}",
-                "keep_first_steps",
-                "artifacts",
-            )
+        self.list_guidance_scales()
+        for field in ("keep_first_steps", "student_guidance"):
+            if (given := getattr(self, field)) and not self.list_artifacts():
+                raise SettingError(
+                    f"{{{field}}} {given} given, which is of students: name their files by "
+                    "{artifacts}",
+                    field,
+                    "artifacts",
+                )
 
     def list_densities(self) -> dict[str, float]:
         """Return the densities of sparse rows by their names in folders."""
@@ -153,6 +159,18 @@ class CrowdConfig:
     def list_first_steps(self) -> list[int]:
         """Return how many first steps the teacher makes in rows of their own."""
         return read_steps(self.keep_first_steps, self.comparison.sampler_steps)
+
+    def list_guidance_scales(self) -> list[float]:
+        """Return the guidance scales of students in rows of their own."""
+        words = self.student_guidance.split(",") if self.student_guidance else []
+        found = [word.strip() for word in words]
+        if not all(re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,3})?", word) for word in found):
+            raise SettingError(
+                f"{{student_guidance}} {shown_value(self.student_guidance)} given; scales such as "
+                "3.2,3.5 are needed",
+                "student_guidance",
+            )
+        return [*map(float, dict.fromkeys(found))]
 
     def list_artifacts(self) -> dict[str, Path]:
         """Return the LINVIDEO files by their names, see `read_artifacts`."""
@@ -454,13 +472,18 @@ def compare(
     models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
     models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
     waiting = [(name, path, {}) for name, path in artifacts.items()]
-    for first_steps in config.list_first_steps():
-        for name, path in artifacts.items():
-            if artifact.load(path).header.sigmas:
-                continue
+    for name, path in artifacts.items():
+        if artifact.load(path).header.sigmas:
+            continue
+        for first_steps in config.list_first_steps():
             kept = f"{name}-first-{first_steps}"
             models[kept] = models[name] | {"keep_first_steps": first_steps}
             waiting.append((kept, path, {"first_steps": first_steps}))
+        for scale in config.list_guidance_scales():
+            guided = f"{name}-guidance-{scale:g}"
+            models[guided] = models[name] | {"guidance_scale": scale}
+            recipe = dataclasses.replace(sampling.recipe_of(), guidance_scale=scale)
+            waiting.append((guided, path, {"recipe": recipe}))
     for density_name, density in config.list_densities().items():
         for name, path in paths.items():
             if models[name]["softmax_backend"] is None:

@@ -19,7 +19,7 @@ RECORD_TITLE = "crowd: the teacher and its students on captions that no training
 _TRACK_MEASURES = {"found": False, "recall": False, "position_error": True, "speed_ratio": False}
 
 # What tells a model's row from its others.
-_KEY = ("model", "softmax_backend", "density", "keep_first_steps")
+_KEY = ("model", "softmax_backend", "density", "keep_first_steps", "guidance_scale")
 
 Row = dict[str, Any]
 Measured = Mapping[str, Tensor]

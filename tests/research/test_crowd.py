@@ -359,6 +359,7 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
         artifacts=f"{teacher / 'student.safetensors'},{teacher / 'all.safetensors'}",
         densities="0.1",
         keep_first_steps="1",
+        student_guidance="4",
         out=teacher / "evaluation",
     )
     save_student(config.model, teacher / "student.safetensors", 1)
@@ -377,13 +378,15 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     early, _ = read_part(tmp_path / "crowd.json", "evaluation_4")
     blocked.unlink()
     rows = evaluate.compare(config, Run(callbacks=(recorder := Recorder())))
-    assert recorder.stages[0] == "real: evaluation" and len(recorder.stages) == 10
+    assert recorder.stages[0] == "real: evaluation" and len(recorder.stages) == 12
     # What was made before counts as done.
     assert recorder.seen[:3] == 3 * [("evaluation", 2)]
     assert recorder.seen[-3:] == [("evaluation", number) for number in range(3)]
     # Where all layers are linear nothing is left to be sparse.
-    real, own, student, every, kept, _, sparse, both = rows
-    assert [row["videos"] for row in rows] == [4] * 8
+    real, own, student, every, kept, guided, _, _, sparse, both = rows
+    assert [row["videos"] for row in rows] == [4] * 10
+    assert (guided["model"], guided["guidance_scale"]) == (student["model"], 4)
+    assert 0 < guided["fidelity"] != student["fidelity"]
     assert (kept["model"], kept["keep_first_steps"]) == (student["model"], 1)
     assert 0 < kept["fidelity"] != student["fidelity"]
     assert (every["linear_layers"], every["softmax_backend"], every["density"]) == (2, None, None)
