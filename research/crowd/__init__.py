@@ -7,7 +7,8 @@ r"""`crowd`, the larger embedded model of research: textured sprites that pass b
     train     the teacher, a small Wan, and its files of prompts
     tracks    exact measures: where sprites go, and whether their textures come back
     evaluate  compares the teacher with LINVIDEO files that were made from it
-    rows      what that says of a model, and its part of results/crowd.json
+    config    the settings of evaluate
+    rows      what evaluate says of a model, and its part of results/crowd.json
     picture   draws videos of teacher and student beside their seconds
     errors    where a student's velocity is wrong, level by level
     arms      what is compared of objectives, students, few steps, selections, sizes: declared

@@ -10,7 +10,7 @@ from typing import Any
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.flow import Recipe, make_sigmas
 
-from .evaluate import WHOLE
+from .config import WHOLE
 
 SHORT = 13
 """Frames of the videos a quarter as long that the teacher was trained on, too: 16 with the last."""

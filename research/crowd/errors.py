@@ -34,7 +34,8 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 from linvideo_core.run.progress import TerminalCallbacks
 
-from .evaluate import Sampling, describe_model, open_with_captions, read_artifacts, read_steps
+from .config import read_artifacts, read_steps
+from .evaluate import Sampling, describe_model, open_with_captions
 from .rows import Row
 from .train import SHIFT, WEIGHTS
 

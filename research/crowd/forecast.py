@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 
 from ..declared_runs import to_flags
-from .evaluate import WHOLE
+from .config import WHOLE
 from .study import Study
 
 # Of one H200. A guided step of one of 40 videos together was measured on a card of its own, and

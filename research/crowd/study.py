@@ -36,6 +36,7 @@ from ..workers import Worker
 from . import evaluate, trainings
 from .arms import TABLES, Arm, find_arms
 from .captions import CaptionsConfig, write_both
+from .config import WHOLE, CrowdConfig
 from .pace import decisive, find_kind, measure_pace
 from .rows import RECORD_NAME, Row, read_rows
 from .train import SHIFT, WEIGHTS
@@ -138,7 +139,7 @@ class ExperimentsConfig(Settings):
             "shard_size": self.comparison.batch_size,
             "evaluate_samples": 0,
             "compile": self.compile,
-            "num_frames": evaluate.WHOLE,
+            "num_frames": WHOLE,
             "height": 256,
             "width": 256,
         }
@@ -459,7 +460,7 @@ def open_sampling(
     config: ExperimentsConfig, seed: int, num_frames: int, card: str
 ) -> tuple[evaluate.Sampling, Path]:
     """Return what samples a seed's videos, and a folder that holds the references' measures."""
-    crowd = evaluate.CrowdConfig(
+    crowd = CrowdConfig(
         comparison=config.comparison,
         compile=config.compile,
         model=config.model,

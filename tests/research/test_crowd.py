@@ -33,6 +33,7 @@ from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
 from research.crowd import captions, clips, errors, evaluate, fitting, judge, picture, tracks, train
 from research.crowd import rows as crowd_rows
+from research.crowd.config import CrowdConfig
 from tests.conftest import Recorder
 
 TINY = WanConfig(
@@ -349,7 +350,7 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     made = judge.Judge((8, 8, 8))
     folder.mkdir()
     write_tensors(folder / "judge.safetensors", made.state_dict())
-    config = evaluate.CrowdConfig(
+    config = CrowdConfig(
         comparison=CompareConfig(
             num_samples=4, seeds_per_prompt=2, sampler_steps=2, batch_size=2, shift=train.SHIFT
         ),
@@ -601,13 +602,13 @@ def test_rows_that_were_measured_otherwise_do_not_stay_in_a_record(
 )
 def test_rows_of_one_name_are_refused(settings: dict[str, str], words: str) -> None:
     with pytest.raises(SettingError, match=words):
-        evaluate.CrowdConfig(**settings)
+        CrowdConfig(**settings)
 
 
 @pytest.mark.parametrize("densities", ["0", "0.1,1.5", "a tenth"])
 def test_densities_that_are_none_are_refused(densities: str) -> None:
     with pytest.raises(SettingError, match="numbers above 0 and at most 1"):
-        evaluate.CrowdConfig(densities=densities)
+        CrowdConfig(densities=densities)
 
 
 def test_the_cost_is_that_of_the_products() -> None:

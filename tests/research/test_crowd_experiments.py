@@ -32,7 +32,7 @@ from research.crowd import (
     trainings,
 )
 from research.crowd.arms import SHORT, TABLES, Arm
-from research.crowd.evaluate import WHOLE
+from research.crowd.config import WHOLE
 from research.crowd.study import (
     REFERENCES,
     ROWS_NAME,
