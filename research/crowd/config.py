@@ -6,14 +6,14 @@ from pathlib import Path
 
 from benchmarks.kernels.contenders import read_densities
 from linvideo_core.evaluate.config import CompareConfig
-from linvideo_core.run.config import option
+from linvideo_core.run.config import Settings, option
 from linvideo_core.run.devices import device_option
 from linvideo_core.run.errors import SettingError, shown_value
 from linvideo_core.teacher.config import TIME_COMPRESSION
 
 from .clips import NUM_FRAMES
 from .rows import RECORD_NAME
-from .train import SHIFT
+from .train import SHIFT, WEIGHTS
 
 WHOLE = NUM_FRAMES - TIME_COMPRESSION + 1
 """Frames of a whole clip, as commands count them: 4 n + 1."""
@@ -30,6 +30,17 @@ FREE_FIELDS = (
     "device",
     "out",
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredModelConfig(Settings):
+    """What is sampled by a command that needs no files of one's own; `out` has its captions."""
+
+    comparison: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
+    out: Path = option(Path("runs/crowd"), "folder of captions")
+    seed: int = option(0, "seed of noise and captions")
+    device: str = device_option()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,13 +28,13 @@ from linvideo_core.evaluate import metrics
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.flow import bind_guided, guide, sample_euler
 from linvideo_core.run.callbacks import Callbacks
-from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
-from linvideo_core.run.devices import device_option, resolve_device
+from linvideo_core.run.config import option, parse, run_command, to_flags
+from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 from linvideo_core.run.progress import TerminalCallbacks
 
-from .config import read_artifacts, read_steps
+from .config import StoredModelConfig, read_artifacts, read_steps
 from .evaluate import Sampling, describe_model, open_with_captions
 from .rows import Row
 from .train import SHIFT, WEIGHTS
@@ -45,7 +45,7 @@ Branches = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ErrorsConfig(Settings):
+class ErrorsConfig(StoredModelConfig):
     """Which students are asked, and at how many videos."""
 
     comparison: CompareConfig = dataclasses.field(
@@ -53,7 +53,6 @@ class ErrorsConfig(Settings):
             num_samples=3, seeds_per_prompt=1, sampler_steps=20, shift=SHIFT, batch_size=3
         )
     )
-    model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
     artifacts: str = option(
         str(WEIGHTS / "half_long.safetensors"),
         "LINVIDEO files, such as a.safetensors,b.safetensors",
@@ -63,14 +62,16 @@ class ErrorsConfig(Settings):
     )
     out: Path = option(Path("runs/crowd_errors"), "folder of captions and table")
     record: bool = option(False, f"write results/{_RECORD_NAME}")
-    seed: int = option(0, "seed of noise and captions")
-    device: str = device_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.list_first_steps()
-        if not read_artifacts(self.artifacts):
+        if not self.list_artifacts():
             raise SettingError("{artifacts} names no file; give a student's", "artifacts")
+
+    def list_artifacts(self) -> dict[str, Path]:
+        """Return the students' files by their names, see `read_artifacts`."""
+        return read_artifacts(self.artifacts)
 
     def list_first_steps(self) -> list[int]:
         """Return how many first steps are the teacher's, 0 before others; none: none were given."""
@@ -80,7 +81,7 @@ class ErrorsConfig(Settings):
 
 def load_students(config: ErrorsConfig) -> dict[str, artifact.Artifact]:
     """Return the students by name; raise ValueError for a file that is none or was distilled."""
-    paths = read_artifacts(config.artifacts)
+    paths = config.list_artifacts()
     students = {name: artifact.load(path) for name, path in paths.items()}
     for name, student in students.items():
         if student.header.sigmas:
@@ -211,11 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file(path)
     check_place(config.out)
     students = load_students(config)
-    sampling = open_with_captions(
-        config.comparison, config.model, config.out, config.seed, config.device
-    )
+    sampling = open_with_captions(config)
     # What does not fit is told before anything is sampled.
-    files = read_artifacts(config.artifacts).items()
+    files = config.list_artifacts().items()
     about = {name: describe_model(sampling, name, file) for name, file in files}
     with TerminalCallbacks() as callbacks:
         found = measure(sampling, students, config.list_first_steps(), callbacks)

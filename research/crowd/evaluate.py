@@ -23,9 +23,9 @@ of LoRA alone), and with `--student-guidance` rows of other guidance scales than
 file that was distilled is sampled in its own few steps, without guidance, and has no such rows.
 Repeating the command continues where it stopped; what was measured of a file is used again. With
 `--record` the rows go to results/crowd.json, too, after each model: of 2,000 videos as
-`evaluation_2000`. Rows of other names, densities and kept steps stay there if they were measured
-alike: of the same teacher, judge, captions, noise, sampler and versions, and of the same file where
-the name is the same. If not, they go.
+`evaluation_2000`. Rows of other names, densities, kept steps and guidance scales stay there if they
+were measured alike: of the same teacher, judge, captions, noise, sampler and versions, and of the
+same file where the name is the same. If not, they go.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -50,7 +51,6 @@ from benchmarks.record import (
 )
 from linvideo_core import artifact
 from linvideo_core.evaluate import metrics
-from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.sampler import count_layers, draw_prompts
 from linvideo_core.evaluate.videos import save_strip
 from linvideo_core.flow import Recipe, bind_guided, make_sigmas
@@ -72,7 +72,7 @@ from linvideo_core.training.trainer import seed_step
 from .captions import CaptionsConfig, write_both
 from .captions import parse as parse_captions
 from .clips import NUM_FRAMES, Labels, decode_latents, encode_frames, render, stage
-from .config import FREE_FIELDS, CrowdConfig
+from .config import FREE_FIELDS, CrowdConfig, StoredModelConfig
 from .judge import Judge, is_right, load_judge
 from .rows import RECORD_NAME, RECORD_TITLE, Row, read_measures, read_rows, record
 from .tracks import measure_tracks
@@ -240,20 +240,18 @@ def open_sampling(config: CrowdConfig, run: Run) -> Sampling:
     )
 
 
-def open_with_captions(
-    comparison: CompareConfig, model: Path, folder: Path, seed: int, device: str
-) -> Sampling:
-    """Write captions to a folder, open a teacher, the stored judge and what samples them."""
-    write_both(CaptionsConfig(out=folder))
-    config = CrowdConfig(
-        comparison=comparison,
-        model=model,
+def open_with_captions(config: StoredModelConfig) -> Sampling:
+    """Write captions, open the teacher, the stored judge and what samples them."""
+    write_both(CaptionsConfig(out=config.out))
+    crowd = CrowdConfig(
+        comparison=config.comparison,
+        model=config.model,
         judge=WEIGHTS / "judge.safetensors",
-        prompts=folder / "held_out.safetensors",
-        seed=seed,
+        prompts=config.out / "held_out.safetensors",
+        seed=config.seed,
     )
-    device = resolve_device(device)
-    return open_sampling(config, Run(device=device, precision=resolve_precision("auto", device)))
+    device = resolve_device(config.device)
+    return open_sampling(crowd, Run(device=device, precision=resolve_precision("auto", device)))
 
 
 def measure_references(sampling: Sampling, folder: Path) -> None:
@@ -328,6 +326,40 @@ def describe_model(sampling: Sampling, name: str, path: Path | None) -> Row:
     }
 
 
+def list_rows(
+    sampling: Sampling,
+) -> tuple[dict[str, Row], list[tuple[str, Path | None, dict[str, Any]]]]:
+    """Return what each model is by its row's name, and (name, file, how `measure_file` samples it).
+
+    Of the latter the teacher and rendered clips have none. Raises as `describe_model`.
+    """
+    config = sampling.config
+    artifacts = config.list_artifacts()
+    paths = {"teacher": None, **artifacts}
+    models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
+    models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
+    waiting = [(name, path, {}) for name, path in artifacts.items()]
+
+    def add(name: str, label: str, columns: Row, how: dict[str, Any]) -> None:
+        models[f"{name}-{label}"] = models[name] | columns
+        waiting.append((f"{name}-{label}", paths[name], how))
+
+    for name, path in artifacts.items():
+        if artifact.load(path).header.sigmas:
+            continue
+        for steps in config.list_first_steps():
+            add(name, f"first-{steps}", {"keep_first_steps": steps}, {"first_steps": steps})
+        for scale in config.list_guidance_scales():
+            recipe = dataclasses.replace(sampling.recipe_of(), guidance_scale=scale)
+            add(name, f"guidance-{scale:g}", {"guidance_scale": scale}, {"recipe": recipe})
+    for label, density in config.list_densities().items():
+        columns = {"softmax_backend": SPARSE, "density": density}
+        for name in paths:
+            if models[name]["softmax_backend"] is not None:
+                add(name, f"sparse-{label}", columns, {"density": density})
+    return models, waiting
+
+
 def compare(
     config: CrowdConfig, run: Run, on_rows: Callable[[list[Row]], None] = lambda rows: None
 ) -> list[Row]:
@@ -336,31 +368,8 @@ def compare(
     on_rows: called there with the rows so far: of clips and the teacher, then after each model.
     """
     sampling = open_sampling(config, run)
-    artifacts = config.list_artifacts()
-    paths = {"teacher": None, **artifacts}
     # What does not fit is told before anything is sampled.
-    models = {name: describe_model(sampling, name, path) for name, path in paths.items()}
-    models["real"] = {**dict.fromkeys(models["teacher"]), "model": "real"}
-    waiting = [(name, path, {}) for name, path in artifacts.items()]
-    for name, path in artifacts.items():
-        if artifact.load(path).header.sigmas:
-            continue
-        for first_steps in config.list_first_steps():
-            kept = f"{name}-first-{first_steps}"
-            models[kept] = models[name] | {"keep_first_steps": first_steps}
-            waiting.append((kept, path, {"first_steps": first_steps}))
-        for scale in config.list_guidance_scales():
-            guided = f"{name}-guidance-{scale:g}"
-            models[guided] = models[name] | {"guidance_scale": scale}
-            recipe = dataclasses.replace(sampling.recipe_of(), guidance_scale=scale)
-            waiting.append((guided, path, {"recipe": recipe}))
-    for density_name, density in config.list_densities().items():
-        for name, path in paths.items():
-            if models[name]["softmax_backend"] is None:
-                continue
-            sparse = f"{name}-sparse-{density_name}"
-            models[sparse] = models[name] | {"softmax_backend": SPARSE, "density": density}
-            waiting.append((sparse, path, {"density": density}))
+    models, waiting = list_rows(sampling)
     # Measures are of these weights and captions: others begin afresh.
     folder = config.out / "-".join(["of", *digests_of(config).values()])
     files: dict[str, Path] = {}

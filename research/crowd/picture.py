@@ -23,12 +23,13 @@ from linvideo_core import artifact
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.evaluate.videos import save_strip
 from linvideo_core.flow import Recipe, make_sigmas
-from linvideo_core.run.config import Settings, option, parse, run_command, to_flags
-from linvideo_core.run.devices import device_option, resolve_device
+from linvideo_core.run.config import option, parse, run_command, to_flags
+from linvideo_core.run.devices import resolve_device
 from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 
 from .clips import decode_latents
+from .config import StoredModelConfig
 from .evaluate import Sampling, describe_model, open_with_captions
 from .rows import Row
 from .train import SHIFT, WEIGHTS
@@ -39,7 +40,7 @@ _SHOWN_FRAMES = slice(None, None, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PictureConfig(Settings):
+class PictureConfig(StoredModelConfig):
     """Which models are drawn, and of how many captions."""
 
     comparison: CompareConfig = dataclasses.field(
@@ -47,12 +48,9 @@ class PictureConfig(Settings):
             num_samples=3, seeds_per_prompt=1, sampler_steps=20, shift=SHIFT, batch_size=1
         )
     )
-    model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
     artifact: Path = option(WEIGHTS / "half_long.safetensors", "LINVIDEO file of the student")
     out: Path = option(Path("runs/crowd_picture"), "folder of captions, picture and table")
     record: bool = option(False, f"write results/{_RECORD_NAME} and docs/{_PICTURE_NAME}")
-    seed: int = option(0, "seed of noise and captions")
-    device: str = device_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = (RESULTS_FOLDER if config.record else config.out) / _RECORD_NAME
     check_file(path)
     check_place(config.out)
-    sampling = open_with_captions(
-        config.comparison, config.model, config.out, config.seed, config.device
-    )
+    sampling = open_with_captions(config)
     latents, rows = sample_in_turns(sampling, config.artifact)
     labels = {row["model"]: f"{row['model']}, {row['seconds']:.0f} s" for row in rows}
     strip = config.out / "crowd.png"

@@ -33,7 +33,7 @@ from linvideo_core.teacher.config import TeacherConfig
 from linvideo_core.teacher.teacher import load_teacher
 from research.crowd import captions, clips, errors, evaluate, fitting, judge, picture, tracks, train
 from research.crowd import rows as crowd_rows
-from research.crowd.config import CrowdConfig
+from research.crowd.config import CrowdConfig, StoredModelConfig
 from tests.conftest import Recorder
 
 TINY = WanConfig(
@@ -451,9 +451,10 @@ def test_a_distilled_file_is_drawn_in_its_own_steps(teacher: Path, tmp_path: Pat
     comparison = CompareConfig(
         num_samples=2, seeds_per_prompt=1, sampler_steps=1, batch_size=1, shift=train.SHIFT
     )
-    sampling = evaluate.open_with_captions(
-        comparison, teacher / "model.safetensors", tmp_path, 0, "cpu"
+    config = StoredModelConfig(
+        comparison=comparison, model=teacher / "model.safetensors", out=tmp_path, device="cpu"
     )
+    sampling = evaluate.open_with_captions(config)
     latents, _ = picture.sample_in_turns(sampling, path)
     with artifact.apply(made, sampling.teacher.model):
         recipe = sampling.recipe_of(header)
@@ -478,7 +479,10 @@ def test_a_student_is_asked_at_every_state_of_the_teacher(teacher: Path, tmp_pat
     comparison = CompareConfig(
         num_samples=3, seeds_per_prompt=1, sampler_steps=2, shift=train.SHIFT, batch_size=2
     )
-    sampling = evaluate.open_with_captions(comparison, model, tmp_path / "captions", 0, "cpu")
+    config = StoredModelConfig(
+        comparison=comparison, model=model, out=tmp_path / "captions", device="cpu"
+    )
+    sampling = evaluate.open_with_captions(config)
     first, made = copy.deepcopy(sampling.teacher.model), artifact.load(path)
     student, sizes = sampling.teacher.model, []
     distances: list[list[torch.Tensor]] = [[], []]
