@@ -1,11 +1,10 @@
 """Run a whole transfer of a Wan with random weights: `python -m benchmarks.models.whole_transfer`.
 
 It is `python -m linvideo_core.transfer --model`, with the settings that follow from the model, the
-quality and the card, of linear layers unless `--flags` has a `--tile`, except that every stage has
-few steps: what a stage takes of the GPU does not depend on how long it lasts. PyTorch may use no
-more memory than `--cap-gb` says, so a row proves that the command passes on such a card. `--flags`
-may ask for longer stages; a row "estimate" then says how near the seconds come that the command had
-told beforehand.
+quality and the card, except that every stage has few steps: what a stage takes of the GPU does not
+depend on how long it lasts. PyTorch may use no more memory than `--cap-gb` says, so a row proves
+that the command passes on such a card. `--flags` may ask for longer stages; a row "estimate" then
+says how near the seconds come that the command had told beforehand.
     python -m benchmarks.models.whole_transfer --size 1.3b-480p --cap-gb 23
     python -m benchmarks.models.whole_transfer --size 14b-480p --cap-gb 23 --flags "--num-frames 33"
     python -m benchmarks.models.whole_transfer --size tiny --device cpu
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 
-from linvideo_core.models.config import NO_TILE
 from linvideo_core.run import limits
 from linvideo_core.run.callbacks import Callbacks, Stage
 from linvideo_core.run.config import Settings, option, override, parse, run_command, to_flags
@@ -128,8 +126,6 @@ def make_settings(config: WholeConfig, size: Size, device: str) -> TransferConfi
     own += [f"--shift={size.shift}", f"--quality={config.quality}", f"--device={device}"]
     if config.cap_gb is not None:
         own.append(f"--card={int(config.cap_gb)}")
-    # Of which the recorded rows are.
-    own.append(f"--tile={NO_TILE}")
     settings = cli.read([*own, *_SHORT.split(), *shlex.split(config.flags)])
     return override(settings, _FEW_VIDEOS)
 
@@ -147,6 +143,7 @@ def run(config: WholeConfig) -> dict[str, list[dict[str, Any]]]:
         "resolution": size.resolution,
         "frames": settings.teacher.num_frames,
         "cap_gb": config.cap_gb,
+        "tile": settings.student.form.tile or None,
         "batch": settings.training.batch_size,
         "frozen": settings.teacher.frozen_weights.frozen,
         "offloaded": settings.teacher.frozen_weights.offload_blocks,
