@@ -165,7 +165,7 @@ def _restore_fusing(layer: nn.Module) -> None:
 def _changed_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     output = _call_previous(self, x, *args, **kwargs)
     change = self.__dict__.get(_PART)
-    return output if change is None or change.is_resting else output + change(x)
+    return output if change is None else change(x, output)
 
 
 def _restore_weight(layer: nn.Module) -> None:

@@ -362,16 +362,30 @@ class LowRankChange(Part):
         super().__init__({"down": down, "up": up}, device)
         self.strength = strength
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the layer's input x [..., in] to the change [..., out] of its output."""
-        return self.strength * self.up(self.down(x))
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return a layer's changed output [..., out], given its input x [..., in] and its output.
+
+        In one pass: of what is as large as the output nothing else is made.
+        """
+        if self.is_resting:
+            return output
+        size = output.shape[-1]
+        rows = self._reduce(x).reshape(-1, self.down.out_features).to(output.dtype)
+        return torch.addmm(output.reshape(-1, size), rows, self._read_up(output)).view_as(output)
 
     def change_weight(self, weight: Tensor) -> Tensor:
         """Return a changed copy of a weight [out, in] that ComfyUI has dequantised for one call."""
         if self.is_resting:
             return weight
         identity = torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
-        return weight + self(identity).T
+        return torch.addmm(weight, self._read_up(weight).T, self._reduce(identity).T)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        return self.strength * self.down(x)
+
+    def _read_up(self, like: Tensor) -> Tensor:
+        """Return `up` as [R, out], from what its layer makes of unit vectors."""
+        return self.up(torch.eye(self.up.in_features, device=like.device, dtype=like.dtype))
 
 
 class LowRankChanges(nn.Module):

@@ -28,7 +28,12 @@ from linvideo_pack.linvideo_core.models.families import identify
 from linvideo_pack.nodes import demo as demo_nodes
 from linvideo_pack.nodes.patching.apply import linearize
 from linvideo_pack.nodes.patching.injection import KEY
-from linvideo_pack.nodes.patching.weights import compare_base, describe_base, sketch_base
+from linvideo_pack.nodes.patching.weights import (
+    LowRankChange,
+    compare_base,
+    describe_base,
+    sketch_base,
+)
 from linvideo_pack.nodes.transfer.host_model import cast_weights
 from stage import (
     assert_close,
@@ -52,6 +57,7 @@ from stage import (
     with_lora,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from variants import quantise
 
 _FP8 = torch.float8_e4m3fn
@@ -134,6 +140,43 @@ def _expected(model: Any, applied: Artifact) -> Tensor:
 def _two_ways() -> list[Callable[[], Any]]:
     """Return loaders of layers changed in their forward, and in a function of their weight."""
     return [LOADERS[form] for form in ("fp8", "int8_tensorwise") if form in LOADERS]
+
+
+class _Made(TorchDispatchMode):
+    """Keeps what operations make, tensors of so many elements, as addresses of their memory."""
+
+    def __init__(self, num_elements: int) -> None:
+        super().__init__()
+        self.num_elements, self.kept = num_elements, []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if result.numel() == self.num_elements:
+            # Kept, so that no later one has its place.
+            self.kept.append(result)
+        return result
+
+    def addresses(self) -> set[int]:
+        """Return where they lie; views lie where what they are views of does."""
+        return {each.data_ptr() for each in self.kept}
+
+
+def test_a_change_beside_a_layer_makes_nothing_as_large_as_its_output_but_that() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 5, 12), (7, 12)):
+        x, down, up = (torch.randn(s, generator=generator) for s in (shape, (3, 12), (40, 3)))
+        output = torch.randn(*shape[:-1], 40, generator=generator)
+        expected = output.double() + 0.5 * x.double() @ down.double().T @ up.double().T
+        change = LowRankChange(down, up, 0.5, torch.device(device())).requires_grad_(False)
+        change.load_state_dict({"down.weight": down, "up.weight": up})
+        given = (x.to(device()), output.to(device()))
+        with _Made(output.numel()) as made:
+            found = change(*given)
+        assert made.addresses() - {given[1].data_ptr()} == {found.data_ptr()}
+        torch.testing.assert_close(found.cpu(), expected.float())
+        assert torch.equal(given[1].cpu(), output)
+        change.is_resting = True
+        assert change(*given) is given[1]
 
 
 def test_a_quantised_model_comes_back_bit_for_bit() -> None:
