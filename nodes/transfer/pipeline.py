@@ -175,7 +175,9 @@ def _check_run(identity: HostRun) -> None:
     except OtherRunError as error:
         name, *_ = error.fields
         if name not in _OTHERS:
-            raise
+            # The shift is of the graph's model.
+            where = "" if name == "shift" else ", by quality or in LinVideo Transfer Settings"
+            raise SettingError(f"{error.message}{where}", *error.fields) from error
         raise ValueError(
             f"the transfer {out.name!r} was begun with {_OTHERS[name]}: give this one "
             "another name, or that one what it was begun with"

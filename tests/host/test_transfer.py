@@ -236,6 +236,8 @@ def test_a_name_belongs_to_one_transfer() -> None:
         }.items():
             message = complaint(_REFUSALS, _run, **{**usual, **changes})
             assert setting in message and "another name" in message, message
+            is_setting = "and this run has" in setting
+            assert ("in LinVideo Transfer Settings" in message) == is_setting, message
         message = complaint(_REFUSALS, run, with_lora(_demo()[0]), _inputs(**usual))
         assert "with another model" in message and "another name" in message
         message = complaint(_REFUSALS, _run, **usual, name="whole", tile="0x99x99")
