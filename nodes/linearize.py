@@ -182,8 +182,8 @@ def _modes() -> list[io.DynamicCombo.Option]:
         "keep_first_steps",
         {"default": 0, "min": 0, "max": 1000, "advanced": True},
         "So many first steps of each sampler run the model as it came in, without the file: "
-        "slower, and closer to the original model's video: on a test model a little more than half "
-        "as far with 4 of 20 steps, a third with 8. Needs a file trained with LoRA.",
+        "slower, and closer to the original model's video: on a test model 0.57 times as far from "
+        "it with 4 of 20 steps, a third with 8. Needs a file trained with LoRA.",
     )
     return [
         io.DynamicCombo.Option(APPLY, [file, strength, keep_first_steps]),

@@ -23,7 +23,10 @@ from linvideo_core.kernels.softmax import (
     sparse_attention,
 )
 from linvideo_core.models.wan import rotary_embedding
-from linvideo_core.run.errors import SettingError, shown_value
+from linvideo_core.run.errors import SettingError
+from linvideo_core.run.limits import Limits
+
+from ..number_lists import read_numbers
 
 Attend = Callable[..., Tensor]
 
@@ -200,24 +203,8 @@ def _make_sage() -> Contender:
 
 
 def read_densities(text: str, field: str) -> dict[str, float]:
-    """Return the densities of a setting, such as "0.1,0.2", by how they are called in tables.
-
-    Raises SettingError for what is none, and for two of one name.
-    """
-    try:
-        densities = [float(word) for word in text.split(",")]
-        for density in densities:
-            check_density(density)
-    except ValueError as error:
-        raise SettingError(
-            f"{{{field}}} {shown_value(text)} given; numbers above 0 and at most 1 are needed, "
-            "with a comma between two",
-            field,
-        ) from error
-    found = {f"{density:g}": density for density in densities}
-    if len(found) < len(densities):
-        raise SettingError(f"{{{field}}} {text} given; different ones are needed", field)
-    return found
+    """Return the densities of a setting by how they are called in tables, see `read_numbers`."""
+    return read_numbers(text, field, Limits(low=0, high=1, without_low=True))
 
 
 def make_sparse(density: float = DENSITY) -> Contender:

@@ -83,10 +83,11 @@ def run(config: VideoConfig) -> list[Row]:
         sample_euler(velocity_fn, latents, make_sigmas(steps, config.shift))
 
     counts = {}
-    for name in ("teacher", "student"):
+    names = ("teacher", "student")
+    for name in names:
         with enter(name):
             counts[name] = count_layers(model)
-    timed = time_in_turns(config.turns, enter, sample, device)
+    timed = time_in_turns(names, config.turns, enter, sample, device)
     return [
         {"model": name, "tokens": size.tokens, **counts[name], "steps": config.steps, **each}
         for name, each in timed.items()
@@ -94,17 +95,19 @@ def run(config: VideoConfig) -> list[Row]:
 
 
 def time_in_turns(
+    names: Sequence[str],
     turns: int,
     enter: Callable[[str], contextlib.AbstractContextManager[object]],
     sample: Callable[[str, int | None], None],
     device: str,
 ) -> dict[str, Row]:
-    """Return `turns`, the seconds of each, of "teacher" and "student", `seconds` and `speedup`.
+    """Return by name `turns`, the seconds of each, `seconds`, their median, and `speedup`.
 
+    That is the median over turns of the first one's seconds over its own.
     enter: makes the model the one of that name for a while. sample: a video of it in a turn, from
         0 on; in none, a step alone: before the first turn, as it may compile, and not timed.
     """
-    taken: dict[str, list[float]] = {"teacher": [], "student": []}
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in (None, *range(turns)):
         for name, seconds in taken.items():
             call = functools.partial(sample, name, turn)
@@ -113,10 +116,13 @@ def time_in_turns(
                     call()
                 else:
                     seconds.append(time_once(call, torch.device(device)) / 1000)
-    pairs = zip(*taken.values(), strict=True)
-    speedups = {"teacher": 1.0, "student": statistics.median(x / y for x, y in pairs)}
+    first = taken[names[0]]
     return {
-        name: {"seconds": statistics.median(each), "speedup": speedups[name], "turns": each}
+        name: {
+            "seconds": statistics.median(each),
+            "speedup": statistics.median(x / y for x, y in zip(first, each, strict=True)),
+            "turns": each,
+        }
         for name, each in taken.items()
     }
 

@@ -1,18 +1,20 @@
 """The settings of `research.crowd.evaluate`, and lists of files and steps."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 from benchmarks.kernels.contenders import read_densities
+from benchmarks.number_lists import read_numbers
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.run.config import Settings, option
 from linvideo_core.run.devices import device_option
 from linvideo_core.run.errors import SettingError, shown_value
+from linvideo_core.run.limits import Limits
 from linvideo_core.teacher.config import TIME_COMPRESSION
 
 from .clips import NUM_FRAMES
 from .rows import RECORD_NAME
+from .tracks import LAG
 from .train import SHIFT, WEIGHTS
 
 WHOLE = NUM_FRAMES - TIME_COMPRESSION + 1
@@ -82,6 +84,11 @@ class CrowdConfig:
                 "batch_size",
                 "seeds_per_prompt",
             )
+        if self.num_frames <= LAG:
+            raise SettingError(
+                f"{{num_frames}} {self.num_frames} given; {LAG + 1} are needed, to tell speeds by",
+                "num_frames",
+            )
         self.list_densities()
         files = self.list_artifacts()
         self.list_first_steps()
@@ -105,15 +112,17 @@ class CrowdConfig:
 
     def list_guidance_scales(self) -> list[float]:
         """Return the guidance scales of students in rows of their own."""
-        words = self.student_guidance.split(",") if self.student_guidance else []
-        found = [word.strip() for word in words]
-        if not all(re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,3})?", word) for word in found):
+        if not self.student_guidance:
+            return []
+        field, usual = "student_guidance", self.comparison.guidance_scale
+        scales = [*read_numbers(self.student_guidance, field, Limits(low=1, high=100)).values()]
+        if usual in scales:
             raise SettingError(
-                f"{{student_guidance}} {shown_value(self.student_guidance)} given; scales such as "
-                "3.2,3.5 are needed",
-                "student_guidance",
+                f"{{{field}}} {self.student_guidance} given, and {usual:g} is the teacher's, of "
+                "which there are rows anyway; leave it out",
+                field,
             )
-        return [*map(float, dict.fromkeys(found))]
+        return scales
 
     def list_artifacts(self) -> dict[str, Path]:
         """Return the LINVIDEO files by their names, see `read_artifacts`."""
@@ -145,13 +154,5 @@ def read_steps(words: str, num_steps: int) -> list[int]:
 
     Raises SettingError for what is no number from 1 on, below `num_steps`, or stands twice.
     """
-    found = [word.strip() for word in words.split(",")] if words else []
-    steps = [int(word) for word in found if re.fullmatch("[0-9]{1,4}", word)]
-    if len({*steps}) < len(found) or not all(0 < step < num_steps for step in steps):
-        raise SettingError(
-            f"{{keep_first_steps}} {shown_value(words)} given; numbers from 1 on, below "
-            f"{{sampler_steps}} {num_steps}, each once and with commas between, are needed",
-            "keep_first_steps",
-            "sampler_steps",
-        )
-    return steps
+    limits = Limits(low=1, high=num_steps - 1, is_whole=True)
+    return [*read_numbers(words, "keep_first_steps", limits).values()] if words else []

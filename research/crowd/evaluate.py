@@ -60,8 +60,9 @@ from linvideo_core.models.families import identify
 from linvideo_core.run.config import parse, run_command, to_flags
 from linvideo_core.run.context import Run
 from linvideo_core.run.devices import resolve_device, resolve_precision
+from linvideo_core.run.errors import SettingError
 from linvideo_core.run.files import write_tensors
-from linvideo_core.run.folder import open_run
+from linvideo_core.run.folder import check_run, open_run
 from linvideo_core.run.process_group import ProcessGroup
 from linvideo_core.run.progress import TerminalCallbacks
 from linvideo_core.teacher.config import TIME_COMPRESSION, TeacherConfig
@@ -341,8 +342,15 @@ def list_rows(
     waiting = [(name, path, {}) for name, path in artifacts.items()]
 
     def add(name: str, label: str, columns: Row, how: dict[str, Any]) -> None:
-        models[f"{name}-{label}"] = models[name] | columns
-        waiting.append((f"{name}-{label}", paths[name], how))
+        row = f"{name}-{label}"
+        if row in models:
+            raise SettingError(
+                f"{{artifacts}} {config.artifacts} given, and two rows would be called {row}; "
+                "rename a file",
+                "artifacts",
+            )
+        models[row] = models[name] | columns
+        waiting.append((row, paths[name], how))
 
     for name, path in artifacts.items():
         if artifact.load(path).header.sigmas:
@@ -368,8 +376,10 @@ def compare(
     on_rows: called there with the rows so far: of clips and the teacher, then after each model.
     """
     sampling = open_sampling(config, run)
-    # What does not fit is told before anything is sampled.
+    # What does not fit is told before anything is sampled, and before the folder is this run's.
     models, waiting = list_rows(sampling)
+    with run.processes.in_turn():
+        open_run(config.out, config, ignore=FREE_FIELDS)
     # Measures are of these weights and captions: others begin afresh.
     folder = config.out / "-".join(["of", *digests_of(config).values()])
     files: dict[str, Path] = {}
@@ -433,7 +443,7 @@ def main(processes: ProcessGroup) -> None:
     with processes.in_turn():
         if config.record:
             check_parts(RESULTS_FOLDER / RECORD_NAME, device)
-        open_run(config.out, config, ignore=FREE_FIELDS)
+        check_run(config.out, config, ignore=FREE_FIELDS)
     precision = resolve_precision("auto", device)
 
     def keep(rows: list[Row]) -> None:

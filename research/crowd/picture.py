@@ -1,13 +1,15 @@
 """Draw videos of teacher and student with their seconds: `python -m research.crowd.picture`.
 
 They sample in turns, one video each of a caption that no training has seen, from the same noise, so
-that whoever else uses the machine slows both: guided, a distilled file in its own few steps. A
-label is the median of a model's seconds, `speedup` the median over turns of the teacher's seconds
-over the student's. On two CPU cores, six minutes:
-    OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --record
+that whoever else uses the machine slows all: guided, a distilled file in its own few steps. With
+`--keep-first-steps` the student has rows besides whose first steps are the teacher's. A label is
+the median of a row's seconds, `speedup` the median over turns of the teacher's seconds over its
+own. On two CPU cores, six minutes, four more for each of these numbers:
+    OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --keep-first-steps 4,8 --record
 """
 
 import contextlib
+import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 
 from .clips import decode_latents
-from .config import StoredModelConfig
+from .config import StoredModelConfig, read_steps
 from .evaluate import Sampling, describe_model, open_with_captions
 from .rows import Row
 from .train import SHIFT, WEIGHTS
@@ -49,6 +51,9 @@ class PictureConfig(StoredModelConfig):
         )
     )
     artifact: Path = option(WEIGHTS / "half_long.safetensors", "LINVIDEO file of the student")
+    keep_first_steps: str = option(
+        "", "first steps that the teacher makes, such as 4,8; none: no such rows"
+    )
     out: Path = option(Path("runs/crowd_picture"), "folder of captions, picture and table")
     record: bool = option(False, f"write results/{_RECORD_NAME} and docs/{_PICTURE_NAME}")
 
@@ -60,32 +65,54 @@ class PictureConfig(StoredModelConfig):
                 "are shown",
                 "batch_size",
             )
+        self.list_first_steps()
+
+    def list_first_steps(self) -> list[int]:
+        """Return how many first steps the teacher makes in rows of their own."""
+        return read_steps(self.keep_first_steps, self.comparison.sampler_steps)
 
 
-def sample_in_turns(sampling: Sampling, path: Path) -> tuple[dict[str, list[Tensor]], list[Row]]:
-    """Return "teacher" and "student" -> latents of each turn, and a row of each with its seconds.
+def sample_in_turns(
+    sampling: Sampling, path: Path, first_steps: Sequence[int] = ()
+) -> tuple[dict[str, list[Tensor]], list[Row]]:
+    """Return by the name of each row the latents of each turn, and the rows with their seconds.
 
-    path: the student's file. Raises ArtifactError where it does not fit the teacher.
+    The names are "teacher", "student" and, for each of `first_steps`, "after 4" and the like.
+    path: the student's file. Raises ArtifactError where it does not fit the teacher, SettingError
+    where first steps are asked of a distilled one.
     """
     model, made, parts = sampling.teacher.model, artifact.load(path), sampling.parts()
-    models = {
-        name: describe_model(sampling, name, file)
-        for name, file in (("teacher", None), ("student", path))
+    if first_steps and made.header.sigmas:
+        raise SettingError(
+            f"{{keep_first_steps}} given, and {{artifact}} {path} was distilled: its few steps are "
+            "all its own; leave one out, or give the file of a transfer",
+            "keep_first_steps",
+            "artifact",
+        )
+    student = describe_model(sampling, "student", path)
+    after = {f"after {count}": count for count in first_steps}
+    models = {"teacher": describe_model(sampling, "teacher", None), "student": student}
+    models |= {
+        name: {**student, "model": name, "keep_first_steps": count} for name, count in after.items()
     }
-    recipes = {"teacher": sampling.recipe_of(), "student": sampling.recipe_of(made.header)}
-    first = Recipe(sigmas=make_sigmas(1, SHIFT), guidance_scale=1.0)
+    teacher = copy.deepcopy(model) if after else None
+    recipe = sampling.recipe_of(made.header)
+    one_step = Recipe(sigmas=make_sigmas(1, SHIFT), guidance_scale=1.0)
     latents: dict[str, list[Tensor]] = {name: [] for name in models}
 
     def enter(name: str) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if name == "teacher" else artifact.apply(made, model)
 
     def sample(name: str, turn: int | None) -> None:
-        number, recipe = (0, first) if turn is None else (turn, recipes[name])
-        found = sampling.sample(model, parts[number], number, sampling.config.seed, recipe)
-        if turn is not None:
-            latents[name].append(found)
+        part, seed = parts[turn or 0], sampling.config.seed
+        if turn is None:
+            sampling.sample(model, part, 0, seed, one_step)
+            return
+        how = {"first": teacher, "first_steps": after[name]} if name in after else {}
+        own = None if name == "teacher" else recipe
+        latents[name].append(sampling.sample(model, part, turn, seed, own, **how))
 
-    timed = time_in_turns(len(parts), enter, sample, sampling.run.device)
+    timed = time_in_turns([*models], len(parts), enter, sample, sampling.run.device)
     return latents, [models[name] | each for name, each in timed.items()]
 
 
@@ -96,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file(path)
     check_place(config.out)
     sampling = open_with_captions(config)
-    latents, rows = sample_in_turns(sampling, config.artifact)
+    latents, rows = sample_in_turns(sampling, config.artifact, config.list_first_steps())
     labels = {row["model"]: f"{row['model']}, {row['seconds']:.0f} s" for row in rows}
     strip = config.out / "crowd.png"
     save_strip(

@@ -34,7 +34,7 @@ _REACH = 2
 _SEEN = 0.5
 # Pixels that two sprites' boxes may overlap by.
 _TOLERANCE = 0.7
-_LAG = 8
+LAG = 8
 _PATCH = 12
 _MIN_FRAMES = 2
 _LOST = float(SIDE)
@@ -248,8 +248,8 @@ def position_error(labels: Labels, tracks: Tracks) -> Tensor:
 
 def speed_ratio(labels: Labels, tracks: Tracks) -> Tensor:
     """Return the median speed [B, 4] over the named one; 0 for a sprite that is hardly seen."""
-    way = tracks.centres[:, :, _LAG:] - tracks.centres[:, :, :-_LAG]
-    is_seen = tracks.is_seen[:, :, _LAG:] & tracks.is_seen[:, :, :-_LAG]
-    speeds = way.norm(dim=-1) / _LAG
+    way = tracks.centres[:, :, LAG:] - tracks.centres[:, :, :-LAG]
+    is_seen = tracks.is_seen[:, :, LAG:] & tracks.is_seen[:, :, :-LAG]
+    speeds = way.norm(dim=-1) / LAG
     median = speeds.where(is_seen, math.nan).nanmedian(dim=2).values
     return (median / values_of(SPEEDS, labels.speed)).nan_to_num(0.0)

@@ -264,7 +264,7 @@ def test_whole_videos_of_a_file_are_timed_in_turns(tmp_path: Path) -> None:
         yield
         order.append("left")
 
-    whole_video.time_in_turns(2, enter, lambda name, turn: None, "cpu")
+    whole_video.time_in_turns(("teacher", "student"), 2, enter, lambda name, turn: None, "cpu")
     assert order == 3 * ["teacher", "left", "student", "left"]
     for name, value in (("linear_layers", 3), ("height", 50), ("width", 72), ("num_frames", 6)):
         with pytest.raises(SettingError, match=f"--{name.replace('_', '-')} {value} given"):

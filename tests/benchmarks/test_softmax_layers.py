@@ -60,7 +60,7 @@ def test_tiles_and_kernels_that_cannot_be_measured_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match="--tile 0x6x8 given, and a video is 5 x 6 x 8 tokens"):
         SoftmaxConfig(shapes="tiny", tile="1x2x3,0x6x8")
     for density in ("", "0.1,nan", "0", "1.5", "much"):
-        with pytest.raises(ValueError, match=f"--density {density or repr('')} given; numbers"):
+        with pytest.raises(ValueError, match=f"--density {density or repr('')} given; each"):
             SoftmaxConfig(density=density)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file and a folder is needed"):

@@ -368,6 +368,13 @@ def test_an_evaluation_has_floors_continues_and_is_recorded(
     for module in (evaluate, crowd_rows):
         monkeypatch.setattr(module, "RESULTS_FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate", *shlex.split(to_flags(config)), "--record"])
+    # What is refused at once leaves the folder to others.
+    save_student(config.model, teacher / "student-first-1.safetensors", 1)
+    alike = f"{config.artifacts},{teacher / 'student-first-1.safetensors'}"
+    for files, words in ((alike, "would be called"), (str(teacher / "none.safetensors"), "none")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.compare(dataclasses.replace(config, artifacts=files), Run())
+        assert not config.out.exists()
     # A file stands where the last model's folder is to be.
     measures = config.out / "-".join(["of", *evaluate.digests_of(config).values()])
     digest = evaluate.digest_of(teacher / "student.safetensors")
@@ -431,9 +438,11 @@ def test_a_picture_shows_teacher_and_student_and_their_seconds(
         "out": tmp_path / "picture",
     }
     words = [word for name, path in files.items() for word in (f"--{name}", str(path))]
-    picture.main([*words, "--num-samples", "2", "--sampler-steps", "1", "--device", "cpu"])
-    own, student = read_record(tmp_path / "picture" / "crowd_picture.json")["rows"]
-    assert (own["linear_layers"], student["linear_layers"]) == (0, 1)
+    counts = ["--num-samples", "2", "--sampler-steps", "2", "--keep-first-steps", "1"]
+    picture.main([*words, *counts, "--device", "cpu"])
+    own, student, after = read_record(tmp_path / "picture" / "crowd_picture.json")["rows"]
+    assert [row["linear_layers"] for row in (own, student, after)] == [0, 1, 1]
+    assert (after["model"], after["keep_first_steps"]) == ("after 1", 1)
     assert len(own["turns"]) == len(student["turns"]) == 2
     ratios = [x / y for x, y in zip(own["turns"], student["turns"], strict=True)]
     assert min(ratios) <= student["speedup"] <= max(ratios)
@@ -455,6 +464,8 @@ def test_a_distilled_file_is_drawn_in_its_own_steps(teacher: Path, tmp_path: Pat
         comparison=comparison, model=teacher / "model.safetensors", out=tmp_path, device="cpu"
     )
     sampling = evaluate.open_with_captions(config)
+    with pytest.raises(SettingError, match="was distilled"):
+        picture.sample_in_turns(sampling, path, [1])
     latents, _ = picture.sample_in_turns(sampling, path)
     with artifact.apply(made, sampling.teacher.model):
         recipe = sampling.recipe_of(header)
@@ -512,9 +523,9 @@ def test_a_student_is_asked_at_every_state_of_the_teacher(teacher: Path, tmp_pat
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"keep_first_steps": "2"}, "--keep-first-steps 2 given; numbers from 1 on, below --sampl"),
-        ({"keep_first_steps": "1,1"}, "each once and with commas between"),
-        ({"keep_first_steps": "9" * 5000}, "numbers from 1 on"),
+        ({"keep_first_steps": "2"}, "--keep-first-steps 2 given; each must be 1 and"),
+        ({"keep_first_steps": "1,1"}, "stand there once, with commas between"),
+        ({"keep_first_steps": "9" * 5000}, "given; each must be 1"),
         ({"artifacts": " ,"}, "--artifacts names no file"),
         ({"artifacts": "a/b.safetensors, a/b.safetensors"}, "two rows would be called a-b"),
     ],
@@ -601,7 +612,7 @@ def test_rows_that_were_measured_otherwise_do_not_stay_in_a_record(
     ("settings", "words"),
     [
         ({"artifacts": "a/x/l.safetensors,b/x/l.safetensors"}, "would be called x-l"),
-        ({"densities": "0.1,0.1000001"}, "different ones are needed"),
+        ({"densities": "0.1,0.1000001"}, "stand there once"),
     ],
 )
 def test_rows_of_one_name_are_refused(settings: dict[str, str], words: str) -> None:
@@ -609,10 +620,21 @@ def test_rows_of_one_name_are_refused(settings: dict[str, str], words: str) -> N
         CrowdConfig(**settings)
 
 
-@pytest.mark.parametrize("densities", ["0", "0.1,1.5", "a tenth"])
-def test_densities_that_are_none_are_refused(densities: str) -> None:
-    with pytest.raises(SettingError, match="numbers above 0 and at most 1"):
-        CrowdConfig(densities=densities)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        *(({"densities": each}, "a number above 0 to 1") for each in ("0", "0.1,1.5", "a tenth")),
+        *(
+            ({"artifacts": "a.safetensors", "student_guidance": each}, "a number from 1 to 100")
+            for each in ("0", "3.2,", "3.2,3.20", "1e1")
+        ),
+        ({"artifacts": "a.safetensors", "student_guidance": "3.2,3"}, "3 is the teacher's"),
+        ({"num_frames": 5}, "--num-frames 5 given; 9 are needed"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(settings: dict[str, str | int], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        CrowdConfig(**settings)
 
 
 def test_the_cost_is_that_of_the_products() -> None:
