@@ -4,8 +4,8 @@ They sample in turns, one video each of a caption that no training has seen, fro
 that whoever else uses the machine slows all: guided, a distilled file in its own few steps. With
 `--keep-first-steps` the student has rows besides whose first steps are the teacher's. A label is
 the median of a row's seconds, `speedup` the median over turns of the teacher's seconds over its
-own. On two CPU cores, six minutes, four more for each of these numbers:
-    OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --keep-first-steps 4,8 --record
+own. On two CPU cores, five minutes, two to three more for each of these numbers:
+    OMP_NUM_THREADS=2 python -m research.crowd.picture --device cpu --keep-first-steps 8 --record
 """
 
 import contextlib
