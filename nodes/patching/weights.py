@@ -365,7 +365,7 @@ class LowRankChange(Part):
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Return a layer's changed output [..., out], given its input x [..., in] and its output.
 
-        In one pass: of what is as large as the output nothing else is made.
+        No other tensor as large as the output is made.
         """
         if self.is_resting:
             return output

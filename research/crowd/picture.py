@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         strip,
     )
     picture = (REPOSITORY / "docs" if config.record else config.out) / _PICTURE_NAME
-    Image.open(strip).save(picture, quality=25, method=6)
+    Image.open(strip).save(picture, quality=15, method=6)
     write_record(
         path,
         title="crowd: seconds of a video, teacher and student in turns",
