@@ -22,7 +22,8 @@ def test_a_whole_transfer_is_run_and_each_of_its_stages_is_a_row(
     assert estimate["what"] == "estimate"
     assert estimate["estimated_seconds"] > 0
     assert estimate["seconds"] > sum(row["seconds"] for row in rows[2:])
-    assert {row["model"] for row in record["rows"]} == {"tiny Wan"}
+    # The tile that a transfer finds by itself.
+    assert {(row["model"], row["tile"]) for row in record["rows"]} == {("tiny Wan", "2x2x2")}
     assert (tmp_path / "run" / "linearized.safetensors").exists()
     with pytest.raises(SettingError, match="a GPU's memory alone can be capped"):
         whole_transfer.main(["--size", "tiny", "--device", "cpu", "--cap-gb", "1"])
