@@ -8,6 +8,11 @@ from linvideo_core.run.limits import Limits
 _WHOLE, _DECIMAL = "[0-9]{1,6}", r"[0-9]{1,6}(\.[0-9]{1,9})?"
 
 
+def read_densities(text: str, field: str) -> dict[str, float]:
+    """Return the densities of a list, shares of exact blocks, see `read_numbers`."""
+    return read_numbers(text, field, Limits(low=0, high=1, without_low=True))
+
+
 def read_numbers(text: str, field: str, limits: Limits) -> dict[str, float]:
     """Return the numbers of a list by what they are called in tables, such as "0.1".
 

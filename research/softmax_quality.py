@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.kernels.contenders import read_densities
+from benchmarks.number_lists import read_densities
 from benchmarks.record import RESULTS_FOLDER, show_rows, write_record
 from linvideo_core import artifact
 from linvideo_core.evaluate.compare import compare, load_linearized

@@ -24,9 +24,6 @@ from linvideo_core.kernels.softmax import (
 )
 from linvideo_core.models.wan import rotary_embedding
 from linvideo_core.run.errors import SettingError
-from linvideo_core.run.limits import Limits
-
-from ..number_lists import read_numbers
 
 Attend = Callable[..., Tensor]
 
@@ -200,11 +197,6 @@ def _make_sage() -> Contender:
 
     # It rounds queries, keys and weights to 8 bits.
     return Contender("sage", "softmax", attend, is_differentiable=False, tolerance=3e-2)
-
-
-def read_densities(text: str, field: str) -> dict[str, float]:
-    """Return the densities of a setting by how they are called in tables, see `read_numbers`."""
-    return read_numbers(text, field, Limits(low=0, high=1, without_low=True))
 
 
 def make_sparse(density: float = DENSITY) -> Contender:

@@ -29,7 +29,8 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.transfer.preflight import check_tile
 
 from .. import record
-from ..kernels.contenders import HEAD_DIM, Contender, make_sparse, read_densities
+from ..kernels.contenders import HEAD_DIM, Contender, make_sparse
+from ..number_lists import read_densities
 from .cli import check_shapes
 from .measuring import BACKENDS, DTYPES, Row, check_memory, find_softmax, measure_size
 from .sizes import SIZES, VIDEO_STEPS, Size

@@ -3,8 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from benchmarks.kernels.contenders import read_densities
-from benchmarks.number_lists import read_numbers
+from benchmarks.number_lists import read_densities, read_numbers
 from linvideo_core.evaluate.config import CompareConfig
 from linvideo_core.run.config import Settings, option
 from linvideo_core.run.devices import device_option
@@ -40,9 +39,20 @@ class StoredModelConfig(Settings):
 
     comparison: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     model: Path = option(WEIGHTS / "model.safetensors", "the teacher")
+    keep_first_steps: str = option(
+        "", "first steps that the teacher makes, such as 4,8; none: no such samplings"
+    )
     out: Path = option(Path("runs/crowd"), "folder of captions")
     seed: int = option(0, "seed of noise and captions")
     device: str = device_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.list_first_steps()
+
+    def list_first_steps(self) -> list[int]:
+        """Return how many first steps the teacher makes, of several samplings; none by default."""
+        return read_steps(self.keep_first_steps, self.comparison.sampler_steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 from linvideo_core.run.progress import TerminalCallbacks
 
-from .config import StoredModelConfig, read_artifacts, read_steps
+from .config import StoredModelConfig, read_artifacts
 from .evaluate import Sampling, describe_model, open_with_captions
 from .rows import Row
 from .train import SHIFT, WEIGHTS
@@ -57,26 +57,17 @@ class ErrorsConfig(StoredModelConfig):
         str(WEIGHTS / "half_long.safetensors"),
         "LINVIDEO files, such as a.safetensors,b.safetensors",
     )
-    keep_first_steps: str = option(
-        "", "first steps that the teacher makes, such as 4,8; none: students do not sample"
-    )
     out: Path = option(Path("runs/crowd_errors"), "folder of captions and table")
     record: bool = option(False, f"write results/{_RECORD_NAME}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.list_first_steps()
         if not self.list_artifacts():
             raise SettingError("{artifacts} names no file; give a student's", "artifacts")
 
     def list_artifacts(self) -> dict[str, Path]:
         """Return the students' files by their names, see `read_artifacts`."""
         return read_artifacts(self.artifacts)
-
-    def list_first_steps(self) -> list[int]:
-        """Return how many first steps are the teacher's, 0 before others; none: none were given."""
-        found = read_steps(self.keep_first_steps, self.comparison.sampler_steps)
-        return [0, *found] if found else []
 
 
 def load_students(config: ErrorsConfig) -> dict[str, artifact.Artifact]:
@@ -216,8 +207,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What does not fit is told before anything is sampled.
     files = config.list_artifacts().items()
     about = {name: describe_model(sampling, name, file) for name, file in files}
+    # Students sample alone, too, but only beside others.
+    steps = config.list_first_steps()
     with TerminalCallbacks() as callbacks:
-        found = measure(sampling, students, config.list_first_steps(), callbacks)
+        found = measure(sampling, students, [0, *steps] if steps else [], callbacks)
     videos = {"videos": config.comparison.num_samples}
     rows = [row | about[name] | videos for name, each in found.items() for row in each]
     flags = to_flags(config, without=("out", "device"))

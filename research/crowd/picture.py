@@ -31,7 +31,7 @@ from linvideo_core.run.errors import SettingError
 from linvideo_core.run.folder import check_place
 
 from .clips import decode_latents
-from .config import StoredModelConfig, read_steps
+from .config import StoredModelConfig
 from .evaluate import Sampling, describe_model, open_with_captions
 from .rows import Row
 from .train import SHIFT, WEIGHTS
@@ -51,9 +51,6 @@ class PictureConfig(StoredModelConfig):
         )
     )
     artifact: Path = option(WEIGHTS / "half_long.safetensors", "LINVIDEO file of the student")
-    keep_first_steps: str = option(
-        "", "first steps that the teacher makes, such as 4,8; none: no such rows"
-    )
     out: Path = option(Path("runs/crowd_picture"), "folder of captions, picture and table")
     record: bool = option(False, f"write results/{_RECORD_NAME} and docs/{_PICTURE_NAME}")
 
@@ -65,11 +62,6 @@ class PictureConfig(StoredModelConfig):
                 "are shown",
                 "batch_size",
             )
-        self.list_first_steps()
-
-    def list_first_steps(self) -> list[int]:
-        """Return how many first steps the teacher makes in rows of their own."""
-        return read_steps(self.keep_first_steps, self.comparison.sampler_steps)
 
 
 def sample_in_turns(
@@ -104,13 +96,13 @@ def sample_in_turns(
         return contextlib.nullcontext() if name == "teacher" else artifact.apply(made, model)
 
     def sample(name: str, turn: int | None) -> None:
-        part, seed = parts[turn or 0], sampling.config.seed
+        seed = sampling.config.seed
         if turn is None:
-            sampling.sample(model, part, 0, seed, one_step)
+            sampling.sample(model, parts[0], 0, seed, one_step)
             return
         how = {"first": teacher, "first_steps": after[name]} if name in after else {}
         own = None if name == "teacher" else recipe
-        latents[name].append(sampling.sample(model, part, turn, seed, own, **how))
+        latents[name].append(sampling.sample(model, parts[turn], turn, seed, own, **how))
 
     timed = time_in_turns([*models], len(parts), enter, sample, sampling.run.device)
     return latents, [models[name] | each for name, each in timed.items()]
